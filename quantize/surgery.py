@@ -1,0 +1,196 @@
+"""Find modules in a model, replace or resize them in a copy, and write down what was done so that a file can repeat it.
+
+Every technique goes through here: `clone` (a transform never touches its input), `select` (which modules), `replace` (one
+tree walk for every swap), `resize` (new tensors and attributes on a module that stays what it is).
+
+The structure record is the list of such edits. Each edit lies on the module it concerns, as the name of a builder and its
+JSON arguments, so it follows the module through `copy.deepcopy` and pickling and needs no model-level state;
+`structure(model)` reads the record off the tree, `rebuild(model, record)` applies it to a fresh instance of the same
+architecture. Builders are found by name in a fixed table: a file can name one, never bring one.
+"""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+Skip = Sequence[str | type[nn.Module]]
+Builder = Callable[..., nn.Module]
+F = TypeVar("F", bound=Callable[..., Any])
+
+_BUILDERS: dict[str, Builder] = {}
+
+
+def clone(model: nn.Module) -> nn.Module:
+    """Deep copy: tensors that modules share stay shared, hooks and training flags stay.
+
+    Raises TypeError for a TorchScript module, which can't be edited.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError("model is a TorchScript module, which can't be edited: compress the original, then fuse")
+    return copy.deepcopy(model)
+
+
+def select(model: nn.Module, types: type[nn.Module] | tuple[type[nn.Module], ...], *, skip: Skip = ()) -> dict[str, nn.Module]:
+    """Modules of the given types (subclasses too) by qualified name, each module once, in the order of `named_modules`.
+
+    `skip` takes names (of the module or of a module around it), globs over names (`"*.head"`), and module types.
+    Raises ValueError for a name in `skip` that the model doesn't have.
+    """
+    skipped = skip_filter(model, skip)
+    return {n: m for n, m in model.named_modules() if isinstance(m, types) and not skipped(n, m)}
+
+
+def skip_filter(model: nn.Module, skip: Skip) -> Callable[[str, nn.Module], bool]:
+    """Predicate over (name, module): is it, or a module around it, named by `skip`?"""
+    if isinstance(skip, (str, type)):
+        raise TypeError(f"skip must be a sequence of names and types, got {skip!r}; write skip=({skip!r},)")
+    names = {n for n, _ in model.named_modules(remove_duplicate=False)}
+    patterns = [s for s in skip if isinstance(s, str)]
+    kinds = tuple(s for s in skip if isinstance(s, type) and issubclass(s, nn.Module))
+    for entry in skip:
+        if not isinstance(entry, str) and not (isinstance(entry, type) and issubclass(entry, nn.Module)):
+            raise TypeError(f"skip takes names, globs and nn.Module types, got {entry!r}")
+        if isinstance(entry, str) and not set(entry) & set("*?[") and entry not in names:
+            raise ValueError(f"skip names {entry!r}, which is not a module of {type(model).__name__}")
+    by_type = {n for n, m in model.named_modules(remove_duplicate=False) if kinds and isinstance(m, kinds)}
+
+    def skipped(name: str, module: nn.Module) -> bool:
+        parts = name.split(".")
+        around = [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
+        return any(a in by_type or any(fnmatch.fnmatchcase(a, p) for p in patterns) for a in around) or (
+            bool(kinds) and isinstance(module, kinds)
+        )
+
+    return skipped
+
+
+def replace(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.Module:
+    """Put each value where its key stands in `model`, in place and at every place; returns the (possibly new) root."""
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child in replacements:
+                parent._modules[name] = replacements[child]
+    return replacements.get(model, model)
+
+
+# The structure record.
+
+
+def builder(function: F) -> F:
+    """Decorator: make `function(module, **arguments) -> module` known to the structure record under its name.
+
+    A class is registered by its `rebuild(module, **arguments)` class method.
+    """
+    known = _BUILDERS.setdefault(function.__name__, getattr(function, "rebuild", function))
+    if known != getattr(function, "rebuild", function):
+        raise ValueError(f"two builders are named {function.__name__!r}")
+    return function
+
+
+def record(module: nn.Module, name: str, **arguments: Any) -> None:
+    """Note on `module` that builder `name` with these JSON arguments makes it from what stands there in a fresh model."""
+    if name not in _BUILDERS:
+        raise ValueError(f"no builder is named {name!r}; known: {sorted(_BUILDERS)}")
+    module.__dict__["_structure"] = [*module.__dict__.get("_structure", ()), (name, arguments)]
+
+
+def structure(model: nn.Module) -> list[dict[str, Any]]:
+    """The edits that turn a fresh instance into `model`: `{"module", "builder", "arguments"}`, outer modules first."""
+    return [
+        {"module": name, "builder": builder_name, "arguments": arguments}
+        for name, module in model.named_modules()
+        for builder_name, arguments in module.__dict__.get("_structure", ())
+    ]
+
+
+def rebuild(model: nn.Module, edits: Iterable[Mapping[str, Any]]) -> nn.Module:
+    """Apply a structure record to a fresh `model`, in place; returns the (possibly new) root.
+
+    Raises ValueError naming the module for an edit that doesn't fit the model.
+    """
+    for edit in edits:
+        name, builder_name, arguments = edit["module"], edit["builder"], edit["arguments"]
+        if builder_name not in _BUILDERS:
+            raise ValueError(f"module {name!r}: unknown kind of edit {builder_name!r}; known: {sorted(_BUILDERS)}")
+        try:
+            module = model.get_submodule(name)
+        except AttributeError:
+            raise ValueError(f"the model ({type(model).__name__}) has no module {name!r}") from None
+        try:
+            new = _BUILDERS[builder_name](module, **arguments)
+        except (TypeError, ValueError, AttributeError, KeyError, RuntimeError) as error:
+            raise ValueError(f"module {name!r} can't become {builder_name}: {error}") from error
+        if new is not module:
+            model = replace(model, {module: new})
+        if not new.__dict__.get("_structure") or new.__dict__["_structure"][-1] != (builder_name, arguments):
+            record(new, builder_name, **arguments)
+    return model
+
+
+# Resizing: same module class, other shapes.
+
+
+def resize(module: nn.Module, *, tensors: Mapping[str, torch.Tensor], attributes: Mapping[str, Any]) -> None:
+    """Give `module` new tensors (parameters or buffers, by name) and new plain attributes (`out_features=96`), in place.
+
+    A parameter stays the same object, so that whoever shares it sees the new tensor. The edit is recorded.
+    """
+    for name, tensor in tensors.items():
+        _set_tensor(module, name, tensor)
+    for name, value in attributes.items():
+        _set_attribute(module, name, value)
+    shapes = {n: list(t.shape) for n, t in tensors.items()}
+    values = {n: list(v) if isinstance(v, tuple) else v for n, v in attributes.items()}
+    edits = module.__dict__.get("_structure", ())
+    if edits and edits[-1][0] == "resized":  # one edit for a module cut several times
+        earlier = edits[-1][1]
+        module.__dict__["_structure"] = edits[:-1]
+        shapes, values = {**earlier["shapes"], **shapes}, {**earlier["attributes"], **values}
+    record(module, "resized", shapes=shapes, attributes=values)
+
+
+@builder
+def resized(module: nn.Module, shapes: Mapping[str, Sequence[int]], attributes: Mapping[str, Any]) -> nn.Module:
+    """Repeat `resize` on a fresh module: tensors of the recorded shapes, without data (on the meta device)."""
+    for name, shape in shapes.items():
+        old = _get_tensor(module, name)
+        _set_tensor(module, name, torch.empty(list(shape), dtype=old.dtype, device="meta"))
+    for name, value in attributes.items():
+        _set_attribute(module, name, tuple(value) if isinstance(value, list) else value)
+    return module
+
+
+def _get_tensor(module: nn.Module, name: str) -> torch.Tensor:
+    tensor = module._parameters.get(name, module._buffers.get(name))
+    if tensor is None:
+        raise ValueError(f"{type(module).__name__} has no parameter or buffer {name!r}")
+    return tensor
+
+
+def _set_tensor(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    old = _get_tensor(module, name)
+    if name in module._buffers:
+        module._buffers[name] = tensor
+    elif old.device == tensor.device:
+        old.data = tensor.detach()
+        old.grad = None
+    else:  # `.data` can't change device; a fresh model's sharing is restored when its tensors are loaded
+        module._parameters[name] = nn.Parameter(tensor, requires_grad=old.requires_grad)
+
+
+def _set_attribute(module: nn.Module, name: str, value: Any) -> None:
+    """Only plain values, only over an attribute of the same kind: a file must not be able to set anything else."""
+    plain = (bool, int, float, str, tuple, list, type(None))
+    if name.startswith("_") or not hasattr(module, name) or not isinstance(getattr(module, name), plain):
+        raise ValueError(f"{type(module).__name__} has no plain attribute {name!r}")
+    if not isinstance(value, plain):
+        raise ValueError(f"attribute {name!r} of {type(module).__name__} can't be {value!r}")
+    setattr(module, name, value)
