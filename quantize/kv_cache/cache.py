@@ -1,0 +1,407 @@
+"""The cache itself: what each layer holds, how it grows, who sees what.
+
+A `KVCache` holds, per layer, one tensor [B, KV, capacity, D] for keys and one for values (int8: and their scales [B, KV,
+capacity, 1]); position p of a row lies at index p - `first` of the third axis. Attention runs over a view of what is held,
+never over free room. Capacity grows by blocks, at least by half, up to `limit`. Rows of different length end at the same
+index: shorter ones have `pad` empty positions on the left, which nobody sees.
+
+A forward pass writes each layer once, from layer 0 up; the last layer's write makes the pass count. A pass that fails
+half-way leaves `length` as it was, and the next one starts over.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from quantize.kv_cache.functions import attention, attention_int8, is_count, per_layer, quantize_rows, rotate
+
+BLOCK = 256  # positions; the least by which a cache grows
+SLACK = 64  # positions kept behind a sliding window, so that a speculative pass can be taken back
+
+
+class _Layer:
+    """What one layer holds: its tensors by name, and the position that index 0 of their third axis stands for."""
+
+    def __init__(self, kv_heads: int, head_dim: int, window: int | None):
+        self.kv_heads, self.head_dim, self.window = kv_heads, head_dim, window
+        self.tensors: dict[str, Tensor] = {}  # k, v; int8: k_scale, v_scale too
+        self.sinks: dict[str, Tensor] = {}  # k, v of the first positions, once the window has left them behind
+        self.memory: dict[str, Tensor] = {}  # k, v, mask of cross-attention
+        self.first = 0
+        self.sharers = [1]  # how many caches use these tensors; a list, because they share the count as well
+
+    @property
+    def capacity(self) -> int:
+        return self.tensors["k"].shape[2] if self.tensors else 0
+
+
+class KVCache:
+    """Keys and values of `layers` attention layers for `batch` rows and at most `limit` positions.
+
+    kv_heads, head_dim: one number, or one per layer (pruned heads). dtype: float16, bfloat16, float32, or int8 with a scale
+    per head and position; None follows the keys that arrive. window: a query sees only the last `window` positions, itself
+    included (one number, or one or None per layer), and what nobody can see is dropped; then `limit` may be None. sinks:
+    positions at the start that stay visible beyond the window (Xiao et al., arXiv 2309.17453); `rope` are then the model's
+    rotary frequencies [D/2], so that a sink never seems farther away than the window reaches.
+
+    Nothing is allocated before the first `update`. Gradients don't flow into what is held.
+    Raises ValueError, naming the argument, for values out of range; every method leaves the cache usable when it raises.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        kv_heads: int | Sequence[int],
+        head_dim: int | Sequence[int],
+        *,
+        limit: int | None,
+        batch: int = 1,
+        dtype: torch.dtype | None = None,
+        window: int | Sequence[int | None] | None = None,
+        sinks: int = 0,
+        rope: Tensor | None = None,
+        block: int = BLOCK,
+    ):
+        for name, value in (("layers", layers), ("batch", batch), ("block", block), ("limit", limit)):
+            if not is_count(value, 1) and not (name == "limit" and value is None):
+                raise ValueError(f"{name} is {value!r}; allowed: an integer >= 1")
+        if dtype not in (None, torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int8):
+            raise ValueError(f"dtype is {dtype}; allowed: None, float64, float32, float16, bfloat16, int8")
+        windows = per_layer("window", window, layers, none=True)
+        if limit is None and None in windows:
+            raise ValueError("limit is None, which needs a window in every layer: without one the cache grows forever")
+        if not is_count(sinks, 0) or (sinks and (None in windows or sinks >= min(windows))):
+            raise ValueError(f"sinks is {sinks!r}; allowed: 0, or less than the window ({window!r})")
+        shapes = zip(per_layer("kv_heads", kv_heads, layers), per_layer("head_dim", head_dim, layers), windows, strict=True)
+        self.batch, self.limit, self.dtype, self.block = batch, limit, dtype, block
+        self.sinks, self.rope = sinks, rope
+        self.length = 0  # positions held, or dropped behind a window; the next one is written here
+        self.pad: Tensor | None = None  # int64 [B]: empty positions at the left of each row
+        self._layers = [_Layer(*shape) for shape in shapes]
+        self._new = self._end = 0  # positions of the pass under way, and where it ends
+        self._masks: dict[tuple[int, int | None], Tensor | None] = {}
+
+    @classmethod
+    def for_model(
+        cls, model: nn.Module, *, batch: int = 1, limit: int | None = None, dtype: torch.dtype | None = None, **options: object
+    ) -> KVCache:
+        """A cache that fits `model`: any model whose attention modules have a `cache_shape` (KV heads, head width, window).
+
+        `CachedAttention` and the attention of `models.DecoderLM` have one, compressed or not. Without a `window` asked for,
+        `limit` defaults to the model's `config.max_length`. `options` are those of the constructor.
+        """
+        modules = sorted((m for m in model.modules() if hasattr(m, "cache_shape")), key=lambda m: m.layer)
+        if not modules or [m.layer for m in modules] != list(range(len(modules))):
+            found = f"found layers {[m.layer for m in modules]}"
+            raise ValueError(f"{type(model).__name__} has no attention layers 0, 1, ... with a `cache_shape`: {found}")
+        heads, widths, windows = (list(column) for column in zip(*(m.cache_shape for m in modules), strict=True))
+        asked = per_layer("window", options.pop("window", None), len(modules), none=True)
+        if limit is None and None in asked:
+            limit = getattr(getattr(model, "config", None), "max_length", None)
+        windows = [min((w for w in pair if w is not None), default=None) for pair in zip(windows, asked, strict=True)]
+        if options.get("sinks"):
+            frequencies = getattr(modules[0], "rope_frequencies", None)
+            options.setdefault("rope", frequencies() if frequencies else None)
+        return cls(len(modules), heads, widths, limit=limit, batch=batch, dtype=dtype, window=windows, **options)
+
+    # ------------------------------------------------------------------------------------------ memory
+
+    def nbytes_at(self, length: int | None = None) -> int:
+        """Bytes that `length` positions (default: `limit`) take, by the sizes alone; exact when dtype is given.
+
+        A cache grows by blocks, so between two growths it holds somewhat more than `nbytes_at(cache.length)`.
+        """
+        length = self.limit if length is None else length
+        total = 0
+        for layer in self._layers:
+            reach = math.inf if layer.window is None else self._room(layer)
+            positions = min(math.inf if length is None else length, reach)
+            dtype = self.dtype or (layer.tensors["k"].dtype if layer.tensors else torch.float32)
+            width = layer.head_dim * dtype.itemsize + (torch.bfloat16.itemsize if dtype == torch.int8 else 0)
+            sinks = self.sinks if length is None or length > reach else 0
+            total += 2 * self.batch * layer.kv_heads * int(positions + sinks) * width
+        return total
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated now; tensors shared with a fork count in both."""
+        held = (t for layer in self._layers for d in (layer.tensors, layer.sinks, layer.memory) for t in d.values())
+        return sum(t.untyped_storage().nbytes() for t in held)
+
+    def _room(self, layer: _Layer) -> int:
+        """Capacity beyond which a windowed layer drops positions instead of growing."""
+        return layer.window + SLACK + self.block
+
+    # ------------------------------------------------------------------------------------- one forward pass
+
+    def positions(self, new: int, device: torch.device | None = None) -> Tensor:
+        """Positions that the next `new` tokens take: int64 [T], or [B, T] for rows of different length.
+
+        Read before the pass. Positions of padding are 0.
+        """
+        slots = torch.arange(self.length, self.length + new, device=device)
+        return slots if self.pad is None else (slots - self.pad.to(slots.device)[:, None]).clamp_(min=0)
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Add k, v [B, KV, T, D] of one layer; returns all that it holds, [B, KV, S, D], the new ones last.
+
+        Views of the cache where its dtype is that of k, copies otherwise (int8: dequantized). Raises ValueError for a window
+        or rows of different length, where not every query sees all of it: `attend` knows who sees what.
+        """
+        if self.pad is not None or any(store.window is not None for store in self._layers):
+            raise ValueError("`update` is for rows of one length without a window; use `attend`")
+        store = self._write(layer, k, v)
+        held = {n: t[:, :, : self._end] for n, t in store.tensors.items()}
+        return self._read(held, "k", k.dtype), self._read(held, "v", v.dtype)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, slopes: Tensor | None = None) -> Tensor:
+        """Add k, v [B, KV, T, D] and return causal attention of q [B, H, T, D] over all that is visible, [B, H, T, D].
+
+        slopes: ALiBi slopes [H]; scores lose slope * distance.
+        """
+        new = k.shape[2]
+        store = self._write(layer, k, v)
+        start = self._end - new  # position of the first query
+        if self.sinks and self._end > store.window:
+            return self._attend_with_sinks(store, q, start, slopes)
+        low = 0 if store.window is None else max(0, start - store.window + 1)  # the first position it sees
+        held = {n: t[:, :, low - store.first : self._end - store.first] for n, t in store.tensors.items()}
+        mask = self._mask(store, new, low, q.device)
+        if slopes is not None:
+            mask = self._alibi(slopes, start, torch.arange(low, self._end, device=q.device), mask, q)
+        if new == 1 and mask is None and store.tensors["k"].dtype == torch.int8:
+            return attention_int8(q, held["k"], held["k_scale"], held["v"], held["v_scale"])
+        k, v = self._read(held, "k", q.dtype), self._read(held, "v", q.dtype)
+        return attention(q, k, v, mask, causal=mask is None and new > 1)
+
+    def _write(self, index: int, k: Tensor, v: Tensor) -> _Layer:
+        if not 0 <= index < len(self._layers):
+            raise ValueError(f"layer is {index}; the cache has {len(self._layers)} layers: was it made for another model?")
+        store, new = self._layers[index], k.shape[2]
+        fits = (self.batch, store.kv_heads, new, store.head_dim)
+        if k.shape != fits or v.shape != fits:
+            raise ValueError(
+                f"layer {index}: keys {tuple(k.shape)} and values {tuple(v.shape)} don't fit a cache made for "
+                f"{self.batch} rows, {store.kv_heads} heads of width {store.head_dim} (another model or batch?)"
+            )
+        if new == 0 or (index and new != self._new):
+            raise ValueError(f"layer {index} got {new} new positions, where this pass has {self._new or 'at least 1'}")
+        end = self.length + new
+        if self.limit is not None and end > self.limit:
+            raise ValueError(f"{self.length} positions held + {new} new ones pass the cache's limit of {self.limit}")
+        if index == 0:
+            self._new = new
+            self._masks.clear()
+        self._reserve(store, end, k)
+        at = slice(self.length - store.first, end - store.first)
+        for name, x in (("k", k.detach()), ("v", v.detach())):
+            if store.tensors["k"].dtype == torch.int8:
+                values, scale = quantize_rows(x)
+                store.tensors[name][:, :, at] = values
+                store.tensors[f"{name}_scale"][:, :, at] = scale
+            else:
+                store.tensors[name][:, :, at] = x
+        self._end = end
+        if index == len(self._layers) - 1:
+            self.length, self._new = end, 0
+        return store
+
+    def _read(self, held: dict[str, Tensor], name: str, dtype: torch.dtype) -> Tensor:
+        x = held[name].to(dtype)
+        return x * held[f"{name}_scale"].to(dtype) if f"{name}_scale" in held else x
+
+    def _reserve(self, store: _Layer, end: int, like: Tensor) -> None:
+        """Make room for positions up to `end`: use what is there, drop what a window left behind, or grow."""
+        needed, held = end - store.first, self.length - store.first
+        own = bool(store.tensors) and store.sharers[0] == 1
+        if own and needed <= store.capacity:
+            return
+        drop = 0
+        if store.window is not None and needed > self._room(store):
+            drop = max(0, held - store.window - SLACK)
+            if drop and self.sinks and not store.sinks:
+                store.sinks = {n: t[:, :, : self.sinks].clone() for n, t in store.tensors.items()}
+        needed, held = needed - drop, held - drop
+        fits = own and needed <= store.capacity
+        size = max(needed, store.capacity * 3 // 2)  # by half at least: copying stays linear in the final length
+        size = -(-size // self.block) * self.block
+        if self.limit is not None:
+            size = min(size, self.limit - store.first - drop)
+        if store.window is not None:
+            size = max(needed, min(size, self._room(store)))
+        with torch.inference_mode(False), torch.no_grad():  # usable in and out of inference mode
+            for name, shape, dtype in self._specs(store, like):
+                old = store.tensors.get(name)
+                room = old if fits else torch.empty(*shape[:2], size, shape[2], dtype=dtype, device=like.device)
+                if old is not None:
+                    kept = old[:, :, drop : drop + held]
+                    room[:, :, :held] = kept.clone() if fits else kept
+                store.tensors[name] = room
+        if store.sharers[0] > 1:
+            store.sharers[0] -= 1
+            store.sharers = [1]
+        store.first += drop
+
+    def _specs(self, store: _Layer, like: Tensor) -> list[tuple[str, tuple[int, int, int], torch.dtype]]:
+        if store.tensors:
+            dtype = store.tensors["k"].dtype
+        else:
+            dtype = self.dtype or like.dtype
+        shape = (self.batch, store.kv_heads, store.head_dim)
+        specs = [("k", shape, dtype), ("v", shape, dtype)]
+        if dtype == torch.int8:
+            specs += [(f"{n}_scale", (*shape[:2], 1), torch.bfloat16) for n in "kv"]
+        return specs
+
+    # ------------------------------------------------------------------------------------------ visibility
+
+    def _mask(self, store: _Layer, new: int, low: int, device: torch.device) -> Tensor | None:
+        """bool [T, S] or [B, 1, T, S] over positions low.. of this pass; None where everything, or the causal part, is seen."""
+        start = self._end - new
+        window = store.window if store.window is not None and self._end > store.window else None
+        if self.pad is None and (new == 1 or (start == 0 and low == 0 and window is None)):
+            return None
+        key = (low, window)
+        if key not in self._masks:
+            queries = torch.arange(start, self._end, device=device)[:, None]
+            keys = torch.arange(low, self._end, device=device)
+            visible = keys <= queries
+            if window is not None:
+                visible &= keys > queries - window
+            if self.pad is not None:  # padding sees itself, so that no row of scores is empty
+                pad = self.pad.to(device)[:, None, None, None]
+                visible = (visible & (keys >= pad)) | (keys == queries)
+            self._masks[key] = visible
+        return self._masks[key]
+
+    def _alibi(self, slopes: Tensor, start: int, keys: Tensor, mask: Tensor | None, q: Tensor) -> Tensor:
+        queries = torch.arange(start, self._end, device=q.device)[:, None]
+        bias = slopes.to(q.device, q.dtype)[:, None, None] * (keys - queries).to(q.dtype)  # [H, T, S]
+        visible = keys <= queries if mask is None else mask
+        return bias.masked_fill(~visible, -math.inf)
+
+    def _attend_with_sinks(self, store: _Layer, q: Tensor, start: int, slopes: Tensor | None) -> Tensor:
+        """Attention over sinks and window, two blocks under one softmax; a sink is never farther than the window reaches."""
+        b, heads, new, d = q.shape
+        low = max(start - store.window + 1, self.sinks)
+        held = {n: t[:, :, low - store.first : self._end - store.first] for n, t in store.tensors.items()}
+        first = store.sinks or {n: t[:, :, : self.sinks] for n, t in store.tensors.items()}
+        queries = torch.arange(start, self._end, device=q.device)
+        keys = torch.arange(low, self._end, device=q.device)
+        seen = queries.clamp(max=self.sinks + store.window - 1)  # where a query stands as the sinks see it
+        near = q
+        far = q if self.rope is None else rotate(q, (seen - queries)[:, None] * self.rope.to(q.device))
+
+        def scores(queries: Tensor, keys: Tensor) -> Tensor:  # [B, H, T, D], [B, KV, S, D] -> [B, H, T, S]
+            grouped = queries.reshape(b, keys.shape[1], -1, d) * d**-0.5
+            return (grouped @ keys.transpose(-1, -2)).view(b, heads, new, -1)
+
+        k, v = self._read(held, "k", q.dtype), self._read(held, "v", q.dtype)
+        sink_k, sink_v = self._read(first, "k", q.dtype), self._read(first, "v", q.dtype)
+        to_sinks, to_window = scores(far, sink_k), scores(near, k)
+        sinks = torch.arange(self.sinks, device=q.device)
+        if slopes is not None:
+            slopes = slopes.to(q.device, q.dtype)[:, None, None]
+            to_sinks = to_sinks + slopes * (sinks - seen[:, None])
+            to_window = to_window + slopes * (keys - queries[:, None])
+        hidden = (keys > queries[:, None]) | (keys <= queries[:, None] - store.window)
+        to_sinks = to_sinks.masked_fill(sinks > queries[:, None], -math.inf)
+        to_window = to_window.masked_fill(hidden, -math.inf)
+        weights = torch.softmax(torch.cat((to_sinks, to_window), dim=-1), dim=-1)  # [B, H, T, sinks + S]
+        weights = weights.view(b, k.shape[1], -1, weights.shape[-1])
+        return (weights[..., : self.sinks] @ sink_v + weights[..., self.sinks :] @ v).view(b, heads, new, d)
+
+    # ------------------------------------------------------------------------------------------ rewriting
+
+    def reset(self, *, batch: int | None = None, pad: Tensor | None = None) -> None:
+        """Forget everything, keep the room (unless `batch` changes it). pad: empty positions at the left of each row, [B].
+
+        Raises ValueError if `pad` doesn't fit the batch, or together with sinks.
+        """
+        batch = self.batch if batch is None else batch
+        if not is_count(batch, 1):
+            raise ValueError(f"batch is {batch!r}; allowed: an integer >= 1")
+        if pad is not None:
+            if pad.shape != (batch,) or pad.dtype != torch.int64 or bool((pad < 0).any()):
+                raise ValueError(f"pad must be int64 [{batch}] and >= 0, got {pad.dtype} {tuple(pad.shape)}: {pad.tolist()}")
+            if self.sinks:
+                raise ValueError("rows of different length can't have sinks: their first positions don't line up")
+            pad = pad if bool(pad.any()) else None
+        for layer in self._layers:
+            if batch != self.batch or layer.sharers[0] > 1:
+                layer.sharers[0] -= 1
+                layer.tensors, layer.sharers = {}, [1]
+            layer.sinks, layer.memory, layer.first = {}, {}, 0
+        self.batch, self.pad, self.length, self._new = batch, pad, 0, 0
+
+    def truncate(self, length: int) -> None:
+        """Forget all positions from `length` on. Raises ValueError beyond what is held or behind a window's memory."""
+        if not is_count(length, 0) or length > self.length:
+            raise ValueError(f"length is {length!r}; allowed: 0 to the {self.length} positions held")
+        for layer in self._layers:
+            if layer.first and length - layer.window + 1 < layer.first:
+                least = layer.first + layer.window - 1
+                raise ValueError(f"length is {length}; a window of {layer.window} allows {least} to {self.length} by now")
+        self.length, self._new = length, 0
+
+    def fork(self, batch: int | None = None) -> KVCache:
+        """A second cache with the same content; with `batch`, that many copies of a single row.
+
+        Nothing is copied until one of the two writes. Raises ValueError for `batch` if this cache has several rows.
+        """
+        if batch is not None and (not is_count(batch, 1) or (self.batch != 1 and batch != self.batch)):
+            raise ValueError(f"batch is {batch!r}; allowed: {self.batch}" + (", or any if one row is held" * (self.batch == 1)))
+        twin = copy.copy(self)
+        twin._masks, twin._layers = {}, []
+        for layer in self._layers:
+            layer.sharers[0] += 1
+            other = copy.copy(layer)
+            other.tensors, other.sinks, other.memory = dict(layer.tensors), dict(layer.sinks), dict(layer.memory)
+            twin._layers.append(other)
+        if batch is not None and batch != self.batch:
+            twin._map_rows(lambda t: t.expand(batch, *t.shape[1:]), batch)
+        return twin
+
+    def reorder(self, rows: Tensor | Sequence[int]) -> None:
+        """Row i becomes what row `rows[i]` was (beam search); rows may repeat or vanish, so the batch may change.
+
+        Raises ValueError for a row that isn't held.
+        """
+        rows = torch.as_tensor(rows)
+        if rows.dim() != 1 or rows.is_floating_point() or not len(rows) or rows.min() < 0 or rows.max() >= self.batch:
+            raise ValueError(f"rows is {rows.tolist()}; allowed: integers from 0 to {self.batch - 1}")
+        used = [self.length - layer.first for layer in self._layers]
+        for layer, end in zip(self._layers, used, strict=True):
+            layer.tensors = {n: t[:, :, :end] for n, t in layer.tensors.items()}  # free room isn't worth copying
+            layer.sharers[0] -= 1
+            layer.sharers = [1]
+        self._map_rows(lambda t: t.index_select(0, rows.to(t.device)), len(rows))
+
+    def _map_rows(self, change: Callable[[Tensor], Tensor], batch: int) -> None:
+        with torch.inference_mode(False), torch.no_grad():
+            for layer in self._layers:
+                for held in (layer.tensors, layer.sinks, layer.memory):
+                    held.update({n: change(t) for n, t in held.items()})
+            if self.pad is not None:
+                self.pad = change(self.pad)
+        self.batch, self._new = batch, 0
+
+    # ------------------------------------------------------------------------------------ cross-attention
+
+    def memory(self, layer: int) -> dict[str, Tensor]:
+        """What `remember` kept for a layer: k, v [B, KV, S, D] and perhaps mask [B, S]; empty before."""
+        return self._layers[layer].memory
+
+    def remember(self, layer: int, k: Tensor, v: Tensor, mask: Tensor | None = None) -> None:
+        """Keep the keys and values that a cross-attention layer made from an encoder's output, for all later passes.
+
+        mask: bool [B, S], True where the encoder's output is real. Kept as they are (no int8), until `reset`.
+        """
+        if k.shape[0] != self.batch or k.shape[:3] != v.shape[:3] or (mask is not None and mask.shape != k.shape[::2]):
+            raise ValueError(f"keys {tuple(k.shape)}, values {tuple(v.shape)} and mask don't fit {self.batch} rows")
+        self._layers[layer].memory = {"k": k.detach(), "v": v.detach()} | ({} if mask is None else {"mask": mask})
