@@ -1,0 +1,230 @@
+"""Models to and from checkpoints: what is stored of a model, and how one is rebuilt from a record and tensors."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import importlib.metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+
+from quantize import surgery
+from quantize.checkpoint.container import DTYPES, SUFFIXES, CheckpointError, opened, read_header, read_tensor, require, write
+
+_ARCHITECTURES: dict[str, type[nn.Module]] = {}
+
+
+def architecture(cls: type[nn.Module]) -> type[nn.Module]:
+    """Decorator for a built-in model class, so that `load(path)` can rebuild it from the file alone.
+
+    `cls(config)` takes an instance of the frozen dataclass `cls.config_class`, keeps it as `.config`, builds on the meta
+    device, and computes no non-persistent buffers.
+    """
+    if not dataclasses.is_dataclass(getattr(cls, "config_class", None)):
+        raise TypeError(f"{cls.__name__}.config_class must be a dataclass")
+    _ARCHITECTURES[cls.__name__] = cls
+    return cls
+
+
+def save(model: nn.Module, path: str | Path, *, metadata: dict[str, Any] | None = None) -> None:
+    """Write `model` to `path` (`.pth` or `.safetensors`), atomically; the same model gives the same bytes.
+
+    Stores what `state_dict()` gives, as CPU tensors; parameters (or buffers) that are one tensor under several names once.
+    `metadata` is a dict of JSON values (metrics, the recipe), which `read_metadata` returns.
+
+    Raises ValueError for another suffix, a tensor that the container can't hold or metadata of more than about 8 MB; TypeError for
+    state that isn't a plain tensor and for metadata that isn't JSON; OSError when the file can't be written.
+    """
+    path = Path(path)
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"a checkpoint's name ends in {' or '.join(SUFFIXES)}, got {str(path)!r}")
+    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(f"model must be an nn.Module and no TorchScript, got {type(model).__name__}")
+    if metadata is not None and not isinstance(metadata, dict):
+        raise TypeError(f"metadata must be a dict, got {type(metadata).__name__}")
+    tensors, aliases = _tensors(model)
+    record = {
+        "architecture": _describe(model),
+        "structure": surgery.structure(model),
+        "aliases": aliases,
+        "metadata": metadata or {},
+        "versions": {"quantize": importlib.metadata.version("quantize"), "torch": torch.__version__},
+    }
+    write(path, record, tensors)
+
+
+def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
+    """The model in the file, on the CPU and in eval mode.
+
+    A built-in model is rebuilt from the file. For any other, pass `model`, a fresh instance of the class that was saved: a copy
+    of it gets the file's structure and tensors and is returned, the instance itself stays as it is.
+
+    Raises CheckpointError, with the path and the reason, for a file that is missing, truncated, altered, foreign, newer,
+    unsafe, or of another architecture; TypeError when `model` is no nn.Module.
+    """
+    if model is not None and (not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule)):
+        raise TypeError(f"model must be an nn.Module and no TorchScript, got {model!r}; to load Net's file, pass model=Net()")
+    with opened(path) as file:
+        record, places = read_header(file, Path(path).suffix)
+        empty = _build(record["architecture"]) if model is None else _without_data(model)
+        empty = surgery.rebuild(empty, record["structure"])
+        dtypes = _fit(record, empty)
+        specs = record["tensors"].items()
+        tensors = {name: read_tensor(file, *place, **spec) for (name, spec), place in zip(specs, places, strict=True)}
+        return _fill(empty, tensors, record["aliases"], dtypes)
+
+
+def read_record(path: str | Path) -> dict[str, Any]:
+    """Everything in the file but the tensors' data, checked: architecture, structure, tensors, aliases, metadata, versions.
+
+    `record["tensors"]` maps each stored name to its dtype, shape and SHA-256. Raises CheckpointError as `load` does.
+    """
+    with opened(path) as file:
+        return read_header(file, Path(path).suffix)[0]
+
+
+def read_metadata(path: str | Path) -> dict[str, Any]:
+    """The `metadata` that the file was saved with; reads the header only. Raises CheckpointError as `load` does."""
+    return read_record(path)["metadata"]
+
+
+def _describe(model: nn.Module) -> dict[str, Any]:
+    name = type(model).__name__
+    if _ARCHITECTURES.get(name) is not type(model):
+        return {"name": name, "config": None}
+    lost = [n for m in model.modules() for n in m._non_persistent_buffers_set if m._buffers.get(n) is not None]
+    if lost:
+        raise TypeError(f"{name} is registered as built-in but has non-persistent buffers, which a file can't restore: {lost}")
+    return {"name": name, "config": dataclasses.asdict(model.config)}
+
+
+def _live(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers themselves, under every name they have."""
+    return dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
+
+
+def _tensors(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """What to store: each tensor once, contiguous on the CPU with storage of its own; and the other names of each."""
+    live = _live(model)
+    tensors: dict[str, torch.Tensor] = {}
+    aliases: dict[str, str] = {}
+    owners: dict[Any, str] = {}
+    storages: set[int] = set()
+    for name, value in model.state_dict().items():
+        _check_plain(name, value)
+        origin = live.get(name)
+        if origin is not None and origin.numel():
+            place = (origin.device, origin.data_ptr(), origin.dtype, origin.shape, origin.stride())
+            owner = owners.setdefault((isinstance(origin, nn.Parameter), value.dtype, *place), name)
+            if owner != name:
+                aliases[name] = owner
+                continue
+        tensor = value.detach().as_subclass(torch.Tensor).cpu().resolve_conj().resolve_neg().contiguous()
+        if tensor.untyped_storage().nbytes() != tensor.nbytes or tensor.untyped_storage()._cdata in storages:
+            tensor = tensor.clone()
+        storages.add(tensor.untyped_storage()._cdata)
+        tensors[name] = tensor
+    return tensors, aliases
+
+
+def _check_plain(name: str, value: object) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"state_dict() has {name!r} of type {type(value).__name__}; only tensors can be saved")
+    if nn.parameter.is_lazy(value):
+        raise TypeError(f"{name!r} has no shape yet: run the model once before saving")
+    if value.is_meta or value.layout != torch.strided or value.is_quantized or is_traceable_wrapper_subclass(value):
+        kind = f"{type(value).__name__}, {value.layout}, {value.dtype}, on {value.device}"
+        raise TypeError(f"{name!r} ({kind}) can't be saved: only plain dense tensors with data")
+
+
+def _build(described: dict[str, Any]) -> nn.Module:
+    name, config = described["name"], described["config"]
+    if config is None or name not in _ARCHITECTURES:
+        raise CheckpointError(f"holds a {name}, which quantize can't build by itself: pass model={name}(...), a fresh instance")
+    cls = _ARCHITECTURES[name]
+    config = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
+    with torch.device("meta"), _Bounded():
+        return cls(cls.config_class(**config))
+
+
+class _Bounded(TorchDispatchMode):
+    """Stops a model that a file's config would make endless: the largest of ours take a few thousand operations to build."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left = 100_000
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.left -= 1
+        require(self.left, "its config describes a model of absurd depth")
+        return func(*args, **(kwargs or {}))
+
+
+def _without_data(model: nn.Module) -> nn.Module:
+    """A copy of `model` with its parameters and persistent buffers on the meta device."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for parameter in filter(lambda p: p is not None, module._parameters.values()):
+            memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                lost = name in module._non_persistent_buffers_set
+                memo[id(buffer)] = buffer.detach().cpu().clone() if lost else buffer.detach().to("meta")
+    return copy.deepcopy(model, memo)
+
+
+def _fit(record: dict[str, Any], model: nn.Module) -> dict[str, torch.dtype]:
+    """Compare names, shapes and kinds of numbers with the file's; returns what dtype each name has in memory.
+
+    That is the file's, unless `model.state_dict()` gives the file's dtype itself for a parameter that lives in another one.
+    """
+    expected, live = model.state_dict(), _live(model)
+    specs = record["tensors"] | {alias: record["tensors"][name] for alias, name in record["aliases"].items()}
+    problems = [f"no {n!r} in the file" for n in expected if n not in specs]
+    problems += [f"{n!r} only in the file" for n in specs if n not in expected]
+    dtypes = {}
+    for name in expected.keys() & specs.keys():
+        stored, tensor = DTYPES[specs[name]["dtype"]], expected[name]
+        if name.endswith("_extra_state"):
+            dtypes[name] = stored
+            continue
+        if list(tensor.shape) != specs[name]["shape"] or _kind(tensor.dtype) != _kind(stored):
+            here, there = f"{tensor.dtype} {list(tensor.shape)}", f"torch.{specs[name]['dtype']} {specs[name]['shape']}"
+            problems.append(f"{name!r} is {there} in the file, {here} in the model")
+        dtypes[name] = live[name].dtype if name in live and tensor.dtype == stored else stored
+    if problems:
+        classes = f"the file holds a {record['architecture']['name']}, the model is a {type(model).__name__}"
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise CheckpointError(f"another architecture: {classes}; {'; '.join(sorted(problems)[:3])}{more}")
+    return dtypes
+
+
+def _kind(dtype: torch.dtype) -> str:
+    if dtype.is_floating_point or dtype.is_complex:
+        return "complex" if dtype.is_complex else "float"
+    return "bool" if dtype == torch.bool else "int"
+
+
+def _fill(
+    model: nn.Module, tensors: dict[str, torch.Tensor], aliases: dict[str, str], dtypes: dict[str, torch.dtype]
+) -> nn.Module:
+    state = model.state_dict()  # keeps the module versions that load_state_dict asks for
+    for name in list(state):
+        state[name] = tensors[aliases.get(name, name)].to(dtypes[name])
+    model.load_state_dict(state, assign=True)
+    for alias, name in aliases.items():
+        (holder, key), (owner, owner_key) = _place(model, alias), _place(model, name)
+        if hasattr(holder, key) and hasattr(owner, owner_key):
+            setattr(holder, key, getattr(owner, owner_key))
+    lost = [name for name, tensor in _live(model).items() if tensor.is_meta]
+    require(not lost, f"the file has no data for {', '.join(lost[:3])}")
+    return model.eval()
+
+
+def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    module, _, key = name.rpartition(".")
+    return model.get_submodule(module), key
