@@ -1,0 +1,300 @@
+"""The models that the scripts train: a Llama-style decoder, a residual ConvNet and an MLP.
+
+Plain eager PyTorch, written so that every compressed form still runs, exports and traces: no width is
+hard-coded in a `forward` (the number of heads is read from the projection's output), so linears may be replaced
+or shrunk under it. Left out: dropout, attention variants beyond the Llama family, anything a back end should do.
+The decoder stands alone; whoever caches keys and values passes an object with `length` and `update`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def _require(config: object, name: str, allowed: str, ok: bool) -> None:
+    if not ok:
+        raise ValueError(f"{type(config).__name__}.{name} is {getattr(config, name)!r}; allowed: {allowed}")
+
+
+def _require_count(config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(config, name, "an integer >= 1", isinstance(value, int) and value is not True and value >= 1)
+
+
+# --------------------------------------------------------------------------------------------- decoder
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Shape of a Llama-family decoder (Llama, Mistral, Qwen2, Qwen3, SmolLM2 differ only in these fields).
+
+    kv_heads, head_dim and ffn_width left at None become heads, width / heads, and 8/3 width rounded up to 32.
+    """
+
+    vocab_size: int = 256
+    width: int = 128
+    layers: int = 6
+    heads: int = 4
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    ffn_width: int | None = None
+    max_length: int = 4096  # longest context the model claims to be good for, in tokens
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-5
+    tied_head: bool = False
+    qkv_bias: bool = False  # Qwen2
+    qk_norm: bool = False  # Qwen3
+
+    def __post_init__(self) -> None:
+        _require_count(self, "vocab_size", "width", "layers", "heads", "max_length")
+        fill = {
+            "kv_heads": self.heads,
+            "head_dim": max(1, self.width // self.heads),
+            "ffn_width": math.ceil(8 * self.width / 3 / 32) * 32,
+        }
+        for name, value in fill.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        _require_count(self, "kv_heads", "head_dim", "ffn_width")
+        _require(self, "kv_heads", f"a divisor of heads={self.heads}", self.heads % self.kv_heads == 0)
+        _require(self, "head_dim", "an even number (RoPE turns pairs)", self.head_dim % 2 == 0)
+        for name in ("rope_theta", "norm_eps"):
+            value = getattr(self, name)
+            _require(self, name, "a finite number > 0", isinstance(value, int | float) and 0 < value < math.inf)
+        for name in ("tied_head", "qkv_bias", "qk_norm"):
+            _require(self, name, "True or False", isinstance(getattr(self, name), bool))
+
+
+class Cache(Protocol):
+    """What the decoder needs of a key-value cache."""
+
+    length: int  # positions held before this forward pass
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Add k, v [B, KV, T, D] of one layer and return all that it holds, [B, KV, length + T, D]."""
+
+
+def rope_table(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [T, D/2] of the rotary angles at `positions` [T], fp32 (Su et al., arXiv 2104.09864).
+
+    Computed from the positions on every pass, once for all layers: nothing to store, cast, move or outgrow.
+    """
+    pairs = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
+    angles = positions.float()[:, None] * theta ** (-pairs / head_dim)
+    return angles.cos(), angles.sin()
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate x [B, H, T, D]: element i is paired with element i + D/2, as in the published Llama checkpoints."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) -> Tensor:
+    """Attention of q [B, H, T, D] over k, v [B, KV, S, D]: causal, or where `visible` (bool [T, S]) says."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=visible is None, enable_gqa=True)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions and grouped queries."""
+
+    def __init__(self, config: DecoderConfig, layer: int):
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        wide, narrow = config.heads * config.head_dim, config.kv_heads * config.head_dim
+        self.q = nn.Linear(config.width, wide, bias=config.qkv_bias)
+        self.k = nn.Linear(config.width, narrow, bias=config.qkv_bias)
+        self.v = nn.Linear(config.width, narrow, bias=config.qkv_bias)
+        self.out = nn.Linear(wide, config.width, bias=False)
+        self.q_norm = nn.RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None = None) -> Tensor:
+        b, t, _ = x.shape
+        heads = (b, t, -1, self.head_dim)
+        q = apply_rope(self.q_norm(self.q(x).view(heads)).transpose(1, 2), cos, sin)  # [B, H, T, D]
+        k = apply_rope(self.k_norm(self.k(x).view(heads)).transpose(1, 2), cos, sin)  # [B, KV, T, D]
+        v = self.v(x).view(heads).transpose(1, 2)
+        if cache is not None:
+            k, v = cache.update(self.layer, k, v)
+            visible = torch.ones(t, k.shape[2], dtype=torch.bool, device=x.device).tril(k.shape[2] - t)
+            return self.out(attend(q, k, v, visible).transpose(1, 2).flatten(2))
+        return self.out(attend(q, k, v).transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (Shazeer, arXiv 2002.05202)."""
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.gate = nn.Linear(config.width, config.ffn_width, bias=False)
+        self.up = nn.Linear(config.width, config.ffn_width, bias=False)
+        self.down = nn.Linear(config.ffn_width, config.width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class DecoderBlock(nn.Module):
+    def __init__(self, config: DecoderConfig, layer: int):
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.width, config.norm_eps)
+        self.attention = Attention(config, layer)
+        self.ffn_norm = nn.RMSNorm(config.width, config.norm_eps)
+        self.ffn = FeedForward(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None = None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), cos, sin, cache)
+        return x + self.ffn(self.ffn_norm(x))
+
+
+class DecoderLM(nn.Module):
+    """Llama-style language model: token ids [B, T] (int64) -> logits [B, T, V].
+
+    With a `cache`, ids are the tokens that follow what the cache holds, and only they get logits.
+    """
+
+    config_class = DecoderConfig
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.width)
+        self.blocks = nn.ModuleList(DecoderBlock(config, layer) for layer in range(config.layers))
+        self.norm = nn.RMSNorm(config.width, config.norm_eps)
+        self.head = nn.Linear(config.width, config.vocab_size, bias=False)
+        if config.tied_head:
+            self.head.weight = self.embedding.weight
+        self._initialise()
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=module.in_features**-0.5)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.normal_(self.embedding.weight, std=0.02 if self.config.tied_head else 1.0)
+        for block in self.blocks:  # every block starts as the identity: deep stacks then train at high rates
+            nn.init.zeros_(block.attention.out.weight)
+            nn.init.zeros_(block.ffn.down.weight)
+        if not self.config.tied_head:
+            nn.init.zeros_(self.head.weight)
+
+    def forward(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
+        start = 0 if cache is None else cache.length
+        positions = torch.arange(start, start + ids.shape[1], device=ids.device)
+        x = self.embedding(ids)  # [B, T, width]
+        cos, sin = (table.to(x.dtype) for table in rope_table(positions, self.config.head_dim, self.config.rope_theta))
+        for block in self.blocks:
+            x = block(x, cos, sin, cache)
+        return self.head(self.norm(x))
+
+
+# ------------------------------------------------------------------------------------------ image models
+
+
+@dataclass(frozen=True)
+class ConvNetConfig:
+    """Shape of a residual ConvNet: one stage per entry of `widths`, each stage after the first at half the size."""
+
+    in_channels: int = 1
+    classes: int = 10
+    widths: Sequence[int] = (32, 64)
+    blocks: int = 1  # residual blocks per stage
+
+    def __post_init__(self) -> None:
+        _require_count(self, "in_channels", "classes", "blocks")
+        _set_widths(self, "widths")
+
+
+@dataclass(frozen=True)
+class MLPConfig:
+    """Shape of a multilayer perceptron with ReLU between its layers."""
+
+    in_features: int = 64
+    classes: int = 10
+    hidden: Sequence[int] = (256, 256)
+
+    def __post_init__(self) -> None:
+        _require_count(self, "in_features", "classes")
+        _set_widths(self, "hidden")
+
+
+def _set_widths(config: object, name: str) -> None:
+    """Turn a list (as JSON returns it) into a tuple, so that configs compare equal, and check it."""
+    value = getattr(config, name)
+    _require(config, name, "a list of at least one integer >= 1", isinstance(value, list | tuple) and len(value) > 0)
+    for width in value:
+        _require(config, name, "a list of integers >= 1", isinstance(width, int) and width >= 1)
+    object.__setattr__(config, name, tuple(value))
+
+
+class ConvBlock(nn.Module):
+    """Two 3x3 conv-BatchNorm pairs around a shortcut (He et al., arXiv 1512.03385); [N, C, H, W] in and out."""
+
+    def __init__(self, channels: int, width: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, width, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.shortcut = nn.Identity()
+        if stride != 1 or channels != width:
+            self.shortcut = nn.Sequential(nn.Conv2d(channels, width, 1, stride, bias=False), nn.BatchNorm2d(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+
+
+class ConvNet(nn.Module):
+    """Residual image classifier: images [N, C, H, W] -> logits [N, classes]; any H and W."""
+
+    config_class = ConvNetConfig
+
+    def __init__(self, config: ConvNetConfig):
+        super().__init__()
+        self.config = config
+        first = config.widths[0]
+        self.stem = nn.Sequential(
+            nn.Conv2d(config.in_channels, first, 3, padding=1, bias=False), nn.BatchNorm2d(first), nn.ReLU()
+        )
+        blocks, channels = [], first
+        for stage, width in enumerate(config.widths):
+            for block in range(config.blocks):
+                blocks.append(ConvBlock(channels, width, stride=2 if stage > 0 and block == 0 else 1))
+                channels = width
+        self.blocks = nn.Sequential(*blocks)
+        self.head = nn.Linear(channels, config.classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.blocks(self.stem(images)).mean(dim=(2, 3)))
+
+
+class MLP(nn.Module):
+    """Multilayer perceptron: inputs [N, ...] flattened to [N, in_features] -> logits [N, classes]."""
+
+    config_class = MLPConfig
+
+    def __init__(self, config: MLPConfig):
+        super().__init__()
+        self.config = config
+        widths = (config.in_features, *config.hidden)
+        layers: list[nn.Module] = []
+        for narrow, wide in pairwise(widths):
+            layers += [nn.Linear(narrow, wide), nn.ReLU()]
+        self.layers = nn.Sequential(*layers)
+        self.head = nn.Linear(widths[-1], config.classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layers(x.flatten(1)))
