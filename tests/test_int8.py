@@ -1,0 +1,301 @@
+"""Dynamic int8: the arithmetic against an exact oracle, the layer, and the transform on models that others wrote."""
+
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+import subprocess
+import sys
+import threading
+
+import helpers
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from quantize import int8, surgery
+from quantize.int8 import kernels
+
+
+def exact(x: torch.Tensor, layer: int8.Int8Linear) -> torch.Tensor:
+    """The layer in float64 from the definition, the activation quantized by row to 8 bits."""
+    rows = x.reshape(-1, x.shape[-1]).double()
+    row_scale = rows.abs().amax(1, keepdim=True).clamp_min(1e-30) / 127
+    y = (rows / row_scale).round() @ layer.weight.double().t() * layer.scale.double() * row_scale
+    y = y if layer.bias is None else y + layer.bias.double()
+    return y.reshape(*x.shape[:-1], -1)
+
+
+def linear(k: int, n: int, bias: bool = True, seed: int = 0) -> nn.Linear:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Linear(k, n, bias=bias).eval()
+
+
+def mlp() -> nn.Sequential:
+    return nn.Sequential(linear(24, 40), nn.GELU(), linear(40, 8, seed=1)).eval()
+
+
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def layer_of(k: int, n: int, bias: bool = True) -> int8.Int8Linear:
+    source = linear(k, n, bias)
+    return int8.Int8Linear.from_weight(source.weight, source.bias)
+
+
+# The arithmetic.
+
+
+@given(st.integers(1, 70), st.integers(1, 70), st.integers(1, 70), st.booleans())
+@settings(max_examples=25, deadline=None)
+def test_layer_follows_its_definition(m: int, k: int, n: int, bias: bool):
+    """Any width, odd ones and 1 among them, gives the float64 result up to activations on the other side of a half."""
+    layer, x = layer_of(k, n, bias), randn(m, k)
+    difference = (layer(x).double() - exact(x, layer)).abs()
+    one_step = layer.scale.double() * 127 * (x.abs().amax(1, keepdim=True).double() / 127)
+    assert (difference <= one_step + 1e-6).all()
+    assert (difference <= 1e-5).double().mean() > 0.9
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (1, 512, 96), (5, 1030, 7), (300, 64, 64), (70, 2100, 33)])
+def test_kernels_agree_to_the_bit(shape: tuple[int, int, int]):
+    """The reference and the fast kernel give the same bits, so neither the stopwatch nor the CPU changes an answer."""
+    m, k, n = shape
+    layer, x = layer_of(k, n), randn(m, k)
+    chosen = layer(x)
+    with int8.kernel("reference"):
+        assert torch.equal(layer(x), chosen)
+
+
+def test_largest_sums_do_not_saturate():
+    """All weights and activations at 127, the case that 16-bit accumulators get wrong, is exact."""
+    layer = int8.Int8Linear(torch.full((8, 256), 127, dtype=torch.int8), torch.ones(8))
+    assert torch.equal(layer(torch.full((4, 256), 127.0)), torch.full((4, 8), 127.0 * 127 * 256))
+
+
+def test_rows_do_not_depend_on_their_batch():
+    """A row alone, in a batch, and in a batch cut into chunks has the same bits: cached and uncached decoding agree."""
+    layer, x = layer_of(48, 4096), randn(600, 48)
+    together = layer(x)
+    assert torch.equal(together[:1], layer(x[:1]))
+    assert torch.equal(together[300:333], layer(x[300:333]))
+
+
+def test_weight_error_is_half_a_step():
+    """Every weight is within half a quantization step of its own channel."""
+    layer, source = layer_of(50, 20), linear(50, 20)
+    error = (layer.weight.float() * layer.scale[:, None] - source.weight).abs()
+    assert (error <= 0.5001 * layer.scale[:, None]).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_output_has_the_dtype_of_the_input(dtype: torch.dtype):
+    """fp16, bf16 and fp64 inputs work, and come out as they went in."""
+    layer, x = layer_of(32, 16), randn(3, 5, 32)
+    y = layer(x.to(dtype))
+    assert y.dtype == dtype and y.shape == (3, 5, 16)
+    helpers.assert_close(y, layer(x.to(dtype).float()))
+
+
+def test_strides_do_not_matter():
+    """Transposed, sliced, expanded (stride 0) and empty inputs give what their contiguous copies give."""
+    layer, x = layer_of(32, 16), randn(64, 64)
+    for view in (x.t()[:, :32], x[::2, ::2], x[:, 7:39], x[0, :32].expand(5, 32), x[:3, :1].expand(3, 32), x[:0, :32]):
+        assert torch.equal(layer(view), layer(view.contiguous()))
+    assert layer(torch.empty(2, 0, 32)).shape == (2, 0, 16)
+    assert layer(x[0, :32]).shape == (16,)
+
+
+def test_a_bad_row_spoils_only_itself():
+    """NaN and infinity make their own row not finite and leave the others alone."""
+    layer, x = layer_of(32, 16), randn(4, 32)
+    good = layer(x)
+    x[1, 3], x[2, 5] = float("nan"), float("inf")
+    y = layer(x)
+    assert not torch.isfinite(y[1]).any() and not torch.isfinite(y[2]).any()
+    assert torch.equal(y[[0, 3]], good[[0, 3]])
+
+
+def test_a_row_of_zeros_gives_the_bias():
+    """Nothing is divided by zero."""
+    layer = layer_of(32, 16)
+    assert torch.equal(layer(torch.zeros(2, 32)), layer.bias.expand(2, 16))
+
+
+def test_wrong_inputs_are_named():
+    """A wrong width and an integer input say what was given and what is taken."""
+    layer = layer_of(32, 16)
+    with pytest.raises(ValueError, match="31, but the layer takes 32"):
+        layer(randn(2, 31))
+    with pytest.raises(TypeError, match="int64"):
+        layer(torch.ones(2, 32, dtype=torch.int64))
+    with pytest.raises(ValueError, match="kernel must be one of"), int8.kernel("fast"):
+        pass
+
+
+def test_the_environment_forces_the_reference():
+    """QUANTIZE_INT8_KERNEL is read, and a wrong value named."""
+    code = (
+        "import torch; from quantize.int8 import *; Int8Linear(torch.ones(2, 2).to(torch.int8), torch.ones(2))(torch.ones(2))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, kernels.SWITCH: "fast"}, capture_output=True, text=True, check=False
+    )
+    assert "QUANTIZE_INT8_KERNEL must be one of" in run.stderr
+
+
+# The layer as a module.
+
+
+def test_state_is_plain_tensors():
+    """int8 weight, float32 scale, bias: nothing else, no tensor subclass."""
+    state = layer_of(8, 4).state_dict()
+    assert {k: (v.dtype, type(v)) for k, v in state.items()} == {
+        "weight": (torch.int8, torch.Tensor),
+        "scale": (torch.float32, torch.Tensor),
+        "bias": (torch.float32, torch.Tensor),
+    }
+
+
+def test_layer_survives_what_happens_to_modules():
+    """Same outputs after deepcopy, pickling, dtype moves and state dicts, and new outputs after a change in place."""
+    layer, x = layer_of(32, 16), randn(4, 32)
+    y = layer(x)
+    assert torch.equal(copy.deepcopy(layer)(x), y)
+    assert torch.equal(pickle.loads(pickle.dumps(layer))(x), y)
+    other = int8.Int8Linear.from_weight(linear(32, 16, seed=5).weight, linear(32, 16, seed=5).bias)
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other(x), y)
+    other.load_state_dict({k: v.clone() for k, v in layer.state_dict().items()}, assign=True)
+    assert torch.equal(other(x), y)
+    assert copy.deepcopy(layer).to(torch.bfloat16).scale.dtype == torch.float32
+    layer.weight.neg_()
+    layer.bias.neg_()
+    assert torch.equal(layer(x), -y)
+
+
+def test_threads_may_share_a_layer():
+    """Eight threads at once get what one gets alone."""
+    layer = layer_of(64, 64)
+    inputs = [randn(i + 1, 64, seed=i) for i in range(8)]
+    expected, results = [layer(x) for x in inputs], [None] * 8
+    threads = [threading.Thread(target=lambda i=i: results.__setitem__(i, layer(inputs[i]))) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(a, b) for a, b in zip(expected, results, strict=True))
+
+
+def test_traced_and_exported_layers_stay_int8():
+    """torch.jit.trace and torch.export give the same bits at another batch size, with the int8 product inside."""
+    model, x = int8.quantize_dynamic(mlp()), randn(5, 24)
+    traced = torch.jit.trace(model, randn(3, 24, seed=1))
+    assert "_int_mm" in str(traced.inlined_graph)
+    assert torch.equal(traced(x), model(x))
+    exported = torch.export.export(model, (randn(3, 24),), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    assert "_int_mm" in str(exported.graph)
+    assert torch.equal(exported.module()(x), model(x))
+
+
+# The transform.
+
+
+def rebuilt(model: nn.Module, fresh: nn.Module) -> nn.Module:
+    """What a file does: apply the structure record to a fresh instance, then assign the tensors."""
+    new = surgery.rebuild(fresh, surgery.structure(model))
+    new.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
+    return new
+
+
+@pytest.mark.parametrize("name", helpers.ZOO)
+def test_zoo(name: str):
+    """Each architecture keeps its outputs, leaves its input model alone, is rebuilt to the same bits."""
+    model, inputs = helpers.zoo(name)
+    before = copy.deepcopy(model.state_dict())
+    expected = helpers.run(model, inputs)
+    small = int8.quantize_dynamic(model)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    actual = helpers.run(small, inputs)
+    assert helpers.cosine(actual, expected) > 0.999
+    fresh, _ = helpers.zoo(name, seed=1)
+    assert torch.equal(helpers.run(rebuilt(small, fresh), inputs), actual)
+    left = [n for n, m in small.named_modules() if isinstance(m, nn.Linear)]
+    assert not left
+    assert all(v == "int8" or "embedding" in v for v in int8.summary(small).values())
+
+
+def test_tied_head_and_table_share_one_int8_weight():
+    """GPT-2's table and head stay tied, and the model is smaller by the factor of its dtype."""
+    model, _ = helpers.zoo("gpt2")
+    small = int8.quantize_dynamic(model)
+    assert small.lm_head.weight is small.transformer.wte.weight
+    assert isinstance(small.transformer.wpe, nn.Embedding)
+
+
+def test_skip_and_summary():
+    """A skipped layer stays what it was, and the summary says why."""
+    model = mlp()
+    small = int8.quantize_dynamic(model, skip=("2",))
+    assert type(small[2]) is nn.Linear
+    assert int8.summary(small) == {"0": "int8", "2": "named by skip"}
+
+
+def test_embeddings_are_an_option():
+    """embeddings=True stores a table's rows in int8, each within half a step."""
+    model = nn.Sequential(nn.Embedding(10, 16), linear(16, 4)).eval()
+    assert type(int8.quantize_dynamic(model)[0]) is nn.Embedding
+    table = int8.quantize_dynamic(model, embeddings=True)[0]
+    ids = torch.tensor([[1, 2], [3, 9]])
+    assert ((table(ids) - model[0](ids)).abs() <= 0.5001 * table.scale[ids, None]).all()
+
+
+def test_what_cannot_be_quantized_is_named():
+    """No linear, an already quantized model, weights that are not finite, and a skip that is no module."""
+    with pytest.raises(ValueError, match="no linear layer left"):
+        int8.quantize_dynamic(nn.Sequential(nn.ReLU()))
+    with pytest.raises(ValueError, match="already quantized"):
+        int8.quantize_dynamic(int8.quantize_dynamic(mlp()))
+    bad = mlp()
+    with torch.no_grad():
+        bad[2].weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="'2' has a weight that is not finite"):
+        int8.quantize_dynamic(bad)
+    with pytest.raises(ValueError, match="head"):
+        int8.quantize_dynamic(mlp(), skip=("head",))
+    with pytest.raises(TypeError, match=r"nn\.Module"):
+        int8.quantize_dynamic([1])
+
+
+def test_subclasses_with_their_own_forward_are_left_alone():
+    """Only layers that compute what nn.Linear computes are replaced."""
+
+    class Scaled(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * 2
+
+    class Renamed(nn.Linear):
+        pass
+
+    small = int8.quantize_dynamic(nn.Sequential(Scaled(4, 4), Renamed(4, 4)).eval())
+    assert type(small[0]) is Scaled and isinstance(small[1], int8.Int8Linear)
+    assert "forward of its own" in int8.summary(small)["0"]
+
+
+def test_transformer_encoder_runs_without_its_fused_path():
+    """PyTorch's own encoder, whose fused path reads float weights, gives its output with int8 layers inside."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2).eval()
+    x, mask = randn(2, 6, 32), torch.tensor([[False] * 6, [False] * 4 + [True] * 2])
+    small = int8.quantize_dynamic(model)
+    with torch.no_grad():
+        actual, expected = small(x, src_key_padding_mask=mask), model(x, src_key_padding_mask=mask)
+        again = rebuilt(small, copy.deepcopy(model))(x, src_key_padding_mask=mask)
+    assert helpers.cosine(actual[~mask], expected[~mask]) > 0.999
+    assert torch.equal(again, actual)
