@@ -73,7 +73,17 @@ def skip_filter(model: nn.Module, skip: Skip) -> Callable[[str, nn.Module], bool
 
 
 def replace(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.Module:
-    """Put each value where its key stands in `model`, in place and at every place; returns the (possibly new) root."""
+    """Put each value where its key stands in `model`, in place and at every place; returns the (possibly new) root.
+
+    Edits recorded on the old module, or inside it, go over to the new one: they come first when a file repeats them.
+    """
+    for old, new in replacements.items():
+        if new is not old:
+            inherited = [(b, a, _join(n, inner)) for n, m in old.named_modules() for b, a, inner in _edits(m)]
+            for module in old.modules():  # the new module may hold the old one
+                module.__dict__.pop("_structure", None)
+            if inherited:
+                new.__dict__["_structure"] = [*inherited, *_edits(new)]
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child in replacements:
@@ -99,15 +109,24 @@ def record(module: nn.Module, name: str, **arguments: Any) -> None:
     """Note on `module` that builder `name` with these JSON arguments makes it from what stands there in a fresh model."""
     if name not in _BUILDERS:
         raise ValueError(f"no builder is named {name!r}; known: {sorted(_BUILDERS)}")
-    module.__dict__["_structure"] = [*module.__dict__.get("_structure", ()), (name, arguments)]
+    module.__dict__["_structure"] = [*_edits(module), (name, arguments, "")]
+
+
+def _edits(module: nn.Module) -> Sequence[tuple[str, dict[str, Any], str]]:
+    """What was recorded on `module`: builder, arguments, and the name, seen from `module`, of the module they apply to."""
+    return module.__dict__.get("_structure", ())
+
+
+def _join(name: str, inner: str) -> str:
+    return f"{name}.{inner}".strip(".")
 
 
 def structure(model: nn.Module) -> list[dict[str, Any]]:
     """The edits that turn a fresh instance into `model`: `{"module", "builder", "arguments"}`, outer modules first."""
     return [
-        {"module": name, "builder": builder_name, "arguments": arguments}
+        {"module": _join(name, inner), "builder": builder_name, "arguments": arguments}
         for name, module in model.named_modules()
-        for builder_name, arguments in module.__dict__.get("_structure", ())
+        for builder_name, arguments, inner in _edits(module)
     ]
 
 
@@ -124,14 +143,15 @@ def rebuild(model: nn.Module, edits: Iterable[Mapping[str, Any]]) -> nn.Module:
             module = model.get_submodule(name)
         except AttributeError:
             raise ValueError(f"the model ({type(model).__name__}) has no module {name!r}") from None
+        before = _edits(module)
         try:
             new = _BUILDERS[builder_name](module, **arguments)
         except (TypeError, ValueError, AttributeError, KeyError, RuntimeError) as error:
             raise ValueError(f"module {name!r} can't become {builder_name}: {error}") from error
+        if len(_edits(new)) == (len(before) if new is module else 0):  # the builder didn't record it itself
+            record(new, builder_name, **arguments)
         if new is not module:
             model = replace(model, {module: new})
-        if not new.__dict__.get("_structure") or new.__dict__["_structure"][-1] != (builder_name, arguments):
-            record(new, builder_name, **arguments)
     return model
 
 
@@ -149,8 +169,8 @@ def resize(module: nn.Module, *, tensors: Mapping[str, torch.Tensor], attributes
         _set_attribute(module, name, value)
     shapes = {n: list(t.shape) for n, t in tensors.items()}
     values = {n: list(v) if isinstance(v, tuple) else v for n, v in attributes.items()}
-    edits = module.__dict__.get("_structure", ())
-    if edits and edits[-1][0] == "resized":  # one edit for a module cut several times
+    edits = _edits(module)
+    if edits and edits[-1][0] == "resized" and not edits[-1][2]:  # one edit for a module cut several times
         earlier = edits[-1][1]
         module.__dict__["_structure"] = edits[:-1]
         shapes, values = {**earlier["shapes"], **shapes}, {**earlier["attributes"], **values}
@@ -188,9 +208,15 @@ def _set_tensor(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
 
 def _set_attribute(module: nn.Module, name: str, value: Any) -> None:
     """Only plain values, only over an attribute of the same kind: a file must not be able to set anything else."""
-    plain = (bool, int, float, str, tuple, list, type(None))
-    if name.startswith("_") or not hasattr(module, name) or not isinstance(getattr(module, name), plain):
+    old = getattr(module, name, module)
+    if name.startswith("_") or _kind(old) is None:
         raise ValueError(f"{type(module).__name__} has no plain attribute {name!r}")
-    if not isinstance(value, plain):
-        raise ValueError(f"attribute {name!r} of {type(module).__name__} can't be {value!r}")
-    setattr(module, name, value)
+    if _kind(value) is None or (old is not None and value is not None and _kind(old) != _kind(value)):
+        raise ValueError(f"attribute {name!r} of {type(module).__name__} is {old!r}, it can't become {value!r}")
+    setattr(module, name, list(value) if isinstance(old, list) and value is not None else value)
+
+
+def _kind(value: Any) -> str | None:
+    """What sort of plain value this is; None for anything else."""
+    kinds = {bool: "flag", int: "number", float: "number", str: "text", tuple: "list", list: "list", type(None): "nothing"}
+    return next((kind for plain, kind in kinds.items() if isinstance(value, plain)), None)
