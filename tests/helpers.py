@@ -156,5 +156,5 @@ def zoo(name: str, seed: int = 0) -> tuple[nn.Module, dict[str, torch.Tensor]]:
         for norm in norms:  # as after training: statistics of real activations, else a deep network's output vanishes
             norm.train().momentum = 1.0
         if norms:
-            model(**inputs)
+            model(torch.randn(32, *inputs["pixel_values"].shape[1:]))
     return model.eval(), dict(inputs)
