@@ -15,7 +15,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -24,6 +24,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from quantize.checkpoint import atomic_write
+from quantize.precision import native_bf16
 
 Batches = Callable[[int], Any]  # step -> batch
 Loss = Callable[[nn.Module, Any], Tensor]  # model, batch -> scalar, a mean over the batch
@@ -77,6 +80,20 @@ class Recipe:
         return min(1.0, rise, fall)
 
 
+RECIPES: dict[str, dict[str, Recipe]] = {  # beside models.PRESETS
+    "text": {
+        "tiny": Recipe(steps=100, batch=8, length=128),
+        "small": Recipe(steps=2000, batch=4, length=256),
+        "base": Recipe(steps=20_000, batch=16, length=512, warmup=100),
+    },
+    "image": {
+        "tiny": Recipe(steps=100, batch=32),
+        "small": Recipe(steps=400, batch=64),
+        "base": Recipe(steps=5000, batch=128, warmup=100),
+    },
+}
+
+
 # -------------------------------------------------------------------------------------------- optimizers
 
 
@@ -99,11 +116,50 @@ def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
     return matrices, others
 
 
+class BatchedMuon(torch.optim.Muon):
+    """`torch.optim.Muon` (same state, same update) that orthogonalizes all matrices of one shape in one batch.
+
+    One at a time, the matrices of a small model leave the cores idle: 42 of them took 34 ms a step on 2 cores.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            shapes: dict[torch.Size, list[Tensor]] = {}
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    shapes.setdefault(parameter.shape, []).append(parameter)
+            for shape, parameters in shapes.items():
+                updates = []
+                for parameter in parameters:
+                    state = self.state[parameter]
+                    if "momentum_buffer" not in state:
+                        state["momentum_buffer"] = torch.zeros_like(parameter)
+                    momentum = state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
+                    updates.append(parameter.grad.lerp(momentum, group["momentum"]))
+                update = orthogonalize(torch.stack(updates), group["ns_coefficients"], group["ns_steps"])
+                lr = group["lr"] * max(1, shape[0] / shape[1]) ** 0.5
+                torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(parameters, list(update.float().unbind()), alpha=-lr)
+
+
+def orthogonalize(x: Tensor, coefficients: tuple[float, float, float], steps: int) -> Tensor:
+    """Move the singular values of each matrix of x [N, A, B] near 1 by Newton-Schulz steps, in bf16 (as torch's Muon)."""
+    a, b, c = coefficients
+    tall = x.shape[1] > x.shape[2]
+    x = (x.mT if tall else x).bfloat16()
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
 def _optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
     matrices, others = split_parameters(model)
     optimizers: list[torch.optim.Optimizer] = []
     if matrices:
-        optimizers.append(torch.optim.Muon(matrices, lr=recipe.muon_lr, weight_decay=recipe.weight_decay))
+        optimizers.append(BatchedMuon(matrices, lr=recipe.muon_lr, weight_decay=recipe.weight_decay))
     if others:
         optimizers.append(
             torch.optim.AdamW(others, lr=recipe.lr, betas=(0.9, 0.95), weight_decay=recipe.weight_decay, fused=True)
@@ -237,16 +293,6 @@ def autocast(device: torch.device | str, bf16: bool | None = None) -> AbstractCo
     if native_bf16(device) if bf16 is None else bf16:
         return torch.autocast(torch.device(device).type, dtype=torch.bfloat16)
     return nullcontext()
-
-
-def native_bf16(device: torch.device | str = "cpu") -> bool:
-    """Whether bf16 matrix products run in hardware (AVX512-BF16 or AMX; Ampere or newer) rather than emulated."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if torch.device(device).type != "cpu":
-        return False
-    has = torch.cpu.get_capabilities()
-    return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
 
 
 def next_token_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -423,24 +469,12 @@ def _write_state(path: Path, model: nn.Module, optimizers: list, run: dict, step
     states = [optimizer.state_dict() for optimizer in optimizers]
     torch.save({"run": run, "step": step, "model": model.state_dict(), "optimizers": states}, buffer)
     content = buffer.getbuffer()
-    temporary = path.with_name(path.name + ".tmp")  # one name, so that a killed run leaves at most one
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
+        with atomic_write(path) as file:
             file.write(_MAGIC + hashlib.sha256(content).hexdigest().encode() + b"\n")
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        if os.name == "posix":
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
     except OSError as error:
-        with suppress(OSError):  # the first error says what is wrong
-            temporary.unlink(missing_ok=True)
         raise TrainingError(f"cannot write the training state {path}: {error.strerror or error}") from None
 
 

@@ -4,8 +4,10 @@ from dataclasses import asdict
 import pytest
 import torch
 import transformers
+from helpers import assert_close
 from torch.export import Dim, export
 
+from quantize.kv_cache import KVCache
 from quantize.models import (
     MLP,
     ConvNet,
@@ -14,7 +16,9 @@ from quantize.models import (
     DecoderLM,
     MLPConfig,
     apply_rope,
+    causal_attention,
     rope_table,
+    short_causal_attention,
 )
 
 TINY = {"vocab_size": 61, "width": 32, "layers": 2, "heads": 4, "kv_heads": 2, "ffn_width": 48}
@@ -32,19 +36,6 @@ def decoder(**changes):
 
 def ids(*shape):
     return torch.randint(61, shape, generator=torch.Generator().manual_seed(1))
-
-
-class Cache:
-    """The least that the decoder accepts as a cache."""
-
-    def __init__(self):
-        self.length, self.layers = 0, {}
-
-    def update(self, layer, k, v):
-        if layer in self.layers:
-            k, v = (torch.cat(pair, 2) for pair in zip(self.layers[layer], (k, v), strict=True))
-        self.layers[layer] = k, v
-        return k, v
 
 
 REFERENCES = {
@@ -101,6 +92,15 @@ def test_rope_depends_on_distance_only():
     assert abs(product(3, 1) - product(3, 2)) > 1e-3
 
 
+def test_attention_in_training_equals_the_one_in_use():
+    """Both ways to compute causal attention agree, grouped queries included, in values and gradients."""
+    q, k, v = (torch.randn(2, heads, 9, 8, requires_grad=True) for heads in (4, 2, 2))
+    outputs = [attention(q, k, v) for attention in (causal_attention, short_causal_attention)]
+    gradients = [torch.autograd.grad(output.square().sum(), (q, k, v)) for output in outputs]
+    for one, other in zip((outputs[0], *gradients[0]), (outputs[1], *gradients[1]), strict=True):
+        assert_close(one, other)
+
+
 def test_decoder_is_causal():
     """Changing a token changes no logits before it."""
     model, tokens = decoder(), ids(1, 12)
@@ -114,11 +114,11 @@ def test_decoder_is_causal():
 @pytest.mark.parametrize("chunk", [1, 3, 5])
 def test_a_cache_changes_nothing(chunk):
     """Fed in pieces through a cache, the decoder gives the logits of the whole sequence."""
-    model, tokens, cache, pieces = decoder(), ids(2, 15), Cache(), []
+    model, tokens, pieces = decoder(), ids(2, 15), []
+    cache = KVCache.for_model(model, batch=2)
     with torch.no_grad():
         for start in range(0, 15, chunk):
             pieces.append(model(tokens[:, start : start + chunk], cache))
-            cache.length += chunk
         assert (torch.cat(pieces, 1) - model(tokens)).abs().max() < 1e-4
 
 

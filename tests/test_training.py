@@ -13,8 +13,10 @@ import torch
 from torch import nn
 
 from quantize import training
-from quantize.models import ConvNet, ConvNetConfig, DecoderConfig, DecoderLM
+from quantize.models import PRESETS, ConvNet, ConvNetConfig, DecoderConfig, DecoderLM
 from quantize.training import (
+    RECIPES,
+    BatchedMuon,
     ProgressPrinter,
     Recipe,
     TrainingError,
@@ -192,6 +194,23 @@ def test_muon_gets_the_matrices_between_input_and_output():
     assert sorted(map(id, [*matrices, *others])) == sorted(names)
 
 
+def test_batched_muon_is_muon():
+    """Batching the matrices of one shape changes Muon's weights by no more than bf16 rounding of the updates."""
+    torch.manual_seed(0)
+    ours = [nn.Parameter(torch.randn(shape)) for shape in ((8, 16), (8, 16), (24, 8), (8, 16))]
+    theirs = [nn.Parameter(parameter.detach().clone()) for parameter in ours]
+    optimizers = BatchedMuon(ours, lr=0.1, weight_decay=0.2), torch.optim.Muon(theirs, lr=0.1, weight_decay=0.2)
+    for _ in range(5):
+        for one, other in zip(ours, theirs, strict=True):
+            one.grad = torch.randn(one.shape)
+            other.grad = one.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for one, other in zip(ours, theirs, strict=True):
+        assert (one - other).abs().max() < 0.1 * 5 * 0.02
+    assert optimizers[0].state_dict().keys() == optimizers[1].state_dict().keys()
+
+
 def test_rates_rise_hold_and_fall():
     """The schedule warms up linearly, holds, and falls linearly to almost nothing."""
     recipe = Recipe(steps=100, warmup=9, cooldown=0.5)
@@ -344,3 +363,13 @@ def test_two_ranks_match_one_with_twice_the_batch(tmp_path):
     one = fit(*two_rank_task(0, 1), bf16=False).state_dict()
     for name, tensor in one.items():
         assert (two[name] - tensor).abs().max() < 1e-3, name
+
+
+def test_every_preset_has_a_recipe():
+    """Models and recipes are listed under the same tasks and names, and small presets are mostly linears."""
+    assert {task: set(sizes) for task, sizes in PRESETS.items()} == {task: set(sizes) for task, sizes in RECIPES.items()}
+    for name in ("small", "base"):
+        model = DecoderLM(PRESETS["text"][name])
+        linears = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+        assert linears / sum(parameter.numel() for parameter in model.parameters()) > 0.97
+    assert 24e6 < sum(parameter.numel() for parameter in model.parameters()) < 27e6
