@@ -1,0 +1,304 @@
+"""Measure an artifact: its size, latency, memory and quality, from the file, loaded again in a fresh process.
+
+    quantize.measure("artifacts/int8.pth", inputs, baseline="artifacts/model.pth", evaluate=partial(accuracy, data))
+    python -m quantize.measure artifacts/int8.pth        # one JSON line
+
+Every artifact has a process of its own. All are alive side by side and take turns (A B C A B C ...), one computing at a time,
+so that a machine that gets slower in the meantime slows all of them; the speed-up is the median of the per-round ratios.
+Left out: GPUs (this package is about CPUs) and throughput over several streams.
+
+`quantize.measure` is the function. Its companions are imported from here: `from quantize.measure import compare, machine`.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import nn
+
+from quantize.measure.artifact import Artifact, MeasurementError, fingerprint
+from quantize.measure.host import allocator_state, describe_machine, keep_allocations, machine
+from quantize.measure.process import CannotSend, Worker, pack, pack_inputs, write_payload
+
+__all__ = [
+    "Latency", "Measurement", "MeasurementError", "allocator_state", "compare", "describe_machine", "fingerprint",
+    "keep_allocations", "machine", "measure",
+]  # fmt: skip
+
+Source = str | Path | nn.Module | Callable[..., Any]
+Evaluate = Callable[[Any], Any]
+Fresh = nn.Module | Callable[[], nn.Module]
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Milliseconds per call, over all timed calls."""
+
+    median: float
+    p10: float
+    p90: float
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What was measured of one artifact."""
+
+    name: str
+    file: str | None  # None: a model in memory
+    bytes: int  # of the file; in memory: of the stored tensors
+    parameters: int  # stored elements: weights in parameters and buffers, shared ones once
+    latency_ms: Latency | None  # None: there were no inputs to call it with
+    speedup: float | None  # over the first artifact of the same comparison; median of the per-round ratios
+    metrics: dict[str, float]  # what `evaluate` returned; the first one is the one to show
+    load_s: float | None  # from the file to a usable model, torch already imported
+    first_call_ms: float | None  # cold: kernels are chosen and weights packed in it
+    peak_rss_mb: float | None  # most memory the fresh process had resident before `evaluate`, torch's own included
+    output_sha256: str | None  # `fingerprint` of the output for the example inputs
+    threads: int
+    allocator: str
+    notes: tuple[str, ...] = ()
+
+
+def measure(
+    path_or_model: Source,
+    example_inputs: Any,
+    *,
+    evaluate: Evaluate | None = None,
+    baseline: Source | None = None,
+    model: Fresh | None = None,
+    **options: Any,
+) -> Measurement:
+    """Measure one artifact; with `baseline`, interleaved with it, which gives `speedup`.
+
+    Arguments, the other options (threads, rounds, ...) and what is raised: see `compare`.
+    """
+    sources = [path_or_model] if baseline is None else [baseline, path_or_model]
+    return compare(sources, example_inputs, evaluate=evaluate, model=model, **options)[-1]
+
+
+def compare(
+    artifacts: Mapping[str, Source] | Sequence[Source],
+    example_inputs: Any,
+    *,
+    evaluate: Evaluate | None = None,
+    model: Fresh | None = None,
+    threads: int | None = None,
+    rounds: int = 7,
+    burst_seconds: float = 0.2,
+    keep: bool = True,
+    timeout_s: float = 600.0,
+    progress: Callable[[str], None] | None = None,
+) -> list[Measurement]:
+    """Measure artifacts side by side; the first one is the baseline of `speedup`.
+
+    artifacts: files (checkpoints, TorchScript) by name, or a sequence of them, named by their stems. A model in memory is
+        measured in the calling process and its notes say so.
+    example_inputs: what `torch.export.export` takes: a tensor, a tuple of positional arguments or a dict of keyword arguments.
+        None: the model's own `example_inputs()` if it has that, else no latency.
+    evaluate: called with the loaded model; returns a number, a (name, number) pair or a dict of them. It runs in the fresh
+        process, so it has to be picklable: `functools.partial(function_of_a_module, data)` is. If it isn't (a lambda), the file
+        is loaded again in the calling process for it, and the notes say so.
+    model: for an architecture that isn't built in, as in `quantize.load`: a fresh instance or a function that makes one.
+    threads: torch threads of each process; default: those of the caller.
+    rounds, burst_seconds: each artifact is called for about `burst_seconds` in each of the rounds, once at least.
+    keep: whether the fresh processes call `keep_allocations()`.
+    timeout_s: for each answer of a process (loading, a burst, `evaluate`).
+    progress: called with a line for people before each step.
+
+    Raises CheckpointError for a file that can't be read, MeasurementError for a model that fails on the inputs or a process
+    that dies or doesn't answer, TypeError or ValueError for arguments out of range.
+    """
+    sources = _named(artifacts)
+    threads = torch.get_num_threads() if threads is None else threads
+    _check(threads, rounds, burst_seconds, timeout_s)
+    say = progress or (lambda line: None)
+    with ExitStack() as stack:
+        stack.enter_context(_torch_threads(threads))
+        say(f"starting a process for each of {len(sources)} artifacts")
+        turns = _open(stack, sources, example_inputs, evaluate, model, threads=threads, keep=keep, timeout_s=timeout_s)
+        return _take_turns(turns, threads, rounds, burst_seconds, say)
+
+
+def measure_here(
+    path: str | Path,
+    example_inputs: Any,
+    *,
+    evaluate: Evaluate | None = None,
+    model: Fresh | None = None,
+    threads: int = 1,
+    rounds: int = 7,
+    burst_seconds: float = 0.2,
+) -> Measurement:
+    """`measure` for a process that is fresh itself (the command line); `peak_rss_mb` is that of the calling process."""
+    _check(threads, rounds, burst_seconds)
+    holder = Artifact(path, example_inputs, evaluate=evaluate, model=model)
+    with _torch_threads(threads):
+        turn = _Turn(Path(path).stem, holder, holder, fresh=True, allocator=allocator_state())
+        return _take_turns([turn], threads, rounds, burst_seconds, lambda line: None)[0]
+
+
+@dataclass
+class _Turn:
+    """One artifact while it is being measured."""
+
+    name: str
+    holder: Artifact | Worker
+    here: Artifact  # the same, in the calling process; not loaded unless it is the holder
+    fresh: bool  # whether the holder has a process of its own
+    evaluates_here: bool = False
+    allocator: str = ""
+    notes: list[str] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+    bursts: list[list[float]] = field(default_factory=list)
+
+
+def _check(threads: int, rounds: int, burst_seconds: float, timeout_s: float = 1.0) -> None:
+    for name, count in (("threads", threads), ("rounds", rounds)):
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            raise ValueError(f"{name} must be an integer of at least 1, got {count!r}")
+    if not 0 <= burst_seconds < math.inf:
+        raise ValueError(f"burst_seconds must be a finite number >= 0, got {burst_seconds!r}")
+    if not timeout_s > 0:
+        raise ValueError(f"timeout_s must be above 0, got {timeout_s!r}")
+
+
+def _named(artifacts: Mapping[str, Source] | Sequence[Source]) -> dict[str, Source]:
+    if isinstance(artifacts, Mapping):
+        named = dict(artifacts)
+    elif isinstance(artifacts, Sequence) and not isinstance(artifacts, str):
+        named = {}
+        for source in artifacts:
+            name = Path(source).stem if isinstance(source, (str, Path)) else type(source).__name__
+            copies = 1 + sum(n == name or n.startswith(f"{name} (") for n in named)
+            named[name if copies == 1 else f"{name} ({copies})"] = source
+    else:
+        raise TypeError(f"artifacts must be a dict or a sequence of paths and models, got {type(artifacts).__name__}")
+    if not named:
+        raise ValueError("artifacts is empty: nothing to measure")
+    for name, source in named.items():
+        if not isinstance(source, (str, Path)) and not callable(source):
+            raise TypeError(f"artifact {name!r} must be a path or a model, got {type(source).__name__}")
+    return named
+
+
+def _open(
+    stack: ExitStack,
+    sources: Mapping[str, Source],
+    example_inputs: Any,
+    evaluate: Evaluate | None,
+    model: Fresh | None,
+    *,
+    threads: int,
+    keep: bool,
+    timeout_s: float,
+) -> list[_Turn]:
+    """A started process per file, the calling process for the rest (and for what another process can't have)."""
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="quantize-measure-")))
+    payload, why_here, why_evaluate_here, packed_evaluate = folder / "payload", "", "", None
+    try:
+        packed_evaluate = pack(evaluate)
+    except CannotSend as reason:
+        why_evaluate_here = f"evaluated in the calling process: {reason}"
+    try:
+        write_payload(payload, pack_inputs(example_inputs), evaluate=packed_evaluate, model=pack(model))
+    except CannotSend as reason:
+        why_here = f"measured in the calling process: {reason}"
+
+    turns = []
+    for name, source in sources.items():
+        here = Artifact(source, example_inputs, evaluate=evaluate, model=model)
+        turn = _Turn(name, here, here, fresh=False, allocator=allocator_state())
+        if here.path is None:
+            turn.notes.append("in memory, measured in the calling process")
+        elif why_here:
+            turn.notes.append(why_here)
+        else:
+            turn.holder = Worker(here.path, payload, threads=threads, keep=keep, timeout_s=timeout_s)
+            stack.callback(turn.holder.close)
+            turn.fresh = True
+            turn.evaluates_here = bool(why_evaluate_here)
+            turn.notes += [why_evaluate_here] if why_evaluate_here else []
+        turns.append(turn)
+    for turn in turns:  # they all import torch at once; from here on one works at a time
+        if isinstance(turn.holder, Worker):
+            try:
+                turn.allocator = turn.holder.start()
+            except CannotSend as reason:
+                turn.holder.close()
+                turn.holder, turn.fresh, turn.evaluates_here = turn.here, False, False
+                turn.notes.append(f"measured in the calling process: {reason}")
+    return turns
+
+
+def _take_turns(
+    turns: list[_Turn], threads: int, rounds: int, burst_seconds: float, say: Callable[[str], None]
+) -> list[Measurement]:
+    for turn in turns:
+        say(f"loading {turn.name}")
+        turn.facts = turn.holder.load()
+        if turn.facts["callable"]:
+            turn.facts |= turn.holder.warm_up()
+    timed = [turn for turn in turns if turn.facts["callable"]]
+    for number in range(rounds if timed else 0):
+        say(f"timing, round {number + 1} of {rounds}")
+        for turn in timed:
+            turn.bursts.append(turn.holder.burst(burst_seconds))
+    for turn in turns:
+        say(f"evaluating {turn.name}")
+        turn.facts["peak_rss_mb"] = turn.holder.peak_rss_mb() if turn.fresh else None
+        turn.facts["metrics"] = _evaluate(turn)
+    return [_measurement(turn, turns[0], threads) for turn in turns]
+
+
+def _evaluate(turn: _Turn) -> dict[str, float]:
+    if not turn.evaluates_here:
+        return turn.holder.evaluate()
+    turn.here.load()
+    metrics = turn.here.evaluate()
+    turn.here.module = None  # one model at a time
+    return metrics
+
+
+def _measurement(turn: _Turn, baseline: _Turn, threads: int) -> Measurement:
+    facts, notes = turn.facts, list(turn.notes)
+    latency = None
+    if turn.bursts:
+        samples = torch.tensor([ms for burst in turn.bursts for ms in burst], dtype=torch.float64)
+        latency = Latency(*torch.quantile(samples, torch.tensor([0.5, 0.1, 0.9], dtype=torch.float64)).tolist())
+    else:
+        notes.append("no example inputs: latency not measured")
+    ratios = [median(b) / median(t) for b, t in zip(baseline.bursts, turn.bursts, strict=False)]
+    return Measurement(
+        name=turn.name,
+        file=None if turn.here.path is None else str(turn.here.path),
+        bytes=facts["bytes"],
+        parameters=facts["parameters"],
+        latency_ms=latency,
+        speedup=median(ratios) if ratios else None,
+        metrics=facts["metrics"],
+        load_s=facts["load_s"],
+        first_call_ms=facts.get("first_call_ms"),
+        peak_rss_mb=facts["peak_rss_mb"],
+        output_sha256=facts.get("output_sha256"),
+        threads=threads,
+        allocator=turn.allocator,
+        notes=tuple(notes),
+    )
+
+
+@contextmanager
+def _torch_threads(threads: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

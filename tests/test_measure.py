@@ -1,0 +1,416 @@
+"""Measuring: what is counted, fresh processes and what happens when they fail, the command line."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import quantize
+from quantize.checkpoint import CheckpointError, save
+from quantize.measure import (
+    Measurement,
+    MeasurementError,
+    allocator_state,
+    compare,
+    describe_machine,
+    fingerprint,
+    keep_allocations,
+    machine,
+    measure,
+)
+from quantize.measure.artifact import as_metrics, stored_tensors
+from quantize.measure.process import CannotSend, Worker, pack, pack_inputs, write_payload
+from quantize.models import MLP, MLPConfig
+
+QUICK = {"threads": 1, "rounds": 2, "burst_seconds": 0.0}
+INPUTS = torch.linspace(-1, 1, 32).reshape(2, 16)
+
+
+class Net(nn.Module):
+    """A foreign architecture: two inputs, a tied weight, a BatchNorm, a weight kept in a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.norm = nn.Linear(16, 16), nn.Linear(16, 16), nn.BatchNorm1d(16)
+        self.b.weight = self.a.weight
+        self.register_buffer("table", torch.ones(16, dtype=torch.int8))
+        self.register_buffer("mask", torch.ones(99), persistent=False)
+
+    def forward(self, x, scale=1.0):
+        return {"out": self.norm(self.b(self.a(x))) * self.table * scale}
+
+
+def weight_sum(model, factor=1.0):
+    return {"weight_sum": factor * model.state_dict()["head.weight"].double().sum().item(), "pid": os.getpid()}
+
+
+def die(model):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def complain(model):
+    print("on standard output")
+    raise RuntimeError("no such metric")
+
+
+def sleep_long(model):
+    time.sleep(60)
+
+
+def leave_unread():
+    raise AssertionError("this must run in the child only")
+
+
+class OnlyHere:
+    """Pickles here, and can't be read back anywhere."""
+
+    def __reduce__(self):
+        return leave_unread, ()
+
+    def __call__(self, model):
+        return 3.0
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("artifacts")
+    torch.manual_seed(0)
+    model = MLP(MLPConfig(in_features=16, classes=4, hidden=(32,))).eval()
+    paths = {"mlp": folder / "mlp.pth", "script": folder / "script.pt", "model": model}
+    save(model, paths["mlp"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.freeze(torch.jit.trace(model, INPUTS)).save(str(paths["script"]))
+    return paths
+
+
+@pytest.fixture(scope="module")
+def measured(files) -> list[Measurement]:
+    artifacts = {"base": files["mlp"], "script": files["script"]}
+    return compare(artifacts, INPUTS, evaluate=partial(weight_sum_or_zero, factor=2.0), **QUICK)
+
+
+def weight_sum_or_zero(model, factor):
+    return weight_sum(model, factor) if isinstance(model, MLP) else {"weight_sum": 0.0, "pid": os.getpid()}
+
+
+def test_the_function_and_its_module_share_a_name():
+    """`quantize.measure` is the function; its companions are imported from the module of that name."""
+    assert callable(quantize.measure) and quantize.measure is measure
+    assert sys.modules["quantize.measure"].compare is compare
+
+
+def test_fresh_processes_give_the_outputs_of_the_model_that_was_saved(files, measured):
+    """The artifact loaded elsewhere equals its in-memory twin bit for bit, and has a process of its own."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    assert measured[0].output_sha256 == fingerprint(files["model"], INPUTS)
+    torch.set_num_threads(before)
+    assert len({m.metrics["pid"] for m in measured} | {os.getpid()}) == 3
+
+
+def test_everything_is_measured(files, measured):
+    """Size from the disk, all weights (frozen TorchScript constants too), ordered percentiles, a metric from the worker."""
+    parameters = sum(p.numel() for p in files["model"].parameters())
+    for m, path in zip(measured, (files["mlp"], files["script"]), strict=True):
+        assert (m.bytes, m.parameters) == (path.stat().st_size, parameters)
+        assert 0 < m.latency_ms.p10 <= m.latency_ms.median <= m.latency_ms.p90
+        assert m.load_s > 0 and m.speedup > 0 and m.threads == 1 and m.notes == ()
+        assert m.peak_rss_mb > 50
+    assert measured[0].speedup == 1
+    assert measured[0].metrics["weight_sum"] == weight_sum(files["model"], 2.0)["weight_sum"]
+    assert "keeps large blocks" in measured[0].allocator or not keep_allocations()
+
+
+@pytest.mark.slow
+def test_peak_memory_is_the_workers_own(files, tmp_path):
+    """A caller with 600 MB more resident doesn't show in its child's peak."""
+    ballast = torch.ones(150_000_000)
+    write_payload(tmp_path / "payload", pack_inputs(INPUTS), evaluate=None, model=None)
+    with Worker(files["mlp"], tmp_path / "payload", threads=1, keep=False, timeout_s=120) as worker:
+        worker.start()
+        small = worker.peak_rss_mb()
+    own = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+    assert small < own - 0.5 * ballast.nbytes / 2**20
+
+
+def test_a_foreign_architecture_is_measured_from_its_file(tmp_path):
+    """`model=` goes to the fresh process; keyword inputs and dict outputs work."""
+    save(Net().eval(), tmp_path / "net.safetensors")
+    m = measure(tmp_path / "net.safetensors", {"x": INPUTS, "scale": 2.0}, model=Net, **QUICK)
+    assert m.notes == () and m.peak_rss_mb and m.latency_ms.median > 0
+    assert m.parameters == 16 * 16 + 2 * 16 + 2 * 16 + 16  # tied weight once, BatchNorm's statistics and the mask not
+
+
+def test_stored_tensors_counts_shared_weights_once():
+    """Parameters and weights in buffers, without running statistics and non-persistent buffers."""
+    assert sum(t.numel() for t in stored_tensors(Net())) == 336
+
+
+def test_what_cannot_be_sent_is_evaluated_here_and_said(files):
+    """A lambda can't go to another process: the file is loaded here for it, and the notes say so."""
+    m = measure(files["mlp"], INPUTS, evaluate=lambda model: ("classes", model.head.out_features), **QUICK)
+    assert m.metrics == {"classes": 4.0} and m.peak_rss_mb
+    assert len(m.notes) == 1 and m.notes[0].startswith("evaluated in the calling process")
+
+
+@pytest.mark.slow
+def test_what_a_child_cannot_read_is_measured_here_and_said(files):
+    """Pickling may work and unpickling fail; the numbers then come from the file in this process."""
+    m = measure(files["mlp"], INPUTS, evaluate=OnlyHere(), **QUICK)
+    assert m.metrics == {"metric": 3.0} and m.peak_rss_mb is None and "calling process" in m.notes[0]
+
+
+def test_a_model_in_memory_is_not_touched(files):
+    """Measured on a copy, in eval mode, and the notes say that it is no artifact."""
+    model = nn.Sequential(nn.Linear(16, 16), nn.Dropout(0.5)).train()
+    keys = set(model.__dict__)
+    m = measure(model, INPUTS, evaluate=lambda copy: float(copy.training), **QUICK)
+    assert model.training and model[1].training and set(model.__dict__) == keys
+    assert m.metrics == {"metric": 0.0} and m.file is None and m.bytes == 4 * m.parameters == 4 * 272
+    assert "in memory" in m.notes[0]
+
+
+def test_without_inputs_a_built_in_model_is_still_timed(files):
+    """The built-in models know what they take; others are measured without latency, and it is said."""
+    assert measure(files["model"], None, **QUICK).latency_ms is not None
+    m = measure(nn.Linear(2, 2), None, **QUICK)
+    assert m.latency_ms is None and m.speedup is None and "latency not measured" in m.notes[-1]
+
+
+@pytest.mark.parametrize(
+    ("evaluate", "message"),
+    [
+        (die, "its process was killed by signal 9 during 'evaluate'"),
+        pytest.param(complain, "evaluate failed: RuntimeError: no such metric", marks=pytest.mark.slow),
+        pytest.param(sleep_long, "no answer to 'evaluate' within 2 s", marks=pytest.mark.slow),
+    ],
+)
+def test_failing_workers_are_named_and_reaped(files, tmp_path, evaluate, message):
+    """A crash, an exception and a hang become one MeasurementError that names the file; no process is left."""
+    write_payload(tmp_path / "payload", pack_inputs(INPUTS), evaluate=pack(evaluate), model=None)
+    with Worker(files["mlp"], tmp_path / "payload", threads=1, keep=False, timeout_s=300) as worker:
+        worker.start()
+        worker.load()
+        worker.timeout_s = 2
+        with pytest.raises(MeasurementError, match=message) as caught:
+            worker.evaluate()
+    assert str(files["mlp"]) in str(caught.value)
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+
+
+def test_wrong_inputs_name_the_artifact(files):
+    """What the model raises comes back as a MeasurementError."""
+    with pytest.raises(MeasurementError, match=r"MLP: calling it with example_inputs failed: RuntimeError"):
+        measure(files["model"], torch.ones(2, 3), **QUICK)
+
+
+def test_bad_arguments_are_refused(files, tmp_path):
+    """Each with its name and value, before any process is started."""
+    with pytest.raises(ValueError, match="threads must be an integer of at least 1, got 0"):
+        measure(files["mlp"], INPUTS, threads=0)
+    with pytest.raises(ValueError, match="rounds must be an integer of at least 1, got 0"):
+        measure(files["mlp"], INPUTS, rounds=0)
+    with pytest.raises(ValueError, match="timeout_s"):
+        measure(files["mlp"], INPUTS, timeout_s=-1)
+    with pytest.raises(ValueError, match="burst_seconds"):
+        measure(files["mlp"], INPUTS, burst_seconds=float("nan"))
+    with pytest.raises(TypeError, match="artifact '7' must be a path or a model, got int"):
+        compare({"7": 7}, INPUTS)
+    with pytest.raises(ValueError, match="artifacts is empty"):
+        compare([], INPUTS)
+    with pytest.raises(CheckpointError, match="no such file"):
+        measure(tmp_path / "missing.pth", INPUTS)
+
+
+def test_files_of_one_name_stay_apart(files, tmp_path):
+    """Two artifacts with the same stem are both measured."""
+    results = compare([files["model"], files["model"]], INPUTS, **QUICK)
+    assert [m.name for m in results] == ["MLP", "MLP (2)"]
+
+
+@pytest.mark.parametrize(
+    ("result", "metrics"),
+    [
+        (0.5, {"metric": 0.5}),
+        (("loss", torch.tensor(2.0)), {"loss": 2.0}),
+        ({"a": 1, "b": np.float32(2)}, {"a": 1.0, "b": 2.0}),
+    ],
+)
+def test_forms_of_a_metric(result, metrics):
+    """A number, a pair, a dict; tensors and numpy numbers too."""
+    assert as_metrics(result) == metrics
+
+
+@pytest.mark.parametrize("result", [None, {}, "good", torch.ones(2)])
+def test_what_is_no_metric_is_refused(result):
+    """With the value in the message."""
+    with pytest.raises(TypeError, match="evaluate must return a number"):
+        as_metrics(result)
+
+
+def test_fingerprint_sees_a_single_bit():
+    """Equal for equal bits, different for one changed bit, another dtype or shape; nested outputs count."""
+    same = [fingerprint(lambda x: {"a": (x, 1)}, torch.ones(3)) for _ in range(2)]
+    assert same[0] == same[1]
+    other = torch.nextafter(torch.ones(3), torch.tensor([1.0, 1.0, 2.0]))
+    variants = [torch.ones(3), other, torch.ones(3, dtype=torch.bfloat16), torch.ones(3, 1), torch.tensor(1.0)]
+    assert len({fingerprint(lambda x: x, v) for v in variants}) == len(variants)
+
+
+def test_views_are_sent_without_their_storage():
+    """One row of a large table isn't sent with the table."""
+    assert len(pack_inputs({"x": torch.ones(10_000, 100)[3]})) < 5_000
+
+
+def test_functions_of_the_running_script_are_not_sent():
+    """The child's `__main__` is another module."""
+    function = lambda model: 0  # noqa: E731
+    function.__module__, function.__qualname__ = "__main__", "score"
+    with pytest.raises(CannotSend, match="score is defined in the running script"):
+        pack(partial(function, factor=1))
+
+
+def test_machine_is_json_and_complete():
+    """Every fact a report needs, as JSON, and a few lines for people."""
+    host = machine()
+    json.dumps(host, allow_nan=False)
+    assert host["cpu"] and host["torch"] == torch.__version__ and host["threads"] == torch.get_num_threads()
+    assert host["usable_cores"] is None or 1 <= host["usable_cores"] <= host["logical_cores"]
+    if host["architecture"] == "x86_64":
+        assert set(host["instruction_sets"]) == {"AVX2", "AVX-512", "VNNI", "BF16", "AMX"}
+    text = "\n".join(describe_machine(host))
+    assert host["cpu"] in text and host["allocator"] in text
+
+
+def test_machine_survives_a_machine_that_tells_nothing(monkeypatch):
+    """No /proc, no cpuinfo, no libc version, an unknown architecture: still a dict, and still lines."""
+
+    def fail(*args, **kwargs):
+        raise OSError("nothing here")
+
+    for target in ("torch.cpu.get_capabilities", "os.cpu_count", "os.sched_getaffinity", "os.confstr", "os.sysconf"):
+        monkeypatch.setattr(target, fail)
+    for target in ("machine", "platform", "processor", "freedesktop_os_release", "release"):
+        monkeypatch.setattr(f"platform.{target}", fail)
+    monkeypatch.setattr(Path, "read_text", fail)
+    host = machine()
+    assert host["architecture"] == "unknown" and host["instruction_sets"] == {}
+    assert describe_machine(host) and describe_machine({})
+
+
+@pytest.mark.parametrize(
+    ("architecture", "flags", "present"),
+    [
+        ("aarch64", {"neon": True, "dot": True, "i8mm": True, "bf16": False}, {"NEON", "DOTPROD", "I8MM"}),
+        ("AMD64", {"avx2": True, "avx_vnni": True}, {"AVX2", "VNNI"}),
+        ("riscv64", {"v": True}, set()),
+    ],
+)
+def test_instruction_sets_by_architecture(monkeypatch, architecture, flags, present):
+    """Each architecture names its own; an unknown one names none."""
+    monkeypatch.setattr("platform.machine", lambda: architecture)
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: flags)
+    assert {name for name, there in machine()["instruction_sets"].items() if there} == present
+
+
+def test_other_mallocs_are_left_alone_and_named(monkeypatch):
+    """musl, macOS and preloaded allocators: nothing is called, False comes back, the state says so."""
+    monkeypatch.setenv("LD_PRELOAD", "/usr/lib/libjemalloc.so.2")
+    assert keep_allocations() is False and "jemalloc" in allocator_state()
+    monkeypatch.delenv("LD_PRELOAD")
+    monkeypatch.setattr("os.confstr", lambda name: None)
+    assert keep_allocations() is False and "not glibc" in allocator_state()
+
+
+@pytest.mark.slow
+def test_kept_blocks_are_not_returned(tmp_path):
+    """In a process of its own: after the call, a freed 256 MiB block stays resident; before it, it doesn't."""
+    code = """if True:
+        import torch
+        from quantize.measure import allocator_state, keep_allocations
+        resident = lambda: int(open("/proc/self/statm").read().split()[1]) * 4096 >> 20
+        def left():
+            before = resident()
+            block = torch.ones(64 << 20)
+            del block
+            return resident() - before
+        print(left(), allocator_state().split(", ")[1], keep_allocations(), left(), allocator_state().split(", ")[1], sep="|")
+    """
+    if not keep_allocations():
+        pytest.skip(allocator_state())
+    gc.collect()
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=_environment())
+    before, state, kept, after, kept_state = result.stdout.strip().split("|")
+    assert int(before) < 50 and "default" in state and kept == "True"
+    assert int(after) > 200 and "keeps large blocks" in kept_state
+
+
+def _environment() -> dict[str, str]:
+    """As a user's shell would have it, with this checkout first."""
+    return dict(os.environ, PYTHONPATH=str(Path(quantize.__file__).resolve().parents[1]))
+
+
+def _command(*arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "quantize.measure", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=_environment(), timeout=300)
+
+
+def test_command_line_prints_one_json_line(files, tmp_path):
+    """Standard output is one line of JSON, standard error is empty (no double import, no warnings), and the numbers agree."""
+    np.save(tmp_path / "x.npy", INPUTS.numpy())
+    result = _command(files["mlp"], "--inputs", tmp_path / "x.npy", "--threads", 1, "--rounds", 1, "--burst-seconds", 0)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.count("\n") == 1
+    line = json.loads(result.stdout)
+    assert line["bytes"] == files["mlp"].stat().st_size and line["latency_ms"]["median"] > 0
+    assert line["machine"]["threads"] == 1 and line["peak_rss_mb"] > 50
+    assert line["output_sha256"] == fingerprint(files["model"], INPUTS)
+
+
+def test_command_line_names_a_missing_file(tmp_path):
+    """Exit code 2, nothing on standard output, one line on standard error."""
+    result = _command(tmp_path / "none.pth")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == f"error: {tmp_path / 'none.pth'}: no such file\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["FOLDER"], "is not a file"),
+        (["GARBAGE"], "garbage.pth"),
+        (["FILE", "--threads", "0"], "threads must be"),
+        (["FILE", "--rounds", "many"], "--rounds"),
+        (["FILE", "--evaluate", "nowhere:f"], "nowhere:f"),
+        (["FILE", "--inputs", "x.txt"], "x.txt"),
+        (["FILE", "--inputs", "none.npy"], "none.npy"),
+        ([], "required: file"),
+    ],
+)
+def test_mistakes_on_the_command_line(files, tmp_path, capsys, arguments, message):
+    """One line each, exit code 2."""
+    from quantize.measure.__main__ import main
+
+    (tmp_path / "garbage.pth").write_bytes(b"PK\x03\x04 not a checkpoint")
+    places = {"FOLDER": str(tmp_path), "FILE": str(files["mlp"]), "GARBAGE": str(tmp_path / "garbage.pth")}
+    try:
+        code = main([places.get(a, a) for a in arguments])
+    except SystemExit as exit:
+        code = exit.code
+    out, err = capsys.readouterr()
+    assert code == 2 and out == "" and err.count("\n") == 1 and message in err

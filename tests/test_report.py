@@ -1,0 +1,157 @@
+"""The report: rows from measurements, marks for what got larger, slower or worse, and the files that hold it."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from dataclasses import replace
+
+import pytest
+from matplotlib import image
+from rich.console import Console
+
+from quantize.measure import Latency, Measurement
+from quantize.report import build_report, build_rows, higher_is_better, print_report, write_report
+from quantize.report.plot import pareto_plot
+
+KEYS = "name file bytes bytes_ratio parameters latency_ms speedup metric metric_change load_s peak_rss_mb notes".split()
+BASE = Measurement(
+    name="fp32", file="artifacts/model.pth", bytes=8_000_000, parameters=2_000_000, latency_ms=Latency(20.0, 19.0, 23.0),
+    speedup=1.0, metrics={"bits_per_byte": 1.70, "accuracy": 0.66}, load_s=0.05, first_call_ms=30.0, peak_rss_mb=400.0,
+    output_sha256="0", threads=2, allocator="glibc 2.36, default (returns large blocks)",
+)  # fmt: skip
+
+
+def variant(name: str, **changes) -> Measurement:
+    return replace(BASE, **{"name": name, "file": f"artifacts/{name}.pth", **changes})
+
+
+MEASUREMENTS = [
+    BASE,
+    variant("fp16", bytes=4_010_000, speedup=0.7, metrics={"bits_per_byte": 1.70001, "accuracy": 0.66}),
+    variant(
+        "int8",
+        bytes=2_100_000,
+        latency_ms=Latency(9.0, 8.8, 9.9),
+        speedup=2.2,
+        metrics={"bits_per_byte": 1.704, "accuracy": 0.65},
+    ),
+    variant("pruned", bytes=5_000_000, latency_ms=Latency(14.0, 13.8, 16.0), speedup=1.4, metrics={"bits_per_byte": 4.1}),
+    variant(
+        "broken", bytes=9_000_000, latency_ms=None, speedup=None, metrics={"bits_per_byte": float("nan")}, notes=("hand-made",)
+    ),
+]
+
+
+def test_rows_hold_exactly_the_agreed_fields():
+    """Every row has the same keys, whatever was measured."""
+    assert all(list(row) == KEYS for row in build_rows(MEASUREMENTS))
+    assert set(build_rows(MEASUREMENTS)[0]["latency_ms"]) == {"median", "p10", "p90"}
+
+
+def test_ratios_and_changes_are_against_the_first_row():
+    """bytes_ratio, metric_change: against the baseline; speedup: as measured."""
+    fp32, _, int8, *_ = build_rows(MEASUREMENTS)
+    assert fp32["bytes_ratio"] == 1 and fp32["metric_change"] == 0 and fp32["notes"] == ""
+    assert int8["bytes_ratio"] == 2_100_000 / 8_000_000 and int8["speedup"] == 2.2
+    assert int8["metric_change"] == pytest.approx(0.004) and int8["metric"]["also"] == {"accuracy": 0.65}
+    assert int8["file"] == "int8.pth"
+
+
+def test_what_got_larger_slower_or_worse_is_marked():
+    """The notes say it, and a change too small to be shown is no change."""
+    _, fp16, int8, pruned, broken = build_rows(MEASUREMENTS, notes={"pruned": "not retrained"})
+    assert fp16["notes"] == "slower"
+    assert int8["notes"] == "worse"
+    assert pruned["notes"] == "worse; not retrained"
+    assert broken["notes"] == "larger; worse: bits_per_byte is nan; hand-made"
+
+
+@pytest.mark.parametrize(
+    ("metric", "higher"),
+    [
+        ("accuracy", True),
+        ("next_byte_accuracy", True),
+        ("f1", True),
+        ("bits_per_byte", False),
+        ("loss", False),
+        ("error", False),
+    ],
+)
+def test_direction_of_a_metric(metric, higher):
+    """Accuracy falls when it gets worse, bits per byte rise."""
+    assert higher_is_better(metric) is higher
+    worse = 0.1 if not higher else -0.1
+    rows = build_rows([variant("a", metrics={metric: 0.5}), variant("b", metrics={metric: 0.5 + worse})])
+    assert rows[1]["notes"] == "worse"
+    rows = build_rows([variant("a", metrics={metric: 0.5}), variant("b", metrics={metric: 0.5 - worse})])
+    assert rows[1]["notes"] == ""
+
+
+def test_direction_can_be_given():
+    """`higher=True` overrides the guess from the name."""
+    rows = build_rows([variant("a", metrics={"reward": 1.0}), variant("b", metrics={"reward": 2.0})], higher=True)
+    assert rows[1]["notes"] == "" and rows[1]["metric"]["higher_is_better"] is True
+
+
+def test_json_is_strict_and_complete(tmp_path):
+    """report.json is machine, data and rows, without NaN, and reads back as what was built."""
+    report = build_report(MEASUREMENTS, data={"seed": 0, "gzip_bits_per_byte": 1.87, "odd": float("inf")})
+    write_report(report, tmp_path)
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} in JSON")
+
+    read = json.loads((tmp_path / "report.json").read_text(), parse_constant=refuse)
+    assert read == report and list(read) == ["machine", "data", "rows"]
+    assert read["machine"]["threads"] == 2 and read["machine"]["allocator"] == BASE.allocator
+    assert read["data"]["odd"] is None and read["rows"][-1]["metric"]["value"] is None
+
+
+def test_files_are_replaced_whole(tmp_path):
+    """Writing twice leaves the three files and nothing else."""
+    report = build_report(MEASUREMENTS)
+    for _ in range(2):
+        paths = write_report(report, tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["pareto.png", "report.json", "report.md"]
+    assert sorted(paths) == sorted(tmp_path.iterdir())
+
+
+def test_markdown_has_the_machine_above_a_table_of_all_rows(tmp_path):
+    """Machine lines first; each row has as many cells as the header; marks are bold; a bar in a note breaks nothing."""
+    report = build_report(MEASUREMENTS, data={"seed": 7}, notes={"int8": "a | b"})
+    write_report(report, tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    assert text.index("Instruction sets:") < text.index("seed: 7") < text.index(table[0])
+    assert len(table) == 2 + len(MEASUREMENTS)
+    assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table}) == 1
+    assert "**slower**" in table[3] and "**worse**; a \\| b" in table[4]
+
+
+@pytest.mark.parametrize("width", [80, 100, 160])
+def test_console_table_fits_and_is_plain_when_piped(width):
+    """No line of the table is wider than the window, every row is there, and there are no escape codes in a pipe."""
+    out = io.StringIO()
+    print_report(build_report(MEASUREMENTS), Console(file=out, width=width))
+    text = out.getvalue()
+    assert "\x1b" not in text
+    table = text[text.index("\nname") :]
+    assert all(m.name in table for m in MEASUREMENTS) and "1.7040" in table and "2.20x" in table
+    assert max(len(line) for line in table.splitlines()[:-1]) <= width
+
+
+@pytest.mark.parametrize("count", [1, 2, len(MEASUREMENTS)])
+def test_plot_is_an_image_for_any_number_of_rows(count):
+    """Also for one row, equal rows, and rows without latency or metric."""
+    png = pareto_plot(build_rows([*MEASUREMENTS[:count], variant("twin"), variant("unmeasured", latency_ms=None, metrics={})]))
+    assert image.imread(io.BytesIO(png)).shape[:2] == (780, 1800)
+
+
+def test_empty_and_unknown_are_refused():
+    """A report needs a baseline, and notes need a row."""
+    with pytest.raises(ValueError, match="measurements is empty"):
+        build_rows([])
+    with pytest.raises(ValueError, match="int4"):
+        build_rows(MEASUREMENTS, notes={"int4": "?"})
