@@ -79,11 +79,13 @@ def replace(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn
     """
     for old, new in replacements.items():
         if new is not old:
+            own = list(_edits(old))
             inherited = [(b, a, _join(n, inner)) for n, m in old.named_modules() for b, a, inner in _edits(m)]
             for module in old.modules():  # the new module may hold the old one
                 module.__dict__.pop("_structure", None)
             if inherited:
-                new.__dict__["_structure"] = [*inherited, *_edits(new)]
+                copied = list(_edits(new)[: len(own)]) == own
+                new.__dict__["_structure"] = [*inherited, *_edits(new)[len(own) if copied else 0 :]]
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child in replacements:
@@ -143,12 +145,12 @@ def rebuild(model: nn.Module, edits: Iterable[Mapping[str, Any]]) -> nn.Module:
             module = model.get_submodule(name)
         except AttributeError:
             raise ValueError(f"the model ({type(model).__name__}) has no module {name!r}") from None
-        before = _edits(module)
+        before = list(_edits(module))
         try:
             new = _BUILDERS[builder_name](module, **arguments)
         except (TypeError, ValueError, AttributeError, KeyError, RuntimeError) as error:
             raise ValueError(f"module {name!r} can't become {builder_name}: {error}") from error
-        if len(_edits(new)) == (len(before) if new is module else 0):  # the builder didn't record it itself
+        if list(_edits(new)) in ([], before):  # the builder didn't record it itself
             record(new, builder_name, **arguments)
         if new is not module:
             model = replace(model, {module: new})

@@ -54,6 +54,14 @@ def merged_for_test(module: nn.Module) -> nn.Module:
 
 
 @surgery.builder
+def heir_for_test(module: nn.Module) -> nn.Module:
+    """A builder that copies the edits of what it replaces."""
+    new = Scaled(module, 1.0)
+    new.__dict__["_structure"] = [*module.__dict__.get("_structure", ())]
+    return new
+
+
+@surgery.builder
 def wrapped_for_test(module: nn.Module) -> nn.Module:
     return nn.Sequential(module)
 
@@ -228,6 +236,17 @@ def test_edits_inside_a_replaced_module_are_kept(net):
     ]
     twin = surgery.rebuild(Net(), json.loads(json.dumps(edits)))
     assert twin.body.weight.shape == (5, 4) and surgery.structure(twin) == edits
+
+
+def test_edits_that_a_replacement_copied_are_not_doubled(net):
+    """Whether or not a builder copies the old module's record, each edit is listed once."""
+    model = scale(surgery.clone(net), ["head"], 2.0)
+    new = heir_for_test(model.head)
+    surgery.record(new, "heir_for_test")
+    surgery.replace(model, {model.head: new})
+    edits = surgery.structure(model)
+    assert [e["builder"] for e in edits] == ["scaled_for_test", "heir_for_test"]
+    assert surgery.structure(surgery.rebuild(Net(), edits)) == edits
 
 
 def test_edits_of_a_wrapped_module_are_repeated_once(net):
