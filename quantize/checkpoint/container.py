@@ -237,7 +237,7 @@ def _parse_record(version: object, text: object) -> dict[str, Any]:
     require(version <= VERSION, newer)
     require(version == VERSION, f"unknown format version {version}")
     record = _from_json(text)
-    kinds = {"architecture": dict, "structure": list, "tensors": dict, "aliases": dict, "metadata": dict, "versions": dict}
+    kinds = dict.fromkeys(("architecture", "aliases", "strides", "metadata", "versions", "tensors"), dict) | {"structure": list}
     require(isinstance(record, dict) and {k: type(v) for k, v in record.items()} == kinds, "malformed record")
     for name, spec in record["tensors"].items():
         shape = spec["shape"]

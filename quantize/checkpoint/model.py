@@ -34,10 +34,10 @@ def save(model: nn.Module, path: str | Path, *, metadata: dict[str, Any] | None 
     """Write `model` to `path` (`.pth` or `.safetensors`), atomically; the same model gives the same bytes.
 
     Stores what `state_dict()` gives, as CPU tensors; parameters (or buffers) that are one tensor under several names once.
-    `metadata` is a dict of JSON values (metrics, the recipe), which `read_metadata` returns.
+    `metadata` is a dict of JSON values (metrics, the recipe), which `read_metadata` gives back as JSON does (tuples as lists).
 
-    Raises ValueError for another suffix, a tensor that the container can't hold or metadata of more than about 8 MB; TypeError for
-    state that isn't a plain tensor and for metadata that isn't JSON; OSError when the file can't be written.
+    Raises ValueError for another suffix, a tensor that the container can't hold or metadata of more than about 8 MB; TypeError
+    for state that isn't a plain tensor and for metadata that isn't JSON; OSError when the file can't be written.
     """
     path = Path(path)
     if path.suffix not in SUFFIXES:
@@ -46,11 +46,12 @@ def save(model: nn.Module, path: str | Path, *, metadata: dict[str, Any] | None 
         raise TypeError(f"model must be an nn.Module and no TorchScript, got {type(model).__name__}")
     if metadata is not None and not isinstance(metadata, dict):
         raise TypeError(f"metadata must be a dict, got {type(metadata).__name__}")
-    tensors, aliases = _tensors(model)
+    tensors, aliases, strides = _tensors(model)
     record = {
         "architecture": _describe(model),
-        "structure": surgery.structure(model),
+        "structure": _structure(model),
         "aliases": aliases,
+        "strides": strides,
         "metadata": metadata or {},
         "versions": {"quantize": importlib.metadata.version("quantize"), "torch": torch.__version__},
     }
@@ -71,10 +72,13 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     with opened(path) as file:
         record, places = read_header(file, Path(path).suffix)
         empty = _build(record["architecture"]) if model is None else _without_data(model)
-        empty = surgery.rebuild(empty, record["structure"])
+        with torch.device("meta"):
+            empty = surgery.rebuild(empty, record["structure"])
         dtypes = _fit(record, empty)
-        specs = record["tensors"].items()
-        tensors = {name: read_tensor(file, *place, **spec) for (name, spec), place in zip(specs, places, strict=True)}
+        tensors = {}
+        for (name, spec), place in zip(record["tensors"].items(), places, strict=True):
+            tensor = read_tensor(file, *place, **spec)
+            tensors[name] = _restride(tensor, record["strides"][name]) if name in record["strides"] else tensor
         return _fill(empty, tensors, record["aliases"], dtypes)
 
 
@@ -102,23 +106,39 @@ def _describe(model: nn.Module) -> dict[str, Any]:
     return {"name": name, "config": dataclasses.asdict(model.config)}
 
 
+def _structure(model: nn.Module) -> list[dict[str, Any]]:
+    edits = surgery.structure(model)
+    for edit in edits:
+        lost = model.get_submodule(edit["module"])._non_persistent_buffers_set & edit["arguments"].get("shapes", {}).keys()
+        if lost:
+            raise TypeError(
+                f"{edit['module']!r} has resized non-persistent buffers, which a file can't restore: {sorted(lost)}"
+            )
+    return edits
+
+
 def _live(model: nn.Module) -> dict[str, torch.Tensor]:
     """Parameters and buffers themselves, under every name they have."""
     return dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
 
 
-def _tensors(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """What to store: each tensor once, contiguous on the CPU with storage of its own; and the other names of each."""
+def _tensors(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str], dict[str, list[int]]]:
+    """What to store: each tensor once, contiguous on the CPU with storage of its own; other names of each; their strides.
+
+    Strides are noted for dense tensors in another order (channels last, a transposed weight): kernels are chosen by them.
+    """
     live = _live(model)
     tensors: dict[str, torch.Tensor] = {}
     aliases: dict[str, str] = {}
     owners: dict[Any, str] = {}
+    strides: dict[str, list[int]] = {}
     storages: set[int] = set()
     for name, value in model.state_dict().items():
         _check_plain(name, value)
         origin = live.get(name)
-        if origin is not None and origin.numel():
-            place = (origin.device, origin.data_ptr(), origin.dtype, origin.shape, origin.stride())
+        if origin is not None:
+            start = origin.data_ptr() if origin.numel() else id(origin)
+            place = (origin.device, start, origin.dtype, origin.shape, origin.stride())
             owner = owners.setdefault((isinstance(origin, nn.Parameter), value.dtype, *place), name)
             if owner != name:
                 aliases[name] = owner
@@ -128,7 +148,10 @@ def _tensors(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]
             tensor = tensor.clone()
         storages.add(tensor.untyped_storage()._cdata)
         tensors[name] = tensor
-    return tensors, aliases
+        order = torch.empty_like(value, device="meta").stride()
+        if order != torch.empty(value.shape, device="meta").stride():
+            strides[name] = list(order)
+    return tensors, aliases, strides
 
 
 def _check_plain(name: str, value: object) -> None:
@@ -168,12 +191,12 @@ def _without_data(model: nn.Module) -> nn.Module:
     """A copy of `model` with its parameters and persistent buffers on the meta device."""
     memo: dict[int, Any] = {}
     for module in model.modules():
-        for parameter in filter(lambda p: p is not None, module._parameters.values()):
+        for parameter in module.parameters(recurse=False):
             memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
         for name, buffer in module._buffers.items():
             if buffer is not None:
-                lost = name in module._non_persistent_buffers_set
-                memo[id(buffer)] = buffer.detach().cpu().clone() if lost else buffer.detach().to("meta")
+                kept = name in module._non_persistent_buffers_set and not buffer.is_meta
+                memo[id(buffer)] = buffer.detach().cpu().clone() if kept else buffer.detach().to("meta")
     return copy.deepcopy(model, memo)
 
 
@@ -209,6 +232,12 @@ def _kind(dtype: torch.dtype) -> str:
     return "bool" if dtype == torch.bool else "int"
 
 
+def _restride(tensor: torch.Tensor, strides: list[int]) -> torch.Tensor:
+    needed = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device="meta").untyped_storage().nbytes()
+    require(needed == tensor.nbytes, f"strides {strides} don't fit shape {list(tensor.shape)}")
+    return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype).copy_(tensor)
+
+
 def _fill(
     model: nn.Module, tensors: dict[str, torch.Tensor], aliases: dict[str, str], dtypes: dict[str, torch.dtype]
 ) -> nn.Module:
@@ -216,15 +245,12 @@ def _fill(
     for name in list(state):
         state[name] = tensors[aliases.get(name, name)].to(dtypes[name])
     model.load_state_dict(state, assign=True)
+    live = _live(model)
     for alias, name in aliases.items():
-        (holder, key), (owner, owner_key) = _place(model, alias), _place(model, name)
-        if hasattr(holder, key) and hasattr(owner, owner_key):
-            setattr(holder, key, getattr(owner, owner_key))
-    lost = [name for name, tensor in _live(model).items() if tensor.is_meta]
+        a, b = live.get(alias), live.get(name)
+        if a is not None and b is not None and type(a) is type(b) and a.dtype == b.dtype:
+            module, _, key = alias.rpartition(".")
+            setattr(model.get_submodule(module), key, b)
+    lost = [name for name, tensor in live.items() if tensor.is_meta]
     require(not lost, f"the file has no data for {', '.join(lost[:3])}")
     return model.eval()
-
-
-def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    module, _, key = name.rpartition(".")
-    return model.get_submodule(module), key
