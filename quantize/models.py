@@ -55,6 +55,10 @@ class DecoderConfig:
     tied_head: bool = False
     qkv_bias: bool = False  # Qwen2
     qk_norm: bool = False  # Qwen3
+    window: int | Sequence[int | None] | None = None  # positions a query sees, itself included; one, or one per layer
+    rope_frequencies: Sequence[float] | None = None  # radians per position, head_dim / 2 of them, where RoPE is scaled
+    rope_scale: float = 1.0  # factor on cosines and sines (YaRN)
+    eos_token_id: int | Sequence[int] | None = None  # what ends a text
 
     def __post_init__(self) -> None:
         _require_count(self, "vocab_size", "width", "layers", "heads", "max_length")
@@ -69,11 +73,25 @@ class DecoderConfig:
         _require_count(self, "kv_heads", "head_dim", "ffn_width")
         _require(self, "kv_heads", f"a divisor of heads={self.heads}", self.heads % self.kv_heads == 0)
         _require(self, "head_dim", "an even number (RoPE turns pairs)", self.head_dim % 2 == 0)
-        for name in ("rope_theta", "norm_eps"):
+        for name in ("rope_theta", "norm_eps", "rope_scale"):
             value = getattr(self, name)
             _require(self, name, "a finite number > 0", isinstance(value, int | float) and 0 < value < math.inf)
         for name in ("tied_head", "qkv_bias", "qk_norm"):
             _require(self, name, "True or False", isinstance(getattr(self, name), bool))
+        for name in ("window", "rope_frequencies", "eos_token_id"):
+            if isinstance(getattr(self, name), list):  # as JSON returns it
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        windows = self.window if isinstance(self.window, tuple) else (self.window,) * self.layers
+        counts = all(w is None or (isinstance(w, int) and w is not True and w >= 1) for w in windows)
+        allowed = f"None, an integer >= 1, or {self.layers} of these"
+        _require(self, "window", allowed, counts and len(windows) == self.layers)
+        pairs = self.rope_frequencies if self.rope_frequencies is not None else (0.0,) * (self.head_dim // 2)
+        numbers = isinstance(pairs, tuple) and all(isinstance(f, int | float) and math.isfinite(f) for f in pairs)
+        allowed = f"None or {self.head_dim // 2} finite numbers"
+        _require(self, "rope_frequencies", allowed, numbers and len(pairs) == self.head_dim // 2)
+        ends = self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id or 0,)
+        known = all(isinstance(e, int) and 0 <= e < self.vocab_size for e in ends)
+        _require(self, "eos_token_id", f"None, or one or several ids below {self.vocab_size}", known)
 
 
 class Cache(Protocol):
@@ -86,14 +104,19 @@ class Cache(Protocol):
         """Keep k, v [B, KV, T, D] of one layer; causal attention of q [B, H, T, D] over all kept, [B, H, T, D]."""
 
 
-def rope_table(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+def rope_table(
+    positions: Tensor, head_dim: int, theta: float, frequencies: Sequence[float] | None = None
+) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the rotary angles, fp32 (Su et al., arXiv 2104.09864).
 
     [T, D/2] for positions [T], [B, 1, T, D/2] for [B, T]. Computed on every pass, once for all layers: nothing to store,
-    cast, move or outgrow.
+    cast, move or outgrow. frequencies: radians per position [D/2], in place of those that follow from theta.
     """
-    pairs = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
-    angles = positions.float()[..., None] * theta ** (-pairs / head_dim)
+    if frequencies is None:
+        turns = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
+    else:
+        turns = torch.tensor(frequencies, device=positions.device, dtype=torch.float32)
+    angles = positions.float()[..., None] * turns
     angles = angles if positions.ndim == 1 else angles[:, None]
     return angles.cos(), angles.sin()
 
@@ -138,6 +161,7 @@ class Attention(nn.Module):
     def __init__(self, config: DecoderConfig, layer: int):
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
+        self.window = config.window[layer] if isinstance(config.window, tuple) else config.window
         wide, narrow = config.heads * config.head_dim, config.kv_heads * config.head_dim
         self.q = nn.Linear(config.width, wide, bias=config.qkv_bias)
         self.k = nn.Linear(config.width, narrow, bias=config.qkv_bias)
@@ -149,7 +173,7 @@ class Attention(nn.Module):
     @property
     def cache_shape(self) -> tuple[int, int, int | None]:
         """Key-value heads, head width and window of what a cache keeps for this layer, as they are after pruning."""
-        return self.k.out_features // self.head_dim, self.head_dim, None
+        return self.k.out_features // self.head_dim, self.head_dim, self.window
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None = None) -> Tensor:
         b, t, _ = x.shape
@@ -159,6 +183,9 @@ class Attention(nn.Module):
         v = self.v(x).view(heads).transpose(1, 2)
         if cache is not None:
             y = cache.attend(self.layer, q, k, v)
+        elif self.window is not None and self.window < t:
+            visible = torch.ones(t, t, dtype=torch.bool, device=x.device).tril().triu(1 - self.window)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=True)
         elif self.training and x.device.type == "cpu" and t <= 512:
             y = short_causal_attention(q, k, v)
         else:
@@ -196,7 +223,8 @@ class DecoderBlock(nn.Module):
 class DecoderLM(nn.Module):
     """Llama-style language model: token ids [B, T] (int64) -> logits [B, T, V].
 
-    With a `cache`, ids are the tokens that follow what the cache holds, and only they get logits.
+    With a `cache`, ids are the tokens that follow what the cache holds, and only they get logits. logits_to_keep: if above 0,
+    compute the logits of that many last positions only.
     """
 
     config_class = DecoderConfig
@@ -226,16 +254,29 @@ class DecoderLM(nn.Module):
         if not self.config.tied_head:
             nn.init.zeros_(self.head.weight)
 
-    def forward(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
+    def forward(self, ids: Tensor, cache: Cache | None = None, logits_to_keep: int = 0) -> Tensor:
+        config = self.config
         new = ids.shape[1]
         positions = torch.arange(new, device=ids.device) if cache is None else cache.positions(new, ids.device)
         x = self.embedding(ids)  # [B, T, width]
         if torch.is_autocast_enabled(x.device.type):  # else the residual stream is fp32 and each sum a cast
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        cos, sin = (table.to(x.dtype) for table in rope_table(positions, self.config.head_dim, self.config.rope_theta))
+        cos, sin = rope_table(positions, config.head_dim, config.rope_theta, config.rope_frequencies)
+        if config.rope_scale != 1:
+            cos, sin = cos * config.rope_scale, sin * config.rope_scale
+        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         for block in self.blocks:
             x = block(x, cos, sin, cache)
+        if logits_to_keep:
+            x = x[:, -logits_to_keep:]
         return self.head(self.norm(x))
+
+    def rope_frequencies(self) -> Tensor:
+        """Radians per position of each pair of dimensions, fp32 [head_dim / 2]."""
+        config = self.config
+        if config.rope_frequencies is not None:
+            return torch.tensor(config.rope_frequencies, dtype=torch.float32)
+        return config.rope_theta ** (-torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
 
 
 # ------------------------------------------------------------------------------------------ image models
