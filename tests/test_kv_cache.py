@@ -6,13 +6,13 @@ import math
 
 import pytest
 import torch
+from helpers import assert_close, run, zoo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 from quantize.kv_cache import CachedAttention, KVCache
 from quantize.kv_cache.functions import alibi_slopes, attention, attention_int8, quantize_rows, rope_frequencies, rotate
-from tests.helpers import assert_close, run, zoo
 
 VOCABULARY = 50
 

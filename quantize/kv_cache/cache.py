@@ -82,9 +82,16 @@ class KVCache:
         self.sinks, self.rope = sinks, rope
         self.length = 0  # positions held, or dropped behind a window; the next one is written here
         self.pad: Tensor | None = None  # int64 [B]: empty positions at the left of each row
+        self.tokens: Tensor | None = None  # int64 [B, length] and a weak reference to the model: what `generate` read
+        self.owner: Callable[[], nn.Module | None] | None = None
         self._layers = [_Layer(*shape) for shape in shapes]
         self._new = self._end = 0  # positions of the pass under way, and where it ends
         self._masks: dict[tuple[int, int | None], Tensor | None] = {}
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """KV heads and head width of each layer."""
+        return [(layer.kv_heads, layer.head_dim) for layer in self._layers]
 
     @classmethod
     def for_model(
@@ -105,7 +112,7 @@ class KVCache:
             limit = getattr(getattr(model, "config", None), "max_length", None)
         windows = [min((w for w in pair if w is not None), default=None) for pair in zip(windows, asked, strict=True)]
         if options.get("sinks"):
-            frequencies = getattr(modules[0], "rope_frequencies", None)
+            frequencies = getattr(model, "rope_frequencies", getattr(modules[0], "rope_frequencies", None))
             options.setdefault("rope", frequencies() if frequencies else None)
         return cls(len(modules), heads, widths, limit=limit, batch=batch, dtype=dtype, window=windows, **options)
 
@@ -338,6 +345,7 @@ class KVCache:
                 layer.tensors, layer.sharers = {}, [1]
             layer.sinks, layer.memory, layer.first = {}, {}, 0
         self.batch, self.pad, self.length, self._new = batch, pad, 0, 0
+        self.tokens = self.owner = None
 
     def truncate(self, length: int) -> None:
         """Forget all positions from `length` on. Raises ValueError beyond what is held or behind a window's memory."""
@@ -348,6 +356,8 @@ class KVCache:
                 least = layer.first + layer.window - 1
                 raise ValueError(f"length is {length}; a window of {layer.window} allows {least} to {self.length} by now")
         self.length, self._new = length, 0
+        if self.tokens is not None:
+            self.tokens = self.tokens[:, :length]
 
     def fork(self, batch: int | None = None) -> KVCache:
         """A second cache with the same content; with `batch`, that many copies of a single row.
@@ -389,6 +399,8 @@ class KVCache:
                     held.update({n: change(t) for n, t in held.items()})
             if self.pad is not None:
                 self.pad = change(self.pad)
+            if self.tokens is not None:
+                self.tokens = change(self.tokens)
         self.batch, self._new = batch, 0
 
     # ------------------------------------------------------------------------------------ cross-attention
