@@ -1,0 +1,185 @@
+"""Calibration: statistics against their definitions, errors, and models left as they were."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import assert_close, zoo
+from torch import nn
+
+from quantize import calibration
+
+
+class TwoInputs(nn.Module):
+    """Two layers on one input, one behind them, one that only runs when asked."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 5), nn.Linear(6, 5, bias=False)
+        self.act = nn.ReLU(inplace=True)
+        self.c = nn.Linear(5, 3)
+        self.rare = nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor, rare: bool = False) -> torch.Tensor:
+        y = self.c(self.act(self.a(x) + self.b(x)))
+        return y + self.rare(x) if rare else y
+
+
+@pytest.fixture
+def model() -> TwoInputs:
+    torch.manual_seed(0)
+    return TwoInputs()
+
+
+@pytest.fixture
+def batches() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(n, 4, 6, generator=generator) + 1 for n in (3, 1, 2)]
+
+
+def test_moments_are_means_over_all_rows(model, batches):
+    """count, mean, second moment and largest value are those of the concatenated inputs."""
+    seen = calibration.collect(model, batches, {"a": model.a})["a"]
+    x = torch.cat([b.reshape(-1, 6) for b in batches]).double()
+    assert seen.count == len(x)
+    assert_close(seen.mean, x.mean(0), dtype=torch.float32)
+    assert_close(seen.second_moment, x.T @ x / len(x), dtype=torch.float32)
+    assert_close(seen.largest, x.abs().amax(0), dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"padding": 1, "stride": 2}, {"padding": "same", "dilation": 2}, {"padding": (1, 2), "padding_mode": "reflect"}],
+)
+def test_rows_times_the_weight_are_the_convolution(options):
+    """rows(conv, x) @ weight^T is what the convolution computes, for every padding, stride and dilation."""
+    conv = nn.Conv2d(3, 4, (3, 5), bias=False, **options)
+    x = torch.randn(2, 3, 12, 11)
+    y = conv(x).movedim(1, -1).reshape(-1, 4)
+    assert_close(calibration.rows(conv, x) @ conv.weight.flatten(1).T, y)
+
+
+@pytest.mark.parametrize("size", [1e-20, 1e18, 1e25])
+def test_tiny_and_huge_inputs_stay_finite(model, size):
+    """Squares beyond the range of float32 are summed in float64."""
+    x = torch.randn(8, 6) * size
+    seen = calibration.collect(nn.Sequential(model.b), [x], {"0": model.b})["0"]
+    if size > 1:
+        assert_close(seen.second_moment, x.double().T @ x.double() / 8, dtype=torch.float32)
+    assert torch.isfinite(seen.second_moment).all()
+
+
+def test_half_precision_inputs_are_summed_in_float32(model):
+    """Squares of large fp16 values don't overflow."""
+    layer = model.b.half()
+    seen = calibration.collect(nn.Sequential(layer), [torch.full((4, 6), 3e3, dtype=torch.float16)], {"0": layer})["0"]
+    assert_close(seen.second_moment, torch.full((6, 6), 9e6), dtype=torch.float16)
+
+
+def test_a_layer_that_never_runs_is_named(model, batches):
+    """An unreached layer is an error with its name."""
+    with pytest.raises(ValueError, match="never reaches layer 'rare'"):
+        calibration.collect(model, batches, {"a": model.a, "rare": model.rare})
+
+
+def test_inputs_that_are_not_finite_name_the_layer(model):
+    """NaN in a layer's input is an error with its name."""
+    with pytest.raises(ValueError, match="layer 'a' inputs that are not finite"):
+        calibration.collect(model, [torch.full((2, 6), float("nan"))], {"a": model.a})
+
+
+@pytest.mark.parametrize(
+    ("batches", "error"),
+    [([], ValueError), (iter([torch.ones(1, 6)]), TypeError), (torch.ones(1, 6), TypeError), (None, TypeError), (3, TypeError)],
+)
+def test_bad_batches_are_refused(model, batches, error):
+    """Empty, one-shot and single batches are errors that say what to write."""
+    with pytest.raises(error, match="calibration"):
+        calibration.collect(model, batches, {"a": model.a})
+
+
+def test_models_are_left_as_they_were(model, batches):
+    """Training flags, hooks and gradients are the same afterwards, also when a batch fails."""
+    model.train()
+    model.c.eval()
+    calibration.collect(model, batches, {"a": model.a})
+    calibration.collect_gradients(model, batches, {"a": model.a})
+    with pytest.raises(RuntimeError):
+        calibration.collect(model, [torch.ones(2, 7)], {"a": model.a})
+    assert model.training and model.a.training and not model.c.training
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_pairs_match_row_by_row(model, batches):
+    """The cross moment is that of the original's inputs with the changed model's inputs to the same layer."""
+    torch.manual_seed(2)
+    changed = TwoInputs()
+    seen = calibration.collect_paired(changed, model, batches, ["c"])["c"]
+    x = torch.cat([torch.relu(changed.a(b) + changed.b(b)).reshape(-1, 5) for b in batches])
+    r = torch.cat([torch.relu(model.a(b) + model.b(b)).reshape(-1, 5) for b in batches])
+    assert_close(seen.cross_moment, r.T @ x / len(x))
+    assert_close(seen.second_moment, x.T @ x / len(x))
+    assert_close(seen.reference_mean, r.mean(0))
+
+
+def test_a_pass_may_end_at_the_last_layer(model, batches):
+    """Stopping after `last` gives the same statistics, and nothing after it runs."""
+    model.rare.register_forward_pre_hook(lambda *_: pytest.fail("ran a layer after the last one watched"))
+    whole = calibration.collect_paired(model, model, batches, ["a", "b"])
+    ended = calibration.collect_paired(model, model, [(b, True) for b in batches], ["a", "b"], last="b")
+    for name in whole:
+        assert_close(ended[name].cross_moment, whole[name].cross_moment)
+
+
+def test_calls_are_grouped_by_shared_input(model, batches):
+    """Layers that run one after another on the same tensor form a group; the rest follow in running order."""
+    calls = calibration.trace_calls(model, batches[0], {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)})
+    assert calls.groups == [["a", "b"], ["c"]]
+    assert calls.rows == {"a": 12, "b": 12, "c": 12}
+
+
+def test_calls_find_q_k_v_in_a_foreign_model():
+    """In a Llama, q, k, v share a group, and so do gate and up."""
+    model, inputs = zoo("llama")
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and "layers.0" in n}
+    groups = [[n.rsplit(".", 1)[1] for n in group] for group in calibration.trace_calls(model, inputs, layers).groups]
+    assert groups == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
+
+
+def test_gradient_moments_are_those_of_autograd(model, batches):
+    """E[g g^T] of a given loss equals what autograd gives for the layer's outputs, in-place activations included."""
+    moments = calibration.collect_gradients(model, batches, {"a": model.a}, loss=lambda y, _: y.square().sum())
+    expected = torch.zeros(5, 5)
+    for b in batches:
+        a = model.a(b).detach().requires_grad_()
+        model.c(torch.relu(a + model.b(b))).square().sum().backward()
+        expected += a.grad.reshape(-1, 5).T @ a.grad.reshape(-1, 5)
+    assert_close(moments["a"], expected / sum(b[..., 0].numel() for b in batches))
+
+
+def test_gradients_before_an_in_place_activation():
+    """The gradient is that of the layer's own output, not of what an in-place layer wrote over it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(inplace=True))
+    x = torch.randn(64, 4)
+    moment = calibration.collect_gradients(model, [x], {"0": model[0]}, loss=lambda y, _: y.sum())["0"]
+    on = (model[0](x) > 0).float()
+    assert_close(moment, on.T @ on / 64)
+
+
+def test_fisher_loss_gives_the_fisher_information():
+    """With labels drawn from the model, E[g g^T] at the logits approaches diag(p) - p p^T."""
+    logits = torch.tensor([0.3, -1.0, 1.2]).expand(40_000, 3).clone().requires_grad_()
+    calibration.fisher_loss(logits, categories=True, generator=torch.Generator().manual_seed(0)).backward()
+    p = logits[0].detach().softmax(-1)
+    assert_close(logits.grad.T @ logits.grad / len(logits), p.diag() - p[:, None] * p, factor=2e3)
+
+
+def test_layers_without_influence_are_missing(model, batches):
+    """A layer that the loss doesn't depend on is left out; frozen parameters don't hide one that it does."""
+    model.requires_grad_(False)
+    layers = {"a": model.a, "rare": model.rare}
+    assert set(calibration.collect_gradients(model, [(b, True) for b in batches], layers)) == {"a", "rare"}
+    assert set(calibration.collect_gradients(model, batches, layers)) == {"a"}
+    assert calibration.collect_gradients(model, batches, layers, loss=lambda _, b: b.sum()) == {}

@@ -1,0 +1,460 @@
+"""Low rank: the formulas against oracles, the walk over foreign models, what composes, what is refused."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import pytest
+import torch
+from helpers import ZOO, assert_close, cosine, run, zoo
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from quantize import surgery
+from quantize.low_rank import LowRankConv2d, LowRankLinear, factorize_low_rank, maths, summary
+
+PAIRS = (LowRankLinear, LowRankConv2d)
+
+
+def moment(width: int, rows: int, seed: int = 0) -> torch.Tensor:
+    """Second moment of `rows` correlated random vectors."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, width, generator=generator).double() @ torch.randn(width, width, generator=generator).double()
+    return x.T @ x / rows
+
+
+def loss(error: torch.Tensor, inputs: torch.Tensor | None, outputs: torch.Tensor | None) -> float:
+    """tr(G E S E^T), the loss that the whitened SVD minimises."""
+    s = torch.eye(error.shape[1]).double() if inputs is None else inputs
+    g = torch.eye(error.shape[0]).double() if outputs is None else outputs
+    return torch.trace(g @ error @ s @ error.T).item()
+
+
+def mlp(*widths: int, bias: bool = True, seed: int = 0) -> nn.Sequential:
+    """Linears of these widths with GELU between them."""
+    torch.manual_seed(seed)
+    layers: list[nn.Module] = []
+    for a, b in itertools.pairwise(widths):
+        layers += [nn.Linear(a, b, bias=bias), nn.GELU()]
+    return nn.Sequential(*layers[:-1]).eval()
+
+
+def data(width: int, rows: int = 512, batches: int = 2, seed: int = 0) -> list[torch.Tensor]:
+    """Correlated inputs with a mean."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(width, width, generator=generator) * torch.linspace(1, 0.02, width)[:, None]
+    return [torch.randn(rows, width, generator=generator) @ mix + 0.5 for _ in range(batches)]
+
+
+def parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def pairs_in(model: nn.Module) -> dict[str, nn.Module]:
+    return {n: m for n, m in model.named_modules() if isinstance(m, PAIRS)}
+
+
+# The formulas.
+
+shapes = st.tuples(st.integers(1, 24), st.integers(1, 24))
+
+
+@settings(max_examples=40, deadline=None)
+@given(shape=shapes, whiten=st.booleans(), weigh=st.booleans(), deficient=st.booleans())
+def test_full_rank_reproduces_the_weight(shape, whiten, weigh, deficient):
+    """At full rank second @ first is the weight, whatever the moments, rank-deficient ones included."""
+    m, k = shape
+    weight = torch.randn(m, k, generator=torch.Generator().manual_seed(m * k)).double()
+    s = moment(k, max(1, k // 3) if deficient else 3 * k) if whiten else None
+    g = moment(m, max(1, m // 3) if deficient else 3 * m, seed=1) if weigh else None
+    first, second, _ = maths.whitened_svd(weight, s, g)
+    assert_close(second @ first, weight, dtype=torch.float32)
+
+
+@settings(max_examples=40, deadline=None)
+@given(shape=shapes, fraction=st.floats(0, 1), whiten=st.booleans(), weigh=st.booleans())
+def test_error_is_the_tail_of_the_spectrum(shape, fraction, whiten, weigh):
+    """What rank r loses is the sum of the squared singular values from r on."""
+    m, k = shape
+    rank = max(1, round(fraction * min(m, k)))
+    weight = torch.randn(m, k, generator=torch.Generator().manual_seed(m + k)).double()
+    s, g = moment(k, 3 * k) if whiten else None, moment(m, 3 * m, seed=1) if weigh else None
+    first, second, spectrum = maths.whitened_svd(weight, s, g, rank=rank, ridge=0, gradient_ridge=0)
+    whole = (spectrum**2).sum().item()
+    assert first.shape == (rank, k) and second.shape == (m, rank)
+    assert loss(weight - second @ first, s, g) == pytest.approx((spectrum[rank:] ** 2).sum().item(), abs=1e-8 * whole)
+    assert_close(maths.whitened_spectrum(weight, s, g, ridge=0, gradient_ridge=0), spectrum, factor=1e3)
+
+
+@pytest.mark.parametrize("shape", [(20, 12), (12, 20)])
+def test_no_moments_is_the_plain_svd(shape):
+    """Without moments the product is torch's truncated SVD."""
+    weight = torch.randn(shape).double()
+    u, s, v = torch.linalg.svd(weight, full_matrices=False)
+    first, second, spectrum = maths.whitened_svd(weight, rank=5)
+    assert_close(second @ first, (u[:, :5] * s[:5]) @ v[:5], factor=1e3)
+    assert_close(spectrum, s, factor=1e3)
+
+
+def test_whitened_beats_every_perturbation():
+    """No nearby factors of the same rank lose less: the closed form is a minimum."""
+    weight, s, g = torch.randn(10, 14).double(), moment(14, 40), moment(10, 40, seed=1)
+    first, second, _ = maths.whitened_svd(weight, s, g, rank=4, ridge=0, gradient_ridge=0)
+    best = loss(weight - second @ first, s, g)
+    for scale in (1e-3, 1e-2, 1e-1):
+        other = (second + scale * torch.randn_like(second)) @ (first + scale * torch.randn_like(first))
+        assert loss(weight - other, s, g) > best
+
+
+def test_factors_are_balanced():
+    """Row i of first and column i of second have the same norm."""
+    first, second, _ = maths.whitened_svd(torch.randn(9, 7).double() * 1e3, moment(7, 20), rank=6)
+    assert_close(first.norm(dim=1), second.norm(dim=0))
+
+
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+def test_rank_deficient_moments_of_any_size(size):
+    """One row of calibration, tiny or huge, gives finite factors and reproduces its output at rank 1."""
+    x = torch.randn(16).double()
+    weight = torch.randn(12, 16).double()
+    first, second, _ = maths.whitened_svd(weight, torch.outer(x, x) * size, rank=1, ridge=1e-9)
+    assert_close(second @ (first @ x), weight @ x, dtype=torch.float32)
+
+
+def test_zero_weight_and_zero_moment():
+    """Nothing in, nothing out: no division by zero."""
+    for s in (None, torch.zeros(6, 6)):
+        first, second, spectrum = maths.whitened_svd(torch.zeros(4, 6), s, rank=2)
+        assert not (second @ first).any() and not spectrum.any() and first.isfinite().all()
+
+
+def test_compensation_repairs_a_linear_distortion():
+    """If the compressed model's inputs are x = A r, the compensated weight is W A^-1; if x = r it is W."""
+    weight, r = torch.randn(5, 8).double(), torch.randn(300, 8).double()
+    distort = torch.eye(8).double() + 0.1 * torch.randn(8, 8).double()
+    x = r @ distort.T
+    fixed = maths.compensate(weight, x.T @ x / 300, r.T @ x / 300, ridge=1e-12)
+    assert_close(fixed, weight @ torch.linalg.inv(distort), dtype=torch.float32)
+    assert_close(maths.compensate(weight, r.T @ r, r.T @ r), weight)
+
+
+def test_allocation_is_optimal_up_to_one_step():
+    """Within the budget, the loss lies between the best by full search and the best with one step less to spend."""
+    generator = torch.Generator().manual_seed(3)
+    layers = {
+        name: maths.choices(torch.rand(12, generator=generator).sort(descending=True).values, (12, 12), [1, 2, 3, 4, 5])
+        for name in "abc"
+    }
+
+    def best(budget: int) -> float:
+        options = itertools.product(*layers.values())
+        return min(sum(c.loss for c in o) for o in options if sum(c.parameters for c in o) <= budget)
+
+    for budget in range(72, 433, 24):
+        chosen = [next(c for c in layers[n] if c.rank == r) for n, r in maths.allocate(layers, budget).items()]
+        assert sum(c.parameters for c in chosen) <= budget
+        largest_step = 144 - 24  # from rank 1 to the whole layer
+        assert best(budget) - 1e-9 <= sum(c.loss for c in chosen) <= best(max(72, budget - largest_step)) + 1e-9
+
+
+@pytest.mark.parametrize("rank", [0, 6, -1])
+def test_rank_outside_the_matrix_is_refused(rank):
+    """Ranks below 1 or above the smaller side are errors with the range."""
+    with pytest.raises(ValueError, match=r"outside \[1, 5\]"):
+        maths.whitened_svd(torch.ones(5, 9), rank=rank)
+
+
+# Models.
+
+
+@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_zoo_gets_smaller_and_still_runs(name, calibrated):
+    """Every foreign model keeps about half of the parameters of the layers that were factorized; the input is untouched."""
+    model, inputs = zoo(name)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    expected = run(model, inputs)
+    small = factorize_low_rank(model, calibration=[inputs] if calibrated else None)
+    out = run(small, inputs)
+    assert out.shape == expected.shape and out.isfinite().all()
+    assert parameters(small) < 0.65 * parameters(model)
+    assert pairs_in(small) and not pairs_in(model)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    if calibrated:  # few rows: a rank above their number loses next to nothing
+        assert cosine(out, expected) > 0.99
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "t5", "resnet", "convnext"])
+def test_structure_record_rebuilds_a_foreign_model(name):
+    """A fresh model plus the record plus the tensors computes the same numbers."""
+    model, inputs = zoo(name)
+    small = factorize_low_rank(model, calibration=[inputs])
+    fresh = surgery.rebuild(zoo(name, seed=1)[0], surgery.structure(small))
+    fresh.load_state_dict(small.state_dict())
+    assert_close(run(fresh, inputs), run(small, inputs))
+    assert surgery.structure(fresh) == surgery.structure(small)
+
+
+def test_record_of_a_resized_layer_survives():
+    """A layer that was cut before it was factorized keeps both edits in the record, also after a second rebuild."""
+    model = mlp(32, 48, 16)
+    cut = surgery.clone(model)
+    surgery.resize(cut[0], tensors={"weight": cut[0].weight[:40], "bias": cut[0].bias[:40]}, attributes={"out_features": 40})
+    surgery.resize(cut[2], tensors={"weight": cut[2].weight[:, :40]}, attributes={"in_features": 40})
+    small = factorize_low_rank(cut)
+    again = surgery.rebuild(mlp(32, 48, 16), surgery.structure(small))
+    twice = surgery.rebuild(mlp(32, 48, 16), surgery.structure(again))
+    again.load_state_dict(small.state_dict(), assign=True)
+    assert surgery.structure(twice) == surgery.structure(small)
+    assert_close(again(torch.ones(2, 32)), small(torch.ones(2, 32)))
+
+
+def test_rebuild_needs_no_memory():
+    """On the meta device the record gives empty layers of the right shapes."""
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(64, 32), nn.Conv2d(8, 8, 3))
+    small = factorize_low_rank(nn.Sequential(nn.Linear(64, 32), nn.Conv2d(8, 8, 3)))
+    empty = surgery.rebuild(model, surgery.structure(small))
+    assert all(p.device.type == "meta" for p in empty.parameters())
+    assert [p.shape for p in empty.parameters()] == [p.shape for p in small.parameters()]
+
+
+def test_ratio_one_changes_nothing():
+    """ratio=1 returns an equal model without pairs."""
+    model, x = mlp(64, 96, 32), data(64)
+    same = factorize_low_rank(model, ratio=1, calibration=x)
+    assert same is not model and not pairs_in(same)
+    assert torch.equal(same(x[0]), model(x[0]))
+
+
+def test_full_energy_changes_nothing():
+    """All of the energy needs full rank, which is no smaller, so layers stay."""
+    model, x = mlp(64, 96, 32), data(64)
+    assert torch.equal(factorize_low_rank(model, energy=1.0, calibration=x)(x[0]), model(x[0]))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_layer_of_low_rank_is_found(bias):
+    """A weight that has rank 8 is reproduced at rank 8, with and without calibration."""
+    model = mlp(64, 64, bias=bias)
+    model[0].weight.data = torch.randn(64, 8) @ torch.randn(8, 64) / 8
+    for calibration in (None, data(64)):
+        small = factorize_low_rank(model, rank=8, calibration=calibration)
+        x = data(64, seed=5)[0]
+        assert_close(small(x), model(x), factor=10)
+
+
+@pytest.mark.parametrize("ratio", [0.3, 0.5, 0.8, 0.95])
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_ratio_is_kept(ratio, calibrated):
+    """The weights that remain are at most the ratio of the weights that were, and not much less."""
+    model = mlp(128, 256, 128, 64, bias=False)
+    small = factorize_low_rank(model, ratio=ratio, calibration=data(128) if calibrated else None)
+    assert ratio - 0.08 <= parameters(small) / parameters(model) <= ratio
+
+
+def test_calibration_beats_the_plain_svd():
+    """On the data's distribution the calibrated model is closer, at the same ratio, also on unseen rows."""
+    model = mlp(64, 128, 64)
+    x = data(64, seed=0, batches=4)
+    unseen = torch.cat(x[3:])
+    plain, ours = factorize_low_rank(model), factorize_low_rank(model, calibration=x[:3])
+    errors = [(m(unseen) - model(unseen)).square().mean().item() for m in (plain, ours)]
+    assert errors[1] < 0.5 * errors[0]
+
+
+def test_bias_keeps_the_mean_output():
+    """The mean of the output on the calibration data is that of the original layer, at any rank."""
+    model, x = mlp(64, 64), data(64)
+    small = factorize_low_rank(model, rank=2, calibration=x)
+    inputs = torch.cat(x)
+    assert_close(small(inputs).mean(0), model(inputs).mean(0), factor=30)
+
+
+def test_a_dict_touches_only_what_it_names():
+    """Names and globs select layers and set each one's own value; the rest stays."""
+    model = nn.Sequential(mlp(64, 64, 64), mlp(64, 64, 64))
+    small = factorize_low_rank(model, rank={"0.*": 8, "1.2": 16}, calibration=data(64))
+    assert {n: m.rank for n, m in pairs_in(small).items()} == {"0.0": 8, "0.2": 8, "1.2": 16}
+
+
+def test_skip_and_summary():
+    """Skipped layers stay, and the summary gives a rank or a reason for each layer."""
+    model, _ = zoo("gpt2")
+    small = factorize_low_rank(model, skip=("transformer.h.0",))
+    notes = summary(small)
+    assert not any(n.startswith("transformer.h.0") for n in pairs_in(small))
+    assert notes["transformer.h.0.mlp.c_fc"] == "skipped by name"
+    assert notes["lm_head"] == "shares its weight with 'transformer.wte'"
+    assert notes["transformer.h.1.mlp.c_fc"].startswith("rank ")
+    assert notes == summary(copy.deepcopy(small))
+
+
+def test_a_second_pass_leaves_pairs_alone():
+    """Factorizing a factorized model doesn't factorize the factors."""
+    small = factorize_low_rank(mlp(64, 64, 64), rank={"0": 8})
+    twice = factorize_low_rank(small, rank=8)
+    assert list(pairs_in(twice)) == ["0", "2"] and twice[0].rank == 8
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"stride": 2, "padding": 1}, {"padding": "same", "dilation": 2}, {"padding": 2, "padding_mode": "circular"}],
+)
+@pytest.mark.parametrize("split", ["channel", "spatial"])
+def test_a_conv_pair_computes_its_dense_weight(options, split):
+    """Both splits equal the one convolution with the weight they read as, for every padding, stride and dilation."""
+    conv = nn.Conv2d(6, 10, (3, 5), **options)
+    pair = LowRankConv2d(conv, 4, split, bias=True)
+    for p in pair.parameters():
+        nn.init.normal_(p)
+    conv.weight.data, conv.bias.data = pair.dense_weight(), pair.bias.data
+    x = torch.randn(2, 6, 14, 13)
+    assert_close(pair(x), conv(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_dtypes(dtype):
+    """The pairs have the model's dtype and give its outputs to its precision."""
+    model = mlp(64, 64).to(dtype)
+    model[0].weight.data = (torch.randn(64, 8) @ torch.randn(8, 64) / 8).to(dtype)
+    x = [b.to(dtype) for b in data(64)]
+    small = factorize_low_rank(model, rank=8, calibration=x)
+    assert all(p.dtype == dtype for p in small.parameters())
+    coarse = torch.float32 if dtype == torch.float64 else dtype
+    assert_close(small(x[0]), model(x[0]), dtype=coarse, factor=10)
+
+
+@pytest.mark.parametrize("scale", [1e-15, 1e12, 1e19])
+def test_inputs_of_any_size(scale):
+    """Squares outside the range of float32 don't spoil the result."""
+    model = mlp(64, 64)
+    model[0].weight.data = torch.randn(64, 8) @ torch.randn(8, 64) / 8
+    x = [b * scale for b in data(64)]
+    assert_close(factorize_low_rank(model, rank=8, calibration=x)(x[0]), model(x[0]), factor=10)
+
+
+def test_fused_encoder_layers_still_work():
+    """torch's TransformerEncoder, whose fast path reads weights, gives the same with and without it, attention untouched."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True, activation="gelu")
+    model = nn.TransformerEncoder(layer, 2).eval()
+    x = torch.randn(2, 7, 64)
+    padding = torch.zeros(2, 7, dtype=torch.bool)
+    padding[1, 5:] = True
+    small = factorize_low_rank(model, calibration=[{"src": x}])
+    assert sorted(pairs_in(small)) == [f"layers.{i}.linear{j}" for i in range(2) for j in (1, 2)]
+    assert "reads the weight" in summary(small)["layers.0.self_attn.out_proj"]
+    with torch.no_grad():
+        fast = small(x, src_key_padding_mask=padding)
+    slow = small(x, src_key_padding_mask=padding)
+    assert_close(fast[0], slow[0], factor=10)
+    assert_close(fast[1, :5], slow[1, :5], factor=10)
+
+
+def test_weight_reads_as_the_product():
+    """Code that reads `.weight` of a pair gets the dense weight's type and shape, and the product in torch functions."""
+    small = factorize_low_rank(mlp(64, 48), rank=8)[0]
+    assert small.weight.shape == (48, 64) and small.weight.dtype == torch.float32
+    x = torch.randn(3, 64)
+    assert_close(nn.functional.linear(x, small.weight, small.bias), small(x))
+
+
+def test_layers_that_run_several_times():
+    """A module used twice is replaced at both places and fitted to all of its inputs."""
+    shared = nn.Linear(64, 64)
+    model = nn.Sequential(shared, nn.GELU(), shared).eval()
+    small = factorize_low_rank(model, rank=16, calibration=data(64))
+    assert isinstance(small[0], LowRankLinear) and small[0] is small[2]
+
+
+def test_grouping_of_passes_is_only_a_matter_of_precision():
+    """Few passes and little memory give a valid model of the same size."""
+    model, x = mlp(64, 64, 64, 64), data(64)
+    sizes = {
+        parameters(factorize_low_rank(model, calibration=x, max_passes=passes, memory=memory))
+        for passes in (1, 2, 64)
+        for memory in (1, 1 << 30)
+    }
+    assert len(sizes) == 1
+
+
+def test_mode_flags_and_gradients_of_the_input_stay():
+    """The input keeps its training flags, hooks and gradients; frozen weights give frozen pairs."""
+    model = mlp(64, 64, 64).train()
+    model[0].requires_grad_(False)
+    small = factorize_low_rank(model, calibration=data(64))
+    assert model.training and model[0].training
+    assert all(p.grad is None for p in model.parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert not any(p.requires_grad for p in small[0].parameters())
+    assert all(p.requires_grad for p in small[2].parameters())
+    assert not small.training
+
+
+def test_pairs_script_trace_and_export():
+    """A factorized model can be scripted, traced and exported."""
+    small, x = factorize_low_rank(mlp(64, 64, 64), rank=8), torch.randn(2, 64)
+    expected = small(x)
+    assert_close(torch.jit.trace(small, x)(x), expected)
+    assert_close(torch.export.export(small, (x,)).module()(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"ratio": 0}, ValueError, "ratio=0 is outside"),
+        ({"ratio": 1.5}, ValueError, "ratio=1.5 is outside"),
+        ({"ratio": float("nan")}, ValueError, "ratio=nan is outside"),
+        ({"ratio": "half"}, TypeError, "ratio must be a number"),
+        ({"energy": -0.1}, ValueError, "energy=-0.1 is outside"),
+        ({"rank": 0}, ValueError, "rank=0 is outside"),
+        ({"rank": 4.5}, TypeError, "rank must be an int"),
+        ({"rank": True}, TypeError, "rank must be an int"),
+        ({"rank": 65}, ValueError, "rank=65 is above the rank 64 of layer '0'"),
+        ({"ratio": 0.5, "rank": 8}, ValueError, "ratio=0.5 and rank=8"),
+        ({"ratio": {"nothing": 0.5}}, ValueError, "'nothing'"),
+        ({"ratio": 0.001}, ValueError, "ratio=0.001 leaves nothing"),
+        ({"skip": ("0", "2")}, ValueError, "no layer to factorize"),
+        ({"skip": ("zero",)}, ValueError, "'zero'"),
+        ({"calibration": []}, ValueError, "empty"),
+        ({"calibration": torch.ones(2, 64)}, TypeError, "calibration must be a sequence"),
+        ({"calibration": [torch.full((2, 64), torch.inf)]}, ValueError, "not finite"),
+    ],
+)
+def test_bad_input_is_refused_by_name(options, error, text):
+    """Each mistake is an error that names the input and its value."""
+    with pytest.raises(error, match=text):
+        factorize_low_rank(mlp(64, 64, 64), **options)
+
+
+def test_unreached_layers_are_named_and_can_be_skipped():
+    """A layer that no batch runs (a mixture's idle expert) is an error with its name, and skipping it helps."""
+
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.idle = nn.Linear(64, 64), nn.Linear(64, 64)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.used(x)
+
+    with pytest.raises(ValueError, match="never reaches layer 'idle'"):
+        factorize_low_rank(Experts(), calibration=data(64))
+    assert list(pairs_in(factorize_low_rank(Experts(), calibration=data(64), skip=("idle",)))) == ["used"]
+
+
+def test_weights_that_are_not_finite_name_the_layer():
+    """NaN in a weight is an error with the layer's name."""
+    model = mlp(64, 64, 64)
+    model[2].weight.data[3, 4] = torch.nan
+    with pytest.raises(ValueError, match="layer '2' has weights that are not finite"):
+        factorize_low_rank(model)
+
+
+def test_models_without_layers_are_refused():
+    """A model with nothing to factorize is an error that says what was looked for."""
+    with pytest.raises(ValueError, match="looked for"):
+        factorize_low_rank(nn.Sequential(nn.Embedding(4, 4), nn.LayerNorm(4)))
