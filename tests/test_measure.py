@@ -195,10 +195,11 @@ def test_without_inputs_a_built_in_model_is_still_timed(files):
     ("evaluate", "message"),
     [
         (die, "its process was killed by signal 9 during 'evaluate'"),
-        pytest.param(complain, "evaluate failed: RuntimeError: no such metric", marks=pytest.mark.slow),
-        pytest.param(sleep_long, "no answer to 'evaluate' within 2 s", marks=pytest.mark.slow),
+        (complain, "evaluate failed: RuntimeError: no such metric"),
+        (sleep_long, "no answer to 'evaluate' within 2 s"),
     ],
 )
+@pytest.mark.slow
 def test_failing_workers_are_named_and_reaped(files, tmp_path, evaluate, message):
     """A crash, an exception and a hang become one MeasurementError that names the file; no process is left."""
     write_payload(tmp_path / "payload", pack_inputs(INPUTS), evaluate=pack(evaluate), model=None)

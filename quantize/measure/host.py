@@ -80,10 +80,10 @@ def describe_machine(host: dict[str, Any]) -> list[str]:
 def keep_allocations() -> bool:
     """Tell glibc's malloc to keep large freed blocks for the life of this process. Returns whether that is now so.
 
-    glibc maps every block above a threshold (128 KiB, growing to 32 MiB) afresh and gives it back at once, so each large activation is page-faulted
-    again on every call; that can double a convolutional network's latency. This is `mallopt` (see mallopt(3)) with
-    M_MMAP_THRESHOLD = 1 GiB (32 MiB where glibc refuses more), M_TRIM_THRESHOLD = never and M_TOP_PAD = 64 MiB;
-    the environment variables MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_ and MALLOC_TOP_PAD_ do the same at start.
+    glibc maps every block above a threshold (128 KiB, growing to 32 MiB) afresh and gives it back at once, so each large
+    activation is page-faulted again on every call; that can double a convolutional network's latency. This is `mallopt` (see
+    mallopt(3)) with M_MMAP_THRESHOLD = 1 GiB (32 MiB where glibc refuses more), M_TRIM_THRESHOLD = never and M_TOP_PAD =
+    64 MiB; the environment variables MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_ and MALLOC_TOP_PAD_ do the same at start.
 
     The price: memory that was once used isn't returned before the process ends. Nothing in this package calls it on import.
     Where malloc isn't glibc's (musl, macOS, Windows, a preloaded jemalloc or tcmalloc) it changes nothing and returns False;
