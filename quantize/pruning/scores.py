@@ -1,0 +1,111 @@
+"""How much a unit matters: by the norm of its weights, what it feeds forward, the loss, what can't be rebuilt without it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from quantize.calibration import InputStatistics
+from quantize.pruning.groups import Group
+
+
+def channel_norms(weight: torch.Tensor, n: float, dim: int = 0) -> torch.Tensor:
+    """Ln norm of every slice of `weight` along `dim`, [size of dim] (as `torch.nn.utils.prune.ln_structured`)."""
+    return torch.linalg.vector_norm(weight.detach().movedim(dim, 0).flatten(1).double(), n, dim=1)
+
+
+def magnitude(model: nn.Module, group: Group, n: float) -> torch.Tensor:
+    """Ln norm over all weights that make a unit's channels, [units]."""
+    parts = []
+    for name, dim in group.outputs:
+        weight = model.get_parameter(name).detach().movedim(dim, 0).double()
+        parts.append(weight[group.places[name, dim].to(weight.device)].flatten(1))
+    return torch.linalg.vector_norm(torch.cat(parts, 1), n, dim=1)
+
+
+Reader = tuple[torch.Tensor, torch.Tensor, InputStatistics]  # weight [out, K], rows of K per unit [units, S], statistics
+
+
+def activation_aware(readers: list[Reader], n: float) -> torch.Tensor:
+    """Root mean square of a unit's inputs to the layers that read it, times the Ln norm of their weights, [units].
+
+    The weight x activation score of Wanda (Sun et al., arXiv 2306.11695), summed over a channel as in FLAP (arXiv 2312.11983).
+    """
+    total: torch.Tensor | float = 0.0
+    for weight, places, seen in readers:
+        power = seen.second_moment.diagonal().double().clamp(min=0)
+        strength = power * channel_norms(weight, n, 1) ** 2  # [K]
+        total = total + strength[places].sum(1) / strength.sum().clamp(min=1e-30)
+    return torch.sqrt(torch.as_tensor(total))
+
+
+def reconstruction(readers: list[Reader], remove: int, ridge: float = 1e-3, rounds: int = 48) -> torch.Tensor:
+    """Order in which to remove `remove` units, as scores [units]: each time those whose loss costs least after a refit.
+
+    With H the second moment of a layer's inputs and W its weight, removing the inputs S and refitting the rest by least squares
+    costs tr(W_S inv(inv(H)_SS) W_S^T) (optimal brain surgeon; for structures: ZipLM, Kurtic et al., arXiv 2302.04089).
+    """
+    state = []
+    for weight, places, seen in readers:
+        moment = seen.second_moment.double()
+        moment = moment + torch.eye(len(moment)) * (ridge * moment.diagonal().mean() + 1e-12)
+        weight = weight.double()
+        energy = ((weight @ moment) * weight).sum().clamp(min=1e-30)
+        state.append([weight, torch.cholesky_inverse(torch.linalg.cholesky(moment)), places, energy])
+    units = len(readers[0][1])
+    score = torch.full((units,), float("inf"), dtype=torch.float64)
+    alive = torch.ones(units, dtype=torch.bool)
+    step = max(1, -(-remove // rounds))
+    cost = torch.zeros(units, dtype=torch.float64)
+    for done in range(0, remove, step):
+        cost = torch.zeros(units, dtype=torch.float64)
+        candidates = alive.nonzero().flatten()
+        for weight, inverse, places, energy in state:
+            rows = places[candidates]  # [U, S]
+            block = inverse[rows[:, :, None], rows[:, None, :]]  # [U, S, S]
+            columns = weight[:, rows].permute(1, 2, 0)  # [U, S, out]
+            cost[candidates] += (columns * torch.linalg.solve(block, columns)).sum((1, 2)) / energy
+        cost[~alive] = float("inf")
+        gone = cost.argsort()[: min(step, remove - done)]
+        score[gone] = torch.arange(done, done + len(gone), dtype=torch.float64)
+        alive[gone] = False
+        for entry in state:
+            weight, inverse, places, _ = entry
+            rows = places[gone].flatten()
+            solved = torch.linalg.solve(inverse[rows][:, rows], inverse[rows])  # [R, K]
+            entry[0] = weight - weight[:, rows] @ solved
+            entry[1] = inverse - inverse[:, rows] @ solved
+            entry[1][rows] = 0
+            entry[1][:, rows] = 0
+            entry[1][rows, rows] = 1
+            entry[0][:, rows] = 0
+    score[alive] = remove + torch.where(cost.isfinite(), cost, 0.0)[alive]
+    return score
+
+
+def taylor(
+    model: nn.Module, groups: list[Group], batches: Iterable[Any], loss: Callable[[nn.Module, Any], torch.Tensor]
+) -> list[torch.Tensor]:
+    """Squared first-order change of the loss when a unit goes (Molchanov et al., arXiv 1906.10771), [units] per group."""
+    totals = [torch.zeros(g.units, dtype=torch.float64) for g in groups]
+    weights = {name: model.get_parameter(name) for g in groups for name, _ in g.outputs}
+    for weight in weights.values():
+        weight.requires_grad_(True)
+    for batch in batches:
+        with torch.enable_grad():
+            value = loss(model, batch)
+        if not torch.isfinite(value):
+            raise ValueError(f"loss gives {value.item()} on a calibration batch")
+        gradients = torch.autograd.grad(value, list(weights.values()), allow_unused=True)
+        given = dict(zip(weights, gradients, strict=True))
+        for total, group in zip(totals, groups, strict=True):
+            change = torch.zeros(group.units, dtype=torch.float64)
+            for name, dim in group.outputs:
+                if given[name] is not None:
+                    moved = (weights[name] * given[name]).detach().movedim(dim, 0).double()
+                    change += moved[group.places[name, dim]].flatten(1).sum(1)
+            total += change**2
+    return totals

@@ -1,0 +1,432 @@
+"""Structured pruning: the smaller model is the masked one, whatever the architecture."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import ZOO, assert_close, cosine, run, zoo
+from torch import nn
+
+from quantize import ConvNet, ConvNetConfig, DecoderConfig, DecoderLM, load, save
+from quantize.pruning import prune_ln_structured, summary
+
+
+def seeded(build):
+    torch.manual_seed(0)
+    return build().eval()
+
+
+def randn(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+
+
+def mlp() -> nn.Module:
+    return seeded(lambda: nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 24), nn.ReLU(), nn.Linear(24, 3)))
+
+
+class Branches(nn.Module):
+    """A model of parts: subclasses give the layers and the forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.build()
+
+
+class Concat(Branches):
+    def build(self):
+        self.a, self.b = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(3, 8, 1)
+        self.out = nn.Conv2d(24, 5, 1)
+
+    def forward(self, x):
+        return self.out(torch.cat([self.a(x).relu(), self.b(x).sigmoid()], 1))
+
+
+class Residual(Branches):
+    def build(self):
+        self.stem, self.bn0 = nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.conv, self.bn1 = nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.prelu, self.head = nn.PReLU(16), nn.Linear(16 * 16, 4)
+
+    def forward(self, x):
+        x = self.bn0(self.stem(x)).relu()
+        x = self.prelu(x + self.bn1(self.conv(x)))
+        return self.head(F.max_pool2d(x, 2).flatten(1))
+
+
+class Depthwise(Branches):
+    def build(self):
+        self.expand, self.depth = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 32, 3, padding=1, groups=16)
+        self.grouped, self.norm = nn.Conv2d(32, 48, 3, groups=8), nn.GroupNorm(12, 48)
+        self.squeeze, self.excite = nn.Linear(48, 8), nn.Linear(8, 48)
+        self.out = nn.Conv2d(48, 5, 1)
+
+    def forward(self, x):
+        x = self.norm(self.grouped(self.depth(self.expand(x).relu()).relu())).relu()
+        gate = self.excite(self.squeeze(x.mean((2, 3))).relu()).sigmoid()
+        return self.out(x * gate[:, :, None, None])
+
+
+class Shuffle(Branches):
+    """ShuffleNet's channel split and shuffle, then pixel shuffle and a transposed convolution."""
+
+    def build(self):
+        self.stem, self.branch = nn.Conv2d(3, 32, 1), nn.Conv2d(16, 16, 3, padding=1)
+        self.wide, self.up = nn.Conv2d(32, 64, 1), nn.ConvTranspose2d(16, 8, 2, stride=2)
+        self.out = nn.Conv2d(8, 3, 1)
+
+    def forward(self, x):
+        a, b = self.stem(x).relu().chunk(2, 1)
+        x = torch.cat([a, self.branch(b).relu()], 1)
+        n, c, h, w = x.shape
+        x = x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
+        return self.out(self.up(F.pixel_shuffle(self.wide(x), 2)).relu())
+
+
+class Gated(Branches):
+    """A fused gate-and-up projection, a scale per channel and a tied reader."""
+
+    def build(self):
+        self.both, self.down = nn.Linear(8, 64), nn.Linear(32, 8)
+        self.scale = nn.Parameter(torch.rand(32) + 0.5)
+
+    def forward(self, x):
+        a, b = self.both(x).chunk(2, -1)
+        return self.down(F.gelu(a) * b * self.scale)
+
+
+class Attention(Branches):
+    """Fused QKV, matmul attention, and the number of heads written down in an attribute."""
+
+    def build(self):
+        self.num_heads, self.head_dim = 4, 8
+        self.qkv, self.proj = nn.Linear(16, 96), nn.Linear(32, 16)
+
+    def forward(self, x):
+        b, t, _ = x.shape
+        q, k, v = self.qkv(x).reshape(b, t, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        scores = (q @ k.transpose(-1, -2) * self.head_dim**-0.5).softmax(-1)
+        return self.proj((scores @ v).transpose(1, 2).reshape(b, t, self.num_heads * self.head_dim))
+
+
+class Tied(Branches):
+    """Input and output embedding share a weight; the residual stream has no norm, so it can shrink."""
+
+    def build(self):
+        self.embed, self.position = nn.Embedding(20, 16), nn.Parameter(torch.randn(1, 6, 16))
+        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+        self.head = nn.Linear(16, 20, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids):
+        x = self.embed(ids) + self.position
+        return self.head(x + self.down(self.up(x).relu()))
+
+
+class WrittenSize(Branches):
+    """Has a size in its code: the first layer's channels can't go, the second's can."""
+
+    def build(self):
+        self.first, self.second, self.third = nn.Linear(8, 32), nn.Linear(32, 16), nn.Linear(16, 2)
+
+    def forward(self, x):
+        return self.third(self.second(self.first(x).reshape(-1, 32)).relu())
+
+
+IMAGES = randn(2, 3, 8, 8)
+SMALL = {
+    "mlp": (mlp, randn(4, 8)),
+    "concat": (Concat, IMAGES),
+    "residual": (Residual, IMAGES),
+    "depthwise": (Depthwise, IMAGES),
+    "shuffle": (Shuffle, IMAGES),
+    "gated": (Gated, randn(2, 5, 8)),
+    "attention": (Attention, randn(2, 5, 16)),
+    "tied": (Tied, torch.arange(12).view(2, 6)),
+    "written_size": (WrittenSize, randn(4, 8)),
+    "encoder": (lambda: nn.TransformerEncoderLayer(16, 2, 64, batch_first=True), randn(2, 5, 16)),
+    "decoder": (
+        lambda: DecoderLM(DecoderConfig(64, 32, 2, 4, 2, qkv_bias=True, qk_norm=True)),
+        torch.arange(16).view(2, 8),
+    ),
+    "convnet": (lambda: ConvNet(ConvNetConfig(widths=(16, 32))), randn(2, 1, 8, 8)),
+    "conv1d": (lambda: nn.Sequential(nn.Conv1d(3, 16, 3, padding=1), nn.GELU(), nn.Conv1d(16, 4, 3)), randn(2, 3, 9)),
+}
+
+
+def small(name: str):
+    build, inputs = SMALL[name]
+    model = seeded(build)
+    for p in model.parameters():  # layers that start as zeros would hide a wrong cut
+        if not p.detach().any():
+            nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(2))
+    return model, inputs
+
+
+def state(model: nn.Module):
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    flags = [m.training for m in model.modules()]
+    return [(n, t.detach().clone(), t.requires_grad) for n, t in tensors], flags
+
+
+def untouched(model: nn.Module, before) -> bool:
+    after = state(model)
+    return after[1] == before[1] and all(
+        a[0] == b[0] and torch.equal(a[1], b[1]) and a[2] == b[2] for a, b in zip(after[0], before[0], strict=True)
+    )
+
+
+def size(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+@pytest.mark.parametrize("name", SMALL)
+def test_pruned_equals_masked(name, calibrated):
+    """The smaller model computes what the full one computes with zeros in the removed places."""
+    model, inputs = small(name)
+    before = state(model)
+    options = {"amount": 0.5, "calibration": [inputs] if calibrated else None}
+    pruned = prune_ln_structured(model, inputs, **options)
+    masked = prune_ln_structured(model, inputs, masked=True, **options)
+    assert size(pruned) < size(model) == size(masked)
+    assert_close(run(pruned, inputs), run(masked, inputs), factor=10)
+    assert untouched(model, before)
+
+
+@pytest.mark.parametrize("amount", [0.25, 0.5])
+@pytest.mark.parametrize("name", ZOO)
+def test_zoo(name, amount, tmp_path):
+    """Models that others wrote: pruned equals masked, and the file loads into a fresh instance."""
+    model, inputs = zoo(name)
+    pruned = prune_ln_structured(model, inputs, amount=amount)
+    masked = prune_ln_structured(model, inputs, amount=amount, masked=True)
+    assert size(pruned) < size(model)
+    assert_close(run(pruned, inputs), run(masked, inputs), factor=10)
+    save(pruned, tmp_path / "pruned.pth")
+    again = load(tmp_path / "pruned.pth", model=zoo(name, seed=1)[0])
+    assert_close(run(again, inputs), run(pruned, inputs))
+
+
+def test_groups():
+    """Tied layers shrink together: the residual stream with its norms, gates with their pairs, heads with their queries."""
+    model, inputs = small("residual")
+    (group,) = summary(prune_ln_structured(model, inputs)).pruned
+    assert group.layers == ["stem", "conv"] and (group.before, group.after) == (16, 8)
+    model, inputs = small("decoder")
+    pruned = prune_ln_structured(model, inputs)
+    block = pruned.blocks[0]
+    assert (block.attention.q.out_features, block.attention.k.out_features, block.attention.out.in_features) == (16, 8, 16)
+    assert block.ffn.gate.out_features == block.ffn.up.out_features == block.ffn.down.in_features
+    assert "averages over the channels" in summary(pruned).left["embedding"]
+    model, inputs = small("depthwise")
+    pruned = prune_ln_structured(model, inputs)
+    assert (pruned.depth.groups, pruned.depth.in_channels, pruned.depth.out_channels) == (8, 8, 16)
+    assert (pruned.grouped.groups, pruned.grouped.in_channels) == (4, 16)
+
+
+def test_attributes_follow():
+    """An attribute that counts heads is changed where the code needs it."""
+    model, inputs = small("attention")
+    pruned = prune_ln_structured(model, inputs)
+    assert (pruned.num_heads, pruned.head_dim, pruned.qkv.out_features) == (2, 8, 48)
+
+
+def test_written_size_is_left():
+    """Where a size stands in the code, the group stays and the summary says so; asked for by name, it raises."""
+    model, inputs = small("written_size")
+    pruned = prune_ln_structured(model, inputs)
+    assert pruned.first.out_features == 32 and pruned.second.out_features == 8
+    assert "size written in" in summary(pruned).left["first"]
+    with pytest.raises(ValueError, match=r"first.*size written in"):
+        prune_ln_structured(model, inputs, amount={"first": 0.5})
+
+
+@pytest.mark.parametrize("n", [1, 2, 3.5, math.inf])
+def test_keeps_the_largest_norms(n):
+    """The rows that stay are those with the largest Ln norm, as torch's ln_structured chooses."""
+    model = mlp()
+    norms = torch.linalg.vector_norm(model[0].weight, n, dim=1)
+    pruned = prune_ln_structured(model, randn(2, 8), amount={"0": 0.5}, n=n)
+    assert torch.equal(pruned[0].weight, model[0].weight[norms.topk(16).indices.sort().values])
+
+
+def test_amounts():
+    """0 changes nothing; a dict prunes what it names, by name or glob; skip leaves a layer's outputs whole."""
+    model, x = mlp(), randn(4, 8)
+    assert torch.equal(prune_ln_structured(model, x, amount=0.0)(x), model(x))
+    widths = lambda m: (m[0].out_features, m[2].out_features)  # noqa: E731
+    assert widths(prune_ln_structured(model, x, amount={"0": 0.25, "2": 0.5})) == (24, 12)
+    assert widths(prune_ln_structured(model, x, amount={"[02]": 0.75})) == (8, 6)
+    assert widths(prune_ln_structured(model, x, skip=["0"])) == (32, 12)
+    assert widths(prune_ln_structured(model, x, amount=0.999)) == (4, 2)
+    assert widths(prune_ln_structured(model, x, amount=0.4, round_to=16)) == (16, 16)
+
+
+def test_global_scope_removes_more_where_less_matters():
+    """With scope="global" a layer of small weights loses more than a layer of varied ones."""
+    model, x = mlp(), randn(4, 8)
+    with torch.no_grad():
+        model[0].weight[:24] *= 1e-3
+    pruned = prune_ln_structured(model, x, amount=0.4, scope="global")
+    assert pruned[0].out_features < 16 and pruned[2].out_features > 16
+
+
+@pytest.mark.parametrize("score", ["activation", "reconstruction", "taylor"])
+def test_dead_neurons_go_first(score):
+    """Neurons that never fire are removed first, whatever their norm, and nothing changes."""
+    model, x = mlp(), randn(64, 8)
+    with torch.no_grad():
+        model[0].weight[::2] *= 10
+        model[0].bias[::2] = -1000.0
+    loss = (lambda m, batch: m(batch).square().mean()) if score == "taylor" else None
+    pruned = prune_ln_structured(model, x, amount={"0": 0.5}, calibration=[x], score=score, loss=loss)
+    assert_close(pruned(x), model(x))
+
+
+def test_repair_is_exact_for_redundant_channels():
+    """Where removed channels are combinations of kept ones, the refit gives the same function back."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 32), nn.Linear(32, 3)).eval()  # 32 channels of rank 4
+    x = randn(64, 4)
+    pruned = prune_ln_structured(model, x, amount={"0": 0.5}, calibration=[x[:32], x[32:]], repair_ridge=1e-9)
+    assert_close(pruned(x), model(x), factor=100)
+    plain = prune_ln_structured(model, x, amount={"0": 0.5})
+    assert cosine(plain(x), model(x)) < 0.95
+
+
+@pytest.mark.parametrize("name", ["mlp", "residual", "decoder", "gated", "depthwise"])
+def test_repair_helps(name):
+    """On fresh data the repaired model is nearer to the original than the plain Ln choice."""
+    model, example = small(name)
+    draw = torch.Generator().manual_seed(3)
+
+    def batch():
+        if name == "decoder":
+            return torch.randint(0, 64, (16, 8), generator=draw)
+        return torch.randn(64, *example.shape[1:], generator=draw)
+
+    calibration, fresh = [batch() for _ in range(4)], batch()
+    plain = prune_ln_structured(model, example)
+    repaired = prune_ln_structured(model, example, calibration=calibration)
+    error = lambda m: (run(m, fresh) - run(model, fresh)).square().mean()  # noqa: E731
+    assert error(repaired) < 0.8 * error(plain)
+
+
+def test_constant_inputs():
+    """A singular second moment (one row, dead inputs) gives a finite model."""
+    model = mlp()
+    x = torch.ones(1, 8)
+    pruned = prune_ln_structured(model, x, calibration=[x, torch.zeros(1, 8)])
+    assert torch.isfinite(pruned(x)).all()
+
+
+def test_flags_and_type_stay():
+    """The input keeps its training flags and gradients flags; the result is in eval mode with the same classes."""
+    model, inputs = small("residual")
+    model.train()
+    model.stem.weight.requires_grad_(False)
+    before = state(model)
+    pruned = prune_ln_structured(model, inputs, calibration=[inputs])
+    assert untouched(model, before) and model.training and not pruned.training
+    assert [type(m) for m in pruned.modules()] == [type(m) for m in model.modules()]
+    assert not pruned.stem.weight.requires_grad and pruned.conv.weight.requires_grad
+    pruned.train()(inputs).sum().backward()
+
+
+def test_twice():
+    """A pruned model can be pruned again, saved and loaded into a fresh original."""
+    model, inputs = small("attention")
+    twice = prune_ln_structured(prune_ln_structured(model, inputs), inputs)
+    assert twice.num_heads == 1 and twice.qkv.out_features == 24
+
+
+class Dynamic(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 2)
+
+    def forward(self, x):
+        return self.b(self.a(x)) if x.sum() > 0 else self.b(self.a(-x))
+
+
+X = randn(4, 8)
+BAD = {
+    "amount 1": ({"amount": 1.0}, ValueError, r"amount is 1.0; allowed: \[0, 1\)"),
+    "amount negative": ({"amount": -0.1}, ValueError, "amount is -0.1"),
+    "amount nan": ({"amount": math.nan}, ValueError, "amount is nan"),
+    "amount text": ({"amount": "half"}, TypeError, "half"),
+    "amount bool": ({"amount": True}, TypeError, "True"),
+    "amount in dict": ({"amount": {"0": 2}}, ValueError, r"amount\['0'\] is 2"),
+    "no names": ({"amount": {}}, ValueError, "empty dict"),
+    "unknown name": ({"amount": {"layer": 0.5}}, ValueError, "'layer', which is not a module"),
+    "no match": ({"amount": {"conv*": 0.5}}, ValueError, "conv"),
+    "output layer": ({"amount": {"4": 0.5}}, ValueError, "'4'.*output of the model"),
+    "no channels": ({"amount": {"1": 0.5}}, ValueError, "'1'.*no output channels"),
+    "n 0": ({"n": 0}, ValueError, "n is 0"),
+    "n negative": ({"n": -2}, ValueError, "n is -2"),
+    "n nan": ({"n": math.nan}, ValueError, "n is nan"),
+    "n text": ({"n": "fro"}, TypeError, "fro"),
+    "skip unknown": ({"skip": ["nope"]}, ValueError, "nope"),
+    "skip all": ({"skip": [nn.Linear]}, ValueError, "nothing in Sequential can be pruned"),
+    "empty": ({"calibration": []}, ValueError, "calibration is empty"),
+    "iterator": ({"calibration": iter([X])}, TypeError, "re-iterable"),
+    "tensor": ({"calibration": X}, TypeError, "sequence of batches"),
+    "wrong shape": ({"calibration": [randn(4, 9)]}, ValueError, "calibration"),
+    "not finite": ({"calibration": [X * math.nan]}, ValueError, "not finite"),
+    "score": ({"score": "best"}, ValueError, "best"),
+    "score without data": ({"score": "activation"}, ValueError, "needs calibration"),
+    "taylor without loss": ({"score": "taylor", "calibration": [X]}, ValueError, "loss"),
+    "scope": ({"scope": "all"}, ValueError, "all"),
+    "round_to": ({"round_to": 0}, ValueError, "round_to is 0"),
+    "ridge": ({"repair_ridge": -1.0}, ValueError, "repair_ridge"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_arguments(case):
+    """Bad input is refused with an error that names it, and the model stays as it was."""
+    options, kind, message = BAD[case]
+    model = mlp()
+    before = state(model)
+    with pytest.raises(kind, match=message):
+        prune_ln_structured(model, X, **options)
+    assert untouched(model, before)
+
+
+@pytest.mark.parametrize(
+    ("build", "inputs", "kind", "message"),
+    [
+        (mlp, randn(4, 9), ValueError, "doesn't run on example_inputs"),
+        (mlp, 3, TypeError, "example_inputs"),
+        (Dynamic, X, ValueError, "can't be exported"),
+        (lambda: nn.Sequential(nn.Linear(8, 4), nn.LayerNorm(4)), X, ValueError, "nothing in Sequential can be pruned"),
+        (nn.ReLU, X, ValueError, "nothing in ReLU can be pruned"),
+        (lambda: "model", X, TypeError, "nn.Module"),
+    ],
+)
+def test_bad_models(build, inputs, kind, message):
+    """A model that doesn't run, can't be followed or has nothing to prune is refused by name."""
+    with pytest.raises(kind, match=message):
+        prune_ln_structured(build(), inputs)
+
+
+def test_int8_is_refused():
+    """Pruning comes before int8."""
+    from quantize import quantize_dynamic
+
+    with pytest.raises(ValueError, match="prune before quantiz"):
+        prune_ln_structured(quantize_dynamic(mlp()), X)
+
+
+def test_composes_with_half():
+    """A model stored in 16 bits can be pruned."""
+    from quantize import to_half
+
+    half = to_half(mlp())
+    pruned = prune_ln_structured(half, X, calibration=[X])
+    masked = prune_ln_structured(half, X, calibration=[X], masked=True)
+    assert size(pruned) < size(half)
+    assert_close(run(pruned, X), run(masked, X), dtype=torch.float16)
