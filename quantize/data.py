@@ -162,18 +162,27 @@ class TextBatches:
     Nothing is remembered between steps, so training resumes at any of them. Each pass visits all windows of the
     text in an order drawn from the seed, cut from a shifted start. `batch` is what one rank sees; the ranks of one
     step share out the windows that a single rank with `batch * world` would see.
+
+    The first `short_steps` steps see twice as many windows of half the length: more different text for the same
+    work, while the model still learns what is near.
     """
 
-    def __init__(self, text: Tensor, *, batch: int, length: int, seed: int = 0, rank: int = 0, world: int = 1):
+    def __init__(
+        self, text: Tensor, *, batch: int, length: int, short_steps: int = 0, seed: int = 0, rank: int = 0, world: int = 1
+    ):
         if batch < 1 or length < 1:
             raise ValueError(f"batch={batch}, length={length}: both must be >= 1")
-        windows = (len(text) - 1) // length - 1  # one less than fits: room to shift
-        if windows < 1:
+        if len(text) <= 2 * length:
             raise DataError(f"data: {len(text)} bytes to train on are too few for windows of {length} bytes")
-        self.text, self.length = text, length
-        self._rows = _Rows(windows, batch, seed, rank, world)
+        self.text, self.length, self.short_steps = text, length, short_steps
+        # of the windows that fit, one is left out: room to shift
+        self._rows = _Rows((len(text) - 1) // length - 1, batch, seed, rank, world)
+        if short_steps > 0:
+            self._short = TextBatches(text, batch=2 * batch, length=max(1, length // 2), seed=seed + 1, rank=rank, world=world)
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:
+        if step < self.short_steps:
+            return self._short(step)
         starts = [place * self.length + shift % self.length for place, shift in self._rows(step)]
         rows = torch.stack([self.text[start : start + self.length + 1] for start in starts]).long()
         return rows[:, :-1], rows[:, 1:]

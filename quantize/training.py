@@ -52,8 +52,10 @@ class Recipe:
     steps: int
     batch: int = 32
     length: int = 256  # tokens in a window (text)
+    short: float = 0.0  # share of the steps, at the start, that see twice as many windows of half the length
     lr: float = 3e-3
     muon_lr: float = 0.02
+    momentum: float = 0.9  # Muon's
     weight_decay: float = 0.0
     warmup: int = 20
     cooldown: float = 0.6
@@ -70,28 +72,17 @@ class Recipe:
             raise ValueError(f"Recipe.weight_decay is {self.weight_decay!r}; allowed: a finite number >= 0")
         if not (isinstance(self.warmup, int) and self.warmup >= 0):
             raise ValueError(f"Recipe.warmup is {self.warmup!r}; allowed: an integer >= 0")
-        if not 0 <= self.cooldown <= 1:
-            raise ValueError(f"Recipe.cooldown is {self.cooldown!r}; allowed: 0 to 1")
+        for name in ("cooldown", "short"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"Recipe.{name} is {getattr(self, name)!r}; allowed: 0 to 1")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"Recipe.momentum is {self.momentum!r}; allowed: at least 0, less than 1")
 
     def rate(self, step: int) -> float:
         """Share of the full learning rates that `step`, counted from 0, uses."""
         rise = (step + 1) / (self.warmup + 1)
         fall = (self.steps - step) / max(1.0, self.cooldown * self.steps)
         return min(1.0, rise, fall)
-
-
-RECIPES: dict[str, dict[str, Recipe]] = {  # beside models.PRESETS
-    "text": {
-        "tiny": Recipe(steps=100, batch=8, length=128),
-        "small": Recipe(steps=2000, batch=4, length=256),
-        "base": Recipe(steps=20_000, batch=16, length=512, warmup=100),
-    },
-    "image": {
-        "tiny": Recipe(steps=100, batch=32),
-        "small": Recipe(steps=400, batch=64),
-        "base": Recipe(steps=5000, batch=128, warmup=100),
-    },
-}
 
 
 # -------------------------------------------------------------------------------------------- optimizers
@@ -159,7 +150,7 @@ def _optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]
     matrices, others = split_parameters(model)
     optimizers: list[torch.optim.Optimizer] = []
     if matrices:
-        optimizers.append(BatchedMuon(matrices, lr=recipe.muon_lr, weight_decay=recipe.weight_decay))
+        optimizers.append(BatchedMuon(matrices, lr=recipe.muon_lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay))
     if others:
         optimizers.append(
             torch.optim.AdamW(others, lr=recipe.lr, betas=(0.9, 0.95), weight_decay=recipe.weight_decay, fused=True)
@@ -338,8 +329,8 @@ def evaluate_text(
     model: nn.Module,
     text: Tensor,
     *,
-    length: int = 512,
-    overlap: int = 256,
+    length: int = 256,
+    overlap: int = 128,
     batch: int = 8,
     max_bytes: int | None = None,
 ) -> dict[str, float]:
@@ -347,7 +338,8 @@ def evaluate_text(
 
     Windows of `length` bytes overlap by `overlap`: a byte is predicted from at least `overlap` bytes before it (the
     first bytes of the text excepted), and counted once. The very first byte is charged 8 bits. With `max_bytes`, only
-    that many bytes are scored, in windows spread evenly over the text.
+    that many bytes are scored, in windows spread evenly over the text. A model should not be asked for longer windows than
+    it was trained on.
     """
     if not 0 <= overlap < length:
         raise ValueError(f"overlap={overlap} must be >= 0 and less than length={length}")

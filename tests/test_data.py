@@ -123,6 +123,14 @@ def test_two_ranks_share_the_windows_of_a_double_batch():
     assert torch.equal(torch.cat(parts), whole)
 
 
+def test_the_first_steps_may_see_shorter_windows():
+    """Before `short_steps`, a step sees twice as many windows of half the length; from there on nothing differs."""
+    text = torch.arange(9_000).remainder(251).to(torch.uint8)
+    plain, staged = (TextBatches(text, batch=3, length=16, short_steps=short) for short in (0, 10))
+    assert staged(9)[0].shape == (6, 8)
+    assert torch.equal(staged(10)[0], plain(10)[0])
+
+
 def test_text_shorter_than_a_window_is_refused():
     """Training bytes that do not fill two windows give a DataError that names both lengths."""
     with pytest.raises(DataError, match=r"100 bytes .* windows of 256"):
