@@ -131,11 +131,12 @@ def _scan_pickle(data: bytes) -> list[Any]:
     head: list[Any] = []
     end = 0
     for opcode, argument, end in pickletools.genops(data):  # noqa: B007
-        require(opcode.name in _OPCODES, f"refused: pickle opcode {opcode.name}")
-        require(opcode.name != "GLOBAL" or argument in _GLOBALS, f"refused: the pickle calls {str(argument)[:80]!r}")
+        require(opcode.name in _OPCODES, f"not written by quantize.save: its pickle has opcode {opcode.name}")
+        known = opcode.name != "GLOBAL" or argument in _GLOBALS
+        require(known, f"not written by quantize.save: its pickle calls {str(argument)[:80]!r}")
         if len(head) < 6 and argument is not None and opcode.name != "PROTO" and "PUT" not in opcode.name:
             head.append(argument)
-    require(end == len(data) - 1, "refused: bytes after the pickle's end")
+    require(end == len(data) - 1, "not written by quantize.save: bytes after the pickle's end")
     return head
 
 
@@ -239,6 +240,9 @@ def _parse_record(version: object, text: object) -> dict[str, Any]:
     record = _from_json(text)
     kinds = dict.fromkeys(("architecture", "aliases", "strides", "metadata", "versions", "tensors"), dict) | {"structure": list}
     require(isinstance(record, dict) and {k: type(v) for k, v in record.items()} == kinds, "malformed record")
+    built = record["architecture"]
+    good = built.keys() == {"name", "config"} and type(built["name"]) is str and isinstance(built["config"], dict | None)
+    require(good, "malformed architecture")
     for name, spec in record["tensors"].items():
         shape = spec["shape"]
         good = spec.keys() == {"dtype", "shape", "sha256"} and spec["dtype"] in DTYPES and isinstance(shape, list)

@@ -71,7 +71,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         raise TypeError(f"model must be an nn.Module and no TorchScript, got {model!r}; to load Net's file, pass model=Net()")
     with opened(path) as file:
         record, places = read_header(file, Path(path).suffix)
-        empty = _build(record["architecture"]) if model is None else _without_data(model)
+        empty = _build(record) if model is None else _without_data(model)
         with torch.device("meta"):
             empty = surgery.rebuild(empty, record["structure"])
         dtypes = _fit(record, empty)
@@ -164,26 +164,26 @@ def _check_plain(name: str, value: object) -> None:
         raise TypeError(f"{name!r} ({kind}) can't be saved: only plain dense tensors with data")
 
 
-def _build(described: dict[str, Any]) -> nn.Module:
-    name, config = described["name"], described["config"]
+def _build(record: dict[str, Any]) -> nn.Module:
+    name, config = record["architecture"]["name"], record["architecture"]["config"]
     if config is None or name not in _ARCHITECTURES:
         raise CheckpointError(f"holds a {name}, which quantize can't build by itself: pass model={name}(...), a fresh instance")
     cls = _ARCHITECTURES[name]
     config = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
-    with torch.device("meta"), _Bounded():
+    with torch.device("meta"), _Bounded(1000 + 50 * len(record["tensors"])):
         return cls(cls.config_class(**config))
 
 
 class _Bounded(TorchDispatchMode):
-    """Stops a model that a file's config would make endless: the largest of ours take a few thousand operations to build."""
+    """Stops a build that takes more tensor operations than the file's tensors can account for (about 5 each)."""
 
-    def __init__(self) -> None:
+    def __init__(self, operations: int) -> None:
         super().__init__()
-        self.left = 100_000
+        self.left = operations
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.left -= 1
-        require(self.left, "its config describes a model of absurd depth")
+        require(self.left, "its config describes a far larger model than the file holds")
         return func(*args, **(kwargs or {}))
 
 
