@@ -1,6 +1,6 @@
 """Show what a key-value cache does: stream text from a model, then time a token at growing lengths with and without one.
 
-    uv run python kv_cache.py                                   # artifacts/model.pth; trains a tiny model first if there is none
+    uv run python kv_cache.py                    # artifacts/model.pth; trains a tiny model first if there is none
     uv run python kv_cache.py --prompt "def load(path):"
     uv run python kv_cache.py --model artifacts/int8.pth --cache int8
     uv run python kv_cache.py --model SmolLM2-135M --prompt "Once upon"   # a folder: config.json, *.safetensors, tokenizer.json
@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator, ScalarFormatter
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 import quantize
 import train
 from quantize.checkpoint import CheckpointError, atomic_write
-from quantize.generation import decode, generate_stream, prefill
+from quantize.generation import decode, generate, generate_stream, prefill
 from quantize.generation.reader import takes_cache
 from quantize.kv_cache import KVCache
 from quantize.measure import describe_machine, keep_allocations, machine
@@ -204,8 +205,8 @@ def check_all(models: dict[str, nn.Module], ids: Tensor, new: int, draft: nn.Mod
         model = models[weights]
         common = {"max_new_tokens": new, "stop_tokens": ()}
         if weights not in expected:
-            expected[weights] = quantize.generate(model, ids, cache=False, **common)
-        got = quantize.generate(model, ids, **options, **common)
+            expected[weights] = generate(model, ids, cache=False, **common)
+        got = generate(model, ids, **options, **common)
         same = (got == expected[weights])[:, ids.shape[1] :].cumprod(1).sum().item()
         rows.append({"way": way, "same_tokens": same, "of": new, "logits_off": _logits_off(model, expected[weights], options)})
     return rows
@@ -225,7 +226,7 @@ def _logits_off(model: nn.Module, ids: Tensor, options: dict) -> float:
 def print_tables(rows: list[dict], checks: list[dict]) -> None:
     console = Console()
     lengths = sorted({row["length"] for row in rows})
-    table = Table(title="ms per token (tokens/s) after a text of so many tokens; median")
+    table = Table(title="ms per token, and tokens/s, after a text of so many tokens (median)", show_lines=True)
     table.add_column("")
     for length in lengths:
         table.add_column(str(length), justify="right")
@@ -233,7 +234,7 @@ def print_tables(rows: list[dict], checks: list[dict]) -> None:
     for way in dict.fromkeys(row["way"] for row in rows):
         mine = [row for row in rows if row["way"] == way]
         size = mine[-1].get("cache_bytes")
-        cells = [f"{row['ms_per_token']:.2f} ({1000 / row['ms_per_token']:.0f})" for row in mine]
+        cells = [f"{row['ms_per_token']:.2f}\n{1000 / row['ms_per_token']:,.0f}/s" for row in mine]
         table.add_row(way, *cells, "" if size is None else f"{size / 1e6:.2f} MB")
     console.print(table)
     right = [row["guesses_right"] for row in rows if "guesses_right" in row]
@@ -257,7 +258,9 @@ def plot(rows: list[dict], path: Path) -> None:
     axes.set(xscale="log", yscale="log", xlabel="tokens before the new one", ylabel="ms per new token")
     lengths = sorted({row["length"] for row in rows})
     axes.set_xticks(lengths, [str(n) for n in lengths])
-    axes.minorticks_off()
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(ScalarFormatter())
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)

@@ -12,13 +12,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quantize import checkpoint
+from quantize import checkpoint, pretrained
 
 
 def _require(config: object, name: str, allowed: str, ok: bool) -> None:
@@ -113,7 +114,7 @@ def rope_table(
     cast, move or outgrow. frequencies: radians per position [D/2], in place of those that follow from theta.
     """
     if frequencies is None:
-        turns = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
+        turns = 1.0 / theta ** (torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
     else:
         turns = torch.tensor(frequencies, device=positions.device, dtype=torch.float32)
     angles = positions.float()[..., None] * turns
@@ -176,21 +177,23 @@ class Attention(nn.Module):
         return self.k.out_features // self.head_dim, self.head_dim, self.window
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None = None) -> Tensor:
-        b, t, _ = x.shape
-        heads = (b, t, -1, self.head_dim)
+        heads = (*x.shape[:2], -1, self.head_dim)
         q = apply_rope(self.q_norm(self.q(x).view(heads)).transpose(1, 2), cos, sin)  # [B, H, T, D]
         k = apply_rope(self.k_norm(self.k(x).view(heads)).transpose(1, 2), cos, sin)  # [B, KV, T, D]
         v = self.v(x).view(heads).transpose(1, 2)
+        return self.out(self.attend(q, k, v, cache).transpose(1, 2).flatten(2))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, cache: Cache | None) -> Tensor:
+        """Causal attention [B, H, T, D], over what the cache holds too."""
+        t = q.shape[2]
         if cache is not None:
-            y = cache.attend(self.layer, q, k, v)
-        elif self.window is not None and self.window < t:
-            visible = torch.ones(t, t, dtype=torch.bool, device=x.device).tril().triu(1 - self.window)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=True)
-        elif self.training and x.device.type == "cpu" and t <= 512:
-            y = short_causal_attention(q, k, v)
-        else:
-            y = causal_attention(q, k, v)
-        return self.out(y.transpose(1, 2).flatten(2))
+            return cache.attend(self.layer, q, k, v)
+        if self.window is not None and self.window < t:
+            visible = torch.ones(t, t, dtype=torch.bool, device=q.device).tril().triu(1 - self.window)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=True)
+        if self.training and q.device.type == "cpu" and t <= 512:
+            return short_causal_attention(q, k, v)
+        return causal_attention(q, k, v)
 
 
 class FeedForward(nn.Module):
@@ -271,12 +274,35 @@ class DecoderLM(nn.Module):
             x = x[:, -logits_to_keep:]
         return self.head(self.norm(x))
 
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, dtype: torch.dtype = torch.float32) -> DecoderLM:
+        """A published model of the Llama family in eval mode: Llama, SmolLM2, Mistral, Qwen2, Qwen2.5, Qwen3.
+
+        folder: holds `config.json` and `model.safetensors`, or its shards and their index. Weights stored in `dtype` stay
+        mapped to the file, others are converted. Raises CheckpointError, naming the file, for one that is missing, broken or
+        doesn't fit the config; ValueError for a config that asks for something else than this class does.
+        """
+        if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise ValueError(f"dtype is {dtype}; allowed: float32, float16, bfloat16")
+        folder = Path(folder)
+        config = DecoderConfig(**pretrained.read_config(folder))
+        with torch.device("meta"):
+            model = cls(config)
+        tensors = pretrained.read_tensors(folder, config.tied_head, dtype)
+        if config.tied_head and "embedding.weight" in tensors:
+            tensors["head.weight"] = tensors["embedding.weight"]
+        pretrained.check_tensors(folder, tensors, model.state_dict())
+        model.load_state_dict(tensors, assign=True)
+        if config.tied_head:
+            model.head.weight = model.embedding.weight
+        return model.eval()
+
     def rope_frequencies(self) -> Tensor:
         """Radians per position of each pair of dimensions, fp32 [head_dim / 2]."""
         config = self.config
         if config.rope_frequencies is not None:
             return torch.tensor(config.rope_frequencies, dtype=torch.float32)
-        return config.rope_theta ** (-torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
+        return 1.0 / config.rope_theta ** (torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
 
 
 # ------------------------------------------------------------------------------------------ image models

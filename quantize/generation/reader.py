@@ -6,8 +6,10 @@ tokens that follow, `truncate` to take some back, `length` of what was read.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -127,8 +129,18 @@ class PlainReader:
         self.ids = self.ids[:, :length]
 
 
-def _parameters(model: nn.Module) -> Any:
-    return inspect.signature(model.forward).parameters
+def _parameters(model: nn.Module) -> frozenset[str]:
+    """Names of the arguments of the model's forward."""
+    forward = model.forward
+    return _names(getattr(forward, "__func__", forward))
+
+
+@functools.lru_cache(maxsize=64)  # asked for with every token, and slow to find
+def _names(function: Callable[..., Any]) -> frozenset[str]:
+    try:
+        return frozenset(inspect.signature(function).parameters)
+    except (TypeError, ValueError):  # TorchScript methods have none
+        return frozenset()
 
 
 def _call(model: nn.Module, ids: Tensor, *, cache: KVCache | None = None, last: int = 0) -> Tensor:

@@ -186,6 +186,26 @@ class KVCache:
         k, v = self._read(held, "k", q.dtype), self._read(held, "v", q.dtype)
         return attention(q, k, v, mask, causal=mask is None and new > 1)
 
+    def open_plain(self, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]] | None:
+        """Buffers [B, KV, capacity, D] of keys and of values, one per layer, with room for one more position.
+
+        For whoever writes index `length` of each itself and then calls `close(1)`. None unless index and position are one:
+        for a window, rows of different length, and where the buffers' dtype isn't `dtype`.
+        """
+        if self.pad is not None or any(layer.window is not None for layer in self._layers):
+            return None
+        if not all(layer.tensors and layer.tensors["k"].dtype == dtype for layer in self._layers):
+            return None
+        if self.limit is not None and self.length + 1 > self.limit:
+            raise ValueError(f"{self.length} positions held + 1 new one pass the cache's limit of {self.limit}")
+        for layer in self._layers:
+            self._reserve(layer, self.length + 1, layer.tensors["k"])
+        return [layer.tensors["k"] for layer in self._layers], [layer.tensors["v"] for layer in self._layers]
+
+    def close(self, new: int) -> None:
+        """Count `new` positions that were written into the buffers of `open_plain`."""
+        self.length, self._new = self.length + new, 0
+
     def _write(self, index: int, k: Tensor, v: Tensor) -> _Layer:
         if not 0 <= index < len(self._layers):
             raise ValueError(f"layer is {index}; the cache has {len(self._layers)} layers: was it made for another model?")
