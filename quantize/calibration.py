@@ -227,7 +227,7 @@ class Calls:
 
     groups: list[list[str]] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)  # calls of each layer in the pass
-    rows: dict[str, int] = field(default_factory=dict)  # rows the layer multiplied in its first call
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # of the input of the first call
 
 
 @torch.no_grad()
@@ -235,7 +235,7 @@ def trace_calls(model: nn.Module, batch: Any, layers: Mapping[str, nn.Module]) -
     """Run `model` on one batch and note when each of `layers` runs; layers that don't run are in no group."""
     calls, latest = Calls(), []
 
-    def see(name: str, layer: nn.Module) -> Callable[[torch.Tensor], None]:
+    def see(name: str) -> Callable[[torch.Tensor], None]:
         def note(x: torch.Tensor) -> None:
             calls.counts[name] = calls.counts.get(name, 0) + 1
             if calls.counts[name] > 1:
@@ -246,11 +246,11 @@ def trace_calls(model: nn.Module, batch: Any, layers: Mapping[str, nn.Module]) -
             else:
                 calls.groups.append([name])
             latest[:] = [x]
-            calls.rows[name] = rows(layer, x).shape[0]
+            calls.shapes[name] = tuple(x.shape)
 
         return note
 
-    with _watching([_on_input(layer, see(name, layer)) for name, layer in layers.items()], model):
+    with _watching([_on_input(layer, see(name)) for name, layer in layers.items()], model):
         call(model, batch)
     return calls
 

@@ -136,7 +136,7 @@ def test_calls_are_grouped_by_shared_input(model, batches):
     """Layers that run one after another on the same tensor form a group; the rest follow in running order."""
     calls = calibration.trace_calls(model, batches[0], {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)})
     assert calls.groups == [["a", "b"], ["c"]]
-    assert calls.rows == {"a": 12, "b": 12, "c": 12}
+    assert calls.shapes == {"a": (3, 4, 6), "b": (3, 4, 6), "c": (3, 4, 5)}
 
 
 def test_calls_find_q_k_v_in_a_foreign_model():

@@ -12,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import quantize
 from quantize import surgery
-from quantize.low_rank import LowRankConv2d, LowRankLinear, factorize_low_rank, maths, summary
+from quantize.int8 import Int8Linear
+from quantize.low_rank import LowRankConv2d, LowRankLinear, factorize_low_rank, maths, summary, timing
 
 PAIRS = (LowRankLinear, LowRankConv2d)
 
@@ -166,6 +168,29 @@ def test_rank_outside_the_matrix_is_refused(rank):
         maths.whitened_svd(torch.ones(5, 9), rank=rank)
 
 
+@pytest.mark.parametrize("shape", [(6, 3, 3, 5), (3, 8, 5, 3)])
+@pytest.mark.parametrize("whiten", [True, False])
+def test_spatial_split_at_full_rank_is_the_kernel(shape, whiten):
+    """With as many channels between as the split has, k x 1 then 1 x k reproduce the kernel."""
+    m, c, kh, kw = shape
+    kernel = torch.randn(shape).double()
+    s = moment(c * kh * kw, 400) if whiten else None
+    first, second, product = maths.spatial_factors(kernel, s, rank=min(c * kh, m * kw))
+    assert first.shape == (min(c * kh, m * kw), c, kh, 1) and second.shape == (m, min(c * kh, m * kw), 1, kw)
+    assert_close(product.reshape(shape), kernel, dtype=torch.float32)
+    assert_close(torch.einsum("mrab,rcde->mcdb", second, first), kernel, dtype=torch.float32)
+
+
+def test_spatial_refit_is_the_least_squares_optimum():
+    """No other second layer loses less with the same first one."""
+    kernel, s = torch.randn(6, 4, 3, 3).double(), moment(36, 200)
+    first, second, product = maths.spatial_factors(kernel, s, rank=3)
+    best = maths.weighted_error(kernel.flatten(1) - product, s, None)
+    for _ in range(5):
+        other = torch.einsum("mrab,rcde->mcdb", second + 1e-3 * torch.randn_like(second), first)
+        assert maths.weighted_error((kernel - other).flatten(1), s, None) > best
+
+
 # Models.
 
 
@@ -315,6 +340,63 @@ def test_a_conv_pair_computes_its_dense_weight(options, split):
     assert_close(pair(x), conv(x))
 
 
+def test_auto_split_finds_separable_kernels():
+    """Kernels that are columns times rows go to the spatial split, which reproduces them; others to the channel split."""
+    torch.manual_seed(0)
+    separable, mixing = nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+    separable.weight.data = torch.einsum("mrb,rcd->mcdb", torch.randn(16, 8, 3), torch.randn(8, 16, 3)) / 8
+    mixing.weight.data = torch.einsum("mr,rcde->mcde", torch.randn(16, 4), torch.randn(4, 16, 3, 3)) / 8
+    x = [torch.randn(4, 16, 12, 12) for _ in range(2)]
+    small = factorize_low_rank(nn.Sequential(separable, mixing), ratio={"0": 0.5, "1": 0.3}, calibration=x)
+    assert [layer.split for layer in small] == ["spatial", "channel"]
+    assert_close(small(x[0]), mixing(separable(x[0])), factor=100)
+    assert {layer.split for layer in factorize_low_rank(nn.Sequential(separable), split="channel")} == {"channel"}
+
+
+@pytest.mark.parametrize("verdict", [True, False])
+def test_only_faster_keeps_what_isnt(monkeypatch, verdict):
+    """Layers whose pairs time slower stay as they are; if that is all of them, it is an error."""
+    monkeypatch.setattr(timing, "_KNOWN", {})
+    monkeypatch.setattr(timing, "_no_slower", lambda pair, layer, x: verdict or pair.rank <= 24)
+    model = mlp(64, 96, 64)
+    small = factorize_low_rank(model, energy=0.95, calibration=data(64), only_faster=True)
+    free = factorize_low_rank(model, energy=0.95, calibration=data(64))
+    if verdict:
+        assert summary(small) == summary(free)
+    else:
+        assert all(m.rank <= 24 for m in pairs_in(small).values())
+        monkeypatch.setattr(timing, "_KNOWN", {})
+        monkeypatch.setattr(timing, "_no_slower", lambda *_: False)
+        with pytest.raises(ValueError, match="only_faster=True"):
+            factorize_low_rank(model, calibration=data(64), only_faster=True)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "vit", "t5"])
+def test_int8_works_inside_pairs(name):
+    """Dynamic int8 turns both layers of each pair to int8 and changes little; sizes multiply."""
+    model, inputs = zoo(name)
+    small = factorize_low_rank(model, calibration=[inputs])
+    both = quantize.quantize_dynamic(small)
+    assert all(isinstance(p.first, Int8Linear) and isinstance(p.second, Int8Linear) for p in linear_pairs(both))
+    assert cosine(run(both, inputs), run(small, inputs)) > 0.99
+
+
+def linear_pairs(model: nn.Module) -> list[LowRankLinear]:
+    return [m for m in pairs_in(model).values() if isinstance(m, LowRankLinear)]
+
+
+@pytest.mark.parametrize("name", ["llama", "resnet", "gpt2"])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_save_and_load(name, suffix, tmp_path):
+    """A file loaded into a fresh instance computes the same, for foreign models, int8 on top included."""
+    model, inputs = zoo(name)
+    small = factorize_low_rank(model, calibration=[inputs])
+    for compressed in (small, quantize.quantize_dynamic(small)):
+        quantize.save(compressed, tmp_path / f"model{suffix}")
+        loaded = quantize.load(tmp_path / f"model{suffix}", model=zoo(name, seed=1)[0])
+        assert_close(run(loaded, inputs), run(compressed, inputs))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_dtypes(dtype):
     """The pairs have the model's dtype and give its outputs to its precision."""
@@ -417,6 +499,9 @@ def test_pairs_script_trace_and_export():
         ({"ratio": 0.5, "rank": 8}, ValueError, "ratio=0.5 and rank=8"),
         ({"ratio": {"nothing": 0.5}}, ValueError, "'nothing'"),
         ({"ratio": 0.001}, ValueError, "ratio=0.001 leaves nothing"),
+        ({"split": "rows"}, ValueError, "split is 'rows'"),
+        ({"only_faster": True}, ValueError, "only_faster=True needs calibration"),
+        ({"max_passes": 0, "calibration": data(64)}, ValueError, "max_passes=0"),
         ({"skip": ("0", "2")}, ValueError, "no layer to factorize"),
         ({"skip": ("zero",)}, ValueError, "'zero'"),
         ({"calibration": []}, ValueError, "empty"),

@@ -1,7 +1,7 @@
 """Low-rank factorization: a linear or convolution becomes two smaller ones, fitted to the data that runs through it.
 
-`maths` has the formulas, `layers` the pair that replaces a layer, `factorize` the walk over a model. Left out: sharing one
-input factor between several layers, and per-architecture scripts; any `nn.Module` is taken as it is.
+`maths` has the formulas, `layers` the pair that replaces a layer, `budget` the ranks, `factorize` the walk over a model. Left
+out: scripts per architecture; any `nn.Module` is taken as it is.
 """
 
 from quantize.low_rank.factorize import factorize_low_rank, summary

@@ -8,7 +8,6 @@ from the inputs that the already factorized layers give, so that errors are repa
 
 from __future__ import annotations
 
-import fnmatch
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,11 +18,11 @@ from torch import nn
 
 from quantize import calibration as calibrate
 from quantize import surgery
+from quantize.low_rank import budget as budgets
 from quantize.low_rank import layers as pairs
 from quantize.low_rank import maths
 
 log = logging.getLogger(__name__)
-Budget = float | int | Mapping[str, float | int]
 
 
 def factorize_low_rank(
@@ -34,6 +33,8 @@ def factorize_low_rank(
     rank: int | Mapping[str, int] | None = None,
     calibration: Iterable[Any] | None = None,
     skip: surgery.Skip = (),
+    split: str = "auto",
+    only_faster: bool = False,
     loss: Callable[[Any, Any], torch.Tensor] | None = None,
     max_passes: int = 64,
     memory: int = 1 << 30,
@@ -50,6 +51,10 @@ def factorize_low_rank(
       its plain SVD at the same ratio, which is much worse.
     skip: names, globs, types. Always skipped, with the reason in `summary(result)`: weights that other modules read or share,
       grouped convolutions, layers that no rank makes smaller.
+    split: how k x k convolutions are cut: "channel" (k x k, then 1 x 1), "spatial" (k x 1, then 1 x k), or "auto", whichever
+      loses less in no more parameters than the channel split of that rank.
+    only_faster: factorize only where a pair is no slower by timing on this machine, on inputs shaped like the first batch's.
+      The result then depends on the machine.
     loss: loss(output, batch), a scalar summed over rows, whose gradients weigh errors; default `calibration.fisher_loss`.
     max_passes: limit on calibration passes after the first; above it, layers share a pass. memory: bytes of second moments kept
       at a time.
@@ -57,10 +62,14 @@ def factorize_low_rank(
     Raises ValueError for a budget out of range, two budgets, no layer to act on, a ratio that no ranks reach, weights or
     calibration inputs that are not finite, and a layer that no batch reaches (naming it); TypeError for wrong types.
     """
-    kind, value = _budget(ratio, energy, rank)
+    kind, value = budgets.read_budget(ratio, energy, rank)
+    if split not in ("auto", "channel", "spatial"):
+        raise ValueError(f"split is {split!r}; allowed: 'auto', 'channel', 'spatial'")
+    if only_faster and calibration is None:
+        raise ValueError("only_faster=True needs calibration: timing needs the shapes of the layers' inputs")
     result = surgery.clone(model).eval()
     layers, skipped = find_layers(result, skip)
-    values = _per_layer(kind, value, layers, model)
+    values = budgets.per_layer(kind, value, layers, model)
     layers = {name: layers[name] for name in values}
     _check_weights(layers)
     if calibration is not None:
@@ -70,17 +79,24 @@ def factorize_low_rank(
         moments: dict[str, torch.Tensor] = {}
     else:
         spectra, moments = _spectra(model, calibration, layers, loss, memory)
-        ranks = _ranks(kind, value, values, layers, spectra, weighted=calibration is not None)
+        allowed = budgets.allowed_ranks(model, calibration, layers, only_faster=only_faster)
+        for name in [name for name in layers if not allowed[name]]:
+            skipped[name] = "no rank is as fast on this machine"
+            del layers[name]
+        if not layers:
+            raise ValueError(f"only_faster=True: no pair is as fast as its layer on this machine ({len(values)} layers timed)")
+        ranks = budgets.choose_ranks(kind, value, values, layers, spectra, allowed, weighted=calibration is not None)
     for name, r in ranks.items():
         if r is None:
-            skipped[name] = "kept whole: the budget is better spent elsewhere" if kind == "ratio" else "no smaller at this rank"
+            skipped[name] = "kept whole: the budget is better spent elsewhere" if kind == "ratio" else "no gain at this rank"
     chosen = {name: r for name, r in ranks.items() if r is not None}
     if calibration is None:
         for name, r in chosen.items():
-            first, second, _ = maths.whitened_svd(pairs.matrix(layers[name]), rank=r)
-            result = surgery.replace(result, {layers[name]: pairs.pair(layers[name], first, second, layers[name].bias)})
+            layer = layers[name]
+            first, second, _, split_used = _factors(layer, pairs.matrix(layer), None, None, r, split)
+            result = surgery.replace(result, {layer: pairs.pair(layer, first, second, layer.bias, split=split_used)})
     else:
-        result = _fit(model, result, calibration, chosen, moments, loss, max_passes)
+        result = _fit(model, result, calibration, chosen, moments, loss, max_passes, split)
     for name, reason in skipped.items():
         log.info("%s: %s", name, reason)
     result.__dict__["low_rank_skipped"] = skipped
@@ -150,109 +166,10 @@ def _obstacle(module: nn.Module, name: str, users: Mapping[int, Sequence[str]], 
     return None
 
 
-# Budgets.
-
-
-def _budget(ratio: Any, energy: Any, rank: Any) -> tuple[str, Any]:
-    given = {k: v for k, v in (("ratio", ratio), ("energy", energy), ("rank", rank)) if v is not None}
-    if len(given) > 1:
-        raise ValueError(f"give one budget, not {' and '.join(f'{k}={v!r}' for k, v in given.items())}")
-    kind, value = next(iter(given.items()), ("ratio", 0.5))
-    for v in value.values() if isinstance(value, Mapping) else (value,):
-        wanted = int if kind == "rank" else (int, float)
-        if isinstance(v, bool) or not isinstance(v, wanted):
-            raise TypeError(f"{kind} must be {'an int' if kind == 'rank' else 'a number'} or a dict of them, got {v!r}")
-        if not (v >= 1 if kind == "rank" else 0 < v <= 1):
-            raise ValueError(f"{kind}={v!r} is outside {'[1, width of the layer]' if kind == 'rank' else '(0, 1]'}")
-    return kind, value
-
-
-def _per_layer(kind: str, value: Budget, layers: Mapping[str, nn.Module], model: nn.Module) -> dict[str, float | int]:
-    """The value for each layer that has one; the first matching entry of a dict counts, exact names before globs."""
-    if not isinstance(value, Mapping):
-        values = dict.fromkeys(layers, value)
-    else:
-        for pattern in value:
-            if not any(fnmatch.fnmatchcase(name, pattern) for name in layers):
-                raise ValueError(
-                    f"{kind} names {pattern!r}, which is no layer of {type(model).__name__} that can be factorized"
-                )
-        values = {}
-        for name in layers:
-            pattern = name if name in value else next((p for p in value if fnmatch.fnmatchcase(name, p)), None)
-            if pattern is not None:
-                values[name] = value[pattern]
-    if kind == "rank":
-        for name, r in values.items():
-            width = min(pairs.matrix(layers[name]).shape)
-            if r > width:
-                raise ValueError(f"rank={r} is above the rank {width} of layer {name!r}; give a dict, or skip the layer")
-    return values
-
-
 def _check_weights(layers: Mapping[str, nn.Module]) -> None:
     for name, layer in layers.items():
         if not torch.isfinite(layer.weight).all():
             raise ValueError(f"layer {name!r} has weights that are not finite")
-
-
-def rank_unit(shape: tuple[int, int]) -> int:
-    """Ranks are multiples of this: what vector units like, as far as the layer's width leaves a choice."""
-    narrow = min(shape)
-    return 16 if narrow >= 512 else 8 if narrow >= 64 else 4 if narrow >= 32 else 1
-
-
-def _ranks(
-    kind: str,
-    value: Budget,
-    values: Mapping[str, float | int],
-    layers: Mapping[str, nn.Module],
-    spectra: Mapping[str, torch.Tensor],
-    *,
-    weighted: bool,
-) -> dict[str, int | None]:
-    """Rank per layer; None where the layer stays as it is."""
-    shapes = {name: tuple(pairs.matrix(layer).shape) for name, layer in layers.items()}
-    if kind == "ratio" and weighted and not isinstance(value, Mapping):
-        return _global_ranks(float(value), shapes, spectra)
-    ranks: dict[str, int | None] = {}
-    for name, (m, k) in shapes.items():
-        v = values[name]
-        if kind == "rank":
-            r = int(v)
-        elif kind == "energy":
-            unit = rank_unit((m, k))
-            r = math.ceil(maths.rank_for_energy(spectra[name], v) / unit) * unit
-        else:
-            r = math.floor(v * m * k / (m + k) + 1e-9)
-            unit = rank_unit((m, k))
-            r = max(r // unit * unit, min(r, unit)) if v < 1 else min(m, k)
-            if r < 1:
-                raise ValueError(
-                    f"ratio={v} leaves nothing of layer {name!r} ({m} x {k}): rank 1 keeps {(m + k) / (m * k):.3f}"
-                )
-        ranks[name] = r if r * (m + k) < m * k else None
-    return ranks
-
-
-def _global_ranks(
-    ratio: float, shapes: Mapping[str, tuple[int, int]], spectra: Mapping[str, torch.Tensor]
-) -> dict[str, int | None]:
-    total = sum(m * k for m, k in shapes.values())
-    budget = math.floor(ratio * total + 1e-9)
-    for fine in (False, True):  # ranks below the unit only where the budget can't be met otherwise
-        options = {
-            name: maths.choices(
-                spectra[name],
-                shape,
-                (not fine and maths.candidate_ranks(*shape, rank_unit(shape))) or maths.candidate_ranks(*shape, 1),
-            )
-            for name, shape in shapes.items()
-        }
-        least = sum(choice[0].parameters for choice in options.values())
-        if least <= budget:
-            return maths.allocate(options, budget)
-    raise ValueError(f"ratio={ratio} can't be reached: rank 1 everywhere keeps {least / total:.3f} of the parameters")
 
 
 # Calibration.
@@ -319,6 +236,7 @@ def _fit(
     moments: Mapping[str, torch.Tensor],
     loss: Callable[[Any, Any], torch.Tensor] | None,
     max_passes: int,
+    split: str,
 ) -> nn.Module:
     """Factorize the layers `ranks` of `result` in the order in which they run, each on the inputs that the done ones give."""
     originals = {name: model.get_submodule(name) for name in ranks}
@@ -332,23 +250,48 @@ def _fit(
         gradients = {**moments, **(calibrate.collect_gradients(model, batches, lacking, loss=loss) if lacking else {})}
         for name in group:
             layer = result.get_submodule(name)
-            new = _fit_layer(layer, statistics.pop(name), _usable(gradients.get(name)), ranks[name])
+            new = _fit_layer(layer, statistics.pop(name), _usable(gradients.get(name)), ranks[name], split)
             result = surgery.replace(result, {layer: new})
     return result
 
 
-def _fit_layer(layer: nn.Module, seen: calibrate.PairedStatistics, gradient: torch.Tensor | None, rank: int) -> pairs.Pair:
+def _fit_layer(
+    layer: nn.Module, seen: calibrate.PairedStatistics, gradient: torch.Tensor | None, rank: int, split: str
+) -> pairs.Pair:
     weight = pairs.matrix(layer).double()
     moment, cross = seen.second_moment, seen.cross_moment
     if layer.bias is not None:
         moment = maths.centred(moment, seen.mean, seen.mean)
         cross = maths.centred(cross, seen.reference_mean, seen.mean)
     target = maths.compensate(weight, moment, cross)
-    first, second, _ = maths.whitened_svd(target, moment, gradient, rank=rank)
+    first, second, product, split = _factors(layer, target, moment, gradient, rank, split)
     bias = None
     if layer.bias is not None:  # the mean of the outputs stays what it was
-        bias = layer.bias.double() + weight @ seen.reference_mean.double() - second @ (first @ seen.mean.double())
-    return pairs.pair(layer, first, second, bias)
+        bias = layer.bias.double() + weight @ seen.reference_mean.double() - product @ seen.mean.double()
+    return pairs.pair(layer, first, second, bias, split=split)
+
+
+def _factors(
+    layer: nn.Module,
+    weight: torch.Tensor,
+    moment: torch.Tensor | None,
+    gradient: torch.Tensor | None,
+    rank: int,
+    split: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, str]:
+    """Weights of the two layers, their product as a matrix [M, K], and the split that was used."""
+    m, k = weight.shape
+    first, second, _ = maths.whitened_svd(weight, moment, gradient, rank=rank)
+    product = second @ first
+    if not isinstance(layer, nn.Conv2d) or 1 in layer.kernel_size or split == "channel":
+        return first, second, product, "channel"
+    kernel = weight.reshape(layer.weight.shape)
+    tall, wide = layer.in_channels * kernel.shape[2], m * kernel.shape[3]
+    same_size = min(rank * (m + k) // (tall + wide), tall, wide)
+    same_size = max(1, same_size // 4 * 4 or same_size)
+    spatial = maths.spatial_factors(kernel, moment, gradient, rank=same_size)
+    losses = [maths.weighted_error(weight - p, moment, gradient) for p in (product, spatial[2])]
+    return (*spatial, "spatial") if split == "spatial" or losses[1] < losses[0] else (first, second, product, "channel")
 
 
 def _merge(groups: list[list[str]], most: int) -> list[list[str]]:

@@ -109,7 +109,7 @@ class LowRankLinear(_Pair):
         if linear_shape(module) != (out_features, in_features):
             raise ValueError(f"expected a linear {in_features} -> {out_features}, found {module}")
         new = cls(in_features, out_features, rank, bias, device=module.weight.device, dtype=module.weight.dtype)
-        return surgery_heir(module, new)
+        return _heir(module, new)
 
 
 @surgery.builder
@@ -152,7 +152,7 @@ class LowRankConv2d(_Pair):
         """An empty layer in the place of `module` (a Conv2d of that shape), on its device and of its dtype."""
         if not isinstance(module, nn.Conv2d) or (module.out_channels, module.in_channels) != (out_channels, in_channels):
             raise ValueError(f"expected a Conv2d {in_channels} -> {out_channels}, found {module}")
-        return surgery_heir(module, cls(module, rank, split, bias))
+        return _heir(module, cls(module, rank, split, bias))
 
 
 _NEUTRAL = {"kernel_size": 1, "stride": 1, "padding": 0, "dilation": 1}
@@ -179,9 +179,8 @@ def is_transposed(module: nn.Module) -> bool:
     )
 
 
-def surgery_heir(old: nn.Module, new: Any) -> Any:
-    """`new` with what stays of `old` when it takes its place: earlier edits, mode, requires_grad, hooks."""
-    new.__dict__["_structure"] = [*old.__dict__.get("_structure", ())]
+def _heir(old: nn.Module, new: Any) -> Any:
+    """`new` with what stays of `old` when it takes its place: mode, requires_grad, hooks."""
     new.train(old.training)
     for parameter in new.parameters():
         parameter.requires_grad_(old.weight.requires_grad)

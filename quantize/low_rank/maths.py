@@ -208,3 +208,45 @@ def _lower_hull(options: Sequence[Choice]) -> list[Choice]:
             hull.pop()
         hull.append(c)
     return hull
+
+
+# Convolutions split in space.
+
+
+def spatial_factors(
+    weight: Tensor,
+    second_moment: Tensor | None = None,
+    gradient_moment: Tensor | None = None,
+    *,
+    rank: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A kernel [M, C, kh, kw] as kh x 1 to `rank` channels, then 1 x kw.
+
+    Returns first [r, C, kh, 1], second [M, r, 1, kw] and their product,
+    a matrix [M, C * kh * kw] like the weight that multiplies `calibration.rows`; second_moment is of those rows.
+    The columns are found by a whitened SVD that ignores how neighbouring columns of a patch go together (no closed form knows
+    it); the second layer is then the exact least-squares fit to the weight under the whole moment. float64.
+    """
+    m, c, kh, kw = weight.shape
+    weight = weight.double()
+    eye = torch.eye(kw, dtype=torch.float64, device=weight.device)
+    by_column = weight.permute(0, 3, 1, 2).reshape(m * kw, c * kh)
+    columns = None
+    if second_moment is not None:
+        columns = second_moment.double().reshape(c * kh, kw, c * kh, kw).diagonal(dim1=1, dim2=3).mean(-1)
+    outputs = None if gradient_moment is None else torch.kron(gradient_moment.double(), eye)
+    first, second, _ = whitened_svd(by_column, columns, outputs, rank=rank)  # [r, C * kh], [M * kw, r]
+    second = second.reshape(m, kw, rank).transpose(1, 2).reshape(m, rank * kw)
+    patches = torch.kron(first, eye)  # [r * kw, C * kh * kw]: what the second layer sees, from what the kernel sees
+    if second_moment is not None:
+        whitener = cholesky(second_moment, INPUT_RIDGE)
+        seen, wanted = patches @ whitener, weight.flatten(1) @ whitener
+        factor = cholesky(seen @ seen.T, 1e-10)
+        second = torch.cholesky_solve(seen @ wanted.T, factor).T
+    return first.reshape(rank, c, kh, 1), second.reshape(m, rank, 1, kw), second @ patches
+
+
+def weighted_error(error: Tensor, second_moment: Tensor | None, gradient_moment: Tensor | None) -> float:
+    """||R^T error L||_F^2 for error [M, K]: the loss that `whitened_svd` minimises."""
+    *_, whitened = _whiten(error.double(), second_moment, gradient_moment, INPUT_RIDGE, GRADIENT_RIDGE)
+    return whitened.square().sum().item()

@@ -1,0 +1,133 @@
+"""From a budget to a rank for every layer: what the user gave, checked, and shared out over the layers."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from quantize import calibration as calibrate
+from quantize.low_rank import layers as pairs
+from quantize.low_rank import maths, timing
+
+Budget = float | int | Mapping[str, float | int]
+
+
+def read_budget(ratio: Any, energy: Any, rank: Any) -> tuple[str, Any]:
+    """The one budget that was given, by kind (default: ratio 0.5), with its values in range."""
+    given = {k: v for k, v in (("ratio", ratio), ("energy", energy), ("rank", rank)) if v is not None}
+    if len(given) > 1:
+        raise ValueError(f"give one budget, not {' and '.join(f'{k}={v!r}' for k, v in given.items())}")
+    kind, value = next(iter(given.items()), ("ratio", 0.5))
+    for v in value.values() if isinstance(value, Mapping) else (value,):
+        wanted = int if kind == "rank" else (int, float)
+        if isinstance(v, bool) or not isinstance(v, wanted):
+            raise TypeError(f"{kind} must be {'an int' if kind == 'rank' else 'a number'} or a dict of them, got {v!r}")
+        if not (v >= 1 if kind == "rank" else 0 < v <= 1):
+            raise ValueError(f"{kind}={v!r} is outside {'[1, width of the layer]' if kind == 'rank' else '(0, 1]'}")
+    return kind, value
+
+
+def per_layer(kind: str, value: Budget, layers: Mapping[str, nn.Module], model: nn.Module) -> dict[str, float | int]:
+    """The value for each layer that has one; the first matching entry of a dict counts, exact names before globs."""
+    if not isinstance(value, Mapping):
+        values = dict.fromkeys(layers, value)
+    else:
+        for pattern in value:
+            if not any(fnmatch.fnmatchcase(name, pattern) for name in layers):
+                raise ValueError(
+                    f"{kind} names {pattern!r}, which is no layer of {type(model).__name__} that can be factorized"
+                )
+        values = {}
+        for name in layers:
+            pattern = name if name in value else next((p for p in value if fnmatch.fnmatchcase(name, p)), None)
+            if pattern is not None:
+                values[name] = value[pattern]
+    if kind == "rank":
+        for name, r in values.items():
+            width = min(pairs.matrix(layers[name]).shape)
+            if r > width:
+                raise ValueError(f"rank={r} is above the rank {width} of layer {name!r}; give a dict, or skip the layer")
+    return values
+
+
+def rank_unit(shape: tuple[int, int]) -> int:
+    """Ranks are multiples of this: what vector units like, as far as the layer's width leaves a choice."""
+    narrow = min(shape)
+    return 16 if narrow >= 512 else 8 if narrow >= 64 else 4 if narrow >= 32 else 1
+
+
+def choose_ranks(
+    kind: str,
+    value: Budget,
+    values: Mapping[str, float | int],
+    layers: Mapping[str, nn.Module],
+    spectra: Mapping[str, torch.Tensor],
+    allowed: Mapping[str, Sequence[int]],
+    *,
+    weighted: bool,
+) -> dict[str, int | None]:
+    """Rank per layer; None where the layer stays as it is."""
+    shapes = {name: tuple(pairs.matrix(layer).shape) for name, layer in layers.items()}
+    if kind == "ratio" and weighted and not isinstance(value, Mapping):
+        return _global_ranks(float(value), shapes, spectra, allowed)
+    ranks: dict[str, int | None] = {}
+    for name, (m, k) in shapes.items():
+        v = values[name]
+        if kind == "rank":
+            r = int(v)
+        elif kind == "energy":
+            unit = rank_unit((m, k))
+            r = math.ceil(maths.rank_for_energy(spectra[name], v) / unit) * unit
+        else:
+            r = math.floor(v * m * k / (m + k) + 1e-9)
+            unit = rank_unit((m, k))
+            r = max(r // unit * unit, min(r, unit)) if v < 1 else min(m, k)
+            if r < 1:
+                raise ValueError(
+                    f"ratio={v} leaves nothing of layer {name!r} ({m} x {k}): rank 1 keeps {(m + k) / (m * k):.3f}"
+                )
+        ranks[name] = r if r in allowed[name] else None
+    return ranks
+
+
+def allowed_ranks(
+    model: nn.Module, batches: Iterable[Any] | None, layers: Mapping[str, nn.Module], *, only_faster: bool
+) -> dict[str, list[int]]:
+    """Ranks, rising, at which each layer gets smaller and, if asked, not slower."""
+    smaller = {name: maths.candidate_ranks(*pairs.matrix(layer).shape, 1) for name, layer in layers.items()}
+    if not only_faster or batches is None:
+        return smaller
+    originals = {name: model.get_submodule(name) for name in layers}
+    shapes = calibrate.trace_calls(model, next(iter(batches)), originals).shapes
+    return {
+        name: timing.fastest_ranks(layers[name], shapes[name], ranks) if name in shapes else []
+        for name, ranks in smaller.items()
+    }
+
+
+def _global_ranks(
+    ratio: float,
+    shapes: Mapping[str, tuple[int, int]],
+    spectra: Mapping[str, torch.Tensor],
+    allowed: Mapping[str, Sequence[int]],
+) -> dict[str, int | None]:
+    total = sum(m * k for m, k in shapes.values())
+    budget = math.floor(ratio * total + 1e-9)
+    for fine in (False, True):  # ranks below the unit only where the budget can't be met otherwise
+        options = {
+            name: maths.choices(
+                spectra[name],
+                shape,
+                (not fine and [r for r in allowed[name] if r % rank_unit(shape) == 0]) or allowed[name],
+            )
+            for name, shape in shapes.items()
+        }
+        least = sum(choice[0].parameters for choice in options.values())
+        if least <= budget:
+            return maths.allocate(options, budget)
+    raise ValueError(f"ratio={ratio} can't be reached: rank 1 everywhere keeps {least / total:.3f} of the parameters")
