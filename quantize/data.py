@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 HELD_OUT = 0.04  # share of the text's bytes that validation may take
-_NOT_SOURCES = {"test", "tests", "idle_test", "encodings", "site-packages", "dist-packages", "__pycache__"}
+_NOT_SOURCES = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 
 class DataError(ValueError):

@@ -23,6 +23,9 @@ from typing import Any, TextIO
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn
+from rich.progress import Progress as RichProgress
 from torch import Tensor, nn
 
 from quantize.checkpoint import atomic_write
@@ -176,26 +179,34 @@ class Progress:
 
 
 class ProgressPrinter:
-    """`on_progress` for people: one line that rewrites itself on a terminal, else a plain line now and then."""
+    """`on_progress` for people, as a context: a bar on a terminal, else a plain line now and then."""
 
     def __init__(self, name: str = "train", unit: str = "tokens", stream: TextIO | None = None, every_s: float = 10.0):
         self.name, self.unit, self.every_s = name, unit, every_s
-        self.stream = sys.stderr if stream is None else stream
-        self.terminal = self.stream.isatty()
+        self.console = Console(file=stream or sys.stderr)
+        self.bar = RichProgress(
+            *("{task.description}", BarColumn(), MofNCompleteColumn(), "{task.fields[status]}"), console=self.console
+        )
+        self._task: int | None = None
         self._shown = -math.inf
 
+    def __enter__(self) -> ProgressPrinter:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.bar.stop()
+
     def __call__(self, at: Progress) -> None:
-        now, last = time.monotonic(), at.step == at.steps
-        if now - self._shown < (0.2 if self.terminal else self.every_s) and not last:
-            return
-        self._shown = now
-        line = (
-            f"{self.name}: step {at.step}/{at.steps}  loss {at.loss:.3f}  "
-            f"{at.units_per_s:,.0f} {self.unit}/s  {at.seconds_left:.0f} s left"
-        )
-        start, end = ("\r", "\x1b[K") if self.terminal else ("", "\n")
-        self.stream.write(start + line + end + ("\n" if self.terminal and last else ""))
-        self.stream.flush()
+        status = f"loss {at.loss:.3f}  {at.units_per_s:,.0f} {self.unit}/s  {at.seconds_left:.0f} s left"
+        now = time.monotonic()
+        if self.console.is_terminal:
+            if self._task is None:
+                self.bar.start()
+                self._task = self.bar.add_task(self.name, total=at.steps, status=status)
+            self.bar.update(self._task, completed=at.step, status=status)
+        elif now - self._shown >= self.every_s or at.step == at.steps:
+            self._shown = now
+            self.console.print(f"{self.name}: step {at.step}/{at.steps}  {status}", highlight=False, soft_wrap=True)
 
 
 def fit(
