@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-import os
 import pickle
-import subprocess
-import sys
 import threading
 
 import helpers
@@ -68,8 +65,9 @@ def test_kernels_agree_to_the_bit(shape: tuple[int, int, int]):
     m, k, n = shape
     layer, x = layer_of(k, n), randn(m, k)
     chosen = layer(x)
-    with int8.kernel("reference"):
-        assert torch.equal(layer(x), chosen)
+    for name in ("reference", "int_mm", "onednn"):
+        with int8.kernel(name):
+            assert torch.equal(layer(x), chosen), name
 
 
 def test_largest_sums_do_not_saturate():
@@ -127,6 +125,31 @@ def test_a_row_of_zeros_gives_the_bias():
     assert torch.equal(layer(torch.zeros(2, 32)), layer.bias.expand(2, 16))
 
 
+def test_many_rows_are_quantized_like_few():
+    """The path that works a piece at a time gives the same integers and scales, in every float dtype."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        x = randn(900, 300).to(dtype)
+        x[5] = 0
+        q, scale = kernels.quantize_rows(x)
+        many_q, many_scale = kernels._quantize_many_rows(x)
+        assert torch.equal(q, many_q) and torch.equal(scale, many_scale)
+
+
+def test_a_remembered_input_is_forgotten_when_it_changes():
+    """Layers that share an input quantize it once, but never use what it was before a change in place."""
+    first, second, x = layer_of(32, 16), layer_of(32, 8), randn(4, 32)
+    first(x)
+    y = second(x)
+    assert torch.equal(y, second(x.clone()))
+    x.mul_(-2)
+    assert torch.equal(second(x), second(x.clone()))
+    with torch.inference_mode():
+        z = x + 1
+        first(z)
+        z.mul_(3)
+        assert torch.equal(second(z), second(z.clone()))
+
+
 def test_wrong_inputs_are_named():
     """A wrong width and an integer input say what was given and what is taken."""
     layer = layer_of(32, 16)
@@ -134,19 +157,22 @@ def test_wrong_inputs_are_named():
         layer(randn(2, 31))
     with pytest.raises(TypeError, match="int64"):
         layer(torch.ones(2, 32, dtype=torch.int64))
-    with pytest.raises(ValueError, match="kernel must be one of"), int8.kernel("fast"):
+    with pytest.raises(ValueError, match="must be one of"), int8.kernel("fast"):
         pass
 
 
-def test_the_environment_forces_the_reference():
-    """QUANTIZE_INT8_KERNEL is read, and a wrong value named."""
-    code = (
-        "import torch; from quantize.int8 import *; Int8Linear(torch.ones(2, 2).to(torch.int8), torch.ones(2))(torch.ones(2))"
-    )
-    run = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, kernels.SWITCH: "fast"}, capture_output=True, text=True, check=False
-    )
-    assert "QUANTIZE_INT8_KERNEL must be one of" in run.stderr
+def test_a_wrong_switch_is_named(monkeypatch: pytest.MonkeyPatch):
+    """What QUANTIZE_INT8_KERNEL says is checked where it is used."""
+    monkeypatch.setattr(kernels, "_forced", "fast")
+    with pytest.raises(ValueError, match="QUANTIZE_INT8_KERNEL must be one of"):
+        layer_of(8, 8)(randn(2, 8))
+
+
+def test_a_kernel_that_saturates_is_not_chosen(monkeypatch: pytest.MonkeyPatch):
+    """Where oneDNN's sums saturate, as on CPUs without VNNI, the exact reference runs."""
+    monkeypatch.setattr(kernels, "int_mm", lambda q, w, s: (q.float() @ w.float().t()).clamp(max=32767) * s)
+    monkeypatch.setattr(kernels, "onednn", kernels.int_mm)
+    assert kernels._fastest(4, 8, 256) is kernels.reference
 
 
 # The layer as a module.
@@ -174,9 +200,11 @@ def test_layer_survives_what_happens_to_modules():
     other.load_state_dict({k: v.clone() for k, v in layer.state_dict().items()}, assign=True)
     assert torch.equal(other(x), y)
     assert copy.deepcopy(layer).to(torch.bfloat16).scale.dtype == torch.float32
-    layer.weight.neg_()
-    layer.bias.neg_()
-    assert torch.equal(layer(x), -y)
+    with int8.kernel("onednn"):
+        assert torch.equal(layer(x), y)
+        layer.weight.neg_()
+        layer.bias.neg_()
+        assert torch.equal(layer(x), -y)
 
 
 def test_threads_may_share_a_layer():
@@ -272,6 +300,43 @@ def test_what_cannot_be_quantized_is_named():
         int8.quantize_dynamic([1])
 
 
+def attention_cases():
+    """Self and cross attention, masks of both kinds and shapes, weights wanted or not, both layouts, other widths."""
+    causal = torch.ones(5, 5, dtype=torch.bool).triu(1)
+    padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    yield "self", {}, (5, 5), {}
+    yield "float mask, no weights", {"batch_first": True}, (5, 5), {"attn_mask": randn(5, 5), "need_weights": False}
+    yield "both masks", {}, (5, 5), {"attn_mask": causal, "key_padding_mask": padding}
+    yield "mask by head", {"bias": False}, (5, 5), {"attn_mask": randn(8, 5, 5), "average_attn_weights": False}
+    yield "cross, other widths", {"kdim": 24, "vdim": 20}, (5, 7), {}
+
+
+@pytest.mark.parametrize("case", list(attention_cases()), ids=lambda c: c[0])
+def test_multihead_attention(case):
+    """The int8 module follows nn.MultiheadAttention in outputs and weights, and is rebuilt from its record to the same bits."""
+    _, options, (t, s), arguments = case
+    torch.manual_seed(0)
+    attention = nn.MultiheadAttention(32, 4, **options).eval()
+    model = nn.ModuleDict({"attention": attention})
+    shape = (lambda n, width: (2, n, width)) if options.get("batch_first") else (lambda n, width: (n, 2, width))
+    query = randn(*shape(t, 32))
+    same = "kdim" not in options
+    key = query if same else randn(*shape(s, options["kdim"]), seed=1)
+    value = query if same else randn(*shape(s, options["vdim"]), seed=2)
+    small = int8.quantize_dynamic(model)
+    with torch.no_grad():
+        expected, expected_weights = attention(query, key, value, **arguments)
+        actual, weights = small["attention"](query, key, value, **arguments)
+        fresh = nn.ModuleDict({"attention": nn.MultiheadAttention(32, 4, **options)}).eval()
+        again, _ = rebuilt(small, fresh)["attention"](query, key, value, **arguments)
+    assert helpers.cosine(actual, expected) > 0.999
+    assert torch.equal(actual, again)
+    if expected_weights is None:
+        assert weights is None
+    else:
+        helpers.assert_close(weights, expected_weights, dtype=torch.bfloat16)
+
+
 def test_subclasses_with_their_own_forward_are_left_alone():
     """Only layers that compute what nn.Linear computes are replaced."""
 
@@ -299,3 +364,50 @@ def test_transformer_encoder_runs_without_its_fused_path():
         again = rebuilt(small, copy.deepcopy(model))(x, src_key_padding_mask=mask)
     assert helpers.cosine(actual[~mask], expected[~mask]) > 0.999
     assert torch.equal(again, actual)
+
+
+class Residual(nn.Module):
+    """Two linears behind a norm with a few loud channels, and a second norm that a residual connection also reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.a, self.b = nn.LayerNorm(32), linear(32, 48), linear(32, 48, seed=1)
+        self.norm2, self.c = nn.LayerNorm(48), linear(48, 48, seed=2)
+        with torch.no_grad():
+            self.norm.weight[:3] = 60.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.norm(x)
+        y = self.norm2(self.a(y) * self.b(y).sigmoid())
+        return y + self.c(y)
+
+
+def test_calibration_folds_outliers_where_that_is_exact():
+    """SmoothQuant reduces the error on held-out inputs, leaves a norm alone whose output a residual reads, and is rebuilt."""
+    model, x = Residual().eval(), randn(64, 32, seed=3)
+    small = int8.quantize_dynamic(model, calibration=[randn(64, 32), randn(64, 32, seed=1)])
+    plain = int8.quantize_dynamic(model)
+    assert small.int8_calibration["norms"] == ["norm"]
+    with torch.no_grad():
+        error, plain_error = ((m(x) - model(x)).square().mean() for m in (small, plain))
+        assert error < 0.5 * plain_error
+        assert torch.equal(rebuilt(small, Residual().eval())(x), small(x))
+    with pytest.raises(ValueError, match="empty"):
+        int8.quantize_dynamic(model, calibration=[])
+
+
+def test_speed_can_be_preferred():
+    """With prefer="speed" whatever stays in float was slower in int8, and says so."""
+    model = nn.Sequential(linear(4, 4), linear(4, 2048), linear(2048, 2048)).eval()
+    small = int8.quantize_dynamic(model, prefer="speed")
+    assert "slower" in int8.summary(small)["0"]
+    assert int8.summary(small)["2"] == "int8"
+    with pytest.raises(ValueError, match="prefer must be"):
+        int8.quantize_dynamic(model, prefer="fast")
+
+
+def test_what_is_not_a_linear_layer_is_reported():
+    """Convolutions and recurrent layers are named in the summary, not passed over in silence."""
+    model = nn.ModuleDict({"conv": nn.Conv2d(1, 4, 3), "lstm": nn.LSTM(4, 4), "head": linear(4, 4)})
+    report = int8.summary(int8.quantize_dynamic(model))
+    assert report["head"] == "int8" and "Conv2d" in report["conv"] and "LSTM" in report["lstm"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from quantize import surgery
 from quantize.int8 import kernels
@@ -39,7 +40,7 @@ class Int8Embedding(nn.Module):
         ).train(module.training)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.weight[ids] * self.scale[ids].unsqueeze(-1)
+        return F.embedding(ids, self.weight) * F.embedding(ids, self.scale.unsqueeze(-1))
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}"

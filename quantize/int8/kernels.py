@@ -1,32 +1,40 @@
 """The arithmetic of a dynamic int8 linear layer, on tensors.
 
-    q[m, k] = round_half_even(x[m, k] * 127 / a[m])        a[m] = max_k |x[m, k]|      one activation scale per row (token)
-    y[m, n] = (float32(sum_k q[m, k] w[n, k]) * s[n]) * (a[m] / 127) + b[n]
+    a[m] = max_k |x[m, k]| / 127                       one activation scale per row (token), found when the row arrives
+    q[m, k] = round_half_even(x[m, k] / a[m])
+    y[m, n] = (float32(sum_k q[m, k] w[n, k]) * s[n]) * a[m] + b[n]
 
 The sum is exact in 32-bit integers, and everything else is one IEEE operation at a time in a fixed order, so every way of
 computing it gives the same bits: a row's result depends neither on the other rows of the batch, nor on the CPU, nor on the
-kernel. That is why the kernel can be chosen by a stopwatch. Two are enough:
+kernel. That is why the kernel can be chosen by a stopwatch:
 
-- `int_mm`: `torch._int_mm` (oneDNN; VNNI or AMX instructions where the CPU has them). It reads the plain weight, so there is no
-  packed copy that could go stale.
-- `float`: the same sum in float32, exact because it is cut so that no partial sum passes 2^24. It is the reference, and the
-  fallback where `_int_mm` is wrong (oneDNN saturates 16-bit sums on CPUs without VNNI) or slow.
+- `int_mm`: `torch._int_mm`. It reads the plain weight and has the least overhead: for few rows, and inside a traced graph.
+- `onednn`: `onednn.qlinear_pointwise` on a packed copy of the weight; it multiplies by s on the way out: for many rows.
+  Its activations are unsigned, q + 128: with signed ones some CPUs fall into a loop that takes minutes.
+- `reference`: float32 products, exact because they are cut so that no partial sum passes 2^24. It also is what runs where
+  the other two are wrong (oneDNN saturates 16-bit sums on CPUs without VNNI) or slow, and on CUDA.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
+import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
+
+Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 SWITCH = "QUANTIZE_INT8_KERNEL"
-_SMALLEST = 1e-30  # stands for the largest magnitude of a row of zeros, whose scale would else be 0 / 0
+_SMALLEST = 1e-30  # scale of a row of zeros
 _EXACT_WIDTH = 1024  # 1024 * 127 * 127 < 2^24
-_CHUNK = 1 << 19  # outputs computed at a time, so that sums are still in the cache when they are scaled
-_LEVELS = torch.tensor(127.0)
+_MANY = 1024  # rows above which a kernel's rank no longer changes
+_CHUNK = 1 << 17  # activations quantized at a time, so that the steps find them in the cache
 
 
 def quantize_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -38,80 +46,135 @@ def quantize_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`[M, K]` of fp32, fp16 or bf16 to int8 `[M, K]` and the scale of each row, float32 `[M, 1]`.
+    """`[M, K]` of a float dtype to int8 `[M, K]` and the scale of each row, float32 `[M, 1]`.
 
     A row with a NaN gets a NaN scale, one with an infinity an infinite scale: their outputs are not finite either.
     """
-    largest = x.abs().amax(-1, keepdim=True).float().clamp_min(_SMALLEST)
-    q = (x * (127 / largest)).round_().to(torch.int8)
-    return q, largest * (1 / 127)
+    row_scale = x.abs().amax(-1, keepdim=True)
+    if row_scale.dtype is not torch.float32:
+        row_scale = row_scale.float()
+    row_scale.mul_(1 / 127).clamp_min_(_SMALLEST)
+    return (x / row_scale).round_().to(torch.int8), row_scale
 
 
-def int_mm(q: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """int8 `[M, K]` times int8 `[N, K]` transposed: int32 `[M, N]`."""
-    return torch._int_mm(q, weight.t())
+def _quantize_many_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`quantize_rows`, a cache-sized piece at a time."""
+    m, k = x.shape
+    q = torch.empty(m, k, dtype=torch.int8, device=x.device)
+    row_scale = torch.empty(m, 1, device=x.device)
+    step = min(m, max(16, _CHUNK // k))
+    scratch = torch.empty(step, k, device=x.device)
+    for i in range(0, m, step):
+        part, scaled, s = x[i : i + step], scratch[: min(step, m - i)], row_scale[i : i + step]
+        if part.dtype is not torch.float32:
+            part = scaled.copy_(part)
+        torch.maximum(part.amax(-1, keepdim=True), part.amin(-1, keepdim=True).neg_(), out=s)
+        s.mul_(1 / 127).clamp_min_(_SMALLEST)
+        q[i : i + step] = torch.div(part, s, out=scaled).round_()
+    return q, row_scale
 
 
-def float_mm(q: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """The same sums, exact, by float32 matrix products over at most 1024 columns each: int32 `[M, N]`."""
+# Kernels: int8 `[M, K]`, int8 weight `[N, K]`, float32 scale `[N]` to the scaled sums, float32 `[M, N]`.
+
+
+def int_mm(q: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return torch.mul(torch._int_mm(q, weight.t()), scale)
+
+
+def onednn(q: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    packed, zero_points = _pack(weight)
+    unsigned = q.view(torch.uint8).bitwise_xor(128)
+    return torch.ops.onednn.qlinear_pointwise(
+        unsigned, 1.0, 128, packed, scale, zero_points, None, 1.0, 0, torch.float32, "none", [], ""
+    )
+
+
+def reference(q: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     total = torch.zeros(q.shape[0], weight.shape[0], dtype=torch.int32, device=q.device)
     for k in range(0, q.shape[1], _EXACT_WIDTH):
         part = q[:, k : k + _EXACT_WIDTH].float() @ weight[:, k : k + _EXACT_WIDTH].float().t()
         total += part.to(torch.int32)
-    return total
+    return torch.mul(total, scale)
 
 
-def scale_sums(sums: torch.Tensor, scale: torch.Tensor, row_scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """int32 `[M, N]`, float32 `[N]` and `[M, 1]`, bias `[N]`: float32 `[M, N]`."""
-    y = torch.mul(sums, scale).mul_(row_scale)
-    return y if bias is None else y.add_(bias)
+_packs = WeakTensorKeyDictionary()  # outside the modules: a copy, a move or a file can't carry a stale one along
+_packs_lock = threading.Lock()
+
+
+def _pack(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The weight in oneDNN's layout, kept until the tensor dies or changes."""
+    state = (weight._version, weight.data_ptr())
+    with _packs_lock:
+        found = _packs.get(weight)
+        if found is None or found[0] != state:
+            packed = torch.ops.onednn.qlinear_prepack(weight, None)
+            found = _packs[weight] = (state, packed, torch.zeros(weight.shape[0], dtype=torch.int64))
+    return found[1:]
+
+
+# The layer.
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """x `[..., K]` of a float dtype, int8 weight `[N, K]`, float32 scale `[N]`, bias `[N]`; result `[..., N]` in x's dtype."""
-    traced = torch.jit.is_tracing() or torch.compiler.is_compiling()
-    if not traced and x.shape[-1] != weight.shape[1]:
+    if torch.jit.is_tracing() or torch.compiler.is_compiling():  # stock operations only, and no choice by the clock
+        q, row_scale = quantize_rows(x.detach().reshape(-1, weight.shape[1]))
+        y = int_mm(q, weight, scale) * row_scale
+        y = y if bias is None else y + bias
+        return y.to(x.dtype).reshape(*x.shape[:-1], weight.shape[0])
+    if x.shape[-1] != weight.shape[1]:
         raise ValueError(f"the last axis of the input is {x.shape[-1]}, but the layer takes {weight.shape[1]} features")
-    if not x.dtype.is_floating_point:
+    q, row_scale = _rows_of(x)
+    y = _choose(q, weight)(q, weight, scale).mul_(row_scale)
+    if bias is not None:
+        y.add_(bias)
+    if x.dtype is not torch.float32:
+        y = y.to(x.dtype)
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+class _Last(threading.local):
+    """The input that this thread quantized last: query, key and value (gate and up) projections take the same one."""
+
+    x: Callable[[], torch.Tensor | None] = staticmethod(lambda: None)
+    version: int = -1
+    rows: tuple[torch.Tensor, torch.Tensor] | None = None
+
+
+_last = _Last()
+
+
+def _rows_of(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`quantize_rows` of x `[..., K]`, remembered until the next tensor comes or this one changes."""
+    counted = not x.is_inference()  # under inference_mode nobody counts changes
+    if counted and _last.x() is x and _last.version == x._version:
+        return _last.rows
+    if not x.is_floating_point():
         raise TypeError(f"the input must be a floating point tensor, got {x.dtype}")
-    rows = x.detach().reshape(-1, x.shape[-1])
-    if rows.dtype == torch.float64:
+    rows = (x.detach() if x.requires_grad else x).reshape(-1, x.shape[-1])
+    if rows.dtype is torch.float64:
         rows = rows.float()
-    if traced:
-        y = _rows(int_mm, rows, weight, scale, bias)
-    else:
-        y = _in_chunks(_kernel(rows, weight), rows, weight, scale, bias)
-    return y.to(x.dtype).reshape(*x.shape[:-1], weight.shape[0])
-
-
-def _rows(multiply: Callable[..., torch.Tensor], rows, weight, scale, bias) -> torch.Tensor:
-    q, row_scale = quantize_rows(rows)
-    return scale_sums(multiply(q, weight), scale, row_scale, bias)
-
-
-def _in_chunks(multiply: Callable[..., torch.Tensor], rows, weight, scale, bias) -> torch.Tensor:
-    step = max(256, _CHUNK // max(weight.shape[0], 1))
-    if rows.shape[0] <= step:
-        return _rows(multiply, rows, weight, scale, bias)
-    return torch.cat([_rows(multiply, part, weight, scale, bias) for part in rows.split(step)])
+    found = (_quantize_many_rows if rows.numel() > _CHUNK else quantize_rows)(rows)
+    if counted:
+        _last.x, _last.version, _last.rows = weakref.ref(x), x._version, found
+    return found
 
 
 # Which kernel.
 
-_KERNELS: dict[str, Callable[..., torch.Tensor]] = {"int_mm": int_mm, "reference": float_mm}
-_forced: str | None = None
-_chosen: dict[tuple, Callable[..., torch.Tensor]] = {}
+_KERNELS: dict[str, Kernel] = {"int_mm": int_mm, "onednn": onednn, "reference": reference}
+_forced: str | None = os.environ.get(SWITCH) or None
+_chosen: dict[tuple[int, int, int], Kernel] = {}
 
 
 @contextlib.contextmanager
 def kernel(name: str) -> Iterator[None]:
-    """Force a kernel (`"int_mm"` or `"reference"`) for the whole process inside a `with` block.
+    """Force a kernel (`"int_mm"`, `"onednn"` or `"reference"`) for the whole process inside a `with` block.
 
     The environment variable QUANTIZE_INT8_KERNEL does the same for a whole run.
     """
     global _forced
-    if name not in _KERNELS:
-        raise ValueError(f"kernel must be one of {sorted(_KERNELS)}, got {name!r}")
+    _named(name)
     before, _forced = _forced, name
     try:
         yield
@@ -119,38 +182,55 @@ def kernel(name: str) -> Iterator[None]:
         _forced = before
 
 
-def _kernel(rows: torch.Tensor, weight: torch.Tensor) -> Callable[..., torch.Tensor]:
-    name = _forced or os.environ.get(SWITCH)
-    if name:
-        if name not in _KERNELS:
-            raise ValueError(f"{SWITCH} must be one of {sorted(_KERNELS)}, got {name!r}")
-        return _KERNELS[name]
-    if rows.device.type != "cpu":  # _int_mm on CUDA takes only some shapes
-        return float_mm
-    key = (min(rows.shape[0], 64).bit_length(), *weight.shape)
+def _named(name: str) -> Kernel:
+    if name not in _KERNELS:
+        raise ValueError(f"{SWITCH} must be one of {', '.join(_KERNELS)}, got {name!r}")
+    return _KERNELS[name]
+
+
+def _choose(q: torch.Tensor, weight: torch.Tensor) -> Kernel:
+    """The kernel for this shape, found by a trial when the shape first comes."""
+    if _forced:
+        return _named(_forced)
+    if type(q) is not torch.Tensor:  # a stand-in without values, which some tracer sends through the model
+        return int_mm
+    n, k = weight.shape
+    key = (min(q.shape[0], _MANY).bit_length(), n, k)
     found = _chosen.get(key)
     if found is None:
-        found = _chosen[key] = _choose(min(rows.shape[0], 64), *weight.shape)
+        if q.device.type != "cpu":  # CUDA's _int_mm takes only some shapes
+            return reference
+        found = _chosen[key] = _fastest(min(q.shape[0], _MANY), min(n, 1024), k)
+    if found is onednn and weight.is_inference():  # its changes can't be seen, so it can't have a packed copy
+        return int_mm
     return found
 
 
-def _choose(m: int, n: int, k: int) -> Callable[..., torch.Tensor]:
-    """`int_mm` if it is exact on the hardest numbers of this shape, and not the slower one."""
+@torch.no_grad()
+def _fastest(m: int, n: int, k: int) -> Kernel:
+    """The fastest kernel among those that are exact on the hardest numbers: sums where 16-bit accumulators saturate.
+
+    A clock on a busy machine lies, so a kernel must win clearly against the one that should be faster.
+    """
     if 0 in (m, n, k):
-        return float_mm
+        return reference
     generator = torch.Generator().manual_seed(0)
     q = torch.randint(-127, 128, (m, k), dtype=torch.int8, generator=generator)
     weight = torch.randint(-127, 128, (n, k), dtype=torch.int8, generator=generator)
-    q[0], weight[0], weight[-1] = 127, 127, -127  # the largest sums: where 16-bit accumulators saturate
-    if not torch.equal(int_mm(q, weight), float_mm(q, weight)):
-        return float_mm
-    return int_mm if _seconds(int_mm, q, weight) <= _seconds(float_mm, q, weight) else float_mm
-
-
-def _seconds(multiply: Callable[..., torch.Tensor], q: torch.Tensor, weight: torch.Tensor) -> float:
-    times = []
-    for _ in range(3):
+    q[0], weight[0], weight[-1] = 127, 127, -127
+    scale = torch.rand(n, generator=generator)
+    handicap = {int_mm: 1.0, onednn: 1.25} if m < 256 else {int_mm: 1.25, onednn: 1.0}
+    expected, exact = reference(q, weight, scale), {}
+    for candidate in handicap:
+        with contextlib.suppress(RuntimeError):  # an operation this build or CPU doesn't have
+            if torch.equal(candidate(q, weight, scale), expected):
+                exact[candidate] = math.inf
+    exact[reference], handicap[reference] = math.inf, 3.0
+    repeats = 20 if m < 64 else 4
+    for candidate in list(exact) * repeats:  # in turns
         start = time.perf_counter()
-        multiply(q, weight)
-        times.append(time.perf_counter() - start)
-    return min(times)
+        candidate(q, weight, scale)
+        exact[candidate] = min(exact[candidate], (time.perf_counter() - start) * handicap[candidate])
+        if candidate is reference and len(exact) > 1 and exact[reference] > 4 * min(exact.values()):
+            break  # it is no match: don't spend more time on it
+    return min(exact, key=exact.__getitem__)

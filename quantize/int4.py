@@ -1,0 +1,230 @@
+"""4-bit weights for decoding one token at a time, where a layer's time is the time to read its weight.
+
+`quantize_weights` replaces linear layers by `Int4Linear`: groups of `group_size` weights of a row share a scale and a
+zero point, activations stay float. With few rows the stock kernel `_weight_int4pack_mm_for_cpu` multiplies the 4-bit weight as
+it is, in bfloat16; with many the weight is widened and multiplied as usual: a prompt is slower than with int8, a token faster.
+
+With calibration batches the rounding is GPTQ's (Frantar et al., arXiv 2210.17323): each column's rounding error is made up
+for by the columns after it, as far as the layer's inputs are correlated. Without them, each weight goes to its nearest value.
+Left out: activations in integers (that is `quantize.int8`), other bit widths, embeddings.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from quantize import calibration as calibrating
+from quantize import surgery
+
+GROUP_SIZES = (32, 64, 128, 256)
+_FEW_ROWS = 8  # above, widening the weight once is cheaper than the kernel's product
+
+
+def quantize_groups(weight: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Round to the nearest: `[N, K]` to values 0..15 `[N, K]` (uint8), and bfloat16 scale and zero `[N, K / group_size]`.
+
+    The value v of a group stands for (v - 8) * scale + zero.
+    """
+    scale, zero = _grid(weight.unflatten(1, (-1, group_size)))
+    return _to_grid(weight, scale.repeat_interleave(group_size, 1), zero.repeat_interleave(group_size, 1)), scale, zero
+
+
+def quantize_groups_gptq(
+    weight: torch.Tensor, group_size: int, second_moment: torch.Tensor, damping: float = 0.01
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `quantize_groups`, but with a small error of `x W^T` for inputs x with E[x x^T] = `second_moment`, `[K, K]`."""
+    weight, k = weight.clone().float(), weight.shape[1]
+    moment = second_moment.double().clone()
+    diagonal = moment.diagonal()
+    diagonal += damping * diagonal.mean().clamp_min(1e-12)
+    inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(moment)), upper=True).float()
+    values = torch.empty(weight.shape, dtype=torch.uint8)
+    scales, zeros = [], []
+    for start in range(0, k, group_size):
+        stop = start + group_size
+        scale, zero = _grid(weight[:, None, start:stop])  # [N, 1], of the weights as corrected so far
+        scales.append(scale)
+        zeros.append(zero)
+        errors = torch.empty(weight.shape[0], group_size)
+        for i in range(start, stop):
+            column = weight[:, i : i + 1]
+            values[:, i : i + 1] = _to_grid(column, scale, zero)
+            error = (column - _from_grid(values[:, i : i + 1], scale, zero)) / inverse[i, i]
+            weight[:, i:stop] -= error * inverse[i, i:stop]
+            errors[:, i - start] = error[:, 0]
+        weight[:, stop:] -= errors @ inverse[start:stop, stop:]
+    return values, torch.cat(scales, 1), torch.cat(zeros, 1)
+
+
+def _grid(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero (bfloat16, without the last axis) of a 16-value grid over each group of the last axis."""
+    low, high = groups.float().aminmax(dim=-1)
+    scale = ((high - low) / 15).clamp_min(1e-8).bfloat16()
+    return scale, (low + 8 * scale.float()).bfloat16()
+
+
+def _to_grid(weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+    return ((weight.float() - zero.float()) / scale.float() + 8).round_().clamp_(0, 15).to(torch.uint8)
+
+
+def _from_grid(values: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+    return (values.float() - 8) * scale.float() + zero.float()
+
+
+@surgery.builder
+class Int4Linear(nn.Module):
+    """`y = x W^T + b` with 4-bit W: x `[..., in_features]` of any float dtype, y the same. For inference.
+
+    State: `weight` uint8 `[out, in / 2]` (column 2i in the low four bits), `scale` and `zero` bfloat16 `[out, in / group_size]`
+    (they stay bfloat16 under `.half()`), `bias` `[out]` or None.
+    """
+
+    def __init__(self, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape[0], 2 * weight.shape[1]
+        self.group_size = self.in_features // scale.shape[1]
+        for name, tensor in (("weight", weight), ("scale", scale), ("zero", zero), ("bias", bias)):
+            self.register_buffer(name, tensor)
+
+    @classmethod
+    def from_linear(cls, layer: nn.Linear, group_size: int, second_moment: torch.Tensor | None = None) -> Int4Linear:
+        """Quantize `layer`; with the second moment of its inputs, `[in, in]`, by GPTQ."""
+        weight = layer.weight.detach().float()
+        if second_moment is None:
+            values, scale, zero = quantize_groups(weight, group_size)
+        else:
+            values, scale, zero = quantize_groups_gptq(weight, group_size, second_moment)
+        bias = None if layer.bias is None else layer.bias.detach().clone()
+        new = cls(values[:, ::2] | values[:, 1::2] << 4, scale, zero, bias)
+        dtype = None if bias is None else str(bias.dtype).removeprefix("torch.")
+        surgery.record(
+            new, "Int4Linear", in_features=layer.in_features, out_features=layer.out_features, group_size=group_size, bias=dtype
+        )
+        return new
+
+    @classmethod
+    def rebuild(cls, module: nn.Module, in_features: int, out_features: int, group_size: int, bias: str | None) -> Int4Linear:
+        """An empty layer (on the meta device) in place of `module`, for a file's tensors."""
+        grid = torch.empty(out_features, in_features // group_size, dtype=torch.bfloat16, device="meta")
+        weight = torch.empty(out_features, in_features // 2, dtype=torch.uint8, device="meta")
+        empty_bias = None if bias is None else torch.empty(out_features, dtype=getattr(torch, bias), device="meta")
+        return cls(weight, grid, grid.clone(), empty_bias).train(module.training)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        traced = torch.jit.is_tracing() or torch.compiler.is_compiling()
+        if not traced and x.shape[-1] != self.in_features:
+            raise ValueError(f"the last axis of the input is {x.shape[-1]}, but the layer takes {self.in_features} features")
+        rows = x.detach().reshape(-1, self.in_features)
+        if not traced and rows.device.type == "cpu" and 0 < rows.shape[0] <= _FEW_ROWS and self.out_features % 16 == 0:
+            packed, grid = self._packed()
+            y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows.bfloat16(), packed, self.group_size, grid).to(x.dtype)
+            y = y if self.bias is None else y.add_(self.bias)
+        else:
+            bias = None if self.bias is None else self.bias.to(x.dtype)
+            y = F.linear(rows, self.dequantized().to(x.dtype), bias)
+        return y.reshape(*x.shape[:-1], self.out_features)
+
+    def values(self) -> torch.Tensor:
+        """The 4-bit values, uint8 `[out, in]` in 0..15."""
+        return torch.stack((self.weight & 15, self.weight >> 4), -1).flatten(1)
+
+    def dequantized(self) -> torch.Tensor:
+        """The weight that the layer stands for, float32 `[out, in]`."""
+        groups = self.values().unflatten(1, (-1, self.group_size))
+        return _from_grid(groups, self.scale.unsqueeze(-1), self.zero.unsqueeze(-1)).flatten(1)
+
+    def _packed(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weight and grid in the kernel's layout, kept until one of the tensors dies or changes."""
+        tensors = (self.weight, self.scale, self.zero)
+        state = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
+        with _packs_lock:
+            found = _packs.get(self.weight)
+            if found is None or found[0] != state:
+                packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(self.values().int(), 1)
+                grid = torch.stack((self.scale.t(), self.zero.t()), -1).contiguous()  # [in / group_size, out, 2]
+                found = _packs[self.weight] = (state, packed, grid)
+        return found[1:]
+
+    def _apply(self, fn, recurse=True):
+        kept = {"scale": self.scale, "zero": self.zero}
+        super()._apply(fn, recurse)
+        for name, tensor in kept.items():
+            moved = getattr(self, name)
+            if moved.dtype != tensor.dtype:
+                setattr(self, name, tensor.to(moved.device))
+        return self
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, group_size={self.group_size}"
+
+
+_packs = WeakTensorKeyDictionary()  # outside the modules: a copy, a move or a file can't carry a stale one along
+_packs_lock = threading.Lock()
+
+
+def quantize_weights(
+    model: nn.Module,
+    *,
+    bits: int = 4,
+    group_size: int = 32,
+    skip: surgery.Skip = (),
+    calibration: Iterable[Any] | None = None,
+) -> nn.Module:
+    """Copy of `model` whose `nn.Linear` layers store 4-bit weights, for decoding at batch 1.
+
+    `group_size`: 32, 64, 128 or 256 weights share a scale. `calibration` (batches as `calibration.collect` takes) turns
+    on GPTQ rounding. Layers that don't fit stay as they are: `model.int4_skipped` maps their names to the reason.
+
+    Raises ValueError for other bits and group sizes, weights that are not finite, and if no layer fits.
+    """
+    if bits != 4:
+        raise ValueError(f"bits must be 4 (for 8 use quantize_dynamic), got {bits!r}")
+    if group_size not in GROUP_SIZES:
+        raise ValueError(f"group_size must be one of {GROUP_SIZES}, got {group_size!r}")
+    model = surgery.clone(model)
+    skipped = surgery.skip_filter(model, skip)
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    report: dict[str, str] = {}
+    chosen: dict[str, nn.Linear] = {}
+    for name, module in surgery.select(model, nn.Linear).items():
+        reason = "named by skip" if skipped(name, module) else _obstacle(module, group_size, owners)
+        if reason:
+            report[name] = reason
+        elif not torch.isfinite(module.weight).all():
+            raise ValueError(f"layer {name!r} has a weight that is not finite: NaN or Inf can't be quantized")
+        else:
+            chosen[name] = module
+    if not chosen:
+        detail = "; ".join(f"{n}: {r}" for n, r in report.items()) or "it has no nn.Linear"
+        raise ValueError(f"{type(model).__name__} has no linear layer to store in 4 bits ({detail})")
+    moments: dict[str, torch.Tensor] = {}
+    if calibration is not None:
+        moments = {n: s.second_moment for n, s in calibrating.collect(model, calibration, chosen).items()}
+    replacements = {m: Int4Linear.from_linear(m, group_size, moments.get(n)).train(m.training) for n, m in chosen.items()}
+    model = surgery.replace(model, replacements)
+    model.__dict__["int4_skipped"] = report
+    return model
+
+
+def _obstacle(layer: nn.Linear, group_size: int, owners: dict[int, int]) -> str | None:
+    if type(layer).forward is not nn.Linear.forward or "forward" in layer.__dict__ or "weight" not in layer._parameters:
+        return f"{type(layer).__name__} doesn't compute what nn.Linear does, or computes its weight"
+    if layer._forward_hooks or layer._forward_pre_hooks:
+        return "it has hooks"
+    if not layer.weight.dtype.is_floating_point or type(layer.weight.data) is not torch.Tensor:
+        return f"its weight is a {type(layer.weight.data).__name__} of dtype {layer.weight.dtype}"
+    if owners.get(id(layer.weight), 0) > 1:
+        return "it shares its weight with another module"
+    if layer.in_features % group_size or layer.out_features == 0:
+        return f"its {layer.in_features} inputs are no multiple of group_size={group_size}"
+    return None

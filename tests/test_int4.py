@@ -1,0 +1,110 @@
+"""4-bit weights: the grid and GPTQ against what they promise, the kernel against the widened weight, the transform."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import helpers
+import pytest
+import torch
+from torch import nn
+
+from quantize import int4, surgery
+
+
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def linear(k: int, n: int, bias: bool = True) -> nn.Linear:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Linear(k, n, bias=bias).eval()
+
+
+def mlp() -> nn.Sequential:
+    return nn.Sequential(linear(64, 96), nn.GELU(), linear(96, 16)).eval()
+
+
+def test_each_weight_is_within_half_a_step():
+    """Rounding to the nearest misses a weight by at most half of its group's step (and the grid's own rounding)."""
+    source = linear(128, 48)
+    layer = int4.Int4Linear.from_linear(source, 32)
+    step = layer.scale.float().repeat_interleave(32, 1)
+    assert ((layer.dequantized() - source.weight).abs() <= 0.6 * step).all()
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8, 9, 40])
+@pytest.mark.parametrize("group_size", int4.GROUP_SIZES)
+def test_layer_multiplies_the_weight_it_stands_for(rows: int, group_size: int):
+    """The kernel for few rows and the product for many agree with the widened weight to bfloat16."""
+    layer, x = int4.Int4Linear.from_linear(linear(256, 48), group_size), randn(rows, 256)
+    expected = x @ layer.dequantized().t() + layer.bias
+    helpers.assert_close(layer(x), expected, dtype=torch.bfloat16)
+
+
+def test_gptq_beats_rounding_to_the_nearest():
+    """On correlated inputs the output error with GPTQ is clearly smaller."""
+    source = linear(128, 64, bias=False)
+    x = randn(2000, 8) @ randn(8, 128, seed=1) + 0.3 * randn(2000, 128, seed=2)
+    exact = x @ source.weight.t()
+    plain = int4.Int4Linear.from_linear(source, 32).dequantized()
+    better = int4.Int4Linear.from_linear(source, 32, x.t() @ x / len(x)).dequantized()
+    assert (x @ better.t() - exact).pow(2).mean() < 0.5 * (x @ plain.t() - exact).pow(2).mean()
+
+
+def test_transform_follows_the_model_and_its_record():
+    """Outputs stay close, the input stays what it was, and the record rebuilds the same bits on a fresh model."""
+    model, x = mlp(), randn(2, 64)
+    before = copy.deepcopy(model.state_dict())
+    small = int4.quantize_weights(model, calibration=[randn(64, 64, seed=1)])
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert helpers.cosine(small(x), model(x)) > 0.98
+    fresh = surgery.rebuild(mlp(), surgery.structure(small))
+    fresh.load_state_dict({k: v.clone() for k, v in small.state_dict().items()}, assign=True)
+    assert torch.equal(fresh(x), small(x))
+    assert torch.equal(pickle.loads(pickle.dumps(small))(x), small(x))
+    assert torch.equal(copy.deepcopy(small)(x), small(x))
+    assert all(type(v) is torch.Tensor for v in small.state_dict().values())
+
+
+def test_a_change_in_place_reaches_the_kernel():
+    """The packed copy follows the weight."""
+    layer, x = int4.Int4Linear.from_linear(linear(64, 32), 32), randn(1, 64)
+    layer(x)
+    layer.weight.bitwise_xor_(0xFF)
+    helpers.assert_close(layer(x), x @ layer.dequantized().t() + layer.bias, dtype=torch.bfloat16)
+
+
+def test_traced_and_exported():
+    """torch.jit.trace and torch.export run at another batch size, and give the widened product."""
+    model, x = int4.quantize_weights(mlp()), randn(20, 64)
+    traced = torch.jit.trace(model, randn(3, 64), check_trace=False)
+    exported = torch.export.export(model, (randn(3, 64),), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    assert torch.equal(traced(x), model(x)) and torch.equal(exported.module()(x), model(x))
+
+
+def test_what_does_not_fit_is_named():
+    """Other bits, odd groups, widths that no group divides, and models with nothing to do."""
+    with pytest.raises(ValueError, match="bits must be 4"):
+        int4.quantize_weights(mlp(), bits=3)
+    with pytest.raises(ValueError, match="group_size must be one of"):
+        int4.quantize_weights(mlp(), group_size=48)
+    small = int4.quantize_weights(mlp(), group_size=64)
+    assert "no multiple of group_size=64" in small.int4_skipped["2"]
+    with pytest.raises(ValueError, match="no linear layer"):
+        int4.quantize_weights(nn.Sequential(nn.ReLU()))
+    bad = mlp()
+    with torch.no_grad():
+        bad[0].weight[0, 0] = float("inf")
+    with pytest.raises(ValueError, match="'0' has a weight that is not finite"):
+        int4.quantize_weights(bad)
+
+
+@pytest.mark.parametrize("name", ["llama", "bert", "vit"])
+def test_zoo(name: str):
+    """Models that others wrote keep their outputs (random weights: the roughest case for 4 bits)."""
+    model, inputs = helpers.zoo(name)
+    small = int4.quantize_weights(model)
+    assert helpers.cosine(helpers.run(small, inputs), helpers.run(model, inputs)) > 0.97
