@@ -1,0 +1,243 @@
+"""The loss that distillation minimizes, as `training.fit` wants it: a function of (model, batch)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from quantize.calibration import call, main_output
+from quantize.distillation import match
+from quantize.distillation.cache import TeacherCache
+from quantize.distillation.losses import row_weights, soft_kl, top_kl
+from quantize.training import TrainingError, autocast
+
+Batch = tuple[Any, Any, int]  # inputs, targets (or None), number of the batch
+
+
+class Trained(nn.Module):
+    """What `fit` trains: the student behind the projections, so that the student's head is still the last linear."""
+
+    def __init__(self, student: nn.Module):
+        super().__init__()
+        self.projections = match.Projections()
+        self.student = student
+
+
+@dataclass
+class Objective:
+    """alpha * match + (1 - alpha) * task + hidden_weight * hidden + relation_weight * relations.
+
+    Fields as the arguments of `distill`, with hidden and relations as dicts; checked when made.
+    """
+
+    student: nn.Module
+    teacher: nn.Module
+    temperature: float
+    alpha: float
+    loss: Callable[[Any, Any], Tensor] | None
+    hidden: dict[str, str]
+    hidden_weight: float
+    hidden_kind: str
+    relations: dict[str, str]
+    relation_weight: float
+    relation_heads: int
+    select: Callable[[Any], Tensor]
+    kind: str
+    cache: TeacherCache | None = None
+    _seen: dict[str, Tensor] = field(default_factory=dict)  # outputs of the student's modules that are compared
+    _taught: dict[str, Tensor] = field(default_factory=dict)  # and of the teacher's
+    _statistics: dict[Tensor, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_number("temperature", self.temperature, low=0, strict=True)
+        _check_number("alpha", self.alpha, low=0, high=1)
+        _check_number("hidden_weight", self.hidden_weight, low=0)
+        _check_number("relation_weight", self.relation_weight, low=0)
+        _check_number("relation_heads", self.relation_heads, low=1, kind=int)
+        for name, allowed in (("kind", ("auto", "logits", "values")), ("hidden_kind", ("mse", "cosine"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(map(repr, allowed))}")
+        if self.alpha < 1 and self.loss is None:
+            rest = f"which leaves {1 - self.alpha:g} to the task"
+            raise ValueError(f"alpha is {self.alpha!r}, {rest}: give loss=function(output, targets) too")
+        self.trained = Trained(self.student)
+
+    def settings(self) -> dict:
+        """What must agree between two runs for one to go on where the other stopped."""
+        return {
+            "temperature": self.temperature,
+            "alpha": self.alpha,
+            "kind": self.kind,
+            "hidden": [self.hidden, self.hidden_weight, self.hidden_kind],
+            "relations": [self.relations, self.relation_weight, self.relation_heads],
+        }
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.alpha > 0 or bool(self.hidden or self.relations)
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """The teacher in eval mode and both models looked into; all of it undone at the end."""
+        with ExitStack() as stack:
+            stack.enter_context(_evaluating(self.teacher))
+            self._seen = stack.enter_context(match.watching(self.student, [*self.hidden, *self.relations]))
+            taught = [*self.hidden.values(), *self.relations.values()]
+            self._taught = stack.enter_context(match.watching(self.teacher, taught))
+            yield
+
+    # ------------------------------------------------------------------------------- before the first step
+
+    @torch.no_grad()
+    def prepare(self, batch: Batch, bf16: bool | None) -> None:
+        """Run both models once on a batch: whatever doesn't fit is found before training."""
+        device = next((p.device for p in self.student.parameters()), torch.device("cpu"))
+        inputs = _moved(batch[0], device)
+        with _evaluating(self.student), autocast(device, bf16):
+            student = self._try("student", self.student, inputs)
+            teacher = self._try("teacher", self.teacher, inputs) if self.needs_teacher else None
+        if self.alpha > 0:
+            self._check_outputs(student, teacher)
+        for name, target in [*self.hidden.items(), *self.relations.items()]:
+            for role, module, seen in (("student", name, self._seen), ("teacher", target, self._taught)):
+                if module not in seen:
+                    raise ValueError(f"module {module!r} of the {role} isn't called when it runs: it can't be matched")
+        for name, target in self.hidden.items():
+            s, t = match.aligned(name, target, self._seen, self._taught)
+            if s.shape != t.shape:
+                self.trained.projections.add(name, s.flatten(0, -2), t.flatten(0, -2))
+        if self.relations:
+            match.compare_relations(self.relations, self._seen, self._taught, self.relation_heads, inputs)
+
+    def _try(self, role: str, model: nn.Module, inputs: Any) -> Any:
+        try:
+            return call(model, inputs)
+        except Exception as error:
+            hint = "" if self.loss else "; if a batch is a pair of inputs and targets, give loss too"
+            reason = f"{type(error).__name__}: {error}{hint}"
+            raise ValueError(f"the {role} ({type(model).__name__}) doesn't run on the first batch: {reason}") from error
+
+    def _check_outputs(self, student: Any, teacher: Any) -> None:
+        s, t = self.select(student), self.select(teacher)
+        for role, x in (("student", s), ("teacher", t)):
+            if not isinstance(x, Tensor) or not x.is_floating_point():
+                raise TypeError(f"select gives {type(x).__name__} for the {role}'s output; it must give a floating tensor")
+        if self.kind == "auto":
+            self.kind = "logits" if match.is_categories(teacher if self.select is main_output else t) else "values"
+        if s.shape != t.shape:
+            classes = self.kind == "logits" and s.shape[:-1] == t.shape[:-1]
+            raise ValueError(
+                f"student and teacher differ in {'classes (or vocabulary)' if classes else 'shape'}: outputs "
+                f"{list(s.shape)} and {list(t.shape)}; give select=function(output) -> tensor that makes them alike"
+            )
+        if self.kind == "logits" and s.shape[-1] < 2:
+            raise ValueError(f"kind='logits' needs at least two classes, the output is {list(s.shape)}; allowed: 'values'")
+
+    # --------------------------------------------------------------------------------------------- a step
+
+    def __call__(self, trained: Trained, batch: Batch) -> Tensor:
+        inputs, targets, index = batch
+        self._keep_statistics()
+        taught = self._ask_teacher(inputs, index)  # first: its activations are gone before the student's graph is there
+        output = call(trained.student, inputs)
+        parts = []
+        if self.alpha > 0:
+            parts.append(self.alpha * self._match(self.select(output), taught, inputs))
+        if self.alpha < 1:
+            task = self.loss(output.float() if isinstance(output, Tensor) else output, targets)  # type: ignore[misc]
+            if not isinstance(task, Tensor) or task.numel() != 1:
+                raise TypeError(f"loss must return a scalar tensor, got {task!r}")
+            parts.append((1 - self.alpha) * task)
+        if self.hidden:
+            near = match.compare_hidden(self.hidden, self._seen, self._taught, trained.projections, self.hidden_kind, inputs)
+            parts.append(self.hidden_weight * near)
+        if self.relations:
+            near = match.compare_relations(self.relations, self._seen, self._taught, self.relation_heads, inputs)
+            parts.append(self.relation_weight * near)
+        self._seen.clear()
+        self._taught.clear()
+        total = sum(parts[1:], start=parts[0])
+        if not total.requires_grad:
+            raise TrainingError(
+                f"no gradient reaches the student ({type(self.student).__name__}): its output depends on no parameter "
+                "that requires one, or it runs without gradients"
+            )
+        return total
+
+    def _ask_teacher(self, inputs: Any, index: int) -> Any:
+        """The teacher's answer, without a graph: its output, or the likeliest classes from the cache."""
+        if not self.needs_teacher:
+            return None
+        stored = self.cache.get(index) if self.cache else None
+        if stored is not None:
+            return stored
+        with torch.inference_mode():
+            output = call(self.teacher, inputs)
+        for name, x in self._taught.items():
+            self._taught[name] = x.clone()  # a plain tensor: the way back may need it
+        if self.alpha == 0:
+            return None
+        chosen = self.select(output)
+        return self.cache.put(index, chosen) if self.cache else chosen
+
+    def _match(self, student: Tensor, taught: Any, inputs: Any) -> Tensor:
+        mask = match.row_mask(inputs, student)
+        if isinstance(taught, tuple):
+            return top_kl(student, *(x.to(student.device) for x in taught), self.temperature, mask)
+        if student.shape != taught.shape:
+            raise ValueError(f"the student's output is {list(student.shape)}, the teacher's {list(taught.shape)}")
+        if self.kind == "logits":
+            return soft_kl(student, taught, self.temperature, mask)
+        student, taught = student.float(), taught.clone().float()
+        if mask is None:
+            return F.mse_loss(student, taught)
+        return (student - taught).square().mean(-1).flatten() @ row_weights(mask.shape, mask, student.device)
+
+    def _keep_statistics(self) -> None:
+        """Running statistics change on the way forward, before a loss is seen to be broken."""
+        if not self._statistics:
+            norms = [m for m in self.student.modules() if getattr(m, "running_mean", None) is not None]
+            self._statistics = {b: b.clone() for m in norms for b in m.buffers(recurse=False)}
+        for buffer, kept in self._statistics.items():
+            kept.copy_(buffer)
+
+    def restore_statistics(self) -> None:
+        """Take back what the last step did to running statistics."""
+        for buffer, kept in self._statistics.items():
+            buffer.copy_(kept)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """`model` in eval mode; every module's flag is put back afterwards."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+
+
+def _moved(inputs: Any, device: torch.device) -> Any:
+    if isinstance(inputs, Tensor):
+        return inputs.to(device)
+    if isinstance(inputs, Mapping):
+        return {key: _moved(value, device) for key, value in inputs.items()}
+    return type(inputs)(_moved(value, device) for value in inputs) if isinstance(inputs, tuple | list) else inputs
+
+
+def _check_number(
+    name: str, value: Any, *, low: float, high: float = math.inf, strict: bool = False, kind: type = float
+) -> None:
+    good = isinstance(value, int | kind) and not isinstance(value, bool) and math.isfinite(value)
+    if not good or not low <= value <= high or (strict and value == low):
+        bounds = f"in [{low:g}, {high:g}]" if high < math.inf else f"{'>' if strict else '>='} {low:g}"
+        raise ValueError(f"{name} is {value!r}; allowed: {'an integer' if kind is int else 'a finite number'} {bounds}")

@@ -1,0 +1,208 @@
+"""`distill` teaches a copy of one module to answer like another; `recover` does so for a model that was just compressed.
+
+All training is `training.fit`: here is only what it minimizes (objective.py). So a run can be killed and resumed, and spread
+by `torchrun`, as any other. Left out: students that teach each other, adversarial and contrastive losses.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantize import surgery
+from quantize.calibration import check_batches, main_output
+from quantize.distillation import match
+from quantize.distillation.cache import TeacherCache
+from quantize.distillation.objective import Batch, Objective
+from quantize.training import Batches, Recipe, TrainingError, fit, ranks
+
+
+def distill(
+    student: nn.Module,
+    teacher: nn.Module,
+    batches: Iterable[Any] | Batches,
+    *,
+    steps: int,
+    temperature: float = 2.0,
+    alpha: float | None = None,
+    loss: Callable[[Any, Any], Tensor] | None = None,
+    hidden: match.Names | None = None,
+    hidden_weight: float = 1.0,
+    hidden_kind: str = "mse",
+    relations: match.Names | None = None,
+    relation_weight: float = 1.0,
+    relation_heads: int = 4,
+    select: Callable[[Any], Tensor] = main_output,
+    kind: str = "auto",
+    cache: Path | str | None = None,
+    cache_top: int = 64,
+    recipe: Recipe | None = None,
+    **fit_options: Any,
+) -> nn.Module:
+    """A trained copy of `student`, in eval mode, that answers more like `teacher`. Neither of the two is changed.
+
+    Minimized is alpha * match + (1 - alpha) * task + hidden_weight * hidden + relation_weight * relations.
+
+    Args:
+        batches: re-iterable sequence, gone through again and again, or a function from step to batch. A batch is what both
+            models are called with: a tensor, a tuple of positional or a dict of keyword arguments; with `loss`, a pair of that
+            and the targets. An `attention_mask` [B, T] among keywords leaves padding out.
+        steps: training steps, one batch each.
+        temperature: both models' logits are divided by it; > 0. The higher, the more the unlikely classes count.
+        alpha: share of the match, in [0, 1]; default 0.5 with `loss`, else 1. At 0 the teacher isn't run for it.
+        loss: the task: loss(output, targets) -> scalar, of the model's output as it comes (tensors in fp32).
+            `torch.nn.functional.cross_entropy` will do for a classifier, `mse_loss` for a regression.
+        hidden: modules whose outputs are compared: a dict from names in the student to names in the teacher, or a list of
+            names that are the same in both. Where widths differ, a learned projection stands between; it is dropped at the end.
+        hidden_kind: "mse" (relative to the teacher's mean square) or "cosine".
+        relations: modules with outputs [B, T, C] (projections to queries, keys or values), named as for `hidden`: how
+            positions relate is compared, in `relation_heads` parts, so widths may differ (MiniLM, arXiv 2012.15828).
+        select: picks the tensor to match out of a model's output. Default: `logits`, else the first floating tensor.
+        kind: how outputs are matched. "logits": T^2 KL over the last axis (Hinton et al., arXiv 1503.02531). "values": mean
+            squared error. "auto": logits for outputs named so and for bare tensors [N, V] and [B, T, V].
+        cache: folder in which the teacher's `cache_top` likeliest classes are kept, so that it runs once per batch of a
+            fixed sequence. Only for the match of logits.
+        recipe: learning rates and schedule; its `steps`, `batch`, `length` and `short` are not read.
+        fit_options: `seed`, `bf16`, `checkpoint_path`, `resume`, `identity`, `on_progress`: see `training.fit`.
+
+    The teacher runs in eval and inference mode, in bf16 where the student does. A cheaper teacher is given as one:
+    `quantize_dynamic(teacher)`.
+
+    Raises:
+        ValueError, TypeError: arguments out of range, names that don't exist, outputs that don't match (other vocabularies or
+            classes), empty batches, a batch on which a model doesn't run, an int8 or 16-bit student.
+        TrainingError: nothing to train, no gradient, or a loss that isn't finite; `error.student` is then the student as it
+            was before that step.
+    """
+    _check_modules(student, teacher)
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps is {steps!r}; allowed: an integer >= 1")
+    recipe = replace(recipe or Recipe(steps=steps, warmup=min(20, steps // 10)), steps=steps)
+    if alpha is None:
+        alpha = 1.0 if loss is None else 0.5
+    hidden = match.pairs_of(hidden, student, teacher, "hidden")
+    relations = match.pairs_of(relations, student, teacher, "relations")
+    numbered = _numbered(batches, paired=loss is not None)
+    copy = surgery.clone(student)
+    objective = Objective(
+        copy, teacher, temperature, alpha, loss, hidden, hidden_weight, hidden_kind, relations, relation_weight,
+        relation_heads, select, kind,
+    )  # fmt: skip
+    devices = {p.device for p in copy.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=list(devices)), objective.attached():
+        objective.prepare(numbered(0), fit_options.get("bf16"))
+        about = objective.settings()
+        if cache is not None or fit_options.get("checkpoint_path") is not None:
+            about["teacher"] = fingerprint(teacher)
+        if cache is not None:
+            objective.cache = _cache(cache, cache_top, objective, about["teacher"], batches)
+        fit_options["identity"] = {**(fit_options.get("identity") or {}), "distillation": about}
+        try:
+            fit(objective.trained, numbered, objective, recipe, **fit_options)
+        except TrainingError as error:
+            objective.restore_statistics()
+            error.student = copy.eval()  # type: ignore[attr-defined]
+            raise
+    for parameter in copy.parameters():
+        parameter.grad = None
+    return copy
+
+
+def recover(model: nn.Module, teacher: nn.Module, batches: Iterable[Any] | Batches, *, steps: int, **options: Any) -> nn.Module:
+    """A copy of a pruned or factorized `model`, in eval mode, that won back quality from `teacher`, which it was made of.
+
+    `distill` at temperature 1, with rates that suit weights which are good already. The copy keeps the smaller layers and
+    their record, so it is saved and loaded as before. `options` are those of `distill`; it raises what `distill` raises.
+    """
+    return distill(model, teacher, batches, steps=steps, **{"temperature": 1.0, "recipe": recovery_recipe(steps), **options})
+
+
+def recovery_recipe(steps: int) -> Recipe:
+    """Rates for weights that are good already: lower, and falling for most of the time."""
+    return Recipe(steps=max(1, steps), lr=2e-3, muon_lr=1e-2, warmup=min(10, max(0, steps) // 10), cooldown=0.8)
+
+
+# ------------------------------------------------------------------------------------------------ batches
+
+
+def _numbered(batches: Iterable[Any] | Batches, *, paired: bool) -> Callable[[int], Batch]:
+    """A function from step to (inputs, targets or None, number of the batch)."""
+    cycle = None if callable(batches) and not isinstance(batches, Iterable) else _Cycle(check_batches(batches, "batches"))
+
+    def numbered(step: int) -> Batch:
+        batch, index = cycle(step) if cycle else (batches(step), step)  # type: ignore[operator]
+        if not paired:
+            return batch, None, index
+        if not isinstance(batch, tuple | list) or len(batch) != 2:
+            raise TypeError(f"with loss, a batch is a pair (inputs, targets); batch {index} is a {type(batch).__name__}")
+        return batch[0], batch[1], index
+
+    return numbered
+
+
+class _Cycle:
+    """Batches of a re-iterable in order, over and over; the ranks take turns."""
+
+    def __init__(self, batches: Iterable[Any]):
+        self.batches = batches
+        self.indexable = hasattr(batches, "__getitem__") and hasattr(batches, "__len__")
+        self.count = len(batches) if self.indexable else sum(1 for _ in batches)  # type: ignore[arg-type]
+        self.next, self.iterator = self.count, iter(())
+
+    def __call__(self, step: int) -> tuple[Any, int]:
+        rank, world = ranks()
+        index = (step * world + rank) % self.count
+        if self.indexable:
+            return self.batches[index], index  # type: ignore[index]
+        if index < self.next:
+            self.next, self.iterator = 0, iter(self.batches)
+        for batch in self.iterator:
+            self.next += 1
+            if self.next == index + 1:
+                return batch, index
+        raise ValueError(f"batches ended after {self.next}; the first time there were {self.count}")
+
+
+# ------------------------------------------------------------------------------------------------- checks
+
+
+def _check_modules(student: nn.Module, teacher: nn.Module) -> None:
+    for role, model in (("student", student), ("teacher", teacher)):
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"{role} must be an nn.Module, got {type(model).__name__}")
+    for name, module in student.named_modules():
+        for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is None:
+                continue
+            if tensor.dtype in (torch.int8, torch.uint8, torch.qint8, torch.quint8) and tensor.ndim == 2:
+                kind = f"module {name!r} ({type(module).__name__}) of the student holds int8 weights"
+                raise ValueError(f"{kind}, which can't be trained: distil or recover before quantizing")
+            if isinstance(tensor, nn.Parameter) and tensor.requires_grad and tensor.dtype in (torch.float16, torch.bfloat16):
+                kind = f"parameter {f'{name}.{key}'.strip('.')!r} of the student is {tensor.dtype}"
+                raise ValueError(f"{kind}, too coarse for small steps: train in float32, then cast")
+
+
+def _cache(folder: Path | str, count: int, objective: Objective, teacher: str, batches: Any) -> TeacherCache:
+    if objective.kind != "logits" or objective.hidden or objective.relations or not objective.alpha:
+        raise ValueError("cache holds the teacher's likeliest classes: it needs a match of logits, not hidden or relations")
+    if not isinstance(batches, Iterable):
+        raise ValueError("cache needs a fixed sequence of batches, not a function")
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise ValueError(f"cache_top is {count!r}; allowed: an integer >= 1")
+    return TeacherCache(Path(folder), teacher, objective.temperature, count)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 over the names and numbers of `model`, in hex."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        if isinstance(tensor, Tensor):
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
