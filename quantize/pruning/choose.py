@@ -43,7 +43,7 @@ def check_amount(amount: Any) -> dict[str, float]:
     return given
 
 
-def check_options(n: Any, score: Any, scope: Any, round_to: Any, ridge: Any, loss: Any, calibration: Any, skip: Any) -> None:
+def check_options(n: Any, score: Any, scope: Any, round_to: Any, loss: Any, calibration: Any, skip: Any) -> None:
     if isinstance(n, bool) or not isinstance(n, (int, float)):
         raise TypeError(f"n must be a number > 0, got {n!r}")
     if not n > 0:
@@ -60,8 +60,6 @@ def check_options(n: Any, score: Any, scope: Any, round_to: Any, ridge: Any, los
         raise ValueError("score='reconstruction' ranks within a layer; with scope='global' use 'activation'")
     if round_to is not None and (isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1):
         raise ValueError(f"round_to is {round_to!r}; allowed: an integer >= 1, or None")
-    if ridge is not None and not (isinstance(ridge, (int, float)) and 0 < ridge < math.inf):
-        raise ValueError(f"repair_ridge is {ridge!r}; allowed: a number > 0, or None for no repair")
 
 
 def refuse_quantized(model: nn.Module) -> None:
@@ -132,7 +130,7 @@ def _around(name: str, pattern: str) -> bool:
 
 def _is_rank(model: nn.Module, place: str) -> bool:
     parent, _, local = place.rpartition(".")
-    return local == "first" and type(model.get_submodule(parent)).__name__ == "LowRankLinear"
+    return local == "first" and type(model.get_submodule(parent)).__name__.startswith("LowRank")
 
 
 def reasons(left: dict[str, str]) -> str:
@@ -231,8 +229,8 @@ def _readers(model: nn.Module, group: Group) -> list[tuple[str, nn.Module, Key]]
     """Layers that sum over the group's channels and can be refitted."""
     found = []
     for key in group.inputs:
-        for place, module, local in owners(model, key[0])[:1]:
-            if local == "weight" and as_matrix(module) is not None:
+        for place, module, local in owners(model, key[0]):
+            if local == "weight" and as_matrix(module) is not None and place == group.inputs[key]:
                 found.append((place, module, key))
     return found
 

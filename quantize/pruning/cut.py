@@ -62,7 +62,13 @@ def cut(model: nn.Module, kept: dict[Key, torch.Tensor], edits: dict[str, dict[s
             tensors.setdefault(place, {})[local] = tensor.contiguous()
             places[place] = module
     for place, new in tensors.items():
-        surgery.resize(places[place], tensors=new, attributes=_sizes(places[place], new))
+        sizes = _sizes(places[place], new)
+        surgery.resize(places[place], tensors=new, attributes=sizes)
+        parent, _, local = place.rpartition(".")
+        pair = model.get_submodule(parent)
+        if type(pair).__name__.startswith("LowRank"):  # notes the widths of its two layers
+            side = {"first": "in_", "second": "out_"}[local]
+            surgery.resize(pair, tensors={}, attributes={k: v for k, v in sizes.items() if k.startswith(side)})
     for place, attributes in edits.items():
         surgery.resize(model.get_submodule(place), tensors={}, attributes=attributes)
     return model

@@ -22,7 +22,7 @@ class Group:
 
     places: dict[Key, torch.Tensor]
     outputs: list[Key]  # dimensions that are output channels of a layer, in the order of the graph
-    inputs: list[Key]  # dimensions that a layer sums over
+    inputs: dict[Key, str]  # dimensions that are summed over, and the module whose forward does it
     pinned: int = 0  # channels of the first output that can't go
     amount: float = 0.0  # fraction of the units to remove
     removed: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))  # units, by number
@@ -109,7 +109,7 @@ def find_groups(labels: Labels) -> tuple[list[Group], dict[Key, str]]:
         group = Group(
             {key: torch.tensor([unit[key] for unit in units]) for key in keys},
             outputs,
-            [k for k in keys if k in labels.inputs],
+            {k: labels.inputs[k] for k in keys if k in labels.inputs},
             pinned.get(outputs[0], 0),
         )
         groups.append(group)

@@ -46,7 +46,7 @@ class Labels:
         self.shapes = shapes  # parameters and buffers by name
         self.keys: dict[Key, torch.Tensor] = {}  # labels along each dimension in use
         self.outputs: dict[Key, str] = {}  # dimensions that are some layer's output channels, and the operation
-        self.inputs: dict[Key, str] = {}  # dimensions that are summed over: a layer's input channels
+        self.inputs: dict[Key, str] = {}  # dimensions that are summed over, and the module whose forward does it
         self.count = 0
         self.edges: list[torch.Tensor] = []  # [N, 2] each
         self.pins: list[tuple[torch.Tensor, str]] = []

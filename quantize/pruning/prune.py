@@ -29,7 +29,7 @@ from quantize.pruning.choose import (
 from quantize.pruning.cut import cut, kept_indices, mask, owners, same_outputs, stale_attributes
 from quantize.pruning.groups import Group, find_groups
 from quantize.pruning.labels import Key
-from quantize.pruning.repair import as_matrix, repair
+from quantize.pruning.repair import as_matrix, repair_layers
 from quantize.pruning.trace import Trace, arguments, export, module_of
 
 
@@ -78,7 +78,7 @@ def prune_ln_structured(
     score: str | None = None,
     scope: str = "layer",
     round_to: int | None = None,
-    repair_ridge: float | None = 1e-3,
+    repair: bool = True,
     loss: Callable[[nn.Module, Any], torch.Tensor] | None = None,
 ) -> nn.Module:
     """Smaller dense copy of `model`: output channels, hidden neurons and attention heads removed, in eval mode.
@@ -101,7 +101,7 @@ def prune_ln_structured(
             (needs `loss`).
         scope: "layer" removes `amount` of every group; "global" removes that share of all units, the least important first.
         round_to: kept widths are multiples of this (default: 16, or less for layers narrower than 128).
-        repair_ridge: strength of the pull to the old weights, relative to the mean input power; None: don't repair.
+        repair: with calibration, refit the readers of pruned channels and re-estimate BatchNorm statistics.
         loss: for "taylor", a function (model, batch) -> scalar.
 
     Raises:
@@ -112,7 +112,7 @@ def prune_ln_structured(
     Norm criterion: Li et al., arXiv 1608.08710, as in `torch.nn.utils.prune.ln_structured`.
     """
     amounts = check_amount(amount)
-    check_options(n, score, scope, round_to, repair_ridge, loss, calibration, skip)
+    check_options(n, score, scope, round_to, loss, calibration, skip)
     if calibration is not None:
         check_batches(calibration)
     work = surgery.clone(model).eval()
@@ -128,9 +128,9 @@ def prune_ln_structured(
         raise ValueError(f"nothing was removed from {type(model).__name__}: {reasons(left)}")
     small, wanted = _verified(trace, work, wanted, example_inputs, left, explicit="*" not in amounts)
     kept = kept_indices(trace, wanted)
-    if calibration is not None and repair_ridge is not None and wanted:
+    if calibration is not None and repair and wanted:
         steps, calls = _repair_steps(trace, work, kept)
-        calibrated(lambda: repair(work, small, steps, calibration, ridge=repair_ridge, calls=calls))
+        calibrated(lambda: repair_layers(work, small, steps, calibration, calls))
     result = mask(trace, work, small, kept) if masked else small
     result.__dict__["_pruning"] = Summary(
         [Pruned(layers_of(work, g), g.units, g.units - len(g.removed), g.unit_size()) for g in wanted],
@@ -193,7 +193,8 @@ def _repair_steps(
     refits: dict[str, torch.Tensor | None] = {}
     for name, dim in kept:
         places = owners(model, name)
-        if (name, dim) in trace.labels.inputs and len(places) == 1 and as_matrix(places[0][1]) is not None:
+        alone = len(places) == 1 and places[0][0] == trace.labels.inputs.get((name, dim))
+        if alone and as_matrix(places[0][1]) is not None:
             output = next((k for k in trace.labels.outputs if k[0] == name), None)
             refits[places[0][0]] = kept.get(output) if output else None
     steps: list[tuple[str, torch.Tensor | None]] = []
@@ -206,7 +207,8 @@ def _repair_steps(
             steps.append((place, refits[place]))
         elif base == "batch_norm" and steps and isinstance(model.get_submodule(place), nn.modules.batchnorm._BatchNorm):
             if model.get_submodule(place).track_running_stats:
-                steps.append((place, None))
+                mean = f"{place}.running_mean".removeprefix(".")
+                steps.append((place, kept.get((mean, 0))))
         else:
             continue
         calls[place] = calls.get(place, 0) + 1

@@ -1,13 +1,14 @@
 """Make the layers that read pruned channels give what they gave before, from calibration inputs, without training.
 
 Layer by layer in the order of the graph: run the original and the pruned model on every batch, keep moments of the pruned
-layer's inputs and their product with the original layer's outputs, solve the ridge regression, write the new weight and bias.
+layer's inputs and their product with the original layer's outputs, solve a ridge regression, write the new weight and bias.
 Later layers see what the earlier, already repaired ones give. Memory is bounded by the square of a layer's input width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -69,33 +70,68 @@ def _see(model: nn.Module, layer: nn.Module, batch: Any, calls: int) -> list[tup
     return seen
 
 
-def solve(moment: torch.Tensor, cross: torch.Tensor, start: torch.Tensor, ridge: float) -> torch.Tensor:
-    """argmin over W of E|y - W x|^2 + ridge * mean(diag) * |W - start|^2; moment E[x x^T] [K, K], cross E[y x^T] [out, K].
+RIDGES = (1e-7, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 1e3)  # times the mean input power; the last leaves the weight as it was
+
+
+@dataclass
+class Moments:
+    """Sums over rows of inputs x [K] (a 1 appended where there is a bias) and targets y [out]."""
+
+    count: int = 0
+    outer: torch.Tensor | float = 0.0  # [K, K], sum of x x^T
+    cross: torch.Tensor | float = 0.0  # [out, K], sum of y x^T
+
+    def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        self.count += len(x)
+        self.outer = self.outer + (x.T @ x).double()
+        self.cross = self.cross + (y.T @ x).double()
+
+    def __add__(self, other: Moments) -> Moments:
+        return Moments(self.count + other.count, self.outer + other.outer, self.cross + other.cross)
+
+    def error(self, weight: torch.Tensor) -> float:
+        """Sum over rows of |y - W x|^2, up to the part that doesn't depend on W."""
+        return float(((weight @ self.outer) * weight).sum() - 2 * (weight * self.cross).sum())
+
+
+def solve(moments: Moments, start: torch.Tensor, ridge: float, *, bias: bool) -> torch.Tensor:
+    """argmin over W [out, K] of E|y - W x|^2 + ridge * mean(E x^2) * |W - start|^2; the bias, if any, is not pulled.
 
     The pull goes to `start` and not to zero, so directions that calibration never shows keep the weights they had.
     """
-    scale = moment.diagonal().mean().clamp(min=1e-12)
-    shifted = moment + (ridge * scale) * torch.eye(len(moment), dtype=moment.dtype)
+    moment, cross = moments.outer / moments.count, moments.cross / moments.count
+    power = moment.diagonal()[:-1] if bias else moment.diagonal()
+    pull = torch.full_like(moment.diagonal(), ridge * float(power.mean().clamp(min=1e-12)))
+    if bias:
+        pull[-1] = 1e-12
     gap = (cross - start @ moment).T
-    factor, failed = torch.linalg.cholesky_ex(shifted)
-    change = torch.cholesky_solve(gap, factor) if not failed else torch.linalg.lstsq(shifted, gap, driver="gelsd").solution
+    factor, failed = torch.linalg.cholesky_ex(moment + torch.diag(pull))
+    change = torch.cholesky_solve(gap, factor) if not failed else torch.linalg.lstsq(moment + torch.diag(pull), gap).solution
     return start + change.T
 
 
+def fit_weight(halves: tuple[Moments, Moments], start: torch.Tensor, *, bias: bool) -> torch.Tensor:
+    """Ridge regression on both halves of the rows, with the ridge that does best on one half when fitted on the other."""
+    first, second = halves
+    if min(first.count, second.count) == 0:
+        return solve(first + second, start, 1e-2, bias=bias)
+    errors = {
+        ridge: second.error(solve(first, start, ridge, bias=bias)) + first.error(solve(second, start, ridge, bias=bias))
+        for ridge in RIDGES
+    }
+    return solve(first + second, start, min(errors, key=errors.__getitem__), bias=bias)
+
+
 def refit(
-    original: nn.Module,
-    pruned: nn.Module,
-    name: str,
-    outputs: torch.Tensor | None,
-    batches: Iterable[Any],
-    *,
-    ridge: float,
-    calls: int = 1,
+    original: nn.Module, pruned: nn.Module, name: str, outputs: torch.Tensor | None, batches: Iterable[Any], calls: int
 ) -> None:
     """Refit layer `name` of `pruned` to the outputs (those kept, by index) of the same layer of `original`."""
     old, new = original.get_submodule(name), pruned.get_submodule(name)
     start = as_matrix(new).double()  # type: ignore[union-attr]
-    count, mean_x, mean_y, moment, cross = 0, 0.0, 0.0, 0.0, 0.0
+    bias = new._parameters.get("bias")
+    if bias is not None:
+        start = torch.cat([start, bias.detach().double()[:, None]], 1)
+    halves = (Moments(), Moments())
     for batch in batches:
         before, after = _see(original, old, batch, calls), _see(pruned, new, batch, calls)
         for (_, target), (given, _) in zip(before, after, strict=True):
@@ -103,48 +139,59 @@ def refit(
             channel = 1 if isinstance(new, (nn.Conv1d, nn.Conv2d)) else target.ndim - 1
             y = target.movedim(channel, -1).reshape(-1, target.shape[channel]).float()  # [N, out]
             y = y if outputs is None else y[:, outputs]
-            count += len(x)
-            mean_x, mean_y = mean_x + x.sum(0).double(), mean_y + y.sum(0).double()
-            moment, cross = moment + (x.T @ x).double(), cross + (y.T @ x).double()
-    if count == 0:
+            if bias is not None:
+                x = torch.cat([x, x.new_ones(len(x), 1)], 1)
+            middle = len(x) // 2
+            halves[0].add(x[:middle], y[:middle])
+            halves[1].add(x[middle:], y[middle:])
+    total = halves[0] + halves[1]
+    if total.count == 0:
         return
-    mean_x, mean_y, moment, cross = mean_x / count, mean_y / count, moment / count, cross / count
-    if not (torch.isfinite(moment).all() and torch.isfinite(cross).all()):
+    if not (torch.isfinite(total.outer).all() and torch.isfinite(total.cross).all()):
         raise ValueError(f"calibration gives layer {name!r} inputs or outputs that are not finite")
-    if new._parameters.get("bias") is None:
-        _write(new, solve(moment, cross, start, ridge), None)
-        return
-    weight = solve(moment - torch.outer(mean_x, mean_x), cross - torch.outer(mean_y, mean_x), start, ridge)
-    _write(new, weight, mean_y - weight @ mean_x)
+    weight = fit_weight(halves, start, bias=bias is not None)
+    _write(new, *((weight, None) if bias is None else (weight[:, :-1], weight[:, -1])))
 
 
-def reestimate(pruned: nn.Module, name: str, batches: Iterable[Any], calls: int = 1) -> None:
-    """Running mean and variance of a BatchNorm, from what the pruned model now gives it."""
+def reestimate(
+    original: nn.Module, pruned: nn.Module, name: str, outputs: torch.Tensor | None, batches: Iterable[Any], calls: int
+) -> None:
+    """Shift and scale a BatchNorm's running statistics so that each channel's output has the mean and variance it had.
+
+    Where the original's statistics are those of its inputs, this is the usual re-estimation (Jordan et al., arXiv 2211.08403);
+    where they are not (a frozen norm), the difference stays what it was.
+    """
     norm = pruned.get_submodule(name)
-    count, total, square = 0, 0.0, 0.0
-    for batch in batches:
-        for x, _ in _see(pruned, norm, batch, calls):
-            x = x.movedim(1, -1).reshape(-1, x.shape[1]).double()
-            count, total, square = count + len(x), total + x.sum(0), square + (x * x).sum(0)
-    if count > 1:
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for model, kept in ((original, outputs), (pruned, None)):
+        count, total, square = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+        for batch in batches:
+            for x, _ in _see(model, model.get_submodule(name), batch, calls):
+                x = x.movedim(1, -1).reshape(-1, x.shape[1]).double()
+                x = x if kept is None else x[:, kept]
+                count, total, square = count + len(x), total + x.sum(0), square + (x * x).sum(0)
+        if count < 2:
+            return
         mean = total / count
-        norm.running_mean.copy_(mean)
-        norm.running_var.copy_((square / count - mean**2).clamp(min=0) * count / (count - 1))
+        seen.append((mean, (square / count - mean**2).clamp(min=0)))
+    (old_mean, old_variance), (new_mean, new_variance) = seen
+    ratio = torch.where(old_variance > 1e-12, new_variance / old_variance.clamp(min=1e-12), 1.0).clamp(1e-3, 1e3)
+    shift = (old_mean - norm.running_mean.double()) * ratio.sqrt()
+    norm.running_mean.copy_(new_mean - shift)
+    norm.running_var.copy_(((norm.running_var.double() + norm.eps) * ratio - norm.eps).clamp(min=0))
 
 
 @torch.no_grad()
-def repair(
+def repair_layers(
     original: nn.Module,
     pruned: nn.Module,
     steps: Sequence[tuple[str, torch.Tensor | None]],
     batches: Iterable[Any],
-    *,
-    ridge: float = 1e-3,
     calls: dict[str, int],
 ) -> None:
     """Refit or re-estimate, in place, the layers named in `steps` (in the order of the graph; with the outputs they keep)."""
     for name, outputs in steps:
         if isinstance(pruned.get_submodule(name), nn.modules.batchnorm._BatchNorm):
-            reestimate(pruned, name, batches, calls.get(name, 1))
+            reestimate(original, pruned, name, outputs, batches, calls.get(name, 1))
         else:
-            refit(original, pruned, name, outputs, batches, ridge=ridge, calls=calls.get(name, 1))
+            refit(original, pruned, name, outputs, batches, calls.get(name, 1))

@@ -90,6 +90,7 @@ class Trace:
                 self.values[node] = self._visit(node)
 
     def _visit(self, node: torch.fx.Node) -> Any:
+        self.node = node
         out = node.meta.get("val")
         shapes = [tuple(t.shape) for t in out if isinstance(t, torch.Tensor)] if isinstance(out, (tuple, list)) else None
         shape = tuple(out.shape) if isinstance(out, torch.Tensor) else ()
@@ -142,7 +143,7 @@ class Trace:
         return self.labels.along(name, dim)
 
     def consume(self, name: str, dim: int, labels: torch.Tensor | None, why: str) -> None:
-        self.labels.inputs.setdefault((name, dim), why)
+        self.labels.inputs.setdefault((name, dim), module_of(self.node))
         own = self.labels.along(name, dim)
         self.labels.tie(own, torch.full_like(own, -1) if labels is None else labels.flatten(), f"{why} reads other data too")
 
