@@ -31,6 +31,7 @@ from torch import Tensor, nn
 import quantize
 import train
 from quantize.checkpoint import CheckpointError, atomic_write
+from quantize.decoding import for_decoding
 from quantize.generation import decode, generate, generate_stream, prefill
 from quantize.generation.reader import takes_cache
 from quantize.kv_cache import KVCache
@@ -184,9 +185,10 @@ def measure_all(models: dict[str, nn.Module], ids: Tensor, lengths: Sequence[int
         add("no cache", ms_without_cache(plain, text))
         times, size = ms_with_cache(plain, text, torch.float32)
         add("cache", times, cache_bytes=size)
-        if "int8" in models:
-            times, size = ms_with_cache(models["int8"], text, torch.float32)
-            add("cache + int8 weights", times, cache_bytes=size)
+        for way, name in (("cache + int8 weights", "int8"), ("the same, for_decoding", "ready")):
+            if name in models:
+                times, size = ms_with_cache(models[name], text, torch.float32)
+                add(way, times, cache_bytes=size)
         times, size = ms_with_cache(plain, text, torch.int8)
         add("int8 cache", times, cache_bytes=size)
         times, right = ms_speculative(plain, text, draft)
@@ -197,6 +199,7 @@ def measure_all(models: dict[str, nn.Module], ids: Tensor, lengths: Sequence[int
 def check_all(models: dict[str, nn.Module], ids: Tensor, new: int, draft: nn.Module | str) -> list[dict]:
     """Does each way give the tokens that the same weights give without a cache, and how far off are its logits?"""
     cases = [("cache", "fp32", {}), ("cache + int8 weights", "int8", {}), ("int8 cache", "fp32", {"cache": torch.int8})]
+    cases.insert(2, ("the same, for_decoding", "ready", {}))
     cases.append(("cache + speculative", "fp32", {"draft": draft}))
     rows, expected = [], {}
     for way, weights, options in cases:
@@ -288,6 +291,8 @@ def run(arguments: argparse.Namespace) -> None:
     models = {"fp32": model}
     if any(type(m) is nn.Linear for m in model.modules()):
         models["int8"] = quantize.quantize_dynamic(model)
+        if isinstance(model, DecoderLM):
+            models["ready"] = for_decoding(models["int8"])
     new = min(64, limit - ids.shape[1])
     checks = check_all(models, ids, new, draft or "lookup") if new > 0 else []
     rows = measure_all(models, long, lengths, draft or "lookup")

@@ -20,14 +20,15 @@ from torch import Tensor, nn
 from quantize.fusion import torchscript
 from quantize.int8 import Int8Linear
 from quantize.kv_cache import KVCache
+from quantize.kv_cache.functions import attention
 from quantize.models import Attention, DecoderLM, FeedForward, apply_rope
 
 
 def for_decoding(model: DecoderLM) -> DecodingLM:
     """`model`, compressed or not, ready for `generate`: the same ids to the same logits, faster at one token.
 
-    It shares the model's weights, except for the merged ones, and follows no later change of the model. Not for training or
-    saving. Raises TypeError for something else than a `DecoderLM`.
+    It shares the model's weights, except for merged and float32 ones, and follows no later change of the model. Not for
+    training or saving. Raises TypeError for something else than a `DecoderLM`.
     """
     if not isinstance(model, DecoderLM):
         raise TypeError(f"for_decoding takes a DecoderLM, got {type(model).__name__}")
@@ -40,7 +41,8 @@ class DecodingLM(nn.Module):
     def __init__(self, model: DecoderLM):
         super().__init__()
         self.config = model.config
-        self.model = _twin(model, blocks=nn.ModuleList(_merge_block(block) for block in model.blocks)).eval()
+        blocks = nn.ModuleList(_merge_block(block) for block in model.blocks)
+        self.model = _twin(model, blocks=blocks, head=_for_one_row(model.head)).eval()
         self._steps: dict[tuple[int, torch.dtype], nn.Module] = {}
 
     def forward(self, ids: Tensor, cache: KVCache | None = None, logits_to_keep: int = 0) -> Tensor:
@@ -91,7 +93,7 @@ class _Slots:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         held, at = self.slots.shape[0], self.slots[-1:]
         keys, values = self.keys[layer].index_copy_(2, at, k), self.values[layer].index_copy_(2, at, v)
-        return F.scaled_dot_product_attention(q, keys[:, :, :held], values[:, :, :held], enable_gqa=True)
+        return attention(q, keys[:, :, :held], values[:, :, :held])
 
 
 # ---------------------------------------------------------------------------------------------------- merging
@@ -111,8 +113,31 @@ def merge_linears(layers: Sequence[nn.Module]) -> nn.Module | None:
         merged = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
         merged.weight = nn.Parameter(weight, requires_grad=False)
         merged.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        return merged
+        return _for_one_row(merged)
     return None
+
+
+class TransposedLinear(nn.Module):
+    """`nn.Linear` with its weight stored [in, out]: at one row of float32, torch reads it 1.4 times as fast."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        super().__init__()
+        self.in_features, self.out_features = weight.shape
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.reshape(-1, self.in_features) @ self.weight
+        y = y if self.bias is None else y + self.bias
+        return y.view(*x.shape[:-1], self.out_features)
+
+
+def _for_one_row(layer: nn.Module) -> nn.Module:
+    """The layer, or the same in the form that is fastest with one row."""
+    if type(layer) is nn.Linear and layer.weight.dtype == torch.float32 and layer.weight.device.type == "cpu":
+        bias = None if layer.bias is None else layer.bias.detach()
+        return TransposedLinear(layer.weight.detach().t().contiguous(), bias)
+    return layer
 
 
 class _MergedAttention(Attention):
@@ -144,11 +169,12 @@ class _MergedFeedForward(FeedForward):
 def _merge_block(block: nn.Module) -> nn.Module:
     attention, ffn = block.attention, block.ffn
     if (qkv := merge_linears((attention.q, attention.k, attention.v))) is not None:
-        attention = _twin(attention, _MergedAttention, q=None, k=None, v=None, qkv=qkv)
+        out = _for_one_row(attention.out)
+        attention = _twin(attention, _MergedAttention, q=None, k=None, v=None, qkv=qkv, out=out)
         attention.heads = block.attention.q.out_features // attention.head_dim
         attention.kv_heads = block.attention.k.out_features // attention.head_dim
     if (gate_up := merge_linears((ffn.gate, ffn.up))) is not None:
-        ffn = _twin(ffn, _MergedFeedForward, gate=None, up=None, gate_up=gate_up)
+        ffn = _twin(ffn, _MergedFeedForward, gate=None, up=None, gate_up=gate_up, down=_for_one_row(ffn.down))
         ffn.sizes = (block.ffn.gate.out_features, block.ffn.up.out_features)
     return _twin(block, attention=attention, ffn=ffn)
 
