@@ -1,98 +1,208 @@
-"""Fuse a trained model into one TorchScript file that gives the same answers faster, and show what it gained.
+"""Fuse a trained model into one file that gives the same answers faster, and show what was fused and what it gained.
 
     uv run python fusion.py                                   # artifacts/model.pth -> artifacts/model_fused.pt
     uv run python fusion.py --model artifacts/int8.pth        # any artifact of train.py
+    uv run python fusion.py --backend auto                    # the fastest of the back ends that are installed
     uv run python fusion.py --batch 1 --threads 1
 
-Without a model.pth it trains the tiny preset first.
+Without a model.pth it trains the tiny preset first. Beside the file it writes model_fused.json and model_fused.png. Latencies
+of eager and of the chosen file are of the files, loaded again in fresh processes that take turns; the other back ends race
+in this process.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
+import json
+import os
 import sys
-import time
+import tempfile
+from collections import Counter
 from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
 
 import quantize
 from quantize.checkpoint import CheckpointError
-from quantize.fusion import fuse
-from quantize.fusion.check import difference, outputs
-from quantize.measure import keep_allocations
+from quantize.fusion import BACKENDS, Contender, compare
+from quantize.fusion.equality import difference, outputs, race
+from quantize.measure import Measurement, MeasurementError, describe_machine, keep_allocations, machine
+from quantize.measure import compare as measure_files
 from quantize.models import ConvNet, DecoderLM
+
+USER_ERRORS = (CheckpointError, MeasurementError, ValueError, TypeError, OSError)
+SUFFIXES = {"torchscript": ".pt", "inductor": ".pt2", "onnxruntime": ".onnx", "openvino": ".xml"}
 
 
 def example(model: nn.Module, batch: int) -> torch.Tensor:
-    """Inputs of the kind the model takes."""
+    """Random inputs of the kind the model takes: ids [B, 128], images [B, C, 28, 28] or vectors [B, in_features]."""
     generator = torch.Generator().manual_seed(0)
     if isinstance(model, DecoderLM):
-        return torch.randint(0, model.config.vocab_size, (batch, 128), generator=generator)
+        length = min(128, model.config.max_length)
+        return torch.randint(0, model.config.vocab_size, (batch, length), generator=generator)
     if isinstance(model, ConvNet):
-        return torch.rand(batch, model.config.in_channels, 8, 8, generator=generator)
+        return torch.rand(batch, model.config.in_channels, 28, 28, generator=generator)
     return torch.rand(batch, model.config.in_features, generator=generator)
 
 
-@torch.no_grad()
-def latencies(models: dict[str, nn.Module], inputs: torch.Tensor, rounds: int = 20) -> dict[str, float]:
-    """Median milliseconds per call, the models taking turns."""
-    times: dict[str, list[float]] = {name: [] for name in models}
-    for i in range(rounds + 3):
-        for name, model in models.items():
-            start = time.perf_counter()
-            model(inputs)
-            if i >= 3:
-                times[name].append(1000 * (time.perf_counter() - start))
-    return {name: statistics.median(values) for name, values in times.items()}
+def kernel_calls(model: nn.Module, inputs: torch.Tensor) -> Counter[str]:
+    """Operators that run during one forward pass, by name, as the profiler sees them."""
+    outputs(model, inputs)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        outputs(model, inputs)
+    return Counter({e.key: e.count for e in profile.key_averages() if "::" in e.key and not e.key.startswith("profiler")})
+
+
+def write(fused: nn.Module, folder: Path, backend: str) -> Path:
+    """Save into a folder of its own first: what stands in `folder` is replaced whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    name = "model_fused" + SUFFIXES[backend]
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".model_fused-") as temporary:
+        fused.save(str(Path(temporary) / name))
+        for file in sorted(Path(temporary).iterdir(), key=lambda f: f.name == name):
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+            file.replace(folder / file.name)
+    return folder / name
+
+
+def chart(latencies: dict[str, dict[str, float]], path: Path) -> None:
+    """Bars: milliseconds per call, a group per batch size."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(latencies), figsize=(4.5 * len(latencies), 3.2), squeeze=False)
+    for axis, (title, values) in zip(axes[0], latencies.items(), strict=True):
+        bars = axis.barh(list(values), list(values.values()), color=["#999999"] + ["#3b7dd8"] * (len(values) - 1))
+        axis.bar_label(bars, fmt="%.2f", padding=3)
+        axis.set(title=title, xlabel="ms per call", xlim=(0, 1.2 * max(values.values())))
+        axis.invert_yaxis()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def common(counts: Counter[str], most: int = 8) -> str:
+    return ", ".join(f"{n} {name}" for name, n in counts.most_common(most)) + (" ..." if len(counts) > most else "")
+
+
+def report(model: nn.Module, path: Path, rows: list[Contender], best: Contender, args: argparse.Namespace) -> dict[str, Any]:
+    """Write the file, measure it, print and return what there is to say."""
+    target = write(best.model, Path(args.out), best.backend)
+    inputs = example(model, args.batch)
+    result: dict[str, Any] = {
+        "machine": machine(),
+        "model": path.name,
+        "file": target.name,
+        "backend": best.backend,
+        "bytes": {path.name: path.stat().st_size, target.name: target.stat().st_size},
+        "left_out": {r.backend: r.reason for r in rows if r.reason},
+        "kernel_calls": {
+            "eager": sum(kernel_calls(model, inputs).values()),
+            "fused": sum(kernel_calls(best.model, inputs).values()),
+        },
+    }
+    print("\n".join(describe_machine(result["machine"])))
+    if best.plan:
+        before, after = best.plan.before, best.plan.after
+        result |= {
+            "operators_before": dict(before),
+            "operators_after": dict(after),
+            "fused": best.plan.notes,
+            "way": best.plan.way,
+        }
+        print(f"\noperators before: {before.total():4}  {common(before)}")
+        print(f"operators after:  {after.total():4}  {common(after)}")
+        print("\n".join(f"  - {note}" for note in best.plan.notes))
+    print("kernel calls per forward (profiler): {eager} eager, {fused} fused".format(**result["kernel_calls"]))
+    latencies: dict[str, dict[str, float]] = {}
+    result["difference"], result["cold_start_s"] = {}, {}
+    for batch in sorted({1, args.batch}):
+        inputs = example(model, batch)
+        result["difference"][f"batch {batch}"] = difference(outputs(best.model, inputs), outputs(model, inputs))
+        times = {"eager": 0.0, **race({r.backend: r.model for r in rows if r.model is not None}, inputs)}
+        if best.backend == "torchscript":
+            eager, fused = measure_files({"eager": path, best.backend: target}, inputs, threads=args.threads)
+            times |= {m.name: m.latency_ms.median for m in (eager, fused)}
+            result["cold_start_s"] = {m.name: cold_start(m) for m in (eager, fused)}
+        latencies[f"batch {batch}"] = times
+        speedup = times["eager"] / times[best.backend]
+        print(f"batch {batch}: " + ", ".join(f"{n} {t:.2f} ms" for n, t in times.items()) + f" ({best.backend} {speedup:.2f}x)")
+    result["latency_ms"] = latencies
+    print(f"largest difference, relative to the largest output: {max(result['difference'].values()):.1e}")
+    for name, seconds in result["cold_start_s"].items():
+        print(f"cold start, {name}: {seconds:.2f} s from the file to the first answer")
+    for name, reason in result["left_out"].items():
+        print(f"not used: {name}: {reason}")
+    chart(latencies, target.with_suffix(".png"))
+    target.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
+    print(f"{target}: {target.stat().st_size:,} bytes ({path.name}: {path.stat().st_size:,})")
+    return result
+
+
+def cold_start(measured: Measurement) -> float:
+    return (measured.load_s or 0.0) + (measured.first_call_ms or 0.0) / 1000
 
 
 def run(args: argparse.Namespace) -> None:
-    out = Path(args.out)
-    path = Path(args.model) if args.model else out / "model.pth"
+    path = Path(args.model) if args.model else Path(args.out) / "model.pth"
     if args.model is None and not path.exists():
-        print(f"{path} is not there: training the {args.preset} preset first")
+        print(f"{path} is not there: training the {args.preset} preset first", flush=True)
         import train
 
         if train.main(["--preset", args.preset, "--out", args.out]):
-            raise ValueError("training failed")
+            raise ValueError(f"training the {args.preset} preset failed; see above")
     torch.set_num_threads(args.threads)
     keep_allocations()
     model = quantize.load(path)
-    inputs = example(model, args.batch)
-    fused = fuse(model, inputs, backend=args.backend)
-    out.mkdir(parents=True, exist_ok=True)
-    target, part = out / "model_fused.pt", out / ".model_fused.pt.part"
-    fused.save(str(part))
-    part.replace(target)
-    for batch in sorted({1, args.batch}):
-        x = example(model, batch)
-        off = difference(outputs(fused, x), outputs(model, x))
-        times = latencies({"eager": model, args.backend: fused}, x)
-        print(f"batch {batch}: " + ", ".join(f"{n} {t:.2f} ms" for n, t in times.items()) + f", difference {off:.1e}")
-    print(f"{target}: {target.stat().st_size} bytes")
+    names = BACKENDS if args.backend == "auto" else (args.backend,)
+    rows = compare(model, example(model, args.batch), names=names)
+    present = [r for r in rows[1:] if r.model is not None]
+    if not present:
+        raise ValueError("; ".join(r.reason for r in rows[1:]))
+    report(model, path, rows, min(present, key=lambda r: r.latency_ms), args)
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+class Parser(argparse.ArgumentParser):
+    """One line on standard error for a mistake, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"fusion.py: {message}\n")
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--model", help="checkpoint to fuse; default: model.pth in --out, trained first if missing")
+    parser = Parser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--model", help="checkpoint to fuse; left out: model.pth in --out, trained first if it isn't there")
     parser.add_argument("--out", default="artifacts", help="folder to write into")
-    parser.add_argument("--preset", default="tiny", help="what to train if there is no model.pth")
-    parser.add_argument("--backend", default="torchscript", help="back end")
-    parser.add_argument("--batch", type=int, default=8, help="batch to fuse and measure at, beside 1")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads to compute with")
-    args = parser.parse_args(argv)
+    parser.add_argument(
+        "--preset", default="tiny", choices=["tiny", "small", "base"], help="what to train if there is no model.pth"
+    )
+    parser.add_argument("--backend", default="torchscript", choices=["auto", *BACKENDS], help="who runs the fused model")
+    parser.add_argument("--batch", type=positive, default=8, help="batch size to fuse for and to measure at, beside 1")
+    parser.add_argument("--threads", type=positive, default=torch.get_num_threads(), help="threads to compute with")
     try:
-        if args.batch < 1 or args.threads < 1:
-            raise ValueError("--batch and --threads must be at least 1")
+        args = parser.parse_args(argv)
+    except SystemExit as stop:  # argparse has said why
+        return stop.code or 0
+    try:
         run(args)
-    except (CheckpointError, ValueError, TypeError, OSError) as error:
+    except USER_ERRORS as error:
         print(f"fusion.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("fusion.py: stopped; nothing was half written, run it again", file=sys.stderr)
+        return 130
     return 0
 
 

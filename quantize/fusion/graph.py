@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import io
+import keyword
 import logging
 import operator
+import re
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -38,11 +42,25 @@ class Program:
     output: Spec
     sizes: list[list[int | str]]  # per tensor and dimension: a fixed size, or the name of a size that varies
     largest: dict[str, int] = field(default_factory=dict)  # varying sizes that have an upper bound
+    widened: int = 1  # 2 if a batch of one was doubled for the export: hints about sizes are too large by this
     notes: list[str] = field(default_factory=list)  # what the passes did, for people
 
     @property
     def graph(self) -> fx.Graph:
         return self.module.graph
+
+    def copy(self) -> Program:
+        """The same program with a graph of its own; the tensors are shared."""
+        module, graph = nn.Module(), fx.Graph()
+        for name, tensor in self.module.named_buffers():
+            module.register_buffer(name, tensor)
+        graph.output(graph.graph_copy(self.graph, {}))
+        return replace(self, module=fx.GraphModule(module, graph), notes=[*self.notes])
+
+    def operators(self) -> Counter[str]:
+        """How many operators of each kind run per call; what is prepared at load is not counted."""
+        nodes = [n for n in self.graph.nodes if n.op == "call_function" and not n.meta.get("prepare")]
+        return Counter(str(n.target).removesuffix(".default") for n in nodes if isinstance(n.target, torch._ops.OpOverload))
 
 
 def check_inputs(model: nn.Module, example_inputs: Any) -> None:
@@ -122,16 +140,18 @@ def capture(model: nn.Module, example_inputs: Any) -> Program:
             errors.append(f"{type(error).__name__}: {_first_line(error)}")
     else:
         raise CaptureError(errors[-1])
-    return _program(exported, flat, dict(zip(named, spec.children, strict=True)), keyword)
+    program = _program(exported, flat, dict(zip(named, spec.children, strict=True)), keyword)
+    program.widened = 1 if candidate is tensors else 2
+    return program
 
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """`torch.export` reports what it can't follow on standard error as well as by raising."""
+    """`torch.export` prints the graph so far when it can't go on, beside raising."""
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -162,7 +182,10 @@ def _program(exported: Any, flat: Flat, arguments: dict[str, Spec], keyword: boo
     sizes: list[list[int | str]] = []
 
     def constant(name: str, tensor: torch.Tensor) -> fx.Node:
-        key = known.setdefault(id(tensor), name.removeprefix("model.").replace(".", "__"))
+        key = known.get(id(tensor)) or _attribute(name.removeprefix("model."))
+        while id(tensor) not in known and key in taken:
+            key += "_"
+        known[id(tensor)] = key
         if key not in taken:
             module.register_buffer(key, tensor.detach())
             taken[key] = graph.get_attr(key)
@@ -206,11 +229,35 @@ def _program(exported: Any, flat: Flat, arguments: dict[str, Spec], keyword: boo
             continue
         else:
             values[node] = inline(source, node)
+    for node in graph.nodes:
+        if is_in_place(node):
+            root = node.args[0]
+            while isinstance(root, fx.Node) and root.op == "call_function" and root.args and not _makes_new(root):
+                root = root.args[0]
+            if isinstance(root, fx.Node) and root.op == "get_attr":
+                raise CaptureError(f"its forward changes {root.target} in place")
     largest = {}
     for symbol, bounds in exported.range_constraints.items():
         if str(bounds.upper).isdigit() and int(bounds.upper) < 2**31:  # else it is one of sympy's infinities
             largest[str(symbol)] = int(bounds.upper)
     return Program(fx.GraphModule(module, graph), arguments, keyword, flat.seen.output, sizes, largest)
+
+
+def _attribute(name: str) -> str:
+    """`layers.0.weight` as a Python name."""
+    name = re.sub(r"\W", "_", name.replace(".", "__"))
+    return name if name.isidentifier() and not keyword.iskeyword(name) else f"_{name}"
+
+
+def is_in_place(node: fx.Node) -> bool:
+    """Does this operator write into one of its arguments?"""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _makes_new(node: fx.Node) -> bool:
+    """Does this operator's result have memory of its own, for certain?"""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and not any(r.alias_info for r in schema.returns) and node.target is not aten.reshape.default
 
 
 _CHECKS = {

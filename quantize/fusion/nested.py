@@ -96,3 +96,31 @@ def plain(spec: Spec) -> Spec:
 
     walk(spec, "")
     return Spec("dict", tuple(names.values()), tuple(names))
+
+
+def to_json(value: Any) -> Any:
+    """Inputs as JSON: of a tensor only shape and dtype."""
+    if isinstance(value, torch.Tensor):
+        return {"tensor": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+    if isinstance(value, Mapping):
+        return {"dict": {k: to_json(v) for k, v in value.items()}}
+    if isinstance(value, (tuple, list)):
+        return {type(value).__name__ if type(value) in (tuple, list) else "tuple": [to_json(v) for v in value]}
+    return {"constant": value}
+
+
+def from_json(value: Any) -> Any:
+    """Inputs of zeros from `to_json`. Raises ValueError for anything else."""
+    if not isinstance(value, Mapping):
+        raise ValueError(f"no inputs: {value!r}")
+    if "tensor" in value:
+        dtype = getattr(torch, str(value.get("dtype")), None)
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"no dtype: {value.get('dtype')!r}")
+        return torch.zeros(value["tensor"], dtype=dtype)
+    if "dict" in value:
+        return {k: from_json(v) for k, v in value["dict"].items()}
+    for kind in (tuple, list):
+        if kind.__name__ in value:
+            return kind(from_json(v) for v in value[kind.__name__])
+    return value["constant"]

@@ -111,9 +111,17 @@ def compile(program: Program) -> nn.Module:
 
 
 def source(program: Program) -> str:
-    """TorchScript source of `forward`, and of `prepare` and the state methods when there are layouts to make at load."""
-    writer = _Writer(program)
-    return "\n\n".join(writer.methods()) + "\n"
+    """TorchScript source of `forward`, and of `prepare` and the state methods when something is made at load."""
+    return "\n\n".join(_Writer(program).methods()) + "\n"
+
+
+def _narrowest(tensor: torch.Tensor) -> torch.dtype:
+    """The smallest dtype that holds every value of a float32 tensor: 16-bit weights stay 16-bit in the file."""
+    if tensor.dtype == torch.float32 and tensor.numel() >= 1024:
+        for dtype in (torch.float16, torch.bfloat16):
+            if torch.equal(tensor.to(dtype).float(), tensor):
+                return dtype
+    return tensor.dtype
 
 
 class _Writer:
@@ -130,7 +138,10 @@ class _Writer:
         self.only_prepared = [a for a in self.raw if users[a] and all(u.meta.get("prepare") for u in users[a])]
 
     def methods(self) -> list[str]:
-        if not self.prepared:
+        tensors = {a: getattr(self.program.module, a) for a in self.raw}
+        self.stored = {a: _narrowest(t) for a, t in tensors.items()}
+        self.dtypes = {a: t.dtype for a, t in tensors.items()}
+        if not self.prepared and self.stored == self.dtypes:
             return [self.forward()]
         return [self.forward(), self.prepare(), *self.state()]
 
@@ -191,6 +202,7 @@ class _Writer:
             name = node.name if node in self.inner else f"self.prepared_{node.name}"
             lines.append(f"    {name} = {self.call(node)}")
         lines += [f"    self.{a} = torch.empty([0])" for a in self.only_prepared]
+        lines += ["    pass"] if len(lines) == 1 else []
         return "\n".join(lines)
 
     def state(self) -> list[str]:
@@ -202,10 +214,10 @@ class _Writer:
                     n for n in self.prepared if any(a.target == attribute for a in n.all_input_nodes if a.op == "get_attr")
                 )
                 back = node.meta["prepare"].format(f"self.prepared_{node.name}")
-            kept.append(back)
+            kept.append(back if self.stored[attribute] == self.dtypes[attribute] else f"{back}.to({self.stored[attribute]})")
         get = ["def __getstate__(self) -> Tuple[List[Tensor], bool]:", f"    return ([{', '.join(kept)}], self.training)"]
         put = ["def __setstate__(self, state: Tuple[List[Tensor], bool]) -> None:"]
-        put += [f"    self.{a} = state[0][{i}]" for i, a in enumerate(self.raw)]
+        put += [f"    self.{a} = state[0][{i}].to({self.dtypes[a]})" for i, a in enumerate(self.raw)]
         put += ["    self.training = state[1]", "    self.prepare()"]
         return ["\n".join(get), "\n".join(put)]
 
@@ -216,7 +228,6 @@ class _Writer:
                 return f"self.{value.target}"
             return f"self.prepared_{value.name}" if value.meta.get("prepare") and value not in self.inner else value.name
         if isinstance(value, (list, tuple)):
-            item = kind.removeprefix("Optional[").removeprefix("List[").split("]")[0] if "List[" in kind else ""
             inner = re.search(r"List\[(.*?)\]+$", kind)
             item = inner.group(1) if inner else ""
             item = item + "]" if item.count("[") > item.count("]") else item
