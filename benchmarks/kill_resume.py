@@ -54,7 +54,9 @@ def run_and_kill(state: Path, seconds: float | None) -> tuple[str, str | None]:
             process.stdout.readline()
         time.sleep(abs(seconds))
         process.send_signal(signal.SIGKILL)
-    output, _ = process.communicate()
+    with process.stdout:
+        output = process.stdout.read()  # not communicate(): readline() has read ahead
+    process.wait()
     if process.returncode == -signal.SIGKILL:
         return "killed", None
     if process.returncode != 0:

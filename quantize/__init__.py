@@ -1,26 +1,45 @@
 """Make any PyTorch model smaller and faster on a CPU, and measure what it cost."""
 
 from quantize.checkpoint import CheckpointError, load, read_metadata, save
+from quantize.distillation import distill, make_student, recover
+from quantize.fusion import fold, fuse
+from quantize.generation import generate, generate_stream
+from quantize.int4 import quantize_weights
 from quantize.int8 import quantize_dynamic
+from quantize.kv_cache import CachedAttention, KVCache
+from quantize.low_rank import factorize_low_rank
 from quantize.measure import Measurement, measure
 from quantize.models import MLP, ConvNet, ConvNetConfig, DecoderConfig, DecoderLM, MLPConfig
 from quantize.precision import to_half
+from quantize.pruning import prune_ln_structured
 
 __version__ = "0.1.0"
 
 __all__ = [
     "MLP",
+    "CachedAttention",
     "CheckpointError",
     "ConvNet",
     "ConvNetConfig",
     "DecoderConfig",
     "DecoderLM",
+    "KVCache",
     "MLPConfig",
     "Measurement",
+    "distill",
+    "factorize_low_rank",
+    "fold",
+    "fuse",
+    "generate",
+    "generate_stream",
     "load",
+    "make_student",
     "measure",
+    "prune_ln_structured",
     "quantize_dynamic",
+    "quantize_weights",
     "read_metadata",
+    "recover",
     "save",
     "to_half",
 ]

@@ -1,0 +1,295 @@
+"""Train a model, compress it in every way, measure each file, print the table.
+
+    uv run python train.py                                  # text, under 5 minutes on 2 cores
+    uv run python train.py --preset tiny                    # half a minute: does everything work?
+    uv run python train.py --task image                     # scikit-learn's digits
+    uv run python train.py --data my_texts --preset base    # your own files
+    uv run python train.py --resume                         # go on after Ctrl-C, a crash or a kill
+    uv run python train.py --variants int8 pruned           # only these beside the baseline
+    uv run torchrun --standalone --nproc-per-node 2 train.py --threads 1
+
+Writes into --out: model.pth (the baseline), a file per variant, report.json, report.md and pareto.png. Every number in the
+table is measured from the written file, loaded again in a fresh process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import quantize
+from quantize import data, training
+from quantize.checkpoint import CheckpointError
+from quantize.measure import MeasurementError, compare, fingerprint, keep_allocations
+from quantize.models import ConvNet, ConvNetConfig, DecoderConfig, DecoderLM
+from quantize.report import build_report, print_report, write_report
+from quantize.training import Recipe
+
+CALIBRATION_BATCHES = 8
+USER_ERRORS = (data.DataError, training.TrainingError, CheckpointError, MeasurementError, OSError)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A model, how it is trained, and on what it is measured."""
+
+    model: DecoderConfig | ConvNetConfig
+    recipe: Recipe
+    batch: tuple[int, ...]  # example inputs for latency: (rows, tokens) of text, (rows,) of images
+    validation: int | None = None  # bytes of held-out text that each row is evaluated on; None: all
+
+
+_DECODER = DecoderConfig(width=128, layers=6, heads=2, qk_norm=True, max_length=256)
+_FAST = {"lr": 1e-2, "muon_lr": 0.02}
+
+PRESETS = {
+    "text": {
+        "tiny": Preset(
+            replace(_DECODER, layers=2, ffn_width=1024, max_length=128),
+            Recipe(steps=60, length=128, batch=4, **_FAST),
+            (4, 128),
+            2**13,
+        ),
+        "small": Preset(_DECODER, Recipe(steps=900, length=256, batch=8, short=0.6, **_FAST), (8, 256), 2**16),
+        "base": Preset(
+            DecoderConfig(width=512, layers=8, heads=8, qk_norm=True, max_length=512),
+            Recipe(steps=8000, length=512, batch=16, short=0.6, lr=5e-3, muon_lr=0.02),
+            (8, 256),
+            2**16,
+        ),
+    },
+    "image": {
+        "tiny": Preset(ConvNetConfig(widths=(32, 64)), Recipe(steps=60, batch=64), (64,)),
+        "small": Preset(ConvNetConfig(widths=(64, 128), blocks=2), Recipe(steps=300, batch=64), (64,)),
+        "base": Preset(ConvNetConfig(widths=(64, 128, 256), blocks=2), Recipe(steps=3000, batch=128), (64,)),
+    },
+}
+
+
+@dataclass
+class Job:
+    """One run of this script: what it trains on, and the variants made so far."""
+
+    task: str
+    preset: Preset
+    data: Any
+    out: Path
+    seed: int
+    resume: bool
+    device: str
+    made: dict[str, nn.Module] = field(default_factory=dict)  # in memory, by name of the row
+
+    @cached_property
+    def loss(self) -> training.Loss:
+        return training.next_token_loss if self.task == "text" else training.classification_loss
+
+    def build(self) -> nn.Module:
+        torch.manual_seed(self.seed)
+        return (DecoderLM if self.task == "text" else ConvNet)(self.preset.model)
+
+    def batches(self, recipe: Recipe) -> training.Batches:
+        rank, world = training.ranks()
+        shared = {"batch": recipe.batch, "seed": self.seed, "rank": rank, "world": world}
+        if self.task == "text":
+            short_steps = int(recipe.short * recipe.steps)
+            return data.TextBatches(self.data.train, length=recipe.length, short_steps=short_steps, **shared)
+        return data.ImageBatches(self.data, **shared)
+
+    def progress(self, name: str) -> training.ProgressPrinter:
+        return training.ProgressPrinter(name, unit="tokens" if self.task == "text" else "images")
+
+    def options(self, name: str, printer: training.ProgressPrinter) -> dict[str, Any]:
+        """What makes any training of this job resumable under `name`."""
+        return {
+            "seed": self.seed, "resume": self.resume, "checkpoint_path": self.out / f"{name}.state",
+            "identity": {"data": self.data.describe()}, "on_progress": printer,
+        }  # fmt: skip
+
+    def train(self) -> nn.Module:
+        recipe = self.preset.recipe
+        with self.progress("fp32") as printer:
+            model = self.build().to(self.device)
+            training.fit(model, self.batches(recipe), self.loss, recipe, **self.options("fp32", printer))
+        return model.cpu()
+
+    def distil(self, name: str, how: Callable[..., nn.Module], student: nn.Module) -> nn.Module:
+        """`student` taught by the baseline."""
+        batches, steps = self.batches(self.preset.recipe), max(1, self.preset.recipe.steps // 5)
+        with self.progress(name) as printer:
+            return how(
+                student.to(self.device), self.model("fp32").to(self.device), lambda step: batches(step)[0], steps=steps,
+                **self.options(name, printer),
+            ).cpu()  # fmt: skip
+
+    def student(self) -> nn.Module:
+        """About a quarter of the baseline's parameters, cut out of it: half its depth and half its inner widths."""
+        return quantize.make_student(self.model("fp32"), depth=0.5, width=0.5, example_inputs=self.example)
+
+    def model(self, name: str) -> nn.Module:
+        """The model of a row, made on first use."""
+        if name not in self.made:
+            print(f"making {name}", flush=True)
+            self.made[name] = VARIANTS[name](self)
+        return self.made[name]
+
+    def file(self, name: str) -> Path:
+        return self.out / ("model.pth" if name == "fp32" else f"{name}.pth")
+
+    @cached_property
+    def calibration(self) -> list[torch.Tensor]:
+        """Batches of training inputs."""
+        batches = self.batches(replace(self.preset.recipe, short=0.0))
+        return [batches(step)[0] for step in range(CALIBRATION_BATCHES)]
+
+    @cached_property
+    def example(self) -> torch.Tensor:
+        """The held-out inputs that latency is measured on: ids [B, T] or images [B, C, H, W]."""
+        if self.task == "image":
+            return self.data.validation_images[: self.preset.batch[0]]
+        rows, length = self.preset.batch
+        text = self.data.validation
+        return torch.stack([text[i * length % max(1, len(text) - length) :][:length] for i in range(rows)]).long()
+
+    @property
+    def evaluate(self) -> Callable[[nn.Module], dict[str, float]]:
+        if self.task == "text":
+            length = self.preset.recipe.length  # the context it was trained on; half of it before each byte that counts
+            return partial(
+                training.evaluate_text, text=self.data.validation, length=length, overlap=length // 2,
+                max_bytes=self.preset.validation,
+            )  # fmt: skip
+        return partial(training.evaluate_images, images=self.data.validation_images, labels=self.data.validation_labels)
+
+
+# What each variant is made of. A recovered one is distilled from the baseline in a fifth of the baseline's steps.
+VARIANTS: dict[str, Callable[[Job], nn.Module]] = {
+    "fp16": lambda job: quantize.to_half(job.model("fp32"), torch.float16),
+    "bf16": lambda job: quantize.to_half(job.model("fp32"), torch.bfloat16),
+    "int8": lambda job: quantize.quantize_dynamic(job.model("fp32"), embeddings=True),
+    "pruned": lambda job: quantize.prune_ln_structured(job.model("fp32"), job.example, amount=0.5, calibration=job.calibration),
+    "pruned_recovered": lambda job: job.distil("pruned_recovered", quantize.recover, job.model("pruned")),
+    "low_rank": lambda job: quantize.factorize_low_rank(job.model("fp32"), ratio=0.5, calibration=job.calibration),
+    "low_rank_recovered": lambda job: job.distil("low_rank_recovered", quantize.recover, job.model("low_rank")),
+    "student": lambda job: job.distil("student", quantize.distill, job.student()),
+    "student_int8": lambda job: quantize.quantize_dynamic(job.model("student"), embeddings=True),
+}
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def add(flag: str, text: str, **options: Any) -> None:
+        parser.add_argument(flag, help=f"{text} (default: %(default)s)", **options)
+
+    add("--preset", "size of the model and length of the training", choices=list(PRESETS["text"]), default="small")
+    add("--task", "what to learn", choices=list(PRESETS), default="text")
+    add("--data", "text: files or folders; image: a folder of IDX files; none: built-in data", nargs="+", type=Path)
+    add("--out", "folder for everything that is written", type=Path, default=Path("artifacts"))
+    add("--variants", f"compressed variants to make, of {', '.join(VARIANTS)}", nargs="+", default=list(VARIANTS))
+    add("--steps", "training steps, instead of the preset's", type=int)
+    add("--seed", "seed of weights and data order", type=int, default=0)
+    add("--threads", "threads for training and measuring; none: torch's own choice", type=int)
+    add("--device", "where to train; everything is measured on the CPU", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--resume", action="store_true", help="go on with the interrupted run in --out")
+    arguments = parser.parse_args(argv)
+    arguments.variants = [name for entry in arguments.variants for name in entry.split(",") if name]
+    for name in arguments.variants:
+        if name not in VARIANTS and name != "fp32":
+            parser.error(f"argument --variants: {name!r} is not one of fp32, {', '.join(VARIANTS)}")
+    for flag in ("steps", "threads"):
+        value = getattr(arguments, flag)
+        if value is not None and value < 1:
+            parser.error(f"argument --{flag}: {value} is not at least 1")
+    if not 0 <= arguments.seed < 2**63:
+        parser.error(f"argument --seed: {arguments.seed} is not in 0 .. 2**63 - 1")
+    if arguments.task == "image" and arguments.data and len(arguments.data) > 1:
+        parser.error(f"argument --data: one folder of IDX files is allowed for images, got {len(arguments.data)}")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("argument --device: this machine has no CUDA device; cpu is allowed")
+    return arguments
+
+
+def prepare(arguments: argparse.Namespace) -> Job:
+    """Check whatever can be checked before the first training step."""
+    preset = PRESETS[arguments.task][arguments.preset]
+    if arguments.steps:
+        preset = replace(preset, recipe=replace(preset.recipe, steps=arguments.steps))
+    if arguments.task == "text":
+        loaded = data.load_text(arguments.data)
+        if len(loaded.validation) <= preset.batch[1]:
+            held, window = len(loaded.validation), preset.batch[1]
+            raise data.DataError(f"data: {held} bytes held out are less than one window of {window + 1}: give more text")
+    else:
+        loaded = data.load_images(arguments.data[0] if arguments.data else None)
+        channels = loaded.train_images.shape[1]
+        preset = replace(preset, model=replace(preset.model, in_channels=channels, classes=loaded.classes))
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    with quantize.checkpoint.atomic_write(arguments.out / ".writable"):
+        pass
+    (arguments.out / ".writable").unlink()
+    return Job(arguments.task, preset, loaded, arguments.out, arguments.seed, arguments.resume, arguments.device)
+
+
+def report(job: Job, names: Sequence[str]) -> None:
+    """Measure every file in a fresh process, write the report and print the table."""
+    measurements = compare(
+        {name: job.file(name) for name in names}, job.example, evaluate=job.evaluate,
+        progress=lambda line: print(f"measuring: {line}", file=sys.stderr, flush=True),
+    )  # fmt: skip
+    for measurement in measurements:
+        if measurement.output_sha256 != fingerprint(job.model(measurement.name), job.example):
+            raise CheckpointError(f"{measurement.file}: the loaded model doesn't give the bits of the one that was saved")
+    about = {
+        **job.data.describe(), "seed": job.seed, "steps": job.preset.recipe.steps,
+        "example_inputs": list(job.example.shape),
+    }  # fmt: skip
+    if job.task == "text":
+        about["baselines_bits_per_byte"] = data.compression_baselines(job.data.validation)
+    result = build_report(measurements, data=about)
+    write_report(result, job.out)
+    print_report(result)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    keep_allocations()
+    with training.distributed(arguments.device) as (rank, _):
+        job = prepare(arguments)
+        if rank == 0:
+            parameters = sum(p.numel() for p in job.build().parameters())
+            print(f"training {parameters:,} parameters for {job.preset.recipe.steps} steps on {job.data.name}", flush=True)
+        job.made["fp32"] = job.train()
+    if rank > 0:
+        return
+    names = ["fp32", *(name for name in VARIANTS if name in arguments.variants)]
+    for name in names:
+        quantize.save(job.model(name), job.file(name))
+    report(job, names)
+    print(f"\nwritten to {job.out}; next: uv run python fusion.py --out {job.out}, uv run python kv_cache.py --out {job.out}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the script; returns its exit code: 0, 2 after a user's mistake, 130 after Ctrl-C."""
+    arguments = parse(argv)
+    try:
+        run(arguments)
+    except USER_ERRORS as error:
+        print(f"train.py: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("train.py: stopped; the same command with --resume goes on from the last saved step", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
