@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from quantize.decoding import for_decoding
-from quantize.generation import decode, prefill
+from quantize.generation import decode, generate_stream, prefill
 from quantize.int4 import quantize_weights
 from quantize.int8 import quantize_dynamic
 from quantize.kv_cache import KVCache
@@ -96,6 +96,21 @@ def ours(model: nn.Module, ids: Tensor, new: int, dtype: torch.dtype | None) -> 
             if i >= 3:  # the first ones allocate, trace and optimize
                 times.append(1000 * (time.perf_counter() - started))
     return prompt_ms, statistics.median(times), cache.nbytes_at(ids.shape[1])
+
+
+def ours_lookup(model: nn.Module, ids: Tensor, new: int) -> tuple[float, float]:
+    """As `ours`, guessing by look-up over the second half of 8 x `new` tokens: a greedy random model repeats itself by then."""
+    run = generate_stream(model, ids[:1], max_new_tokens=8 * new, draft="lookup", stop_tokens=())
+    started = time.perf_counter()
+    next(run)
+    prompt_ms = 1000 * (time.perf_counter() - started)
+    for _ in range(4 * new):
+        next(run)
+    started = time.perf_counter()
+    count = sum(1 for _ in run)
+    ms = 1000 * (time.perf_counter() - started) / count
+    print(f"look-up: {run.accepted} of {run.drafted} guesses were right", flush=True)
+    return prompt_ms, ms
 
 
 def as_transformers(model: DecoderLM) -> nn.Module:
@@ -227,16 +242,16 @@ def rows(arguments: argparse.Namespace) -> Iterator[dict]:
         for name in arguments.ours:
             model = OURS[name](build(shape))
             fast = for_decoding(model)
-            weights = read_bytes(fast)
+            weights = read_bytes(model)
             for batch, length in [(b, n) for b in arguments.batches for n in arguments.lengths]:
                 ids = torch.randint(SHAPES[shape].vocab_size, (batch, length))
-                for way, module, dtype in (
-                    ("plain", model, None),
-                    ("for_decoding", fast, None),
-                    ("int8 cache", fast, torch.int8),
-                ):
-                    if way not in arguments.ways:
+                for way in arguments.ways:
+                    if way == "lookup":
+                        yield _row(f"quantize {name}", way, shape, 1, length, *ours_lookup(fast, ids, arguments.new))
                         continue
+                    module, dtype = {"plain": (model, None), "for_decoding": (fast, None), "int8 cache": (fast, torch.int8)}[
+                        way
+                    ]
                     prompt_ms, token_ms, cache = ours(module, ids, arguments.new, dtype)
                     share = (weights + cache) / (token_ms / 1000) / 1e9 / bandwidth
                     yield _row(f"quantize {name}", way, shape, batch, length, prompt_ms, token_ms, weights + cache, share)
@@ -247,9 +262,8 @@ def rows(arguments: argparse.Namespace) -> Iterator[dict]:
             for batch, length in [(b, n) for b in arguments.batches for n in arguments.lengths]:
                 ids = torch.randint(SHAPES[shape].vocab_size, (batch, length))
                 for cache in ("dynamic", "static"):
-                    yield _row(
-                        "transformers fp32", cache, shape, batch, length, *transformers_ms(llama, ids, arguments.new, cache)
-                    )
+                    times = transformers_ms(llama, ids, arguments.new, cache)
+                    yield _row("transformers fp32", cache, shape, batch, length, *times)
             del llama
         if "llama.cpp" in arguments.peers:
             for kind in arguments.gguf:
@@ -281,7 +295,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--lengths", nargs="+", type=int, default=[128], help="prompt lengths (default: 128)")
     parser.add_argument("--batches", nargs="+", type=int, default=[1], help="rows (default: 1)")
     parser.add_argument("--ours", nargs="*", choices=OURS, default=list(OURS), help="(default: all)")
-    ways = ["plain", "for_decoding", "int8 cache"]
+    ways = ["plain", "for_decoding", "int8 cache", "lookup"]
     parser.add_argument("--ways", nargs="+", choices=ways, default=ways[:2], help="(default: plain for_decoding)")
     parser.add_argument("--peers", nargs="*", choices=["transformers", "llama.cpp"], default=["transformers"])
     parser.add_argument("--gguf", nargs="+", choices=["f32", "f16", "q8_0", "q4_0"], default=["f16", "q8_0", "q4_0"])

@@ -11,6 +11,7 @@ Left out: a compiler. `torch.compile` needs a C++ compiler where the model runs,
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 
 import torch
@@ -18,10 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quantize.fusion import torchscript
+from quantize.int4 import Int4Linear
 from quantize.int8 import Int8Linear
 from quantize.kv_cache import KVCache
 from quantize.kv_cache.functions import attention
 from quantize.models import Attention, DecoderLM, FeedForward, apply_rope
+from quantize.precision import HalfLinear
 
 
 def for_decoding(model: DecoderLM) -> DecodingLM:
@@ -101,19 +104,28 @@ class _Slots:
 
 def merge_linears(layers: Sequence[nn.Module]) -> nn.Module | None:
     """One layer that computes several on the same input, its outputs side by side; None for kinds that can't be merged."""
-    kinds = {type(layer) for layer in layers}
-    biases = [layer.bias for layer in layers if hasattr(layer, "bias")]
-    if len(kinds) != 1 or len({b is None for b in biases}) != 1 or len({layer.weight.dtype for layer in layers}) != 1:
+    kinds = {_kind(layer) for layer in layers}
+    if len(kinds) != 1 or None in kinds:
         return None
-    bias = None if biases[0] is None else torch.cat([b.detach() for b in biases])
-    weight = torch.cat([layer.weight.detach() for layer in layers])
-    if kinds == {Int8Linear}:
-        return Int8Linear(weight, torch.cat([layer.scale for layer in layers]), bias)
-    if kinds == {nn.Linear}:
-        merged = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-        merged.weight = nn.Parameter(weight, requires_grad=False)
-        merged.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        return _for_one_row(merged)
+    _, names, kind = kinds.pop()
+    tensors = {name: torch.cat([getattr(layer, name).detach() for layer in layers]) for name in names}
+    if kind is not nn.Linear:
+        return kind(*tensors.values())
+    bias = "bias" in tensors
+    merged = nn.Linear(*reversed(tensors["weight"].shape), bias=bias, device="meta")
+    merged.load_state_dict(tensors, assign=True)
+    return merged.requires_grad_(False)
+
+
+def _kind(layer: nn.Module) -> tuple[object, tuple[str, ...], type[nn.Module]] | None:
+    """What must agree for layers to merge, their tensors with an axis of outputs, and the class to make."""
+    bias = () if getattr(layer, "bias", None) is None else ("bias",)
+    if type(layer) is Int8Linear:
+        return layer.in_features, ("weight", "scale", *bias), Int8Linear
+    if type(layer) is Int4Linear:
+        return (layer.in_features, layer.group_size), ("weight", "scale", "zero", *bias), Int4Linear
+    if type(layer) is nn.Linear or (type(layer) is HalfLinear and layer.weight.dtype == torch.float32):
+        return (layer.in_features, layer.weight.dtype), ("weight", *bias), nn.Linear
     return None
 
 
@@ -132,11 +144,44 @@ class TransposedLinear(nn.Module):
         return y.view(*x.shape[:-1], self.out_features)
 
 
+class _OneRow(nn.Module):
+    """A compressed layer that leaves out of the graph what one row doesn't need; elsewhere it is the layer."""
+
+    def __init__(self, layer: Int8Linear | Int4Linear):
+        super().__init__()
+        self.layer = layer
+        if isinstance(layer, Int4Linear):
+            packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(layer.values().int(), 1)
+            self.register_buffer("packed", packed)
+            self.register_buffer("grid", torch.stack((layer.scale.t(), layer.zero.t()), -1).contiguous())
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer = self.layer
+        if not torch.jit.is_tracing():
+            return layer(x)
+        rows = x.reshape(-1, layer.in_features)
+        if isinstance(layer, Int4Linear):
+            y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows.bfloat16(), self.packed, layer.group_size, self.grid)
+            y = y.to(x.dtype)
+        else:  # the arithmetic of quantize.int8.kernels, bit for bit
+            largest = torch.linalg.vector_norm(rows, math.inf, dim=-1, keepdim=True).float()
+            row_scale = largest.mul_(1 / 127).clamp_min_(1e-30)
+            q = torch.div(rows, row_scale).round_().to(torch.int8)
+            y = torch.mul(torch._int_mm(q, layer.weight.t()), layer.scale).mul_(row_scale).to(x.dtype)
+        y = y if layer.bias is None else y + layer.bias.to(y.dtype)
+        return y.view(*x.shape[:-1], layer.out_features)
+
+
 def _for_one_row(layer: nn.Module) -> nn.Module:
     """The layer, or the same in the form that is fastest with one row."""
-    if type(layer) is nn.Linear and layer.weight.dtype == torch.float32 and layer.weight.device.type == "cpu":
+    kind = _kind(layer)
+    if kind is None or layer.weight.device.type != "cpu":
+        return layer
+    if kind[2] is nn.Linear and layer.weight.dtype == torch.float32:
         bias = None if layer.bias is None else layer.bias.detach()
         return TransposedLinear(layer.weight.detach().t().contiguous(), bias)
+    if kind[2] is Int8Linear or (kind[2] is Int4Linear and layer.out_features % 16 == 0):
+        return _OneRow(layer)
     return layer
 
 
@@ -170,11 +215,11 @@ def _merge_block(block: nn.Module) -> nn.Module:
     attention, ffn = block.attention, block.ffn
     if (qkv := merge_linears((attention.q, attention.k, attention.v))) is not None:
         out = _for_one_row(attention.out)
-        attention = _twin(attention, _MergedAttention, q=None, k=None, v=None, qkv=qkv, out=out)
+        attention = _twin(attention, _MergedAttention, q=None, k=None, v=None, qkv=_for_one_row(qkv), out=out)
         attention.heads = block.attention.q.out_features // attention.head_dim
         attention.kv_heads = block.attention.k.out_features // attention.head_dim
     if (gate_up := merge_linears((ffn.gate, ffn.up))) is not None:
-        ffn = _twin(ffn, _MergedFeedForward, gate=None, up=None, gate_up=gate_up, down=_for_one_row(ffn.down))
+        ffn = _twin(ffn, _MergedFeedForward, gate=None, up=None, gate_up=_for_one_row(gate_up), down=_for_one_row(ffn.down))
         ffn.sizes = (block.ffn.gate.out_features, block.ffn.up.out_features)
     return _twin(block, attention=attention, ffn=ffn)
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from quantize.decoding import DecodingLM, for_decoding, merge_linears
 from quantize.generation import generate, generate_stream
+from quantize.int4 import quantize_weights
 from quantize.int8 import Int8Linear, quantize_dynamic
 from quantize.kv_cache import KVCache
 from quantize.low_rank import factorize_low_rank
@@ -19,6 +20,7 @@ KINDS = {
     "fp32": lambda m: m,
     "fp16": to_half,
     "int8": quantize_dynamic,
+    "int4": quantize_weights,
     "low rank": lambda m: factorize_low_rank(m, ratio=0.7),
     "low rank int8": lambda m: quantize_dynamic(factorize_low_rank(m, ratio=0.7)),
 }
@@ -92,7 +94,7 @@ def test_the_model_is_untouched():
     fast = for_decoding(model)
     list(generate_stream(fast, tokens(1, 3), max_new_tokens=3))
     assert all(torch.equal(before[n], p) for n, p in model.state_dict().items())
-    assert isinstance(fast, DecodingLM) and fast.model.blocks[0].ffn.down is model.blocks[0].ffn.down
+    assert isinstance(fast, DecodingLM) and fast.model.blocks[0].ffn.down.layer is model.blocks[0].ffn.down
 
 
 def test_merged_layers_are_the_layers_side_by_side():
