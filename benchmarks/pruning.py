@@ -228,7 +228,7 @@ def compare(name: str, amounts: list[float], recovery: int, cache: Path | None) 
             row["before_recovery"] = round(task.score(pruned), 4)
             old, new = latencies([model, pruned], x)
             row |= {"original_ms": round(old, 2), "latency_ms": round(new, 2), "speedup": round(old / new, 2)}
-            recovered = train(task, copy.deepcopy(pruned), recovery, task.rate / 2, start=10_000)
+            recovered = train(task, copy.deepcopy(pruned), recovery, task.rate / 8, start=10_000)
             row["after_recovery"] = round(task.score(recovered), 4)
             rows.append(row)
             print(row, flush=True)

@@ -29,8 +29,8 @@ from quantize.pruning.choose import (
 from quantize.pruning.cut import cut, kept_indices, mask, owners, same_outputs, stale_attributes
 from quantize.pruning.groups import Group, find_groups
 from quantize.pruning.labels import Key
-from quantize.pruning.repair import as_matrix, repair_layers
-from quantize.pruning.trace import Trace, arguments, export, module_of
+from quantize.pruning.repair import Step, as_matrix, repair_layers
+from quantize.pruning.trace import Trace, arguments, export, module_of, operation
 
 
 @dataclass
@@ -129,8 +129,8 @@ def prune_ln_structured(
     small, wanted = _verified(trace, work, wanted, example_inputs, left, explicit="*" not in amounts)
     kept = kept_indices(trace, wanted)
     if calibration is not None and repair and wanted:
-        steps, calls = _repair_steps(trace, work, kept)
-        calibrated(lambda: repair_layers(work, small, steps, calibration, calls))
+        steps = _repair_steps(trace, work, kept)
+        calibrated(lambda: repair_layers(work, small, steps, calibration))
     result = mask(trace, work, small, kept) if masked else small
     result.__dict__["_pruning"] = Summary(
         [Pruned(layers_of(work, g), g.units, g.units - len(g.removed), g.unit_size()) for g in wanted],
@@ -185,31 +185,51 @@ def _verified(
     return done, wanted
 
 
-def _repair_steps(
-    trace: Trace, model: nn.Module, kept: dict[Key, torch.Tensor]
-) -> tuple[list[tuple[str, torch.Tensor | None]], dict[str, int]]:
-    """Layers to refit (their inputs shrank) and BatchNorms after the first of them, in the order of the graph."""
-    calls: dict[str, int] = {}
-    refits: dict[str, torch.Tensor | None] = {}
+def _repair_steps(trace: Trace, model: nn.Module, kept: dict[Key, torch.Tensor]) -> list[Step]:
+    """What to repair, in the order of the graph: layers whose inputs shrank, and after the first of them BatchNorms and the
+    layers that write to a residual stream."""
+    shrunk: dict[str, torch.Tensor | None] = {}
     for name, dim in kept:
         places = owners(model, name)
         alone = len(places) == 1 and places[0][0] == trace.labels.inputs.get((name, dim))
         if alone and as_matrix(places[0][1]) is not None:
             output = next((k for k in trace.labels.outputs if k[0] == name), None)
-            refits[places[0][0]] = kept.get(output) if output else None
-    steps: list[tuple[str, torch.Tensor | None]] = []
+            shrunk[places[0][0]] = kept.get(output) if output else None
+    steps: dict[str, Step] = {}
     for node in trace.values:
         place = module_of(node)
         if node.op != "call_function" or not place:
             continue
-        base = getattr(getattr(node.target, "overloadpacket", None), "__name__", "")
-        if place in refits and base in ("linear", "addmm", "conv1d", "conv2d", "matmul"):
-            steps.append((place, refits[place]))
-        elif base == "batch_norm" and steps and isinstance(model.get_submodule(place), nn.modules.batchnorm._BatchNorm):
-            if model.get_submodule(place).track_running_stats:
-                mean = f"{place}.running_mean".removeprefix(".")
-                steps.append((place, kept.get((mean, 0))))
-        else:
-            continue
-        calls[place] = calls.get(place, 0) + 1
-    return list(dict(steps).items()), calls
+        base, module = operation(node), model.get_submodule(place)
+        if place in steps:
+            steps[place].calls += base in (*LAYERS, "batch_norm")
+        elif base in LAYERS and place in shrunk:
+            steps[place] = Step(place, shrunk[place], stream=_adds(node))
+        elif base in LAYERS and steps and _adds(node) and as_matrix(module) is not None and _whole(model, place, kept):
+            steps[place] = Step(place, None, stream=True)
+        elif base == "batch_norm" and steps and isinstance(module, nn.modules.batchnorm._BatchNorm):
+            if module.track_running_stats:
+                steps[place] = Step(place, kept.get((f"{place}.running_mean", 0)))
+    for step in steps.values():
+        step.stream = step.stream and step.calls == 1
+    return list(steps.values())
+
+
+LAYERS = ("linear", "addmm", "conv1d", "conv2d", "matmul")
+
+
+def _adds(node: torch.fx.Node) -> bool:
+    """Is the output, as it is, added to something of its shape?"""
+    users = list(node.users)
+    while len(users) == 1 and operation(users[0]) in ("dropout", "dropout_", "contiguous", "alias", "view"):
+        users = list(users[0].users)
+    if len(users) != 1 or operation(users[0]) not in ("add", "add_"):
+        return False
+    operands = [a for a in users[0].args if isinstance(a, torch.fx.Node)]
+    return len(operands) == 2 and operands[0].meta["val"].shape == operands[1].meta["val"].shape
+
+
+def _whole(model: nn.Module, place: str, kept: dict[Key, torch.Tensor]) -> bool:
+    """Does nobody else hold the layer's weight, and does it keep all its channels?"""
+    name = f"{place}.weight"
+    return len(owners(model, name)) == 1 and not any(n == name for n, _ in kept)

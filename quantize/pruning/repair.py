@@ -8,13 +8,25 @@ Later layers see what the earlier, already repaired ones give. Memory is bounded
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from quantize.calibration import call, rows
+
+
+@dataclass
+class Step:
+    """A layer to repair: the outputs it keeps (by index; None: all), its calls in a pass, whether it adds to a stream."""
+
+    layer: str
+    outputs: torch.Tensor | None
+    calls: int = 1
+    stream: bool = False
 
 
 class _Reached(Exception):
@@ -51,18 +63,49 @@ def _write(module: nn.Module, matrix: torch.Tensor, bias: torch.Tensor | None) -
         module._parameters["bias"].data.copy_(bias)
 
 
-def _see(model: nn.Module, layer: nn.Module, batch: Any, calls: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Inputs and outputs of `layer` in one pass over a batch; the pass stops after the layer's last call."""
-    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+@dataclass
+class Seen:
+    """One call of a layer: its input and output, and what its output was then added to, if that was asked for."""
+
+    given: torch.Tensor
+    output: torch.Tensor
+    stream: torch.Tensor | None = None
+
+
+class _Additions(TorchFunctionMode):
+    """Ends the pass where the watched output is added to something, and keeps that."""
+
+    def __init__(self, seen: list[Seen]):
+        super().__init__()
+        self.seen = seen
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if self.seen and len(args) > 1 and getattr(function, "__name__", "") in ADDITIONS:
+            output = self.seen[-1].output
+            for ours, other in ((args[0], args[1]), (args[1], args[0])):
+                tensors = isinstance(ours, torch.Tensor) and isinstance(other, torch.Tensor)
+                if tensors and ours.shape == other.shape == output.shape and ours.data_ptr() == output.data_ptr():
+                    self.seen[-1].stream = other.clone()
+                    raise _Reached
+        return function(*args, **(kwargs or {}))
+
+
+ADDITIONS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
+
+
+def _see(model: nn.Module, layer: nn.Module, batch: Any, calls: int, *, stream: bool = False) -> list[Seen]:
+    """The calls of `layer` in one pass over a batch; the pass ends after the last one (with `stream`, after the addition)."""
+    seen: list[Seen] = []
 
     def hook(_: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> None:
-        seen.append((args[0] if args else next(iter(kwargs.values())), output))
-        if len(seen) == calls:
+        seen.append(Seen(args[0] if args else next(iter(kwargs.values())), output))
+        if len(seen) == calls and not stream:
             raise _Reached
 
     handle = layer.register_forward_hook(hook, with_kwargs=True)
     try:
-        call(model, batch)
+        with _Additions(seen) if stream else nullcontext():
+            call(model, batch)
     except _Reached:
         pass
     finally:
@@ -123,9 +166,19 @@ def fit_weight(halves: tuple[Moments, Moments], start: torch.Tensor, *, bias: bo
 
 
 def refit(
-    original: nn.Module, pruned: nn.Module, name: str, outputs: torch.Tensor | None, batches: Iterable[Any], calls: int
+    original: nn.Module,
+    pruned: nn.Module,
+    name: str,
+    outputs: torch.Tensor | None,
+    batches: Iterable[Any],
+    calls: int,
+    stream: bool,
 ) -> None:
-    """Refit layer `name` of `pruned` to the outputs (those kept, by index) of the same layer of `original`."""
+    """Refit layer `name` of `pruned` to the outputs (those kept, by index) of the same layer of `original`.
+
+    With `stream`, the layer's output is added to a residual stream, and what is fitted is the sum: the layer also makes up for
+    what the stream lost further up.
+    """
     old, new = original.get_submodule(name), pruned.get_submodule(name)
     start = as_matrix(new).double()  # type: ignore[union-attr]
     bias = new._parameters.get("bias")
@@ -133,12 +186,15 @@ def refit(
         start = torch.cat([start, bias.detach().double()[:, None]], 1)
     halves = (Moments(), Moments())
     for batch in batches:
-        before, after = _see(original, old, batch, calls), _see(pruned, new, batch, calls)
-        for (_, target), (given, _) in zip(before, after, strict=True):
-            x = rows(new, given).float()  # [N, K]
+        before = _see(original, old, batch, calls, stream=stream)
+        after = _see(pruned, new, batch, calls, stream=stream)
+        for whole, part in zip(before, after, strict=True):
+            x, target = rows(new, part.given).float(), whole.output  # [N, K]
             channel = 1 if isinstance(new, (nn.Conv1d, nn.Conv2d)) else target.ndim - 1
             y = target.movedim(channel, -1).reshape(-1, target.shape[channel]).float()  # [N, out]
             y = y if outputs is None else y[:, outputs]
+            if whole.stream is not None and part.stream is not None and outputs is None:
+                y = y + (whole.stream - part.stream).movedim(channel, -1).reshape(y.shape).float()
             if bias is not None:
                 x = torch.cat([x, x.new_ones(len(x), 1)], 1)
             middle = len(x) // 2
@@ -166,7 +222,8 @@ def reestimate(
     for model, kept in ((original, outputs), (pruned, None)):
         count, total, square = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
         for batch in batches:
-            for x, _ in _see(model, model.get_submodule(name), batch, calls):
+            for call_ in _see(model, model.get_submodule(name), batch, calls):
+                x = call_.given
                 x = x.movedim(1, -1).reshape(-1, x.shape[1]).double()
                 x = x if kept is None else x[:, kept]
                 count, total, square = count + len(x), total + x.sum(0), square + (x * x).sum(0)
@@ -185,13 +242,12 @@ def reestimate(
 def repair_layers(
     original: nn.Module,
     pruned: nn.Module,
-    steps: Sequence[tuple[str, torch.Tensor | None]],
+    steps: Sequence[Step],
     batches: Iterable[Any],
-    calls: dict[str, int],
 ) -> None:
-    """Refit or re-estimate, in place, the layers named in `steps` (in the order of the graph; with the outputs they keep)."""
-    for name, outputs in steps:
-        if isinstance(pruned.get_submodule(name), nn.modules.batchnorm._BatchNorm):
-            reestimate(original, pruned, name, outputs, batches, calls.get(name, 1))
+    """Refit or re-estimate, in place, the layers named in `steps`, in that order."""
+    for step in steps:
+        if isinstance(pruned.get_submodule(step.layer), nn.modules.batchnorm._BatchNorm):
+            reestimate(original, pruned, step.layer, step.outputs, batches, step.calls)
         else:
-            refit(original, pruned, name, outputs, batches, calls.get(name, 1))
+            refit(original, pruned, step.layer, step.outputs, batches, step.calls, step.stream)

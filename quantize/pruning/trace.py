@@ -67,6 +67,11 @@ def module_of(node: torch.fx.Node) -> str:
     return next(reversed(stack.values()))[0] if stack else ""
 
 
+def operation(node: torch.fx.Node) -> str:
+    """Name of the node's operation without its overload: "linear", "add_"."""
+    return getattr(getattr(node.target, "overloadpacket", None), "__name__", "")
+
+
 class Trace:
     """The labels of a model after one walk over its graph, and the value of every node."""
 
