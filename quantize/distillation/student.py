@@ -16,6 +16,8 @@ from quantize import surgery
 from quantize.calibration import call, main_output
 from quantize.pruning import prune_ln_structured
 
+LAYER_NUMBERS = ("layer", "layer_id", "layer_idx", "layer_index")  # attributes in which modules keep their place in a stack
+
 
 def make_student(
     teacher: nn.Module,
@@ -137,10 +139,11 @@ def kept_blocks(module: nn.Module, indices: Sequence[int]) -> nn.Module:
 
 
 def _renumber(block: nn.Module, old: int, new: int) -> None:
-    """Caches know a layer by its number, which attention modules keep in an attribute such as `layer_idx`."""
+    """Caches know a layer by its number, which attention modules keep in an attribute."""
     if old == new:
         return
     for module in block.modules():
-        numbers = {k: new for k, v in vars(module).items() if k.startswith("layer") and type(v) is int and v == old}
+        held = vars(module)
+        numbers = {name: new for name in LAYER_NUMBERS if type(held.get(name)) is int and held[name] == old}
         if numbers:
             surgery.resize(module, tensors={}, attributes=numbers)

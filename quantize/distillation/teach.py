@@ -81,8 +81,7 @@ def distill(
             was before that step.
     """
     _check_modules(student, teacher)
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps is {steps!r}; allowed: an integer >= 1")
+    _check_steps(steps)
     recipe = replace(recipe or Recipe(steps=steps, warmup=min(20, steps // 10)), steps=steps)
     if alpha is None:
         alpha = 1.0 if loss is None else 0.5
@@ -120,12 +119,13 @@ def recover(model: nn.Module, teacher: nn.Module, batches: Iterable[Any] | Batch
     `distill` at temperature 1, with rates that suit weights which are good already. The copy keeps the smaller layers and
     their record, so it is saved and loaded as before. `options` are those of `distill`; it raises what `distill` raises.
     """
+    _check_steps(steps)
     return distill(model, teacher, batches, steps=steps, **{"temperature": 1.0, "recipe": recovery_recipe(steps), **options})
 
 
 def recovery_recipe(steps: int) -> Recipe:
     """Rates for weights that are good already: lower, and falling for most of the time."""
-    return Recipe(steps=max(1, steps), lr=2e-3, muon_lr=1e-2, warmup=min(10, max(0, steps) // 10), cooldown=0.8)
+    return Recipe(steps=steps, lr=2e-3, muon_lr=1e-2, warmup=min(10, steps // 10), cooldown=0.8)
 
 
 # ------------------------------------------------------------------------------------------------ batches
@@ -170,6 +170,11 @@ class _Cycle:
 
 
 # ------------------------------------------------------------------------------------------------- checks
+
+
+def _check_steps(steps: Any) -> None:
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps is {steps!r}; allowed: an integer >= 1")
 
 
 def _check_modules(student: nn.Module, teacher: nn.Module) -> None:
