@@ -49,13 +49,14 @@ def run_and_kill(state: Path, seconds: float | None) -> tuple[str, str | None]:
     """Start the training and kill it `seconds` after its first step (negative: after its start; None: never)."""
     command = [sys.executable, __file__, "--train", str(state)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    first = ""
     if seconds is not None:
         if seconds >= 0:
-            process.stdout.readline()
+            first = process.stdout.readline()  # of a run that had only to finish, its result
         time.sleep(abs(seconds))
         process.send_signal(signal.SIGKILL)
     with process.stdout:
-        output = process.stdout.read()  # not communicate(): readline() has read ahead
+        output = first + process.stdout.read()  # not communicate(): readline() has read ahead
     process.wait()
     if process.returncode == -signal.SIGKILL:
         return "killed", None
