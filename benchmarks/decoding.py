@@ -242,6 +242,7 @@ def rows(arguments: argparse.Namespace) -> Iterator[dict]:
         for name in arguments.ours:
             model = OURS[name](build(shape))
             fast = for_decoding(model)
+            compiled = for_decoding(model, backend="inductor") if "compiled" in arguments.ways else None
             weights = read_bytes(model)
             for batch, length in [(b, n) for b in arguments.batches for n in arguments.lengths]:
                 ids = torch.randint(SHAPES[shape].vocab_size, (batch, length))
@@ -249,13 +250,12 @@ def rows(arguments: argparse.Namespace) -> Iterator[dict]:
                     if way == "lookup":
                         yield _row(f"quantize {name}", way, shape, 1, length, *ours_lookup(fast, ids, arguments.new))
                         continue
-                    module, dtype = {"plain": (model, None), "for_decoding": (fast, None), "int8 cache": (fast, torch.int8)}[
-                        way
-                    ]
+                    module = {"plain": model, "compiled": compiled}.get(way, fast)
+                    dtype = torch.int8 if way == "int8 cache" else None
                     prompt_ms, token_ms, cache = ours(module, ids, arguments.new, dtype)
                     share = (weights + cache) / (token_ms / 1000) / 1e9 / bandwidth
                     yield _row(f"quantize {name}", way, shape, batch, length, prompt_ms, token_ms, weights + cache, share)
-            del model, fast
+            del model, fast, compiled
             gc.collect()
         if "transformers" in arguments.peers:
             llama = as_transformers(build(shape))
@@ -295,8 +295,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--lengths", nargs="+", type=int, default=[128], help="prompt lengths (default: 128)")
     parser.add_argument("--batches", nargs="+", type=int, default=[1], help="rows (default: 1)")
     parser.add_argument("--ours", nargs="*", choices=OURS, default=list(OURS), help="(default: all)")
-    ways = ["plain", "for_decoding", "int8 cache", "lookup"]
-    parser.add_argument("--ways", nargs="+", choices=ways, default=ways[:2], help="(default: plain for_decoding)")
+    ways = ["plain", "for_decoding", "compiled", "int8 cache", "lookup"]
+    parser.add_argument("--ways", nargs="+", choices=ways, default=ways[:3], help="(default: the first three)")
     parser.add_argument("--peers", nargs="*", choices=["transformers", "llama.cpp"], default=["transformers"])
     parser.add_argument("--gguf", nargs="+", choices=["f32", "f16", "q8_0", "q4_0"], default=["f16", "q8_0", "q4_0"])
     parser.add_argument("--new", type=int, default=32, help="tokens timed (default: 32)")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from helpers import assert_close, run
@@ -108,7 +110,22 @@ def test_merged_layers_are_the_layers_side_by_side():
     assert merge_linears([layers[0], nn.Linear(16, 3, bias=False)]) is None
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+@pytest.mark.parametrize("kind", ["fp32", "int8", "int4"])
+def test_compiled_gives_the_same(kind):
+    """Written out as C++ and compiled, a token has the same logits, from the second position to the limit."""
+    model = KINDS[kind](decoder(qk_norm=True))
+    fast, ids = for_decoding(model, backend="inductor"), tokens(1, 60)
+    caches = [KVCache.for_model(m) for m in (model, fast)]
+    for piece in ids.split([1] * 60, dim=1):
+        slow, quick = (run(lambda i, m=m, c=c: m(i, c), piece) for m, c in zip((model, fast), caches, strict=True))
+        assert_close(quick, slow)
+
+
 def test_other_models_are_refused():
     """Only a DecoderLM has the parts to merge."""
     with pytest.raises(TypeError, match="takes a DecoderLM, got MLP"):
         for_decoding(MLP(MLPConfig()))
+    with pytest.raises(ValueError, match="backend is 'openvino'; allowed: torchscript, inductor"):
+        for_decoding(decoder(), backend="openvino")

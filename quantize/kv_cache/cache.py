@@ -186,8 +186,8 @@ class KVCache:
         k, v = self._read(held, "k", q.dtype), self._read(held, "v", q.dtype)
         return attention(q, k, v, mask, causal=mask is None and new > 1)
 
-    def open_plain(self, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]] | None:
-        """Buffers [B, KV, capacity, D] of keys and of values, one per layer, with room for one more position.
+    def open_plain(self, dtype: torch.dtype, capacity: int = 0) -> tuple[list[Tensor], list[Tensor]] | None:
+        """Buffers [B, KV, at least `capacity`, D] of keys and of values, one per layer, with room for one more position.
 
         For whoever writes index `length` of each itself and then calls `close(1)`. None unless index and position are one:
         for a window, rows of different length, and where the buffers' dtype isn't `dtype`.
@@ -199,7 +199,7 @@ class KVCache:
         if self.limit is not None and self.length + 1 > self.limit:
             raise ValueError(f"{self.length} positions held + 1 new one pass the cache's limit of {self.limit}")
         for layer in self._layers:
-            self._reserve(layer, self.length + 1, layer.tensors["k"])
+            self._reserve(layer, self.length + 1, layer.tensors["k"], capacity)
         return [layer.tensors["k"] for layer in self._layers], [layer.tensors["v"] for layer in self._layers]
 
     def close(self, new: int) -> None:
@@ -242,11 +242,11 @@ class KVCache:
         x = held[name].to(dtype)
         return x * held[f"{name}_scale"].to(dtype) if f"{name}_scale" in held else x
 
-    def _reserve(self, store: _Layer, end: int, like: Tensor) -> None:
+    def _reserve(self, store: _Layer, end: int, like: Tensor, capacity: int = 0) -> None:
         """Make room for positions up to `end`: use what is there, drop what a window left behind, or grow."""
         needed, held = end - store.first, self.length - store.first
         own = bool(store.tensors) and store.sharers[0] == 1
-        if own and needed <= store.capacity:
+        if own and max(needed, capacity) <= store.capacity:
             return
         drop = 0
         if store.window is not None and needed > self._room(store):
@@ -254,13 +254,14 @@ class KVCache:
             if drop and self.sinks and not store.sinks:
                 store.sinks = {n: t[:, :, : self.sinks].clone() for n, t in store.tensors.items()}
         needed, held = needed - drop, held - drop
-        fits = own and needed <= store.capacity
+        fits = own and max(needed, capacity) <= store.capacity
         size = max(needed, store.capacity * 3 // 2)  # by half at least: copying stays linear in the final length
         size = -(-size // self.block) * self.block
         if self.limit is not None:
             size = min(size, self.limit - store.first - drop)
         if store.window is not None:
             size = max(needed, min(size, self._room(store)))
+        size = max(size, capacity)
         with torch.inference_mode(False), torch.no_grad():  # usable in and out of inference mode
             for name, shape, dtype in self._specs(store, like):
                 old = store.tensors.get(name)
