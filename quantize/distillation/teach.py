@@ -125,7 +125,7 @@ def recover(model: nn.Module, teacher: nn.Module, batches: Iterable[Any] | Batch
 
 def recovery_recipe(steps: int) -> Recipe:
     """Rates for weights that are good already: lower, and falling for most of the time."""
-    return Recipe(steps=steps, lr=2e-3, muon_lr=1e-2, warmup=min(10, steps // 10), cooldown=0.8)
+    return Recipe(steps=steps, lr=1e-3, muon_lr=5e-3, warmup=min(10, steps // 10), cooldown=0.8)
 
 
 # ------------------------------------------------------------------------------------------------ batches
