@@ -32,7 +32,7 @@ from quantize.measure import (
     measure,
 )
 from quantize.measure.artifact import as_metrics, stored_tensors
-from quantize.measure.process import CannotSend, Worker, pack, pack_inputs, write_payload
+from quantize.measure.process import CannotSend, Nursery, Worker, pack, pack_inputs, write_payload
 from quantize.models import MLP, MLPConfig
 
 QUICK = {"threads": 1, "rounds": 2, "burst_seconds": 0.0}
@@ -135,13 +135,45 @@ def test_everything_is_measured(files, measured):
     assert "keeps large blocks" in measured[0].allocator or not keep_allocations()
 
 
+def multiply(model):
+    torch.ones(512, 512) @ torch.ones(512, 512)  # hangs in a child that was forked from a process with a thread pool
+    return {"product": 1.0}
+
+
+def test_children_have_working_threads(files):
+    """Matrix products on two threads run in a child: what it was forked from had no thread pool."""
+    m = compare([files["mlp"]] * 2, INPUTS, evaluate=multiply, **{**QUICK, "threads": 2})
+    assert all(x.metrics == {"product": 1.0} and x.notes == () for x in m)
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_both_ways_of_starting(files, monkeypatch, start):
+    """Where the system can't fork, each child is a Python of its own, and the rest is the same."""
+    if start == "spawn":
+        monkeypatch.delattr("os.fork", raising=False)
+    m = measure(files["mlp"], INPUTS, evaluate=weight_sum, **QUICK)
+    assert m.metrics["pid"] != os.getpid() and m.peak_rss_mb > 50 and m.notes == ()
+
+
+def test_a_nursery_that_dies_is_named(files, tmp_path, monkeypatch):
+    """Its last words are in the message."""
+    monkeypatch.setattr("quantize.measure.process._PACKAGE_PARENT", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", "")
+    (tmp_path / "quantize").mkdir()
+    (tmp_path / "quantize" / "__init__.py").write_text("raise ImportError('no torch here')")
+    with pytest.raises(MeasurementError, match="ImportError: no torch here"):
+        measure(files["mlp"], INPUTS, **QUICK)
+
+
 @pytest.mark.slow
 def test_peak_memory_is_the_workers_own(files, tmp_path):
     """A caller with 600 MB more resident doesn't show in its child's peak."""
     ballast = torch.ones(150_000_000)
     write_payload(tmp_path / "payload", pack_inputs(INPUTS), evaluate=None, model=None)
-    with Worker(files["mlp"], tmp_path / "payload", threads=1, keep=False, timeout_s=120) as worker:
-        worker.start()
+    with (
+        Nursery(threads=1, timeout_s=120) as nursery,
+        Worker(nursery, files["mlp"], tmp_path / "payload", keep=False, timeout_s=120) as worker,
+    ):
         small = worker.peak_rss_mb()
     own = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
     assert small < own - 0.5 * ballast.nbytes / 2**20
@@ -203,12 +235,16 @@ def test_without_inputs_a_built_in_model_is_still_timed(files):
 def test_failing_workers_are_named_and_reaped(files, tmp_path, evaluate, message):
     """A crash, an exception and a hang become one MeasurementError that names the file; no process is left."""
     write_payload(tmp_path / "payload", pack_inputs(INPUTS), evaluate=pack(evaluate), model=None)
-    with Worker(files["mlp"], tmp_path / "payload", threads=1, keep=False, timeout_s=300) as worker:
-        worker.start()
+    with (
+        Nursery(threads=1, timeout_s=300) as nursery,
+        Worker(nursery, files["mlp"], tmp_path / "payload", keep=False, timeout_s=300) as worker,
+    ):
         worker.load()
         worker.timeout_s = 2
         with pytest.raises(MeasurementError, match=message) as caught:
             worker.evaluate()
+    with pytest.raises(ProcessLookupError):
+        os.kill(worker._process.pid, 0)
     assert str(files["mlp"]) in str(caught.value)
     with pytest.raises(ChildProcessError):
         os.waitpid(-1, os.WNOHANG)

@@ -130,7 +130,22 @@ def test_markdown_has_the_machine_above_a_table_of_all_rows(tmp_path):
     assert "**slower**" in table[3] and "**worse**; a \\| b" in table[4]
 
 
-@pytest.mark.parametrize("width", [80, 100, 160])
+def test_facts_are_short_for_people_and_whole_for_machines(tmp_path, capsys, monkeypatch):
+    """Lists as a count, hashes as 12 digits, numbers rounded; in a pipe every column is there. report.json has all of it."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+    facts = {"files": [f"file{i}.py" for i in range(46)], "data_sha256": "0123456789abcdef" * 4}
+    facts |= {"baselines_bits_per_byte": {"gzip -9": 1.90712345, "xz -9e": 1.5190001}, "example_inputs": [4, 128]}
+    report = build_report(MEASUREMENTS, data=facts)
+    write_report(report, tmp_path)
+    print_report(report)
+    printed = capsys.readouterr().out
+    assert json.loads((tmp_path / "report.json").read_text())["data"] == facts
+    for text in (printed, (tmp_path / "report.md").read_text()):
+        assert "files: 46; data sha256: 0123456789ab; baselines bits per byte: gzip -9 1.907, xz -9e 1.519;" in text
+        assert "example inputs: 4 x 128" in text and "p10-p90" in text and "peak MB" in text
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 160])
 def test_console_table_fits_and_is_plain_when_piped(width):
     """No line of the table is wider than the window, every row is there, and there are no escape codes in a pipe."""
     out = io.StringIO()

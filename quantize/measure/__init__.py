@@ -3,8 +3,9 @@
     quantize.measure("artifacts/int8.pth", inputs, baseline="artifacts/model.pth", evaluate=partial(accuracy, data))
     python -m quantize.measure artifacts/int8.pth        # one JSON line
 
-Every artifact has a process of its own. All are alive side by side and take turns (A B C A B C ...), one computing at a time,
-so that a machine that gets slower in the meantime slows all of them; the speed-up is the median of the per-round ratios.
+Every artifact has a process of its own (`process.py` says how fresh it is). All are alive side by side and take turns
+(A B C A B C ...), one computing at a time, so that a machine that gets slower in the meantime slows all of them; the speed-up
+is the median of the per-round ratios.
 Left out: GPUs (this package is about CPUs) and throughput over several streams.
 
 `quantize.measure` is the function. Its companions are imported from here: `from quantize.measure import compare, machine`.
@@ -26,7 +27,7 @@ from torch import nn
 
 from quantize.measure.artifact import Artifact, MeasurementError, fingerprint
 from quantize.measure.host import allocator_state, describe_machine, keep_allocations, machine
-from quantize.measure.process import CannotSend, Worker, pack, pack_inputs, write_payload
+from quantize.measure.process import CannotSend, Nursery, Worker, pack, pack_inputs, write_payload
 
 __all__ = [
     "Latency", "Measurement", "MeasurementError", "allocator_state", "compare", "describe_machine", "fingerprint",
@@ -111,7 +112,7 @@ def compare(
     rounds, burst_seconds: each artifact is called for about `burst_seconds` in each of the rounds, once at least.
     keep: whether the fresh processes call `keep_allocations()`.
     timeout_s: for each answer of a process (loading, a burst, `evaluate`).
-    progress: called with a line for people before each step.
+    progress: called with a line for people before each phase: starting, loading, timing, evaluating.
 
     Raises CheckpointError for a file that can't be read, MeasurementError for a model that fails on the inputs or a process
     that dies or doesn't answer, TypeError or ValueError for arguments out of range.
@@ -122,7 +123,7 @@ def compare(
     say = progress or (lambda line: None)
     with ExitStack() as stack:
         stack.enter_context(_torch_threads(threads))
-        say(f"starting a process for each of {len(sources)} artifacts")
+        say(f"starting {len(sources)} processes")
         turns = _open(stack, sources, example_inputs, evaluate, model, threads=threads, keep=keep, timeout_s=timeout_s)
         return _take_turns(turns, threads, rounds, burst_seconds, say)
 
@@ -212,47 +213,43 @@ def _open(
     except CannotSend as reason:
         why_here = f"measured in the calling process: {reason}"
 
-    turns = []
+    turns: list[_Turn] = []
+    nursery: Nursery | None = None
     for name, source in sources.items():
         here = Artifact(source, example_inputs, evaluate=evaluate, model=model)
         turn = _Turn(name, here, here, fresh=False, allocator=allocator_state())
-        if here.path is None:
-            turn.notes.append("in memory, measured in the calling process")
-        elif why_here:
-            turn.notes.append(why_here)
-        else:
-            turn.holder = Worker(here.path, payload, threads=threads, keep=keep, timeout_s=timeout_s)
-            stack.callback(turn.holder.close)
-            turn.fresh = True
-            turn.evaluates_here = bool(why_evaluate_here)
-            turn.notes += [why_evaluate_here] if why_evaluate_here else []
         turns.append(turn)
-    for turn in turns:  # they all import torch at once; from here on one works at a time
-        if isinstance(turn.holder, Worker):
-            try:
-                turn.allocator = turn.holder.start()
-            except CannotSend as reason:
-                turn.holder.close()
-                turn.holder, turn.fresh, turn.evaluates_here = turn.here, False, False
-                turn.notes.append(f"measured in the calling process: {reason}")
+        if here.path is None or why_here:
+            turn.notes.append(why_here if here.path else "in memory, measured in the calling process")
+            continue
+        nursery = nursery or stack.enter_context(Nursery(threads=threads, timeout_s=timeout_s))
+        try:
+            worker = Worker(nursery, here.path, payload, keep=keep, timeout_s=timeout_s)
+        except CannotSend as reason:
+            turn.notes.append(f"measured in the calling process: {reason}")
+            continue
+        stack.callback(worker.close)
+        turn.holder, turn.fresh, turn.allocator = worker, True, worker.allocator
+        turn.evaluates_here = bool(why_evaluate_here)
+        turn.notes += [why_evaluate_here] if why_evaluate_here else []
     return turns
 
 
 def _take_turns(
     turns: list[_Turn], threads: int, rounds: int, burst_seconds: float, say: Callable[[str], None]
 ) -> list[Measurement]:
+    say("loading and warming up")
     for turn in turns:
-        say(f"loading {turn.name}")
         turn.facts = turn.holder.load()
         if turn.facts["callable"]:
             turn.facts |= turn.holder.warm_up()
     timed = [turn for turn in turns if turn.facts["callable"]]
-    for number in range(rounds if timed else 0):
-        say(f"timing, round {number + 1} of {rounds}")
+    say(f"timing in {rounds} rounds")
+    for _ in range(rounds):
         for turn in timed:
             turn.bursts.append(turn.holder.burst(burst_seconds))
+    say("evaluating")
     for turn in turns:
-        say(f"evaluating {turn.name}")
         turn.facts["peak_rss_mb"] = turn.holder.peak_rss_mb() if turn.fresh else None
         turn.facts["metrics"] = _evaluate(turn)
     return [_measurement(turn, turns[0], threads) for turn in turns]

@@ -14,6 +14,7 @@ import dataclasses
 import importlib
 import json
 import os
+import socket
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,7 +28,7 @@ from quantize.checkpoint import CheckpointError
 from quantize.measure import MeasurementError, measure, measure_here
 from quantize.measure.artifact import finite
 from quantize.measure.host import keep_allocations, machine
-from quantize.measure.process import serve
+from quantize.measure.process import nursery, serve
 
 
 def main(argv: Sequence[str] | None = None, *, out: BinaryIO | None = None) -> int:
@@ -121,7 +122,9 @@ def _reserve_stdout() -> BinaryIO:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--serve"]:  # a worker of quantize.measure.compare
+    if sys.argv[1:] in (["--serve"], ["--nursery"]):  # a worker of quantize.measure.compare, or what forks them
+        if sys.argv[1] == "--nursery":
+            nursery(socket.socket(fileno=0))
         with _reserve_stdout() as replies:
             serve(sys.stdin.buffer, replies)
     elif set(sys.argv[1:]) & {"-h", "--help"}:

@@ -1,4 +1,9 @@
-"""A fresh process per artifact: `Worker` is the caller's end, `serve` the child's.
+"""A fresh process per artifact: `Worker` is the caller's end, `serve` the child's, `Nursery` starts the children.
+
+Fresh means: of one Python that has imported torch and this package and nothing else, the nursery, each child is forked. The
+nursery runs no tensor operation and sees no model, so a child starts without thread pools, packed weights or chosen kernels,
+and with the nursery's few pages as its memory; only the seconds that importing takes are spent once instead of per artifact.
+Where there is no fork (Windows) each child is a Python of its own.
 
 What the child needs of the caller (inputs, `evaluate`, a foreign architecture) goes once, pickled, into a private temporary
 file that all workers read. After that the caller sends one JSON line per request and gets one JSON line back, so nothing a
@@ -14,10 +19,15 @@ import json
 import os
 import pickle
 import queue
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FunctionType
 from typing import Any, BinaryIO
@@ -61,25 +71,122 @@ def pack_inputs(example_inputs: Any) -> bytes:
     return pack(pytree.tree_map_only(torch.Tensor, lambda t: t.detach().cpu().contiguous().clone(), example_inputs))
 
 
+class Nursery:
+    """Starts the children of one comparison, with `threads` threads each. A context manager, to be left after them."""
+
+    def __init__(self, *, threads: int, timeout_s: float):
+        environment = dict(os.environ, OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads))
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [_PACKAGE_PARENT, os.environ.get("PYTHONPATH")]))
+        # -P: a folder named like a module, where the caller stands, must not get in
+        command = [sys.executable, "-P", "-m", "quantize.measure"]
+        self._spawn, self.threads, self._process = (
+            partial(subprocess.Popen, [*command, "--serve"], env=environment),
+            threads,
+            None,
+        )
+        if hasattr(os, "fork"):
+            self._control, theirs = socket.socketpair()
+            self._control.settimeout(timeout_s)
+            self._stderr = tempfile.TemporaryFile()
+            with theirs:
+                self._process = subprocess.Popen([*command, "--nursery"], env=environment, stdin=theirs, stderr=self._stderr)
+
+    def start(self, stdin: int, stdout: int, stderr: int) -> subprocess.Popen | _Forked:
+        """A child with these file descriptors as its standard streams."""
+        if self._process is None:
+            return self._spawn(stdin=stdin, stdout=stdout, stderr=stderr)
+        return _Forked(self.ask(b"fork", [stdin, stdout, stderr]), self)
+
+    def ask(self, message: bytes, streams: Sequence[int] = ()) -> int:
+        """One request to the forking process: see `nursery`."""
+        try:
+            socket.send_fds(self._control, [message], streams)
+            reply = self._control.recv(32)
+        except OSError as error:  # out of time, or reset by a process that is gone
+            reply, reason = b"", str(error)
+        else:
+            reason = "no answer"
+        if not reply:
+            said = _last_line(self._stderr) or reason
+            raise MeasurementError(f"the process that starts the measuring processes has failed: {said}")
+        return int(reply)
+
+    def __enter__(self) -> Nursery:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._control.close()
+            self._stderr.close()
+
+
+@dataclass
+class _Forked:
+    """A child of the nursery's, with what `Worker` uses of a Popen. It stays a zombie, and its id its own, until `wait`."""
+
+    pid: int
+    nursery: Nursery
+    returncode: int | None = None
+
+    def kill(self) -> None:
+        if self.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+
+    def wait(self) -> int:
+        if self.returncode is None:
+            self.returncode = self.nursery.ask(b"%d" % self.pid)
+        return self.returncode
+
+
+def nursery(control: socket.socket) -> None:
+    """The forking process: three file descriptors ask for a child with these standard streams, a process id for its exit code.
+
+    Returns in each child; in the nursery itself never.
+    """
+    while True:
+        message, streams, _, _ = socket.recv_fds(control, 32, 3)
+        if not message:  # the caller is gone
+            os._exit(0)
+        if not streams:
+            control.sendall(b"%d" % os.waitstatus_to_exitcode(os.waitpid(int(message), 0)[1]))
+            continue
+        pid = os.fork()
+        if not pid:
+            os.close(control.detach())
+            for number, stream in enumerate(streams):
+                os.dup2(stream, number)
+        for stream in streams:
+            os.close(stream)
+        if not pid:
+            return
+        control.sendall(b"%d" % pid)
+
+
 class Worker:
     """A child process that holds one artifact; the same methods as `Artifact`. Close it, or use it as a context manager."""
 
-    def __init__(self, path: str | Path, payload: Path, *, threads: int, keep: bool, timeout_s: float):
+    def __init__(self, nursery: Nursery, path: str | Path, payload: Path, *, keep: bool, timeout_s: float):
         self.name, self.timeout_s = str(path), timeout_s
-        self._request = {"path": os.fspath(path), "payload": str(payload), "keep": keep, "threads": threads}
-        environment = dict(os.environ, OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads))
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [_PACKAGE_PARENT, os.environ.get("PYTHONPATH")]))
         self._stderr = tempfile.TemporaryFile()
-        self._process = subprocess.Popen(  # -P: a folder named like a module, where the caller stands, must not get in
-            [sys.executable, "-P", "-m", "quantize.measure", "--serve"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr, env=environment,
-        )  # fmt: skip
+        stdin, requests = os.pipe()
+        replies, stdout = os.pipe()
+        self._requests, self._replies = os.fdopen(requests, "wb"), os.fdopen(replies, "rb")
+        try:
+            self._process = nursery.start(stdin, stdout, self._stderr.fileno())
+        finally:
+            os.close(stdin)
+            os.close(stdout)
         self._lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()  # None: the child is gone
         threading.Thread(target=self._pump, daemon=True).start()
-
-    def start(self) -> str:
-        """Wait until the child has imported torch and read the caller's things; its allocator state."""
-        return self._ask("start", **self._request)
+        request = {"path": os.fspath(path), "payload": str(payload), "keep": keep, "threads": nursery.threads}
+        try:
+            self.allocator: str = self._ask("start", **request)
+        except BaseException:
+            self.close()
+            raise
 
     def load(self) -> dict[str, Any]:
         return self._ask("load")
@@ -98,13 +205,12 @@ class Worker:
 
     def close(self) -> None:
         """End the child, whatever it is doing, and reap it."""
-        if self._process.poll() is None:
-            self._process.kill()
-        self._process.wait()
-        for stream in (self._process.stdin, self._process.stdout, self._stderr):
-            if stream is not None:
-                with contextlib.suppress(OSError):  # a request that the child no longer took
-                    stream.close()
+        self._process.kill()
+        with contextlib.suppress(MeasurementError):  # the nursery is gone, and the child no longer ours to reap
+            self._process.wait()
+        for stream in (self._requests, self._replies, self._stderr):
+            with contextlib.suppress(OSError):  # a request that the child no longer took
+                stream.close()
 
     def __enter__(self) -> Worker:
         return self
@@ -113,10 +219,9 @@ class Worker:
         self.close()
 
     def _ask(self, op: str, **arguments: Any) -> Any:
-        assert self._process.stdin is not None
         try:
-            self._process.stdin.write(json.dumps({"op": op, **arguments}).encode() + b"\n")
-            self._process.stdin.flush()
+            self._requests.write(json.dumps({"op": op, **arguments}).encode() + b"\n")
+            self._requests.flush()
             line = self._lines.get(timeout=self.timeout_s)
         except queue.Empty:
             self.close()
@@ -138,19 +243,22 @@ class Worker:
 
     def _pump(self) -> None:
         """A thread, because a pipe can't be waited for with a timeout on every system."""
-        assert self._process.stdout is not None
         with contextlib.suppress(ValueError, OSError):  # closed under our hands
-            for line in self._process.stdout:
+            for line in self._replies:
                 self._lines.put(line)
         self._lines.put(None)
 
     def _death(self, op: str) -> MeasurementError:
         code = self._process.wait()
-        self._stderr.seek(0)
-        said = self._stderr.read().decode(errors="replace").strip().splitlines()
         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        said = _last_line(self._stderr)
         self.close()
-        return MeasurementError(f"{self.name}: its process {how} during {op!r}" + (f": {said[-1][:300]}" if said else ""))
+        return MeasurementError(f"{self.name}: its process {how} during {op!r}" + (f": {said}" if said else ""))
+
+
+def _last_line(file: BinaryIO) -> str:
+    file.seek(0)
+    return next((line[:300] for line in reversed(file.read().decode(errors="replace").splitlines()) if line.strip()), "")
 
 
 def serve(requests: BinaryIO, replies: BinaryIO) -> None:

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -129,6 +131,8 @@ def write_report(report: Report, folder: str | Path) -> list[Path]:
 # People's view: the same cells for Markdown and the console.
 
 _COLUMNS = tuple("name|size|of base|params|latency ms|p10-p90|speed|metric|change|load s|peak MB|notes".split("|"))
+_LEAST_FIRST = ("p10-p90", "params", "peak MB", "load s", "of base", "change", "notes", "size", "speed")  # to leave out
+_PIPED_WIDTH, _NOTES_WIDTH = 140, 12
 
 
 def _cells(row: Row) -> list[str]:
@@ -165,7 +169,7 @@ def _about(report: Report) -> list[str]:
     facts = {k: v for k, v in report["data"].items() if v is not None}
     lines = describe_machine(report["machine"])
     if facts:
-        lines.append("Run: " + "; ".join(f"{k.replace('_', ' ')}: {_plain(v)}" for k, v in facts.items()))
+        lines.append("Run: " + "; ".join(_plain(k, v) for k, v in facts.items()))
     return lines
 
 
@@ -192,21 +196,29 @@ def markdown(report: Report) -> str:
 
 
 def print_report(report: Report, console: Console | None = None) -> None:
-    """Print machine lines and table; colours on a terminal, plain text when piped; a narrow window gets the main columns."""
-    console = console or Console(highlight=False)
+    """Print machine lines and table: plain text when piped; a narrow terminal gets fewer columns, never cut numbers."""
+    if console is None:
+        console = Console(highlight=False)
+        if not console.is_terminal and "COLUMNS" not in os.environ:
+            console.width = _PIPED_WIDTH  # nobody's window: rich would assume 80
     for line in _about(report):
         console.print(Text(line), soft_wrap=True)
     rows = report["rows"]
-    left_out = {"p10-p90", "params", "load s", "peak MB"} if console.width < 130 else set()
-    shown = [i for i, column in enumerate(_COLUMNS) if column not in left_out]
-    header = _header(rows)
+    header, cells = _header(rows), [_cells(row) for row in rows]
+    widths = [max(len(line[i]) for line in [header, *cells]) for i in range(len(_COLUMNS))]
+    shown = list(range(len(_COLUMNS)))
+    for column in _LEAST_FIRST:
+        notes = min(widths[-1], _NOTES_WIDTH) if shown[-1] == len(_COLUMNS) - 1 else 0
+        if sum(widths[i] + 2 for i in shown if _COLUMNS[i] != "notes") + notes <= console.width:
+            break
+        shown.remove(_COLUMNS.index(column))
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for i in shown:
         text = _COLUMNS[i] in ("name", "notes")
         table.add_column(header[i], justify="left" if text else "right", no_wrap=_COLUMNS[i] != "notes", overflow="fold")
-    for row in rows:
+    for row, line in zip(rows, cells, strict=True):
         bad = row["notes"].startswith(_MARKS)
-        table.add_row(*(Text(_cells(row)[i]) for i in shown), style="yellow" if bad else "")
+        table.add_row(*(Text(line[i]) for i in shown), style="yellow" if bad else "")
     console.print()
     console.print(table)
     console.print(Text(_legend(rows)), soft_wrap=True)
@@ -229,8 +241,21 @@ def _count(count: int) -> str:
     return f"{count / 1e6:.2f} M" if count >= 1e6 else f"{count / 1e3:.1f} k"
 
 
-def _plain(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else " ".join(str(value).split())
+def _plain(name: str, value: Any) -> str:
+    """A fact for people: `report.json` has long lists, whole hashes and all digits."""
+    name = name.replace("_", " ")
+    if isinstance(value, Mapping):  # what its values are stands in its name: baselines_bits_per_byte
+        return f"{name}: " + ", ".join(f"{key} {_short(entry)}" for key, entry in value.items())
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return f"{name}: {len(value)}" if len(value) > 4 else f"{name}: {' x '.join(map(_short, value))}"
+    return f"{name}: {_short(value)}"
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    text = " ".join(str(value).split())
+    return text[:12] if re.fullmatch("[0-9a-f]{32,}", text) else text
 
 
 def _escape(text: str) -> str:
