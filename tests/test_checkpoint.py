@@ -27,6 +27,7 @@ from torch import nn
 
 from quantize import surgery
 from quantize.checkpoint import CheckpointError, architecture, atomic_write, container, load, read_metadata, read_record, save
+from quantize.models import DecoderConfig, DecoderLM
 
 SUFFIXES = [".pth", ".safetensors"]
 both = pytest.mark.parametrize("suffix", SUFFIXES)
@@ -370,6 +371,17 @@ def test_parametrized_and_normed_modules(tmp_path, suffix):
     loaded = load(tmp_path / f"m{suffix}", build())
     assert_same(loaded, model)
     assert torch.equal(loaded[0].weight, model[0].weight)
+
+
+def test_loading_imports_no_compiler(tmp_path):
+    """Loading a built-in model in a fresh process doesn't pull in torch._dynamo or sympy, which take seconds and memory."""
+    save(DecoderLM(DecoderConfig(width=8, layers=1, heads=2)), tmp_path / "m.pth")
+    code = (
+        "import sys, quantize.models\nfrom quantize.checkpoint import load\nload(sys.argv[1])\n"
+        "sys.exit(' '.join({'torch._dynamo', 'sympy'} & set(sys.modules)) or 0)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code, tmp_path / "m.pth"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 # What save refuses

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from quantize import surgery
 from quantize.checkpoint.container import DTYPES, SUFFIXES, CheckpointError, opened, read_header, read_tensor, require, write
@@ -72,7 +73,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     with opened(path) as file:
         record, places = read_header(file, Path(path).suffix)
         empty = _build(record) if model is None else _without_data(model)
-        with torch.device("meta"):
+        with torch.device("meta"), _Bounded(record):
             empty = surgery.rebuild(empty, record["structure"])
         dtypes = _fit(record, empty)
         tensors = {}
@@ -170,20 +171,29 @@ def _build(record: dict[str, Any]) -> nn.Module:
         raise CheckpointError(f"holds a {name}, which quantize can't build by itself: pass model={name}(...), a fresh instance")
     cls = _ARCHITECTURES[name]
     config = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
-    with torch.device("meta"), _Bounded(1000 + 50 * len(record["tensors"])):
+    with torch.device("meta"), _Bounded(record):
         return cls(cls.config_class(**config))
 
 
-class _Bounded(TorchDispatchMode):
-    """Stops a build that takes more tensor operations than the file's tensors can account for (about 5 each)."""
+_FILLING = set("zero_ fill_ normal_ uniform_ copy_ zeros_ ones_ constant_ kaiming_uniform_ xavier_uniform_".split())
 
-    def __init__(self, operations: int) -> None:
+
+class _Bounded(TorchFunctionMode):
+    """Stops a build that takes more tensor operations than the file's tensors can account for (about 5 each).
+
+    Leaves out initialisation: there is no data to initialise, and the meta kernels for it take seconds to import (so does a
+    TorchDispatchMode).
+    """
+
+    def __init__(self, record: dict[str, Any]) -> None:
         super().__init__()
-        self.left = operations
+        self.left = 1000 + 50 * (len(record["tensors"]) + len(record["aliases"]) + len(record["structure"]))
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
         self.left -= 1
         require(self.left, "its config describes a far larger model than the file holds")
+        if getattr(func, "__name__", "") in _FILLING:
+            return args[0] if args else kwargs["tensor"]
         return func(*args, **(kwargs or {}))
 
 
