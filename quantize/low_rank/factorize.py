@@ -24,6 +24,10 @@ from quantize.low_rank import maths
 
 log = logging.getLogger(__name__)
 
+# Layers' losses count by a power below 1 of their size in the global budget: part of a large loss is repaired by the layers
+# after it, which the spectra don't know. On two trained byte decoders 0.4 beat 0 and 0.2 or 0.7, at ratios 0.5 and 0.8.
+SOFTENING = 0.4
+
 
 def factorize_low_rank(
     model: nn.Module,
@@ -206,7 +210,7 @@ def _spectra(
     norms = sorted(spectra[name].norm().item() for name in spectra if name not in unweighted) or [1.0]
     for name in unweighted:
         spectra[name] = spectra[name] * (norms[len(norms) // 2] / spectra[name].norm().clamp_min(1e-300))
-    return spectra, kept
+    return {name: s * s.norm().clamp_min(1e-300) ** -SOFTENING for name, s in spectra.items()}, kept
 
 
 def _usable(gradient: torch.Tensor | None) -> torch.Tensor | None:

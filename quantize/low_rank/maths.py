@@ -21,7 +21,7 @@ from torch import Tensor
 
 INPUT_RIDGE = 1e-6  # times the mean of the diagonal; keeps rank-deficient moments invertible
 GRADIENT_RIDGE = 1e-2  # larger: a direction that moved no output in calibration may still matter
-CROSS_RIDGE = 1e-3  # how strongly a compensated weight is held to the original where there is little data
+CROSS_RIDGE = 1e-4  # how strongly a compensated weight is held to the original where there is little data
 
 
 class Factors(NamedTuple):
