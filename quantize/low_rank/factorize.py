@@ -51,7 +51,7 @@ def factorize_low_rank(
         that matter more keep more, some all. 1 changes nothing.
       energy: fraction in (0, 1] of each layer's (whitened) squared singular values that is kept.
       rank: rank of each layer as given, at most min(in, out). Ranks from ratio and energy are rounded to multiples of 8 or 16.
-    calibration: re-iterable batches as for `torch.export.export` (16k rows are plenty). Without it each weight is cut by
+    calibration: re-iterable batches as for `torch.export.export` (8k to 16k rows were tried). Without it each weight is cut by
       its plain SVD at the same ratio, which is much worse.
     skip: names, globs, types. Always skipped, with the reason in `summary(result)`: weights that other modules read or share,
       grouped convolutions, layers that no rank makes smaller.
