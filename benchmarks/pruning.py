@@ -187,7 +187,7 @@ def latencies(models: list[nn.Module], x: torch.Tensor, passes: int = 15) -> lis
     return best
 
 
-def compare(name: str, amounts: list[float], recovery: int, cache: Path | None) -> list[dict]:
+def compare(name: str, amounts: list[float], recovery: int, share: float, cache: Path | None) -> list[dict]:
     torch.manual_seed(0)
     task = MODELS[name]()
     file = cache / f"{name}.pth" if cache else None
@@ -228,7 +228,7 @@ def compare(name: str, amounts: list[float], recovery: int, cache: Path | None) 
             row["before_recovery"] = round(task.score(pruned), 4)
             old, new = latencies([model, pruned], x)
             row |= {"original_ms": round(old, 2), "latency_ms": round(new, 2), "speedup": round(old / new, 2)}
-            recovered = train(task, copy.deepcopy(pruned), recovery, task.rate / 8, start=10_000)
+            recovered = train(task, copy.deepcopy(pruned), recovery, task.rate * share, start=10_000)
             row["after_recovery"] = round(task.score(recovered), 4)
             rows.append(row)
             print(row, flush=True)
@@ -239,7 +239,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS), help="(default: all)")
     parser.add_argument("--amounts", nargs="+", type=float, default=[0.25, 0.5], help="(default: %(default)s)")
-    parser.add_argument("--recovery", type=int, default=60, help="training steps after pruning (default: %(default)s)")
+    parser.add_argument("--recovery", type=int, default=40, help="training steps after pruning (default: %(default)s)")
+    parser.add_argument("--recovery-rate", type=float, default=0.5, help="of the training rate (default: %(default)s)")
     parser.add_argument("--cache", type=Path, help="folder for the trained models (default: none)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="CSV to add rows to (default: %(default)s)")
     arguments = parser.parse_args()
@@ -247,7 +248,7 @@ def main() -> None:
     fields = ["model", "amount", "method", "metric", "original", "before_recovery", "after_recovery", "parameters", "of"]
     fields += ["original_ms", "latency_ms", "speedup", "threads", "note"]
     for name in arguments.models:
-        rows = compare(name, arguments.amounts, arguments.recovery, arguments.cache)
+        rows = compare(name, arguments.amounts, arguments.recovery, arguments.recovery_rate, arguments.cache)
         new = not arguments.out.exists()
         with arguments.out.open("a", newline="") as file:
             writer = csv.DictWriter(file, fields)
