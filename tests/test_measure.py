@@ -157,7 +157,7 @@ def test_both_ways_of_starting(files, monkeypatch, start):
 
 def test_a_nursery_that_dies_is_named(files, tmp_path, monkeypatch):
     """Its last words are in the message."""
-    monkeypatch.setattr("quantize.measure.process._PACKAGE_PARENT", str(tmp_path))
+    monkeypatch.setattr(sys.modules[Worker.__module__], "_PACKAGE_PARENT", str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", "")
     (tmp_path / "quantize").mkdir()
     (tmp_path / "quantize" / "__init__.py").write_text("raise ImportError('no torch here')")
