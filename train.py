@@ -34,6 +34,7 @@ from quantize.report import build_report, print_report, write_report
 from quantize.training import Recipe
 
 CALIBRATION_BATCHES = 8
+PRUNED = {"text": {"*.ffn.up": 0.5}, "image": 0.5}  # half of the feed-forward neurons; half of all channels
 USER_ERRORS = (data.DataError, training.TrainingError, CheckpointError, MeasurementError, OSError)
 
 
@@ -58,7 +59,7 @@ PRESETS = {
             (4, 128),
             2**13,
         ),
-        "small": Preset(_DECODER, Recipe(steps=900, length=256, batch=8, short=0.6, **_FAST), (8, 256), 2**16),
+        "small": Preset(_DECODER, Recipe(steps=800, length=256, batch=8, short=0.6, **_FAST), (8, 256), 2**15),
         "base": Preset(
             DecoderConfig(width=512, layers=8, heads=8, qk_norm=True, max_length=512),
             Recipe(steps=8000, length=512, batch=16, short=0.6, lr=5e-3, muon_lr=0.02),
@@ -176,7 +177,9 @@ VARIANTS: dict[str, Callable[[Job], nn.Module]] = {
     "int8": lambda job: quantize.quantize_dynamic(job.model("fp32"), embeddings=True),
     "pruned": lambda job: quantize.prune_ln_structured(job.model("fp32"), job.example, amount=0.5, calibration=job.calibration),
     "pruned_recovered": lambda job: job.distil("pruned_recovered", quantize.recover, job.model("pruned")),
-    "low_rank": lambda job: quantize.factorize_low_rank(job.model("fp32"), ratio=0.5, calibration=job.calibration),
+    "low_rank": lambda job: quantize.factorize_low_rank(
+        job.model("fp32"), ratio=0.5, calibration=job.calibration, skip=("head",)
+    ),
     "low_rank_recovered": lambda job: job.distil("low_rank_recovered", quantize.recover, job.model("low_rank")),
     "student": lambda job: job.distil("student", quantize.distill, job.student()),
     "student_int8": lambda job: quantize.quantize_dynamic(job.model("student"), embeddings=True),
