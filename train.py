@@ -46,6 +46,7 @@ class Preset:
     recipe: Recipe
     batch: tuple[int, ...]  # example inputs for latency: (rows, tokens) of text, (rows,) of images
     validation: int | None = None  # bytes of held-out text that each row is evaluated on; None: all
+    rounds: int = 7  # in which the files take turns for timing
 
 
 _DECODER = DecoderConfig(width=128, layers=6, heads=2, qk_norm=True, max_length=256)
@@ -58,6 +59,7 @@ PRESETS = {
             Recipe(steps=60, length=128, batch=4, **_FAST),
             (4, 128),
             2**13,
+            rounds=3,
         ),
         "small": Preset(_DECODER, Recipe(steps=800, length=256, batch=8, short=0.6, **_FAST), (8, 256), 2**15),
         "base": Preset(
@@ -68,7 +70,7 @@ PRESETS = {
         ),
     },
     "image": {
-        "tiny": Preset(ConvNetConfig(widths=(32, 64)), Recipe(steps=60, batch=64), (64,)),
+        "tiny": Preset(ConvNetConfig(widths=(32, 64)), Recipe(steps=60, batch=64), (64,), rounds=3),
         "small": Preset(ConvNetConfig(widths=(64, 128), blocks=2), Recipe(steps=300, batch=64), (64,)),
         "base": Preset(ConvNetConfig(widths=(64, 128, 256), blocks=2), Recipe(steps=3000, batch=128), (64,)),
     },
@@ -132,7 +134,9 @@ class Job:
 
     def student(self) -> nn.Module:
         """About a quarter of the baseline's parameters, cut out of it: half its depth and half its inner widths."""
-        return quantize.make_student(self.model("fp32"), depth=0.5, width=0.5, example_inputs=self.example)
+        return quantize.make_student(
+            self.model("fp32"), depth=0.5, width=0.5, example_inputs=self.example, calibration=self.calibration
+        )
 
     def model(self, name: str) -> nn.Module:
         """The model of a row, made on first use."""
@@ -181,7 +185,7 @@ VARIANTS: dict[str, Callable[[Job], nn.Module]] = {
         job.model("fp32"), ratio=0.5, calibration=job.calibration, skip=("head",)
     ),
     "low_rank_recovered": lambda job: job.distil("low_rank_recovered", quantize.recover, job.model("low_rank")),
-    "student": lambda job: job.distil("student", quantize.distill, job.student()),
+    "student": lambda job: job.distil("student", partial(quantize.distill, temperature=1.0), job.student()),
     "student_int8": lambda job: quantize.quantize_dynamic(job.model("student"), embeddings=True),
 }
 
@@ -244,7 +248,7 @@ def prepare(arguments: argparse.Namespace) -> Job:
 def report(job: Job, names: Sequence[str]) -> None:
     """Measure every file in a fresh process, write the report and print the table."""
     measurements = compare(
-        {name: job.file(name) for name in names}, job.example, evaluate=job.evaluate,
+        {name: job.file(name) for name in names}, job.example, evaluate=job.evaluate, rounds=job.preset.rounds,
         progress=lambda line: print(f"measuring: {line}", file=sys.stderr, flush=True),
     )  # fmt: skip
     for measurement in measurements:

@@ -46,9 +46,7 @@ def noticed(path: Path) -> bool:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--trials", type=int, default=1000, help="per container, model, damage (default: %(default)s)"
-    )
+    parser.add_argument("--trials", type=int, default=1000, help="per container, model, damage (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     parser.add_argument("--output", type=Path, default=RESULTS, help="CSV file (default: %(default)s)")
     arguments = parser.parse_args(argv)

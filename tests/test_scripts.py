@@ -153,5 +153,5 @@ def test_resume_of_another_run_is_refused(tmp_path, capsys):
 
 def test_help_shows_defaults():
     """`--help` runs without doing anything and shows every default."""
-    text = script("train.py", "--help").stdout
+    text = " ".join(script("train.py", "--help").stdout.split())
     assert "(default: small)" in text and "(default: artifacts)" in text and "uv run python train.py" in text

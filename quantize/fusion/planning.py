@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,8 +94,11 @@ def fold(model: nn.Module, example_inputs: Any) -> nn.Module:
 @surgery.builder
 def folded(module: nn.Module, edits: Sequence[dict[str, Any]], inputs: dict[str, Any], keyword: bool, way: str) -> nn.Module:
     """Repeat `fold` on a fresh module, for a file's tensors: the graph follows from the model and the inputs' shapes."""
-    with torch.device("cpu"):
-        module = surgery.rebuild(surgery.clone(module), edits).eval()
+    module = surgery.rebuild(surgery.clone(module), edits).eval()
+    with ExitStack() as stack:
+        # Loading sets modes that keep tensors on the meta device and leave out initialisation; here the model is traced.
+        for _ in range(torch._C._len_torch_function_stack()):
+            stack.enter_context(torch.overrides._pop_mode_temporarily())
         _give_zeros(module)
         named = from_json(inputs)
         program = capture(module, named if keyword else tuple(named.values()))

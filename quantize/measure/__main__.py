@@ -69,7 +69,9 @@ def main(argv: Sequence[str] | None = None, *, out: BinaryIO | None = None) -> i
     except (CheckpointError, MeasurementError, ValueError, TypeError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    line = json.dumps(_strict({**dataclasses.asdict(result), "machine": machine()}), allow_nan=False)
+    line = json.dumps(
+        _strict({**dataclasses.asdict(result), "machine": {**machine(), "threads": result.threads}}), allow_nan=False
+    )
     out.write(line.encode() + b"\n")
     out.flush()
     return 0
