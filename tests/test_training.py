@@ -307,7 +307,7 @@ from test_training import *
 with training.distributed() as (rank, world):
     if sys.argv[1] == "kill":
         on_progress = lambda at: print(at.step, flush=True)
-        model = fit(network(), batches, classification_loss, replace(RECIPE, steps=300), checkpoint_path=sys.argv[2],
+        model = fit(network(), batches, classification_loss, replace(RECIPE, steps=120), checkpoint_path=sys.argv[2],
                     checkpoint_seconds=0, resume=True, on_progress=on_progress)
         print(digest(model))
     else:
@@ -338,7 +338,7 @@ def child(*arguments, launcher=()):
 def test_sigkill_and_resume(tmp_path):
     """Killed with SIGKILL and resumed, a run ends with the uninterrupted run's bits; 50 kills: benchmarks/kill_resume.py."""
     path = tmp_path / "state"
-    expected = digest(fit(network(), batches, classification_loss, replace(RECIPE, steps=300)))
+    expected = digest(fit(network(), batches, classification_loss, replace(RECIPE, steps=120)))
     process = child("kill", path)
     for line in process.stdout:
         if int(line) >= 60:
