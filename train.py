@@ -49,21 +49,21 @@ class Preset:
     rounds: int = 7  # in which the files take turns for timing
 
 
-_DECODER = DecoderConfig(width=128, layers=6, heads=2, qk_norm=True, max_length=256)
+_DECODER = DecoderConfig(width=128, layers=6, heads=2, qk_norm=True, max_length=1024)
 _FAST = {"lr": 1e-2, "muon_lr": 0.02}
 
 PRESETS = {
     "text": {
         "tiny": Preset(
-            replace(_DECODER, layers=2, ffn_width=1024, max_length=128),
-            Recipe(steps=60, length=128, batch=4, **_FAST),
+            replace(_DECODER, layers=2, ffn_width=1024),
+            Recipe(steps=40, length=128, batch=4, **_FAST),
             (4, 128),
             2**13,
             rounds=3,
         ),
         "small": Preset(_DECODER, Recipe(steps=800, length=256, batch=8, short=0.6, **_FAST), (8, 256), 2**15),
         "base": Preset(
-            DecoderConfig(width=512, layers=8, heads=8, qk_norm=True, max_length=512),
+            DecoderConfig(width=512, layers=8, heads=8, qk_norm=True, max_length=2048),
             Recipe(steps=8000, length=512, batch=16, short=0.6, lr=5e-3, muon_lr=0.02),
             (8, 256),
             2**16,
