@@ -34,7 +34,6 @@ from quantize.report import build_report, print_report, write_report
 from quantize.training import Recipe
 
 CALIBRATION_BATCHES = 8
-PRUNED = {"text": {"*.ffn.up": 0.5}, "image": 0.5}  # half of the feed-forward neurons; half of all channels
 USER_ERRORS = (data.DataError, training.TrainingError, CheckpointError, MeasurementError, OSError)
 
 
