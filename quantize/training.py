@@ -368,7 +368,7 @@ def evaluate_text(
         windows = [windows[i * len(windows) // count] for i in range(count)]
     device = next((t.device for t in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
     nats, hits, scored = 0.0, 0, 0
-    with _eval_mode(model):
+    with eval_mode(model):
         for i in range(0, len(windows), batch):
             rows = [text[start : start + length + 1] for start, _ in windows[i : i + batch]]
             ids = torch.stack(rows).to(device).long()
@@ -390,7 +390,7 @@ def evaluate_images(model: nn.Module, images: Tensor, labels: Tensor, *, batch: 
         raise ValueError("no images to evaluate on")
     device = next((t.device for t in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
     hits, nats = 0, 0.0
-    with _eval_mode(model):
+    with eval_mode(model):
         for i in range(0, len(images), batch):
             logits, target = model(images[i : i + batch].to(device)).float(), labels[i : i + batch].to(device)
             hits += int((logits.argmax(-1) == target).sum())
@@ -399,7 +399,7 @@ def evaluate_images(model: nn.Module, images: Tensor, labels: Tensor, *, batch: 
 
 
 @contextmanager
-def _eval_mode(model: nn.Module):
+def eval_mode(model: nn.Module):
     """Evaluate without dropout and leave every module's flag as it was."""
     flags = [(module, module.training) for module in model.modules()]
     model.eval()

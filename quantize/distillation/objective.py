@@ -16,7 +16,7 @@ from quantize.calibration import call, main_output
 from quantize.distillation import match
 from quantize.distillation.cache import TeacherCache
 from quantize.distillation.losses import row_weights, soft_kl, top_kl
-from quantize.training import TrainingError, autocast
+from quantize.training import TrainingError, autocast, eval_mode
 
 Batch = tuple[Any, Any, int]  # inputs, targets (or None), number of the batch
 
@@ -87,7 +87,7 @@ class Objective:
     def attached(self) -> Iterator[None]:
         """The teacher in eval mode and both models looked into; all of it undone at the end."""
         with ExitStack() as stack:
-            stack.enter_context(_evaluating(self.teacher))
+            stack.enter_context(eval_mode(self.teacher))
             self._seen = stack.enter_context(match.watching(self.student, [*self.hidden, *self.relations]))
             taught = [*self.hidden.values(), *self.relations.values()]
             self._taught = stack.enter_context(match.watching(self.teacher, taught))
@@ -100,7 +100,7 @@ class Objective:
         """Run both models once on a batch: whatever doesn't fit is found before training."""
         device = next((p.device for p in self.student.parameters()), torch.device("cpu"))
         inputs = _moved(batch[0], device)
-        with _evaluating(self.student), autocast(device, bf16):
+        with eval_mode(self.student), autocast(device, bf16):
             student = self._try("student", self.student, inputs)
             teacher = self._try("teacher", self.teacher, inputs) if self.needs_teacher else None
         if self.alpha > 0:
@@ -212,18 +212,6 @@ class Objective:
         """Take back what the last step did to running statistics."""
         for buffer, kept in self._statistics.items():
             buffer.copy_(kept)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """`model` in eval mode; every module's flag is put back afterwards."""
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, flag in flags:
-            module.training = flag
 
 
 def _moved(inputs: Any, device: torch.device) -> Any:

@@ -61,7 +61,7 @@ class Measurement:
     metrics: dict[str, float]  # what `evaluate` returned; the first one is the one to show
     load_s: float | None  # from the file to a usable model, torch already imported
     first_call_ms: float | None  # cold: kernels are chosen and weights packed in it
-    peak_rss_mb: float | None  # most memory the fresh process had resident before `evaluate`, torch's own included
+    peak_rss_mb: float | None  # most memory the fresh process had resident before `evaluate`; of torch, what it touched
     output_sha256: str | None  # `fingerprint` of the output for the example inputs
     threads: int
     allocator: str

@@ -187,7 +187,7 @@ def markdown(report: Report) -> str:
         _legend(rows),
         "Every number was measured from the saved file, loaded again in a fresh process, unless its notes say otherwise.",
         "The files took turns, so that a slow moment of the machine hits all of them; speed is the median of per-round ratios.",
-        "Load time is from the file to a usable model, torch already imported; peak memory includes torch's own.",
+        "Load time is from the file to a usable model, torch already imported; peak memory counts what was touched of torch.",
         "",
         "![Size and latency against quality](pareto.png)",
         "",
