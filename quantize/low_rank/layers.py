@@ -48,6 +48,19 @@ def _kind(layer: nn.Module) -> tuple[torch.dtype, torch.device, bool]:
     return (first.dtype if floating is not None else torch.float32), first.device, first.requires_grad
 
 
+def _empty(kind: type[nn.Module], *sizes: int, device: Any, dtype: torch.dtype | None, **options: Any) -> Any:
+    """A layer whose numbers are still to be filled in.
+
+    As `nn.utils.skip_init`, but without its `empty_like` of a meta tensor, which under `torch.device("meta")` (in which files
+    are loaded) imports a symbolic algebra package for two seconds.
+    """
+    layer = kind(*sizes, device="meta", dtype=dtype, **options)
+    for name, parameter in layer._parameters.items():
+        if parameter is not None:
+            layer._parameters[name] = nn.Parameter(torch.empty(parameter.shape, device=device or "cpu", dtype=parameter.dtype))
+    return layer
+
+
 class _Pair(nn.Module):
     first: nn.Module
     second: nn.Module
@@ -93,8 +106,8 @@ class LowRankLinear(_Pair):
                 f"rank {rank} is outside [1, {min(in_features, out_features)}] for {in_features} -> {out_features}"
             )
         self.in_features, self.out_features = in_features, out_features
-        self.first = nn.utils.skip_init(nn.Linear, in_features, rank, bias=False, device=device or "cpu", dtype=dtype)
-        self.second = nn.utils.skip_init(nn.Linear, rank, out_features, bias=bias, device=device or "cpu", dtype=dtype)
+        self.first = _empty(nn.Linear, in_features, rank, bias=False, device=device, dtype=dtype)
+        self.second = _empty(nn.Linear, rank, out_features, bias=bias, device=device, dtype=dtype)
 
     def weight_shape(self) -> tuple[int, int]:
         return self.out_features, self.in_features
@@ -134,9 +147,9 @@ class LowRankConv2d(_Pair):
             second = {n: v if isinstance(v, str) else (_NEUTRAL[n], v[1]) for n, v in shape.items()}
         common = {"device": like.weight.device, "dtype": like.weight.dtype}
         mode = like.padding_mode
-        self.first = nn.utils.skip_init(nn.Conv2d, like.in_channels, rank, **first, padding_mode=mode, bias=False, **common)
+        self.first = _empty(nn.Conv2d, like.in_channels, rank, **first, padding_mode=mode, bias=False, **common)
         mode = mode if split == "spatial" else "zeros"
-        self.second = nn.utils.skip_init(nn.Conv2d, rank, like.out_channels, **second, padding_mode=mode, bias=bias, **common)
+        self.second = _empty(nn.Conv2d, rank, like.out_channels, **second, padding_mode=mode, bias=bias, **common)
 
     def weight_shape(self) -> tuple[int, ...]:
         return self.out_channels, self.in_channels, *self.kernel_size
