@@ -170,7 +170,7 @@ def test_a_wrong_switch_is_named(monkeypatch: pytest.MonkeyPatch):
 
 def test_a_kernel_that_saturates_is_not_chosen(monkeypatch: pytest.MonkeyPatch):
     """Where oneDNN's sums saturate, as on CPUs without VNNI, the exact reference runs."""
-    monkeypatch.setattr(kernels, "int_mm", lambda q, w, s: (q.float() @ w.float().t()).clamp(max=32767) * s)
+    monkeypatch.setattr(kernels, "int_mm", lambda q, w, s, dtype: (q.float() @ w.float().t()).clamp(max=32767) * s)
     monkeypatch.setattr(kernels, "onednn", kernels.int_mm)
     assert kernels._fastest(4, 8, 256) is kernels.reference
 

@@ -16,9 +16,9 @@ from quantize.models import (
     DecoderLM,
     MLPConfig,
     apply_rope,
+    blocked_causal_attention,
     causal_attention,
     rope_table,
-    short_causal_attention,
 )
 
 TINY = {"vocab_size": 61, "width": 32, "layers": 2, "heads": 4, "kv_heads": 2, "ffn_width": 48}
@@ -92,10 +92,11 @@ def test_rope_depends_on_distance_only():
     assert abs(product(3, 1) - product(3, 2)) > 1e-3
 
 
-def test_attention_in_training_equals_the_one_in_use():
-    """Both ways to compute causal attention agree, grouped queries included, in values and gradients."""
+@pytest.mark.parametrize("block", [1, 4, 9, 128])
+def test_attention_in_blocks_equals_torch(block):
+    """Both ways to compute causal attention agree, grouped queries and a short last block included, in values and gradients."""
     q, k, v = (torch.randn(2, heads, 9, 8, requires_grad=True) for heads in (4, 2, 2))
-    outputs = [attention(q, k, v) for attention in (causal_attention, short_causal_attention)]
+    outputs = [causal_attention(q, k, v), blocked_causal_attention(q, k, v, block)]
     gradients = [torch.autograd.grad(output.square().sum(), (q, k, v)) for output in outputs]
     for one, other in zip((outputs[0], *gradients[0]), (outputs[1], *gradients[1]), strict=True):
         assert_close(one, other)
