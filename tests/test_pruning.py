@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import ZOO, assert_close, cosine, run, zoo
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from quantize import ConvNet, ConvNetConfig, DecoderConfig, DecoderLM, load, quantize_dynamic, save, to_half
+from quantize.calibration import InputStatistics
 from quantize.low_rank import factorize_low_rank
-from quantize.pruning import prune_ln_structured, summary
+from quantize.pruning import prune_ln_structured, scores, summary
+from quantize.pruning.budget import share_out
 
 
 def seeded(build):
@@ -275,6 +281,79 @@ def test_global_scope_removes_more_where_less_matters():
     assert pruned[0].out_features < 16 and pruned[2].out_features > 16
 
 
+class Stack(Branches):
+    """Residual MLPs of one shape, of which the second does next to nothing."""
+
+    def build(self):
+        self.ups = nn.ModuleList(nn.Linear(8, 64) for _ in range(3))
+        self.downs = nn.ModuleList(nn.Linear(64, 8) for _ in range(3))
+        self.downs[1].weight.data *= 1e-3
+
+    def forward(self, x):
+        for up, down in zip(self.ups, self.downs, strict=True):
+            x = x + down(up(x).relu())
+        return x
+
+
+def test_alike_layers_share_what_is_removed():
+    """With calibration, layers of one shape lose more where it costs less, together as much; named one by one, what is said."""
+    model, x = seeded(Stack), randn(128, 8)
+    plain = prune_ln_structured(model, x)
+    widths = lambda m: [up.out_features for up in m.ups]  # noqa: E731
+    assert widths(plain) == [32, 32, 32]
+    shared = prune_ln_structured(model, x, calibration=[x])
+    assert size(shared) == size(plain) and min(widths(shared)) == widths(shared)[1] == 8
+    assert widths(prune_ln_structured(model, x, calibration=[x], scope="layer")) == [32, 32, 32]
+    by_name = prune_ln_structured(model, x, calibration=[x], amount={f"ups.{i}": 0.5 for i in range(3)})
+    assert widths(by_name) == [32, 32, 32]
+    error = lambda m: (run(m, x) - run(model, x)).square().mean()  # noqa: E731
+    assert error(shared) < error(by_name)
+
+
+@given(st.lists(st.lists(st.integers(0, 9), min_size=4, max_size=4), min_size=2, max_size=3), st.integers(1, 6))
+@settings(deadline=None, derandomize=True)
+def test_sharing_out_is_optimal_for_convex_costs(slopes, total):
+    """The greedy walk finds the cheapest way to give `total` units where each further unit of a group costs no less."""
+    costs = [torch.tensor([0.0, *sorted(s)]).cumsum(0) for s in slopes]
+    given_ = share_out(costs, total, 1)
+    ways = [w for w in itertools.product(range(5), repeat=len(costs)) if sum(w) == total]
+    assert sum(given_) == total
+    assert float(sum(c[k] for c, k in zip(costs, given_, strict=True))) == min(
+        float(sum(c[k] for c, k in zip(costs, w, strict=True))) for w in ways
+    )
+
+
+def test_reconstruction_costs_are_what_a_refit_leaves():
+    """The cost of removing k units is the least-squares error that remains without them, as the metric weighs it."""
+    x, weight, half = randn(200, 10).double() @ randn(10, 10).double(), randn(4, 10).double(), randn(4, 4).double()
+    seen = InputStatistics()
+    seen.update(x)
+    reader = scores.Reader(weight, torch.arange(10).view(5, 2), seen, half.T @ half)
+    order, costs = scores.reconstruction([reader], 3, ridge=0.0)
+    for k in range(4):
+        stays = torch.ones(10, dtype=torch.bool)
+        stays[reader.places[order.argsort()[:k]].flatten()] = False
+        target = x @ weight.T
+        rest = target - x[:, stays] @ torch.linalg.lstsq(x[:, stays], target).solution
+        assert_close(costs[k], (rest @ half.T).square().sum(), dtype=torch.float32, factor=100)
+
+
+def test_calibration_is_streamed():
+    """One batch at a time is alive, and what is kept of them has the size of the layers."""
+    model, alive = mlp(), []
+
+    class Batches:
+        def __iter__(self):
+            for i in range(6):
+                batch = randn(32, 8) + i
+                alive.append(weakref.ref(batch))
+                assert sum(ref() is not None for ref in alive) <= 2  # the one in use, until the name is bound again
+                yield batch
+
+    prune_ln_structured(model, X, calibration=Batches())
+    assert len(alive) > 6 and not any(ref() is not None for ref in alive)
+
+
 @pytest.mark.parametrize("score", ["activation", "reconstruction", "taylor"])
 def test_dead_neurons_go_first(score):
     """Neurons that never fire are removed first, whatever their norm, and nothing changes."""
@@ -383,6 +462,8 @@ BAD = {
     "score without data": ({"score": "activation"}, ValueError, "needs calibration"),
     "taylor without loss": ({"score": "taylor", "calibration": [X]}, ValueError, "loss"),
     "scope": ({"scope": "all"}, ValueError, "all"),
+    "scope without data": ({"scope": "alike"}, ValueError, "scope='alike'.*needs calibration"),
+    "weights not finite": ({"amount": {"2": 0.5}, "calibration": [X * 1e38 * 1e38]}, ValueError, "not finite"),
     "round_to": ({"round_to": 0}, ValueError, "round_to is 0"),
 }
 

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from quantize import surgery
-from quantize.calibration import InputStatistics, collect
-from quantize.pruning import scores
+from quantize.calibration import collect, collect_gradients
+from quantize.pruning import budget, scores
 from quantize.pruning.cut import owners
 from quantize.pruning.groups import Group
 from quantize.pruning.labels import Key
@@ -54,8 +54,10 @@ def check_options(n: Any, score: Any, scope: Any, round_to: Any, loss: Any, cali
         raise ValueError(f"score={score!r} needs calibration batches")
     if (score == "taylor") != (loss is not None):
         raise ValueError("score='taylor' and loss go together: give loss=function(model, batch) -> scalar, or another score")
-    if scope not in ("layer", "global"):
-        raise ValueError(f"scope is {scope!r}; allowed: 'layer', 'global'")
+    if scope not in (None, "layer", "alike", "global"):
+        raise ValueError(f"scope is {scope!r}; allowed: 'layer', 'alike', 'global'")
+    if scope == "alike" and (calibration is None or score not in (None, "reconstruction")):
+        raise ValueError("scope='alike' shares out by the costs of reconstruction: it needs calibration batches and that score")
     if scope == "global" and score == "reconstruction":
         raise ValueError("score='reconstruction' ranks within a layer; with scope='global' use 'activation'")
     if round_to is not None and (isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1):
@@ -98,10 +100,13 @@ def choose(
         else:
             free[i] = group
     chosen: dict[int, float] = {}
+    asked: dict[int, str] = {}
     names = {n for n, _ in model.named_modules()}
     for pattern, value in amounts.items():
         if pattern == "*":
-            chosen.update({i: value for i in free if i not in chosen})
+            rest = [i for i in free if i not in chosen]
+            chosen.update(dict.fromkeys(rest, value))
+            asked.update(dict.fromkeys(rest, pattern))
             continue
         matched = {n for n in names if n and _around(n, pattern)}
         if not matched:
@@ -113,12 +118,13 @@ def choose(
                 f"amount names {pattern!r}, which can't be pruned: {'; '.join(whys) or 'it has no output channels'}"
             )
         for i in hit:
+            asked.setdefault(i, pattern)
             if chosen.setdefault(i, value) != value and set(amounts) - {"*"}:
                 raise ValueError(f"amount gives {chosen[i]} and {value} to {layers[i]}, whose channels go together")
     if not chosen:
         raise ValueError(f"nothing in {type(model).__name__} can be pruned: {reasons(left)}")
     for i, value in chosen.items():
-        free[i].amount = value
+        free[i].amount, free[i].asked = value, asked[i]
     return [free[i] for i in sorted(chosen)], left
 
 
@@ -141,17 +147,6 @@ def reasons(left: dict[str, str]) -> str:
     )
 
 
-def _keep(group: Group, amount: float, round_to: int | None) -> int:
-    """How many units stay: near (1 - amount) of them, a multiple of the rounding, never none."""
-    width = group.units * group.unit_size()
-    if round_to is None:
-        round_to = max((r for r in (16, 8, 4, 2, 1) if r * 8 <= width), default=1)
-    step = -(-round_to // math.gcd(round_to, group.unit_size())) if group.unit_size() < round_to else 1
-    target = group.units * (1 - amount)
-    keep = max(step, round(target / step + 1e-9) * step) if amount else group.units
-    return min(group.units, max(1, keep))
-
-
 def remove(
     model: nn.Module,
     wanted: list[Group],
@@ -164,10 +159,20 @@ def remove(
     left: dict[str, str],
 ) -> None:
     """Fill in `removed` of every group."""
-    keeps = [_keep(g, g.amount, round_to) for g in wanted]
-    values = _scores(model, wanted, rule, n, calibration, loss, [g.units - k for g, k in zip(wanted, keeps, strict=True)])
+    keeps = [budget.units_kept(g, g.amount, round_to) for g in wanted]
+    if rule == "magnitude":
+        values = [scores.magnitude(model, g, n) for g in wanted]
+    elif rule == "taylor":
+        values = scores.taylor(surgery.clone(model), wanted, calibration, loss)  # type: ignore[arg-type]
+    elif rule == "activation":
+        values = _by_readers(model, wanted, calibration, lambda g, rs: scores.activation_aware(rs, n))
+    else:
+        values, keeps = _reconstruction(model, wanted, keeps, scope, round_to, calibration)
+    for i, group in enumerate(wanted):
+        if values[i] is None:  # nothing that mixes channels reads them where we can look
+            values[i] = scores.magnitude(model, group, n)
     if scope == "global":
-        keeps = _global(wanted, values, round_to)
+        keeps = budget.units_kept_globally(wanted, values, round_to)
     for group, value, keep in zip(wanted, values, keeps, strict=True):
         if not torch.isfinite(value[value != math.inf]).all():
             raise ValueError(f"layer {layers_of(model, group)[0]!r} has weights that are not finite")
@@ -178,51 +183,63 @@ def remove(
             left.update(dict.fromkeys(layers_of(model, group), f"removing {group.amount:g} of {size} rounds to none"))
 
 
-def _global(wanted: list[Group], values: list[torch.Tensor], round_to: int | None) -> list[int]:
-    """Units kept per group when the least important of all groups go first; a tenth of every group stays at least."""
-    relative = [v / (v[v.isfinite()] ** 2).mean().sqrt().clamp(min=1e-30) for v in values]
-    everything = torch.cat(relative)
-    total = sum(g.units * g.amount for g in wanted)
-    limit = everything.sort().values[min(len(everything) - 1, int(total))]
-    keeps = []
-    for group, value in zip(wanted, relative, strict=True):
-        lost = min(int((value < limit).sum()) / group.units, 0.9) if group.amount else 0.0
-        keeps.append(_keep(group, lost, round_to))
-    return keeps
+def _reconstruction(
+    model: nn.Module, groups: list[Group], keeps: list[int], scope: str, round_to: int | None, calibration: Any
+) -> tuple[list[Any], list[int]]:
+    """Scores of each group (None where no layer reads it), and the units kept: with scope "alike", groups of one shape that
+    were asked for together give by what it costs, as many as they would give one by one."""
+    families = [f for f in budget.alike(groups) if len(f) > 1 and groups[f[0]].amount] if scope == "alike" else []
+    depths = [g.units - k for g, k in zip(groups, keeps, strict=True)]
+    for i in (i for family in families for i in family):
+        depths[i] = max(depths[i], budget.deepest(groups[i], round_to))
+    places = {place: module for g in groups for place, module, _ in _readers(model, g) if not isinstance(module, nn.Conv1d)}
+    metrics = _metrics(model, calibration, places)
+    depth = {id(g): d for g, d in zip(groups, depths, strict=True)}
+    ranked = _by_readers(model, groups, calibration, lambda g, rs: scores.reconstruction(rs, depth[id(g)]), metrics)
+    measured = [all(place in metrics for place, _, _ in _readers(model, g)) for g in groups]
+    for family in families:
+        if all(ranked[i] is not None and measured[i] for i in family):
+            total = sum(groups[i].units - keeps[i] for i in family)
+            step = budget.round_step(groups[family[0]], round_to)
+            given = budget.share_out([ranked[i][1] for i in family], total, step)
+            if sum(given) == total:
+                keeps = [groups[i].units - given[family.index(i)] if i in family else k for i, k in enumerate(keeps)]
+    return [None if r is None else r[0] for r in ranked], keeps
 
 
-def _scores(
+def _metrics(model: nn.Module, calibration: Any, layers: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
+    """How much the model's output depends on each layer's outputs; nothing where gradients can't be had."""
+    try:
+        found = collect_gradients(model, calibration, layers)
+    except (RuntimeError, TypeError, ValueError, NotImplementedError):
+        return {}  # no floating output, or an operation without a gradient: layers then count by their own outputs
+    return {name: metric for name, metric in found.items() if torch.isfinite(metric).all()}
+
+
+def _by_readers(
     model: nn.Module,
     groups: list[Group],
-    rule: str,
-    n: float,
     calibration: Iterable[Any] | None,
-    loss: Any,
-    removes: list[int],
-) -> list[torch.Tensor]:
-    if rule == "magnitude":
-        return [scores.magnitude(model, g, n) for g in groups]
-    if rule == "taylor":
-        return scores.taylor(surgery.clone(model), groups, calibration, loss)  # type: ignore[arg-type]
-    values: list[torch.Tensor] = []
-    for chunk in _chunks(model, list(zip(groups, removes, strict=True))):
-        layers = {place: module for g, _ in chunk for place, module, _ in _readers(model, g)}
+    score: Callable[[Group, list[scores.Reader]], Any],
+    metrics: dict[str, torch.Tensor] | None = None,
+) -> list[Any]:
+    """What `score` says of each group from the layers that read it; None for a group that none reads."""
+    values: list[Any] = []
+    for chunk in _chunks(model, groups):
+        layers = {place: module for g in chunk for place, module, _ in _readers(model, g)}
         seen = calibrated(lambda layers=layers: collect(model, calibration, layers)) if layers else {}
-        for group, remove in chunk:
-            values.append(_score(model, group, rule, n, remove, seen))
+        for group in chunk:
+            readers = [
+                scores.Reader(
+                    as_matrix(module),  # type: ignore[arg-type]
+                    matrix_rows(module, group.places[key]).flatten(1),
+                    seen[place],
+                    (metrics or {}).get(place),
+                )
+                for place, module, key in _readers(model, group)
+            ]
+            values.append(score(group, readers) if readers else None)
     return values
-
-
-def _score(model: nn.Module, group: Group, rule: str, n: float, remove: int, seen: dict[str, InputStatistics]) -> torch.Tensor:
-    readers = [
-        (as_matrix(module), matrix_rows(module, group.places[key]).flatten(1), seen[place])
-        for place, module, key in _readers(model, group)
-    ]
-    if not readers:  # nothing that mixes channels reads them where we can look
-        return scores.magnitude(model, group, n)
-    if rule == "activation":
-        return scores.activation_aware(readers, n)  # type: ignore[arg-type]
-    return scores.reconstruction(readers, remove)  # type: ignore[arg-type]
 
 
 def _readers(model: nn.Module, group: Group) -> list[tuple[str, nn.Module, Key]]:
@@ -235,16 +252,16 @@ def _readers(model: nn.Module, group: Group) -> list[tuple[str, nn.Module, Key]]
     return found
 
 
-def _chunks(model: nn.Module, items: list[tuple[Group, int]]) -> Iterable[list[tuple[Group, int]]]:
+def _chunks(model: nn.Module, groups: list[Group]) -> Iterable[list[Group]]:
     """Runs of groups whose second moments fit in memory together."""
-    run: list[tuple[Group, int]] = []
+    run: list[Group] = []
     held = 0
-    for item in items:
-        size = sum(as_matrix(m).shape[1] ** 2 for _, m, _ in _readers(model, item[0]))  # type: ignore[union-attr]
+    for group in groups:
+        size = sum(as_matrix(m).shape[1] ** 2 for _, m, _ in _readers(model, group))  # type: ignore[union-attr]
         if run and held + size > MOMENTS:
             yield run
             run, held = [], 0
-        run.append(item)
+        run.append(group)
         held += size
     if run:
         yield run

@@ -6,6 +6,7 @@ adds, an attention head, a key-value head with its queries. A group is all units
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -24,7 +25,9 @@ class Group:
     outputs: list[Key]  # dimensions that are output channels of a layer, in the order of the graph
     inputs: dict[Key, str]  # dimensions that are summed over, and the module whose forward does it
     pinned: int = 0  # channels of the first output that can't go
+    parameters: int = 0  # that go with one unit, when nothing else is pruned
     amount: float = 0.0  # fraction of the units to remove
+    asked: str = ""  # what named the group in `amount`
     removed: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))  # units, by number
 
     @property
@@ -111,6 +114,7 @@ def find_groups(labels: Labels) -> tuple[list[Group], dict[Key, str]]:
             outputs,
             {k: labels.inputs[k] for k in keys if k in labels.inputs},
             pinned.get(outputs[0], 0),
+            sum(n * math.prod(labels.shapes[name]) // labels.shapes[name][dim] for (name, dim), n in kind),
         )
         groups.append(group)
     return sorted(groups, key=lambda g: order[g.outputs[0]]), stuck

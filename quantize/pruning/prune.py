@@ -76,7 +76,7 @@ def prune_ln_structured(
     skip: surgery.Skip = (),
     masked: bool = False,
     score: str | None = None,
-    scope: str = "layer",
+    scope: str | None = None,
     round_to: int | None = None,
     repair: bool = True,
     loss: Callable[[nn.Module, Any], torch.Tensor] | None = None,
@@ -99,7 +99,10 @@ def prune_ln_structured(
         masked: return the full-sized twin with zeros in the removed places; it computes the same.
         score: "magnitude" (default without calibration), "activation", "reconstruction" (default with it), or "taylor"
             (needs `loss`).
-        scope: "layer" removes `amount` of every group; "global" removes that share of all units, the least important first.
+        scope: "layer" removes `amount` of every group (default without calibration). "alike" (default with it) removes that
+            share of all groups of one shape together (the feed-forward layers of a transformer, say), more where it costs
+            less, so the model gets just as small; layers that `amount` names one by one lose what it says of them. "global"
+            removes that share of all units, the least important first.
         round_to: kept widths are multiples of this (default: 16, or less for layers narrower than 128).
         repair: with calibration, refit the readers of pruned channels and re-estimate BatchNorm statistics.
         loss: for "taylor", a function (model, batch) -> scalar.
@@ -120,8 +123,9 @@ def prune_ln_structured(
     trace = Trace(export(surgery.clone(work), example_inputs), work)
     groups, stuck = find_groups(trace.labels)
     wanted, left = choose(work, groups, stuck, amounts, skip)
-    by_calibration = "reconstruction" if scope == "layer" else "activation"  # ranks can't be compared between groups
+    by_calibration = "activation" if scope == "global" else "reconstruction"
     rule = score or ("magnitude" if calibration is None else by_calibration)
+    scope = scope or ("alike" if rule == "reconstruction" else "layer")
     remove(work, wanted, rule, scope, n, round_to, calibration, loss, left)
     wanted = [g for g in wanted if len(g.removed)]
     if amounts and not wanted and any(a > 0 for a in amounts.values()):
@@ -186,16 +190,16 @@ def _verified(
 
 
 def _repair_steps(trace: Trace, model: nn.Module, kept: dict[Key, torch.Tensor]) -> list[Step]:
-    """What to repair, in the order of the graph: layers whose inputs shrank, and after the first of them BatchNorms and the
-    layers that write to a residual stream."""
-    shrunk: dict[str, torch.Tensor | None] = {}
+    """What to repair, in the order of the graph: the first layer whose inputs shrank and all layers after it that can be
+    refitted, and BatchNorms. Layers that read the same tensor one after another are one step."""
+    shrunk: set[str] = set()
     for name, dim in kept:
         places = owners(model, name)
-        alone = len(places) == 1 and places[0][0] == trace.labels.inputs.get((name, dim))
-        if alone and as_matrix(places[0][1]) is not None:
-            output = next((k for k in trace.labels.outputs if k[0] == name), None)
-            shrunk[places[0][0]] = kept.get(output) if output else None
-    steps: dict[str, Step] = {}
+        if len(places) == 1 and places[0][0] == trace.labels.inputs.get((name, dim)) and as_matrix(places[0][1]) is not None:
+            shrunk.add(places[0][0])
+    outputs = {name: kept.get((name, dim)) for name, dim in trace.labels.outputs}
+    steps: dict[str, Step] = {}  # by the name of the layer
+    sources: dict[str, Any] = {}  # what it reads, if that may be shared
     for node in trace.values:
         place = module_of(node)
         if node.op != "call_function" or not place:
@@ -203,19 +207,29 @@ def _repair_steps(trace: Trace, model: nn.Module, kept: dict[Key, torch.Tensor])
         base, module = operation(node), model.get_submodule(place)
         if place in steps:
             steps[place].calls += base in (*LAYERS, "batch_norm")
-        elif base in LAYERS and place in shrunk:
-            steps[place] = Step(place, shrunk[place], stream=_adds(node))
-        elif base in LAYERS and steps and _adds(node) and as_matrix(module) is not None and _whole(model, place, kept):
-            steps[place] = Step(place, None, stream=True)
+        elif base in LAYERS and (place in shrunk or (steps and _alone(model, place))):
+            steps[place] = Step({place: outputs.get(f"{place}.weight")}, stream=_adds(node))
+            if module._parameters["weight"].ndim == 2:
+                sources[place] = node.args[1 if base == "addmm" else 0]
         elif base == "batch_norm" and steps and isinstance(module, nn.modules.batchnorm._BatchNorm):
             if module.track_running_stats:
-                steps[place] = Step(place, kept.get((f"{place}.running_mean", 0)))
-    for step in steps.values():
+                steps[place] = Step({place: kept.get((f"{place}.running_mean", 0))})
+    joined: list[Step] = []
+    last: tuple[Any, bool] | None = None  # what the last step reads, and whether it has a bias
+    for place, step in steps.items():
         step.stream = step.stream and step.calls == 1
-    return list(steps.values())
+        shared = step.calls == 1 and not step.stream and place in sources
+        this = (sources[place], model.get_submodule(place)._parameters.get("bias") is not None) if shared else None
+        if this is not None and this == last:
+            joined[-1].layers.update(step.layers)
+        else:
+            joined.append(step)
+        last = this
+    return joined
 
 
 LAYERS = ("linear", "addmm", "conv1d", "conv2d", "matmul")
+WIDE = 8  # a whole layer with more than so many outputs per input (a vocabulary's) is not refitted: it has too little to gain
 
 
 def _adds(node: torch.fx.Node) -> bool:
@@ -229,7 +243,7 @@ def _adds(node: torch.fx.Node) -> bool:
     return len(operands) == 2 and operands[0].meta["val"].shape == operands[1].meta["val"].shape
 
 
-def _whole(model: nn.Module, place: str, kept: dict[Key, torch.Tensor]) -> bool:
-    """Does nobody else hold the layer's weight, and does it keep all its channels?"""
-    name = f"{place}.weight"
-    return len(owners(model, name)) == 1 and not any(n == name for n, _ in kept)
+def _alone(model: nn.Module, place: str) -> bool:
+    """Can this layer be refitted, does nobody else hold its weight, and is it no vocabulary?"""
+    matrix = as_matrix(model.get_submodule(place))
+    return matrix is not None and len(owners(model, f"{place}.weight")) == 1 and matrix.shape[0] <= WIDE * matrix.shape[1]

@@ -21,10 +21,13 @@ from quantize.calibration import call, rows
 
 @dataclass
 class Step:
-    """A layer to repair: the outputs it keeps (by index; None: all), its calls in a pass, whether it adds to a stream."""
+    """Layers to repair at once: they read the same tensor, one after another.
 
-    layer: str
-    outputs: torch.Tensor | None
+    layers: the outputs that each keeps, by index (None: all). calls: how often the layer runs in a pass, if it is only one.
+    stream: its output is added to a residual stream.
+    """
+
+    layers: dict[str, torch.Tensor | None]
     calls: int = 1
     stream: bool = False
 
@@ -93,8 +96,8 @@ class _Additions(TorchFunctionMode):
 ADDITIONS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
 
 
-def _see(model: nn.Module, layer: nn.Module, batch: Any, calls: int, *, stream: bool = False) -> list[Seen]:
-    """The calls of `layer` in one pass over a batch; the pass ends after the last one (with `stream`, after the addition)."""
+def _see(model: nn.Module, names: Sequence[str], batch: Any, calls: int, *, stream: bool = False) -> list[Seen]:
+    """The calls of some layers in one pass over a batch; it ends after the last one (with `stream`, after the addition)."""
     seen: list[Seen] = []
 
     def hook(_: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> None:
@@ -102,14 +105,15 @@ def _see(model: nn.Module, layer: nn.Module, batch: Any, calls: int, *, stream: 
         if len(seen) == calls and not stream:
             raise _Reached
 
-    handle = layer.register_forward_hook(hook, with_kwargs=True)
+    handles = [model.get_submodule(name).register_forward_hook(hook, with_kwargs=True) for name in names]
     try:
         with _Additions(seen) if stream else nullcontext():
             call(model, batch)
     except _Reached:
         pass
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     return seen
 
 
@@ -165,37 +169,35 @@ def fit_weight(halves: tuple[Moments, Moments], start: torch.Tensor, *, bias: bo
     return solve(first + second, start, min(errors, key=errors.__getitem__), bias=bias)
 
 
-def refit(
-    original: nn.Module,
-    pruned: nn.Module,
-    name: str,
-    outputs: torch.Tensor | None,
-    batches: Iterable[Any],
-    calls: int,
-    stream: bool,
-) -> None:
-    """Refit layer `name` of `pruned` to the outputs (those kept, by index) of the same layer of `original`.
+def refit(original: nn.Module, pruned: nn.Module, step: Step, batches: Iterable[Any]) -> None:
+    """Refit layers of `pruned` to the outputs (those kept) of the same layers of `original`.
 
-    With `stream`, the layer's output is added to a residual stream, and what is fitted is the sum: the layer also makes up for
-    what the stream lost further up.
+    In a stream, what is fitted is the sum: the layer also makes up for what the stream lost further up.
     """
-    old, new = original.get_submodule(name), pruned.get_submodule(name)
-    start = as_matrix(new).double()  # type: ignore[union-attr]
-    bias = new._parameters.get("bias")
-    if bias is not None:
-        start = torch.cat([start, bias.detach().double()[:, None]], 1)
+    layers = {name: pruned.get_submodule(name) for name in step.layers}
+    first = next(iter(layers.values()))
+    biased = first._parameters.get("bias") is not None
+    starts = []
+    for layer in layers.values():
+        start = as_matrix(layer).double()  # type: ignore[union-attr]
+        starts.append(torch.cat([start, layer._parameters["bias"].detach().double()[:, None]], 1) if biased else start)
+    calls = len(layers) if len(layers) > 1 else step.calls
     halves = (Moments(), Moments())
     for batch in batches:
-        before = _see(original, old, batch, calls, stream=stream)
-        after = _see(pruned, new, batch, calls, stream=stream)
-        for whole, part in zip(before, after, strict=True):
-            x, target = rows(new, part.given).float(), whole.output  # [N, K]
-            channel = 1 if isinstance(new, (nn.Conv1d, nn.Conv2d)) else target.ndim - 1
-            y = target.movedim(channel, -1).reshape(-1, target.shape[channel]).float()  # [N, out]
-            y = y if outputs is None else y[:, outputs]
-            if whole.stream is not None and part.stream is not None and outputs is None:
-                y = y + (whole.stream - part.stream).movedim(channel, -1).reshape(y.shape).float()
-            if bias is not None:
+        before = _see(original, list(layers), batch, calls, stream=step.stream)
+        after = _see(pruned, list(layers), batch, calls, stream=step.stream)
+        if len(before) != len(after) or (len(layers) > 1 and len(before) != calls):
+            continue  # the batch takes other ways through the two models
+        for i in range(0, len(before), len(layers)):
+            x = rows(first, after[i].given).float()  # [N, K]
+            targets = []
+            for whole, part, outputs in zip(before[i:], after[i:], step.layers.values(), strict=False):
+                y = _outputs(first, whole.output, outputs)
+                if whole.stream is not None and part.stream is not None and outputs is None:
+                    y = y + _outputs(first, whole.stream - part.stream, None)
+                targets.append(y)
+            y = torch.cat(targets, 1)  # [N, out]
+            if biased:
                 x = torch.cat([x, x.new_ones(len(x), 1)], 1)
             middle = len(x) // 2
             halves[0].add(x[:middle], y[:middle])
@@ -204,9 +206,17 @@ def refit(
     if total.count == 0:
         return
     if not (torch.isfinite(total.outer).all() and torch.isfinite(total.cross).all()):
-        raise ValueError(f"calibration gives layer {name!r} inputs or outputs that are not finite")
-    weight = fit_weight(halves, start, bias=bias is not None)
-    _write(new, *((weight, None) if bias is None else (weight[:, :-1], weight[:, -1])))
+        raise ValueError(f"calibration gives layer {next(iter(layers))!r} inputs or outputs that are not finite")
+    weights = fit_weight(halves, torch.cat(starts), bias=biased).split([len(start) for start in starts])
+    for layer, weight in zip(layers.values(), weights, strict=True):
+        _write(layer, *((weight[:, :-1], weight[:, -1]) if biased else (weight, None)))
+
+
+def _outputs(layer: nn.Module, output: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
+    """A layer's output as rows [N, out], of the kept channels."""
+    channel = 1 if isinstance(layer, (nn.Conv1d, nn.Conv2d)) else output.ndim - 1
+    y = output.movedim(channel, -1).reshape(-1, output.shape[channel]).float()
+    return y if kept is None else y[:, kept]
 
 
 def reestimate(
@@ -222,7 +232,7 @@ def reestimate(
     for model, kept in ((original, outputs), (pruned, None)):
         count, total, square = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
         for batch in batches:
-            for call_ in _see(model, model.get_submodule(name), batch, calls):
+            for call_ in _see(model, [name], batch, calls):
                 x = call_.given
                 x = x.movedim(1, -1).reshape(-1, x.shape[1]).double()
                 x = x if kept is None else x[:, kept]
@@ -247,7 +257,8 @@ def repair_layers(
 ) -> None:
     """Refit or re-estimate, in place, the layers named in `steps`, in that order."""
     for step in steps:
-        if isinstance(pruned.get_submodule(step.layer), nn.modules.batchnorm._BatchNorm):
-            reestimate(original, pruned, step.layer, step.outputs, batches, step.calls)
+        name, outputs = next(iter(step.layers.items()))
+        if isinstance(pruned.get_submodule(name), nn.modules.batchnorm._BatchNorm):
+            reestimate(original, pruned, name, outputs, batches, step.calls)
         else:
-            refit(original, pruned, step.layer, step.outputs, batches, step.calls, step.stream)
+            refit(original, pruned, step, batches)
