@@ -161,6 +161,17 @@ def test_allocation_is_optimal_up_to_one_step():
         assert best(budget) - 1e-9 <= sum(c.loss for c in chosen) <= best(max(72, budget - largest_step)) + 1e-9
 
 
+def test_allocation_leaves_nothing_that_helps():
+    """Of flat spectra, where all or nothing is the best use of the budget, the rest of it is used too."""
+    layers = {name: maths.choices(torch.ones(16), (16, 16), range(1, 7)) for name in "abc"}
+    for budget in range(96, 768, 16):
+        chosen = {n: next(c for c in layers[n] if c.rank == r) for n, r in maths.allocate(layers, budget).items()}
+        left = budget - sum(c.parameters for c in chosen.values())
+        assert left >= 0
+        for name, choice in chosen.items():
+            assert not any(c.parameters - choice.parameters <= left and c.loss < choice.loss for c in layers[name])
+
+
 @pytest.mark.parametrize("rank", [0, 6, -1])
 def test_rank_outside_the_matrix_is_refused(rank):
     """Ranks below 1 or above the smaller side are errors with the range."""
@@ -353,22 +364,45 @@ def test_auto_split_finds_separable_kernels():
     assert {layer.split for layer in factorize_low_rank(nn.Sequential(separable), split="channel")} == {"channel"}
 
 
-@pytest.mark.parametrize("verdict", [True, False])
-def test_only_faster_keeps_what_isnt(monkeypatch, verdict):
-    """Layers whose pairs time slower stay as they are; if that is all of them, it is an error."""
+@pytest.mark.parametrize("limit", [0.8, 0.35, 0.0])
+def test_layers_whose_pairs_are_slower_stay(monkeypatch, limit):
+    """Ranks stay within the share of the parameters up to which pairs are fast; if there is none, it is an error."""
     monkeypatch.setattr(timing, "_KNOWN", {})
-    monkeypatch.setattr(timing, "_no_slower", lambda pair, layer, x: verdict or pair.rank <= 24)
+    monkeypatch.setattr(timing, "LONG_ENOUGH", 0.0)
+    monkeypatch.setattr(timing, "_no_slower", lambda pair, layer, x: parameters(pair) <= 1.1 * limit * parameters(layer))
     model = mlp(64, 96, 64)
-    small = factorize_low_rank(model, energy=0.95, calibration=data(64), only_faster=True)
-    free = factorize_low_rank(model, energy=0.95, calibration=data(64))
-    if verdict:
-        assert summary(small) == summary(free)
-    else:
-        assert all(m.rank <= 24 for m in pairs_in(small).values())
-        monkeypatch.setattr(timing, "_KNOWN", {})
-        monkeypatch.setattr(timing, "_no_slower", lambda *_: False)
-        with pytest.raises(ValueError, match="only_faster=True"):
-            factorize_low_rank(model, calibration=data(64), only_faster=True)
+    if limit == 0:
+        with pytest.raises(ValueError, match="no pair is as fast as its layer"):
+            factorize_low_rank(model, calibration=data(64))
+        assert pairs_in(factorize_low_rank(model, calibration=data(64), only_faster=False))
+        return
+    small = factorize_low_rank(model, ratio=0.9, calibration=data(64))
+    for name, pair in pairs_in(small).items():
+        assert parameters(pair) - pair.bias.numel() <= limit * model.get_submodule(name).weight.numel()
+
+
+def test_time_says_nothing_of_small_layers_unless_asked(monkeypatch):
+    """A layer as quick as a call isn't judged by time, a large one is; explicit ranks aren't either."""
+    monkeypatch.setattr(timing, "_KNOWN", {})
+    monkeypatch.setattr(timing, "_no_slower", lambda *_: False)
+    model, x = mlp(64, 64), data(64, rows=8)
+    assert pairs_in(factorize_low_rank(model, calibration=x)) and pairs_in(factorize_low_rank(model, rank=8, calibration=x))
+    for options in ({"ratio": 0.5, "only_faster": True}, {"rank": 8, "only_faster": True}):
+        with pytest.raises(ValueError, match="no pair is as fast"):
+            factorize_low_rank(model, calibration=x, **options)
+    with pytest.raises(ValueError, match="no pair is as fast"):
+        factorize_low_rank(mlp(256, 256), calibration=data(256, rows=4096))
+
+
+@pytest.mark.parametrize("ratio", [0.85, 0.95])
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_a_ratio_near_one_leaves_some_layers_whole(ratio, calibrated):
+    """Pairs of almost the layer's size would be slower: the budget is met by smaller ones beside layers that stay whole."""
+    model = mlp(128, 256, 128, 256, 64, bias=False)
+    small = factorize_low_rank(model, ratio=ratio, calibration=data(128) if calibrated else None)
+    shares = [parameters(pair) / model.get_submodule(name).weight.numel() for name, pair in pairs_in(small).items()]
+    assert 0 < len(shares) < 4 and max(shares) <= 0.8
+    assert parameters(small) <= ratio * parameters(model)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "vit", "t5"])
@@ -507,6 +541,7 @@ def test_pairs_script_trace_and_export():
         ({"calibration": []}, ValueError, "empty"),
         ({"calibration": torch.ones(2, 64)}, TypeError, "calibration must be a sequence"),
         ({"calibration": [torch.full((2, 64), torch.inf)]}, ValueError, "not finite"),
+        ({"calibration": [torch.ones(2, 5)]}, ValueError, "doesn't run on the first batch of calibration"),
     ],
 )
 def test_bad_input_is_refused_by_name(options, error, text):

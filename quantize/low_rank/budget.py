@@ -16,10 +16,10 @@ from quantize.low_rank import maths, timing
 
 Budget = float | int | Mapping[str, float | int]
 
-# Share of a layer's parameters up to which a pair takes no longer than the layer in a batch. On an AVX-512 CPU, 2 threads, 256
-# to 2048 rows, widths 192 to 2048: 0.98 to 1.35 times as fast at 0.8, 0.75 to 1.14 at 1. A global budget, which is free to
-# choose, keeps layers above it whole.
-QUICK = 0.8
+# Share of a layer's parameters up to which a pair takes no longer than the layer in a batch, where timing says nothing else. On
+# an AVX-512 CPU, 2 threads, 256 to 2048 rows, widths 128 to 2048: 0.98 to 1.35 times as fast at 0.8, 0.75 to 1.14 at 1. A
+# global budget, which is free to choose, keeps layers above it whole.
+QUICK = max(timing.SHARES)
 
 
 def read_budget(ratio: Any, energy: Any, rank: Any) -> tuple[str, Any]:
@@ -78,8 +78,11 @@ def choose_ranks(
 ) -> dict[str, int | None]:
     """Rank per layer; None where the layer stays as it is."""
     shapes = {name: tuple(pairs.matrix(layer).shape) for name, layer in layers.items()}
-    if kind == "ratio" and weighted and not isinstance(value, Mapping):
-        return _global_ranks(float(value), shapes, spectra, allowed)
+    if kind == "ratio" and not isinstance(value, Mapping):
+        if not weighted:  # spectra of weights alone can't be compared: each layer counts the same
+            spectra = {name: s / s.norm().clamp_min(1e-300) for name, s in spectra.items()}
+        if weighted or value > QUICK:
+            return _global_ranks(float(value), shapes, spectra, allowed)
     ranks: dict[str, int | None] = {}
     for name, (m, k) in shapes.items():
         v = values[name]
@@ -101,18 +104,31 @@ def choose_ranks(
 
 
 def allowed_ranks(
-    model: nn.Module, batches: Iterable[Any] | None, layers: Mapping[str, nn.Module], *, only_faster: bool
+    model: nn.Module,
+    batches: Iterable[Any] | None,
+    layers: Mapping[str, nn.Module],
+    *,
+    global_ratio: bool,
+    only_faster: bool | None,
 ) -> dict[str, list[int]]:
-    """Ranks, rising, at which each layer gets smaller and, if asked, not slower."""
-    smaller = {name: maths.candidate_ranks(*pairs.matrix(layer).shape, 1) for name, layer in layers.items()}
-    if not only_faster or batches is None:
-        return smaller
-    originals = {name: model.get_submodule(name) for name in layers}
-    shapes = calibrate.trace_calls(model, next(iter(batches)), originals).shapes
-    return {
-        name: timing.fastest_ranks(layers[name], shapes[name], ranks) if name in shapes else []
-        for name, ranks in smaller.items()
-    }
+    """Ranks, rising, at which each layer gets smaller and not slower; empty where timing finds none.
+
+    only_faster: True times every layer, None those that take long enough to tell, False none. global_ratio: layers that aren't
+    timed are held to `QUICK` as far as they can be.
+    """
+    shapes: Mapping[str, Sequence[int]] = {}
+    if only_faster is not False and batches is not None:
+        originals = {name: model.get_submodule(name) for name in layers}
+        shapes = calibrate.trace_calls(model, next(iter(batches)), originals).shapes
+    allowed = {}
+    for name, layer in layers.items():
+        m, k = pairs.matrix(layer).shape
+        smaller = maths.candidate_ranks(m, k, 1)
+        timed = timing.quick_share(layer, shapes[name], always=bool(only_faster)) if name in shapes else None
+        share = timed if timed is not None else QUICK if global_ratio else 1.0
+        fast = [r for r in smaller if r * (m + k) <= share * m * k]
+        allowed[name] = fast or (smaller if timed is None else [])
+    return allowed
 
 
 def _global_ranks(
@@ -122,14 +138,13 @@ def _global_ranks(
     allowed: Mapping[str, Sequence[int]],
 ) -> dict[str, int | None]:
     total = sum(m * k for m, k in shapes.values())
-    quick = {n: [r for r in ranks if r * sum(shapes[n]) <= QUICK * math.prod(shapes[n])] for n, ranks in allowed.items()}
     budget = math.floor(ratio * total + 1e-9)
     for fine in (False, True):  # ranks below the unit only where the budget can't be met otherwise
         options = {
             name: maths.choices(
                 spectra[name],
                 shape,
-                (not fine and [r for r in quick[name] if r % rank_unit(shape) == 0]) or quick[name] or allowed[name],
+                (not fine and [r for r in allowed[name] if r % rank_unit(shape) == 0]) or allowed[name],
             )
             for name, shape in shapes.items()
         }

@@ -38,7 +38,7 @@ def factorize_low_rank(
     calibration: Iterable[Any] | None = None,
     skip: surgery.Skip = (),
     split: str = "auto",
-    only_faster: bool = False,
+    only_faster: bool | None = None,
     loss: Callable[[Any, Any], torch.Tensor] | None = None,
     max_passes: int = 64,
     memory: int = 1 << 30,
@@ -58,7 +58,9 @@ def factorize_low_rank(
     split: how k x k convolutions are cut: "channel" (k x k, then 1 x 1), "spatial" (k x 1, then 1 x k), or "auto", whichever
       loses less in no more parameters than the channel split of that rank.
     only_faster: factorize only where a pair is no slower by timing on this machine, on inputs shaped like the first batch's.
-      The result then depends on the machine.
+      Default: where there is calibration and the budget isn't given layer by layer (rank, a dict), for layers that take at
+      least 0.1 ms. True: everywhere, also where only the time of a call counts. False: don't time. A number for ratio keeps
+      the pairs of layers that aren't timed below 0.8 of their parameters, where they were no slower on the machines we had.
     loss: loss(output, batch), a scalar summed over rows, whose gradients weigh errors; default `calibration.fisher_loss`.
     max_passes: limit on calibration passes after the first; above it, layers share a pass. memory: bytes of second moments kept
       at a time.
@@ -77,18 +79,24 @@ def factorize_low_rank(
     layers = {name: layers[name] for name in values}
     _check_weights(layers)
     if calibration is not None:
-        calibrate.check_batches(calibration)
+        _check_runs(model, next(iter(calibrate.check_batches(calibration))))
     if kind == "ratio" and all(v == 1 for v in values.values()):
         ranks: dict[str, int | None] = dict.fromkeys(layers)
         moments: dict[str, torch.Tensor] = {}
     else:
         spectra, moments = _spectra(model, calibration, layers, loss, memory)
-        allowed = budgets.allowed_ranks(model, calibration, layers, only_faster=only_faster)
+        by_layer = kind == "rank" or isinstance(value, Mapping)
+        if only_faster is None and by_layer:
+            only_faster = False
+        free = kind == "ratio" and not by_layer
+        allowed = budgets.allowed_ranks(model, calibration, layers, global_ratio=free, only_faster=only_faster)
         for name in [name for name in layers if not allowed[name]]:
             skipped[name] = "no rank is as fast on this machine"
             del layers[name]
         if not layers:
-            raise ValueError(f"only_faster=True: no pair is as fast as its layer on this machine ({len(values)} layers timed)")
+            raise ValueError(
+                f"no pair is as fast as its layer on this machine ({len(values)} layers tried); only_faster=False doesn't ask"
+            )
         ranks = budgets.choose_ranks(kind, value, values, layers, spectra, allowed, weighted=calibration is not None)
     for name, r in ranks.items():
         if r is None:
@@ -170,8 +178,18 @@ def _obstacle(module: nn.Module, name: str, users: Mapping[int, Sequence[str]], 
     return None
 
 
+def _check_runs(model: nn.Module, batch: Any) -> None:
+    try:
+        calibrate.trace_calls(model, batch, {})
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{type(model).__name__} doesn't run on the first batch of calibration: {reason}") from error
+
+
 def _check_weights(layers: Mapping[str, nn.Module]) -> None:
     for name, layer in layers.items():
+        if layer.weight.is_meta:
+            raise ValueError(f"layer {name!r} has no numbers, only shapes: its weight is on the meta device")
         if not torch.isfinite(layer.weight).all():
             raise ValueError(f"layer {name!r} has weights that are not finite")
 

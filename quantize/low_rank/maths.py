@@ -176,8 +176,9 @@ def choices(spectrum: Tensor, shape: tuple[int, int], ranks: Sequence[int]) -> l
 def allocate(layers: Mapping[str, Sequence[Choice]], budget: int) -> dict[str, int | None]:
     """The choice per layer that loses least in sum within `budget` parameters.
 
-    Greedy on loss per parameter over the lower convex hull of each layer's choices, the optimum up to one step. Layers start at
-    their smallest choice; the result is above the budget only if those already are.
+    Greedy on loss per parameter over the lower convex hull of each layer's choices, the optimum up to one step; what is left
+    then goes where it still saves most. Layers start at their smallest choice; the result is above the budget only if those
+    already are.
     """
     chosen, steps = {}, []
     for name, options in layers.items():
@@ -185,16 +186,27 @@ def allocate(layers: Mapping[str, Sequence[Choice]], budget: int) -> dict[str, i
         chosen[name] = hull[0]
         for a, b in pairwise(hull):
             steps.append(((a.loss - b.loss) / (b.parameters - a.parameters), len(steps), name, b))
-    used = sum(choice.parameters for choice in chosen.values())
+    left = budget - sum(choice.parameters for choice in chosen.values())
     stopped = set()
     for _, _, name, choice in sorted(steps, key=lambda step: (-step[0], step[1])):
         more = choice.parameters - chosen[name].parameters
-        if name in stopped or used + more > budget:
+        if name in stopped or more > left:
             stopped.add(name)  # its later steps build on this one; smaller steps of others may still fit
             continue
-        used += more
+        left -= more
         chosen[name] = choice
-    return {name: choice.rank for name, choice in chosen.items()}
+    while True:
+        better = [
+            (chosen[name].loss - choice.loss, name, choice)
+            for name, options in layers.items()
+            for choice in options
+            if 0 < choice.parameters - chosen[name].parameters <= left and choice.loss < chosen[name].loss
+        ]
+        if not better:
+            return {name: choice.rank for name, choice in chosen.items()}
+        _, name, choice = max(better, key=lambda option: option[0])
+        left -= choice.parameters - chosen[name].parameters
+        chosen[name] = choice
 
 
 def _lower_hull(options: Sequence[Choice]) -> list[Choice]:
