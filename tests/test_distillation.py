@@ -1,7 +1,9 @@
 """Distillation against hand-worked values, identities, and models that others wrote."""
 
 import copy
+import itertools
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,8 +14,9 @@ from torch import nn
 
 from quantize import DecoderConfig, DecoderLM, KVCache, generate, load, quantize_dynamic, save, training
 from quantize.distillation import distill, hidden_loss, make_student, recover, relation_loss, soft_kl
-from quantize.distillation.losses import top_kl, top_logits
+from quantize.distillation.losses import remoteness, top_kl, top_logits
 from quantize.distillation.match import watching
+from quantize.distillation.teach import default_recipe
 from quantize.low_rank import factorize_low_rank
 from quantize.pruning import prune_ln_structured
 from quantize.training import Recipe, TrainingError
@@ -96,6 +99,24 @@ def test_relation_loss_knows_no_width_and_no_rotation():
     rotation = torch.linalg.qr(torch.randn(8, 8)).Q
     assert relation_loss(t @ rotation, t, heads=1).item() == pytest.approx(0, abs=1e-6)
     assert relation_loss(torch.randn(2, 5, 4), t, heads=2) > 0
+
+
+@pytest.mark.parametrize("kind", ["logits", "values"])
+def test_remoteness_is_0_for_the_same_answers_and_1_for_the_mean_answer(kind):
+    """It is free of the temperature of the world: what a student that only knows the mean answer gets is 1."""
+    t = 2 * torch.randn(30, 7)
+    mean = t.softmax(-1).mean(0).log() if kind == "logits" else t.mean(0)
+    assert remoteness(t, t, kind) == 0
+    assert remoteness(mean.expand_as(t), t, kind) == pytest.approx(1, rel=1e-5)
+    assert remoteness(-t, t, kind) > 1
+    assert remoteness(t[:1].expand_as(t) + 1, t[:1].expand_as(t), "values") == math.inf
+
+
+def test_near_students_are_trained_at_lower_rates():
+    """The rates fall with the root of the distance, between those of training from scratch and a 64th."""
+    full = Recipe(steps=100)
+    assert [default_recipe(100, far).muon_lr / full.muon_lr for far in (math.inf, 1, 1 / 16, 0)] == [1, 1, 1 / 4, 1 / 64]
+    assert default_recipe(100, 1 / 16).lr == full.lr / 4
 
 
 # ------------------------------------------------------------------------------------------- distill itself
@@ -327,6 +348,31 @@ def test_no_graph_of_the_teacher_is_kept():
     assert saved(net(512)) == saved(net(16))
 
 
+def peak_bytes(run: Callable[[], object]) -> int:
+    """The most memory that torch had allocated while running, beyond what it had before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+
+
+def test_peak_memory_does_not_grow_with_the_teacher():
+    """A teacher ten times as deep costs no more than its largest activation, and its weights aren't there twice."""
+
+    def teacher(depth: int) -> nn.Sequential:
+        return nn.Sequential(nn.Linear(8, 256), *(nn.Linear(256, 256) for _ in range(depth)), nn.Linear(256, 5))
+
+    data, student = inputs(1, 2048), net()
+
+    def peak(t: nn.Module) -> int:
+        return peak_bytes(lambda: distill(student, t, data, steps=2, bf16=False))
+
+    peaks = [peak(teacher(depth)) for depth in (3, 30)]
+    activation = 2048 * 256 * 4
+    assert peaks[1] - peaks[0] < activation / 2  # thirty of them are kept if there is a graph
+    assert peaks[1] < 4 * activation < sum(4 * p.numel() for p in teacher(35).parameters())
+
+
 # ------------------------------------------------------------------------------------------------- recovery
 
 
@@ -378,6 +424,8 @@ def test_batches_that_do_not_fit_are_named():
         distill(net(), net(), iter(inputs()), steps=1)
     with pytest.raises(ValueError, match=r"the student .* doesn't run on the first batch"):
         distill(net(), net(), [torch.zeros(3, 4)], steps=1)
+    with pytest.raises(ValueError, match="the first batch is empty"):
+        distill(net(), net(), [torch.zeros(0, 8)], steps=1)
     with pytest.raises(ValueError, match="give loss too"):
         distill(net(), net(), labelled(), steps=1)
     with pytest.raises(TypeError, match="a batch is a pair"):

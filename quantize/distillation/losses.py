@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -37,6 +38,24 @@ def soft_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0, mask: Te
     weight = row_weights(student.shape[:-1], mask, student.device)
     s, t = (x.float().flatten(0, -2) / temperature for x in (student, teacher.detach()))
     return _SoftKL.apply(s, t, weight) * temperature**2
+
+
+def remoteness(student: Tensor, teacher: Tensor, kind: str, mask: Tensor | None = None) -> float:
+    """How far the student's answers are from the teacher's: 0 where they are equal, 1 for a student that knows no more than the
+    teacher's mean answer; above 1 for worse.
+
+    Outputs [..., V]; kind "logits": a ratio of KL divergences; "values": of squared distances. inf if all rows of the teacher
+    are alike, so that there is nothing to compare with.
+    """
+    weight = row_weights(student.shape[:-1], mask, student.device)
+    s, t = student.detach().float().flatten(0, -2), teacher.detach().float().flatten(0, -2)
+    if kind == "logits":
+        t = t.log_softmax(-1)
+        mean = (weight @ t.exp()).log().expand_as(t)
+        far, spread = (soft_kl(x, t, mask=None if mask is None else mask.flatten()) for x in (s, mean))
+    else:
+        far, spread = ((x - t).square().mean(-1) @ weight for x in (s, weight @ t))
+    return (far / spread).item() if spread > 1e-9 * t.square().mean() else math.inf
 
 
 def row_weights(shape: torch.Size, mask: Tensor | None, device: torch.device) -> Tensor:

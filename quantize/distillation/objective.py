@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from quantize.calibration import call, main_output
 from quantize.distillation import match
 from quantize.distillation.cache import TeacherCache
-from quantize.distillation.losses import row_weights, soft_kl, top_kl
+from quantize.distillation.losses import remoteness, row_weights, soft_kl, top_kl
 from quantize.training import TrainingError, autocast, eval_mode
 
 Batch = tuple[Any, Any, int]  # inputs, targets (or None), number of the batch
@@ -96,8 +96,11 @@ class Objective:
     # ------------------------------------------------------------------------------- before the first step
 
     @torch.no_grad()
-    def prepare(self, batch: Batch, bf16: bool | None) -> None:
-        """Run both models once on a batch: whatever doesn't fit is found before training."""
+    def prepare(self, batch: Batch, bf16: bool | None) -> float:
+        """Run both models once on a batch, so that whatever doesn't fit is found before training.
+
+        Returns how far apart they are (`losses.remoteness`); inf where outputs aren't matched.
+        """
         device = next((p.device for p in self.student.parameters()), torch.device("cpu"))
         inputs = _moved(batch[0], device)
         with eval_mode(self.student), autocast(device, bf16):
@@ -115,6 +118,10 @@ class Objective:
                 self.trained.projections.add(name, s.flatten(0, -2), t.flatten(0, -2))
         if self.relations:
             match.compare_relations(self.relations, self._seen, self._taught, self.relation_heads, inputs)
+        if not self.alpha:
+            return math.inf
+        s, t = self.select(student), self.select(teacher)
+        return remoteness(s, t, self.kind, match.row_mask(inputs, s))
 
     def _try(self, role: str, model: nn.Module, inputs: Any) -> Any:
         try:
@@ -137,6 +144,8 @@ class Objective:
                 f"student and teacher differ in {'classes (or vocabulary)' if classes else 'shape'}: outputs "
                 f"{list(s.shape)} and {list(t.shape)}; give select=function(output) -> tensor that makes them alike"
             )
+        if s.numel() == 0:
+            raise ValueError(f"the first batch is empty: the models' outputs are {list(s.shape)}")
         if self.kind == "logits" and s.shape[-1] < 2:
             raise ValueError(f"kind='logits' needs at least two classes, the output is {list(s.shape)}; allowed: 'values'")
 

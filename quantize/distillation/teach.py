@@ -7,12 +7,14 @@ by `torchrun`, as any other. Left out: students that teach each other, adversari
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from quantize import surgery
@@ -21,6 +23,8 @@ from quantize.distillation import match
 from quantize.distillation.cache import TeacherCache
 from quantize.distillation.objective import Batch, Objective
 from quantize.training import Batches, Recipe, TrainingError, fit, ranks
+
+LEAST_RATE = 2**-6  # times the rates of training from scratch
 
 
 def distill(
@@ -82,9 +86,12 @@ def distill(
     """
     _check_modules(student, teacher)
     _check_steps(steps)
-    recipe = replace(recipe or Recipe(steps=steps, warmup=min(20, steps // 10)), steps=steps)
     if alpha is None:
         alpha = 1.0 if loss is None else 0.5
+    if not any(p.requires_grad for p in student.parameters()):
+        raise TrainingError(
+            f"the student ({type(student).__name__}) has no parameter that requires a gradient: nothing to train"
+        )
     hidden = match.pairs_of(hidden, student, teacher, "hidden")
     relations = match.pairs_of(relations, student, teacher, "relations")
     numbered = _numbered(batches, paired=loss is not None)
@@ -95,7 +102,8 @@ def distill(
     )  # fmt: skip
     devices = {p.device for p in copy.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=list(devices)), objective.attached():
-        objective.prepare(numbered(0), fit_options.get("bf16"))
+        far = _over_ranks(objective.prepare(numbered(0), fit_options.get("bf16")), copy)
+        recipe = replace(recipe, steps=steps) if recipe else default_recipe(steps, far)
         about = objective.settings()
         if cache is not None or fit_options.get("checkpoint_path") is not None:
             about["teacher"] = fingerprint(teacher)
@@ -120,12 +128,27 @@ def recover(model: nn.Module, teacher: nn.Module, batches: Iterable[Any] | Batch
     their record, so it is saved and loaded as before. `options` are those of `distill`; it raises what `distill` raises.
     """
     _check_steps(steps)
-    return distill(model, teacher, batches, steps=steps, **{"temperature": 1.0, "recipe": recovery_recipe(steps), **options})
+    return distill(model, teacher, batches, steps=steps, **{"temperature": 1.0, **options})
 
 
-def recovery_recipe(steps: int) -> Recipe:
-    """Rates for weights that are good already: lower, and falling for most of the time."""
-    return Recipe(steps=steps, lr=1e-3, muon_lr=5e-3, warmup=min(10, steps // 10), cooldown=0.8)
+def default_recipe(steps: int, far: float) -> Recipe:
+    """Rates by the way that the student has to go: those of training from scratch if it knows nothing, lower if it is near.
+
+    far: `losses.remoteness` of the student. A small distance grows with the square of what is wrong with the weights, so its
+    root says how long the way is. Rounded to a power of 2, so that a resumed run finds the same.
+    """
+    scale = 2.0 ** round(math.log2(min(1.0, max(LEAST_RATE, far**0.5))))
+    return Recipe(steps=steps, lr=3e-3 * scale, muon_lr=0.02 * scale, warmup=min(20, steps // 10), cooldown=0.8)
+
+
+def _over_ranks(value: float, model: nn.Module) -> float:
+    """The mean over all ranks, whose first batches differ."""
+    _, world = ranks()
+    if world == 1:
+        return value
+    total = torch.tensor(value, device=next(model.parameters()).device)
+    dist.all_reduce(total)
+    return total.item() / world
 
 
 # ------------------------------------------------------------------------------------------------ batches
