@@ -6,7 +6,9 @@
 
 A row of benchmarks/results/int8.csv is one variant at one shape: median, 10th and 90th percentile of the latency over the
 rounds, and the speed-up over float32 eager in the same rounds. A variant whose package is missing, or that fails, gets a row
-that says so. `int8` is `quantize.quantize_dynamic`, `int8_bf16` the same with everything between its layers in bfloat16;
+that says so. glibc keeps freed blocks in every process (as `quantize.measure.keep_allocations` does), the peers' too. `int8`
+is `quantize.quantize_dynamic`, `int8_bf16` the same with everything between its layers in bfloat16, `int8_compiled` that
+through torch.compile (with freezing, as `torchao` has it), and `int8_speed` leaves the layers in float that int8 makes slower;
 `legacy` is torch.ao.quantization.quantize_dynamic; `torchao` is dynamic int8 + torch.compile; `onnxruntime` its dynamic int8;
 `openvino` is NNCF's static int8 with bfloat16 around it (calibrated on the very inputs that are timed, which flatters it).
 """
@@ -29,7 +31,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-VARIANTS = ("fp32", "bf16", "int8", "int8_bf16", "legacy", "torchao", "onnxruntime", "openvino")
+VARIANTS = ("fp32", "bf16", "int8", "int8_speed", "int8_bf16", "int8_compiled", "legacy", "torchao", "onnxruntime", "openvino")
+KEEP = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 30), "MALLOC_TOP_PAD_": str(1 << 26)}
 SHAPES = {"decoder": [(1, 1), (1, 32), (1, 256), (8, 256)], "bert": [(1, 16), (1, 128), (8, 128)], "vit": [(1, 197), (8, 197)]}
 _KEY = ("model", "width", "layers", "batch", "length", "variant")
 WIDTHS = (128, 256, 512, 768)
@@ -84,11 +87,14 @@ def prepare(variant: str, name: str, width: int, layers: int) -> Callable[[torch
         return model
     if variant == "bf16":
         return _in_bf16(model)
-    if variant in ("int8", "int8_bf16"):
+    if variant.startswith("int8"):
         from quantize import int8
 
-        small = int8.quantize_dynamic(model)
-        return _in_bf16(small) if variant == "int8_bf16" else small
+        small = int8.quantize_dynamic(model, prefer="speed" if variant == "int8_speed" else "size")
+        if variant == "int8_compiled":
+            torch._inductor.config.freezing = True
+            small.compile()
+        return small if variant in ("int8", "int8_speed") else _in_bf16(small)
     if variant == "legacy":
         return torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
     if variant == "torchao":
@@ -149,7 +155,8 @@ def worker(variant: str, name: str, width: int, layers: int, threads: int) -> No
     for line in sys.stdin:
         batch, length, seconds = line.split()
         try:
-            call = call or prepare(variant, name, width, layers)
+            if call is None:
+                call = prepare(variant, name, width, layers)
             x = example(name, int(batch), int(length))
             if (batch, length) not in warm:
                 call(x)
@@ -173,6 +180,7 @@ def measure(args: argparse.Namespace, name: str, width: int) -> list[dict[str, o
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=None if args.verbose else subprocess.DEVNULL,
+            env={**os.environ, **KEEP},
             text=True,
         )
         for v in args.variants
@@ -216,14 +224,15 @@ def measure(args: argparse.Namespace, name: str, width: int) -> list[dict[str, o
                 }
                 if variant in failed:
                     rows.append({**row, "note": failed[variant]})
-                else:
+                elif times[variant]:
                     ordered = sorted(times[variant])
                     p10, p90 = (round(ordered[int(q * (len(ordered) - 1))], 4) for q in (0.1, 0.9))
                     median = round(statistics.median(ordered), 4)
                     base = statistics.median(times["fp32"]) if times.get("fp32") else float("nan")
                     numbers = {"latency_ms": median, "p10_ms": p10, "p90_ms": p90, "speedup": round(base / median, 3)}
                     rows.append({**row, **numbers})
-                print(*(f"{k}={v}" for k, v in rows[-1].items()), flush=True)
+                if rows:
+                    print(*(f"{k}={v}" for k, v in rows[-1].items()), flush=True)
     finally:
         for process in workers.values():
             process.kill()
@@ -347,6 +356,9 @@ def main() -> None:
         return
     for name in args.models:
         for width in args.widths:
+            if not args.rounds:  # exports and compiles, for the caches
+                measure(args, name, width)
+                continue
             write(measure(args, name, width), args.out)
             plot(args.out)
 

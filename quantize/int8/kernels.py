@@ -33,7 +33,6 @@ Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.dtype], torch
 SWITCH = "QUANTIZE_INT8_KERNEL"
 _SMALLEST = 1e-30  # scale of a row of zeros
 _UP = 1 + 2**-8  # more than bfloat16 can round a scale down by: the largest value still fits into 127 steps
-_TOP_BITS = 0x8080808080808080 - (1 << 64)  # of eight bytes, as a signed number
 _EXACT_WIDTH = 1024  # 1024 * 127 * 127 < 2^24
 _MANY = 1024  # rows above which a kernel's rank no longer changes
 _CHUNK = 1 << 17  # activations quantized at a time, so that the steps find them in the cache
@@ -90,16 +89,10 @@ def int_mm(q: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, dtype: to
 
 def onednn(q: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     packed, zero_points = _pack(weight)
+    unsigned = q.view(torch.uint8).bitwise_xor(128)
     return torch.ops.onednn.qlinear_pointwise(
-        _unsigned(q), 1.0, 128, packed, scale, zero_points, None, 1.0, 0, dtype, "none", [], ""
+        unsigned, 1.0, 128, packed, scale, zero_points, None, 1.0, 0, dtype, "none", [], ""
     )
-
-
-def _unsigned(q: torch.Tensor) -> torch.Tensor:
-    """q + 128 as uint8: the top bit flipped, in eight bytes at a time where that is possible (byte by byte is 4 times slower)."""
-    if q.numel() % 8 or q.data_ptr() % 8:
-        return q.view(torch.uint8).bitwise_xor(128)
-    return q.view(-1).view(torch.int64).bitwise_xor(_TOP_BITS).view(torch.uint8).view(q.shape)
 
 
 def reference(q: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
