@@ -1,12 +1,15 @@
 """Structured pruning side by side: torch.nn.utils.prune, Torch-Pruning and `prune_ln_structured`, same layers, same amounts.
 
-Each model is trained briefly, pruned by every method, measured, recovered by the same short training, measured again. Quality
-is bits per byte (text; less is better) or accuracy (images; more is better) on held-out data; latency is the least of some
-passes that take turns with the original's. Torch-Pruning is told to cut the layers that ours cut: its default would cut the
-residual streams of transformers too, which costs it more.
+Each model is trained briefly, pruned by every method, scored on held-out data, recovered by the same short distillation from
+the original, scored again: bits per byte (text; less is better) or accuracy (images; more is better), and the cross-entropy in
+nats beside it, which also tells models apart that get the same images right. Every method is recovered at each of `--rates` and
+keeps the better result. Torch-Pruning is told to cut the layers that ours cut: its default would cut the residual streams of
+transformers too, which costs it more. `--latency` times the same models instead (least of the passes, taking turns with the
+original), beside the bound that the multiplications left give.
 
-    uv pip install torch-pruning
-    uv run --no-sync python benchmarks/pruning.py --models convnet vit decoder
+    uv sync --group bench
+    uv run --no-sync python benchmarks/pruning.py --cache pruned_models              # quality
+    uv run --no-sync python benchmarks/pruning.py --cache pruned_models --latency    # needs the machine to itself
 """
 
 from __future__ import annotations
@@ -14,9 +17,10 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
+import math
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,13 +29,14 @@ import torch.nn.functional as F
 import torch.nn.utils.prune
 import transformers
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from quantize import ConvNet, ConvNetConfig, DecoderConfig, DecoderLM, load, save
 from quantize.data import ImageBatches, TextBatches, load_images, load_text
 from quantize.pruning import prune_ln_structured, summary
 from quantize.training import classification_loss, evaluate_images, evaluate_text, next_token_loss
 
-RESULTS = Path(__file__).parent / "results" / "pruning.csv"
+RESULTS = Path(__file__).parent / "results"
 MASK, RATE = 256, 0.15
 
 
@@ -55,23 +60,25 @@ class Task:
     steps: int
     batches: Callable[[int], tuple]
     loss: Callable[[nn.Module, tuple], torch.Tensor]
-    score: Callable[[nn.Module], float]
+    score: Callable[[nn.Module], tuple[float, float]]  # the metric, and the cross-entropy in nats
     metric: str
     rate: float = 2e-3
 
 
 def text_task(model: nn.Module, steps: int) -> Task:
     text = load_text()
-    batches = TextBatches(text.train, batch=8, length=256)
-    return Task(
-        model, steps, batches, next_token_loss, lambda m: evaluate_text(m, text.validation, max_bytes=2**15)["bits_per_byte"],
-        "bits per byte",
-    )  # fmt: skip
+    batches = TextBatches(text.train, batch=8, length=128)
+
+    def score(m: nn.Module) -> tuple[float, float]:
+        bits = evaluate_text(m, text.validation, length=128, overlap=64, max_bytes=2**15)["bits_per_byte"]
+        return bits, bits * math.log(2)
+
+    return Task(model, steps, batches, next_token_loss, score, "bits per byte")
 
 
 def masked_task(model: nn.Module, steps: int) -> Task:
     text = load_text()
-    plain, held_out = TextBatches(text.train, batch=16, length=128), TextBatches(text.validation, batch=16, length=128)
+    plain, held_out = TextBatches(text.train, batch=8, length=128), TextBatches(text.validation, batch=16, length=128)
 
     def hide(batch: tuple, step: int) -> tuple:
         chosen = torch.rand(batch[0].shape, generator=torch.Generator().manual_seed(step)) < RATE
@@ -81,18 +88,21 @@ def masked_task(model: nn.Module, steps: int) -> Task:
         return F.cross_entropy(m(batch[0]).flatten(0, 1), batch[1].flatten())
 
     @torch.no_grad()
-    def score(m: nn.Module) -> float:
-        return sum(loss(m, hide(held_out(i), -1 - i)).item() for i in range(8)) / 8 / 0.6931
+    def score(m: nn.Module) -> tuple[float, float]:
+        nats = sum(loss(m, hide(held_out(i), 2**31 + i)).item() for i in range(16)) / 16
+        return nats / math.log(2), nats
 
     return Task(model, steps, lambda step: hide(plain(step), step), loss, score, "bits per masked byte")
 
 
 def image_task(model: nn.Module, steps: int) -> Task:
     data = load_images()
-    return Task(
-        model, steps, ImageBatches(data, batch=64), classification_loss,
-        lambda m: evaluate_images(m, data.validation_images, data.validation_labels)["accuracy"], "accuracy",
-    )  # fmt: skip
+
+    def score(m: nn.Module) -> tuple[float, float]:
+        held_out = evaluate_images(m, data.validation_images, data.validation_labels)
+        return held_out["accuracy"], held_out["loss"]
+
+    return Task(model, steps, ImageBatches(data, batch=64), classification_loss, score, "accuracy")
 
 
 def hugging(kind: str, enlarge: int = 1, **config) -> nn.Module:
@@ -126,17 +136,33 @@ MODELS: dict[str, Callable[[], Task]] = {
 }  # fmt: skip
 
 
-def train(task: Task, model: nn.Module, steps: int, rate: float, start: int = 0) -> nn.Module:
+def fit(model: nn.Module, batches: Callable, loss: Callable, steps: int, rate: float) -> nn.Module:
+    """Train in place by AdamW: a short rise, then a fall over half of the steps."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1.0, (i + 1) / 20, (steps - i) / (0.5 * steps)))
     model.train()
     for step in range(steps):
         optimizer.zero_grad()
-        task.loss(model, task.batches(start + step)).backward()
+        loss(model, batches(step)).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
     return model.eval()
+
+
+def recover(task: Task, pruned: nn.Module, original: nn.Module, steps: int, rates: list[float]) -> tuple[tuple, float]:
+    """Scores after distillation from the original, at the best of the rates (as shares of the training rate), and that rate."""
+
+    def loss(model: nn.Module, batch: tuple) -> torch.Tensor:
+        with torch.no_grad():
+            wanted = original(batch[0]).flatten(0, -2).log_softmax(-1)
+        return F.kl_div(model(batch[0]).flatten(0, -2).log_softmax(-1), wanted, log_target=True, reduction="batchmean")
+
+    results = []
+    for rate in rates:
+        model = fit(copy.deepcopy(pruned), lambda step: task.batches(10_000 + step), loss, steps, rate * task.rate)
+        results.append((task.score(model), rate))
+    return min(results, key=lambda r: r[0][1])
 
 
 # The methods: model, example input, amount, calibration -> pruned model.
@@ -175,6 +201,13 @@ def torch_pruning(model: nn.Module, x: torch.Tensor, layers: list[str], amount: 
     return model
 
 
+def multiplications(model: nn.Module, x: torch.Tensor) -> int:
+    """Floating-point operations of the matrix products and convolutions of one pass."""
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        model(x)
+    return counter.get_total_flops()
+
+
 @torch.inference_mode()
 def latencies(models: list[nn.Module], x: torch.Tensor, passes: int = 15) -> list[float]:
     """Least milliseconds per pass of each model; the models take turns."""
@@ -187,52 +220,74 @@ def latencies(models: list[nn.Module], x: torch.Tensor, passes: int = 15) -> lis
     return best
 
 
-def compare(name: str, amounts: list[float], recovery: int, share: float, cache: Path | None) -> list[dict]:
+# Rows.
+
+OURS = "prune_ln_structured"
+METHODS = (OURS, f"{OURS}, calibrated", "torch.nn.utils.prune", "Torch-Pruning")
+
+
+def trained(name: str, cache: Path | None) -> tuple[Task, nn.Module]:
     torch.manual_seed(0)
     task = MODELS[name]()
     file = cache / f"{name}.pth" if cache else None
     if file is not None and file.exists():
-        model = load(file, model=task.model)
-    else:
-        model = train(task, task.model, task.steps, task.rate)
-        if file is not None:
-            save(model, file)
-    x = task.batches(0)[0]
+        return task, load(file, model=task.model)
+    model = fit(task.model, task.batches, task.loss, task.steps, task.rate)
+    if file is not None:
+        cache.mkdir(parents=True, exist_ok=True)
+        save(model, file)
+    return task, model
+
+
+def pruned_by_all(task: Task, model: nn.Module, amount: float, calibration: list) -> dict[str, nn.Module | Exception]:
+    x = task.batches(0)[0][:2]
+    plain = prune_ln_structured(model, x, amount=amount)
+    layers = [layer for group in summary(plain).pruned for layer in group.layers]
+    made: dict[str, nn.Module | Exception] = {OURS: plain}
+    builders = (
+        lambda: prune_ln_structured(model, x, amount=amount, calibration=calibration),
+        lambda: masks(model, layers, amount),
+        lambda: torch_pruning(model, x, layers, amount),
+    )
+    for method, build in zip(METHODS[1:], builders, strict=True):
+        try:
+            made[method] = build()
+            made[method](x)  # type: ignore[operator]
+        except Exception as error:  # a peer that fails is a row too
+            made[method] = error
+    return made
+
+
+def rows_of(name: str, arguments: argparse.Namespace) -> Iterator[dict]:
+    """One row for every amount and method."""
+    task, model = trained(name, arguments.cache)
     calibration = [task.batches(i)[0] for i in range(16)]
-    base = task.score(model)
-    count = sum(p.numel() for p in model.parameters())
-    rows = []
-    for amount in amounts:
-        ours = prune_ln_structured(model, x[:2], amount=amount)
-        layers = [layer for group in summary(ours).pruned for layer in group.layers]
-        made: dict[str, nn.Module | Exception] = {"prune_ln_structured": ours}
-        builders = {
-            "prune_ln_structured, calibrated": lambda a=amount: prune_ln_structured(
-                model, x[:2], amount=a, calibration=calibration
-            ),
-            "torch.nn.utils.prune": lambda a=amount, ls=layers: masks(model, ls, a),
-            "Torch-Pruning": lambda a=amount, ls=layers: torch_pruning(model, x[:2], ls, a),
-        }
-        for method, build in builders.items():
-            try:
-                made[method] = build()
-                made[method](x[:2])  # type: ignore[operator]
-            except Exception as error:
-                made[method] = error
-        for method, pruned in made.items():
-            row = {"model": name, "amount": amount, "method": method, "metric": task.metric, "original": round(base, 4)}
+    base, nats = task.score(model)
+    x = task.batches(0)[0]
+    for amount in arguments.amounts:
+        for method, pruned in pruned_by_all(task, model, amount, [] if arguments.latency else calibration).items():
+            row: dict = {"model": name, "amount": amount, "method": method}
             if isinstance(pruned, Exception):
-                rows.append(row | {"note": f"{type(pruned).__name__}: {pruned}"[:120]})
+                if not (arguments.latency and "calibrated" in method):
+                    yield row | {"note": f"{type(pruned).__name__}: {pruned}"[:120]}
                 continue
-            row |= {"parameters": sum(p.numel() for p in pruned.parameters()), "of": count}
-            row["before_recovery"] = round(task.score(pruned), 4)
-            old, new = latencies([model, pruned], x)
-            row |= {"original_ms": round(old, 2), "latency_ms": round(new, 2), "speedup": round(old / new, 2)}
-            recovered = train(task, copy.deepcopy(pruned), recovery, task.rate * share, start=10_000)
-            row["after_recovery"] = round(task.score(recovered), 4)
-            rows.append(row)
-            print(row, flush=True)
-    return rows
+            row |= {"parameters": sum(p.numel() for p in pruned.parameters()), "of": sum(p.numel() for p in model.parameters())}
+            if arguments.latency:
+                old, new = latencies([model, pruned], x)
+                bound = multiplications(model, x) / multiplications(pruned, x)
+                row |= {"original_ms": round(old, 2), "latency_ms": round(new, 2), "speedup": round(old / new, 2)}
+                yield row | {"bound": round(bound, 2), "threads": torch.get_num_threads()}
+                continue
+            before = task.score(pruned)
+            after, rate = recover(task, pruned, model, arguments.recovery, arguments.rates)
+            row |= {"metric": task.metric, "original": base, "before_recovery": before[0], "after_recovery": after[0]}
+            row |= {"original_nats": nats, "before_nats": before[1], "after_nats": after[1], "recovery_rate": rate}
+            yield {key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}
+
+
+QUALITY = ["model", "amount", "method", "metric", "original", "before_recovery", "after_recovery"]
+QUALITY += ["original_nats", "before_nats", "after_nats", "recovery_rate", "parameters", "of", "note"]
+LATENCY = ["model", "amount", "method", "original_ms", "latency_ms", "speedup", "bound", "threads", "parameters", "of", "note"]
 
 
 def main() -> None:
@@ -240,21 +295,32 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS), help="(default: all)")
     parser.add_argument("--amounts", nargs="+", type=float, default=[0.25, 0.5], help="(default: %(default)s)")
     parser.add_argument("--recovery", type=int, default=40, help="training steps after pruning (default: %(default)s)")
-    parser.add_argument("--recovery-rate", type=float, default=0.5, help="of the training rate (default: %(default)s)")
+    parser.add_argument(
+        "--rates",
+        nargs="+",
+        type=float,
+        default=[0.1, 0.5],
+        help="of recovery, as shares of the training rate (default: %(default)s)",
+    )
+    parser.add_argument("--latency", action="store_true", help="time the models instead")
     parser.add_argument("--cache", type=Path, help="folder for the trained models (default: none)")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="CSV to add rows to (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="CSV to write; rows of the same models are replaced (default: in results)")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
-    fields = ["model", "amount", "method", "metric", "original", "before_recovery", "after_recovery", "parameters", "of"]
-    fields += ["original_ms", "latency_ms", "speedup", "threads", "note"]
+    out = arguments.out or RESULTS / ("pruning_latency.csv" if arguments.latency else "pruning.csv")
     for name in arguments.models:
-        rows = compare(name, arguments.amounts, arguments.recovery, arguments.recovery_rate, arguments.cache)
-        new = not arguments.out.exists()
-        with arguments.out.open("a", newline="") as file:
-            writer = csv.DictWriter(file, fields)
-            if new:
-                writer.writeheader()
-            writer.writerows(row | {"threads": torch.get_num_threads()} for row in rows)
+        kept = []
+        if out.exists():
+            with out.open(newline="") as file:
+                kept = [row for row in csv.DictReader(file) if row["model"] != name]
+        new = []
+        for row in rows_of(name, arguments):
+            print(row, flush=True)
+            new.append(row)
+        with out.open("w", newline="") as file:
+            writer = csv.DictWriter(file, LATENCY if arguments.latency else QUALITY)
+            writer.writeheader()
+            writer.writerows([*kept, *new])
 
 
 if __name__ == "__main__":
