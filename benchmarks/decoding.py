@@ -3,6 +3,7 @@
     uv run python benchmarks/decoding.py                                       # the 135M shape, batch 1, short
     uv run python benchmarks/decoding.py --shapes 30M 135M 360M --lengths 128 1024 4096 --batches 1 4 16 --peers transformers
     uv run python benchmarks/decoding.py --peers transformers llama.cpp        # needs gguf and llama-cpp-python or xllamacpp
+    uv run python benchmarks/decoding.py --peers llama.cpp --llama-bench PATH  # one's own build, by its own benchmark program
 
 Every way reads `length` tokens, then writes `--new` more, greedy, and the median time of one is taken (peers: of the whole run,
 without the first). `ceiling_share` is the bytes of weights and cache that a token must read, over its time, as a share of the
@@ -14,7 +15,9 @@ from __future__ import annotations
 import argparse
 import csv
 import gc
+import json
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -31,6 +34,7 @@ from quantize.int8 import quantize_dynamic
 from quantize.kv_cache import KVCache
 from quantize.measure import keep_allocations, machine
 from quantize.models import DecoderConfig, DecoderLM
+from quantize.precision import to_half
 from quantize.pretrained import our_name
 
 SHAPES = {
@@ -42,6 +46,7 @@ SHAPES = {
 OURS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "fp32": lambda model: model,
     "bf16": lambda model: model.to(torch.bfloat16),
+    "fp16": to_half,
     "int8": quantize_dynamic,
     "int4": quantize_weights,
 }
@@ -71,11 +76,13 @@ def bandwidth_gb_s() -> float:
 
 
 def read_bytes(model: nn.Module) -> int:
-    """Bytes of weights that one token reads: all but the embedding, of which it reads a row."""
+    """Bytes of weights that a token reads: all but the embedding, of which it reads a row; float16 ones as they are stored."""
     seen = {}
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if "embedding" not in name:
-            seen[tensor.data_ptr()] = tensor.nbytes
+            module = model.get_submodule(name.rpartition(".")[0])
+            halved = "_half" in module.__dict__ and tensor.dtype is torch.float32
+            seen[tensor.data_ptr()] = tensor.nbytes // (2 if halved else 1)
     return sum(seen.values())
 
 
@@ -219,6 +226,16 @@ def llama_cpp_ms(path: Path, ids: Tensor, new: int) -> tuple[float, float]:
     return prompt_ms, statistics.median(times)
 
 
+def llama_bench_ms(program: Path, path: Path, length: int, new: int) -> tuple[float, float]:
+    """ms of a prompt, and per token after one, by llama.cpp's benchmark program (5 runs each, mean)."""
+
+    def run(*flags: str) -> float:
+        command = [program, "-m", path, "-t", str(torch.get_num_threads()), "-o", "json", *flags]
+        return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)[0]["avg_ts"]
+
+    return 1000 * length / run("-p", str(length), "-n", "0"), 1000 / run("-p", "0", "-n", str(new), "-d", str(length))
+
+
 def _xllamacpp_ms(path: Path, tokens: list[int], new: int, threads: int) -> tuple[float, float]:
     import xllamacpp
 
@@ -242,7 +259,7 @@ def rows(arguments: argparse.Namespace) -> Iterator[dict]:
         for name in arguments.ours:
             model = OURS[name](build(shape))
             fast = for_decoding(model)
-            compiled = for_decoding(model, backend="inductor") if "compiled" in arguments.ways else None
+            traced = for_decoding(model, backend="torchscript") if "torchscript" in arguments.ways else None
             weights = read_bytes(model)
             for batch, length in [(b, n) for b in arguments.batches for n in arguments.lengths]:
                 ids = torch.randint(SHAPES[shape].vocab_size, (batch, length))
@@ -250,12 +267,12 @@ def rows(arguments: argparse.Namespace) -> Iterator[dict]:
                     if way == "lookup":
                         yield _row(f"quantize {name}", way, shape, 1, length, *ours_lookup(fast, ids, arguments.new))
                         continue
-                    module = {"plain": model, "compiled": compiled}.get(way, fast)
+                    module = {"plain": model, "torchscript": traced}.get(way, fast)
                     dtype = torch.int8 if way == "int8 cache" else None
                     prompt_ms, token_ms, cache = ours(module, ids, arguments.new, dtype)
                     share = (weights + cache) / (token_ms / 1000) / 1e9 / bandwidth
                     yield _row(f"quantize {name}", way, shape, batch, length, prompt_ms, token_ms, weights + cache, share)
-            del model, fast, compiled
+            del model, fast, traced
             gc.collect()
         if "transformers" in arguments.peers:
             llama = as_transformers(build(shape))
@@ -272,7 +289,11 @@ def rows(arguments: argparse.Namespace) -> Iterator[dict]:
                     write_gguf(build(shape), path, kind)
                     for length in arguments.lengths:
                         ids = torch.randint(SHAPES[shape].vocab_size, (1, length))
-                        yield _row("llama.cpp", kind, shape, 1, length, *llama_cpp_ms(path, ids, arguments.new))
+                        if arguments.llama_bench:
+                            times = llama_bench_ms(arguments.llama_bench, path, length, arguments.new)
+                        else:
+                            times = llama_cpp_ms(path, ids, arguments.new)
+                        yield _row(f"llama.cpp {arguments.llama_build}".strip(), kind, shape, 1, length, *times)
 
 
 def _row(
@@ -295,10 +316,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--lengths", nargs="+", type=int, default=[128], help="prompt lengths (default: 128)")
     parser.add_argument("--batches", nargs="+", type=int, default=[1], help="rows (default: 1)")
     parser.add_argument("--ours", nargs="*", choices=OURS, default=list(OURS), help="(default: all)")
-    ways = ["plain", "for_decoding", "compiled", "int8 cache", "lookup"]
+    ways = ["plain", "for_decoding", "torchscript", "int8 cache", "lookup"]
     parser.add_argument("--ways", nargs="+", choices=ways, default=ways[:3], help="(default: the first three)")
     parser.add_argument("--peers", nargs="*", choices=["transformers", "llama.cpp"], default=["transformers"])
     parser.add_argument("--gguf", nargs="+", choices=["f32", "f16", "q8_0", "q4_0"], default=["f16", "q8_0", "q4_0"])
+    parser.add_argument("--llama-bench", type=Path, help="llama.cpp's benchmark program; none: its Python package")
+    parser.add_argument("--llama-build", default="", help="how llama.cpp was built, for the table")
     parser.add_argument("--new", type=int, default=32, help="tokens timed (default: 32)")
     parser.add_argument("--threads", type=int, help="(default: torch's own choice)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="CSV to append to (default: benchmarks/results/decoding.csv)")

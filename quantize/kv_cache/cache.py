@@ -186,24 +186,20 @@ class KVCache:
         k, v = self._read(held, "k", q.dtype), self._read(held, "v", q.dtype)
         return attention(q, k, v, mask, causal=mask is None and new > 1)
 
-    def open_plain(self, dtype: torch.dtype, capacity: int = 0) -> tuple[list[Tensor], list[Tensor]] | None:
-        """Buffers [B, KV, at least `capacity`, D] of keys and of values, one per layer, with room for one more position.
+    def open(self, new: int) -> list[_Layer] | None:
+        """What each layer holds, with room for `new` more positions, for whoever writes those itself and then calls `close`.
 
-        For whoever writes index `length` of each itself and then calls `close(1)`. None unless index and position are one:
-        for a window, rows of different length, and where the buffers' dtype isn't `dtype`.
+        None where it isn't plain where a position lies: before the first pass, and with attention sinks.
         """
-        if self.pad is not None or any(layer.window is not None for layer in self._layers):
+        if self.sinks or not all(layer.tensors for layer in self._layers):
             return None
-        if not all(layer.tensors and layer.tensors["k"].dtype == dtype for layer in self._layers):
-            return None
-        if self.limit is not None and self.length + 1 > self.limit:
-            raise ValueError(f"{self.length} positions held + 1 new one pass the cache's limit of {self.limit}")
+        self._check_room(new)
         for layer in self._layers:
-            self._reserve(layer, self.length + 1, layer.tensors["k"], capacity)
-        return [layer.tensors["k"] for layer in self._layers], [layer.tensors["v"] for layer in self._layers]
+            self._reserve(layer, self.length + new, layer.tensors["k"])
+        return self._layers
 
     def close(self, new: int) -> None:
-        """Count `new` positions that were written into the buffers of `open_plain`."""
+        """Count `new` positions that were written into what `open` gave."""
         self.length, self._new = self.length + new, 0
 
     def _write(self, index: int, k: Tensor, v: Tensor) -> _Layer:
@@ -218,9 +214,7 @@ class KVCache:
             )
         if new == 0 or (index and new != self._new):
             raise ValueError(f"layer {index} got {new} new positions, where this pass has {self._new or 'at least 1'}")
-        end = self.length + new
-        if self.limit is not None and end > self.limit:
-            raise ValueError(f"{self.length} positions held + {new} new ones pass the cache's limit of {self.limit}")
+        end = self._check_room(new)
         if index == 0:
             self._new = new
             self._masks.clear()
@@ -238,15 +232,20 @@ class KVCache:
             self.length, self._new = end, 0
         return store
 
+    def _check_room(self, new: int) -> int:
+        if self.limit is not None and self.length + new > self.limit:
+            raise ValueError(f"{self.length} positions held + {new} new ones pass the cache's limit of {self.limit}")
+        return self.length + new
+
     def _read(self, held: dict[str, Tensor], name: str, dtype: torch.dtype) -> Tensor:
         x = held[name].to(dtype)
         return x * held[f"{name}_scale"].to(dtype) if f"{name}_scale" in held else x
 
-    def _reserve(self, store: _Layer, end: int, like: Tensor, capacity: int = 0) -> None:
+    def _reserve(self, store: _Layer, end: int, like: Tensor) -> None:
         """Make room for positions up to `end`: use what is there, drop what a window left behind, or grow."""
         needed, held = end - store.first, self.length - store.first
         own = bool(store.tensors) and store.sharers[0] == 1
-        if own and max(needed, capacity) <= store.capacity:
+        if own and needed <= store.capacity:
             return
         drop = 0
         if store.window is not None and needed > self._room(store):
@@ -254,14 +253,13 @@ class KVCache:
             if drop and self.sinks and not store.sinks:
                 store.sinks = {n: t[:, :, : self.sinks].clone() for n, t in store.tensors.items()}
         needed, held = needed - drop, held - drop
-        fits = own and max(needed, capacity) <= store.capacity
+        fits = own and needed <= store.capacity
         size = max(needed, store.capacity * 3 // 2)  # by half at least: copying stays linear in the final length
         size = -(-size // self.block) * self.block
         if self.limit is not None:
             size = min(size, self.limit - store.first - drop)
         if store.window is not None:
             size = max(needed, min(size, self._room(store)))
-        size = max(size, capacity)
         with torch.inference_mode(False), torch.no_grad():  # usable in and out of inference mode
             for name, shape, dtype in self._specs(store, like):
                 old = store.tensors.get(name)

@@ -1,23 +1,14 @@
-"""A decoder made ready to write one token at a time.
+"""The pass of a single token as one TorchScript graph of stock operations, traced through the model on its first token.
 
-At one token per pass, the arithmetic of a layer is a few short products, and what surrounds them costs as much: a Python call
-per module and operation, and a product each for q, k, v, gate and up. `for_decoding` merges those that read the same input, and
-runs the pass of a single token as one TorchScript graph, traced through the model on its first token. Longer passes, and caches
-that the graph doesn't know (a window, rows of different length, int8), run as before: same weights, same answers.
-
-With `backend="inductor"` that graph becomes C++ instead, whose loops join what TorchScript runs as separate operations. It
-needs a compiler on the machine that decodes, and about a minute.
+Layers that read the same input (q, k and v; gate and up) are merged, and each takes the form that is fastest with one row.
+Caches that the graph doesn't know (a window, rows of different length, another dtype than the model's) are left to the model.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -31,76 +22,39 @@ from quantize.kv_cache.functions import attention
 from quantize.models import Attention, DecoderLM, FeedForward, apply_rope
 from quantize.precision import HalfLinear
 
-BACKENDS = ("torchscript", "inductor")
+
+def merged(model: DecoderLM) -> DecoderLM:
+    """A model that shares what it can with `model`, its layers merged and in the form for one row."""
+    blocks = nn.ModuleList(_merge_block(block) for block in model.blocks)
+    return _twin(model, blocks=blocks, head=_for_one_row(model.head)).eval()
 
 
-def for_decoding(model: DecoderLM, *, backend: str = "torchscript") -> DecodingLM:
-    """`model`, compressed or not, ready for `generate`: the same ids to the same logits, faster at one token.
+class Step:
+    """Runs passes of a `merged` model over one token per row."""
 
-    It shares the model's weights, except for merged and float32 ones, and follows no later change of the model. Not for
-    training or saving. backend: "torchscript" is ready in seconds; "inductor" writes the graph of one token out as C++ and
-    compiles it when the first token of a batch size and cache limit (to the next power of two) is asked for, which takes about
-    a minute for 30 layers. A CUDA model runs as it is, with merged layers.
+    def __init__(self, model: DecoderLM):
+        self.model = model
+        self.graphs: dict[int, Callable[..., Tensor]] = {}  # by batch
 
-    Raises TypeError for something else than a `DecoderLM`, ValueError for another back end or one that needs a C++ compiler
-    where there is none.
-    """
-    if not isinstance(model, DecoderLM):
-        raise TypeError(f"for_decoding takes a DecoderLM, got {type(model).__name__}")
-    if backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}; allowed: {', '.join(BACKENDS)}")
-    if backend == "inductor" and not any(map(shutil.which, (os.environ.get("CXX") or "g++", "clang++"))):
-        raise ValueError("backend 'inductor' needs a C++ compiler (g++ or clang++, or the one that CXX names)")
-    return DecodingLM(model, backend)
-
-
-class DecodingLM(nn.Module):
-    """See `for_decoding`. Token ids [B, T] -> logits [B, T, V], or [B, logits_to_keep, V]."""
-
-    def __init__(self, model: DecoderLM, backend: str):
-        super().__init__()
-        self.config, self.backend = model.config, backend
-        blocks = nn.ModuleList(_merge_block(block) for block in model.blocks)
-        self.model = _twin(model, blocks=blocks, head=_for_one_row(model.head)).eval()
-        self._steps: dict[tuple[int, int], Callable[..., Tensor]] = {}
-
-    def forward(self, ids: Tensor, cache: KVCache | None = None, logits_to_keep: int = 0) -> Tensor:
-        if ids.shape[1] == 1 and isinstance(cache, KVCache) and cache.length and ids.device.type == "cpu":
-            # A compiled graph knows one capacity, and mustn't meet buffers that are full: sizes that are equal would be one.
-            capacity = 1 << max(10, (cache.limit or 0).bit_length()) if self.backend == "inductor" else 0
-            buffers = cache.open_plain(self.model.norm.weight.dtype, capacity)
-            if buffers is not None and (capacity or torchscript.available()):
-                return self._step(ids, cache, *buffers, capacity)
-        return self.model(ids, cache, logits_to_keep)
-
-    def rope_frequencies(self) -> Tensor:
-        return self.model.rope_frequencies()
-
-    def _step(self, ids: Tensor, cache: KVCache, keys: list[Tensor], values: list[Tensor], capacity: int) -> Tensor:
+    def __call__(self, ids: Tensor, cache: KVCache, logits_to_keep: int) -> Tensor | None:
+        """Logits [B, 1, V]; None for a pass that is left to the model."""
+        if ids.shape != (cache.batch, 1) or cache.pad is not None or not torchscript.available():
+            return None
+        store = cache.open(1)
+        if store is None or any(s.window or s.tensors["k"].dtype != self.model.norm.weight.dtype for s in store):
+            return None
+        keys, values = ([s.tensors[name] for s in store] for name in "kv")
         inputs = (ids, torch.arange(cache.length + 1), keys, values)
-        step = self._steps.get((cache.batch, capacity))
-        if step is None:
-            module = _Step(self.model).eval()
-            scratch = (inputs[0], inputs[1], [k.clone() for k in keys], [v.clone() for v in values])
-            make = _compile if self.backend == "inductor" else torchscript.plain_frozen
-            step = self._steps[cache.batch, capacity] = make(module, scratch)
-        logits = step(*inputs)
+        graph = self.graphs.get(cache.batch)
+        if graph is None:
+            scratch = (*inputs[:2], [k.clone() for k in keys], [v.clone() for v in values])
+            graph = self.graphs[cache.batch] = torchscript.plain_frozen(_OneToken(self.model).eval(), scratch)
+        logits = graph(*inputs)
         cache.close(1)
         return logits
 
 
-def _compile(step: nn.Module, inputs: tuple[Tensor, Tensor, list[Tensor], list[Tensor]]) -> Callable[..., Tensor]:
-    """`step` through torch.export and AOTInductor; the number of positions stays free."""
-    _, _, keys, values = inputs
-    held = torch.export.Dim("held", min=2, max=keys[0].shape[2] - 1)
-    sizes = (None, {0: held}, [None] * len(keys), [None] * len(values))
-    with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
-        exported = torch.export.export(step, inputs, dynamic_shapes=sizes)
-        path = torch._inductor.aoti_compile_and_package(exported, package_path=str(Path(folder) / "step.pt2"))
-        return torch._inductor.aoti_load_package(path)
-
-
-class _Step(nn.Module):
+class _OneToken(nn.Module):
     """One token per row as a function of tensors: ids [B, 1], positions [S + 1], and each layer's buffers, written in place."""
 
     def __init__(self, model: nn.Module):
@@ -184,7 +138,7 @@ class _OneRow(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         layer = self.layer
-        if not (torch.jit.is_tracing() or torch.compiler.is_compiling()):
+        if not (torch.jit.is_tracing()):
             return layer(x)
         rows = x.reshape(-1, layer.in_features)
         if isinstance(layer, Int4Linear):
