@@ -58,7 +58,7 @@ PRESETS = {
             Recipe(steps=40, length=128, batch=4, **_FAST),
             (4, 128),
             2**13,
-            rounds=3,
+            rounds=2,
         ),
         "small": Preset(_DECODER, Recipe(steps=800, length=256, batch=8, short=0.6, **_FAST), (8, 256), 2**15),
         "base": Preset(
@@ -122,14 +122,20 @@ class Job:
             training.fit(model, self.batches(recipe), self.loss, recipe, **self.options("fp32", printer))
         return model.cpu()
 
-    def distil(self, name: str, how: Callable[..., nn.Module], student: nn.Module) -> nn.Module:
-        """`student` taught by the baseline."""
-        batches, steps = self.batches(self.preset.recipe), max(1, self.preset.recipe.steps // 5)
+    def distil(self, name: str, how: Callable[..., nn.Module], student: nn.Module, rows: int = 1, **options: Any) -> nn.Module:
+        """`student` taught by the baseline in a fifth of its steps, on many short windows, in batches `rows` times as large."""
+        recipe = self.preset.recipe
+        batches, steps = self.batches(replace(recipe, short=1.0, batch=rows * recipe.batch)), max(1, recipe.steps // 5)
         with self.progress(name) as printer:
             return how(
                 student.to(self.device), self.model("fp32").to(self.device), lambda step: batches(step)[0], steps=steps,
-                **self.options(name, printer),
+                **options, **self.options(name, printer),
             ).cpu()  # fmt: skip
+
+    def recover(self, name: str, model: nn.Module, rows: int = 1) -> nn.Module:
+        """`distil` for a model of the baseline's depth: what leaves its blocks is compared too."""
+        names = [f"blocks.{i}" for i in range(len(self.model("fp32").blocks))] if self.task == "text" else None
+        return self.distil(name, quantize.recover, model, rows, hidden=names)
 
     def student(self) -> nn.Module:
         """About a quarter of the baseline's parameters, cut out of it: half its depth and half its inner widths."""
@@ -173,17 +179,26 @@ class Job:
         return partial(training.evaluate_images, images=self.data.validation_images, labels=self.data.validation_labels)
 
 
+# Half of the feed-forward neurons of a decoder, half of the channels of a network for images.
+PRUNED: dict[str, Any] = {"text": {"blocks.*.ffn.up": 0.5}, "image": 0.5}
+
 # What each variant is made of. A recovered one is distilled from the baseline in a fifth of the baseline's steps.
 VARIANTS: dict[str, Callable[[Job], nn.Module]] = {
     "fp16": lambda job: quantize.to_half(job.model("fp32"), torch.float16),
     "bf16": lambda job: quantize.to_half(job.model("fp32"), torch.bfloat16),
     "int8": lambda job: quantize.quantize_dynamic(job.model("fp32"), embeddings=True),
-    "pruned": lambda job: quantize.prune_ln_structured(job.model("fp32"), job.example, amount=0.5, calibration=job.calibration),
-    "pruned_recovered": lambda job: job.distil("pruned_recovered", quantize.recover, job.model("pruned")),
-    "low_rank": lambda job: quantize.factorize_low_rank(
-        job.model("fp32"), ratio=0.5, calibration=job.calibration, skip=("head",)
+    "pruned": lambda job: quantize.prune_ln_structured(
+        job.model("fp32"), job.example, amount=PRUNED[job.task], calibration=job.calibration
     ),
-    "low_rank_recovered": lambda job: job.distil("low_rank_recovered", quantize.recover, job.model("low_rank")),
+    "pruned_recovered": lambda job: job.recover("pruned_recovered", job.model("pruned")),
+    "low_rank": lambda job: quantize.factorize_low_rank(
+        job.model("fp32"),
+        ratio=0.5,
+        calibration=job.calibration,
+        skip=("head",),
+        only_faster=False,  # ranks that depend on a moment's timing would keep a resumed run from going on
+    ),
+    "low_rank_recovered": lambda job: job.recover("low_rank_recovered", job.model("low_rank"), rows=2),
     "student": lambda job: job.distil("student", partial(quantize.distill, temperature=1.0), job.student()),
     "student_int8": lambda job: quantize.quantize_dynamic(job.model("student"), embeddings=True),
 }
