@@ -84,6 +84,22 @@ def test_rows_do_not_depend_on_their_batch():
     assert torch.equal(together[300:333], layer(x[300:333]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [3, 100])
+def test_compiled_layer_gives_the_same_bits(rows: int, dtype: torch.dtype):
+    """Captured whole by torch.compile, for few rows and for many, the layer computes what it does in eager mode."""
+    layer, x = layer_of(48, 32), randn(rows, 48).to(dtype)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x), layer(x))
+
+
+def test_exported_layer_holds_stock_operations_only():
+    """A graph that leaves the process calls nothing of this package."""
+    for strict in (False, True):
+        program = torch.export.export(nn.Sequential(layer_of(48, 32)), (randn(100, 48),), strict=strict)
+        assert "_int_mm" in str(program) and "quantize." not in str(program.graph)
+
+
 def test_weight_error_is_half_a_step():
     """Every weight is within half a quantization step of its own channel."""
     layer, source = layer_of(50, 20), linear(50, 20)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import math
+import copy
+import statistics
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -94,6 +95,7 @@ def _plan(model: nn.Module, skip: surgery.Skip, embeddings: bool, prefer: str) -
     users = _users(model)
     report: Report = {}
     replacements: dict[nn.Module, nn.Module] = {}
+    known: dict[tuple[Any, ...], str | None] = {}
     tables: dict[int, nn.Module] = {}  # by identity of the float weight: layers that shared it share the int8 one
     inside: set[nn.Module] = set()  # parts of a module that is converted as a whole
     for name, module in model.named_modules():
@@ -118,7 +120,7 @@ def _plan(model: nn.Module, skip: surgery.Skip, embeddings: bool, prefer: str) -
                 _check_finite(name, module)
                 new = _convert(module, tables)
                 if prefer == "speed" and isinstance(module, nn.Linear) and len(users.get(id(module.weight), ())) < 2:
-                    reason = _slower(module, new)
+                    reason = _slower(module, new, known)
                 if reason is None:
                     replacements[module] = new
         elif any(p is not None and p.ndim > 1 for p in module._parameters.values()):
@@ -141,25 +143,32 @@ _CLEARLY = 0.9  # smaller gains are not seen again on other data
 _SLOWER = "int8 is slower here"
 
 
-def _slower(layer: nn.Linear, new: Int8Linear, rows: tuple[int, ...] = (1, 16, 256)) -> str | None:
-    """Why the float layer stays, if it is the faster one on this machine at one of these numbers of rows."""
-    found = []
-    for m in rows:
-        x = torch.randn(m, layer.in_features).to(layer.weight.dtype)
-        slow, fast = _microseconds(layer, x), _microseconds(new, x)
-        if fast > slow:
-            found.append(f"{fast:.0f} us against {slow:.0f} for {m} rows")
-    return f"{_SLOWER}: {', '.join(found)}" if found else None
+def _slower(layer: nn.Linear, new: Int8Linear, known: dict[tuple[Any, ...], str | None]) -> str | None:
+    """Why the float layer stays, if it is the faster one on this machine over 1, 16 or 256 rows. `known`: by shape."""
+    key = (layer.weight.shape, layer.weight.dtype, layer.bias is None)
+    if key not in known:
+        found = []
+        for m in (1, 16, 256):
+            x = torch.randn(m, layer.in_features).to(layer.weight.dtype)
+            slow, fast = _microseconds(layer, x), _microseconds(new, x)
+            if fast > slow:
+                found.append(f"{fast:.0f} us against {slow:.0f} for {m} rows")
+        known[key] = f"{_SLOWER}: {', '.join(found)}" if found else None
+    return known[key]
 
 
-def _microseconds(layer: nn.Module, x: torch.Tensor, repeats: int = 7) -> float:
-    best = math.inf
-    for _ in range(repeats):
-        fresh = x.clone()  # else the second call would find its input quantized
-        start = time.perf_counter()
-        layer(fresh)
-        best = min(best, time.perf_counter() - start)
-    return best * 1e6
+def _microseconds(layer: nn.Module, x: torch.Tensor) -> float:
+    """The median time of a call. Copies take turns, so that the weights are not in the nearest cache, as in a whole model."""
+    size = layer.in_features * layer.out_features * 4
+    copies = [copy.deepcopy(layer) for _ in range(min(32, max(1, (32 << 20) // size)))]
+    times = []
+    for _ in range(max(3, 32 // len(copies))):
+        for one in copies:
+            fresh = x.clone()  # else the second call would find its input quantized
+            start = time.perf_counter()
+            one(fresh)
+            times.append(time.perf_counter() - start)
+    return statistics.median(times[len(copies) :]) * 1e6
 
 
 def summary(model: nn.Module) -> dict[str, str]:
