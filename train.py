@@ -55,12 +55,12 @@ PRESETS = {
     "text": {
         "tiny": Preset(
             replace(_DECODER, layers=2, ffn_width=1024),
-            Recipe(steps=40, length=128, batch=4, **_FAST),
+            Recipe(steps=30, length=128, batch=4, **_FAST),
             (4, 128),
-            2**13,
+            2**12,
             rounds=2,
         ),
-        "small": Preset(_DECODER, Recipe(steps=800, length=256, batch=8, short=0.6, **_FAST), (8, 256), 2**15),
+        "small": Preset(_DECODER, Recipe(steps=800, length=256, batch=8, short=0.6, **_FAST), (8, 256), 2**15, rounds=5),
         "base": Preset(
             DecoderConfig(width=512, layers=8, heads=8, qk_norm=True, max_length=2048),
             Recipe(steps=8000, length=512, batch=16, short=0.6, lr=5e-3, muon_lr=0.02),

@@ -112,6 +112,13 @@ class Objective:
             for role, module, seen in (("student", name, self._seen), ("teacher", target, self._taught)):
                 if module not in seen:
                     raise ValueError(f"module {module!r} of the {role} isn't called when it runs: it can't be matched")
+        if self.hidden and self._norms():  # they will use the batch's statistics in training, which a new student's aren't near
+            self._keep_statistics()
+            with torch.no_grad(), eval_mode(self.student), autocast(device, bf16):
+                for norm in self._norms():
+                    norm.train()
+                call(self.student, inputs)
+            self.restore_statistics()
         for name, target in self.hidden.items():
             s, t = match.aligned(name, target, self._seen, self._taught)
             if s.shape != t.shape:
@@ -209,11 +216,13 @@ class Objective:
             return F.mse_loss(student, taught)
         return (student - taught).square().mean(-1).flatten() @ row_weights(mask.shape, mask, student.device)
 
+    def _norms(self) -> list[nn.Module]:
+        return [m for m in self.student.modules() if getattr(m, "running_mean", None) is not None]
+
     def _keep_statistics(self) -> None:
         """Running statistics change on the way forward, before a loss is seen to be broken."""
         if not self._statistics:
-            norms = [m for m in self.student.modules() if getattr(m, "running_mean", None) is not None]
-            self._statistics = {b: b.clone() for m in norms for b in m.buffers(recurse=False)}
+            self._statistics = {b: b.clone() for m in self._norms() for b in m.buffers(recurse=False)}
         for buffer, kept in self._statistics.items():
             kept.copy_(buffer)
 

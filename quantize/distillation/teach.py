@@ -46,7 +46,7 @@ def distill(
     kind: str = "auto",
     cache: Path | str | None = None,
     cache_top: int = 64,
-    recipe: Recipe | None = None,
+    recipe: Recipe | Callable[[int, float], Recipe] | None = None,
     **fit_options: Any,
 ) -> nn.Module:
     """A trained copy of `student`, in eval mode, that answers more like `teacher`. Neither of the two is changed.
@@ -72,7 +72,9 @@ def distill(
             squared error. "auto": logits for outputs named so and for bare tensors [N, V] and [B, T, V].
         cache: folder in which the teacher's `cache_top` likeliest classes are kept, so that it runs once per batch of a
             fixed sequence. Only for the match of logits.
-        recipe: learning rates and schedule; its `steps`, `batch`, `length` and `short` are not read.
+        recipe: learning rates and schedule; its `steps`, `batch`, `length` and `short` are not read. Or a function to it from
+            the number of steps and how far the student is from the teacher (`losses.remoteness`, on the first batch); the
+            default is `student_recipe`.
         fit_options: `seed`, `bf16`, `checkpoint_path`, `resume`, `identity`, `on_progress`: see `training.fit`.
 
     The teacher runs in eval and inference mode, in bf16 where the student does. A cheaper teacher is given as one:
@@ -103,7 +105,7 @@ def distill(
     devices = {p.device for p in copy.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=list(devices)), objective.attached():
         far = _over_ranks(objective.prepare(numbered(0), fit_options.get("bf16")), copy)
-        recipe = replace(recipe, steps=steps) if recipe else default_recipe(steps, far)
+        recipe = replace(recipe, steps=steps) if isinstance(recipe, Recipe) else (recipe or student_recipe)(steps, far)
         about = objective.settings()
         if cache is not None or fit_options.get("checkpoint_path") is not None:
             about["teacher"] = fingerprint(teacher)
@@ -128,16 +130,26 @@ def recover(model: nn.Module, teacher: nn.Module, batches: Iterable[Any] | Batch
     their record, so it is saved and loaded as before. `options` are those of `distill`; it raises what `distill` raises.
     """
     _check_steps(steps)
-    return distill(model, teacher, batches, steps=steps, **{"temperature": 1.0, **options})
+    return distill(model, teacher, batches, steps=steps, **{"temperature": 1.0, "recipe": recovery_recipe, **options})
 
 
-def default_recipe(steps: int, far: float) -> Recipe:
-    """Rates by the way that the student has to go: those of training from scratch if it knows nothing, lower if it is near.
+def recovery_recipe(steps: int, far: float) -> Recipe:
+    """Rates for weights that are good already, by the way that the model has to go.
 
-    far: `losses.remoteness` of the student. A small distance grows with the square of what is wrong with the weights, so its
-    root says how long the way is. Rounded to a power of 2, so that a resumed run finds the same.
+    far: `losses.remoteness` of the model. A small distance grows with the square of what is wrong with the weights, so its root
+    says how long the way is. Rounded to a power of 2, so that a resumed run finds the same.
     """
-    scale = 2.0 ** round(math.log2(min(1.0, max(LEAST_RATE, far**0.5))))
+    return _scaled(steps, far**0.5)
+
+
+def student_recipe(steps: int, far: float) -> Recipe:
+    """Rates for a smaller model, which has to find answers of its own also where it is near: they fall half as fast."""
+    return _scaled(steps, far**0.25)
+
+
+def _scaled(steps: int, share: float) -> Recipe:
+    """The rates of training from scratch, times `share` as a power of 2 within bounds."""
+    scale = 2.0 ** round(math.log2(min(1.0, max(LEAST_RATE, share))))
     return Recipe(steps=steps, lr=3e-3 * scale, muon_lr=0.02 * scale, warmup=min(20, steps // 10), cooldown=0.8)
 
 
