@@ -90,7 +90,13 @@ inline Floats load(const float *p) {
     return *(const Anywhere *)p;
 }
 inline Floats load(const Brain *p) { return (Floats)(load_words(&p->bits) << 16); }
-inline Floats load(const int8_t *p) { return __builtin_convertvector(((load_bytes((const uint8_t *)p) ^ 128) - 128), Floats); }
+inline Floats load(const int8_t *p) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+#else
+    return __builtin_convertvector((load_bytes((const uint8_t *)p) ^ 128) - 128, Floats);
+#endif
+}
 inline Floats load(const Half *p) {
     Ints b = load_words(&p->bits);
     Floats size = (Floats)((b & 0x7fff) << 13) * 0x1p112f;

@@ -255,6 +255,25 @@ void store(const float *x, int64_t n, int64_t kind, void *held, void *scales, in
     }
 }
 
+// y[m] = the sum of n rows of v [n, d], each times its weight s[m].
+template <int M, class T> inline void weigh(const float (*s)[CHUNK], const T *v, int64_t n, int64_t d, float *y) {
+    int64_t i = 0;
+    for (; i + 4 * LANES <= d; i += 4 * LANES) {
+        Floats t[M][4] = {};
+        for (int64_t p = 0; p < n; p++)
+            for (int j = 0; j < 4; j++) {
+                Floats x = load(v + p * d + i + j * LANES);
+                for (int m = 0; m < M; m++) t[m][j] += s[m][p] * x;
+            }
+        for (int m = 0; m < M; m++) memcpy(y + m * d + i, t[m], sizeof t[m]);
+    }
+    for (; i < d; i++)
+        for (int m = 0; m < M; m++) {
+            y[m * d + i] = 0;
+            for (int64_t p = 0; p < n; p++) y[m * d + i] += s[m][p] * widen(v[p * d + i]);
+        }
+}
+
 // Softmax attention of `heads` queries over `n` positions: unnormalized sums [heads, d], and each head's largest score and total.
 template <int64_t D, class T> void attend(const float *q, int64_t heads, const T *k, const T *v, const Brain *k_scale,
                                           const Brain *v_scale, int64_t n, int64_t width, float *sums, float *peak, float *total) {
@@ -281,19 +300,12 @@ template <int64_t D, class T> void attend(const float *q, int64_t heads, const T
             total[head + h] = sum;
             if (v_scale)
                 for (int64_t p = 0; p < n; p++) s[p] *= widen(v_scale[p]);
-            float *y = sums + (head + h) * d;
-            int64_t i = 0;
-            for (; i + 4 * LANES <= d; i += 4 * LANES) {  // four registers of sums at a time
-                Floats t[4] = {};
-                for (int64_t p = 0; p < n; p++)
-                    for (int j = 0; j < 4; j++) t[j] += s[p] * load(v + p * d + i + j * LANES);
-                memcpy(y + i, t, sizeof t);
-            }
-            for (; i < d; i++) {
-                y[i] = 0;
-                for (int64_t p = 0; p < n; p++) y[i] += s[p] * widen(v[p * d + i]);
-            }
         }
+        float *y = sums + head * d;
+        if (many == 4) weigh<4>(scores, v, n, d, y);
+        else if (many == 3) weigh<3>(scores, v, n, d, y);
+        else if (many == 2) weigh<2>(scores, v, n, d, y);
+        else weigh<1>(scores, v, n, d, y);
     }
 }
 

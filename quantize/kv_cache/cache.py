@@ -18,7 +18,15 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from quantize.kv_cache.functions import attention, attention_int8, is_count, per_layer, quantize_rows, rotate
+from quantize.kv_cache.functions import (
+    alibi_bias,
+    attention,
+    attention_int8,
+    attention_with_sinks,
+    is_count,
+    per_layer,
+    quantize_rows,
+)
 
 BLOCK = 256  # positions; the least by which a cache grows
 SLACK = 64  # positions kept behind a sliding window, so that a speculative pass can be taken back
@@ -180,7 +188,7 @@ class KVCache:
         held = {n: t[:, :, low - store.first : self._end - store.first] for n, t in store.tensors.items()}
         mask = self._mask(store, new, low, q.device)
         if slopes is not None:
-            mask = self._alibi(slopes, start, torch.arange(low, self._end, device=q.device), mask, q)
+            mask = alibi_bias(slopes.to(q.device, q.dtype), start, new, low, mask)
         if new == 1 and mask is None and store.tensors["k"].dtype == torch.int8:
             return attention_int8(q, held["k"], held["k_scale"], held["v"], held["v_scale"])
         k, v = self._read(held, "k", q.dtype), self._read(held, "v", q.dtype)
@@ -305,42 +313,13 @@ class KVCache:
             self._masks[key] = visible
         return self._masks[key]
 
-    def _alibi(self, slopes: Tensor, start: int, keys: Tensor, mask: Tensor | None, q: Tensor) -> Tensor:
-        queries = torch.arange(start, self._end, device=q.device)[:, None]
-        bias = slopes.to(q.device, q.dtype)[:, None, None] * (keys - queries).to(q.dtype)  # [H, T, S]
-        visible = keys <= queries if mask is None else mask
-        return bias.masked_fill(~visible, -math.inf)
-
     def _attend_with_sinks(self, store: _Layer, q: Tensor, start: int, slopes: Tensor | None) -> Tensor:
-        """Attention over sinks and window, two blocks under one softmax; a sink is never farther than the window reaches."""
-        b, heads, new, d = q.shape
         low = max(start - store.window + 1, self.sinks)
         held = {n: t[:, :, low - store.first : self._end - store.first] for n, t in store.tensors.items()}
         first = store.sinks or {n: t[:, :, : self.sinks] for n, t in store.tensors.items()}
-        queries = torch.arange(start, self._end, device=q.device)
-        keys = torch.arange(low, self._end, device=q.device)
-        seen = queries.clamp(max=self.sinks + store.window - 1)  # where a query stands as the sinks see it
-        near = q
-        far = q if self.rope is None else rotate(q, (seen - queries)[:, None] * self.rope.to(q.device))
-
-        def scores(queries: Tensor, keys: Tensor) -> Tensor:  # [B, H, T, D], [B, KV, S, D] -> [B, H, T, S]
-            grouped = queries.reshape(b, keys.shape[1], -1, d) * d**-0.5
-            return (grouped @ keys.transpose(-1, -2)).view(b, heads, new, -1)
-
-        k, v = self._read(held, "k", q.dtype), self._read(held, "v", q.dtype)
-        sink_k, sink_v = self._read(first, "k", q.dtype), self._read(first, "v", q.dtype)
-        to_sinks, to_window = scores(far, sink_k), scores(near, k)
-        sinks = torch.arange(self.sinks, device=q.device)
-        if slopes is not None:
-            slopes = slopes.to(q.device, q.dtype)[:, None, None]
-            to_sinks = to_sinks + slopes * (sinks - seen[:, None])
-            to_window = to_window + slopes * (keys - queries[:, None])
-        hidden = (keys > queries[:, None]) | (keys <= queries[:, None] - store.window)
-        to_sinks = to_sinks.masked_fill(sinks > queries[:, None], -math.inf)
-        to_window = to_window.masked_fill(hidden, -math.inf)
-        weights = torch.softmax(torch.cat((to_sinks, to_window), dim=-1), dim=-1)  # [B, H, T, sinks + S]
-        weights = weights.view(b, k.shape[1], -1, weights.shape[-1])
-        return (weights[..., : self.sinks] @ sink_v + weights[..., self.sinks :] @ v).view(b, heads, new, d)
+        near = [self._read(held, n, q.dtype) for n in "kv"]
+        far = [self._read(first, n, q.dtype) for n in "kv"]
+        return attention_with_sinks(q, *near, *far, start=start, window=store.window, rope=self.rope, slopes=slopes)
 
     # ------------------------------------------------------------------------------------------ rewriting
 

@@ -65,6 +65,50 @@ def attention_int8(q: Tensor, k: Tensor, k_scale: Tensor, v: Tensor, v_scale: Te
     return (weights @ v.to(q.dtype)).view(b, heads, 1, d)
 
 
+def alibi_bias(slopes: Tensor, start: int, new: int, low: int, mask: Tensor | None) -> Tensor:
+    """What scores of queries at start..start+new get for keys at low.. up to the last query: [H, T, S] or [B, H, T, S].
+
+    slopes [H]; mask: bool, True = visible, broadcastable to the result; None: what is causal is visible.
+    """
+    queries = torch.arange(start, start + new, device=slopes.device)[:, None]
+    keys = torch.arange(low, start + new, device=slopes.device)
+    bias = slopes[:, None, None] * (keys - queries).to(slopes.dtype)
+    return bias.masked_fill(~(keys <= queries if mask is None else mask), -math.inf)
+
+
+def attention_with_sinks(
+    q: Tensor, k: Tensor, v: Tensor, sink_k: Tensor, sink_v: Tensor, *, start: int, window: int, rope: Tensor | None,
+    slopes: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Attention of q [B, H, T, D], at positions start.., over sinks [B, KV, N, D] and k, v [B, KV, S, D] that end with it.
+
+    Under one softmax. A sink is never farther than the window reaches: with `rope` (radians per position [D/2]) queries are
+    turned back to where they would see it from there, with `slopes` (ALiBi) its distance is cut.
+    """
+    b, heads, new, d = q.shape
+    sinks = torch.arange(sink_k.shape[2], device=q.device)
+    queries = torch.arange(start, start + new, device=q.device)
+    keys = torch.arange(start + new - k.shape[2], start + new, device=q.device)
+    seen = queries.clamp(max=len(sinks) + window - 1)  # where a query stands as the sinks see it
+    far = q if rope is None else rotate(q, (seen - queries)[:, None] * rope.to(q.device))
+
+    def scores(queries: Tensor, keys: Tensor) -> Tensor:  # [B, H, T, D], [B, KV, S, D] -> [B, H, T, S]
+        grouped = queries.reshape(b, keys.shape[1], -1, d) * d**-0.5
+        return (grouped @ keys.transpose(-1, -2)).view(b, heads, new, -1)
+
+    to_sinks, to_window = scores(far, sink_k), scores(q, k)
+    if slopes is not None:
+        slopes = slopes.to(q.device, q.dtype)[:, None, None]
+        to_sinks = to_sinks + slopes * (sinks - seen[:, None])
+        to_window = to_window + slopes * (keys - queries[:, None])
+    hidden = (keys > queries[:, None]) | (keys <= queries[:, None] - window)
+    to_sinks = to_sinks.masked_fill(sinks > queries[:, None], -math.inf)
+    to_window = to_window.masked_fill(hidden, -math.inf)
+    weights = torch.softmax(torch.cat((to_sinks, to_window), dim=-1), dim=-1)  # [B, H, T, N + S]
+    weights = weights.view(b, k.shape[1], -1, weights.shape[-1])
+    return (weights[..., : len(sinks)] @ sink_v + weights[..., len(sinks) :] @ v).view(b, heads, new, d)
+
+
 def is_count(value: object, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
