@@ -29,12 +29,13 @@ pytestmark = pytest.mark.filterwarnings("error:.*torch.jit.*:FutureWarning", "er
 
 @pytest.fixture(autouse=True)
 def _no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tests take the most rewritten way, not the fastest one on a busy machine."""
+    """Tests take the most rewritten way, not the fastest one on a busy machine, and kernels for layers of any size."""
 
     def last_wins(models: dict[str, Callable[..., Any]], inputs: Any, **_: Any) -> dict[str, float]:
         return {name: float(-i) for i, name in enumerate(models)}
 
     monkeypatch.setattr("quantize.fusion.planning.race", last_wins)
+    monkeypatch.setattr(kernels, "SMALL", 0)
 
 
 def seeded(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -251,6 +252,83 @@ def test_padding_moves_into_the_convolution(pad: tuple[int, ...], stride: int) -
         made = plan(model, x)
         assert_close(made.fused(x), model(x))
         assert not any("pad" in op.split(".")[1] for op in made.after)
+
+
+@pytest.mark.parametrize("word", ["same", "valid"])
+@pytest.mark.parametrize(("kernel", "dilation"), [(1, 1), (2, 1), (3, 2), (4, 1)])
+@pytest.mark.parametrize(
+    ("conv", "norm", "size"),
+    [
+        (nn.Conv1d, nn.BatchNorm1d, (2, 4, 9)),
+        (nn.Conv2d, nn.BatchNorm2d, (2, 4, 8, 9)),
+        (nn.Conv3d, nn.BatchNorm3d, (1, 4, 5, 6, 7)),
+    ],
+)
+def test_padding_by_name_becomes_numbers(
+    word: str, kernel: int, dilation: int, conv: type, norm: type, size: tuple[int, ...]
+) -> None:
+    """`padding="same"`, also where it is uneven, and `"valid"`: the norm folds all the same."""
+    model = seeded(nn.Sequential(conv(4, 6, kernel, dilation=dilation, padding=word, groups=2), norm(6)))
+    made = plan(model, rand(*size))
+    assert_close(made.fused(rand(*size, seed=2)), model(rand(*size, seed=2)))
+    assert not any("norm" in op or "pad" in op.split(".")[1] for op in made.after)
+
+
+class Gated(nn.Module):
+    """Squeeze and excitation."""
+
+    def __init__(self, gate: nn.Module) -> None:
+        super().__init__()
+        self.expand, self.project = nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+        self.squeeze, self.excite, self.gate = nn.Conv2d(8, 2, 1), nn.Conv2d(2, 8, 1), gate
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = F.silu(self.expand(x))
+        weights = self.gate(self.excite(F.silu(self.squeeze(F.adaptive_avg_pool2d(y, 1)))))
+        return self.project(y * weights) + x
+
+
+@pytest.mark.parametrize("gate", [nn.Sigmoid(), nn.Hardsigmoid()])
+def test_layers_on_one_pixel_become_linear(gate: nn.Module) -> None:
+    """Squeeze and excitation runs as two linear layers with their activations inside, without copies between them."""
+    model, x = seeded(Gated(gate)), rand(2, 4, 6, 6)
+    made = plan(model, x)
+    assert_close(made.fused(rand(5, 4, 7, 3)), model(rand(5, 4, 7, 3)))
+    assert made.after["mkldnn._linear_pointwise"] == 2 and made.after["mkldnn._convolution_pointwise"] == 1
+    assert made.after["aten.reshape"] == 2 and made.after.total() == 8
+
+
+class Normed(nn.Module):
+    """RMSNorm by torch, and as Llama's authors spell it, each before a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.weight = nn.RMSNorm(16), nn.Parameter(torch.ones(16))
+        self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.a(self.norm(x))
+        y = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return self.b(self.weight * y)
+
+
+def test_rms_norms_take_one_reduction() -> None:
+    """RMSNorm, built in or spelt out, becomes one reduction; its scale goes into the linear layer; extremes agree."""
+    model = seeded(Normed())
+    made = plan(model, rand(3, 5, 16))
+    assert made.after["aten.linalg_vector_norm"] == 2 and not any("rms_norm" in op or "pow" in op for op in made.after)
+    assert any("2 norm and layer scales folded" in note for note in made.notes)
+    for scale in (0.0, 1e-30, 1e-4, 1.0, 1e6, 1e30):
+        x = rand(2, 7, 16) * scale
+        assert difference(outputs(made.fused, x), outputs(model, x)) <= 1e-5
+
+
+def test_small_linear_layers_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer that is computed faster than a packed kernel starts keeps its operator."""
+    monkeypatch.setattr(kernels, "SMALL", 1 << 19)
+    model, x = seeded(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4096))), rand(4, 64)
+    after = plan(model, x).after
+    assert after["aten.linear"] == 1 and after["mkldnn._linear_pointwise"] == 1
 
 
 class Projections(nn.Module):

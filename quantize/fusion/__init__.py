@@ -1,9 +1,10 @@
 """Fusion: the fastest equal model. `fold` runs our own passes, `fuse` hands the result to a back end and gives its file.
 
-The model becomes a graph of operators (graph.py), which loses what inference doesn't need (passes.py) and gets oneDNN kernels
-that do a convolution or linear layer, its activation and the residual add in one go (kernels.py). torchscript.py writes the
-graph out as TorchScript, folded.py runs it in Python, backends.py gives it to other engines. Each result is compared with the
-model before it is returned (equality.py), and of several ways the fastest is taken (planning.py).
+The model becomes a graph of operators (graph.py), which loses what inference doesn't need (passes.py, folding.py), gets
+cheaper operators for the same values (cheaper.py) and oneDNN kernels that do a convolution or linear layer, its activation
+and the residual add in one go (kernels.py). torchscript.py writes the graph out as TorchScript, folded.py runs it in Python,
+backends.py gives it to other engines. Each result is compared with the model before it is returned (equality.py), and of
+several ways the fastest is taken (planning.py).
 
 Left out: training, kernels for GPUs, and models that decide on the data which way to go, unless TorchScript can compile them.
 """
@@ -68,9 +69,15 @@ def fuse(model: nn.Module, example_inputs: Any, *, backend: str = "torchscript")
         return min(contenders, key=lambda c: c.latency_ms).model
     if backend == "torchscript":
         return _torchscript(model, example_inputs)[0]
+    if reason := backends.missing(backend):
+        raise ValueError(reason)
     program = capture(model, example_inputs)
-    simplify(program)
-    fused = backends.build(program, backend, flatten(example_inputs, "example_inputs")[0])
+    simple, tensors = program.copy(), flatten(example_inputs, "example_inputs")[0]
+    simplify(simple)
+    try:
+        fused = backends.build(simple, backend, tensors)
+    except ValueError:  # its compiler knows what the model's authors wrote, and perhaps not what the passes made of it
+        fused = backends.build(program, backend, tensors)
     check(fused, model, example_inputs, sizes=False)
     return fused
 

@@ -67,7 +67,8 @@ def build(program: Program, backend: str, tensors: list[torch.Tensor]) -> nn.Mod
     folder = tempfile.TemporaryDirectory(prefix="fused-")
     try:
         with torch.no_grad():
-            engine, file = _BUILDERS[backend](program, tensors, Path(folder.name))
+            file = _WRITERS[backend](program, tensors, Path(folder.name))
+            engine = open_file(backend, file)
     except Exception as error:  # another project's compiler: it may raise anything
         first = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
         raise ValueError(f"back end {backend!r} can't take this model: {type(error).__name__}: {first}") from error
@@ -91,17 +92,26 @@ class _Run(nn.Module):
         return self.run(*tensors)
 
 
-def _inductor(program: Program, tensors: list[torch.Tensor], folder: Path) -> tuple[Callable[..., Any], Path]:
+def open_file(backend: str, file: Path) -> Callable[..., list[Any]]:
+    """The engine for a file of this back end: takes the input tensors in order, gives arrays or tensors in order."""
+    return _OPENERS[backend](file)
+
+
+def _inductor(program: Program, tensors: list[torch.Tensor], folder: Path) -> Path:
     file = folder / "model.pt2"
     options = {"freezing": True}
     torch._inductor.aoti_compile_and_package(_exported(program, tensors), package_path=str(file), inductor_configs=options)
+    return file
+
+
+def _open_inductor(file: Path) -> Callable[..., list[Any]]:
     loaded = torch._inductor.aoti_load_package(str(file))
 
     def engine(*inputs: torch.Tensor) -> list[torch.Tensor]:
         out = loaded(*inputs)
         return [out] if isinstance(out, torch.Tensor) else list(out)
 
-    return engine, file
+    return engine
 
 
 def _onnx(program: Program, tensors: list[torch.Tensor], folder: Path) -> Path:
@@ -111,10 +121,9 @@ def _onnx(program: Program, tensors: list[torch.Tensor], folder: Path) -> Path:
     return file
 
 
-def _onnxruntime(program: Program, tensors: list[torch.Tensor], folder: Path) -> tuple[Callable[..., Any], Path]:
+def _open_onnxruntime(file: Path) -> Callable[..., list[Any]]:
     import onnxruntime
 
-    file = _onnx(program, tensors, folder)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
@@ -123,23 +132,29 @@ def _onnxruntime(program: Program, tensors: list[torch.Tensor], folder: Path) ->
     def engine(*inputs: torch.Tensor) -> list[Any]:
         return session.run(None, {n: t.detach().contiguous().numpy() for n, t in zip(names, inputs, strict=True)})
 
-    return engine, file
+    return engine
 
 
-def _openvino(program: Program, tensors: list[torch.Tensor], folder: Path) -> tuple[Callable[..., Any], Path]:
+def _openvino(program: Program, tensors: list[torch.Tensor], folder: Path) -> Path:
     import openvino
 
-    model = openvino.convert_model(_exported(program, tensors))
     file = folder / "model.xml"
-    openvino.save_model(model, str(file), compress_to_fp16=False)
+    openvino.save_model(openvino.convert_model(_exported(program, tensors)), str(file), compress_to_fp16=False)
+    return file
+
+
+def _open_openvino(file: Path) -> Callable[..., list[Any]]:
+    import openvino
+
     hints = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY"}
     compiled = openvino.Core().compile_model(str(file), "CPU", hints)
 
     def engine(*inputs: torch.Tensor) -> list[Any]:
         result = compiled([t.detach().contiguous().numpy() for t in inputs])
-        return [result[i].copy() for i in range(len(compiled.outputs))]
+        return [result[i].copy() for i in range(len(compiled.outputs))]  # the engine writes into the same arrays again
 
-    return engine, file
+    return engine
 
 
-_BUILDERS = {"inductor": _inductor, "onnxruntime": _onnxruntime, "openvino": _openvino}
+_WRITERS = {"inductor": _inductor, "onnxruntime": _onnx, "openvino": _openvino}
+_OPENERS = {"inductor": _open_inductor, "onnxruntime": _open_onnxruntime, "openvino": _open_openvino}

@@ -12,6 +12,11 @@ from quantize.fusion.graph import is_in_place as mutates
 
 LINEARS = {aten.linear.default}
 CONVS = {aten.conv1d.default: 1, aten.conv2d.default: 2, aten.conv3d.default: 3}
+CONVS_BY_WORD = {  # with padding="same" or "valid"
+    aten.conv1d.padding: (aten.conv1d.default, 1),
+    aten.conv2d.padding: (aten.conv2d.default, 2),
+    aten.conv3d.padding: (aten.conv3d.default, 3),
+}
 TRANSPOSED = {aten.conv_transpose1d.default: 1, aten.conv_transpose2d.input: 2, aten.conv_transpose3d.input: 3}
 COPIES = {aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default, aten.to.other}
 PADS = {aten.pad.default, aten.constant_pad_nd.default}

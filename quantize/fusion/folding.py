@@ -12,6 +12,7 @@ from torch import fx
 
 from quantize.fusion.edit import (
     CONVS,
+    CONVS_BY_WORD,
     LINEARS,
     PADS,
     TRANSPOSED,
@@ -24,6 +25,31 @@ from quantize.fusion.edit import (
     shape,
 )
 from quantize.fusion.graph import Program, aten
+
+
+def number_padding(program: Program) -> None:
+    """`padding="valid"` and `"same"` become numbers, which the other passes know; uneven padding an operator of its own."""
+    for node in calls(program, CONVS_BY_WORD):
+        target, dims = CONVS_BY_WORD[node.target]
+        weight, dilation = constant(program, node.args[1]), _numbers(argument(node, 5, 1), CONVS[target])
+        if argument(node, 4, "valid") == "valid":
+            padding = [0] * dims
+        elif weight is None or dilation is None:
+            continue
+        else:
+            totals = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
+            padding = [t // 2 for t in totals]
+            if any(t % 2 for t in totals):  # the odd one is added after the image
+                after = [side for t in totals[::-1] for side in (0, t % 2)]
+                x = node.args[0]
+                with program.graph.inserting_before(node):
+                    padded = program.graph.call_function(aten.constant_pad_nd.default, (x, after))
+                sizes = x.meta["val"].shape
+                wide = [s + t % 2 for s, t in zip(sizes[-dims:], totals, strict=True)]
+                padded.meta["val"] = x.meta["val"].new_empty((*sizes[:-dims], *wide))
+                set_arguments(node, {0: padded})
+        node.target = target
+        set_arguments(node, {4: padding})
 
 
 def fold_padding(program: Program) -> None:

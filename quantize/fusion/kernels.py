@@ -4,6 +4,9 @@ The operators are stock PyTorch's (`mkldnn._convolution_pointwise`, `mkldnn._lin
 to). Whether this build has them, and which activations they know, is found out by trying them on a few numbers.
 A packed weight makes a convolution answer in channels-last, so the layout needs no conversion operators.
 
+Int8 layers keep their own operators: they multiply by one scale per row after the integer product, so that an activation can't
+be part of the kernel that makes it.
+
 One difference remains: these kernels' ReLU is max(x, 0), which makes a NaN a 0, where eager keeps the NaN.
 """
 
@@ -16,6 +19,9 @@ from torch import fx
 
 from quantize.fusion.edit import LINEARS, argument, calls, constant, drop_dead, loosen_views, replace, shape
 from quantize.fusion.graph import Program, aten
+
+# Linear layers with fewer multiplications stay as they are: a packed kernel takes 16 us before it starts, `aten.linear` 4.
+SMALL = 1 << 19
 
 # How to get the plain weight back from the packed one, for files.
 _UNPACK = "{}.to_dense()"
@@ -151,6 +157,8 @@ def _packed(program: Program, node: fx.Node) -> fx.Node | None:
         for size in x.shape[:-1]:
             rows *= _hint(size)
         rows = max(1, rows // program.widened)
+        if rows * weight.numel() < SMALL:
+            return None
         target, arguments = torch.ops.mkldnn._reorder_linear_weight.default, (node.args[1], rows)
     else:
         if x.dim() != 4:

@@ -12,6 +12,7 @@ import operator
 import torch
 from torch import fx
 
+from quantize.fusion.cheaper import one_pixel_convolutions, rms_norms
 from quantize.fusion.edit import (
     COPIES,
     LINEARS,
@@ -30,7 +31,7 @@ from quantize.fusion.edit import (
     replace,
     shape,
 )
-from quantize.fusion.folding import fold_batch_norm, fold_padding, fold_scales
+from quantize.fusion.folding import fold_batch_norm, fold_padding, fold_scales, number_padding
 from quantize.fusion.graph import Program, aten
 
 _DROPOUTS = {aten.dropout.default, aten.dropout_.default, aten.feature_dropout.default, aten.alpha_dropout.default}
@@ -48,8 +49,11 @@ def simplify(program: Program) -> None:
         linear_form,
         through_views,
         activations,
+        number_padding,
         fold_padding,
         fold_batch_norm,
+        rms_norms,
+        one_pixel_convolutions,
         fold_scales,
         sink_permutes,
     ):

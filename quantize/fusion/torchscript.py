@@ -2,7 +2,8 @@
 
 The graph is written out as TorchScript source: no trace, so sizes stay what they were in the model (free, or fixed and
 checked), and the file says in readable code what it runs. Weights in a kernel's own layout can't be stored: the file keeps
-plain tensors and makes the layout again in `__setstate__`, which also runs once so that the first call is not the slow one.
+plain tensors and makes the layout again in `__setstate__`. The first call runs the graph twice, because TorchScript measures
+during a graph's first run and rewrites it before its second: from the second call on there is no surprise.
 
 `torch.jit` warns that it is deprecated in torch 2.15; the warning is silenced here and nowhere else.
 """
@@ -10,12 +11,17 @@ plain tensors and makes the layout again in `__setstate__`, which also runs once
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import keyword
+import linecache
 import math
 import operator
 import re
+import sys
+import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -95,24 +101,44 @@ def without_export(model: nn.Module, example_inputs: Any, *, reason: str) -> nn.
 
 def compile(program: Program) -> nn.Module:
     """A ScriptModule that runs `program`; takes the caller's arguments, returns tensors, tuples, lists or a dict."""
-    holder = type("Fused", (nn.Module,), {})()  # a class of its own: TorchScript keeps one type per class
-    raw = [n for n in program.graph.nodes if n.op == "get_attr"]
-    prepared = [n for n in program.graph.nodes if n.meta.get("prepare")]
-    for name in dict.fromkeys(n.target for n in raw):
+    holder = type("Body", (nn.Module,), {})()  # a class of its own: TorchScript keeps one type per class
+    for name in dict.fromkeys(n.target for n in program.graph.nodes if n.op == "get_attr"):
         holder.register_buffer(name, getattr(program.module, name))
-    for node in prepared:
-        setattr(holder, f"prepared_{node.name}", torch.empty(0))
+    for node in program.graph.nodes:
+        if node.meta.get("prepare"):
+            setattr(holder, f"prepared_{node.name}", torch.empty(0))
+    holder.called = False
+    writer = _Writer(program)
     with _quiet():
-        scripted = torch.jit.script(holder.eval())
-        scripted.define(source(program))
-        if prepared:
-            scripted.prepare()
-    return scripted
+        body = torch.jit.script(holder.eval())
+        body.define(writer.body())
+        body.prepare()
+        outer = type("Fused", (nn.Module,), {"__annotations__": {"body": _interface(writer.interface())}})()
+        outer.body = body
+        fused = torch.jit.script(outer.eval())
+        fused.define(writer.entry())
+    return fused
+
+
+def _interface(source: str) -> type:
+    """The TorchScript interface that this source declares; TorchScript reads it from a file."""
+    name = "fused_interface"
+    with tempfile.TemporaryDirectory(prefix="fused-") as folder:
+        file = Path(folder) / f"{name}.py"
+        file.write_text(source)
+        spec = importlib.util.spec_from_file_location(name, file)
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+            return torch.jit.interface(module.Body)
+        finally:
+            del sys.modules[name]
+            linecache.clearcache()
 
 
 def source(program: Program) -> str:
-    """TorchScript source of `forward`, and of `prepare` and the state methods when something is made at load."""
-    return "\n\n".join(_Writer(program).methods()) + "\n"
+    """TorchScript source of what runs: `forward`, and what is made at load."""
+    return _Writer(program).body()
 
 
 def _narrowest(tensor: torch.Tensor) -> torch.dtype:
@@ -137,26 +163,41 @@ class _Writer:
                 users.setdefault(node.target, []).extend(node.users)
         self.only_prepared = [a for a in self.raw if users[a] and all(u.meta.get("prepare") for u in users[a])]
 
-    def methods(self) -> list[str]:
-        tensors = {a: getattr(self.program.module, a) for a in self.raw}
+        tensors = {a: getattr(program.module, a) for a in self.raw}
         self.stored = {a: _narrowest(t) for a, t in tensors.items()}
         self.dtypes = {a: t.dtype for a, t in tensors.items()}
-        if not self.prepared and self.stored == self.dtypes:
-            return [self.forward()]
-        return [self.forward(), self.prepare(), *self.state()]
+        self.output = plain(program.output)
+        self.arguments = [
+            (_safe(name), _type(spec), _literal(spec.value) if spec.kind == "constant" and program.keyword else "")
+            for name, spec in program.arguments.items()
+        ]
+        if program.keyword:
+            self.arguments.sort(key=lambda a: bool(a[2]))  # those with defaults last
+
+    def body(self) -> str:
+        return "\n\n".join([self.forward(), _FIRST, self.prepare(), *self.state()]) + "\n"
+
+    def interface(self) -> str:
+        """Methods called through an interface keep an executor of their own, which a first call can bring to speed."""
+        imports = "from typing import Dict, List, Optional, Tuple\n\nimport torch\nfrom torch import Tensor\n\n\n"
+        methods = [f"    {self.head(defaults=False)}\n        pass\n", "    def first(self) -> bool:\n        pass\n"]
+        return imports + "class Body(torch.nn.Module):\n" + "\n".join(methods)
+
+    def entry(self) -> str:
+        """TorchScript measures during the first run of a graph and rewrites it for the second: the first call does both."""
+        run = f"self.body.forward({', '.join(name for name, _, _ in self.arguments)})"
+        return f"{self.head(defaults=True)}\n    if self.body.first():\n        {run}\n    return {run}\n"
+
+    def head(self, *, defaults: bool) -> str:
+        parts = [f"{n}: {t}" + (f" = {default}" if default and defaults else "") for n, t, default in self.arguments]
+        return f"def forward({', '.join(['self', *parts])}) -> {_type(self.output)}:"
 
     def forward(self) -> str:
-        arguments, checks, leaves = [], [], {}
+        checks: list[str] = []
+        leaves: dict[int, str] = {}
         for name, spec in self.program.arguments.items():
-            safe = _safe(name)
-            self._bind(spec, safe, leaves, checks)
-            default = f" = {_literal(spec.value)}" if spec.kind == "constant" and self.program.keyword else ""
-            arguments.append((bool(default), f"{safe}: {_type(spec)}{default}"))
-        if self.program.keyword:
-            arguments.sort(key=lambda a: a[0])
-        head = ", ".join(["self", *(text for _, text in arguments)])
-        output = plain(self.program.output)
-        lines = [f"def forward({head}) -> {_type(output)}:", *checks]
+            self._bind(spec, _safe(name), leaves, checks)
+        lines = [self.head(defaults=False), *checks]
         bound: dict[str, str] = {}
         for i, sizes in enumerate(self.program.sizes):
             lines += self._sizes(i, leaves[i], sizes, bound)
@@ -165,7 +206,7 @@ class _Writer:
             if node.op == "call_function" and not node.meta.get("prepare"):
                 lines.append(f"    {node.name} = {self.call(node)}")
             elif node.op == "output":
-                lines.append(f"    return {_build(output, [self.value(v) for v in node.args[0]])}")
+                lines.append(f"    return {_build(self.output, [self.value(v) for v in node.args[0]])}")
         return "\n".join(lines)
 
     def _bind(self, spec: Spec, path: str, leaves: dict[int, str], checks: list[str]) -> None:
@@ -215,10 +256,11 @@ class _Writer:
                 )
                 back = node.meta["prepare"].format(f"self.prepared_{node.name}")
             kept.append(back if self.stored[attribute] == self.dtypes[attribute] else f"{back}.to({self.stored[attribute]})")
-        get = ["def __getstate__(self) -> Tuple[List[Tensor], bool]:", f"    return ([{', '.join(kept)}], self.training)"]
+        tensors = f"[{', '.join(kept)}]" if kept else "torch.jit.annotate(List[Tensor], [])"
+        get = ["def __getstate__(self) -> Tuple[List[Tensor], bool]:", f"    return ({tensors}, self.training)"]
         put = ["def __setstate__(self, state: Tuple[List[Tensor], bool]) -> None:"]
         put += [f"    self.{a} = state[0][{i}].to({self.dtypes[a]})" for i, a in enumerate(self.raw)]
-        put += ["    self.training = state[1]", "    self.prepare()"]
+        put += ["    self.training = state[1]", "    self.called = False", "    self.prepare()"]
         return ["\n".join(get), "\n".join(put)]
 
     def value(self, value: Any, kind: str = "") -> str:
@@ -256,6 +298,11 @@ class _Writer:
         parts += [f"{name}={self.value(value, kinds[name])}" for name, value in node.kwargs.items()]
         return f"torch.ops.{target.namespace}.{target._schema.name.split('::')[1]}({', '.join(parts)})"
 
+
+_FIRST = """def first(self) -> bool:
+    called = self.called
+    self.called = True
+    return not called"""
 
 _PYTHON = {
     operator.getitem: "{0}[{1}]",
