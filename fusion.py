@@ -17,6 +17,7 @@ import json
 import os
 import sys
 import tempfile
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any, NoReturn
@@ -27,6 +28,7 @@ from torch import nn
 import quantize
 from quantize.checkpoint import CheckpointError
 from quantize.fusion import BACKENDS, Contender, compare
+from quantize.fusion.backends import open_file
 from quantize.fusion.equality import difference, outputs, race
 from quantize.measure import Measurement, MeasurementError, describe_machine, keep_allocations, machine
 from quantize.measure import compare as measure_files
@@ -129,6 +131,8 @@ def report(model: nn.Module, path: Path, rows: list[Contender], best: Contender,
             eager, fused = measure_files({"eager": path, best.backend: target}, inputs, threads=args.threads)
             times |= {m.name: m.latency_ms.median for m in (eager, fused)}
             result["cold_start_s"] = {m.name: cold_start(m) for m in (eager, fused)}
+        elif not result["cold_start_s"]:
+            result["cold_start_s"] = {best.backend: engine_cold_start(best.backend, target, inputs)}
         latencies[f"batch {batch}"] = times
         speedup = times["eager"] / times[best.backend]
         print(f"batch {batch}: " + ", ".join(f"{n} {t:.2f} ms" for n, t in times.items()) + f" ({best.backend} {speedup:.2f}x)")
@@ -146,6 +150,13 @@ def report(model: nn.Module, path: Path, rows: list[Contender], best: Contender,
 
 def cold_start(measured: Measurement) -> float:
     return (measured.load_s or 0.0) + (measured.first_call_ms or 0.0) / 1000
+
+
+def engine_cold_start(backend: str, file: Path, inputs: torch.Tensor) -> float:
+    """Seconds from the file of another engine to its first answer, in this process, which has imported the engine."""
+    start = time.perf_counter()
+    open_file(backend, file)(inputs)
+    return time.perf_counter() - start
 
 
 def run(args: argparse.Namespace) -> None:
