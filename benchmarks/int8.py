@@ -263,6 +263,7 @@ def quality(path: Path, out: Path, max_bytes: int) -> None:
     variants: dict[str, Callable[[], nn.Module]] = {
         "fp32": lambda: model,
         "int8": lambda: int8.quantize_dynamic(model),
+        "int8, bfloat16 between": lambda: int8.quantize_dynamic(model).bfloat16(),
         "int8, one scale per tensor": lambda: int8.quantize_dynamic(model),
         "int8, calibrated": lambda: int8.quantize_dynamic(model, calibration=batches),
         "legacy": lambda: torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8),
@@ -275,7 +276,7 @@ def quality(path: Path, out: Path, max_bytes: int) -> None:
         per = (per_tensor, per_tensor) if "tensor" in name else by_row
         kernels.quantize_rows, kernels._quantize_many_rows = per
         small = make()
-        cosine = nn.functional.cosine_similarity(small(windows), expected, dim=-1).mean().item()
+        cosine = nn.functional.cosine_similarity(small(windows).float(), expected, dim=-1).mean().item()
         bits = evaluate(small, data, max_bytes=max_bytes)["bits_per_byte"]
         rows.append({"variant": name, "bits_per_byte": round(bits, 5), "cosine": round(cosine, 7)})
         rows[-1]["change"] = round(rows[-1]["bits_per_byte"] - rows[0]["bits_per_byte"], 5)
