@@ -117,13 +117,6 @@ def _regnet() -> nn.Module:
     return transformers.RegNetForImageClassification(config)
 
 
-def _swin() -> nn.Module:
-    config = transformers.SwinConfig(
-        image_size=32, patch_size=4, embed_dim=24, depths=[2, 2], num_heads=[2, 4], window_size=4, num_labels=10
-    )
-    return transformers.SwinForImageClassification(config)
-
-
 def _segformer() -> nn.Module:
     config = transformers.SegformerConfig(
         num_encoder_blocks=2,
@@ -166,23 +159,10 @@ def _clip() -> nn.Module:
     return transformers.CLIPTextModel(transformers.CLIPTextConfig(**text, max_position_embeddings=32, eos_token_id=95))
 
 
-def _mobilevit() -> nn.Module:
-    config = transformers.MobileViTConfig(
-        image_size=64,
-        hidden_sizes=[24, 32, 40],
-        neck_hidden_sizes=[8, 16, 24, 32, 40, 48, 160],
-        num_attention_heads=2,
-        num_labels=10,
-    )
-    return transformers.MobileViTForImageClassification(config)
-
-
 FOREIGN: dict[str, tuple[Callable[[], nn.Module], Any]] = {
     "efficientnet": (_efficientnet, _pixels(64)),
     "regnet": (_regnet, _pixels(48)),
-    "swin": (_swin, _pixels(32)),
     "segformer": (_segformer, _pixels(64)),
-    "mobilevit": (_mobilevit, _pixels(64)),
     "distilbert": (_distilbert, {"input_ids": _IDS, "attention_mask": _MASK}),
     "gemma2": (_gemma, {"input_ids": _IDS, "attention_mask": _MASK}),
     "clip_text": (_clip, {"input_ids": _IDS, "attention_mask": _MASK}),
@@ -221,7 +201,8 @@ def test_foreign_architectures_are_equal_at_every_size(name: str) -> None:
             continue
         try:
             actual = outputs(fused, other)
-        except RuntimeError:
+        except torch.jit.Error as refusal:
+            assert "must be" in str(refusal)
             continue
         assert difference(actual, expected) <= 2e-5
         answered += 1
