@@ -373,6 +373,7 @@ def test_parametrized_and_normed_modules(tmp_path, suffix):
     assert torch.equal(loaded[0].weight, model[0].weight)
 
 
+@pytest.mark.slow
 def test_loading_imports_no_compiler(tmp_path):
     """Loading a built-in model in a fresh process doesn't pull in torch._dynamo or sympy, which take seconds and memory."""
     save(DecoderLM(DecoderConfig(width=8, layers=1, heads=2)), tmp_path / "m.pth")
@@ -886,6 +887,7 @@ def test_folder_that_cannot_be_written(tmp_path, suffix):
 
 
 @both
+@pytest.mark.slow
 def test_full_disk_leaves_the_old_file(tmp_path, suffix):
     """When the system refuses the bytes, the error is the system's, the old file is whole, nothing else is left."""
     path = tmp_path / f"m{suffix}"

@@ -124,6 +124,7 @@ def test_extreme_values_pass_through() -> None:
         assert difference(outputs(fused, x), outputs(model, x)) <= 4e-5
 
 
+@pytest.mark.slow
 def test_file_needs_only_torch(tmp_path: Path) -> None:
     """A process that never imports this package loads the file and gets the same numbers."""
     model, x = seeded(Image()), rand(2, 3, 16, 16)
@@ -517,6 +518,7 @@ def test_unknown_and_absent_back_ends_are_named(monkeypatch: pytest.MonkeyPatch)
         fuse(model, x, backend="openvino")
 
 
+@pytest.mark.slow
 def test_a_torch_without_torchscript_is_survived(monkeypatch: pytest.MonkeyPatch) -> None:
     """`auto` goes on with the other back ends and says why TorchScript is out."""
     monkeypatch.setattr(torchscript, "available", lambda: False)

@@ -140,6 +140,7 @@ def multiply(model):
     return {"product": 1.0}
 
 
+@pytest.mark.slow
 def test_children_have_working_threads(files):
     """Matrix products on two threads run in a child: what it was forked from had no thread pool."""
     m = compare([files["mlp"]] * 2, INPUTS, evaluate=multiply, **{**QUICK, "threads": 2})
@@ -147,6 +148,7 @@ def test_children_have_working_threads(files):
 
 
 @pytest.mark.parametrize("start", ["fork", "spawn"])
+@pytest.mark.slow
 def test_both_ways_of_starting(files, monkeypatch, start):
     """Where the system can't fork, each child is a Python of its own, and the rest is the same."""
     if start == "spawn":
@@ -179,6 +181,7 @@ def test_peak_memory_is_the_workers_own(files, tmp_path):
     assert small < own - 0.5 * ballast.nbytes / 2**20
 
 
+@pytest.mark.slow
 def test_a_foreign_architecture_is_measured_from_its_file(tmp_path):
     """`model=` goes to the fresh process; keyword inputs and dict outputs work."""
     save(Net().eval(), tmp_path / "net.safetensors")
@@ -192,6 +195,7 @@ def test_stored_tensors_counts_shared_weights_once():
     assert sum(t.numel() for t in stored_tensors(Net())) == 336
 
 
+@pytest.mark.slow
 def test_what_cannot_be_sent_is_evaluated_here_and_said(files):
     """A lambda can't go to another process: the file is loaded here for it, and the notes say so."""
     m = measure(files["mlp"], INPUTS, evaluate=lambda model: ("classes", model.head.out_features), **QUICK)
@@ -256,6 +260,7 @@ def test_wrong_inputs_name_the_artifact(files):
         measure(files["model"], torch.ones(2, 3), **QUICK)
 
 
+@pytest.mark.slow
 def test_bad_arguments_are_refused(files, tmp_path):
     """Each with its name and value, before any process is started."""
     with pytest.raises(ValueError, match="threads must be an integer of at least 1, got 0"):
@@ -407,6 +412,7 @@ def _command(*arguments: object) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, env=_environment(), timeout=300)
 
 
+@pytest.mark.slow
 def test_command_line_prints_one_json_line(files, tmp_path):
     """Standard output is one line of JSON, standard error is empty (no double import, no warnings), and the numbers agree."""
     np.save(tmp_path / "x.npy", INPUTS.numpy())
@@ -419,6 +425,7 @@ def test_command_line_prints_one_json_line(files, tmp_path):
     assert line["output_sha256"] == fingerprint(files["model"], INPUTS)
 
 
+@pytest.mark.slow
 def test_command_line_names_a_missing_file(tmp_path):
     """Exit code 2, nothing on standard output, one line on standard error."""
     result = _command(tmp_path / "none.pth")
