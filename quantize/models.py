@@ -129,9 +129,14 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, training: bool = False) -> Tensor:
-    """Attention of q [B, H, T, D] over k, v [B, KV, T, D], each position seeing itself and what is before it."""
-    small = torch.bfloat16 if not training else q.dtype
-    if q.device.type == "cpu" and q.dtype == small and q.shape[2] <= (512 if training else 1024):
+    """Attention of q [B, H, T, D] over k, v [B, KV, T, D], each position seeing itself and what is before it.
+
+    By blocks where that was faster on CPUs: in bfloat16, and with training=True (T up to 512) in any dtype, for its backward.
+    A graph that leaves this process keeps torch's operator, which holds for every length.
+    """
+    t = q.shape[2]
+    leaves = torch.jit.is_tracing() or torch.compiler.is_exporting()
+    if q.device.type == "cpu" and not leaves and (t <= 512 if training else q.dtype is torch.bfloat16 and t <= 1024):
         return blocked_causal_attention(q, k, v)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
@@ -146,7 +151,7 @@ def blocked_causal_attention(q: Tensor, k: Tensor, v: Tensor, block: int = 128) 
     if groups > 1:
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     b, h, t, d = q.shape
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling():
         block = t  # no loop, which would be unrolled for this length only
     hidden = torch.full((min(block, t),) * 2, -math.inf, dtype=q.dtype, device=q.device).triu(1)
     q, k, v = (x.reshape(b * h, t, d) for x in (q * d**-0.5, k, v))

@@ -24,18 +24,10 @@ from quantize.fusion import compare, fold, folding, fuse, graph, kernels, plan, 
 from quantize.fusion.equality import difference, other_sizes, outputs
 from quantize.fusion.folded import Folded
 
-pytestmark = pytest.mark.filterwarnings("error:.*torch.jit.*:FutureWarning", "error:.*torch.jit.*:DeprecationWarning")
-
-
-@pytest.fixture(autouse=True)
-def _no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tests take the most rewritten way, not the fastest one on a busy machine, and kernels for layers of any size."""
-
-    def last_wins(models: dict[str, Callable[..., Any]], inputs: Any, **_: Any) -> dict[str, float]:
-        return {name: float(-i) for i, name in enumerate(models)}
-
-    monkeypatch.setattr("quantize.fusion.planning.race", last_wins)
-    monkeypatch.setattr(kernels, "SMALL", 0)
+pytestmark = [
+    pytest.mark.usefixtures("no_clock"),
+    pytest.mark.filterwarnings("error:.*torch.jit.*:FutureWarning", "error:.*torch.jit.*:DeprecationWarning"),
+]
 
 
 def seeded(model: nn.Module, seed: int = 0) -> nn.Module:

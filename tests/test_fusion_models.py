@@ -12,19 +12,10 @@ import transformers
 from torch import nn
 from torch.nn import functional as F
 
-from quantize.fusion import fuse, kernels
+from quantize.fusion import fuse
 from quantize.fusion.equality import difference, other_sizes, outputs
 
-
-@pytest.fixture(autouse=True)
-def _no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tests take the most rewritten way, not the fastest one on a busy machine, and kernels for layers of any size."""
-
-    def last_wins(models: dict[str, Callable[..., Any]], inputs: Any, **_: Any) -> dict[str, float]:
-        return {name: float(-i) for i, name in enumerate(models)}
-
-    monkeypatch.setattr("quantize.fusion.planning.race", last_wins)
-    monkeypatch.setattr(kernels, "SMALL", 0)
+pytestmark = pytest.mark.usefixtures("no_clock")
 
 
 class UNet(nn.Module):

@@ -102,6 +102,19 @@ def test_attention_in_blocks_equals_torch(block):
         assert_close(one, other)
 
 
+def test_traced_bfloat16_decoder_holds_for_every_length():
+    """What is traced or exported at one length attends rightly at another, longer than a block."""
+    model = decoder().bfloat16().requires_grad_(False)
+    traced = torch.jit.trace(model, (ids(1, 12),), check_trace=False)
+    shapes = ({0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC},)
+    exported = torch.export.export(model, (ids(2, 12),), dynamic_shapes=shapes).module()
+    tokens = ids(1, 200)
+    expected = model.float()(tokens)
+    model.bfloat16()
+    for actual in (traced(tokens), exported(tokens)):
+        assert (actual.float() - expected).abs().max() < 0.05 * expected.abs().max()
+
+
 def test_decoder_is_causal():
     """Changing a token changes no logits before it."""
     model, tokens = decoder(), ids(1, 12)

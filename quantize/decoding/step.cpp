@@ -78,7 +78,7 @@ struct Input {  // rows of activations in each form that a kind of weight multip
         const float *x = &value[row * width];
         if (kinds >> BF16 & 1)
             for (int64_t i = 0; i < width; i++) brain[row * width + i] = widen(to_brain(x[i]));
-        if (kinds >> INT8 & 1) {  // as int8.kernels.quantize_rows does it, bit for bit
+        if (kinds >> INT8 & 1) {  // as int8.kernels.quantize_rows does it for float32, bit for bit
             float s = largest(x, width) * (1.0f / 127);
             s = s < 1e-30f ? 1e-30f : s;
             for (int64_t i = 0; i < width; i++) q[row * width + i] = uint8_t(int32_t(nearbyintf(x[i] / s)) + 128);

@@ -140,10 +140,10 @@ def _fake_int8_sums(q: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """x `[..., K]` of a float dtype, int8 weight `[N, K]`, float32 scale `[N]`, bias `[N]`; result `[..., N]` in x's dtype."""
+    between = torch.bfloat16 if x.dtype is torch.bfloat16 else torch.float32
     if torch.jit.is_tracing() or torch.compiler.is_compiling():
         q, row_scale = quantize_rows(x.detach().reshape(-1, weight.shape[1]))
-        between = torch.bfloat16 if x.dtype is torch.bfloat16 else torch.float32
-        stays_here = torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
+        stays_here = torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting() and x.device.type == "cpu"
         sums = torch.ops.quantize.int8_sums if stays_here and q.shape[0] >= _MANY_TO_CALL else int_mm
         y = sums(q, weight, scale, between) * row_scale
         y = y if bias is None else y + bias
@@ -151,7 +151,6 @@ def linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: tor
     if x.shape[-1] != weight.shape[1]:
         raise ValueError(f"the last axis of the input is {x.shape[-1]}, but the layer takes {weight.shape[1]} features")
     q, row_scale = _rows_of(x)
-    between = torch.bfloat16 if x.dtype is torch.bfloat16 else torch.float32
     y = _choose(q, weight)(q, weight, scale, between).mul_(row_scale)
     if bias is not None:
         y.add_(bias)
