@@ -15,7 +15,7 @@ from torch import nn
 import quantize
 from quantize import surgery
 from quantize.int8 import Int8Linear
-from quantize.low_rank import LowRankConv2d, LowRankLinear, factorize_low_rank, maths, summary, timing
+from quantize.low_rank import LowRankConv2d, LowRankLinear, errors, factorize_low_rank, maths, summary, timing
 
 PAIRS = (LowRankLinear, LowRankConv2d)
 
@@ -140,6 +140,13 @@ def test_compensation_repairs_a_linear_distortion():
     fixed = maths.compensate(weight, x.T @ x / 300, r.T @ x / 300, ridge=1e-12)
     assert_close(fixed, weight @ torch.linalg.inv(distort), dtype=torch.float32)
     assert_close(maths.compensate(weight, r.T @ r, r.T @ r), weight)
+
+
+def test_compensation_adds_what_is_asked_for():
+    """If the layer is to give W r + D x beside inputs x = r, the compensated weight is W + D."""
+    weight, more, r = torch.randn(5, 8).double(), torch.randn(5, 8).double(), torch.randn(300, 8).double()
+    s = r.T @ r / 300
+    assert_close(maths.compensate(weight, s, s, more @ s, ridge=1e-12), weight + more, dtype=torch.float32)
 
 
 def test_allocation_is_optimal_up_to_one_step():
@@ -299,6 +306,86 @@ def test_calibration_beats_the_plain_svd():
     plain, ours = factorize_low_rank(model), factorize_low_rank(model, calibration=x[:3])
     errors = [(m(unseen) - model(unseen)).square().mean().item() for m in (plain, ours)]
     assert errors[1] < 0.5 * errors[0]
+
+
+class Residual(nn.Module):
+    """x + first(x), then the same with second: no activation between, so what first loses can be made up for."""
+
+    def __init__(self, first: nn.Module, second: nn.Module):
+        super().__init__()
+        self.first, self.second, self.dropout = first, second, nn.Dropout(0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.dropout(self.first(x))
+        return x + self.second(x)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_a_whole_layer_makes_up_for_the_stream(kind, bias):
+    """After a cut layer of a residual stream, one that stays whole restores the model's output, not only its own."""
+    torch.manual_seed(0)
+    if kind == "linear":
+        model = Residual(nn.Linear(32, 32, bias=bias), nn.Linear(32, 32, bias=bias)).eval()
+        x = [torch.randn(256, 32) + 0.5 for _ in range(2)]
+    else:
+        model = Residual(nn.Conv2d(32, 32, 1, bias=bias), nn.Conv2d(32, 32, 1, bias=bias)).eval()
+        x = [torch.randn(8, 32, 6, 6) + 0.5 for _ in range(2)]
+    small = factorize_low_rank(model, ratio={"first": 0.4, "second": 1.0}, calibration=x)
+    alone = factorize_low_rank(model, ratio={"first": 0.4}, calibration=x)
+    assert list(pairs_in(small)) == ["first"] and torch.equal(alone.second.weight, model.second.weight)
+    assert (small(x[0]) - model(x[0])).norm() < 1e-3 * (alone(x[0]) - model(x[0])).norm()
+
+
+def test_layers_before_the_first_cut_keep_their_weights():
+    """Whole layers are fitted only where something was lost before them."""
+    model = mlp(64, 64, 64, 64)
+    small = factorize_low_rank(model, ratio={"0": 1.0, "2": 0.4, "4": 1.0}, calibration=data(64))
+    assert torch.equal(small[0].weight, model[0].weight) and not torch.equal(small[4].weight, model[4].weight)
+
+
+def test_whole_layers_make_the_result_better():
+    """At the same ranks, the model whose whole layers are fitted too is closer on unseen rows."""
+    model, x = mlp(64, 128, 64, 64), data(64, batches=6)
+    unseen = torch.cat(x[4:])
+    ratios = {"0": 0.3, "2": 1.0, "4": 1.0}
+    fitted, cut = (factorize_low_rank(model, ratio=r, calibration=x[:4]) for r in (ratios, {"0": 0.3}))
+    assert torch.equal(fitted[0].first.weight, cut[0].first.weight)
+    distances = [(m(unseen) - model(unseen)).square().mean().item() for m in (fitted, cut)]
+    assert distances[0] < distances[1]
+
+
+def test_streams_are_found():
+    """An output joins a stream where it is added as it is to what doesn't come from it; scaled or normed ones don't."""
+
+    class Parts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.plain, self.dropped, self.scaled, self.normed, self.doubled, self.cubed = (nn.Linear(8, 8) for _ in range(6))
+            self.norm, self.dropout = nn.LayerNorm(8), nn.Dropout()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = torch.add(x, self.plain(x))
+            x = self.dropout(self.dropped(x)) + x
+            x = x + 0.5 * self.scaled(x)
+            x = x + self.norm(self.normed(x))
+            y, z = self.doubled(x), self.cubed(x)
+            return x * (y + y) * (z + 0.04 * z**3)
+
+    model = Parts().train()
+    names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    assert errors.find_streams(model, torch.randn(3, 8), names) == {"plain", "dropped"}
+    assert model.training and not any(m._forward_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize(("name", "ends"), [("gpt2", "c_proj"), ("llama", "o_proj"), ("bert", "output.dense"), ("t5", ".o")])
+def test_streams_of_foreign_models_are_found(name, ends):
+    """In models that others wrote, the layers that write into the residual stream are known."""
+    model, inputs = zoo(name)
+    layers = {n: m for n, m in model.named_modules() if type(m).__name__ in ("Linear", "Conv1D")}
+    found = errors.find_streams(model, inputs, layers)
+    assert {n for n in layers if n.endswith(ends) and "pooler" not in n} <= found
+    assert not any(n.endswith(("q_proj", "up_proj", "query", "c_attn", "c_fc")) for n in found)
 
 
 def test_bias_keeps_the_mean_output():

@@ -122,16 +122,26 @@ def _balance(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     return first * scale[:, None], second / scale
 
 
-def compensate(weight: Tensor, second_moment: Tensor, cross_moment: Tensor, *, ridge: float = CROSS_RIDGE) -> Tensor:
-    """The weight that, on the compressed model's inputs x, comes closest to W r, r being the original model's inputs.
+def compensate(
+    weight: Tensor,
+    second_moment: Tensor,
+    cross_moment: Tensor,
+    error_moment: Tensor | None = None,
+    *,
+    ridge: float = CROSS_RIDGE,
+) -> Tensor:
+    """The weight that, on the compressed model's inputs x, comes closest to W r + e, r being the original model's inputs.
 
-    weight [M, K]; second_moment E[x x^T], cross_moment E[r x^T], both [K, K]. It is W E[r x^T] E[x x^T]^-1, held to W by the
-    ridge. Where nothing was compressed before the layer (x = r), it is W. float64.
+    weight [M, K]; second_moment E[x x^T], cross_moment E[r x^T], both [K, K]; error_moment E[e x^T] [M, K], e being what the
+    layer is to add beside its own output. It is (W E[r x^T] + E[e x^T]) E[x x^T]^-1, held to W by the ridge. Where nothing was
+    compressed before the layer (x = r, e = 0), it is W. float64.
     """
     eye = torch.eye(len(second_moment), dtype=torch.float64, device=second_moment.device)
     pull = ridge * second_moment.double().diagonal().mean() * eye
     factor = cholesky(second_moment, ridge)
     target = weight.double() @ (cross_moment.double() + pull)
+    if error_moment is not None:
+        target = target + error_moment.double()
     return torch.cholesky_solve(target.T, factor).T
 
 
