@@ -5,22 +5,19 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fusion_models import Image, rand, seeded
 from helpers import ZOO, assert_close, call, first_tensor, run, zoo
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
-from torch.nn import functional as F
 
 import quantize
 from quantize import surgery
-from quantize.fusion import compare, fold, folding, fuse, graph, kernels, plan, torchscript
+from quantize.fusion import compare, fold, fuse, graph, plan, torchscript
 from quantize.fusion.equality import difference, other_sizes, outputs
 from quantize.fusion.folded import Folded
 
@@ -30,43 +27,8 @@ pytestmark = [
 ]
 
 
-def seeded(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Random weights and BatchNorm statistics, in eval mode."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            if tensor.is_floating_point():
-                tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.3)
-                if name.endswith("running_var"):
-                    tensor.abs_().add_(0.5)
-    return model.eval()
-
-
-def rand(*shape: int, seed: int = 1) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
 def counts(model: nn.Module, inputs: Any) -> dict[str, int]:
     return dict(plan(model, inputs).after)
-
-
-class Image(nn.Module):
-    """Convolution, BatchNorm and activation with a residual add: what every CNN is made of."""
-
-    def __init__(self, activation: Callable[[torch.Tensor], torch.Tensor] = F.relu):
-        super().__init__()
-        self.stem = nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(8)
-        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
-        self.bn2 = nn.BatchNorm2d(8)
-        self.dropout = nn.Dropout(0.5)
-        self.head = nn.Linear(8, 4)
-        self.activation = activation
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.activation(self.bn1(self.stem(x)))
-        x = self.activation(self.bn2(self.depthwise(x)) + x)
-        return self.head(self.dropout(x.mean((2, 3))))
 
 
 # Equality.
@@ -95,16 +57,6 @@ def test_zoo_is_equal_at_every_size(name: str, tmp_path: Path) -> None:
         assert difference(actual, expected) <= 2e-5
         answered += 1
     assert answered >= 2  # twice the batch and a batch of one, at least
-
-
-@pytest.mark.parametrize("activation", [F.relu, F.relu6, F.silu, F.gelu, F.hardswish, F.hardsigmoid, torch.tanh, torch.sigmoid])
-def test_activation_joins_the_convolution(activation: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """Each activation runs inside the kernel of the convolution before it; after the residual add, only ReLU has one."""
-    model, x = seeded(Image(activation)), rand(2, 3, 16, 16)
-    made = plan(model, x)
-    assert_close(made.fused(x), model(x), factor=4)
-    assert made.after["mkldnn._convolution_pointwise"] == made.after["mkldnn._convolution_pointwise.binary"] == 1
-    assert made.after.total() == 4 + (activation is not F.relu)
 
 
 def test_extreme_values_pass_through() -> None:
@@ -141,248 +93,6 @@ def test_loaded_file_can_be_saved_again(tmp_path: Path) -> None:
     fuse(model, x).save(tmp_path / "a.pt")
     torchscript.load(str(tmp_path / "a.pt")).save(tmp_path / "b.pt")
     assert torch.equal(torchscript.load(str(tmp_path / "a.pt"))(x), torchscript.load(str(tmp_path / "b.pt"))(x))
-
-
-# The passes.
-
-SMALL = st.integers(1, 3)
-
-
-@settings(max_examples=30, deadline=None)
-@given(
-    groups=st.integers(1, 3), per_in=st.integers(1, 3), per_out=st.integers(1, 3), bias=st.booleans(), transposed=st.booleans()
-)
-def test_scaled_output_is_the_layer_then_the_affine_map(
-    groups: int, per_in: int, per_out: int, bias: bool, transposed: bool
-) -> None:
-    """`scaled_output` equals running the convolution and then scaling and shifting its channels."""
-    inputs, out = groups * per_in, groups * per_out
-    weight = rand(*((inputs, per_out) if transposed else (out, per_in)), 2, 2).double()
-    b = rand(out, seed=2).double() if bias else None
-    scale, shift, x = rand(out, seed=3).double(), rand(out, seed=4).double(), rand(2, inputs, 4, 4, seed=5).double()
-    conv = F.conv_transpose2d if transposed else F.conv2d
-    expected = conv(x, weight, b, groups=groups) * scale[:, None, None] + shift[:, None, None]
-    assert_close(
-        conv(x, *folding.scaled_output(weight, b, scale, shift, transposed=transposed, groups=groups), groups=groups), expected
-    )
-
-
-@settings(max_examples=30, deadline=None)
-@given(groups=SMALL, per_in=SMALL, per_out=SMALL, bias=st.booleans())
-def test_scaled_input_is_the_affine_map_then_the_layer(groups: int, per_in: int, per_out: int, bias: bool) -> None:
-    """`scaled_input` equals scaling and shifting the channels of the input first."""
-    weight = rand(groups * per_out, per_in, 2, 2).double()
-    b = rand(groups * per_out, seed=2).double() if bias else None
-    scale, shift = rand(groups * per_in, seed=3).double(), rand(groups * per_in, seed=4).double()
-    x = rand(2, groups * per_in, 4, 4, seed=5).double()
-    expected = F.conv2d(x * scale[:, None, None] + shift[:, None, None], weight, b, groups=groups)
-    assert_close(F.conv2d(x, *folding.scaled_input(weight, b, scale, shift, groups=groups), groups=groups), expected)
-
-
-NORMED = {
-    "conv then norm": (nn.Sequential(nn.Conv2d(4, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6)), (2, 4, 5, 5)),
-    "grouped conv then norm": (nn.Sequential(nn.Conv2d(4, 6, 3, groups=2), nn.BatchNorm2d(6)), (2, 4, 5, 5)),
-    "conv1d then norm": (nn.Sequential(nn.Conv1d(4, 6, 3), nn.BatchNorm1d(6)), (2, 4, 9)),
-    "conv3d then norm": (nn.Sequential(nn.Conv3d(2, 3, 2), nn.BatchNorm3d(3)), (2, 2, 4, 4, 4)),
-    "linear then norm": (nn.Sequential(nn.Linear(5, 6, bias=False), nn.BatchNorm1d(6)), (3, 5)),
-    "transposed conv then norm": (nn.Sequential(nn.ConvTranspose2d(4, 6, 3, 2, groups=2), nn.BatchNorm2d(6)), (2, 4, 5, 5)),
-    "norm then conv without padding": (nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 6, 3, groups=2)), (2, 4, 5, 5)),
-    "norm then linear": (nn.Sequential(nn.BatchNorm1d(5), nn.Linear(5, 6)), (3, 5)),
-    "norm without weights": (nn.Sequential(nn.Conv2d(4, 6, 1), nn.BatchNorm2d(6, affine=False)), (2, 4, 5, 5)),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", NORMED)
-def test_batch_norm_disappears(name: str) -> None:
-    """BatchNorm folds into the layer before it, or after it, with equal results."""
-    model, size = NORMED[name]
-    model, x = seeded(copy.deepcopy(model)), rand(*size)
-    made = plan(model, x)
-    assert_close(made.fused(x), model(x))
-    assert not any("norm" in op for op in made.after)
-
-
-@pytest.mark.parametrize(
-    "model",
-    [
-        nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, padding=1)),  # the padding is zeros after the norm, not before
-        nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4, track_running_stats=False)),  # uses the batch's statistics
-    ],
-)
-def test_batch_norm_stays_where_folding_would_be_wrong(model: nn.Module) -> None:
-    """Norm before a padded convolution, and norm by the batch's own statistics, are kept and equal."""
-    model, x = seeded(copy.deepcopy(model)), rand(2, 4, 5, 5)
-    made = plan(model, x)
-    assert_close(made.fused(x), model(x))
-    assert any("norm" in op for op in made.after)
-
-
-class Branch(nn.Module):
-    """The convolution's own output is used as well: the norm after it must not change it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.conv(x)
-        return self.norm(y) * torch.relu_(y)
-
-
-def test_shared_intermediate_results_stay_what_they_were() -> None:
-    """A convolution with two readers, one of them in place, isn't changed for one of them."""
-    model, x = seeded(Branch()), rand(2, 3, 4, 4)
-    assert_close(fuse(model, x)(x), model(x))
-
-
-@pytest.mark.parametrize("pad", [(1, 1, 1, 1), (0, 1, 0, 1), (2, 0, 1, 3), (0, 0, 0, 0)])
-@pytest.mark.parametrize("stride", [1, 2])
-def test_padding_moves_into_the_convolution(pad: tuple[int, ...], stride: int) -> None:
-    """Explicit zero padding, even or uneven, becomes part of the convolution after it."""
-    model = seeded(nn.Sequential(nn.ZeroPad2d(pad), nn.Conv2d(3, 4, 3, stride=stride, padding=1)))
-    for size in (8, 9):
-        x = rand(2, 3, size, size)
-        made = plan(model, x)
-        assert_close(made.fused(x), model(x))
-        assert not any("pad" in op.split(".")[1] for op in made.after)
-
-
-@pytest.mark.parametrize("word", ["same", "valid"])
-@pytest.mark.parametrize(("kernel", "dilation"), [(1, 1), (2, 1), (3, 2), (4, 1)])
-@pytest.mark.parametrize(
-    ("conv", "norm", "size"),
-    [
-        (nn.Conv1d, nn.BatchNorm1d, (2, 4, 9)),
-        (nn.Conv2d, nn.BatchNorm2d, (2, 4, 8, 9)),
-        (nn.Conv3d, nn.BatchNorm3d, (1, 4, 5, 6, 7)),
-    ],
-)
-def test_padding_by_name_becomes_numbers(
-    word: str, kernel: int, dilation: int, conv: type, norm: type, size: tuple[int, ...]
-) -> None:
-    """`padding="same"`, also where it is uneven, and `"valid"`: the norm folds all the same."""
-    model = seeded(nn.Sequential(conv(4, 6, kernel, dilation=dilation, padding=word, groups=2), norm(6)))
-    made = plan(model, rand(*size))
-    assert_close(made.fused(rand(*size, seed=2)), model(rand(*size, seed=2)))
-    assert not any("norm" in op or "pad" in op.split(".")[1] for op in made.after)
-
-
-class Gated(nn.Module):
-    """Squeeze and excitation."""
-
-    def __init__(self, gate: nn.Module) -> None:
-        super().__init__()
-        self.expand, self.project = nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
-        self.squeeze, self.excite, self.gate = nn.Conv2d(8, 2, 1), nn.Conv2d(2, 8, 1), gate
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = F.silu(self.expand(x))
-        weights = self.gate(self.excite(F.silu(self.squeeze(F.adaptive_avg_pool2d(y, 1)))))
-        return self.project(y * weights) + x
-
-
-@pytest.mark.parametrize("gate", [nn.Sigmoid(), nn.Hardsigmoid()])
-def test_layers_on_one_pixel_become_linear(gate: nn.Module) -> None:
-    """Squeeze and excitation runs as two linear layers with their activations inside, without copies between them."""
-    model, x = seeded(Gated(gate)), rand(2, 4, 6, 6)
-    made = plan(model, x)
-    assert_close(made.fused(rand(5, 4, 7, 3)), model(rand(5, 4, 7, 3)))
-    assert made.after["mkldnn._linear_pointwise"] == 2 and made.after["mkldnn._convolution_pointwise"] == 1
-    assert made.after["aten.reshape"] == 2 and made.after.total() == 8
-
-
-class Normed(nn.Module):
-    """RMSNorm by torch, and as Llama's authors spell it, each before a linear layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm, self.weight = nn.RMSNorm(16), nn.Parameter(torch.ones(16))
-        self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 4)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self.a(self.norm(x))
-        y = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
-        return self.b(self.weight * y)
-
-
-def test_rms_norms_take_one_reduction() -> None:
-    """RMSNorm, built in or spelt out, becomes one reduction; its scale goes into the linear layer; extremes agree."""
-    model = seeded(Normed())
-    made = plan(model, rand(3, 5, 16))
-    assert made.after["aten.linalg_vector_norm"] == 2 and not any("rms_norm" in op or "pow" in op for op in made.after)
-    assert any("2 norm and layer scales folded" in note for note in made.notes)
-    for scale in (0.0, 1e-30, 1e-4, 1.0, 1e6, 1e30):
-        x = rand(2, 7, 16) * scale
-        assert difference(outputs(made.fused, x), outputs(model, x)) <= 1e-5
-
-
-def test_small_linear_layers_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A layer that is computed faster than a packed kernel starts keeps its operator."""
-    monkeypatch.setattr(kernels, "SMALL", 1 << 19)
-    model, x = seeded(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4096))), rand(4, 64)
-    after = plan(model, x).after
-    assert after["aten.linear"] == 1 and after["mkldnn._linear_pointwise"] == 1
-
-
-class Projections(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(16)
-        self.q, self.k, self.v = nn.Linear(16, 16), nn.Linear(16, 8, bias=False), nn.Linear(16, 8)
-        self.out = nn.Linear(16, 16)
-        self.scale = nn.Parameter(torch.ones(16))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.norm(x)
-        k, v = self.k(y).repeat(1, 1, 2), self.v(y).repeat(1, 1, 2)
-        return x + self.scale * self.out(torch.sigmoid(self.q(y) * k) * v)
-
-
-def test_projections_merge_and_scales_fold() -> None:
-    """Three projections of one input become one linear layer; norm and layer scales go into the weights."""
-    model, x = seeded(Projections()), rand(2, 5, 16)
-    made = plan(model, x)
-    assert_close(made.fused(x), model(x))
-    assert sum(n for op, n in made.after.items() if "linear" in op) == 2
-    assert "aten.layer_norm" in made.after and made.after["aten.mul.Tensor"] == 2
-
-
-def test_written_out_activations_are_recognised() -> None:
-    """GPT-2's GELU and x * sigmoid(x), spelt in operators, run inside the linear kernel."""
-
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            x = self.a(x)
-            x = 0.5 * x * (1.0 + torch.tanh(0.7978845608028654 * (x + 0.044715 * torch.pow(x, 3.0))))
-            x = self.b(x)
-            return x * torch.sigmoid(x)
-
-    model, x = seeded(Net()), rand(3, 8)
-    made = plan(model, x)
-    assert_close(made.fused(x), model(x))
-    assert set(made.after) == {"mkldnn._linear_pointwise"}
-
-
-def test_constants_are_computed_once_and_small() -> None:
-    """What depends on weights only (here a weight norm) is computed at fusing time."""
-    model = seeded(nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(6, 5))))
-    x = rand(3, 6)
-    made = plan(model, x)
-    assert_close(made.fused(x), model(x))
-    assert set(made.after) == {"mkldnn._linear_pointwise"}
-
-
-def test_without_packed_kernels_the_passes_still_help(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A build without oneDNN gets the simplified graph."""
-    monkeypatch.setattr(kernels, "available", lambda: False)
-    model, x = seeded(Image()), rand(2, 3, 16, 16)
-    made = plan(model, x)
-    assert made.way == "simplified" and "aten.batch_norm" not in made.after
-    assert_close(made.fused(x), model(x))
 
 
 # Inputs and outputs.

@@ -1,18 +1,21 @@
-"""Fusing architectures that no pass was written for."""
+"""Fusing architectures that no pass was written for, and every compressed form of a model."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from helpers import zoo
 from torch import nn
 from torch.nn import functional as F
 
-from quantize.fusion import fuse
+import quantize
+from quantize.fusion import backends, fuse, torchscript
 from quantize.fusion.equality import difference, other_sizes, outputs
 
 pytestmark = pytest.mark.usefixtures("no_clock")
@@ -80,6 +83,24 @@ class Separable(nn.Module):
         y = self.act(self.norm(self.wave(x)))
         y = self.mix(y.transpose(1, 2))
         return {"features": y, "volume": self.volume(y[:, None, :, :, None].expand(-1, -1, -1, -1, 4))}
+
+
+def _swin() -> nn.Module:
+    config = transformers.SwinConfig(
+        image_size=32, patch_size=4, embed_dim=24, depths=[2, 2], num_heads=[2, 4], window_size=4, num_labels=10
+    )
+    return transformers.SwinForImageClassification(config)
+
+
+def _mobilevit() -> nn.Module:
+    config = transformers.MobileViTConfig(
+        image_size=64,
+        hidden_sizes=[24, 32, 40],
+        neck_hidden_sizes=[8, 16, 24, 32, 40, 48, 160],
+        num_attention_heads=2,
+        num_labels=10,
+    )
+    return transformers.MobileViTForImageClassification(config)
 
 
 _TEXT = {"vocab_size": 96, "max_position_embeddings": 64}
@@ -154,6 +175,8 @@ FOREIGN: dict[str, tuple[Callable[[], nn.Module], Any]] = {
     "efficientnet": (_efficientnet, _pixels(64)),
     "regnet": (_regnet, _pixels(48)),
     "segformer": (_segformer, _pixels(64)),
+    "swin": (_swin, _pixels(32)),
+    "mobilevit": (_mobilevit, _pixels(64)),
     "distilbert": (_distilbert, {"input_ids": _IDS, "attention_mask": _MASK}),
     "gemma2": (_gemma, {"input_ids": _IDS, "attention_mask": _MASK}),
     "clip_text": (_clip, {"input_ids": _IDS, "attention_mask": _MASK}),
@@ -198,3 +221,84 @@ def test_foreign_architectures_are_equal_at_every_size(name: str) -> None:
         assert difference(actual, expected) <= 2e-5
         answered += 1
     assert answered >= 2
+
+
+# Compressed models.
+
+
+def compressed(kind: str) -> tuple[nn.Module, Any]:
+    """A small BERT in one of this package's forms."""
+    model, inputs = zoo("bert")
+    if kind == "half":
+        return quantize.to_half(model), inputs
+    if kind == "int8":
+        return quantize.quantize_dynamic(model), inputs
+    if kind == "low_rank":
+        return quantize.factorize_low_rank(model, ratio=0.5), inputs
+    pruned = quantize.prune_ln_structured(model, inputs, amount=0.5, skip=["*query*", "*key*", "*value*", "*embed*"])
+    return (quantize.quantize_dynamic(pruned) if kind == "pruned+int8" else pruned), inputs
+
+
+@pytest.mark.parametrize("kind", ["half", "int8", "low_rank", "pruned", "pruned+int8"])
+def test_compressed_models_fuse_and_stay_compressed(kind: str, tmp_path: Path) -> None:
+    """Each form gives its own answers from the fused file, int8 layers multiply in int8, and the file stays small."""
+    model, inputs = compressed(kind)
+    original = sum(p.numel() * p.element_size() for p in zoo("bert")[0].parameters())
+    fuse(model, inputs).save(tmp_path / "fused.pt")
+    fused = torchscript.load(str(tmp_path / "fused.pt"))
+    assert difference(outputs(fused, inputs), outputs(model, inputs)) <= (1e-2 if kind == "half" else 1e-5)
+    assert (tmp_path / "fused.pt").stat().st_size < 0.95 * original + 150_000
+    if "int8" in kind:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            outputs(fused, inputs)
+        ran = {e.key: e.count for e in profile.key_averages()}
+        layers = sum(type(m).__name__ == "Int8Linear" for m in model.modules())
+        assert ran.get("aten::_int_mm", 0) + ran.get("onednn::qlinear_pointwise", 0) >= layers
+        assert not {"aten::linear", "aten::addmm", "mkldnn::_linear_pointwise"} & ran.keys()
+
+
+# Other back ends, where they are installed.
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["inductor", "onnxruntime", "openvino"])
+def test_other_back_ends_answer_like_eager(backend: str, tmp_path: Path) -> None:
+    """The module gives what the model gives at another batch size too; its file gives the same tensors in order."""
+    if reason := backends.missing(backend):
+        pytest.skip(reason)
+    model, inputs = zoo("mobilenet_v2")
+    fused = fuse(model, inputs, backend=backend)
+    for batch in (2, 3):
+        pixels = torch.randn(batch, *inputs["pixel_values"].shape[1:], generator=torch.Generator().manual_seed(batch))
+        expected = outputs(model, {"pixel_values": pixels})
+        assert difference(outputs(fused, {"pixel_values": pixels}), expected) <= 2e-5
+    file = tmp_path / {"inductor": "m.pt2", "onnxruntime": "m.onnx", "openvino": "m.xml"}[backend]
+    fused.save(file)
+    answer = [torch.as_tensor(t) for t in backends.open_file(backend, file)(inputs["pixel_values"])]
+    assert difference(answer, outputs(model, inputs)) <= 2e-5
+    assert type(fused(**inputs)) is type(model(**inputs))
+
+
+def test_inputs_of_the_wrong_form_are_refused() -> None:
+    """What `fold` returns, and with it every other engine, names a wrong size, a missing and an extra argument."""
+    folded = quantize.fold(nn.Sequential(nn.Linear(4, 3)).eval(), torch.zeros(2, 4))
+    with pytest.raises(ValueError, match=r"input 0 has shape \[2, 5\]"):
+        folded(torch.zeros(2, 5))
+    with pytest.raises(TypeError, match="got none"):
+        folded()
+    with pytest.raises(TypeError, match="takes 1 arguments"):
+        folded(torch.zeros(2, 4), torch.zeros(2, 4))
+
+
+def test_sizes_that_would_lead_another_way_are_refused() -> None:
+    """Python that decides on a size is taken as it went: sizes for which it would go another way are refused by name."""
+
+    class Halves(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x[:, ::2] if x.shape[1] % 4 == 0 else x[:, 1::2]
+
+    model, x = Halves().eval(), torch.arange(24.0).reshape(3, 8)
+    for fused, error in ((fuse(model, x), torch.jit.Error), (quantize.fold(model, x), ValueError)):
+        assert torch.equal(fused(x[:1, :4]), x[:1, :4:2])
+        with pytest.raises(error, match=r"sizes must be so that .*size\(1\) % 4"):
+            fused(x[:, :6])

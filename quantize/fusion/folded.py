@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from quantize.fusion.graph import Program
+from quantize.fusion.graph import Program, holds
 from quantize.fusion.nested import flatten, unflatten
 
 
@@ -47,7 +47,7 @@ class Folded(nn.Module):
         self.run = fx.GraphModule(program.module, main)
         self.prepare = fx.GraphModule(program.module, first)
         self.arguments, self.keyword, self.output = program.arguments, program.keyword, program.output
-        self.sizes, self.notes = program.sizes, tuple(program.notes)
+        self.sizes, self.conditions, self.notes = program.sizes, tuple(program.conditions), tuple(program.notes)
         self._ready: tuple[Any, list[torch.Tensor]] | None = None
         self.eval()
 
@@ -81,6 +81,10 @@ class Folded(nn.Module):
             fixed = all(isinstance(s, str) or s == n for s, n in zip(sizes, tensor.shape, strict=False))
             if tensor.dim() != len(sizes) or not fixed:
                 raise ValueError(f"input {i} has shape {list(tensor.shape)}; the model was folded for {sizes}")
+        shapes = [t.shape for t in tensors]
+        for condition in self.conditions:
+            if not holds(condition, shapes):
+                raise ValueError(f"sizes must be so that {condition}, as when the model was folded; got {[*map(list, shapes)]}")
         return tensors
 
     def __getstate__(self) -> dict[str, Any]:

@@ -10,11 +10,12 @@ import inspect
 import io
 import keyword
 import logging
+import math
 import operator
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
@@ -42,6 +43,7 @@ class Program:
     output: Spec
     sizes: list[list[int | str]]  # per tensor and dimension: a fixed size, or the name of a size that varies
     largest: dict[str, int] = field(default_factory=dict)  # varying sizes that have an upper bound
+    conditions: list[str] = field(default_factory=list)  # on `input_0.size(1)` and so on: where the export took a decision
     widened: int = 1  # 2 if a batch of one was doubled for the export: hints about sizes are too large by this
     notes: list[str] = field(default_factory=list)  # what the passes did, for people
 
@@ -127,22 +129,52 @@ def capture(model: nn.Module, example_inputs: Any) -> Program:
     named, keyword = named_arguments(model, example_inputs)
     tensors, spec = flatten(named, "example_inputs")
     flat = Flat(surgery.clone(model), spec, keyword).eval()
-    errors = []
-    for candidate in [wider(tensors), tensors] if wider(tensors) is not tensors else [tensors]:
-        dynamic = tuple(tuple(torch.export.Dim.AUTO for _ in t.shape) for t in candidate)
-        try:
-            with torch.no_grad(), torch.random.fork_rng(devices=[]), _silent():
-                exported = torch.export.export(flat, tuple(candidate), dynamic_shapes=(dynamic,), strict=False)
-            break
-        except TypeError as error:
-            raise CaptureError(str(error).splitlines()[0]) from error
-        except Exception as error:  # torch.export raises many kinds; all mean that it can't follow the model
-            errors.append(f"{type(error).__name__}: {_first_line(error)}")
-    else:
-        raise CaptureError(errors[-1])
-    program = _program(exported, flat, dict(zip(named, spec.children, strict=True)), keyword)
-    program.widened = 1 if candidate is tensors else 2
+    try:
+        exported, used = _export(flat, tensors, free=lambda dim: True)
+    except _TooManyDecisions:  # its Python computes with sizes all the way: let the batch vary alone
+        exported, used = _export(flat, tensors, free=lambda dim: dim == 0)
+    program = _program(exported, flat, dict(zip(named, spec.children, strict=True)), keyword, [t.shape for t in used])
+    program.widened = 1 if used is tensors else 2
     return program
+
+
+class _TooManyDecisions(Exception):
+    """Most models take less than 40 decisions on sizes; solving for a hundred takes torch.export minutes."""
+
+    LIMIT = 60
+
+
+def _export(flat: Flat, tensors: list[torch.Tensor], *, free: Callable[[int], bool]) -> tuple[Any, list[torch.Tensor]]:
+    """The exported program and the inputs it was traced with; `free` says which dimensions may vary."""
+
+    def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        mode = torch._guards.detect_fake_mode([*args, *kwargs.values()])
+        if mode is not None and mode.shape_env is not None and len(mode.shape_env.guards) > _TooManyDecisions.LIMIT:
+            raise _TooManyDecisions
+
+    auto, fixed = torch.export.Dim.AUTO, torch.export.Dim.STATIC
+    handles = [m.register_forward_pre_hook(count, with_kwargs=True) for m in flat.modules() if free(1)]
+    errors = []
+    try:
+        for candidate in [wider(tensors), tensors] if wider(tensors) is not tensors else [tensors]:
+            dynamic = tuple(tuple(auto if free(d) else fixed for d in range(t.dim())) for t in candidate)
+            try:
+                with torch.no_grad(), torch.random.fork_rng(devices=[]), _silent():
+                    exported = torch.export.export(flat, tuple(candidate), dynamic_shapes=(dynamic,), strict=False)
+            except _TooManyDecisions:
+                raise
+            except TypeError as error:
+                raise CaptureError(str(error).splitlines()[0]) from error
+            except Exception as error:  # torch.export raises many kinds; all mean that it can't follow the model
+                errors.append(f"{type(error).__name__}: {_first_line(error)}")
+                continue
+            if free(1) and len(exported._guards_code) > _TooManyDecisions.LIMIT:
+                raise _TooManyDecisions
+            return exported, candidate
+    finally:
+        for handle in handles:
+            handle.remove()
+    raise CaptureError(errors[-1])
 
 
 @contextlib.contextmanager
@@ -163,7 +195,7 @@ def _first_line(error: BaseException) -> str:
     return lines[0] if lines else "no message"
 
 
-def _program(exported: Any, flat: Flat, arguments: dict[str, Spec], keyword: bool) -> Program:
+def _program(exported: Any, flat: Flat, arguments: dict[str, Spec], keyword: bool, shapes: Sequence[Sequence[int]]) -> Program:
     signature, source = exported.graph_signature, exported.graph_module
     if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
         changed = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
@@ -240,7 +272,38 @@ def _program(exported: Any, flat: Flat, arguments: dict[str, Spec], keyword: boo
     for symbol, bounds in exported.range_constraints.items():
         if str(bounds.upper).isdigit() and int(bounds.upper) < 2**31:  # else it is one of sympy's infinities
             largest[str(symbol)] = int(bounds.upper)
-    return Program(fx.GraphModule(module, graph), arguments, keyword, flat.seen.output, sizes, largest)
+    program = Program(fx.GraphModule(module, graph), arguments, keyword, flat.seen.output, sizes, largest)
+    program.conditions = _conditions(exported, shapes)
+    return program
+
+
+def holds(condition: str, shapes: Sequence[Sequence[int]]) -> bool:
+    """Is a condition of `Program.conditions` true for inputs of these shapes?"""
+    inputs = {f"input_{i}": SimpleNamespace(size=list(shape).__getitem__) for i, shape in enumerate(shapes)}
+    return bool(eval(condition, {"math": math, "min": min, "max": max, **inputs}))  # text written by torch.export's printer
+
+
+def _conditions(exported: Any, shapes: Sequence[Sequence[int]]) -> list[str]:
+    """What the model's Python asked of sizes on its way, as far as another answer would have led another way.
+
+    Left out: what `Program.sizes` and `largest` say, comparisons of strides, and the questions that torch itself asks of every
+    size, whether it is 0 or 1. A batch of one is never excluded: `equality.check` tries it.
+    """
+    one = [[1, *shape[1:]] for shape in shapes]
+    found: dict[str, None] = {}
+    for text in exported._guards_code:
+        text = re.sub(r"L\['tensors'\]\[(\d+)\]\.size\(\)\[(\d+)\]", r"input_\1.size(\2)", text)
+        text = text.replace("torch.sym_min", "min").replace("torch.sym_max", "max")
+        left, compared, right = text.partition(next((c for c in (" == ", " <= ", " >= ", " < ", " > ") if c in text), "?"))
+        simple = "(" not in left.replace(".size(", "") and "(" not in right.replace(".size(", "")
+        ordered = compared != " == " and "input" in left and "input" in right
+        noise = compared in (" >= ", " > ") and right in ("0", "1", "2")
+        if not compared or ordered or noise or (simple and compared in (" == ", " <= ")):
+            continue
+        words = set(re.findall(r"[A-Za-z_][\w.]*", re.sub(r"input_\d+\.size", "", text)))
+        if words <= {"min", "max", "math.ceil", "math.floor"} and holds(text, shapes) and holds(text, one):
+            found[text] = None
+    return list(found)
 
 
 def _attribute(name: str) -> str:

@@ -16,6 +16,7 @@ from quantize.fusion import kernels, passes, torchscript
 from quantize.fusion.equality import check, race
 from quantize.fusion.folded import Folded
 from quantize.fusion.graph import Program, capture, check_inputs, named_arguments
+from quantize.fusion.memory import reuse_memory
 from quantize.fusion.nested import from_json, to_json
 
 EXPORTED, SIMPLE, KERNELS, MERGED = "as exported", "simplified", "kernels", "kernels, merged linears"
@@ -46,9 +47,11 @@ def ways_of(program: Program) -> dict[str, Program]:
     if kernels.available():
         ways[KERNELS] = simple.copy()
         kernels.use_kernels(ways[KERNELS])
+        reuse_memory(ways[KERNELS])
         merged = simple.copy()
         if passes.merge_linears(merged):
             kernels.use_kernels(merged)
+            reuse_memory(merged)
             ways[MERGED] = merged
     return ways
 

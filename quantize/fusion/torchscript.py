@@ -202,6 +202,9 @@ class _Writer:
         for i, sizes in enumerate(self.program.sizes):
             lines += self._sizes(i, leaves[i], sizes, bound)
         lines += [f"    input_{i} = {leaf}" for i, leaf in leaves.items()]
+        for condition in self.program.conditions:
+            text = re.sub(r"input_(\d+)", lambda m: leaves[int(m[1])], condition).translate({34: None, 39: None})
+            lines.append(f'    assert {condition}, "sizes must be so that {text}, as when it was fused"')
         for node in self.program.graph.nodes:
             if node.op == "call_function" and not node.meta.get("prepare"):
                 lines.append(f"    {node.name} = {self.call(node)}")

@@ -1,0 +1,44 @@
+"""Models and inputs that the tests of fusion share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+def seeded(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Random weights and BatchNorm statistics, in eval mode."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if tensor.is_floating_point():
+                tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.3)
+                if name.endswith("running_var"):
+                    tensor.abs_().add_(0.5)
+    return model.eval()
+
+
+def rand(*shape: int, seed: int = 1) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+class Image(nn.Module):
+    """Convolution, BatchNorm and activation with a residual add: what every CNN is made of."""
+
+    def __init__(self, activation: Callable[[torch.Tensor], torch.Tensor] = F.relu):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(8)
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.bn2 = nn.BatchNorm2d(8)
+        self.dropout = nn.Dropout(0.5)
+        self.head = nn.Linear(8, 4)
+        self.activation = activation
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.activation(self.bn1(self.stem(x)))
+        x = self.activation(self.bn2(self.depthwise(x)) + x)
+        return self.head(self.dropout(x.mean((2, 3))))
