@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
     source.add_argument("--wide", action="store_true", help="an untrained decoder of width 512")
     ratios = [0.3, 0.5, 0.7, 0.8, 0.9]
     parser.add_argument("--ratios", type=float, nargs="+", default=ratios, help="shares kept (default: %(default)s)")
-    parser.add_argument("--rows", type=int, default=16384, help="bytes of training text to calibrate on (default: %(default)s)")
+    parser.add_argument("--rows", type=int, default=32768, help="bytes of training text to calibrate on (default: %(default)s)")
     parser.add_argument("--bytes", type=int, default=32768, help="held-out bytes to score (default: %(default)s)")
     parser.add_argument("--folder", type=Path, help="where the files are kept and found again (default: nowhere)")
     parser.add_argument("--make-only", action="store_true", help="write the files into --folder and don't measure them")
