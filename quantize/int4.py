@@ -25,7 +25,7 @@ from quantize import surgery
 from quantize.precision import native_bf16
 
 GROUP_SIZES = (32, 64, 128, 256)
-_FEW_ROWS = 8  # above, widening the weight once is cheaper than the kernel's product
+_FEW_ROWS = 128  # above, widening the weight once is cheaper than the kernel's product
 
 
 def quantize_groups(weight: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -148,8 +148,11 @@ class Int4Linear(nn.Module):
         """The weight as bfloat16 `[out, in]`. The bits 0x4300 + v are the number 128 + v: a byte is two numbers quickly."""
         pairs = self.weight.to(torch.int32)
         pairs = (pairs & 15).bitwise_or_((pairs & 240) << 12).bitwise_or_(0x43004300)
-        values = pairs.view(torch.bfloat16).sub_(136).unflatten(1, (-1, self.group_size))
-        return torch.addcmul(self.zero.unsqueeze(-1), values, self.scale.unsqueeze(-1)).flatten(1)
+        values = pairs.view(torch.bfloat16).sub_(136)
+        # A product with zeros and ones repeats each column exactly, in half the time of an operator that broadcasts.
+        groups = torch.eye(self.scale.shape[1], dtype=torch.bfloat16, device=pairs.device)
+        groups = groups.repeat_interleave(self.group_size, 1)
+        return torch.addcmul(self.zero @ groups, values, self.scale @ groups)
 
     def _packed(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Weight and grid in the kernel's layout, kept until one of the tensors dies or changes."""

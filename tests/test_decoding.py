@@ -145,6 +145,22 @@ def test_what_native_does_not_know_is_named():
         for_decoding(model, backend="native")
 
 
+@NATIVE
+@pytest.mark.slow
+def test_compiled_code_is_kept_where_it_can_be(monkeypatch, tmp_path):
+    """One file in the cache folder, used again; none where that folder can't be made."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for _ in range(2):
+        native.library.cache_clear()
+        assert native.library().decode
+    assert len(list((tmp_path / "quantize").iterdir())) == 1
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    native.library.cache_clear()
+    assert native.library().decode
+    native.library.cache_clear()
+
+
 def test_without_a_compiler(monkeypatch):
     """Then TorchScript runs, unless native was asked for."""
     monkeypatch.setenv("CXX", "no-such-compiler")

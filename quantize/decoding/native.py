@@ -85,14 +85,19 @@ def library() -> ctypes.CDLL:
     # What the compiler knows of this CPU and of itself: a folder may be shared by several machines.
     target = subprocess.run([compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull], capture_output=True).stdout
     key = hashlib.sha256(SOURCE.read_bytes() + HEADER.read_bytes() + target + " ".join(FLAGS).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quantize"
+    folder = _cache_folder()
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        return _load(compiler, (folder or Path(scratch)) / f"step-{key}.so", Path(scratch))
+
+
+def _cache_folder() -> Path | None:
+    """Where compiled code is kept between runs; None if there is no such place."""
     try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quantize"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            return _load(compiler, folder / f"step-{key}.so", Path(scratch))
-    except PermissionError:  # no such home, or it is read-only: compile for this process alone
-        with tempfile.TemporaryDirectory() as scratch:
-            return _load(compiler, Path(scratch) / "step.so", Path(scratch))
+    except (OSError, RuntimeError):
+        return None
+    return folder if os.access(folder, os.W_OK) else None
 
 
 def _load(compiler: str, path: Path, scratch: Path) -> ctypes.CDLL:

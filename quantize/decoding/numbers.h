@@ -90,6 +90,15 @@ inline Floats load(const float *p) {
     return *(const Anywhere *)p;
 }
 inline Floats load(const Brain *p) { return (Floats)(load_words(&p->bits) << 16); }
+inline Floats load_some(const Brain *p, int64_t n) {  // zeros after the first n
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+    return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(uint16_t((1 << n) - 1), p)), 16);
+#else
+    Brain some[LANES] = {};
+    memcpy(some, p, n * sizeof(Brain));
+    return load(some);
+#endif
+}
 inline Floats load(const int8_t *p) {
 #if defined(__AVX512F__)
     return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
@@ -112,6 +121,20 @@ inline float sum(Floats x) {
     for (int half = 8; half; half /= 2)
         for (int i = 0; i < half; i++) s[i] += s[i + half];
     return s[0];
+#endif
+}
+
+// The four sums at once.
+inline void sum4(const Floats *x, float *y) {
+#if defined(__AVX512F__)
+    __m512 a = (__m512)x[0], b = (__m512)x[1], c = (__m512)x[2], d = (__m512)x[3];
+    __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    __m512 all = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+    __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(all), 1)));
+    _mm_storeu_ps(y, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+#else
+    for (int i = 0; i < 4; i++) y[i] = sum(x[i]);
 #endif
 }
 
@@ -145,41 +168,61 @@ struct Exact {
 #endif
 };
 
-// 16 bytes of two 4-bit codes each, low half first, and their products with 32 int16 inputs: those that meet the low halves, then
-// the others. Sums that belong to one group are left in eight lanes, and `scale` times them is added to a total.
+// 32 bytes of two 4-bit codes each, low half first, which belong to two groups of 16 bytes (the second may be missing), and their
+// products with 64 inputs of 16 bits, given as their upper and lower bytes: those that meet the low halves, then the others. Each
+// group's products count scale[group] and scale[group + 1] times.
 struct Codes {
-#if defined(__AVX2__)
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+    typedef __m512 Total;
+    __m512i codes;
+    Codes(const uint8_t *p, bool both) {
+        __m256i pairs = both ? _mm256_loadu_si256((const __m256i *)p) : _mm256_zextsi128_si256(_mm_loadu_si128((const __m128i *)p));
+        __m512i twice = _mm512_broadcast_i64x4(pairs);
+        codes = _mm512_and_si512(_mm512_mask_srli_epi32(twice, 0xff00, twice, 4), _mm512_set1_epi8(15));
+    }
+    void add(const int8_t *upper, const int8_t *lower, const Floats &scale, int64_t group, Total &total) const {
+        const __m512i place = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1, 1);
+        __m512i products = _mm512_dpbusd_epi32(_mm512_setzero_si512(), codes, _mm512_loadu_si512(upper));
+        products = _mm512_dpbusd_epi32(_mm512_slli_epi32(products, 8), codes, _mm512_loadu_si512(lower));
+        __m512 scales = _mm512_permutexvar_ps(_mm512_add_epi32(place, _mm512_set1_epi32(int(group))), (__m512)scale);
+        total = _mm512_fmadd_ps(_mm512_cvtepi32_ps(products), scales, total);
+    }
+    static float sum(Total total, Floats more) { return ::sum((Floats)total + more); }
+#elif defined(__AVX2__)
     typedef __m256 Total;
     __m256i low, high;
-    explicit Codes(const uint8_t *p) {
-        __m256i pairs = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)p));
-        low = _mm256_and_si256(pairs, _mm256_set1_epi16(15));
-        high = _mm256_srli_epi16(pairs, 4);
+    Codes(const uint8_t *p, bool both) {
+        __m256i pairs = both ? _mm256_loadu_si256((const __m256i *)p) : _mm256_zextsi128_si256(_mm_loadu_si128((const __m128i *)p));
+        __m256i mask = _mm256_set1_epi8(15);
+        low = _mm256_and_si256(pairs, mask);
+        high = _mm256_and_si256(_mm256_srli_epi16(pairs, 4), mask);
     }
-    void add(const int16_t *x, float scale, Total &total) const {
+    __m256i times(const int8_t *x) const {  // 15 * 128 * 4 fits in 16 bits
         const __m256i *v = (const __m256i *)x;
-#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
-        __m256i products = _mm256_dpwssd_epi32(_mm256_setzero_si256(), low, _mm256_loadu_si256(v));
-        products = _mm256_dpwssd_epi32(products, high, _mm256_loadu_si256(v + 1));
-#else
-        __m256i products = _mm256_add_epi32(_mm256_madd_epi16(low, _mm256_loadu_si256(v)), _mm256_madd_epi16(high, _mm256_loadu_si256(v + 1)));
-#endif
-        total = _mm256_fmadd_ps(_mm256_cvtepi32_ps(products), _mm256_set1_ps(scale), total);
+        __m256i sums = _mm256_add_epi16(_mm256_maddubs_epi16(low, _mm256_loadu_si256(v)), _mm256_maddubs_epi16(high, _mm256_loadu_si256(v + 1)));
+        return _mm256_madd_epi16(sums, _mm256_set1_epi16(1));
     }
-    static float sum(Total total) {
+    void add(const int8_t *upper, const int8_t *lower, const Floats &scale, int64_t group, Total &total) const {
+        __m256i products = _mm256_add_epi32(_mm256_slli_epi32(times(upper), 8), times(lower));
+        __m256 scales = _mm256_insertf128_ps(_mm256_set1_ps(scale[group]), _mm_set1_ps(scale[group + 1]), 1);
+        total = _mm256_fmadd_ps(_mm256_cvtepi32_ps(products), scales, total);
+    }
+    static float sum(Total total, Floats more) {
         __m128 s = _mm_add_ps(_mm256_castps256_ps128(total), _mm256_extractf128_ps(total, 1));
         s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-        return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
+        return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1))) + ::sum(more);
     }
 #else
     typedef float Total;
     const uint8_t *pairs;
-    explicit Codes(const uint8_t *p) : pairs(p) {}
-    void add(const int16_t *x, float scale, Total &total) const {
-        int32_t products = 0;
-        for (int i = 0; i < 16; i++) products += (pairs[i] & 15) * x[i] + (pairs[i] >> 4) * x[i + 16];
-        total += float(products) * scale;
+    int many;
+    Codes(const uint8_t *p, bool both) : pairs(p), many(both ? 32 : 16) {}
+    void add(const int8_t *upper, const int8_t *lower, const Floats &scale, int64_t group, Total &total) const {
+        int32_t products[2] = {};
+        for (int i = 0; i < many; i++)
+            products[i / 16] += (pairs[i] & 15) * (upper[i] * 256 + lower[i]) + (pairs[i] >> 4) * (upper[i + 32] * 256 + lower[i + 32]);
+        total += float(products[0]) * scale[group] + float(products[1]) * scale[group + 1];
     }
-    static float sum(Total total) { return total; }
+    static float sum(Total total, Floats more) { return total + ::sum(more); }
 #endif
 };

@@ -48,7 +48,7 @@ struct Pass {
 
 namespace {
 
-constexpr int64_t CHUNK = 128;  // positions of one attention task
+constexpr int64_t CHUNK = 256;  // positions of one attention task
 
 // The largest size; NaN if there is a NaN or an infinity, whose rounded form must not look like a number.
 inline float largest(const float *x, int64_t n) {
@@ -67,12 +67,12 @@ struct Input {  // rows of activations in each form that a kind of weight multip
     std::vector<float> value, brain;      // as they are; rounded to bf16
     std::vector<uint8_t> q;               // int8 and 128
     std::vector<float> scale;             // of q, per row
-    std::vector<int16_t> fine;            // per 32: those at even places, those at odd ones
-    std::vector<float> fine_scale, sum;   // of fine and of value, per 32
+    std::vector<int8_t> upper, lower;     // of 16 bits, per 64: even places of the first 32 and of the second, then odd ones
+    std::vector<float> fine_scale, sum;   // of the 16 bits and of value, per 32
 
     Input(int64_t rows, int64_t most)
-        : value(rows * most), brain(rows * most), q(rows * most), scale(rows), fine(rows * most), fine_scale(rows * most / 32),
-          sum(rows * most / 32) {}
+        : value(rows * most), brain(rows * most), q(rows * most), scale(rows), upper(rows * (most + 63)), lower(rows * (most + 63)),
+          fine_scale(rows * block_width(most + 32)), sum(rows * block_width(most + 32)) {}
 
     void prepare(int64_t row, int64_t width, int64_t kinds) {  // `value` of the row is written: make the other forms
         const float *x = &value[row * width];
@@ -86,16 +86,22 @@ struct Input {  // rows of activations in each form that a kind of weight multip
         }
         if (kinds >> INT4 & 1)
             for (int64_t i = 0; i < width; i += 32) {
-                float s = largest(x + i, 32) * (1.0f / 32767), all = 0;
+                float s = largest(x + i, 32) * (1.0f / 32512), all = 0;  // 127 * 256: the upper byte stays in range
                 s = s < 1e-30f ? 1e-30f : s;
+                const int64_t to = row * fine_width(width) + i / 64 * 64 + i % 64 / 2;
                 for (int64_t j = 0; j < 32; j++) {
-                    fine[row * width + i + (j & 1) * 16 + j / 2] = int16_t(int32_t(nearbyintf(x[i + j] / s)));
+                    int32_t v = int32_t(nearbyintf(x[i + j] / s)), high = (v + 128) >> 8;
+                    upper[to + (j & 1) * 32 + j / 2] = int8_t(high);
+                    lower[to + (j & 1) * 32 + j / 2] = int8_t(v - high * 256);
                     all += x[i + j];
                 }
-                fine_scale[(row * width + i) / 32] = s;
-                sum[(row * width + i) / 32] = all;
+                fine_scale[row * block_width(width) + i / 32] = s;
+                sum[row * block_width(width) + i / 32] = all;
             }
     }
+
+    static int64_t fine_width(int64_t width) { return (width + 63) / 64 * 64; }
+    static int64_t block_width(int64_t width) { return (width / 32 + LANES - 1) / LANES * LANES; }
 };
 
 int64_t kinds_of(const Linear &a) { return int64_t(1) << (a.first ? a.first->kind : a.kind); }
@@ -140,35 +146,34 @@ template <int M> inline void dot_int8(const int8_t *w, const uint8_t *x, int64_t
 }
 
 // (code - 8) * scale + zero: the products with the codes, and per group what is the same for all codes.
-// x: for every 32 inputs, the 16 that meet low halves of a byte and then the others; x_scale and x_sum: one for every 32.
-template <int M> inline void dot_int4(const uint8_t *w, const Brain *scale, const Brain *zero, int64_t group, const int16_t *x,
-                                      const float *x_scale, const float *x_sum, int64_t n, float *y) {
-    constexpr int64_t PIECE = 32;
-    const int64_t blocks = n / 32;
+// upper, lower: as in Input; x_scale and x_sum: one for every 32, each row filled up to a multiple of LANES.
+template <int M> inline void dot_int4(const uint8_t *w, const Brain *scale, const Brain *zero, int64_t group, const int8_t *upper,
+                                      const int8_t *lower, const float *x_scale, const float *x_sum, int64_t n, float *y) {
+    const int64_t blocks = n / 32, width = Input::fine_width(n), stride = Input::block_width(n);
     Codes::Total total[M] = {};
-    float rest[M] = {}, s[PIECE], z[PIECE], factor[M][PIECE];
-    for (int64_t start = 0; start < blocks; start += PIECE) {
-        const int64_t many = blocks - start < PIECE ? blocks - start : PIECE;
-        for (int64_t b = 0; b < many; b++) {
-            const int64_t g = group == 32 ? start + b : (start + b) * 32 / group;
-            s[b] = widen(scale[g]);
-            z[b] = widen(zero[g]) - 8 * s[b];
+    Floats same[M] = {}, factor[M];
+    for (int64_t start = 0; start < blocks; start += LANES) {
+        const int64_t many = blocks - start < LANES ? blocks - start : LANES;
+        Floats s, z;
+        if (group == 32) s = load_some(scale + start, many), z = load_some(zero + start, many);
+        else {
+            Brain some[2][LANES] = {};
+            for (int64_t b = 0; b < many; b++) some[0][b] = scale[(start + b) * 32 / group], some[1][b] = zero[(start + b) * 32 / group];
+            s = load(some[0]), z = load(some[1]);
         }
         for (int m = 0; m < M; m++) {
-            float same = 0;
-#pragma omp simd reduction(+ : same)
-            for (int64_t b = 0; b < many; b++) {
-                factor[m][b] = s[b] * x_scale[m * blocks + start + b];
-                same += z[b] * x_sum[m * blocks + start + b];
-            }
-            rest[m] += same;
+            factor[m] = s * load(x_scale + m * stride + start);
+            same[m] += (z - 8 * s) * load(x_sum + m * stride + start);
         }
-        for (int64_t b = 0; b < many; b++) {
-            Codes codes(w + 16 * (start + b));
-            for (int m = 0; m < M; m++) codes.add(x + m * n + 32 * (start + b), factor[m][b], total[m]);
+        for (int64_t b = 0; b < many; b += 2) {
+            Codes codes(w + 16 * (start + b), b + 1 < many);
+            for (int m = 0; m < M; m++) {
+                const int64_t at = m * width + 32 * (start + b);
+                codes.add(upper + at, lower + at, factor[m], b, total[m]);
+            }
         }
     }
-    for (int m = 0; m < M; m++) y[m] = Codes::sum(total[m]) + rest[m];
+    for (int m = 0; m < M; m++) y[m] = Codes::sum(total[m], same[m]);
 }
 
 template <int M> inline void one_output(const Linear &a, const Input &in, int64_t row, int64_t output, float *y) {
@@ -185,9 +190,10 @@ template <int M> inline void one_output(const Linear &a, const Input &in, int64_
         break;
     }
     default: {
-        const int64_t groups = n / a.group, blocks = row * (n / 32);
+        const int64_t groups = n / a.group, blocks = row * Input::block_width(n), fine = row * Input::fine_width(n);
         dot_int4<M>((const uint8_t *)a.weight + output * n / 2, (const Brain *)a.scale + output * groups,
-                    (const Brain *)a.zero + output * groups, a.group, &in.fine[row * n], &in.fine_scale[blocks], &in.sum[blocks], n, y);
+                    (const Brain *)a.zero + output * groups, a.group, &in.upper[fine], &in.lower[fine], &in.fine_scale[blocks],
+                    &in.sum[blocks], n, y);
     }
     }
 }
@@ -255,16 +261,23 @@ void store(const float *x, int64_t n, int64_t kind, void *held, void *scales, in
     }
 }
 
-// y[m] = the sum of n rows of v [n, d], each times its weight s[m].
-template <int M, class T> inline void weigh(const float (*s)[CHUNK], const T *v, int64_t n, int64_t d, float *y) {
+// Asks for rows that are read next: a chunk is too short for the CPU to notice by itself where it goes on.
+template <class T> inline void fetch(const T *rows, int64_t count, int64_t d) {
+    for (int64_t i = 0; i < count * d * int64_t(sizeof(T)); i += 64) __builtin_prefetch((const char *)rows + i);
+}
+
+// y[m] = the sum of n rows of v [n, d], each times its weight s[m]. next: rows that are read after them.
+template <int M, class T> inline void weigh(const float (*s)[CHUNK], const T *v, const T *next, int64_t n, int64_t d, float *y) {
     int64_t i = 0;
     for (; i + 4 * LANES <= d; i += 4 * LANES) {
         Floats t[M][4] = {};
-        for (int64_t p = 0; p < n; p++)
+        for (int64_t p = 0; p < n; p++) {
+            if (i == 0) fetch(next + p * d, 1, d);
             for (int j = 0; j < 4; j++) {
                 Floats x = load(v + p * d + i + j * LANES);
                 for (int m = 0; m < M; m++) t[m][j] += s[m][p] * x;
             }
+        }
         for (int m = 0; m < M; m++) memcpy(y + m * d + i, t[m], sizeof t[m]);
     }
     for (; i < d; i++)
@@ -272,6 +285,33 @@ template <int M, class T> inline void weigh(const float (*s)[CHUNK], const T *v,
             y[m * d + i] = 0;
             for (int64_t p = 0; p < n; p++) y[m * d + i] += s[m][p] * widen(v[p * d + i]);
         }
+}
+
+// s[m] = the scores of n rows of k [n, d] for query m: q[m] . k. next: rows that are read after them.
+template <int M, class T> inline void score(const float *q, const T *k, const T *next, int64_t n, int64_t d, float (*s)[CHUNK]) {
+    int64_t p = 0;
+    for (; p + 4 <= n; p += 4) {
+        fetch(next + p * d, 4, d);
+        Floats t[M][4] = {};
+        int64_t i = 0;
+        for (; i + LANES <= d; i += LANES) {
+            Floats row[4];
+            for (int j = 0; j < 4; j++) row[j] = load(k + (p + j) * d + i);
+            for (int m = 0; m < M; m++) {
+                Floats x = load(q + m * d + i);
+                for (int j = 0; j < 4; j++) t[m][j] += row[j] * x;
+            }
+        }
+        for (int m = 0; m < M; m++) sum4(t[m], s[m] + p);
+        for (; i < d; i++)
+            for (int m = 0; m < M; m++)
+                for (int j = 0; j < 4; j++) s[m][p + j] += q[m * d + i] * widen(k[(p + j) * d + i]);
+    }
+    for (; p < n; p++) {
+        float y[M];
+        dot<M>(k + p * d, q, d, y);
+        for (int m = 0; m < M; m++) s[m][p] = y[m];
+    }
 }
 
 // Softmax attention of `heads` queries over `n` positions: unnormalized sums [heads, d], and each head's largest score and total.
@@ -282,16 +322,14 @@ template <int64_t D, class T> void attend(const float *q, int64_t heads, const T
     float scores[4][CHUNK];
     for (int64_t head = 0; head < heads; head += 4) {
         const int64_t many = heads - head < 4 ? heads - head : 4;
-        for (int64_t p = 0; p < n; p++) {
-            float y[4], scale = factor * (k_scale ? widen(k_scale[p]) : 1);
-            if (many == 4) dot<4>(k + p * d, q + head * d, d, y);
-            else if (many == 3) dot<3>(k + p * d, q + head * d, d, y);
-            else if (many == 2) dot<2>(k + p * d, q + head * d, d, y);
-            else dot<1>(k + p * d, q + head * d, d, y);
-            for (int64_t h = 0; h < many; h++) scores[h][p] = y[h] * scale;
-        }
+        const float *x = q + head * d;
+        if (many == 4) score<4>(x, k, v, n, d, scores);
+        else if (many == 3) score<3>(x, k, v, n, d, scores);
+        else if (many == 2) score<2>(x, k, v, n, d, scores);
+        else score<1>(x, k, v, n, d, scores);
         for (int64_t h = 0; h < many; h++) {
             float *s = scores[h], top = -INFINITY, sum = 0;
+            for (int64_t p = 0; p < n; p++) s[p] *= k_scale ? factor * widen(k_scale[p]) : factor;
 #pragma omp simd reduction(max : top)
             for (int64_t p = 0; p < n; p++) top = s[p] > top ? s[p] : top;
 #pragma omp simd reduction(+ : sum)
@@ -302,10 +340,10 @@ template <int64_t D, class T> void attend(const float *q, int64_t heads, const T
                 for (int64_t p = 0; p < n; p++) s[p] *= widen(v_scale[p]);
         }
         float *y = sums + head * d;
-        if (many == 4) weigh<4>(scores, v, n, d, y);
-        else if (many == 3) weigh<3>(scores, v, n, d, y);
-        else if (many == 2) weigh<2>(scores, v, n, d, y);
-        else weigh<1>(scores, v, n, d, y);
+        if (many == 4) weigh<4>(scores, v, k + n * d, n, d, y);
+        else if (many == 3) weigh<3>(scores, v, k + n * d, n, d, y);
+        else if (many == 2) weigh<2>(scores, v, k + n * d, n, d, y);
+        else weigh<1>(scores, v, k + n * d, n, d, y);
     }
 }
 
