@@ -13,7 +13,7 @@ from torch import nn
 from quantize.decoding import DecodingLM, for_decoding, native
 from quantize.decoding.torchscript import merge_linears
 from quantize.generation import generate, generate_stream
-from quantize.int4 import quantize_weights
+from quantize.int4 import Int4Linear, quantize_weights
 from quantize.int8 import Int8Linear, quantize_dynamic
 from quantize.kv_cache import KVCache
 from quantize.low_rank import factorize_low_rank
@@ -100,6 +100,29 @@ def test_native_takes_any_width(width):
                 assert cosine(quick, slow) > 0.99
             else:
                 assert_close(quick, slow)
+
+
+@NATIVE
+@pytest.mark.parametrize(("width", "group_size"), [(32, 32), (96, 32), (544, 32), (192, 64), (640, 128)])
+def test_native_multiplies_four_bit_weights_of_any_width(width, group_size):
+    """Odd and even numbers of groups, more and fewer than a vector of them, one row and several."""
+    model = decoder(width=width, ffn_width=2 * width, head_dim=8)
+    with torch.no_grad():
+        for layer in [m for m in model.modules() if isinstance(m, nn.Linear)]:
+            layer.weight /= width**0.5  # so that rounding isn't amplified from layer to layer
+    small = quantize_weights(model, group_size=group_size)
+    exact = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, layer in small.named_modules():
+            if isinstance(layer, Int4Linear):
+                exact.get_submodule(name).weight.copy_(layer.dequantized())
+    fast, ids = for_decoding(small, backend="native"), tokens(1, 12)
+    caches = [KVCache.for_model(exact)]
+    run(lambda i: exact(i, caches[0]), ids[:, :1])
+    caches.append(caches[0].fork())
+    for piece in ids[:, 1:].split([1, 2, 3, 1, 4], dim=1):
+        slow, quick = (run(lambda i, m=m, c=c: m(i, c), piece) for m, c in zip((exact, fast), caches, strict=True))
+        assert_close(quick, slow, factor=20.0)  # inputs have 16 bits, eager ones 8
 
 
 @NATIVE
