@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -77,10 +78,15 @@ class Text:
         return more
 
 
+class Parser(argparse.ArgumentParser):
+    """One line on standard error for a mistake, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"kv_cache.py: error: {message}\n")
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="kv_cache.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="kv_cache.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def add(flag: str, text: str, **options: object) -> None:
         parser.add_argument(flag, help=f"{text} (default: %(default)s)", **options)
@@ -91,7 +97,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--max-new-tokens", "how many tokens to stream", type=int, default=200)
     add("--temperature", "0 always takes the most probable token", type=float, default=0.0)
     add("--seed", "seed of the sampling", type=int, default=0)
-    add("--draft", "a smaller model's file that guesses ahead; none: repeats in the text itself", type=Path)
+    add("--draft", "a smaller model's file or folder that guesses ahead; none: repeats in the text itself", type=Path)
     add("--cache", "what the cache of the streamed text holds", choices=list(CACHES), default="fp32")
     add("--max-length", "longest text to time, in tokens; none: 1024, or the model's limit", type=int)
     add("--threads", "none: torch's own choice", type=int)
@@ -112,10 +118,14 @@ def open_model(path: Path | None, out: Path) -> tuple[nn.Module, Path]:
             if code := train.main(["--preset", "tiny", "--variants", "fp32", "--out", str(out)]):
                 raise SystemExit(code)
             print()
+    return read_model(path), path
+
+
+def read_model(path: Path) -> nn.Module:
     model = DecoderLM.from_pretrained(path) if path.is_dir() else quantize.load(path)
     if not takes_cache(model):
         raise ValueError(f"{path} holds a {type(model).__name__}, which has no attention to cache")
-    return model, path
+    return model
 
 
 def show_text(model: nn.Module, text: Text, ids: Tensor, arguments: argparse.Namespace, draft: nn.Module | None) -> None:
@@ -276,16 +286,16 @@ def run(arguments: argparse.Namespace) -> None:
         torch.set_num_threads(arguments.threads)
     keep_allocations()
     model, path = open_model(arguments.model, arguments.out)
-    draft = quantize.load(arguments.draft) if arguments.draft else None
+    draft = read_model(arguments.draft) if arguments.draft else None
     text = Text(path if path.is_dir() else None)
     ids = torch.tensor([text.encode(arguments.prompt)], dtype=torch.int64)
-    show_text(model, text, ids, arguments, draft)
-
     limit = min(getattr(model.config, "max_length", 2**31), arguments.max_length or 1024)
     longest = limit - 2 * TIMED_TOKENS - 1
-    lengths = [n for n in (64, 128, 256, 512, 1024, 2048, 4096) if n < longest] + [longest]
     if longest < 8:
         raise ValueError(f"the longest text is {limit} tokens; timing needs at least {2 * TIMED_TOKENS + 9}")
+    show_text(model, text, ids, arguments, draft)
+
+    lengths = [n for n in (64, 128, 256, 512, 1024, 2048, 4096) if n < longest] + [longest]
     source = text.encode(Path(__file__).read_text(encoding="utf-8"))
     long = torch.tensor([(source * (longest // len(source) + 1))[:longest]])
     models = {"fp32": model}

@@ -33,7 +33,7 @@ from quantize.models import ConvNet, ConvNetConfig, DecoderConfig, DecoderLM
 from quantize.report import build_report, print_report, write_report
 from quantize.training import Recipe
 
-CALIBRATION_BATCHES = 16
+CALIBRATION_BATCHES = 8
 USER_ERRORS = (data.DataError, training.TrainingError, CheckpointError, MeasurementError, OSError)
 
 

@@ -161,7 +161,7 @@ def collect(
             layer = model.get_submodule(name)
             for call, other in zip(calls, others, strict=True):
                 x, r = calibrate.rows(layer, call.x), calibrate.rows(layer, other.x)
-                seen[name].update_pair(x, r)
+                seen[name].update_pair(x, r if len(r) == len(x) else x)  # experts may be sent other rows
                 if call.stream is not None and other.stream is not None and call.stream.shape == other.stream.shape:
                     error = other.stream.double() - call.stream.double()
                     error = error.movedim(1, -1) if isinstance(layer, nn.Conv2d) else error
