@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from quantize import ConvNet, ConvNetConfig, DecoderConfig, DecoderLM, load, quantize_dynamic, save, to_half
+from quantize import ConvNet, ConvNetConfig, DecoderConfig, DecoderLM, generate, load, quantize_dynamic, save, to_half
 from quantize.calibration import InputStatistics
 from quantize.low_rank import factorize_low_rank
 from quantize.pruning import prune_ln_structured, scores, summary
@@ -517,6 +517,33 @@ def test_composes_with_low_rank(tmp_path):
     for i, model in enumerate((pruned, after)):
         save(model, tmp_path / f"{i}.pth")
         assert_close(load(tmp_path / f"{i}.pth", model=build())(x), model(x))
+
+
+def test_composes_with_int8(tmp_path):
+    """A pruned and repaired model can be quantized, saved and loaded into a fresh original."""
+
+    def build():
+        return seeded(lambda: nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 48)))
+
+    x = randn(64, 64)
+    pruned = prune_ln_structured(build(), x, calibration=[x])
+    small = quantize_dynamic(pruned)
+    save(small, tmp_path / "small.pth")
+    again = load(tmp_path / "small.pth", model=build())
+    assert cosine(small(x), pruned(x)) > 0.999
+    assert_close(again(x), small(x))
+
+
+def test_layers_with_unlike_heads_decode():
+    """Where layers keep different numbers of heads, cached tokens are still the uncached ones."""
+    model, inputs = small("decoder")
+    with torch.no_grad():
+        model.blocks[0].attention.out.weight *= 1e-3
+    amount = {"blocks.0.attention.k": 0.5, "blocks.*.ffn.up": 0.5}
+    pruned = prune_ln_structured(model, inputs, amount=amount, calibration=[inputs])
+    assert [b.attention.k.out_features for b in pruned.blocks] == [8, 16]
+    tokens = [generate(pruned, inputs, max_new_tokens=6, cache=cache) for cache in (True, False)]
+    assert torch.equal(*tokens)
 
 
 def test_composes_with_half():

@@ -193,10 +193,13 @@ def refit(original: nn.Module, pruned: nn.Module, step: Step, batches: Iterable[
             targets = []
             for whole, part, outputs in zip(before[i:], after[i:], step.layers.values(), strict=False):
                 y = _outputs(first, whole.output, outputs)
-                if whole.stream is not None and part.stream is not None and outputs is None:
+                both = whole.stream is not None and part.stream is not None and whole.stream.shape == part.stream.shape
+                if both and outputs is None:
                     y = y + _outputs(first, whole.stream - part.stream, None)
                 targets.append(y)
             y = torch.cat(targets, 1)  # [N, out]
+            if len(y) != len(x):
+                continue  # the two models route other rows here
             if biased:
                 x = torch.cat([x, x.new_ones(len(x), 1)], 1)
             middle = len(x) // 2
