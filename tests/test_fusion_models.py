@@ -184,7 +184,7 @@ FOREIGN: dict[str, tuple[Callable[[], nn.Module], Any]] = {
     "recurrent": (Recurrent, torch.arange(14).reshape(2, 7)),
     "separable": (Separable, torch.randn(2, 2, 9, generator=torch.Generator().manual_seed(0))),
 }
-QUICK = ("unet", "recurrent", "separable", "regnet")
+QUICK = ("separable", "regnet")
 
 
 def build(name: str) -> tuple[nn.Module, Any]:
@@ -239,7 +239,9 @@ def compressed(kind: str) -> tuple[nn.Module, Any]:
     return (quantize.quantize_dynamic(pruned) if kind == "pruned+int8" else pruned), inputs
 
 
-@pytest.mark.parametrize("kind", ["half", "int8", "low_rank", "pruned", "pruned+int8"])
+@pytest.mark.parametrize(
+    "kind", ["int8", *(pytest.param(k, marks=pytest.mark.slow) for k in ("half", "low_rank", "pruned", "pruned+int8"))]
+)
 def test_compressed_models_fuse_and_stay_compressed(kind: str, tmp_path: Path) -> None:
     """Each form gives its own answers from the fused file, int8 layers multiply in int8, and the file stays small."""
     model, inputs = compressed(kind)

@@ -203,8 +203,11 @@ def test_pruned_equals_masked(name, calibrated):
     assert untouched(model, before)
 
 
+LARGEST = ("mobilenet_v2", "t5", "whisper")
+
+
 @pytest.mark.parametrize("amount", [0.25, 0.5])
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in LARGEST else n for n in ZOO])
 def test_zoo(name, amount, tmp_path):
     """Models that others wrote: pruned equals masked, and the file loads into a fresh instance."""
     model, inputs = zoo(name)
