@@ -3,7 +3,7 @@
 A batch is what `torch.export.export` takes as example inputs: a tensor, a tuple of positional arguments, or a dict of keyword
 arguments. Statistics are sums over rows, so memory is bounded by the width of a layer and not by the data.
 
-`collect`: inputs. `collect_paired`: inputs in a compressed model beside those in the original. `collect_gradients`: how the
+`collect`: inputs. `PairedStatistics`: inputs in a compressed model beside those in the original. `collect_gradients`: how the
 model's output depends on each layer's output. `trace_calls`: which layers run, in which order, on the same input.
 """
 
@@ -129,7 +129,7 @@ def _exact(x: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def _watching(hooks: Sequence[Any], *models: nn.Module) -> Iterator[None]:
+def watching(hooks: Sequence[Any], *models: nn.Module) -> Iterator[None]:
     """Models in eval mode inside; afterwards their own training flags again and the hooks gone."""
     modes = [(m, m.training) for model in models for m in model.modules()]
     try:
@@ -150,7 +150,8 @@ def _on_input(layer: nn.Module, see: Callable[[torch.Tensor], None]) -> Any:
     )
 
 
-def _check_reached(statistics: Mapping[str, InputStatistics]) -> None:
+def check_reached(statistics: Mapping[str, InputStatistics]) -> None:
+    """Raise ValueError naming a layer that no batch has reached, or whose inputs were not finite."""
     for name, seen in statistics.items():
         if seen.count == 0:
             raise ValueError(f"calibration never reaches layer {name!r}: give batches that use it, or skip it")
@@ -172,52 +173,10 @@ def collect(
     def see(name: str, layer: nn.Module) -> Callable[[torch.Tensor], None]:
         return lambda x: statistics[name].update(rows(layer, x), outer=outer)
 
-    with _watching([_on_input(layer, see(name, layer)) for name, layer in layers.items()], model):
+    with watching([_on_input(layer, see(name, layer)) for name, layer in layers.items()], model):
         for batch in batches:
             call(model, batch)
-    _check_reached(statistics)
-    return statistics
-
-
-class _Enough(BaseException):
-    """Ends a forward pass whose remaining layers nobody watches."""
-
-
-@torch.no_grad()
-def collect_paired(
-    model: nn.Module, reference: nn.Module, batches: Iterable[Any], names: Sequence[str], *, last: str | None = None
-) -> dict[str, PairedStatistics]:
-    """Statistics of the inputs of the layers `names` in `model`, paired with those in `reference` (same layers, same names).
-
-    `last`: the layer of `names` that runs last, when each runs once a pass: passes end there. Raises what `collect` raises.
-    """
-    check_batches(batches)
-    statistics = {name: PairedStatistics() for name in names}
-    seen: dict[nn.Module, dict[str, list[torch.Tensor]]] = {model: {}, reference: {}}
-
-    def see(root: nn.Module, name: str) -> Callable[[torch.Tensor], None]:
-        def keep(x: torch.Tensor) -> None:
-            seen[root].setdefault(name, []).append(x.detach().clone())  # a clone: the next layer may write into its input
-            if name == last:
-                raise _Enough
-
-        return keep
-
-    hooks = [_on_input(root.get_submodule(name), see(root, name)) for root in seen for name in names]
-    with _watching(hooks, model, reference):
-        for batch in batches:
-            for root in seen:
-                seen[root] = {}
-                try:
-                    call(root, batch)
-                except _Enough:
-                    pass
-            for name, inputs in seen[model].items():
-                layer, others = model.get_submodule(name), seen[reference].get(name, [])
-                others = others if len(others) == len(inputs) else inputs
-                for x, r in zip(inputs, others, strict=True):
-                    statistics[name].update_pair(rows(layer, x), rows(layer, r))
-    _check_reached(statistics)
+    check_reached(statistics)
     return statistics
 
 
@@ -250,7 +209,7 @@ def trace_calls(model: nn.Module, batch: Any, layers: Mapping[str, nn.Module]) -
 
         return note
 
-    with _watching([_on_input(layer, see(name)) for name, layer in layers.items()], model):
+    with watching([_on_input(layer, see(name)) for name, layer in layers.items()], model):
         call(model, batch)
     return calls
 
@@ -317,7 +276,7 @@ def collect_gradients(
         return keep
 
     hooks = [layer.register_forward_hook(see(name)) for name, layer in layers.items()]
-    with _watching(hooks, model), torch.enable_grad():
+    with watching(hooks, model), torch.enable_grad():
         for batch in batches:
             outputs.clear()
             output = call(model, batch)

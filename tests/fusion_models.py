@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+from quantize.fusion.equality import difference, other_sizes, outputs
 
 
 def seeded(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -42,3 +45,21 @@ class Image(nn.Module):
         x = self.activation(self.bn1(self.stem(x)))
         x = self.activation(self.bn2(self.depthwise(x)) + x)
         return self.head(self.dropout(x.mean((2, 3))))
+
+
+def same_at_other_sizes(fused: Callable[..., Any], model: nn.Module, inputs: Any, *, refusal: str) -> None:
+    """Within 2e-5 of eager at every other size, or refused with a message that holds `refusal`; at least two are answered."""
+    answered = 0
+    for other in other_sizes(inputs):
+        try:
+            expected = outputs(model, other)
+        except Exception:
+            continue
+        try:
+            actual = outputs(fused, other)
+        except torch.jit.Error as error:
+            assert refusal in str(error)
+            continue
+        assert difference(actual, expected) <= 2e-5
+        answered += 1
+    assert answered >= 2  # twice the batch and a batch of one, at least

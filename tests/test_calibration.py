@@ -8,6 +8,7 @@ from helpers import assert_close, zoo
 from torch import nn
 
 from quantize import calibration
+from quantize.low_rank import errors
 
 
 class TwoInputs(nn.Module):
@@ -115,7 +116,7 @@ def test_pairs_match_row_by_row(model, batches):
     """The cross moment is that of the original's inputs with the changed model's inputs to the same layer."""
     torch.manual_seed(2)
     changed = TwoInputs()
-    seen = calibration.collect_paired(changed, model, batches, ["c"])["c"]
+    seen = errors.collect(changed, model, batches, ["c"], set(), last=None)["c"]
     x = torch.cat([torch.relu(changed.a(b) + changed.b(b)).reshape(-1, 5) for b in batches])
     r = torch.cat([torch.relu(model.a(b) + model.b(b)).reshape(-1, 5) for b in batches])
     assert_close(seen.cross_moment, r.T @ x / len(x))
@@ -126,8 +127,8 @@ def test_pairs_match_row_by_row(model, batches):
 def test_a_pass_may_end_at_the_last_layer(model, batches):
     """Stopping after `last` gives the same statistics, and nothing after it runs."""
     model.rare.register_forward_pre_hook(lambda *_: pytest.fail("ran a layer after the last one watched"))
-    whole = calibration.collect_paired(model, model, batches, ["a", "b"])
-    ended = calibration.collect_paired(model, model, [(b, True) for b in batches], ["a", "b"], last="b")
+    whole = errors.collect(model, model, batches, ["a", "b"], set(), last=None)
+    ended = errors.collect(model, model, [(b, True) for b in batches], ["a", "b"], set(), last="b")
     for name in whole:
         assert_close(ended[name].cross_moment, whole[name].cross_moment)
 

@@ -7,6 +7,7 @@ own output alone, since an error of the stream can't be undone before it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,22 +72,12 @@ class _Watch(TorchFunctionMode):
     def run(self, batch: Any) -> list[_Call]:
         """The calls in a pass over `batch`, in eval mode."""
         self.calls, self.waiting = [], []
-        modes = [(module, module.training) for module in self.model.modules()]
         hooks = [self.model.get_submodule(n).register_forward_hook(self._hook(n), with_kwargs=True) for n in self.names]
-        try:
-            self.model.eval()
-            if self.streams:
-                with self:
-                    calibrate.call(self.model, batch)
-            else:
+        with calibrate.watching(hooks, self.model), self if self.streams else nullcontext():
+            try:
                 calibrate.call(self.model, batch)
-        except _Enough:
-            pass
-        finally:
-            for hook in hooks:
-                hook.remove()
-            for module, training in modes:
-                module.training = training
+            except _Enough:
+                pass
         return self.calls
 
     def _hook(self, name: str) -> Any:
@@ -148,7 +139,7 @@ def collect(
     """What the layers `names` see in `model`, paired with the same layers in `reference`, row by row.
 
     streams: see `find_streams`. last: the layer of `names` that runs last, when each runs once a pass: passes end there. Raises
-    ValueError for a layer that no batch reaches.
+    ValueError for a layer that no batch reaches, or whose inputs aren't finite.
     """
     seen = {name: Seen() for name in names}
     watches = [_Watch(root, names, streams.intersection(names), last=last) for root in (model, reference)]
@@ -161,12 +152,10 @@ def collect(
             layer = model.get_submodule(name)
             for call, other in zip(calls, others, strict=True):
                 x, r = calibrate.rows(layer, call.x), calibrate.rows(layer, other.x)
-                seen[name].update_pair(x, r if len(r) == len(x) else x)  # experts may be sent other rows
+                seen[name].update_pair(x, r)
                 if call.stream is not None and other.stream is not None and call.stream.shape == other.stream.shape:
                     error = other.stream.double() - call.stream.double()
                     error = error.movedim(1, -1) if isinstance(layer, nn.Conv2d) else error
                     seen[name].update_error(x, error.reshape(-1, error.shape[-1]))
-    for name, statistics in seen.items():
-        if statistics.count == 0:
-            raise ValueError(f"calibration never reaches layer {name!r}: give batches that use it, or skip it")
+    calibrate.check_reached(seen)
     return seen
