@@ -1,0 +1,336 @@
+"""What random models are made of: functions without weights, layers that fit a value, modules with state."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils import prune
+
+# Steps without weights.
+
+ANY: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "relu": F.relu,
+    "relu in place": lambda x: F.relu(x + 1, inplace=True),
+    "silu": F.silu,
+    "x sigmoid(x)": lambda x: x * torch.sigmoid(x),
+    "gelu": F.gelu,
+    "tanh": torch.tanh,
+    "leaky": lambda x: F.leaky_relu(x, 0.2),
+    "clamp": lambda x: x.clamp(-1, 1.5),
+    "hardswish": F.hardswish,
+    "softmax": lambda x: x.softmax(-1),
+    "transpose": lambda x: x.transpose(1, -1),
+    "transpose, contiguous": lambda x: x.transpose(1, -1).contiguous(),
+    "half and half": lambda x: torch.cat(x.chunk(2, 1)[::-1], 1),
+    "split, product": lambda x: torch.mul(*x.split(x.shape[-1] // 2, -1)),
+    "pad last": lambda x: F.pad(x, (1, 2)),
+    "pad all": lambda x: F.pad(x, (1, 0) * (x.dim() - 1)),
+    "every second": lambda x: x[:, ::2],
+    "roll": lambda x: x.roll(1, -1),
+    "flip": lambda x: x.flip(-1),
+    "cumsum": lambda x: x.cumsum(-1),
+    "max": lambda x: x - x.amax(-1, keepdim=True),
+    "expand": lambda x: x[:, :1].expand_as(x) + x,
+    "where": lambda x: torch.where(x > 0.1, x, 0.5 * x),
+    "masked fill": lambda x: x.masked_fill(x < -0.3, -0.3),
+    "stack, unbind": lambda x: sum(torch.stack([x, x * 2]).unbind(0)),
+    "slice written": lambda x: _write(x.clone(), lambda y: y[:, :1].mul_(2)),
+    "row set": lambda x: _write(x * 1, lambda y: y[:, 0].fill_(0.5)),
+    "view written": lambda x: _write(x + 0, lambda y: y.reshape(y.shape[0], -1).add_(1)),
+    "read, then written": lambda x: _read_then_write(x * 2),
+    "arange": lambda x: x + torch.arange(x.shape[-1], dtype=x.dtype) * 0.1,
+    "mean": lambda x: x - x.mean(-1, keepdim=True),
+    "rms": lambda x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5),
+    "einsum": lambda x: x + torch.einsum("bi...,bj...->bi...", x, x) / x.shape[1],
+    "to double and back": lambda x: x.double().mul(1.5).to(x.dtype),
+}
+IMAGE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "max pool": lambda x: F.max_pool2d(x, 2, ceil_mode=True),
+    "mean pool": lambda x: F.avg_pool2d(x, 2, 1),
+    "adaptive pool": lambda x: F.adaptive_avg_pool2d(x, (3, 2)),
+    "nearest": lambda x: F.interpolate(x, scale_factor=2.0),
+    "bilinear": lambda x: F.interpolate(x, size=(7, 5), mode="bilinear"),
+    "reflect": lambda x: F.pad(x, (1, 1, 1, 1), mode="reflect"),
+    "uneven zeros": lambda x: F.pad(x, (0, 1, 2, 0)),
+    "channel shuffle": lambda x: x.reshape(x.shape[0], 2, x.shape[1] // 2, *x.shape[2:]).transpose(1, 2).reshape(x.shape),
+    "pixels": lambda x: x.flatten(2).transpose(1, 2),
+    "channels last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "global mean": lambda x: x.mean((2, 3)),
+    "gate": lambda x: x * x.mean((2, 3), keepdim=True).sigmoid(),
+}
+SEQUENCE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "last": lambda x: x[:, -1],
+    "time mean": lambda x: x.mean(1),
+    "flat": lambda x: x.flatten(1),
+    "self attention": lambda x: F.scaled_dot_product_attention(x, x, x),
+    "causal attention": lambda x: F.scaled_dot_product_attention(x, x, x, is_causal=True),
+    "scores": lambda x: (x @ x.transpose(1, 2)).div(x.shape[-1] ** 0.5).softmax(-1) @ x,
+    "image": lambda x: x[:, None],
+}
+BOTH: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "add": lambda x, y: x + y,
+    "add scaled": lambda x, y: torch.add(x, y, alpha=0.5),
+    "sub": lambda x, y: x - y,
+    "mul": lambda x, y: x * y,
+    "add in place": lambda x, y: x.mul(0.5).add_(y),
+    "cat": lambda x, y: torch.cat([x, y], 1),
+    "cat last": lambda x, y: torch.cat([x, y], -1),
+}
+# Steps that look at chance, sizes or values.
+ODD: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "random noise": lambda x: x + 0.1 * torch.rand_like(x),
+    "random dropout": lambda x: F.dropout(x, 0.3, training=True),
+    "random unused": lambda x: (torch.rand(3), x)[1],
+    "size decides": lambda x: x * 2 if x.shape[0] > 2 else x - 1,
+    "size loop": lambda x: sum((x * i for i in range(min(x.shape[-1], 4))), x),
+    "size scales": lambda x: x / (x.shape[0] + len(x)),
+    "value decides": lambda x: x * 2 if bool(x.sum() > 0) else x - 1,
+    "value scales": lambda x: x * float(x.abs().max().clamp(0.1, 2)),
+    "value indexes": lambda x: x[:, : 1 + int(x.argmax()) % 2],
+    "input written: add": lambda x: x.add_(1),
+    "input written: view": lambda x: _write(x, lambda y: y[:, 0].mul_(0.5)),
+    "input written: relu": lambda x: F.relu(x, inplace=True),
+    "input written late": lambda x: _late(x),
+}
+
+
+def _write(x: torch.Tensor, how: Callable[[torch.Tensor], Any]) -> torch.Tensor:
+    how(x)
+    return x
+
+
+def _read_then_write(x: torch.Tensor) -> torch.Tensor:
+    before = x.sigmoid()
+    view = x[:, :1]
+    x.add_(1)
+    return before * x + view
+
+
+def _late(x: torch.Tensor) -> torch.Tensor:
+    y = torch.tanh(x) * 2
+    x.mul_(0.5)
+    return F.relu(y + x)
+
+
+class Apply(nn.Module):
+    """A function of one of the tables above."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def forward(self, *values: torch.Tensor) -> torch.Tensor:
+        return next(t for t in (ANY, IMAGE, SEQUENCE, BOTH, ODD) if self.name in t)[self.name](*values)
+
+
+# Steps with weights.
+
+
+class Last(nn.Module):
+    """A module over the last axis, or over axis 1 moved there and back; takes the first of several results."""
+
+    def __init__(self, inner: nn.Module, *, moved: bool = False) -> None:
+        super().__init__()
+        self.inner, self.moved = inner, moved
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.inner(x.transpose(1, -1) if self.moved else x)
+        y = y[0] if isinstance(y, tuple) else y
+        return y.transpose(1, -1) if self.moved else y
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention on one projection, or torch's own module."""
+
+    def __init__(self, width: int, heads: int, own: bool) -> None:
+        super().__init__()
+        self.heads = heads
+        self.inner = nn.Linear(width, 3 * width) if own else nn.MultiheadAttention(width, heads, batch_first=True)
+        self.out = nn.Linear(width, width) if own else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.out is None:
+            return self.inner(x, x, x)[0]
+        heads = self.inner(x).reshape(*x.shape[:2], 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(*heads)
+        return x + self.out(y.transpose(1, 2).reshape(x.shape))
+
+
+class Scale(nn.Module):
+    """A learnt vector on the last axis or the channels, or a bias that is a view of a table."""
+
+    def __init__(self, size: int, kind: str) -> None:
+        super().__init__()
+        self.table, self.kind = nn.Parameter(torch.randn(size + 3)), kind
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        vector = self.table[: x.shape[1 if self.kind == "channels" else -1]]
+        if self.kind == "channels":
+            return x * vector.reshape(-1, *[1] * (x.dim() - 2))
+        return x + vector if self.kind == "bias" else x * vector
+
+
+class Twice(nn.Module):
+    """One layer that is used twice, or a low-rank pair."""
+
+    def __init__(self, width: int, shared: bool) -> None:
+        super().__init__()
+        self.down = nn.Linear(width, width if shared else 2, bias=shared)
+        self.up = self.down if shared else nn.Linear(2, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.up(self.down(x))
+
+
+class Split(nn.Module):
+    """Query, key and value like projections of one input."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(width, 6), nn.Linear(width, 6, bias=False), nn.Linear(width, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.a(x)) * self.b(x) + self.c(x)
+
+
+class Stateful(nn.Module):
+    """State that a forward changes. `kind` says which and how."""
+
+    KINDS = (
+        "assigned", "written", "average", "counted", "buffer counted", "kept", "kept list", "queue", "lazy", "attribute",
+        "attribute written", "old returned", "delayed", "every third", "shifted",
+    )  # fmt: skip
+
+    def __init__(self, kind: str, x: torch.Tensor) -> None:
+        super().__init__()
+        self.kind, self.count, self.cache, self.kept = kind, 0, None, None
+        self.register_buffer("state", torch.zeros_like(x[0]))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        self.loose, self.queue = torch.zeros_like(x[0]), []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return getattr(self, "_" + self.kind.replace(" ", "_"))(x)
+
+    def _assigned(self, x: torch.Tensor) -> torch.Tensor:
+        self.state = torch.tanh(x.mean(0) + self.state)
+        return x + self.state
+
+    def _written(self, x: torch.Tensor) -> torch.Tensor:
+        self.state.copy_(torch.tanh(x.mean(0) + self.state))
+        return x * self.state.clone()
+
+    def _average(self, x: torch.Tensor) -> torch.Tensor:
+        self.state.mul_(0.9).add_(0.1 * x.mean(0))
+        return x - self.state
+
+    def _counted(self, x: torch.Tensor) -> torch.Tensor:
+        self.count += 1
+        return x * self.count
+
+    def _buffer_counted(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return x / self.calls
+
+    def _kept(self, x: torch.Tensor) -> torch.Tensor:
+        self.kept = x * 2
+        return self.kept + 1
+
+    def _kept_list(self, x: torch.Tensor) -> torch.Tensor:
+        self.queue = [x * 2, x + 1]
+        return self.queue[0] * self.queue[1]
+
+    def _queue(self, x: torch.Tensor) -> torch.Tensor:
+        self.queue = [*self.queue[-2:], x.mean(0)]
+        return x + sum(self.queue)
+
+    def _lazy(self, x: torch.Tensor) -> torch.Tensor:
+        if self.cache is None:
+            self.cache = x.mean(0)
+        return x - self.cache
+
+    def _attribute(self, x: torch.Tensor) -> torch.Tensor:
+        self.loose = 0.5 * self.loose + x.mean(0)
+        return x + self.loose
+
+    def _attribute_written(self, x: torch.Tensor) -> torch.Tensor:
+        self.loose.add_(x.mean(0))
+        return x + self.loose
+
+    def _old_returned(self, x: torch.Tensor) -> torch.Tensor:
+        old, self.state = self.state, x.mean(0)
+        return old.expand_as(x)
+
+    def _delayed(self, x: torch.Tensor) -> torch.Tensor:
+        y, self.state = x + self.state, x.sum(0)
+        return y
+
+    def _every_third(self, x: torch.Tensor) -> torch.Tensor:
+        self.count += 1
+        return x * 2 if self.count % 3 == 0 else x
+
+    def _shifted(self, x: torch.Tensor) -> torch.Tensor:
+        self.state[..., 1:] = self.state[..., :-1].clone()
+        self.state[..., 0] = x.mean(0)[..., 0]
+        return x + self.state
+
+
+NORMED: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "old weight norm": nn.utils.weight_norm,
+    "old spectral norm": nn.utils.spectral_norm,
+    "weight norm": nn.utils.parametrizations.weight_norm,  # torch doesn't pickle parametrized modules
+    "spectral norm": nn.utils.parametrizations.spectral_norm,
+    "pruning mask": lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+}
+
+
+def layer(rng: random.Random, x: torch.Tensor) -> nn.Module:
+    """A layer with weights that fits x, often."""
+    channels, width = x.shape[1], x.shape[-1]
+    out = rng.choice((4, 6, 8))
+    any_rank = [
+        lambda: nn.Linear(width, out, bias=rng.random() < 0.7),
+        lambda: nn.Linear(width, width),
+        lambda: nn.LayerNorm(width),
+        lambda: nn.RMSNorm(width),
+        lambda: Scale(width, rng.choice(("bias", "scale"))),
+        lambda: Scale(channels, "channels"),
+        lambda: Last(nn.Linear(channels, out), moved=True),
+        lambda: Last(nn.LayerNorm(channels), moved=True),
+        lambda: nn.PReLU(channels),
+        lambda: nn.Dropout(0.3),
+        lambda: Twice(width, rng.random() < 0.5),
+        lambda: Split(width),
+        lambda: nn.Sequential(nn.Linear(width, out), nn.ReLU(inplace=True), nn.Linear(out, width)),
+    ]
+    norms = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d}
+    any_rank += [lambda: norms[x.dim()](channels, affine=rng.random() < 0.8)] * 3
+    if x.dim() > 2:
+        groups = rng.choice([g for g in (1, 1, 2, channels) if channels % g == 0])
+        conv = nn.Conv1d if x.dim() == 3 else nn.Conv2d
+        turned = nn.ConvTranspose1d if x.dim() == 3 else nn.ConvTranspose2d
+        settings = {
+            "kernel_size": rng.choice((1, 2, 3)),
+            "padding": rng.choice((0, 1, 1, "same", "valid")),
+            "dilation": rng.choice((1, 1, 2)),
+            "bias": rng.random() < 0.6,
+        }
+        mode = rng.choice(("zeros", "zeros", "zeros", "reflect", "circular"))
+        any_rank += [lambda: conv(channels, groups * rng.choice((2, 4)), groups=groups, padding_mode=mode, **settings)] * 4
+        any_rank += [
+            lambda: conv(channels, out, 3, stride=2, padding=1),
+            lambda: nn.Sequential(conv(channels, out, 1, bias=False), norms[x.dim()](out), nn.ReLU(inplace=True)),
+            lambda: turned(channels, groups * 2, 2, stride=rng.choice((1, 2)), groups=groups),
+            lambda: nn.GroupNorm(2 - channels % 2, channels),
+        ]
+    if x.dim() == 3:
+        heads = rng.choice([h for h in (1, 2, 4) if width % h == 0])
+        any_rank += [lambda: Attention(width, heads, rng.random() < 0.6)] * 2
+        any_rank += [lambda: Last(nn.LSTM(width, out, batch_first=True, bidirectional=rng.random() < 0.3))]
+        any_rank += [lambda: Last(nn.GRU(width, out, batch_first=True))]
+        any_rank += [lambda: nn.TransformerEncoderLayer(width, heads, 8, batch_first=True, norm_first=rng.random() < 0.5)]
+    return rng.choice(any_rank)()
