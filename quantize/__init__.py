@@ -1,6 +1,6 @@
 """Make any PyTorch model smaller and faster on a CPU, and measure what it cost."""
 
-from quantize.checkpoint import CheckpointError, load, read_metadata, save
+from quantize.checkpoint import CheckpointError, load, read_metadata, save, summary
 from quantize.distillation import distill, make_student, recover
 from quantize.fusion import fold, fuse
 from quantize.generation import generate, generate_stream
@@ -41,5 +41,6 @@ __all__ = [
     "read_metadata",
     "recover",
     "save",
+    "summary",
     "to_half",
 ]

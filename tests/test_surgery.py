@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import threading
 
 import pytest
 import torch
 from torch import nn
 
+import quantize
 from quantize import surgery
 
 
@@ -395,3 +397,31 @@ def test_resize_names_what_is_not_there(net):
         surgery.resize(net.head, tensors={"gamma": torch.zeros(1)}, attributes={})
     with pytest.raises(ValueError, match="Linear has no parameter or buffer 'bias'"):
         surgery.resize(net.head, tensors={"bias": torch.zeros(1)}, attributes={})
+
+
+def test_clone_of_results_is_their_values(net):
+    """A module that keeps a result with a history is copied: the copy keeps the value, a shared one stays shared."""
+    net.kept = torch.ones(2, requires_grad=True) * 3
+    net.twice = net.kept
+    copied = surgery.clone(net)
+    assert torch.equal(copied.kept, net.kept) and copied.kept.grad_fn is None and copied.twice is copied.kept
+
+
+def test_clone_names_what_cannot_be_copied(net):
+    """Something that Python can't copy is refused with the module that holds it."""
+    holder = nn.Sequential(nn.Identity(), net)
+    net.lock = threading.Lock()
+    with pytest.raises(TypeError, match=r"module '1' .*can't be copied"):
+        surgery.clone(holder)
+
+
+def test_notes_follow_copies_and_files(net, tmp_path):
+    """What was noted is read from the model, a copy, a pickle, a file and a model around it."""
+    surgery.note(net, "int8", done={"a": "int8"}, left={"b": "too small"}, distance=0.01, groups=32)
+    net = pickle.loads(pickle.dumps(copy.deepcopy(net)))
+    quantize.save(net, tmp_path / "net.pth")
+    for found in (net, tmp_path / "net.pth"):
+        (step,) = quantize.summary(found).steps
+        assert (step.technique, step.done, step.left) == ("int8", {"a": "int8"}, {"b": "too small"})
+        assert step.distance == 0.01 and step.settings == {"groups": 32}
+    assert quantize.summary(nn.ModuleDict({"in": net})).done == {"in.a": "int8"}

@@ -239,7 +239,9 @@ def _parse_record(version: object, text: object) -> dict[str, Any]:
     require(version == VERSION, f"unknown format version {version}")
     record = _from_json(text)
     kinds = dict.fromkeys(("architecture", "aliases", "strides", "metadata", "versions", "tensors"), dict) | {"structure": list}
-    require(isinstance(record, dict) and {k: type(v) for k, v in record.items()} == kinds, "malformed record")
+    require(isinstance(record, dict), "malformed record")
+    found = {"notes": list} | {k: type(v) for k, v in record.items()}  # files of earlier versions have no notes
+    require(found == kinds | {"notes": list}, "malformed record")
     built = record["architecture"]
     good = built.keys() == {"name", "config"} and type(built["name"]) is str and isinstance(built["config"], dict | None)
     require(good, "malformed architecture")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import importlib.metadata
 from pathlib import Path
@@ -53,6 +52,7 @@ def save(model: nn.Module, path: str | Path, *, metadata: dict[str, Any] | None 
         "structure": _structure(model),
         "aliases": aliases,
         "strides": strides,
+        "notes": surgery.notes(model),
         "metadata": metadata or {},
         "versions": {"quantize": importlib.metadata.version("quantize"), "torch": torch.__version__},
     }
@@ -80,7 +80,9 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         for (name, spec), place in zip(record["tensors"].items(), places, strict=True):
             tensor = read_tensor(file, *place, **spec)
             tensors[name] = _restride(tensor, record["strides"][name]) if name in record["strides"] else tensor
-        return _fill(empty, tensors, record["aliases"], dtypes)
+        filled = _fill(empty, tensors, record["aliases"], dtypes)
+    _give_notes(filled, record)
+    return filled
 
 
 def read_record(path: str | Path) -> dict[str, Any]:
@@ -95,6 +97,40 @@ def read_record(path: str | Path) -> dict[str, Any]:
 def read_metadata(path: str | Path) -> dict[str, Any]:
     """The `metadata` that the file was saved with; reads the header only. Raises CheckpointError as `load` does."""
     return read_record(path)["metadata"]
+
+
+def summary(model_or_path: nn.Module | str | Path) -> surgery.Summary:
+    """What every technique did to a model and what it left, with the reasons; of a file, read from its header only.
+
+    Raises CheckpointError as `load` does, TypeError for something that is neither a module nor a path.
+    """
+    if isinstance(model_or_path, nn.Module):
+        return surgery.Summary.of(surgery.notes(model_or_path))
+    if not isinstance(model_or_path, (str, Path)):
+        raise TypeError(f"summary takes a model or a path, got {type(model_or_path).__name__}")
+    with opened(model_or_path) as file:
+        record, _ = read_header(file, Path(model_or_path).suffix)
+        return surgery.Summary.of(_notes(record))
+
+
+_STEP = {"technique": str, "done": dict, "left": dict, "distance": (float, int, type(None)), "settings": dict}
+
+
+def _notes(record: dict[str, Any]) -> list[dict[str, Any]]:
+    steps = record.get("notes", [])  # files of earlier versions have none
+    for step in steps:
+        require(isinstance(step, dict) and step.keys() == _STEP.keys(), "its notes are damaged")
+        require(all(isinstance(step[key], kind) for key, kind in _STEP.items()), "its notes are damaged")
+        texts = [*step["done"].values(), *step["left"].values()]
+        require(all(isinstance(text, str) for text in texts), "its notes are damaged")
+    return steps
+
+
+def _give_notes(model: nn.Module, record: dict[str, Any]) -> None:
+    for module in model.modules():
+        module.__dict__.pop("_notes", None)
+    if steps := _notes(record):
+        model.__dict__["_notes"] = steps
 
 
 def _describe(model: nn.Module) -> dict[str, Any]:
@@ -207,7 +243,7 @@ def _without_data(model: nn.Module) -> nn.Module:
             if buffer is not None:
                 kept = name in module._non_persistent_buffers_set and not buffer.is_meta
                 memo[id(buffer)] = buffer.detach().cpu().clone() if kept else buffer.detach().to("meta")
-    return copy.deepcopy(model, memo)
+    return surgery.deepcopy(model, memo)
 
 
 def _fit(record: dict[str, Any], model: nn.Module) -> dict[str, torch.dtype]:

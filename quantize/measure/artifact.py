@@ -112,7 +112,7 @@ class Artifact:
 
     def _run(self) -> None:
         with torch.inference_mode():
-            call(self.module, self.example_inputs)
+            call(self.module, self.example_inputs, copy=False)
 
     def _guard(self, doing: str, function: Callable[[], Any]) -> Any:
         try:

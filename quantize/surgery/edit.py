@@ -1,12 +1,7 @@
-"""Find modules in a model, replace or resize them in a copy, and write down what was done so that a file can repeat it.
+"""Find modules in a copy of a model, replace them, give them other shapes.
 
-Every technique goes through here: `clone` (a transform never touches its input), `select` (which modules), `replace` (one
-tree walk for every swap), `resize` (new tensors and attributes on a module that stays what it is).
-
-The structure record is the list of such edits. Each edit lies on the module it concerns, as the name of a builder and its
-JSON arguments, so it follows the module through `copy.deepcopy` and pickling and needs no model-level state;
-`structure(model)` reads the record off the tree, `rebuild(model, record)` applies it to a fresh instance of the same
-architecture. Builders are found by name in a fixed table: a file can name one, never bring one.
+`clone` (a transform never touches its input), `select` (which modules), `replace` (one tree walk for every swap), `resize` (new
+tensors and attributes on a module that stays what it is). What was done is noted in the structure record (record.py).
 """
 
 from __future__ import annotations
@@ -14,16 +9,15 @@ from __future__ import annotations
 import copy
 import fnmatch
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from quantize.surgery.record import BUILDERS, builder, edits_of, join, record
 
 Skip = Sequence[str | type[nn.Module]]
-Builder = Callable[..., nn.Module]
-F = TypeVar("F", bound=Callable[..., Any])
-
-_BUILDERS: dict[str, Builder] = {}
 
 
 def clone(model: nn.Module) -> nn.Module:
@@ -35,7 +29,50 @@ def clone(model: nn.Module) -> nn.Module:
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError("model is a TorchScript module, which can't be edited: compress the original, then fuse")
-    return copy.deepcopy(model)
+    model = uncompiled(model)
+    return deepcopy(model)
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The module inside what `torch.compile(model)` gives, or `model` itself: compile the result again."""
+    if type(model).__name__ == "OptimizedModule" and isinstance(model._modules.get("_orig_mod"), nn.Module):
+        return model._modules["_orig_mod"]
+    return model
+
+
+def deepcopy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """`copy.deepcopy`, also of models that keep results of a computation (activations, normalized weights), as values.
+
+    Raises TypeError naming the module that holds something that can't be copied.
+    """
+    try:
+        with _ResultsAsValues():
+            return copy.deepcopy(model, {} if memo is None else memo)
+    except (TypeError, RuntimeError) as error:
+        raise TypeError(f"{_uncopiable(model)} can't be copied: {error}") from error
+
+
+class _ResultsAsValues(TorchFunctionMode):
+    """Inside, a deep copy of a tensor with a history is one without: `Tensor.__deepcopy__` refuses those."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is not torch.Tensor.__deepcopy__ or args[0].is_leaf:
+            return func(*args, **(kwargs or {}))
+        tensor, memo = args
+        memo[id(tensor)] = tensor.detach().clone()
+        return memo[id(tensor)]
+
+
+def _uncopiable(model: nn.Module) -> str:
+    """The innermost module whose own attributes can't be copied, in words."""
+    for name, module in reversed(list(model.named_modules())):
+        own = {key: value for key, value in module.__dict__.items() if key != "_modules"}
+        try:
+            with _ResultsAsValues():
+                copy.deepcopy(own)
+        except (TypeError, RuntimeError):
+            return f"module {name!r} ({type(module).__name__})" if name else type(module).__name__
+    return type(model).__name__
 
 
 def select(model: nn.Module, types: type[nn.Module] | tuple[type[nn.Module], ...], *, skip: Skip = ()) -> dict[str, nn.Module]:
@@ -79,57 +116,18 @@ def replace(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn
     """
     for old, new in replacements.items():
         if new is not old:
-            own = list(_edits(old))
-            inherited = [(b, a, _join(n, inner)) for n, m in old.named_modules() for b, a, inner in _edits(m)]
+            own = list(edits_of(old))
+            inherited = [(b, a, join(n, inner)) for n, m in old.named_modules() for b, a, inner in edits_of(m)]
             for module in old.modules():  # the new module may hold the old one
                 module.__dict__.pop("_structure", None)
             if inherited:
-                copied = list(_edits(new)[: len(own)]) == own
-                new.__dict__["_structure"] = [*inherited, *_edits(new)[len(own) if copied else 0 :]]
+                copied = list(edits_of(new)[: len(own)]) == own
+                new.__dict__["_structure"] = [*inherited, *edits_of(new)[len(own) if copied else 0 :]]
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child in replacements:
                 parent._modules[name] = replacements[child]
     return replacements.get(model, model)
-
-
-# The structure record.
-
-
-def builder(function: F) -> F:
-    """Decorator: make `function(module, **arguments) -> module` known to the structure record under its name.
-
-    A class is registered by its `rebuild(module, **arguments)` class method.
-    """
-    known = _BUILDERS.setdefault(function.__name__, getattr(function, "rebuild", function))
-    if known != getattr(function, "rebuild", function):
-        raise ValueError(f"two builders are named {function.__name__!r}")
-    return function
-
-
-def record(module: nn.Module, name: str, **arguments: Any) -> None:
-    """Note on `module` that builder `name` with these JSON arguments makes it from what stands there in a fresh model."""
-    if name not in _BUILDERS:
-        raise ValueError(f"no builder is named {name!r}; known: {sorted(_BUILDERS)}")
-    module.__dict__["_structure"] = [*_edits(module), (name, arguments, "")]
-
-
-def _edits(module: nn.Module) -> Sequence[tuple[str, dict[str, Any], str]]:
-    """What was recorded on `module`: builder, arguments, and the name, seen from `module`, of the module they apply to."""
-    return module.__dict__.get("_structure", ())
-
-
-def _join(name: str, inner: str) -> str:
-    return f"{name}.{inner}".strip(".")
-
-
-def structure(model: nn.Module) -> list[dict[str, Any]]:
-    """The edits that turn a fresh instance into `model`: `{"module", "builder", "arguments"}`, outer modules first."""
-    return [
-        {"module": _join(name, inner), "builder": builder_name, "arguments": arguments}
-        for name, module in model.named_modules()
-        for builder_name, arguments, inner in _edits(module)
-    ]
 
 
 def rebuild(model: nn.Module, edits: Iterable[Mapping[str, Any]]) -> nn.Module:
@@ -139,18 +137,18 @@ def rebuild(model: nn.Module, edits: Iterable[Mapping[str, Any]]) -> nn.Module:
     """
     for edit in edits:
         name, builder_name, arguments = edit["module"], edit["builder"], edit["arguments"]
-        if builder_name not in _BUILDERS:
-            raise ValueError(f"module {name!r}: unknown kind of edit {builder_name!r}; known: {sorted(_BUILDERS)}")
+        if builder_name not in BUILDERS:
+            raise ValueError(f"module {name!r}: unknown kind of edit {builder_name!r}; known: {sorted(BUILDERS)}")
         try:
             module = model.get_submodule(name)
         except AttributeError:
             raise ValueError(f"the model ({type(model).__name__}) has no module {name!r}") from None
-        before = list(_edits(module))
+        before = list(edits_of(module))
         try:
-            new = _BUILDERS[builder_name](module, **arguments)
+            new = BUILDERS[builder_name](module, **arguments)
         except (TypeError, ValueError, AttributeError, KeyError, RuntimeError) as error:
             raise ValueError(f"module {name!r} can't become {builder_name}: {error}") from error
-        if list(_edits(new)) in ([], before):  # the builder didn't record it itself
+        if list(edits_of(new)) in ([], before):  # the builder didn't record it itself
             record(new, builder_name, **arguments)
         if new is not module:
             model = replace(model, {module: new})
@@ -171,7 +169,7 @@ def resize(module: nn.Module, *, tensors: Mapping[str, torch.Tensor], attributes
         _set_attribute(module, name, value)
     shapes = {n: list(t.shape) for n, t in tensors.items()}
     values = {n: list(v) if isinstance(v, tuple) else v for n, v in attributes.items()}
-    edits = _edits(module)
+    edits = edits_of(module)
     if edits and edits[-1][0] == "resized" and not edits[-1][2]:  # one edit for a module cut several times
         earlier = edits[-1][1]
         module.__dict__["_structure"] = edits[:-1]

@@ -1,0 +1,50 @@
+"""Look into any module: run it on batches without a trace, and keep what the techniques need of what its layers see.
+
+`inputs` has batches, outputs and the distance between two models; `state` what a forward pass may change; `statistics`
+sums over the inputs of layers; `gradients` how much the output depends on each layer's.
+"""
+
+from quantize.calibration.gradients import collect_gradients, fisher_loss
+from quantize.calibration.inputs import (
+    arguments,
+    call,
+    check_batches,
+    copied,
+    distance,
+    main_output,
+    output_tensors,
+    relative_error,
+    watching,
+)
+from quantize.calibration.state import untouched
+from quantize.calibration.statistics import (
+    Calls,
+    InputStatistics,
+    PairedStatistics,
+    check_reached,
+    collect,
+    rows,
+    trace_calls,
+)
+
+__all__ = [
+    "Calls",
+    "InputStatistics",
+    "PairedStatistics",
+    "arguments",
+    "call",
+    "check_batches",
+    "check_reached",
+    "collect",
+    "collect_gradients",
+    "copied",
+    "distance",
+    "fisher_loss",
+    "main_output",
+    "output_tensors",
+    "relative_error",
+    "rows",
+    "trace_calls",
+    "untouched",
+    "watching",
+]

@@ -1,0 +1,175 @@
+"""Batches and outputs: run a model on what the user gave, without changing it, and find the tensors in what comes out.
+
+A batch is what `torch.export.export` takes as example inputs: a tensor, a tuple of positional arguments, or a dict of keyword
+arguments.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from quantize.calibration.state import untouched
+
+
+def call(model: nn.Module, batch: Any, *, copy: bool = True) -> Any:
+    """Run `model` on a batch: a tensor, a tuple of positional arguments or a dict of keyword arguments.
+
+    The model gets copies of the tensors, so that a forward that works in place doesn't change the caller's; `copy=False` is
+    for timing. Raises TypeError, with a hint, where the batch doesn't fit the arguments of the model's forward.
+    """
+    given = copied(batch, {}) if copy else batch
+    args, kwargs = arguments(given)
+    try:
+        return model(*args, **kwargs)
+    except TypeError as error:
+        _check_arguments(model, args, kwargs, error)
+        raise
+
+
+def arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The positional and keyword arguments that a batch stands for."""
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    if isinstance(batch, (tuple, list)):
+        return tuple(batch), {}
+    return (batch,), {}
+
+
+def copied(value: Any, memo: dict[int, torch.Tensor]) -> Any:
+    """`value` with every tensor in it (in tuples, lists and mappings) cloned; one that occurs twice stays one tensor."""
+    if isinstance(value, torch.Tensor):
+        if id(value) not in memo:
+            memo[id(value)] = value.clone()
+        return memo[id(value)]
+    if isinstance(value, Mapping):
+        return {key: copied(part, memo) for key, part in value.items()}
+    if isinstance(value, (tuple, list)):
+        parts = [copied(part, memo) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    return value
+
+
+def _check_arguments(model: nn.Module, args: tuple, kwargs: dict[str, Any], error: TypeError) -> None:
+    """Raise a TypeError that helps if `args` and `kwargs` don't fit the signature of the model's forward."""
+    try:
+        signature = inspect.signature(model.forward)
+    except (TypeError, ValueError):
+        return
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as misfit:
+        names = ", ".join([type(a).__name__ for a in args] + list(kwargs))
+        hint = ""
+        if len(args) > 1:
+            hint = "; for a loader of (inputs, labels) give the inputs alone: [inputs for inputs, _ in loader]"
+        raise TypeError(
+            f"{type(model).__name__}.forward{signature} doesn't take a batch of ({names}): {misfit}{hint}"
+        ) from error
+
+
+def check_batches(batches: Iterable[Any], name: str = "calibration") -> Iterable[Any]:
+    """Return `batches`; TypeError for an iterator (it could be read only once), ValueError when there is no batch in it."""
+    if isinstance(batches, (torch.Tensor, Mapping, str, nn.Module)) or not isinstance(batches, Iterable):
+        raise TypeError(f"{name} must be a sequence of batches, got {type(batches).__name__}; for one batch write [batch]")
+    if iter(batches) is batches:
+        raise TypeError(f"{name} must be re-iterable, got an iterator ({type(batches).__name__}); write list(...)")
+    if next(iter(batches), None) is None:
+        raise ValueError(f"{name} is empty: at least one batch is needed")
+    return batches
+
+
+@contextmanager
+def watching(hooks: Sequence[Any], *models: nn.Module) -> Iterator[None]:
+    """Models in eval mode inside; afterwards their state and training flags are as before and the hooks gone."""
+    try:
+        with untouched(*models):
+            for model in models:
+                model.eval()
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def output_tensors(output: Any) -> list[torch.Tensor]:
+    """The tensors of a model's output in order: in tuples, lists, mappings (ModelOutput too) and dataclasses, nested."""
+    if isinstance(output, torch.Tensor):
+        return [output]
+    if isinstance(output, Mapping):
+        parts: Iterable[Any] = output.values()
+    elif isinstance(output, (tuple, list)):
+        parts = output
+    elif dataclasses.is_dataclass(output) and not isinstance(output, type):
+        parts = vars(output).values()
+    else:
+        parts = ()
+    found = []
+    for part in parts:
+        found.extend(output_tensors(part))
+    return found
+
+
+@torch.no_grad()
+def distance(model: nn.Module, original: nn.Module, batches: Iterable[Any]) -> float:
+    """How far the outputs of `model` are from the original's: norm of the difference over norm, all floating tensors.
+
+    Both run in eval mode from their present state, which is as before afterwards, with the same random numbers.
+
+    Args:
+        batches: as `call` takes them.
+
+    Raises:
+        ValueError: the outputs have other shapes, or are not finite where the original's are.
+    """
+    results = []
+    for part in (model, original):
+        results.append([])
+        with watching((), part):
+            for batch in batches:
+                torch.manual_seed(0)
+                results[-1].extend(_floating(call(part, batch)))
+    return relative_error(*results)
+
+
+def _floating(output: Any) -> list[torch.Tensor]:
+    return [t.clone() for t in output_tensors(output) if t.is_floating_point()]  # a buffer may be the output
+
+
+def relative_error(actual: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
+    """Root of the squared error over the squared size, all tensors together, where `expected` is finite.
+
+    Raises ValueError for other shapes and for values that are not finite where the expected ones are.
+    """
+    shapes = [tuple(t.shape) for t in actual], [tuple(t.shape) for t in expected]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"its outputs have shapes {shapes[0]}, the original's {shapes[1]}")
+    error = size = 0.0
+    for a, e in zip(actual, expected, strict=True):
+        finite = torch.isfinite(e)
+        a, e = a[finite].double(), e[finite].double()
+        if not torch.isfinite(a).all():
+            raise ValueError("its outputs are not finite where the original's are")
+        error += (a - e).square().sum().item()
+        size += e.square().sum().item()
+    return math.sqrt(error / max(size, 1e-30))
+
+
+def main_output(output: Any) -> torch.Tensor:
+    """The tensor that a model's output is about: `logits` if it has them, else the first floating tensor in it."""
+    if isinstance(output, torch.Tensor):
+        return output
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    if isinstance(logits, torch.Tensor):
+        return logits
+    for part in output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ():
+        if isinstance(part, torch.Tensor) and part.is_floating_point():
+            return part
+    raise TypeError(f"the model returns {type(output).__name__}, in which no floating tensor is found")

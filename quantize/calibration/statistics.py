@@ -1,0 +1,177 @@
+"""What each layer of a model sees: sums over the rows of its inputs, and the order in which layers run.
+
+Statistics are sums, so memory is bounded by the width of a layer and not by the data. `collect`: inputs of one model.
+`PairedStatistics`: inputs in a compressed model beside those in the original. `trace_calls`: which layers run when, on what.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from quantize.calibration.inputs import call, check_batches, watching
+
+
+def rows(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """The vectors that `layer`'s weight multiplies, as [N, K].
+
+    Linear: [..., K] flattened. Conv1d, Conv2d of one group: patches of [B, C, (H,) W], K = C * kernel height * kernel width.
+    """
+    if isinstance(layer, (nn.Conv1d, nn.Conv2d)):
+        if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+            x = F.pad(x, layer._reversed_padding_repeated_twice, mode=_PAD_MODES[layer.padding_mode])
+            padding: Any = (0,) * len(layer.kernel_size)
+        else:
+            padding = layer.padding
+        window = (layer.kernel_size, layer.dilation, padding, layer.stride)
+        if isinstance(layer, nn.Conv1d):
+            x, window = x.unsqueeze(-2), tuple((f, *w) for f, w in zip((1, 1, 0, 1), window, strict=True))
+        patches = F.unfold(x, *window)  # [B, K, L]
+        return patches.transpose(1, 2).reshape(-1, patches.shape[1])
+    return x.reshape(-1, x.shape[-1])
+
+
+_PAD_MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "replicate", "circular": "circular"}
+
+
+@dataclass
+class InputStatistics:
+    """Sums over the rows a layer has seen; K is the layer's input width (see `rows`)."""
+
+    count: int = 0
+    total: torch.Tensor | float = 0.0  # [K]
+    outer: torch.Tensor | float = 0.0  # [K, K], sum of x x^T
+    largest: torch.Tensor | float = 0.0  # [K], max of |x|
+
+    def update(self, x: torch.Tensor, *, outer: bool = True) -> None:
+        """Add rows x: [N, K]."""
+        if x.numel() == 0:
+            return
+        x = exact(x)
+        self.count += x.shape[0]
+        self.total = self.total + x.sum(0)
+        if outer:
+            self.outer = self.outer + x.T @ x
+        magnitude = x.abs().amax(0)
+        self.largest = torch.maximum(self.largest, magnitude) if torch.is_tensor(self.largest) else magnitude
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """E[x], [K]."""
+        return self.total / self.count
+
+    @property
+    def second_moment(self) -> torch.Tensor:
+        """E[x x^T], [K, K]."""
+        return self.outer / self.count
+
+
+@dataclass
+class PairedStatistics(InputStatistics):
+    """Inputs x of a layer in the compressed model, and r of the same layer in the original, row by row."""
+
+    reference_total: torch.Tensor | float = 0.0  # [K]
+    cross: torch.Tensor | float = 0.0  # [K, K], sum of r x^T
+
+    def update_pair(self, x: torch.Tensor, reference: torch.Tensor) -> None:
+        """Add rows x and r: [N, K] each. Where the two models route rows differently (shapes differ), r counts as x."""
+        if reference.shape != x.shape:
+            reference = x
+        self.update(x)
+        x, reference = exact(x), exact(reference)
+        self.reference_total = self.reference_total + reference.sum(0)
+        self.cross = self.cross + reference.T @ x
+
+    @property
+    def reference_mean(self) -> torch.Tensor:
+        """E[r], [K]."""
+        return self.reference_total / self.count
+
+    @property
+    def cross_moment(self) -> torch.Tensor:
+        """E[r x^T], [K, K]."""
+        return self.cross / self.count
+
+
+def exact(x: torch.Tensor) -> torch.Tensor:
+    """float32, or float64 where squares of x could leave the range of float32 or x is float64 already."""
+    x = x.detach()
+    if x.dtype == torch.float64 or (x.dtype != torch.float16 and x.numel() and x.abs().amax() > 1e15):
+        return x.double()
+    return x.float()
+
+
+def _on_input(layer: nn.Module, see: Callable[[torch.Tensor], None]) -> Any:
+    """Call `see` with the (first) input of `layer` whenever it runs; returns the hook's handle."""
+    return layer.register_forward_pre_hook(
+        lambda _, args, kwargs: see(args[0] if args else next(iter(kwargs.values()))), with_kwargs=True
+    )
+
+
+def check_reached(statistics: Mapping[str, InputStatistics]) -> None:
+    """Raise ValueError naming a layer that no batch has reached, or whose inputs were not finite."""
+    for name, seen in statistics.items():
+        if seen.count == 0:
+            raise ValueError(f"calibration never reaches layer {name!r}: give batches that use it, or skip it")
+        if not torch.isfinite(seen.largest).all():
+            raise ValueError(f"calibration gives layer {name!r} inputs that are not finite")
+
+
+@torch.no_grad()
+def collect(
+    model: nn.Module, batches: Iterable[Any], layers: Mapping[str, nn.Module], *, outer: bool = True
+) -> dict[str, InputStatistics]:
+    """Input statistics of each layer of `model` in `layers` (name to module) over all batches, in eval mode.
+
+    Raises ValueError for empty batches, for a layer no batch reaches, and for inputs that are not finite (naming the layer).
+    """
+    check_batches(batches)
+    statistics = {name: InputStatistics() for name in layers}
+
+    def see(name: str, layer: nn.Module) -> Callable[[torch.Tensor], None]:
+        return lambda x: statistics[name].update(rows(layer, x), outer=outer)
+
+    with watching([_on_input(layer, see(name, layer)) for name, layer in layers.items()], model):
+        for batch in batches:
+            call(model, batch)
+    check_reached(statistics)
+    return statistics
+
+
+@dataclass
+class Calls:
+    """What one batch shows: layers in the order in which they first run, in groups that run one after another on one input."""
+
+    groups: list[list[str]] = field(default_factory=list)
+    counts: dict[str, int] = field(default_factory=dict)  # calls of each layer in the pass
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # of the input of the first call
+
+
+@torch.no_grad()
+def trace_calls(model: nn.Module, batch: Any, layers: Mapping[str, nn.Module]) -> Calls:
+    """Run `model` on one batch and note when each of `layers` runs; layers that don't run are in no group."""
+    calls, latest = Calls(), []
+
+    def see(name: str) -> Callable[[torch.Tensor], None]:
+        def note(x: torch.Tensor) -> None:
+            calls.counts[name] = calls.counts.get(name, 0) + 1
+            if calls.counts[name] > 1:
+                latest.clear()
+                return
+            if latest and latest[0] is x:
+                calls.groups[-1].append(name)
+            else:
+                calls.groups.append([name])
+            latest[:] = [x]
+            calls.shapes[name] = tuple(x.shape)
+
+        return note
+
+    with watching([_on_input(layer, see(name)) for name, layer in layers.items()], model):
+        call(model, batch)
+    return calls

@@ -1,0 +1,39 @@
+"""Change any module: find modules in a copy, replace or resize them, and write down what was done.
+
+Every technique goes through here. `edit` changes a model, `record` keeps what a file must repeat (the structure record) and
+what a person wants to know (the notes: what was done, what was left, and why).
+"""
+
+from quantize.surgery.edit import (
+    Skip,
+    clone,
+    deepcopy,
+    rebuild,
+    replace,
+    resize,
+    resized,
+    select,
+    skip_filter,
+    uncompiled,
+)
+from quantize.surgery.record import Note, Summary, builder, note, notes, record, structure
+
+__all__ = [
+    "Note",
+    "Skip",
+    "Summary",
+    "builder",
+    "clone",
+    "deepcopy",
+    "note",
+    "notes",
+    "rebuild",
+    "record",
+    "replace",
+    "resize",
+    "resized",
+    "select",
+    "skip_filter",
+    "structure",
+    "uncompiled",
+]
