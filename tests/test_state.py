@@ -1,15 +1,18 @@
 """What a forward pass may change is as before after `calibration.untouched`."""
 
 import copy
+import dataclasses
 import random
 from collections import deque
 
 import numpy as np
 import pytest
 import torch
+from helpers import zoo
 from torch import nn
 
 from quantize import calibration
+from quantize.calibration import main_output, without_cache
 
 
 class Memory:
@@ -108,3 +111,24 @@ def test_batches_of_pairs_get_a_hint():
     """A loader of (inputs, labels) doesn't fit a forward of one argument: the error says what to write."""
     with pytest.raises(TypeError, match=r"\[inputs for inputs, _ in loader\]"):
         calibration.call(nn.Linear(2, 2), [torch.ones(1, 2), torch.ones(1)])
+
+
+def test_without_cache_switches_it_off_and_back_on():
+    """A decoder of transformers returns no keys and values inside, and does so again afterwards."""
+    model, inputs = zoo("gpt2")
+    model.config.use_cache = True
+    with without_cache(model):
+        assert model(**inputs).past_key_values is None
+    assert model.config.use_cache is True and model(**inputs).past_key_values is not None
+
+
+def test_main_output_looks_into_dataclasses_and_nested_containers():
+    """The first floating tensor counts, wherever it is."""
+
+    @dataclasses.dataclass
+    class Output:
+        ids: torch.Tensor
+        parts: tuple
+
+    wanted = torch.ones(2)
+    assert main_output(Output(torch.arange(2), ({"a": wanted}, torch.zeros(1)))) is wanted

@@ -15,6 +15,7 @@ from quantize.calibration.inputs import (
     output_tensors,
     relative_error,
     watching,
+    without_cache,
 )
 from quantize.calibration.state import untouched
 from quantize.calibration.statistics import (
@@ -47,4 +48,5 @@ __all__ = [
     "trace_calls",
     "untouched",
     "watching",
+    "without_cache",
 ]

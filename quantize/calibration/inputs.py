@@ -99,6 +99,21 @@ def watching(hooks: Sequence[Any], *models: nn.Module) -> Iterator[None]:
             hook.remove()
 
 
+@contextmanager
+def without_cache(*models: nn.Module) -> Iterator[None]:
+    """Inside, models of transformers return no keys and values: these serve generation, and no tracer follows them."""
+    configs = [module.__dict__.get("config") for model in models for module in model.modules()]
+    caching = [config for config in configs if getattr(config, "use_cache", None)]
+    kept = [config.use_cache for config in caching]
+    for config in caching:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config, value in zip(caching, kept, strict=True):
+            config.use_cache = value
+
+
 def output_tensors(output: Any) -> list[torch.Tensor]:
     """The tensors of a model's output in order: in tuples, lists, mappings (ModelOutput too) and dataclasses, nested."""
     if isinstance(output, torch.Tensor):
@@ -169,7 +184,7 @@ def main_output(output: Any) -> torch.Tensor:
     logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
     if isinstance(logits, torch.Tensor):
         return logits
-    for part in output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ():
-        if isinstance(part, torch.Tensor) and part.is_floating_point():
+    for part in output_tensors(output):
+        if part.is_floating_point():
             return part
     raise TypeError(f"the model returns {type(output).__name__}, in which no floating tensor is found")
