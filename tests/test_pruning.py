@@ -142,6 +142,30 @@ class WrittenSize(Branches):
         return self.third(self.second(self.first(x).reshape(-1, 32)).relu())
 
 
+class Padded(Branches):
+    """Padding along two axes, of which one carries channels: of a linear's outputs, and of a convolution's."""
+
+    def build(self):
+        self.linear, self.conv = nn.Linear(8, 16), nn.Conv2d(3, 16, 3)
+        self.read_linear, self.read_conv = nn.Linear(18, 4), nn.Conv2d(24, 4, 1)
+
+    def forward(self, x):
+        wide = F.pad(self.linear(x), (1, 1, 1, 1))
+        deep = F.pad(self.conv(x), (0, 0, 1, 1, 0, 8))
+        return self.read_linear(wide).sum() + self.read_conv(deep)
+
+
+class Blended(Branches):
+    """A parameter meets channels and inputs in one operation: the channels stay, and the search for that ends."""
+
+    def build(self):
+        self.first, self.second, self.third = nn.Linear(8, 8), nn.Linear(8, 16), nn.Linear(16, 4)
+        self.shift = nn.Parameter(torch.rand(8))
+
+    def forward(self, x):
+        return self.third(self.second(torch.addcmul(self.shift, self.first(x), x)).relu())
+
+
 IMAGES = randn(2, 3, 8, 8)
 SMALL = {
     "mlp": (mlp, randn(4, 8)),
@@ -159,6 +183,8 @@ SMALL = {
         torch.arange(16).view(2, 8),
     ),
     "convnet": (lambda: ConvNet(ConvNetConfig(widths=(16, 32))), randn(2, 1, 8, 8)),
+    "padded": (Padded, IMAGES),
+    "blended": (Blended, randn(4, 8)),
     "conv1d": (lambda: nn.Sequential(nn.Conv1d(3, 16, 3, padding=1), nn.GELU(), nn.Conv1d(16, 4, 3)), randn(2, 3, 9)),
 }
 

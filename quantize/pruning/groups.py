@@ -58,6 +58,13 @@ class Ties:
             for root in self.root[pinned].unique().tolist():
                 self.reason.setdefault(root, why)
 
+    def _free(self) -> torch.Tensor:
+        """Which labels can be removed: those that are tied to no pinned one, [labels]."""
+        pinned = torch.zeros(self.labels.count, dtype=torch.bool)
+        for labels, _ in self.labels.pins:
+            pinned[self.root[labels]] = True
+        return ~pinned[self.root]
+
     def _connect(self) -> None:
         """Connected components by label propagation with pointer jumping."""
         edges = torch.cat([e for e in self.labels.edges if len(e)] or [torch.empty(0, 2, dtype=torch.long)])
@@ -71,20 +78,21 @@ class Ties:
             if torch.equal(before, self.root):
                 return
 
-    def roots(self, labels: torch.Tensor) -> torch.Tensor:
-        return torch.where(labels >= 0, self.root[labels.clamp(min=0)], -1)
-
     def _square(self) -> bool:
-        """A tensor must stay rectangular: where labels differ along two dimensions, tie along the shorter one."""
-        changed = False
+        """A tensor must stay rectangular: where free labels differ along two dimensions, tie along the shorter one.
+
+        Some line along that dimension then holds two free labels, which become one, or a free label beside elements that
+        stay, which pin it. So every step leaves fewer free labels than before, and the steps end.
+        """
+        free = self._free()
         for labels in self.labels.ragged:
-            roots = compress(self.roots(labels))
+            known = labels.clamp(min=0)
+            roots = compress(torch.where((labels >= 0) & free[known], self.root[known], -1))
             dims = sorted(varying(roots), key=lambda d: roots.shape[d])
             if len(dims) > 1:
                 self.labels.collapse(roots, dims[0], "it would leave a ragged tensor")
-                changed = True
-                break
-        return changed
+                return True
+        return False
 
 
 def find_groups(labels: Labels) -> tuple[list[Group], dict[Key, str]]:

@@ -134,7 +134,8 @@ class Labels:
         labels = [None if v.labels is None else v.labels.view((1,) * (n - len(v.shape)) + v.labels.shape) for v in values]
         if len(values) == 1 and values[0].source and tuple(values[0].shape) == tuple(shape):
             return values[0]
-        while self._make_room(values, sizes, labels, why):
+        named: set[int] = set()
+        while self._make_room(values, sizes, labels, named, why):
             pass
         present = [x for x in labels if x is not None]
         if not present:
@@ -145,15 +146,19 @@ class Labels:
             result = torch.maximum(*torch.broadcast_tensors(result, other))
         return self.settle(shape, result, why)
 
-    def _make_room(self, values: Sequence[Value], sizes: list, labels: list, why: str) -> bool:
-        """One step towards operands that all shrink alike: label a parameter, or collapse what another needs whole."""
+    def _make_room(self, values: Sequence[Value], sizes: list, labels: list, named: set[int], why: str) -> bool:
+        """One step towards operands that all shrink alike: label a parameter, or collapse what another needs whole.
+
+        A parameter is labelled once (`named`), and no other step makes labels vary along more dimensions: the steps end.
+        """
         moving = set().union(*(varying(x) for x in labels))
         for i, value in enumerate(values):
             full = {d for d in moving if sizes[i][d] > 1}
             missing = full - varying(labels[i])
             if not missing:
                 continue
-            if labels[i] is None and value.source and full == moving:
+            if labels[i] is None and value.source and full == moving and i not in named:
+                named.add(i)
                 labels[i] = self._label_parameter(value, len(sizes[i]), full)
                 if labels[i] is not None:
                     return True

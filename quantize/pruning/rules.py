@@ -315,13 +315,15 @@ def _(trace: Trace, node: torch.fx.Node, shape: Any, why: str) -> Value:
     x, amounts = trace.argument(node, 0, "self"), trace.argument(node, 1, "pad")
     if x.labels is None:
         return Value(shape)
-    padded = {len(x.shape) - 1 - i // 2 for i, a in enumerate(amounts) if a != 0}
-    if not padded & varying(x.labels):
+    along = [len(x.shape) - 1 - i // 2 for i in range(len(amounts))]
+    wider = [a if d in varying(x.labels) else 0 for d, a in zip(along, amounts, strict=True)]
+    if not any(wider):  # elements added along the other axes go with their channel
         return Value(tuple(shape), x.labels)
-    if trace.argument(node, 2, "mode", "constant") not in ("constant", 0, 0.0):
+    constant = node.target.overloadpacket.__name__ == "constant_pad_nd"
+    if not constant and trace.argument(node, 2, "mode", "constant") != "constant":
         trace.labels.pin(x.labels, f"{why} can't be followed")
         return Value(shape)
-    return trace.labels.settle(shape, nn.functional.pad(x.labels.expand(x.shape), list(amounts), value=-1), why)
+    return trace.labels.settle(shape, nn.functional.pad(x.labels, wider, value=-1), why)
 
 
 @rule("index")
