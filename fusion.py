@@ -22,6 +22,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NoReturn
 
+if "OMP_WAIT_POLICY" not in os.environ:  # before torch is imported; why: quantize/host.py
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
 import torch
 from torch import nn
 
@@ -30,7 +33,8 @@ from quantize.checkpoint import CheckpointError
 from quantize.fusion import BACKENDS, Contender, compare
 from quantize.fusion.backends import open_file
 from quantize.fusion.equality import difference, outputs, race
-from quantize.measure import Measurement, MeasurementError, describe_machine, keep_allocations, machine
+from quantize.host import default_threads, describe_machine, keep_allocations, machine
+from quantize.measure import Measurement, MeasurementError
 from quantize.measure import compare as measure_files
 from quantize.models import ConvNet, DecoderLM
 
@@ -51,6 +55,7 @@ def example(model: nn.Module, batch: int) -> torch.Tensor:
 
 def kernel_calls(model: nn.Module, inputs: torch.Tensor) -> Counter[str]:
     """Operators that run during one forward pass, by name, as the profiler sees them."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it complains of the GPU that isn't there
     outputs(model, inputs)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         outputs(model, inputs)
@@ -201,7 +206,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--backend", default="torchscript", choices=["auto", *BACKENDS], help="who runs the fused model")
     parser.add_argument("--batch", type=positive, default=8, help="batch size to fuse for and to measure at, beside 1")
-    parser.add_argument("--threads", type=positive, default=torch.get_num_threads(), help="threads to compute with")
+    parser.add_argument("--threads", type=positive, default=default_threads(), help="threads to compute with")
     try:
         args = parser.parse_args(argv)
     except SystemExit as stop:  # argparse has said why

@@ -14,12 +14,16 @@ from __future__ import annotations
 import argparse
 import codecs
 import json
+import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
+
+if "OMP_WAIT_POLICY" not in os.environ:  # before torch is imported; why: quantize/host.py
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -35,8 +39,8 @@ from quantize.checkpoint import CheckpointError, atomic_write
 from quantize.decoding import for_decoding
 from quantize.generation import decode, generate, generate_stream, prefill
 from quantize.generation.reader import takes_cache
+from quantize.host import default_threads, describe_machine, keep_allocations, machine
 from quantize.kv_cache import KVCache
-from quantize.measure import describe_machine, keep_allocations, machine
 from quantize.models import DecoderLM
 
 CACHES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8, "none": None}
@@ -100,7 +104,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--draft", "a smaller model's file or folder that guesses ahead; none: repeats in the text itself", type=Path)
     add("--cache", "what the cache of the streamed text holds", choices=list(CACHES), default="fp32")
     add("--max-length", "longest text to time, in tokens; none: 1024, or the model's limit", type=int)
-    add("--threads", "none: torch's own choice", type=int)
+    add("--threads", "threads to compute with; none: the cores that this process may use", type=int)
     arguments = parser.parse_args(argv)
     for flag in ("max_new_tokens", "threads", "max_length"):
         value = getattr(arguments, flag)
@@ -282,8 +286,7 @@ def plot(rows: list[dict], path: Path) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
+    torch.set_num_threads(arguments.threads or default_threads())
     keep_allocations()
     model, path = open_model(arguments.model, arguments.out)
     draft = read_model(arguments.draft) if arguments.draft else None

@@ -15,6 +15,7 @@ table is measured from the written file, loaded again in a fresh process.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,13 +23,17 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+if "OMP_WAIT_POLICY" not in os.environ:  # before torch is imported; why: quantize/host.py
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
 import torch
 from torch import nn
 
 import quantize
 from quantize import data, training
 from quantize.checkpoint import CheckpointError
-from quantize.measure import MeasurementError, compare, fingerprint, keep_allocations
+from quantize.host import default_threads, keep_allocations
+from quantize.measure import MeasurementError, compare, fingerprint
 from quantize.models import ConvNet, ConvNetConfig, DecoderConfig, DecoderLM
 from quantize.report import build_report, print_report, write_report
 from quantize.training import Recipe
@@ -217,7 +222,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--variants", f"compressed variants to make, of {', '.join(VARIANTS)}", nargs="+", default=list(VARIANTS))
     add("--steps", "training steps, instead of the preset's", type=int)
     add("--seed", "seed of weights and data order", type=int, default=0)
-    add("--threads", "threads for training and measuring; none: torch's own choice", type=int)
+    add("--threads", "threads for training and measuring; none: the cores that this process may use", type=int)
     add("--device", "where to train; everything is measured on the CPU", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--resume", action="store_true", help="go on with the interrupted run in --out")
     arguments = parser.parse_args(argv)
@@ -280,8 +285,7 @@ def report(job: Job, names: Sequence[str]) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
+    torch.set_num_threads(arguments.threads or default_threads())
     keep_allocations()
     with training.distributed(arguments.device) as (rank, _):
         job = prepare(arguments)

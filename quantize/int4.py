@@ -22,7 +22,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from quantize import calibration as calibrating
 from quantize import surgery
-from quantize.precision import native_bf16
+from quantize.host import native_bf16
 
 GROUP_SIZES = (32, 64, 128, 256)
 _FEW_ROWS = 128  # above, widening the weight once is cheaper than the kernel's product

@@ -17,24 +17,10 @@ import torch
 from torch import nn
 
 from quantize import surgery
+from quantize.host import compute_dtype
 
 HALF_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 MAX_ROUNDING_ERROR = 0.01  # of a tensor's Euclidean norm; overflow gives inf, a tensor of subnormals nearly 1
-
-
-def native_bf16(device: torch.device | str = "cpu") -> bool:
-    """Whether bfloat16 matrix products run in hardware here (AVX512-BF16, AMX, Arm BF16; Ampere or newer), not emulated."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    has = torch.cpu.get_capabilities()
-    return bool(has.get("avx512_bf16") or has.get("amx_bf16") or has.get("bf16"))
-
-
-def compute_dtype(stored: torch.dtype, device: torch.device | str = "cpu") -> torch.dtype:
-    """The fastest dtype for matrix products with weights stored as float16 or bfloat16 that keeps every stored bit."""
-    if torch.device(device).type == "cuda":
-        return stored
-    return torch.bfloat16 if stored == torch.bfloat16 and native_bf16(device) else torch.float32
 
 
 def to_half(model: nn.Module, dtype: torch.dtype = torch.float16, *, skip: surgery.Skip = ()) -> nn.Module:

@@ -29,7 +29,7 @@ from rich.progress import Progress as RichProgress
 from torch import Tensor, nn
 
 from quantize.checkpoint import atomic_write
-from quantize.precision import native_bf16
+from quantize.host import native_bf16
 
 Batches = Callable[[int], Any]  # step -> batch
 Loss = Callable[[nn.Module, Any], Tensor]  # model, batch -> scalar, a mean over the batch

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import signal
@@ -23,12 +22,9 @@ from quantize.checkpoint import CheckpointError, save
 from quantize.measure import (
     Measurement,
     MeasurementError,
-    allocator_state,
     compare,
-    describe_machine,
     fingerprint,
     keep_allocations,
-    machine,
     measure,
 )
 from quantize.measure.artifact import as_metrics, stored_tensors
@@ -325,81 +321,6 @@ def test_functions_of_the_running_script_are_not_sent():
     function.__module__, function.__qualname__ = "__main__", "score"
     with pytest.raises(CannotSend, match="score is defined in the running script"):
         pack(partial(function, factor=1))
-
-
-def test_machine_is_json_and_complete():
-    """Every fact a report needs, as JSON, and a few lines for people."""
-    host = machine()
-    json.dumps(host, allow_nan=False)
-    assert host["cpu"] and host["torch"] == torch.__version__ and host["threads"] == torch.get_num_threads()
-    assert host["usable_cores"] is None or 1 <= host["usable_cores"] <= host["logical_cores"]
-    if host["architecture"] == "x86_64":
-        assert set(host["instruction_sets"]) == {"AVX2", "AVX-512", "VNNI", "BF16", "AMX"}
-    text = "\n".join(describe_machine(host))
-    assert host["cpu"] in text and host["allocator"] in text
-
-
-def test_machine_survives_a_machine_that_tells_nothing(monkeypatch):
-    """No /proc, no cpuinfo, no libc version, an unknown architecture: still a dict, and still lines."""
-
-    def fail(*args, **kwargs):
-        raise OSError("nothing here")
-
-    for target in ("torch.cpu.get_capabilities", "os.cpu_count", "os.sched_getaffinity", "os.confstr", "os.sysconf"):
-        monkeypatch.setattr(target, fail)
-    for target in ("machine", "platform", "processor", "freedesktop_os_release", "release"):
-        monkeypatch.setattr(f"platform.{target}", fail)
-    monkeypatch.setattr(Path, "read_text", fail)
-    host = machine()
-    assert host["architecture"] == "unknown" and host["instruction_sets"] == {}
-    assert describe_machine(host) and describe_machine({})
-
-
-@pytest.mark.parametrize(
-    ("architecture", "flags", "present"),
-    [
-        ("aarch64", {"neon": True, "dot": True, "i8mm": True, "bf16": False}, {"NEON", "DOTPROD", "I8MM"}),
-        ("AMD64", {"avx2": True, "avx_vnni": True}, {"AVX2", "VNNI"}),
-        ("riscv64", {"v": True}, set()),
-    ],
-)
-def test_instruction_sets_by_architecture(monkeypatch, architecture, flags, present):
-    """Each architecture names its own; an unknown one names none."""
-    monkeypatch.setattr("platform.machine", lambda: architecture)
-    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: flags)
-    assert {name for name, there in machine()["instruction_sets"].items() if there} == present
-
-
-def test_other_mallocs_are_left_alone_and_named(monkeypatch):
-    """musl, macOS and preloaded allocators: nothing is called, False comes back, the state says so."""
-    monkeypatch.setenv("LD_PRELOAD", "/usr/lib/libjemalloc.so.2")
-    assert keep_allocations() is False and "jemalloc" in allocator_state()
-    monkeypatch.delenv("LD_PRELOAD")
-    monkeypatch.setattr("os.confstr", lambda name: None)
-    assert keep_allocations() is False and "not glibc" in allocator_state()
-
-
-@pytest.mark.slow
-def test_kept_blocks_are_not_returned(tmp_path):
-    """In a process of its own: after the call, a freed 256 MiB block stays resident; before it, it doesn't."""
-    code = """if True:
-        import torch
-        from quantize.measure import allocator_state, keep_allocations
-        resident = lambda: int(open("/proc/self/statm").read().split()[1]) * 4096 >> 20
-        def left():
-            before = resident()
-            block = torch.ones(64 << 20)
-            del block
-            return resident() - before
-        print(left(), allocator_state().split(", ")[1], keep_allocations(), left(), allocator_state().split(", ")[1], sep="|")
-    """
-    if not keep_allocations():
-        pytest.skip(allocator_state())
-    gc.collect()
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=_environment())
-    before, state, kept, after, kept_state = result.stdout.strip().split("|")
-    assert int(before) < 50 and "default" in state and kept == "True"
-    assert int(after) > 200 and "keeps large blocks" in kept_state
 
 
 def _environment() -> dict[str, str]:

@@ -9,7 +9,7 @@ from helpers import ZOO, assert_close, cosine, run, zoo
 from torch import nn
 
 import quantize
-from quantize import precision
+from quantize import host
 
 DTYPES = [torch.float16, torch.bfloat16]
 
@@ -53,19 +53,19 @@ def test_computes_with_the_rounded_weights(dtype):
     oracle = copy.deepcopy(model)
     for parameter in oracle.parameters():
         parameter.data = parameter.data.to(dtype).float()
-    factor = 1 if precision.compute_dtype(dtype) != torch.float32 else 1e-3
+    factor = 1 if host.compute_dtype(dtype) != torch.float32 else 1e-3
     assert_close(run(quantize.to_half(model, dtype), x), run(oracle, x), dtype=dtype, factor=factor)
 
 
 @pytest.mark.parametrize("native", [True, False])
 def test_compute_dtype(native, monkeypatch):
     """No stored bit is lost: fp16 computes in fp32 on a CPU, bf16 in bf16 only where that is native."""
-    monkeypatch.setattr(precision, "native_bf16", lambda device="cpu": native)
-    assert precision.compute_dtype(torch.float16) == torch.float32
-    assert precision.compute_dtype(torch.bfloat16) == (torch.bfloat16 if native else torch.float32)
-    assert precision.compute_dtype(torch.float16, "cuda") == torch.float16
+    monkeypatch.setattr(host, "native_bf16", lambda device="cpu": native)
+    assert host.compute_dtype(torch.float16) == torch.float32
+    assert host.compute_dtype(torch.bfloat16) == (torch.bfloat16 if native else torch.float32)
+    assert host.compute_dtype(torch.float16, "cuda") == torch.float16
     layer = quantize.to_half(nn.Linear(4, 4), torch.bfloat16)
-    assert layer.weight.dtype == precision.compute_dtype(torch.bfloat16)
+    assert layer.weight.dtype == host.compute_dtype(torch.bfloat16)
     assert layer(torch.ones(4)).dtype == torch.float32
 
 

@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from quantize.host import allocator_state, describe_machine, keep_allocations, machine
 from quantize.measure.artifact import Artifact, MeasurementError, fingerprint
-from quantize.measure.host import allocator_state, describe_machine, keep_allocations, machine
 from quantize.measure.process import CannotSend, Nursery, Worker, pack, pack_inputs, write_payload
 
 __all__ = [

@@ -25,9 +25,9 @@ import safetensors.torch
 import torch
 
 from quantize.checkpoint import CheckpointError
+from quantize.host import keep_allocations, machine
 from quantize.measure import MeasurementError, measure, measure_here
 from quantize.measure.artifact import finite
-from quantize.measure.host import keep_allocations, machine
 from quantize.measure.process import nursery, serve
 
 

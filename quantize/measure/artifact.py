@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from quantize import surgery
 from quantize.calibration import call
 from quantize.checkpoint import CheckpointError, load
-from quantize.measure.host import peak_rss_mb
+from quantize.host import peak_rss_mb
 from quantize.models import MLP, ConvNet, DecoderLM
 
 _WARM_UP_CALLS, _WARM_UP_SECONDS = 3, 0.2  # TorchScript still rewrites its graph in the second and third call

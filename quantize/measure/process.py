@@ -36,8 +36,8 @@ import torch
 from torch.utils import _pytree as pytree
 
 from quantize.checkpoint import CheckpointError
+from quantize.host import allocator_state, keep_allocations
 from quantize.measure.artifact import Artifact, MeasurementError
-from quantize.measure.host import allocator_state, keep_allocations
 
 _PACKAGE_PARENT = str(Path(__file__).resolve().parents[2])
 _ERRORS: dict[str, type[Exception]] = {e.__name__: e for e in (CheckpointError, TypeError, ValueError)}

@@ -1,7 +1,24 @@
-"""The machine a number was measured on: CPU, instruction sets, cores, threads, memory and its allocator.
+"""This machine: what it computes fast, how many cores it leaves us, how threads wait, what malloc does with memory.
 
-A latency means nothing without these lines, so every report prints them. Reading them never fails: what a machine doesn't tell
-is None or left out. The allocator is here because it can be half of a CPU latency (see `keep_allocations`).
+A latency means nothing without these facts, so every report prints them. Reading them never fails:
+what a machine doesn't tell is None or left out. The allocator is here because it can be half of a
+CPU latency (see `keep_allocations`).
+
+Threads. torch starts a thread per physical core that affinity leaves, and knows nothing of a
+container's quota. Threads beyond the quota are stopped in the middle of a parallel loop while the
+others wait for them, so `default_threads` counts both.
+
+Waiting. The wheels of torch for Linux bring GNU's OpenMP, libgomp (those for macOS and Windows
+bring LLVM's, which yields its core while it waits). A thread of libgomp that comes to a barrier
+looks 300,000 times, some 4 ms long, before it sleeps. On a busy machine the thread that it waits
+for has no core, and the one that looks keeps a core from it: a run of 35 s took 280. Looking for as
+long as falling asleep and waking up would take costs at most twice what one who knows the end of
+the wait pays (Karlin et al., "Empirical Studies of Competitive Spinning for a Shared-Memory
+Multiprocessor", 1991). SPIN_COUNT is about 0.1 ms: longer than the gaps between two parallel loops
+of a model, so that a free machine loses little, and far shorter than a time slice of the scheduler.
+libgomp reads it once, when torch is imported: scripts set it before that, and measuring processes
+get it in their environment. `benchmarks/threads.py` compares counts on a free and on a loaded
+machine.
 """
 
 from __future__ import annotations
@@ -11,7 +28,7 @@ import math
 import os
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,6 +51,9 @@ _ARM = {"NEON": ("neon",), "DOTPROD": ("dot",), "I8MM": ("i8mm",), "BF16": ("bf1
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
 _KEEP_MMAP_BYTES, _KEEP_MMAP_BYTES_OLD_GLIBC, _KEEP_TOP_PAD_BYTES = 1 << 30, 32 << 20, 64 << 20
 
+SPIN_COUNT = "10000"  # GOMP_SPINCOUNT: how often a waiting thread looks before it sleeps; see the header
+_WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # who sets one of these has chosen
+
 _kept_mmap_bytes = 0  # what keep_allocations() has set in this process; glibc has no call to ask
 
 
@@ -41,8 +61,8 @@ def machine() -> dict[str, Any]:
     """What a reader needs to place a latency; JSON values only, never raises.
 
     `cpu` (name), `architecture`, `instruction_sets` (name -> present, those that matter on this architecture), `cores`
-    (physical), `logical_cores`, `usable_cores` (left by affinity and a container's quota), `threads` (torch's, now),
-    `memory_gb`, `torch`, `python`, `os`, `allocator`.
+    (physical), `logical_cores`, `usable_cores` (left by affinity and a container's quota), `threads` (torch's, now), `waiting`
+    (what OpenMP's threads do at a barrier), `memory_gb`, `torch`, `python`, `os`, `allocator`.
     """
     cpu = _attempt(lambda: dict(torch.cpu.get_capabilities()), {})
     architecture = _attempt(platform.machine, "") or cpu.get("architecture") or "unknown"
@@ -52,8 +72,9 @@ def machine() -> dict[str, Any]:
         "instruction_sets": _attempt(lambda: _instruction_sets(architecture, cpu), {}),
         "cores": cpu.get("num_physical_cores"),
         "logical_cores": _attempt(os.cpu_count, None),
-        "usable_cores": _attempt(_usable_cores, None),
+        "usable_cores": _attempt(usable_cores, None),
         "threads": torch.get_num_threads(),
+        "waiting": waiting_policy(),
         "memory_gb": _attempt(lambda: round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1), None),
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -72,9 +93,83 @@ def describe_machine(host: dict[str, Any]) -> list[str]:
     return [
         f"CPU: {host.get('cpu', '?')} ({host.get('architecture', '?')}), {cores}, {host.get('threads', '?')} threads{memory}",
         f"Instruction sets: {present}" + (f" (not: {absent})" if absent else ""),
+        f"Waiting threads: {host.get('waiting', 'unknown')}",
         f"Software: torch {host.get('torch', '?')}, Python {host.get('python', '?')}, {host.get('os', '?')}",
         f"Allocator: {host.get('allocator', 'unknown')}",
     ]
+
+
+def native_bf16(device: torch.device | str = "cpu") -> bool:
+    """Whether bfloat16 matrix products run in hardware here (AVX512-BF16, AMX, Arm BF16; Ampere or newer), not emulated."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    has = torch.cpu.get_capabilities()
+    return bool(has.get("avx512_bf16") or has.get("amx_bf16") or has.get("bf16"))
+
+
+def compute_dtype(stored: torch.dtype, device: torch.device | str = "cpu") -> torch.dtype:
+    """The fastest dtype for matrix products with weights stored as float16 or bfloat16 that keeps every stored bit."""
+    if torch.device(device).type == "cuda":
+        return stored
+    return torch.bfloat16 if stored == torch.bfloat16 and native_bf16(device) else torch.float32
+
+
+def default_threads() -> int:
+    """Threads to compute with: what OMP_NUM_THREADS says, else torch's own choice, but at most `usable_cores()`."""
+    chosen = torch.get_num_threads()
+    if os.environ.get("OMP_NUM_THREADS"):
+        return chosen
+    return min(chosen, usable_cores())
+
+
+def usable_cores() -> int:
+    """Cores that CPU affinity and the quota of the control groups leave this process; a part of a core counts as one."""
+    by_affinity = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if by_affinity else os.cpu_count() or 1
+    groups = _attempt(Path("/proc/self/cgroup").read_text, "")
+    quota = _attempt(lambda: cpu_quota(groups), math.inf)
+    return max(1, min(cores, math.ceil(quota))) if quota < math.inf else cores
+
+
+def cpu_quota(groups: str, mount: Path = Path("/sys/fs/cgroup")) -> float:
+    """Seconds of CPU time per second that control groups (versions 1 and 2) allow; infinite where none sets a limit.
+
+    Args:
+        groups: the text of /proc/self/cgroup, a line `number:controllers:path` per hierarchy. The group itself and all above
+            it are asked; in a container the path is often another machine's, and only the root is there.
+        mount: folder of the hierarchies.
+    """
+    quotas = [math.inf]
+    for line in groups.splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        group = Path(path.lstrip("/"))
+        for hierarchy in (mount, mount / "unified", mount / "cpu", mount / controllers):
+            quotas += [_quota_of(hierarchy / level) for level in (group, *group.parents)]
+    return min(quotas)
+
+
+def _quota_of(group: Path) -> float:
+    """The limit in one folder: `cpu.max` holds "200000 100000" for two cores, version 1 has a file for each number."""
+    allowed, *period = _attempt((group / "cpu.max").read_text, "max").split()
+    if not period:
+        allowed = _attempt((group / "cpu.cfs_quota_us").read_text, "-1").strip()
+        period = [_attempt((group / "cpu.cfs_period_us").read_text, "100000")]
+    limited = allowed != "max" and int(allowed) > 0
+    return int(allowed) / int(period[0]) if limited else math.inf
+
+
+def with_waiting(environment: Mapping[str, str]) -> dict[str, str]:
+    """A copy for a new process in which waiting threads sleep soon, unless `environment` says how they wait."""
+    chosen = any(environment.get(name) for name in _WAITING)
+    return dict(environment) if chosen else {**environment, "GOMP_SPINCOUNT": SPIN_COUNT}
+
+
+def waiting_policy() -> str:
+    """What the environment says about OpenMP's threads at a barrier; in force if it said so when torch was imported."""
+    said = [f"{name}={os.environ[name]}" for name in _WAITING if os.environ.get(name)]
+    return " ".join(said) or "default (libgomp spins 300,000 times before it sleeps)"
 
 
 def keep_allocations() -> bool:
@@ -170,14 +265,6 @@ def _cpu_name(cpu: dict[str, Any]) -> str | None:
     elif "CPU part" in info:
         name = f"{name} (implementer {info.get('CPU implementer')}, part {info['CPU part']})".strip()
     return name or None
-
-
-def _usable_cores() -> int | None:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    quota = _attempt(lambda: Path("/sys/fs/cgroup/cpu.max").read_text().split(), ["max"])  # "200000 100000": 2 cores
-    if cores and len(quota) == 2 and quota[0] != "max":
-        cores = max(1, min(cores, math.ceil(int(quota[0]) / int(quota[1]))))
-    return cores
 
 
 def _os_name() -> str:
