@@ -1,6 +1,7 @@
 """Make any PyTorch model smaller and faster on a CPU, and measure what it cost."""
 
 from quantize.checkpoint import CheckpointError, load, read_metadata, save, summary
+from quantize.decoding import for_decoding
 from quantize.distillation import distill, make_student, recover
 from quantize.fusion import fold, fuse
 from quantize.generation import generate, generate_stream
@@ -29,6 +30,7 @@ __all__ = [
     "distill",
     "factorize_low_rank",
     "fold",
+    "for_decoding",
     "fuse",
     "generate",
     "generate_stream",

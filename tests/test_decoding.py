@@ -10,7 +10,7 @@ import torch
 from helpers import assert_close, cosine, run
 from torch import nn
 
-from quantize.decoding import DecodingLM, for_decoding, native
+from quantize.decoding import DecodingLM, build, for_decoding
 from quantize.decoding.torchscript import merge_linears
 from quantize.generation import generate, generate_stream
 from quantize.int4 import Int4Linear, quantize_weights
@@ -31,7 +31,7 @@ KINDS = {
 }
 
 
-NATIVE = pytest.mark.skipif(native._compiler() is None, reason="needs a C++ compiler")
+NATIVE = pytest.mark.skipif(build._compiler() is None, reason="needs a C++ compiler")
 BACKENDS = [pytest.param("native", marks=NATIVE), "torchscript"]
 
 
@@ -166,34 +166,6 @@ def test_what_native_does_not_know_is_named():
     model.blocks[0].ffn.down = nn.Sequential(model.blocks[0].ffn.down)
     with pytest.raises(ValueError, match="it has a Sequential"):
         for_decoding(model, backend="native")
-
-
-@NATIVE
-@pytest.mark.slow
-def test_compiled_code_is_kept_where_it_can_be(monkeypatch, tmp_path):
-    """One file in the cache folder, used again; none where that folder can't be made."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for _ in range(2):
-        native.library.cache_clear()
-        assert native.library().decode
-    assert len(list((tmp_path / "quantize").iterdir())) == 1
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    native.library.cache_clear()
-    assert native.library().decode
-    native.library.cache_clear()
-
-
-def test_without_a_compiler(monkeypatch):
-    """Then TorchScript runs, unless native was asked for."""
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    monkeypatch.setattr(native.shutil, "which", lambda name: None)
-    native.library.cache_clear()
-    fast = for_decoding(decoder())
-    assert fast.backend == "torchscript" and "no C++ compiler" in fast.reason
-    with pytest.raises(ValueError, match=r"no C\+\+ compiler"):
-        for_decoding(decoder(), backend="native")
-    native.library.cache_clear()
 
 
 @pytest.mark.parametrize(

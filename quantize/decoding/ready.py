@@ -5,6 +5,7 @@ memory, and what surrounds them in eager PyTorch (a Python call per module and o
 longer. So such a pass runs as one call, with the model's own weights:
 
 - `native`: C++ that reads each weight once at the speed of memory (step.cpp), compiled in seconds on the machine that decodes.
+  `generate` takes it by itself (see `passes`).
 - `torchscript`: the pass of a single token as one traced graph of stock operations, for machines without a compiler.
 
 Longer passes, and what a back end doesn't know, run as before: same weights, same answers.
@@ -12,10 +13,10 @@ Longer passes, and what a back end doesn't know, run as before: same weights, sa
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
-from quantize.decoding import native, torchscript
+from quantize.decoding import build, native, torchscript
+from quantize.decoding.passes import NativePasses, is_watched
 from quantize.kv_cache import KVCache
 from quantize.models import DecoderLM
 
@@ -25,12 +26,23 @@ BACKENDS = ("native", "torchscript")
 def for_decoding(model: DecoderLM, *, backend: str | None = None) -> DecodingLM:
     """`model`, compressed or not, ready for `generate`: the same ids to the same logits, faster for a few tokens.
 
-    It shares the model's weights and follows no later change of the model. Not for training or saving; a CUDA model runs as it
-    is. backend: "native" compiles a C++ file when first asked for (3 s; kept in the user's cache folder), "torchscript" traces
-    a copy with merged layers. None takes native where there is a compiler and every layer is of a kind that it knows, else
-    torchscript; `.backend` and `.reason` of the result say which and why.
+    `generate` decodes a `DecoderLM` natively by itself; this is for choosing the back end, for calling the model without
+    `generate`, and for float16 weights (`to_half`), which native then reads from a float16 copy. The result shares the model's
+    weights. Not for training or saving; a CUDA model runs as it is.
 
-    Raises TypeError for something else than a `DecoderLM`, ValueError for another back end, or for native where it can't run.
+    Args:
+        model: a `DecoderLM`, compressed or not. It isn't changed, its mode included.
+        backend: "native" compiles a C++ file when first asked for (3 s; kept in the user's cache folder) and follows later
+            changes of the model; "torchscript" traces a copy with merged layers and doesn't. None takes native where there is
+            a compiler and every layer is of a kind that it knows, else torchscript.
+
+    Returns:
+        A model in eval mode; its `.backend` and `.reason` say which back end and why. With native, the reason says why compiled
+        code isn't kept for the next process, or is None.
+
+    Raises:
+        TypeError: something else than a `DecoderLM`.
+        ValueError: another back end, or native where it can't run.
     """
     if not isinstance(model, DecoderLM):
         raise TypeError(f"for_decoding takes a DecoderLM, got {type(model).__name__}")
@@ -39,7 +51,9 @@ def for_decoding(model: DecoderLM, *, backend: str | None = None) -> DecodingLM:
     obstacle = native.obstacle(model) if backend != "torchscript" else "asked for"
     if backend == "native" and obstacle:
         raise ValueError(f"backend 'native' can't run this model: {obstacle}")
-    return DecodingLM(model, "torchscript" if obstacle else "native", obstacle)
+    if obstacle:
+        return DecodingLM(model, "torchscript", obstacle)
+    return DecodingLM(model, "native", build.library().note)
 
 
 class DecodingLM(nn.Module):
@@ -48,23 +62,30 @@ class DecodingLM(nn.Module):
     def __init__(self, model: DecoderLM, backend: str, reason: str | None):
         super().__init__()
         self.config, self.backend, self.reason = model.config, backend, reason
-        self.model = (torchscript.merged(model) if backend == "torchscript" else model).eval()
-        self._step: native.Step | torchscript.Step | None = None
+        self.model = torchscript.merged(model) if backend == "torchscript" else model
+        self.training = False  # of this module alone: the others are the caller's
+        self._passes: NativePasses | torchscript.Step | None = None
 
     def forward(self, ids: Tensor, cache: KVCache | None = None, logits_to_keep: int = 0) -> Tensor:
-        if isinstance(cache, KVCache) and cache.length and ids.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
-            if self._step is None:
-                self._step = (native if self.backend == "native" else torchscript).Step(self.model)
-            if (logits := self._step(ids, cache, logits_to_keep)) is not None:
+        if type(cache) is KVCache and cache.length and ids.device.type == "cpu" and not is_watched():
+            if self._passes is None:
+                self._passes = self._make_passes()
+            logits = self._passes(ids, cache, logits_to_keep)
+            if logits is not None:
                 return logits
         return self.model(ids, cache, logits_to_keep)
+
+    def _make_passes(self) -> NativePasses | torchscript.Step:
+        if self.backend == "native":
+            return NativePasses(self.model, narrow=True)
+        return torchscript.Step(self.model)
 
     def rope_frequencies(self) -> Tensor:
         return self.model.rope_frequencies()
 
     def _apply(self, fn, recurse=True):
-        self._step = None  # it holds the tensors that are about to change
+        self._passes = None  # it holds the tensors that are about to change
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_step": None}  # pointers and graphs can't be copied; the next pass makes them again
+        return self.__dict__ | {"_passes": None}  # pointers and graphs can't be copied; the next pass makes them again

@@ -496,4 +496,11 @@ void run(const Model &model, const Pass &pass) {
 
 }  // namespace
 
-extern "C" void decode(const Model *model, const Pass *pass) { run(*model, *pass); }
+extern "C" {
+
+// What structs.py compares with its own before the first call.
+extern const int64_t struct_sizes[5];
+const int64_t struct_sizes[5] = {sizeof(Linear), sizeof(Layer), sizeof(Model), sizeof(Held), sizeof(Pass)};
+
+void decode(const Model *model, const Pass *pass) { run(*model, *pass); }
+}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import threading
 from collections.abc import Callable, Sequence
 
 import torch
@@ -26,7 +27,7 @@ from quantize.precision import HalfLinear
 def merged(model: DecoderLM) -> DecoderLM:
     """A model that shares what it can with `model`, its layers merged and in the form for one row."""
     blocks = nn.ModuleList(_merge_block(block) for block in model.blocks)
-    return _twin(model, blocks=blocks, head=_for_one_row(model.head)).eval()
+    return _twin(model, blocks=blocks, head=_for_one_row(model.head))
 
 
 class Step:
@@ -34,21 +35,26 @@ class Step:
 
     def __init__(self, model: DecoderLM):
         self.model = model
+        self.shapes = [block.attention.cache_shape[:2] for block in model.blocks]
         self.graphs: dict[int, Callable[..., Tensor]] = {}  # by batch
+        self.tracing = threading.Lock()
 
     def __call__(self, ids: Tensor, cache: KVCache, logits_to_keep: int) -> Tensor | None:
         """Logits [B, 1, V]; None for a pass that is left to the model."""
-        if ids.shape != (cache.batch, 1) or cache.pad is not None or not torchscript.available():
+        if ids.shape != (cache.batch, 1) or cache.pad is not None or cache.shapes != self.shapes:
+            return None
+        if not torchscript.available():
             return None
         store = cache.open(1)
         if store is None or any(s.window or s.tensors["k"].dtype != self.model.norm.weight.dtype for s in store):
             return None
         keys, values = ([s.tensors[name] for s in store] for name in "kv")
-        inputs = (ids, torch.arange(cache.length + 1), keys, values)
-        graph = self.graphs.get(cache.batch)
-        if graph is None:
-            scratch = (*inputs[:2], [k.clone() for k in keys], [v.clone() for v in values])
-            graph = self.graphs[cache.batch] = torchscript.plain_frozen(_OneToken(self.model).eval(), scratch)
+        inputs = (ids, torch.arange(cache.length + 1, device="cpu"), keys, values)
+        with self.tracing:
+            graph = self.graphs.get(cache.batch)
+            if graph is None:
+                scratch = (*inputs[:2], [k.clone() for k in keys], [v.clone() for v in values])
+                graph = self.graphs[cache.batch] = torchscript.plain_frozen(_OneToken(self.model), scratch)
         logits = graph(*inputs)
         cache.close(1)
         return logits

@@ -1,0 +1,257 @@
+"""The compiled step: what is kept, what of it is trusted, and what happens where it can't be had."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from quantize.decoding import build, for_decoding
+from quantize.generation import generate
+from quantize.models import DecoderConfig, DecoderLM
+
+pytestmark = pytest.mark.skipif(build._compiler() is None, reason="needs a C++ compiler")
+
+
+def decoder() -> DecoderLM:
+    torch.manual_seed(0)
+    return DecoderLM(DecoderConfig(vocab_size=61, width=32, layers=2, heads=4, max_length=64)).eval()
+
+
+@pytest.fixture(scope="module")
+def content() -> bytes:
+    """The compiled library, taken from the user's cache where it lies there."""
+    if build.library().note is None:
+        path, folder = build._open_folder()
+        os.close(folder)
+        return (path / f"step-{build._key(build._compiler())}.so").read_bytes()[: -build.DIGEST_BYTES]
+    return build._compile(build._compiler())
+
+
+class Compiler:
+    """Stands for the compiler: gives the content at once and counts how often it was asked."""
+
+    def __init__(self, content: bytes):
+        self.content, self.calls = content, 0
+
+    def __call__(self, command: list[str]) -> bytes:
+        self.calls += 1
+        time.sleep(0.2)
+        return self.content
+
+
+@pytest.fixture
+def compiler(content: bytes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Compiler:
+    """An empty cache folder in `tmp_path`, a process that has loaded nothing, and a compiler that counts."""
+    stand_in = Compiler(content)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(build, "_outcome", None)
+    monkeypatch.setattr(build, "_compile", stand_in)
+    return stand_in
+
+
+def load(monkeypatch: pytest.MonkeyPatch, **options: bool) -> build.Library | None:
+    """What a new process would get."""
+    monkeypatch.setattr(build, "_outcome", None)
+    return build.library(**options)
+
+
+def kept_file(folder: Path) -> Path:
+    (path,) = (folder / "quantize").iterdir()
+    return path
+
+
+def test_one_file_is_kept_and_used_again(compiler, monkeypatch, tmp_path):
+    """The second process compiles nothing; folder and file are this user's alone, whatever the umask."""
+    before = os.umask(0)
+    try:
+        assert load(monkeypatch).note is None
+    finally:
+        os.umask(before)
+    assert load(monkeypatch).decode and compiler.calls == 1
+    assert kept_file(tmp_path).stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / "quantize").stat().st_mode & 0o777 == 0o700
+
+
+def damaged(content: bytes) -> dict[str, bytes]:
+    """Files that aren't what was kept, by what happened to them."""
+    with_digest = content + hashlib.sha256(content).digest()
+    other = bytearray(with_digest)
+    other[len(other) // 2] ^= 1
+    text = b"int x;"
+    return {
+        "empty": b"",
+        "cut short": with_digest[: len(with_digest) // 3],
+        "one bit": bytes(other),
+        "no digest": content,
+        "digest of something that is no library": text + hashlib.sha256(text).digest(),
+    }
+
+
+@pytest.mark.parametrize("fault", damaged(b"anything"))
+def test_a_damaged_file_is_compiled_again(fault, compiler, content, monkeypatch, tmp_path):
+    """Nothing of it is mapped, and the next process finds a whole one."""
+    load(monkeypatch)
+    kept_file(tmp_path).write_bytes(damaged(content)[fault])
+    assert load(monkeypatch, compile_now=False) is None
+    assert load(monkeypatch).note is None and compiler.calls == 2
+    assert load(monkeypatch, compile_now=False) is not None and compiler.calls == 2
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link", "writable by others", "of another user"])
+def test_a_file_that_is_not_this_users_alone_is_not_read(kind, compiler, content, monkeypatch, tmp_path):
+    """Right content doesn't help; what can be replaced is."""
+    load(monkeypatch)
+    path = kept_file(tmp_path)
+    if kind == "pipe":
+        path.unlink()
+        os.mkfifo(path)
+    if kind == "link":
+        path.rename(tmp_path / "elsewhere")
+        path.symlink_to(tmp_path / "elsewhere")
+    if kind == "writable by others":
+        path.chmod(0o666)
+    if kind == "of another user":
+        monkeypatch.setattr(build, "_fault", _other_user_for_files)
+    assert load(monkeypatch).decode and compiler.calls == 2
+    assert path.is_file() and not path.is_symlink()
+
+
+def _other_user_for_files(status: os.stat_result) -> str | None:
+    return None if status.st_mode & 0o40000 else "belongs to user 1, not to 2"
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o707, 0o777])
+def test_a_folder_that_others_may_write_to_is_not_used(mode, compiler, monkeypatch, tmp_path):
+    """Not to read from and not to write to; the result says so and runs."""
+    load(monkeypatch)
+    (tmp_path / "quantize").chmod(mode)
+    file = kept_file(tmp_path).stat()
+    found = load(monkeypatch)
+    assert found.decode and f"may be written by others (mode {mode:o})" in found.note and compiler.calls == 2
+    assert kept_file(tmp_path).stat().st_mtime_ns == file.st_mtime_ns
+
+
+def test_a_folder_of_another_user_is_not_used(compiler, monkeypatch, tmp_path):
+    """As when somebody made it before us in a place where all may write."""
+    load(monkeypatch)
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    assert "belongs to user" in load(monkeypatch).note and compiler.calls == 2
+
+
+def test_where_nothing_can_be_kept(compiler, monkeypatch, tmp_path):
+    """A file where the folder should be, a full disk, no home: native code runs, and the reason is given."""
+    (tmp_path / "quantize").touch()
+    assert "File exists" in load(monkeypatch).note
+    (tmp_path / "quantize").unlink()
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        assert "No space left on device" in load(monkeypatch).note
+    assert not list((tmp_path / "quantize").iterdir())
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    monkeypatch.setattr(Path, "home", lambda: Path("/proc/no/such/home"))
+    assert "compiled for this process only" in load(monkeypatch).note
+    assert not Path("relative").exists()
+    assert load(monkeypatch, compile_now=False) is None  # for `generate`, which asks only where it pays
+
+
+def test_libraries_of_another_version_are_refused(content, monkeypatch, compiler):
+    """Structs of other sizes, and a library without the function."""
+    monkeypatch.setattr("quantize.decoding.structs.STRUCTS", build.decode_function.__globals__["STRUCTS"][::-1])
+    with pytest.raises(OSError, match="structs of"):
+        load(monkeypatch)
+    with pytest.raises(OSError, match="lacks a symbol"):
+        build.decode_function(__import__("ctypes").CDLL(None))
+
+
+def test_threads_and_processes_share_one_compilation(compiler, monkeypatch, tmp_path):
+    """Threads of a process wait for the first; another process finds what it kept, under the lock of the folder."""
+    libraries = []
+    threads = [threading.Thread(target=lambda: libraries.append(build.library())) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(map(id, libraries))) == 1 and compiler.calls == 1
+    kept_file(tmp_path).unlink()
+    path, folder = build._open_folder()
+    with build._one_builder(folder):  # another process compiles
+        monkeypatch.setattr(build, "_outcome", None)
+        waiting = threading.Thread(target=build.library)
+        waiting.start()
+        time.sleep(0.3)
+        name = f"step-{build._key(build._compiler())}.so"
+        assert waiting.is_alive() and build._keep(compiler.content, path / name) is None
+    os.close(folder)
+    waiting.join()
+    assert compiler.calls == 1
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        ("sleep 60 & sleep 60", "took over 1 s and was stopped"),
+        ("echo broken >&2; exit 1", "can't compile step.cpp: broken"),
+    ],
+)
+def test_a_compiler_that_hangs_or_fails(script, reason, monkeypatch, tmp_path):
+    """It and what it started are stopped, it isn't asked twice, and TorchScript runs with the reason."""
+    os.mkfifo(tmp_path / "alive")
+    alive = os.open(tmp_path / "alive", os.O_RDONLY | os.O_NONBLOCK)  # ends when nobody is left who could write
+    program = tmp_path / "compiler"
+    program.write_text(f"#!/bin/sh\necho started >> {tmp_path}/log\nexec 9> {tmp_path}/alive\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("CXX", str(program))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(build, "COMPILER_S", 1.0)
+    monkeypatch.setattr(build, "_outcome", None)
+    for _ in range(2):
+        fast = for_decoding(decoder())
+        assert fast.backend == "torchscript" and reason in fast.reason
+    with pytest.raises(ValueError, match="backend 'native' can't run this model"):
+        for_decoding(decoder(), backend="native")
+    assert len((tmp_path / "log").read_text().splitlines()) <= 3
+    assert os.read(alive, 1) == b""
+    os.close(alive)
+
+
+def test_without_a_compiler(monkeypatch):
+    """Then TorchScript runs, unless native was asked for; `generate` runs the model as it is."""
+    monkeypatch.setattr(build, "_outcome", None)
+    monkeypatch.setattr(build.shutil, "which", lambda name: None)
+    fast = for_decoding(decoder())
+    assert fast.backend == "torchscript" and "no C++ compiler" in fast.reason
+    with pytest.raises(ValueError, match=r"no C\+\+ compiler"):
+        for_decoding(decoder(), backend="native")
+    assert generate(decoder(), torch.tensor([[1, 2]]), max_new_tokens=4).shape == (1, 6)
+
+
+@pytest.mark.slow
+def test_processes_at_once_and_a_file_cut_under_a_running_one(tmp_path):
+    """Two processes that compile at once agree; a library that is emptied while mapped doesn't reach who has mapped it."""
+    code = (
+        "import pathlib, sys, torch, quantize\n"
+        "from quantize.decoding import for_decoding\n"
+        "net = quantize.DecoderLM(quantize.DecoderConfig(vocab_size=61, width=32, layers=1, heads=4)).eval()\n"
+        "fast = for_decoding(net, backend='native')\n"
+        "for path in pathlib.Path(sys.argv[1]).rglob('*.so'): path.write_bytes(b'')\n"
+        "print(quantize.generate(fast, torch.tensor([[1, 2]]), max_new_tokens=4).tolist())\n"
+    )
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    running = [subprocess.Popen(command, env=environment, **pipes) for _ in range(2)]
+    texts = [process.communicate(timeout=240) for process in running]
+    assert [process.returncode for process in running] == [0, 0], texts
+    assert texts[0][0] == texts[1][0] != ""
