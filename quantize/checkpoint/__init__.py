@@ -13,7 +13,7 @@ Left out: sharding, encryption, big-endian machines, optimizer state (see traini
 """
 
 from quantize.checkpoint.atomic import atomic_write
-from quantize.checkpoint.container import CheckpointError
 from quantize.checkpoint.model import architecture, load, read_metadata, read_record, save, summary
+from quantize.checkpoint.opening import CheckpointError
 
 __all__ = ["CheckpointError", "architecture", "atomic_write", "load", "read_metadata", "read_record", "save", "summary"]

@@ -7,7 +7,6 @@ everything else. No pickle runs here: in a `.pth` the record is the third string
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
@@ -16,24 +15,31 @@ import pickletools
 import re
 import struct
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Set
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
 from quantize.checkpoint.atomic import atomic_write
+from quantize.checkpoint.opening import CheckpointError, from_json, require
 
 FORMAT, VERSION = "quantize", 1
-SUFFIXES = (".pth", ".safetensors")
 MAX_HEADER = 2**24  # bytes of pickle or JSON; ten thousand tensors need about 2 MB
+MAX_DIMENSIONS = 64  # as torch
 
 
-class CheckpointError(ValueError):
-    """A file that can't be loaded: the message has its path and the reason."""
-
+_FOREIGN_PICKLE = (
+    "not written by quantize.save. A state dict: model.load_state_dict(torch.load(path, weights_only=True)). A whole module: "
+    "torch.load(path, weights_only=False), which runs the file's code. Then quantize.save(model, path)"
+)
+_FOREIGN_TENSORS = (
+    "not written by quantize.save. Plain tensors: model.load_state_dict(safetensors.torch.load_file(path)), then "
+    "quantize.save(model, path). A published model: quantize.DecoderLM.from_pretrained(its folder)"
+)
 
 DTYPES = {str(d).removeprefix("torch."): d for d in vars(torch).values() if isinstance(d, torch.dtype)}
+_READ_AT_ONCE = 2**20
 _SEAL = b"0" * 64
 _ZIP_COMMENT = b"quantize sha256 "
 _JSON_START = b'{"__metadata__":{"sha256":"'
@@ -92,8 +98,31 @@ def _write_pth(file: BinaryIO, text: str, tensors: dict[str, torch.Tensor]) -> N
 
 def _locate_pth(file: BinaryIO) -> Located:
     size = file.seek(0, os.SEEK_END)
+    places = zip_entries(file)
+    require("data.pkl" in places, "no entry data.pkl")
+    start, stop = places["data.pkl"]
+    require(stop - start <= MAX_HEADER, f"a pickle of {stop - start} bytes; at most {MAX_HEADER}")
+    file.seek(start)
+    head = scan_pickle(file.read(stop - start))
+    require(head[:3] == ["format", FORMAT, "version"] and len(head) == 6, _FOREIGN_PICKLE)
+    record = _parse_record(head[3], head[5])
+    found = [places.get(f"data/{i}") for i in range(len(record["tensors"]))]
+    require(None not in found and f"data/{len(found)}" not in places, "the number of tensors differs from the record's")
+    seal = size - len(_SEAL)
+    file.seek(seal - len(_ZIP_COMMENT))
+    require(file.read(len(_ZIP_COMMENT)) == _ZIP_COMMENT, "truncated, or written by something else than quantize.save")
+    return record, found, seal
+
+
+def zip_entries(file: BinaryIO) -> dict[str, tuple[int, int]]:
+    """Start and stop of each entry of an archive of torch.save: stored as it is, within the file, apart from each other."""
+    size = file.seek(0, os.SEEK_END)
     file.seek(0)
-    require(file.read(4) == b"PK\x03\x04", "no zip archive (a legacy torch file, a bare pickle, or something else)")
+    start = file.read(32)
+    require(not start.startswith(b"quantize training state"), "a training state: go on from it with train.py --resume")
+    require(start[:4] == b"PK\x03\x04", "no zip archive (a legacy torch file, a bare pickle, or something else)")
+    ending = zipfile._EndRecData(file)
+    require(ending and ending[5] <= MAX_HEADER // 2, "truncated, or a zip directory of more entries than fit")
     with zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
     folder = entries[0].filename.split("/")[0] + "/" if entries else ""
@@ -111,30 +140,23 @@ def _locate_pth(file: BinaryIO) -> Located:
         start = entry.header_offset + 30 + sum(struct.unpack("<HH", local[26:30]))
         places[name] = start, start + entry.file_size
     _require_disjoint(places.values(), size)
-    require("data.pkl" in places, "no entry data.pkl")
-    start, stop = places["data.pkl"]
-    require(stop - start <= MAX_HEADER, f"a pickle of {stop - start} bytes; at most {MAX_HEADER}")
-    file.seek(start)
-    head = _scan_pickle(file.read(stop - start))
-    require(head[:3] == ["format", FORMAT, "version"] and len(head) == 6, "not written by quantize.save")
-    record = _parse_record(head[3], head[5])
-    found = [places.get(f"data/{i}") for i in range(len(record["tensors"]))]
-    require(None not in found and f"data/{len(found)}" not in places, "the number of tensors differs from the record's")
-    seal = size - len(_SEAL)
-    file.seek(seal - len(_ZIP_COMMENT))
-    require(file.read(len(_ZIP_COMMENT)) == _ZIP_COMMENT, "truncated, or written by something else than quantize.save")
-    return record, found, seal
+    return places
 
 
-def _scan_pickle(data: bytes) -> list[Any]:
+def scan_pickle(data: bytes, *, more_opcodes: Set[str] = frozenset(), more_globals: Set[str] = frozenset()) -> list[Any]:
     """The first six values in a pickle, which is refused if it has an opcode or a global that no checkpoint of ours has."""
     head: list[Any] = []
+    opcodes, calls = _OPCODES | more_opcodes, _GLOBALS | more_globals
+    left = 1000 + len(data) // 2  # ours have five bytes an opcode
     end = 0
-    for opcode, argument, end in pickletools.genops(data):  # noqa: B007
-        require(opcode.name in _OPCODES, f"not written by quantize.save: its pickle has opcode {opcode.name}")
-        known = opcode.name != "GLOBAL" or argument in _GLOBALS
-        require(known, f"not written by quantize.save: its pickle calls {str(argument)[:80]!r}")
-        if len(head) < 6 and argument is not None and opcode.name != "PROTO" and "PUT" not in opcode.name:
+    for opcode, argument, end in pickletools.genops(data):
+        name = opcode.name
+        left -= 1
+        if name not in opcodes or left < 0:
+            raise CheckpointError(f"{_FOREIGN_PICKLE} (its pickle has opcode {name})")
+        if name == "GLOBAL" and argument not in calls:
+            raise CheckpointError(f"{_FOREIGN_PICKLE} (its pickle calls {argument[:80]!r})")
+        if len(head) < 6 and argument is not None and name != "PROTO" and "PUT" not in name:
             head.append(argument)
     require(end == len(data) - 1, "not written by quantize.save: bytes after the pickle's end")
     return head
@@ -164,47 +186,26 @@ def _locate_safetensors(file: BinaryIO) -> Located:
     length = int.from_bytes(file.read(8), "little")
     require(length <= min(2 * MAX_HEADER, size - 8), f"a header of {length} bytes in a file of {size}")
     encoded = file.read(length)
-    header = _from_json(encoded)
+    header = from_json(encoded)
     metadata = header.pop("__metadata__", {}) if isinstance(header, dict) else {}
-    require("quantize_version" in metadata and "record" in metadata, "not written by quantize.save")
+    require("quantize_version" in metadata and "record" in metadata, _FOREIGN_TENSORS)
     record = _parse_record(int(metadata["quantize_version"]), metadata["record"])
     require(encoded.startswith(_JSON_START), "altered, or written by something else than quantize.save")
     require(header.keys() == record["tensors"].keys(), "the header's tensors differ from the record's")
     places = []
     for name, spec in record["tensors"].items():
         entry = header[name]
-        same = entry["dtype"] == _SAFETENSORS_DTYPES.get(spec["dtype"]) and entry["shape"] == spec["shape"]
-        require(same, f"the header describes {name!r} otherwise than the record")
+        expected = {"dtype": _SAFETENSORS_DTYPES.get(spec["dtype"]), "shape": spec["shape"]}
+        described = {key: value for key, value in entry.items() if key != "data_offsets"}
+        require(described == expected, f"the header describes {name!r} otherwise than the record")
         start, stop = entry["data_offsets"]
+        require(type(start) is int and type(stop) is int, f"malformed offsets of {name!r}")
         places.append((8 + length + start, 8 + length + stop))
     _require_disjoint(places, size)
     return record, places, 8 + len(_JSON_START)
 
 
 _LOCATE = {".pth": _locate_pth, ".safetensors": _locate_safetensors}
-
-
-@contextlib.contextmanager
-def opened(path: str | Path) -> Iterator[BinaryIO]:
-    """The file, for reading; whatever goes wrong in the block is the file's fault and becomes a CheckpointError."""
-    path = Path(path)
-    try:
-        require(path.suffix in SUFFIXES, f"a checkpoint's name ends in {' or '.join(SUFFIXES)}")
-        require(path.is_file() or not path.exists(), "not a regular file")
-        with path.open("rb") as file:
-            yield file
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from None
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror or error}") from None
-    except Exception as error:  # parsers of hostile bytes raise nearly anything
-        reason = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
-        raise CheckpointError(f"{path}: can't be loaded ({reason[:500]})") from None
-
-
-def require(condition: object, reason: str) -> None:
-    if not condition:
-        raise CheckpointError(reason)
 
 
 def _require_disjoint(places: Iterable[tuple[int, int]], size: int) -> None:
@@ -227,7 +228,11 @@ def _digest(file: BinaryIO, places: list[tuple[int, int]], seal: int) -> bytes:
     size = file.seek(0, os.SEEK_END)
     for start, stop in sorted([*places, (seal, seal + len(_SEAL)), (size, size)]):
         file.seek(end)
-        total.update(file.read(start - end))
+        while end < start:
+            part = file.read(min(start - end, _READ_AT_ONCE))
+            require(part, "truncated")
+            total.update(part)
+            end += len(part)
         end = stop
     return total.hexdigest().encode()
 
@@ -237,7 +242,7 @@ def _parse_record(version: object, text: object) -> dict[str, Any]:
     newer = f"written by a newer quantize (format version {version}; this one reads up to {VERSION}): upgrade quantize"
     require(version <= VERSION, newer)
     require(version == VERSION, f"unknown format version {version}")
-    record = _from_json(text)
+    record = from_json(text)
     kinds = dict.fromkeys(("architecture", "aliases", "strides", "metadata", "versions", "tensors"), dict) | {"structure": list}
     require(isinstance(record, dict), "malformed record")
     found = {"notes": list} | {k: type(v) for k, v in record.items()}  # files of earlier versions have no notes
@@ -246,15 +251,23 @@ def _parse_record(version: object, text: object) -> dict[str, Any]:
     good = built.keys() == {"name", "config"} and type(built["name"]) is str and isinstance(built["config"], dict | None)
     require(good, "malformed architecture")
     for name, spec in record["tensors"].items():
-        shape = spec["shape"]
-        good = spec.keys() == {"dtype", "shape", "sha256"} and spec["dtype"] in DTYPES and isinstance(shape, list)
-        require(good and all(type(n) is int and 0 <= n < 2**63 for n in shape), f"malformed description of {name!r}")
+        require(_describes_tensor(spec), f"malformed description of {name!r}")
     for alias, name in record["aliases"].items():
-        require(name in record["tensors"] and alias not in record["tensors"], f"malformed alias {alias!r}")
+        good = type(name) is str and name in record["tensors"] and alias not in record["tensors"]
+        require(good, f"malformed alias {alias!r}")
     for edit in record["structure"]:
-        shape = {k: type(v) for k, v in edit.items()}
+        shape = {k: type(v) for k, v in edit.items()} if isinstance(edit, dict) else {}
         require(shape == {"module": str, "builder": str, "arguments": dict}, "malformed structure record")
     return record
+
+
+def _describes_tensor(spec: object) -> bool:
+    if not isinstance(spec, dict) or spec.keys() != {"dtype", "shape", "sha256"}:
+        return False
+    dtype, shape = spec["dtype"], spec["shape"]
+    if type(dtype) is not str or dtype not in DTYPES or type(shape) is not list or len(shape) > MAX_DIMENSIONS:
+        return False
+    return all(type(n) is int and 0 <= n < 2**63 for n in shape)
 
 
 def _to_json(content: Any) -> str:
@@ -262,15 +275,6 @@ def _to_json(content: Any) -> str:
         return json.dumps(content, separators=(",", ":"))
     except (TypeError, ValueError) as error:
         raise TypeError(f"metadata and structure must be JSON values: {error}") from None
-
-
-def _from_json(text: str | bytes) -> Any:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        content = dict(pairs)
-        require(len(content) == len(pairs), "a key twice in its JSON")
-        return content
-
-    return json.loads(text, object_pairs_hook=unique)
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:

@@ -13,7 +13,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from quantize import surgery
-from quantize.checkpoint.container import DTYPES, SUFFIXES, CheckpointError, opened, read_header, read_tensor, require, write
+from quantize.checkpoint.container import DTYPES, read_header, read_tensor, write
+from quantize.checkpoint.opening import SUFFIXES, CheckpointError, opened, require
 
 _ARCHITECTURES: dict[str, type[nn.Module]] = {}
 
