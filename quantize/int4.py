@@ -118,6 +118,16 @@ class Int4Linear(nn.Module):
         empty_bias = None if bias is None else torch.empty(out_features, dtype=getattr(torch, bias), device="meta")
         return cls(weight, grid, grid.clone(), empty_bias).train(module.training)
 
+    def contradiction(self) -> str | None:
+        """See `surgery.contradiction`."""
+        outputs, inputs, group = self.out_features, self.in_features, self.group_size
+        if group not in GROUP_SIZES or inputs % group:
+            return f"its group_size={group!r} is none of {GROUP_SIZES} that divide in_features={inputs!r}"
+        grid = (outputs, inputs // group)
+        shapes = {"weight": (outputs, inputs // 2), "scale": grid, "zero": grid, "bias": (outputs,)}
+        dtypes = {"weight": torch.uint8, "scale": torch.bfloat16, "zero": torch.bfloat16}
+        return surgery.mismatch(self, shapes, dtypes)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         traced = torch.jit.is_tracing() or torch.compiler.is_compiling()
         if not traced and x.shape[-1] != self.in_features:

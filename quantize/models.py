@@ -22,15 +22,35 @@ from torch import Tensor, nn
 from quantize import checkpoint, pretrained
 
 
+def _short(value: object) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of more digits than Python prints
+        return "a very large number"
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
 def _require(config: object, name: str, allowed: str, ok: bool) -> None:
     if not ok:
-        raise ValueError(f"{type(config).__name__}.{name} is {getattr(config, name)!r}; allowed: {allowed}")
+        raise ValueError(f"{type(config).__name__}.{name} is {_short(getattr(config, name))}; allowed: {allowed}")
+
+
+MAX_COUNT = 2**31 - 1  # sizes go to compiled code, and configs come from files
+MAX_NUMBER = torch.finfo(torch.float32).max
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 1 <= value <= MAX_COUNT
 
 
 def _require_count(config: object, *names: str) -> None:
     for name in names:
-        value = getattr(config, name)
-        _require(config, name, "an integer >= 1", isinstance(value, int) and value is not True and value >= 1)
+        _require(config, name, f"an integer from 1 to {MAX_COUNT}", _is_count(getattr(config, name)))
+
+
+def _is_number(value: object) -> bool:
+    """Is it one that float32 can hold?"""
+    return type(value) in (int, float) and -MAX_NUMBER <= value <= MAX_NUMBER
 
 
 # --------------------------------------------------------------------------------------------- decoder
@@ -76,23 +96,23 @@ class DecoderConfig:
         _require(self, "head_dim", "an even number (RoPE turns pairs)", self.head_dim % 2 == 0)
         for name in ("rope_theta", "norm_eps", "rope_scale"):
             value = getattr(self, name)
-            _require(self, name, "a finite number > 0", isinstance(value, int | float) and 0 < value < math.inf)
+            _require(self, name, "a finite number > 0", _is_number(value) and value > 0)
         for name in ("tied_head", "qkv_bias", "qk_norm"):
             _require(self, name, "True or False", isinstance(getattr(self, name), bool))
         for name in ("window", "rope_frequencies", "eos_token_id"):
             if isinstance(getattr(self, name), list):  # as JSON returns it
                 object.__setattr__(self, name, tuple(getattr(self, name)))
-        windows = self.window if isinstance(self.window, tuple) else (self.window,) * self.layers
-        counts = all(w is None or (isinstance(w, int) and w is not True and w >= 1) for w in windows)
-        allowed = f"None, an integer >= 1, or {self.layers} of these"
-        _require(self, "window", allowed, counts and len(windows) == self.layers)
-        pairs = self.rope_frequencies if self.rope_frequencies is not None else (0.0,) * (self.head_dim // 2)
-        numbers = isinstance(pairs, tuple) and all(isinstance(f, int | float) and math.isfinite(f) for f in pairs)
-        allowed = f"None or {self.head_dim // 2} finite numbers"
-        _require(self, "rope_frequencies", allowed, numbers and len(pairs) == self.head_dim // 2)
-        ends = self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id or 0,)
-        known = all(isinstance(e, int) and 0 <= e < self.vocab_size for e in ends)
-        _require(self, "eos_token_id", f"None, or one or several ids below {self.vocab_size}", known)
+        one_each = isinstance(self.window, tuple)
+        windows = self.window if one_each else (self.window,)
+        fits = all(w is None or _is_count(w) for w in windows) and len(windows) == (self.layers if one_each else 1)
+        _require(self, "window", f"None, an integer >= 1, or {self.layers} of these", fits)
+        pairs = self.rope_frequencies
+        fits = isinstance(pairs, tuple) and len(pairs) == self.head_dim // 2 and all(map(_is_number, pairs))
+        _require(self, "rope_frequencies", f"None or {self.head_dim // 2} finite numbers", pairs is None or fits)
+        ends = self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
+        known = all(type(end) is int and 0 <= end < self.vocab_size for end in ends)
+        allowed = f"None, or one or several ids below {self.vocab_size}"
+        _require(self, "eos_token_id", allowed, self.eos_token_id is None or known)
 
 
 class Cache(Protocol):
@@ -352,8 +372,7 @@ def _set_widths(config: object, name: str) -> None:
     """Turn a list (as JSON returns it) into a tuple, so that configs compare equal, and check it."""
     value = getattr(config, name)
     _require(config, name, "a list of at least one integer >= 1", isinstance(value, list | tuple) and len(value) > 0)
-    for width in value:
-        _require(config, name, "a list of integers >= 1", isinstance(width, int) and width >= 1)
+    _require(config, name, f"a list of integers from 1 to {MAX_COUNT}", all(map(_is_count, value)))
     object.__setattr__(config, name, tuple(value))
 
 

@@ -149,7 +149,7 @@ def scan_pickle(data: bytes, *, more_opcodes: Set[str] = frozenset(), more_globa
     opcodes, calls = _OPCODES | more_opcodes, _GLOBALS | more_globals
     left = 1000 + len(data) // 2  # ours have five bytes an opcode
     end = 0
-    for opcode, argument, end in pickletools.genops(data):
+    for opcode, argument, end in pickletools.genops(data):  # noqa: B007
         name = opcode.name
         left -= 1
         if name not in opcodes or left < 0:

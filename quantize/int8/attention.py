@@ -45,8 +45,17 @@ class Int8MultiheadAttention(nn.Module):
     @classmethod
     def rebuild(cls, module: nn.Module, heads: int, batch_first: bool, dropout: float) -> Int8MultiheadAttention:
         """A frame in place of `module`; the records of its projections fill it."""
-        frame = [nn.Linear(1, 1, device="meta") for _ in range(4)]
+        frame = [nn.Identity() for _ in range(4)]
         return cls(*frame, heads=heads, batch_first=batch_first, dropout=dropout).train(module.training)
+
+    def contradiction(self) -> str | None:
+        """See `surgery.contradiction`."""
+        width = getattr(self.q, "out_features", None)
+        if type(width) is not int:
+            return f"its q is a {type(self.q).__name__}"
+        if type(self.num_heads) is not int or self.num_heads < 1 or width % self.num_heads:
+            return f"its num_heads={self.num_heads!r} doesn't divide the {width} outputs of q"
+        return None
 
     def forward(
         self,

@@ -39,6 +39,11 @@ class Int8Embedding(nn.Module):
             torch.empty(num_embeddings, device="meta"),
         ).train(module.training)
 
+    def contradiction(self) -> str | None:
+        """See `surgery.contradiction`."""
+        shapes = {"weight": (self.num_embeddings, self.embedding_dim), "scale": (self.num_embeddings,)}
+        return surgery.mismatch(self, shapes, {"weight": torch.int8})
+
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         return F.embedding(ids, self.weight) * F.embedding(ids, self.scale.unsqueeze(-1))
 

@@ -42,6 +42,11 @@ class Int8Linear(nn.Module):
             None if bias is None else torch.empty(out_features, dtype=getattr(torch, bias), device="meta"),
         ).train(module.training)
 
+    def contradiction(self) -> str | None:
+        """See `surgery.contradiction`."""
+        shapes = {"weight": (self.out_features, self.in_features), "scale": (self.out_features,), "bias": (self.out_features,)}
+        return surgery.mismatch(self, shapes, {"weight": torch.int8, "scale": torch.float32})
+
     @staticmethod
     def _dtype_name(tensor: torch.Tensor | None) -> str | None:
         return None if tensor is None else str(tensor.dtype).removeprefix("torch.")

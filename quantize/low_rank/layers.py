@@ -65,6 +65,16 @@ class _Pair(nn.Module):
     first: nn.Module
     second: nn.Module
 
+    def contradiction(self) -> str | None:
+        """See `surgery.contradiction`."""
+        kind = "features" if isinstance(self, LowRankLinear) else "channels"
+        enters, leaves = f"in_{kind}", f"out_{kind}"
+        if getattr(self.first, enters) != getattr(self, enters) or getattr(self.second, leaves) != getattr(self, leaves):
+            return f"its {enters} or {leaves} differ from those of its two layers"
+        if getattr(self.first, leaves) != getattr(self.second, enters):
+            return "its second layer doesn't take what the first one gives"
+        return None
+
     @property
     def rank(self) -> int:
         """Width between the two layers."""

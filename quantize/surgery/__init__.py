@@ -1,7 +1,8 @@
 """Change any module: find modules in a copy, replace or resize them, and write down what was done.
 
 Every technique goes through here. `edit` changes a model, `record` keeps what a file must repeat (the structure record) and
-what a person wants to know (the notes: what was done, what was left, and why).
+what a person wants to know (the notes: what was done, what was left, and why), `sizes` tells whether a module agrees with
+its own tensors.
 """
 
 from quantize.surgery.edit import (
@@ -16,15 +17,19 @@ from quantize.surgery.edit import (
     skip_filter,
     uncompiled,
 )
-from quantize.surgery.record import Note, Summary, builder, note, notes, record, structure
+from quantize.surgery.record import Note, Summary, builder, check_count, note, notes, record, structure
+from quantize.surgery.sizes import contradiction, mismatch
 
 __all__ = [
     "Note",
     "Skip",
     "Summary",
     "builder",
+    "check_count",
     "clone",
+    "contradiction",
     "deepcopy",
+    "mismatch",
     "note",
     "notes",
     "rebuild",

@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import copy
 import fnmatch
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from quantize.surgery.record import BUILDERS, builder, edits_of, join, record
+from quantize.surgery.record import BUILDERS, builder, check_count, edits_of, join, record
+from quantize.surgery.sizes import widths
 
 Skip = Sequence[str | type[nn.Module]]
+MAX_NUMBER = 2**16  # an attribute from a file may be so large, or as large as what it replaces or an axis of its module
+MAX_LIST = 1000
 
 
 def clone(model: nn.Module) -> nn.Module:
@@ -116,13 +120,7 @@ def replace(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn
     """
     for old, new in replacements.items():
         if new is not old:
-            own = list(edits_of(old))
-            inherited = [(b, a, join(n, inner)) for n, m in old.named_modules() for b, a, inner in edits_of(m)]
-            for module in old.modules():  # the new module may hold the old one
-                module.__dict__.pop("_structure", None)
-            if inherited:
-                copied = list(edits_of(new)[: len(own)]) == own
-                new.__dict__["_structure"] = [*inherited, *edits_of(new)[len(own) if copied else 0 :]]
+            _inherit(old, new)
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child in replacements:
@@ -130,29 +128,78 @@ def replace(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn
     return replacements.get(model, model)
 
 
-def rebuild(model: nn.Module, edits: Iterable[Mapping[str, Any]]) -> nn.Module:
+def _inherit(old: nn.Module, new: nn.Module) -> None:
+    """Give the edits of `old`, and of all in it, to what stands in its place."""
+    own = list(edits_of(old))
+    inherited = [(b, a, join(n, inner)) for n, m in old.named_modules() for b, a, inner in edits_of(m)]
+    for module in old.modules():  # the new module may hold the old one
+        module.__dict__.pop("_structure", None)
+    if inherited:
+        copied = list(edits_of(new)[: len(own)]) == own
+        new.__dict__["_structure"] = [*inherited, *edits_of(new)[len(own) if copied else 0 :]]
+
+
+def rebuild(model: nn.Module, edits: Sequence[Mapping[str, Any]]) -> nn.Module:
     """Apply a structure record to a fresh `model`, in place; returns the (possibly new) root.
 
     Raises ValueError naming the module for an edit that doesn't fit the model.
     """
+    check_count(edits)
+    places = _Places(model)
     for edit in edits:
-        name, builder_name, arguments = edit["module"], edit["builder"], edit["arguments"]
-        if builder_name not in BUILDERS:
-            raise ValueError(f"module {name!r}: unknown kind of edit {builder_name!r}; known: {sorted(BUILDERS)}")
+        name = edit["module"]
         try:
             module = model.get_submodule(name)
         except AttributeError:
-            raise ValueError(f"the model ({type(model).__name__}) has no module {name!r}") from None
-        before = list(edits_of(module))
-        try:
-            new = BUILDERS[builder_name](module, **arguments)
-        except (TypeError, ValueError, AttributeError, KeyError, RuntimeError) as error:
-            raise ValueError(f"module {name!r} can't become {builder_name}: {error}") from error
-        if list(edits_of(new)) in ([], before):  # the builder didn't record it itself
-            record(new, builder_name, **arguments)
+            raise ValueError(f"the model ({type(model).__name__}) has no module {name[:200]!r}") from None
+        new = _built(name, module, edit["builder"], edit["arguments"])
         if new is not module:
-            model = replace(model, {module: new})
+            places.replace(module, new)
+            model = new if module is model else model
+        places.note(new, deep=new is not module)
     return model
+
+
+def _built(name: str, module: nn.Module, builder_name: str, arguments: Mapping[str, Any]) -> nn.Module:
+    """What one edit makes of `module`, recorded."""
+    if builder_name not in BUILDERS:
+        raise ValueError(f"module {name!r}: unknown kind of edit {builder_name[:200]!r}; known: {sorted(BUILDERS)}")
+    before, sizes = list(edits_of(module)), widths(module)
+    try:
+        new = BUILDERS[builder_name](module, **arguments)
+    except (TypeError, ValueError, AttributeError, KeyError, RuntimeError) as error:
+        raise ValueError(f"module {name!r} can't become {builder_name}: {str(error)[:300]}") from error
+    if new is not module:
+        for key, size in widths(new).items():
+            if sizes.get(key, size) != size:
+                raise ValueError(f"module {name!r} can't become {builder_name}: {key} is {sizes[key]}, the edit says {size}")
+    if list(edits_of(new)) in ([], before):  # the builder didn't record it itself
+        record(new, builder_name, **arguments)
+    return new
+
+
+class _Places:
+    """Where each module of a model stands: a swap then costs no walk through the model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.parents: dict[nn.Module, dict[tuple[int, str], nn.Module]] = {}
+        self.note(model, deep=True)
+
+    def note(self, module: nn.Module, deep: bool) -> None:
+        """Write down where the children of `module` stand, and with `deep` those of all in it."""
+        for parent in module.modules() if deep else (module,):
+            for key, child in parent._modules.items():
+                if child is not None:
+                    self.parents.setdefault(child, {})[id(parent), key] = parent
+
+    def replace(self, old: nn.Module, new: nn.Module) -> None:
+        """As `replace` does it for one module."""
+        _inherit(old, new)
+        here = self.parents.pop(old, {})
+        for (_, key), parent in here.items():
+            if parent._modules.get(key) is old:
+                parent._modules[key] = new
+        self.parents.setdefault(new, {}).update(here)
 
 
 # Resizing: same module class, other shapes.
@@ -183,9 +230,29 @@ def resized(module: nn.Module, shapes: Mapping[str, Sequence[int]], attributes: 
     for name, shape in shapes.items():
         old = _get_tensor(module, name)
         _set_tensor(module, name, torch.empty(list(shape), dtype=old.dtype, device="meta"))
+    tensors = [t for t in [*module._parameters.values(), *module._buffers.values()] if t is not None]
+    widest = max((size for t in tensors for size in t.shape), default=0)
     for name, value in attributes.items():
+        if not _plausible(getattr(module, name, None), value, widest):
+            raise ValueError(f"attribute {name!r} of {type(module).__name__} can't become {str(value)[:80]}")
         _set_attribute(module, name, tuple(value) if isinstance(value, list) else value)
     return module
+
+
+def _plausible(old: Any, value: Any, widest: int) -> bool:
+    """May a file put `value` in the place of `old` on a module whose tensors are at most `widest` along an axis?"""
+    if isinstance(value, list):
+        before = old if isinstance(old, (list, tuple)) else ()
+        most = max((n for n in before if type(n) is int), default=0)
+        return len(value) <= MAX_LIST and all(_plausible(most if type(v) is int else None, v, widest) for v in value)
+    if isinstance(value, str):
+        return len(value) <= MAX_LIST
+    if type(value) is float:
+        return type(old) is not int and (math.isfinite(value) or value == old)
+    if type(value) is int and type(old) is not bool:
+        most = max(widest, MAX_NUMBER, old if type(old) is int else 0)
+        return min(0, old if type(old) is int else 0) <= value <= most
+    return isinstance(value, bool | None)
 
 
 def _get_tensor(module: nn.Module, name: str) -> torch.Tensor:

@@ -8,6 +8,7 @@ file can name one, never bring one.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -16,6 +17,8 @@ from torch import nn
 
 Builder = Callable[..., nn.Module]
 F = TypeVar("F", bound=Callable[..., Any])
+
+MAX_EDITS = 64  # of one module
 
 BUILDERS: dict[str, Builder] = {}
 
@@ -54,6 +57,14 @@ def structure(model: nn.Module) -> list[dict[str, Any]]:
         for name, module in model.named_modules()
         for builder_name, arguments, inner in edits_of(module)
     ]
+
+
+def check_count(edits: Sequence[Mapping[str, Any]]) -> None:
+    """Raises ValueError for a module that was edited so often that repeating it could take long."""
+    counts = Counter(edit["module"] for edit in edits)
+    for name, count in counts.most_common(1):
+        if count > MAX_EDITS:
+            raise ValueError(f"module {name[:200]!r} was edited {count} times; at most {MAX_EDITS} edits of it fit a file")
 
 
 # Notes: what a technique did to a model and what it left.
