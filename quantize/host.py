@@ -166,9 +166,9 @@ def with_waiting(environment: Mapping[str, str]) -> dict[str, str]:
     return dict(environment) if chosen else {**environment, "GOMP_SPINCOUNT": SPIN_COUNT}
 
 
-def waiting_policy() -> str:
-    """What the environment says about OpenMP's threads at a barrier; in force if it said so when torch was imported."""
-    said = [f"{name}={os.environ[name]}" for name in _WAITING if os.environ.get(name)]
+def waiting_policy(environment: Mapping[str, str] = os.environ) -> str:
+    """What `environment` says about OpenMP's threads at a barrier; in force if it said so when torch was imported."""
+    said = [f"{name}={environment[name]}" for name in _WAITING if environment.get(name)]
     return " ".join(said) or "default (libgomp spins 300,000 times before it sleeps)"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -22,13 +23,16 @@ from quantize.checkpoint import CheckpointError, save
 from quantize.measure import (
     Measurement,
     MeasurementError,
+    _take_turns,
+    _Turn,
     compare,
     fingerprint,
     keep_allocations,
+    latency_of,
     measure,
 )
-from quantize.measure.artifact import as_metrics, stored_tensors
-from quantize.measure.process import CannotSend, Nursery, Worker, pack, pack_inputs, write_payload
+from quantize.measure.artifact import Artifact, as_metrics, stored_tensors
+from quantize.measure.process import Nursery, Worker, pack, pack_inputs, payload
 from quantize.models import MLP, MLPConfig
 
 QUICK = {"threads": 1, "rounds": 2, "burst_seconds": 0.0}
@@ -164,13 +168,13 @@ def test_a_nursery_that_dies_is_named(files, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_peak_memory_is_the_workers_own(files, tmp_path):
+def test_peak_memory_is_the_workers_own(files):
     """A caller with 600 MB more resident doesn't show in its child's peak."""
     ballast = torch.ones(150_000_000)
-    write_payload(tmp_path / "payload", pack_inputs(INPUTS), evaluate=None, model=None)
+    things = payload(example_inputs=pack_inputs(INPUTS))
     with (
-        Nursery(threads=1, timeout_s=120) as nursery,
-        Worker(nursery, files["mlp"], tmp_path / "payload", keep=False, timeout_s=120) as worker,
+        Nursery(threads=1) as nursery,
+        Worker(nursery, files["mlp"], things, name="mlp", keep=False, timeout_s=120) as worker,
     ):
         small = worker.peak_rss_mb()
     own = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
@@ -193,10 +197,13 @@ def test_stored_tensors_counts_shared_weights_once():
 
 @pytest.mark.slow
 def test_what_cannot_be_sent_is_evaluated_here_and_said(files):
-    """A lambda can't go to another process: the file is loaded here for it, and the notes say so."""
-    m = measure(files["mlp"], INPUTS, evaluate=lambda model: ("classes", model.head.out_features), **QUICK)
-    assert m.metrics == {"classes": 4.0} and m.peak_rss_mb
+    """An open file can't go to another process: the artifact is loaded here for it; notes and progress say so."""
+    said = []
+    with files["mlp"].open() as file:
+        m = measure(files["mlp"], INPUTS, evaluate=lambda model: ("open", not file.closed), progress=said.append, **QUICK)
+    assert m.metrics == {"open": 1.0} and m.peak_rss_mb
     assert len(m.notes) == 1 and m.notes[0].startswith("evaluated in the calling process")
+    assert f"mlp: {m.notes[0]}" in said
 
 
 @pytest.mark.slow
@@ -206,13 +213,16 @@ def test_what_a_child_cannot_read_is_measured_here_and_said(files):
     assert m.metrics == {"metric": 3.0} and m.peak_rss_mb is None and "calling process" in m.notes[0]
 
 
+@pytest.mark.slow
 def test_a_model_in_memory_is_not_touched(files):
-    """Measured on a copy, in eval mode, and the notes say that it is no artifact."""
+    """Measured on a copy in a fresh process, in eval mode, and the notes say that it is no artifact."""
     model = nn.Sequential(nn.Linear(16, 16), nn.Dropout(0.5)).train()
     keys = set(model.__dict__)
-    m = measure(model, INPUTS, evaluate=lambda copy: float(copy.training), **QUICK)
+    m = measure(model, INPUTS, evaluate=lambda copy: {"on": copy.training, "pid": os.getpid()}, **QUICK)
     assert model.training and model[1].training and set(model.__dict__) == keys
-    assert m.metrics == {"metric": 0.0} and m.file is None and m.bytes == 4 * m.parameters == 4 * 272
+    assert (
+        m.metrics["on"] == 0 and m.metrics["pid"] != os.getpid() and m.file is None and m.bytes == 4 * m.parameters == 4 * 272
+    )
     assert "in memory" in m.notes[0]
 
 
@@ -232,12 +242,12 @@ def test_without_inputs_a_built_in_model_is_still_timed(files):
     ],
 )
 @pytest.mark.slow
-def test_failing_workers_are_named_and_reaped(files, tmp_path, evaluate, message):
+def test_failing_workers_are_named_and_reaped(files, evaluate, message):
     """A crash, an exception and a hang become one MeasurementError that names the file; no process is left."""
-    write_payload(tmp_path / "payload", pack_inputs(INPUTS), evaluate=pack(evaluate), model=None)
+    things, name = payload(example_inputs=pack_inputs(INPUTS), evaluate=pack(evaluate)), str(files["mlp"])
     with (
-        Nursery(threads=1, timeout_s=300) as nursery,
-        Worker(nursery, files["mlp"], tmp_path / "payload", keep=False, timeout_s=300) as worker,
+        Nursery(threads=1) as nursery,
+        Worker(nursery, files["mlp"], things, name=name, keep=False, timeout_s=300) as worker,
     ):
         worker.load()
         worker.timeout_s = 2
@@ -301,6 +311,84 @@ def test_what_is_no_metric_is_refused(result):
         as_metrics(result)
 
 
+def test_a_row_does_not_contradict_itself():
+    """speedup is the ratio of the medians shown, in every order of calls, and the median lies between p10 and p90."""
+    generator = random.Random(0)
+    for _ in range(200):
+        rounds = generator.randrange(1, 6)
+        times = [[generator.lognormvariate(0, 1) for _ in range(generator.randrange(1, 30))] for _ in range(2 * rounds)]
+        base, other = latency_of(times[:rounds]), latency_of(times[rounds:])
+        assert base.p10 <= base.median <= base.p90 and other.p10 <= other.median <= other.p90
+        artifacts = [Timed(times[:rounds]), Timed(times[rounds:])]
+        rows = _measured(artifacts, rounds)
+        assert [row.latency_ms for row in rows] == [base, other]
+        assert rows[1].speedup == base.median / other.median and rows[0].speedup == 1
+
+
+@pytest.mark.parametrize(
+    ("bursts", "expected"),
+    [
+        ([[3.0]], (3.0, 3.0, 3.0)),
+        ([[1.0, 2.0, 3.0], [3.0, 2.0, 1.0]], (2.0, 1.0, 3.0)),
+        ([[1.0] * 1000, [9.0], [9.0]], (9.0, 1.0, 9.0)),
+        ([[5.0, 1.0], [2.0, 4.0], [3.0, 3.0]], (3.0, 1.0, 5.0)),
+    ],
+)
+def test_each_round_weighs_the_same(bursts, expected):
+    """However many calls fitted into it: one fast round among three is a third."""
+    found = latency_of(bursts)
+    assert (found.median, found.p10, found.p90) == expected
+
+
+class Timed:
+    """Stands for an artifact whose calls take what is written down."""
+
+    def __init__(self, bursts):
+        self.bursts, self.path = list(bursts), None
+
+    def load(self):
+        return {"bytes": 1, "parameters": 1, "load_s": None, "callable": True}
+
+    def warm_up(self):
+        return {}
+
+    def burst(self, seconds):
+        return self.bursts.pop(0)
+
+    def evaluate(self):
+        return {}
+
+
+def _measured(artifacts: list[Timed], rounds: int) -> list[Measurement]:
+    turns = [_Turn(str(i), artifact, artifact, fresh=False) for i, artifact in enumerate(artifacts)]
+    return _take_turns(turns, 1, rounds, 0.0, lambda line: None)
+
+
+@pytest.mark.parametrize(
+    ("times", "busy"),
+    [([1.0] * 9 + [2.0], False), ([1.0] * 5 + [2.0] * 5, True), ([1.0, 1.4] * 5, False), ([1.0, 9.0], False)],
+)
+def test_a_busy_machine_is_said(times, busy):
+    """Times that moved by more than half, where there are enough of them to tell."""
+    (row,) = _measured([Timed([times])], 1)
+    assert [note.startswith("busy machine: p90 is 2.0 times p10") for note in row.notes] == [True] * busy
+
+
+def test_timed_as_users_run_it(files):
+    """Without gradients but outside of inference mode, where int8 layers share what they have quantized."""
+    modes = []
+
+    def watched(x):
+        modes.append((torch.is_grad_enabled(), torch.is_inference_mode_enabled()))
+        return x
+
+    artifact = Artifact(watched, INPUTS)
+    artifact.load()
+    artifact.warm_up()
+    artifact.burst(0.0)
+    assert set(modes) == {(False, False)}
+
+
 def test_fingerprint_sees_a_single_bit():
     """Equal for equal bits, different for one changed bit, another dtype or shape; nested outputs count."""
     same = [fingerprint(lambda x: {"a": (x, 1)}, torch.ones(3)) for _ in range(2)]
@@ -313,14 +401,6 @@ def test_fingerprint_sees_a_single_bit():
 def test_views_are_sent_without_their_storage():
     """One row of a large table isn't sent with the table."""
     assert len(pack_inputs({"x": torch.ones(10_000, 100)[3]})) < 5_000
-
-
-def test_functions_of_the_running_script_are_not_sent():
-    """The child's `__main__` is another module."""
-    function = lambda model: 0  # noqa: E731
-    function.__module__, function.__qualname__ = "__main__", "score"
-    with pytest.raises(CannotSend, match="score is defined in the running script"):
-        pack(partial(function, factor=1))
 
 
 def _environment() -> dict[str, str]:

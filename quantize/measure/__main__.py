@@ -1,4 +1,4 @@
-"""Measure one artifact in this fresh process and print one JSON line.
+"""Measure one artifact in a fresh process and print one JSON line.
 
     python -m quantize.measure artifacts/int8.pth
     python -m quantize.measure artifacts/int8.pth --baseline artifacts/model.pth
@@ -25,10 +25,10 @@ import safetensors.torch
 import torch
 
 from quantize.checkpoint import CheckpointError
-from quantize.host import keep_allocations, machine
-from quantize.measure import MeasurementError, measure, measure_here
+from quantize.host import default_threads
+from quantize.measure import MeasurementError, measure
 from quantize.measure.artifact import finite
-from quantize.measure.process import nursery, serve
+from quantize.measure.child import nursery, serve
 
 
 def main(argv: Sequence[str] | None = None, *, out: BinaryIO | None = None) -> int:
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None, *, out: BinaryIO | None = None) -> i
     parser.add_argument("--inputs", type=Path, help="example inputs: one array as .npy, or .safetensors named as arguments")
     parser.add_argument("--evaluate", help="module:function, called with the loaded model; returns the metric")
     parser.add_argument("--model", help="module:callable that makes a fresh instance of a foreign architecture")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch threads")
+    parser.add_argument("--threads", type=int, default=default_threads(), help="torch threads")
     parser.add_argument("--rounds", type=int, default=7, help="timed bursts")
     parser.add_argument("--burst-seconds", type=float, default=0.2, help="length of a burst")
     parser.add_argument("--default-allocator", action="store_true", help="leave malloc as it is")
@@ -59,19 +59,12 @@ def main(argv: Sequence[str] | None = None, *, out: BinaryIO | None = None) -> i
             "burst_seconds": arguments.burst_seconds,
         }
         inputs = read_inputs(arguments.inputs) if arguments.inputs else None
-        if arguments.baseline:
-            keep = not arguments.default_allocator
-            result = measure(arguments.file, inputs, baseline=arguments.baseline, keep=keep, **options)
-        else:
-            if not arguments.default_allocator:
-                keep_allocations()
-            result = measure_here(arguments.file, inputs, **options)
+        keep = not arguments.default_allocator
+        result = measure(arguments.file, inputs, baseline=arguments.baseline, keep=keep, **options)
     except (CheckpointError, MeasurementError, ValueError, TypeError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    line = json.dumps(
-        _strict({**dataclasses.asdict(result), "machine": {**machine(), "threads": result.threads}}), allow_nan=False
-    )
+    line = json.dumps(_strict({**dataclasses.asdict(result), "machine": result.machine()}), allow_nan=False)
     out.write(line.encode() + b"\n")
     out.flush()
     return 0
@@ -123,12 +116,20 @@ def _reserve_stdout() -> BinaryIO:
     return real
 
 
+def _reserve_stdin() -> BinaryIO:
+    """The real standard input; what else reads there (a child of `evaluate`, say) finds it empty."""
+    real = os.fdopen(os.dup(0), "rb")
+    empty = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(empty, 0)
+    os.close(empty)
+    return real
+
+
 if __name__ == "__main__":
-    if sys.argv[1:] in (["--serve"], ["--nursery"]):  # a worker of quantize.measure.compare, or what forks them
-        if sys.argv[1] == "--nursery":
-            nursery(socket.socket(fileno=0))
-        with _reserve_stdout() as replies:
-            serve(sys.stdin.buffer, replies)
+    if sys.argv[1:] == ["--nursery"]:  # what forks the workers of quantize.measure.compare; each comes back from it
+        nursery(socket.socket(fileno=0))
+    if sys.argv[1:] in (["--serve"], ["--nursery"]):
+        serve(_reserve_stdin(), _reserve_stdout())
     elif set(sys.argv[1:]) & {"-h", "--help"}:
         main()
     else:

@@ -111,7 +111,7 @@ class Artifact:
         return peak_rss_mb()
 
     def _run(self) -> None:
-        with torch.inference_mode():
+        with torch.no_grad():
             call(self.module, self.example_inputs, copy=False)
 
     def _guard(self, doing: str, function: Callable[[], Any]) -> Any:
@@ -124,8 +124,7 @@ class Artifact:
 
 def load_artifact(path: Path, model: nn.Module | None = None) -> Any:
     """The model in a checkpoint or TorchScript file, in eval mode. Raises CheckpointError naming the path and the reason."""
-    if not path.is_file():
-        raise CheckpointError(f"{path}: {'is not a file' if path.exists() else 'no such file'}")
+    check_there(path)
     if _is_torchscript(path):
         try:
             with warnings.catch_warnings():  # torch.jit is deprecated; files in it are still what people serve
@@ -134,6 +133,12 @@ def load_artifact(path: Path, model: nn.Module | None = None) -> Any:
         except Exception as error:
             raise CheckpointError(f"{path}: TorchScript can't load it: {' '.join(str(error).split())[:200]}") from error
     return load(path, model=model) if model is not None else load(path)
+
+
+def check_there(path: Path) -> None:
+    """Raises CheckpointError if there is no such file."""
+    if not path.is_file():
+        raise CheckpointError(f"{path}: {'is not a file' if path.exists() else 'no such file'}")
 
 
 def _is_torchscript(path: Path) -> bool:
@@ -207,7 +212,7 @@ def fingerprint(model: Any, example_inputs: Any) -> str:
 
     The same weights give the same bits on one machine with one thread count; another count may sum in another order.
     """
-    with torch.inference_mode():
+    with torch.no_grad():
         leaves = pytree.tree_leaves(call(model, example_inputs))
     digest = hashlib.sha256()
     for leaf in leaves:

@@ -1,0 +1,226 @@
+"""What becomes of measuring processes: nothing outlives the caller, nothing holds its result back."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+import quantize
+from quantize.checkpoint import save
+from quantize.measure import MeasurementError, compare, measure
+from quantize.models import MLP, MLPConfig
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
+
+QUICK = {"threads": 1, "rounds": 1, "burst_seconds": 0.0}
+INPUTS = torch.linspace(-1, 1, 32).reshape(2, 16)
+HERE = Path(__file__)
+
+CALLER = """
+import sys
+import torch
+import quantize
+import {module} as evaluators
+
+if {spawn}:
+    import os
+    del os.fork
+quantize.measure(
+    sys.argv[1], torch.zeros(2, 16), evaluate=evaluators.start_children_and_hang, threads=1, rounds=1, burst_seconds=0.0,
+)
+"""
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("artifact") / "mlp.pth"
+    save(MLP(MLPConfig(in_features=16, classes=4, hidden=(32,))).eval(), path)
+    return path
+
+
+def start_children() -> None:
+    """One in the process group, one in a session of its own, one that holds the worker's pipes."""
+    subprocess.Popen(["sleep", "1000"])
+    subprocess.Popen(["sleep", "1000"], start_new_session=True)
+    multiprocessing.get_context("fork").Process(target=time.sleep, args=(1000,), daemon=True).start()
+
+
+def start_children_and_hang(model) -> None:
+    start_children()
+    Path(os.environ["QUANTIZE_TEST_STARTED"]).touch()
+    time.sleep(1000)
+
+
+def start_children_and_answer(model) -> float:
+    start_children()
+    return 3.0
+
+
+def start_children_and_die(model) -> None:
+    start_children()
+    os._exit(7)
+
+
+def leave(model) -> None:
+    sys.exit(5)
+
+
+def processes(mark: str) -> list[int]:
+    """All that have `mark` in the environment that they were started with."""
+    found = []
+    for environ in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if mark.encode() in environ.read_bytes():
+                found.append(int(environ.parent.name))
+        except OSError:  # ended, or somebody else's
+            continue
+    return found
+
+
+def wait_until(condition, seconds: float = 60.0) -> bool:
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.05)
+    return bool(condition())
+
+
+@linux
+@pytest.mark.slow
+@pytest.mark.parametrize(("how", "spawn"), [(signal.SIGKILL, False), (signal.SIGINT, False), (signal.SIGTERM, True)])
+def test_nothing_outlives_the_caller(file, tmp_path, how, spawn):
+    """However the caller ends while a worker computes: no process of its is left, and no file."""
+    mark, started, folder = uuid.uuid4().hex, tmp_path / "started", tmp_path / "temporary"
+    folder.mkdir()
+    paths = os.pathsep.join([str(HERE.parent), str(Path(quantize.__file__).parents[1])])
+    environment = {
+        **os.environ, "QUANTIZE_TEST_MARK": mark, "QUANTIZE_TEST_STARTED": str(started), "TMPDIR": str(folder),
+        "PYTHONPATH": paths,
+    }  # fmt: skip
+    code = CALLER.format(module=HERE.stem, spawn=spawn)
+    caller = subprocess.Popen([sys.executable, "-c", code, str(file)], env=environment, stderr=subprocess.DEVNULL)
+    assert wait_until(started.exists) and len(processes(mark)) >= 4
+    caller.send_signal(how)
+    caller.wait(60)
+    escaped = 1 if spawn else 0  # without a nursery nobody hears of what left the worker's group
+    try:
+        assert wait_until(lambda: len(processes(mark)) <= escaped, 20), processes(mark)
+    finally:
+        for pid in processes(mark):
+            os.kill(pid, signal.SIGKILL)
+    assert list(folder.iterdir()) == []
+
+
+@linux
+@pytest.mark.slow
+def test_children_of_evaluate_hold_nothing_back(file, monkeypatch):
+    """The result comes while they run, also when they hold the worker's pipes; then they are ended."""
+    mark = uuid.uuid4().hex
+    monkeypatch.setenv("QUANTIZE_TEST_MARK", mark)
+    began = time.monotonic()
+    result = measure(file, INPUTS, evaluate=start_children_and_answer, **QUICK)
+    assert result.metrics == {"metric": 3.0} and time.monotonic() - began < 300
+    assert wait_until(lambda: not processes(mark), 20), processes(mark)
+
+
+@linux
+@pytest.mark.slow
+@pytest.mark.parametrize(("evaluate", "code"), [(start_children_and_die, 7), (leave, 5)])
+def test_a_death_is_seen_although_children_live(file, evaluate, code):
+    """By its exit code, long before the time is up."""
+    began = time.monotonic()
+    with pytest.raises(MeasurementError, match=f"its process ended with exit code {code} during 'evaluate'"):
+        measure(file, INPUTS, evaluate=evaluate, timeout_s=1000, **QUICK)
+    assert time.monotonic() - began < 300
+
+
+def kill_parent(model) -> None:
+    os.kill(os.getppid(), signal.SIGKILL)
+    time.sleep(1000)
+
+
+@linux
+@pytest.mark.slow
+def test_workers_die_with_the_process_that_forked_them(file, monkeypatch):
+    """The caller is told, and no worker is left."""
+    mark = uuid.uuid4().hex
+    monkeypatch.setenv("QUANTIZE_TEST_MARK", mark)
+    with pytest.raises(MeasurementError, match="the process that starts the measuring processes has failed"):
+        compare({"a": file, "b": file}, INPUTS, evaluate=kill_parent, **QUICK)
+    assert wait_until(lambda: not processes(mark), 20)
+
+
+def nap(model, seconds: float) -> float:
+    time.sleep(seconds)
+    return 1.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_the_limit_counts_work_and_not_the_start(file, monkeypatch, start):
+    """Two seconds are less than a Python with torch needs to start here, and enough for all but the last answer."""
+    if start == "spawn":
+        monkeypatch.delattr("os.fork")
+    with pytest.raises(MeasurementError, match="no answer to 'evaluate' within 2 s"):
+        measure(file, INPUTS, evaluate=partial(nap, seconds=100.0), timeout_s=2.0, **QUICK)
+
+
+SCRIPT = """
+import os
+import sys
+
+import torch
+from torch import nn
+
+import quantize
+from quantize.measure import compare
+
+WIDTH = 5  # a global that both use
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(16, WIDTH)
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+def width(model):
+    return {"width": model.layer.out_features - WIDTH, "pid": os.getpid()}
+
+
+torch.manual_seed(0)
+model = Net().eval()
+quantize.save(model, sys.argv[1])
+rows = compare(
+    {"file": sys.argv[1], "memory": model}, torch.zeros(2, 16), model=Net, evaluate=lambda m: width(m),
+    threads=1, rounds=1, burst_seconds=0.0,
+)
+assert len({os.getpid(), *(row.metrics["pid"] for row in rows)}) == 3
+assert [row.metrics["width"] for row in rows] == [0, 0]
+assert rows[0].output_sha256 == rows[1].output_sha256
+print([row.notes for row in rows])
+"""
+
+
+@pytest.mark.slow
+def test_what_the_script_defines_is_measured_in_a_fresh_process(tmp_path):
+    """A class, a function and a lambda of a script without a main guard: processes of their own, and the script runs once."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    environment = {**os.environ, "PYTHONPATH": str(Path(quantize.__file__).parents[1])}
+    command = [sys.executable, str(script), str(tmp_path / "net.safetensors")]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout == "[(), ('in memory: no file was loaded',)]\n"
