@@ -31,7 +31,7 @@ def content() -> bytes:
     if build.library().note is None:
         path, folder = build._open_folder()
         os.close(folder)
-        return (path / f"step-{build._key(build._compiler())}.so").read_bytes()[: -build.DIGEST_BYTES]
+        return (path / f"step-{build._key(tuple(build._compiler()))}.so").read_bytes()[: -build.DIGEST_BYTES]
     return build._compile(build._compiler())
 
 
@@ -191,7 +191,7 @@ def test_threads_and_processes_share_one_compilation(compiler, monkeypatch, tmp_
         waiting = threading.Thread(target=build.library)
         waiting.start()
         time.sleep(0.3)
-        name = f"step-{build._key(build._compiler())}.so"
+        name = f"step-{build._key(tuple(build._compiler()))}.so"
         assert waiting.is_alive() and build._keep(compiler.content, path / name) is None
     os.close(folder)
     waiting.join()

@@ -304,6 +304,30 @@ def test_models_of_transformers():
     assert torch.equal(generate(model, inputs["input_ids"], max_new_tokens=6, stop_tokens=()), expected)
 
 
+class Pair(nn.Module):
+    """Scores two texts."""
+
+    def forward(self, ids, other):
+        return ids + other
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (lambda: zoo("t5")[0], "T5ForConditionalGeneration is an encoder-decoder, which generate doesn't support"),
+        (lambda: zoo("whisper")[0], "WhisperForConditionalGeneration is an encoder-decoder, which generate doesn't support"),
+        (lambda: nn.Transformer(8, 2, 1, 1, 8, batch_first=True), "Transformer is an encoder-decoder"),
+        (Pair, "the forward of Pair needs more than token ids: other"),
+    ],
+)
+def test_models_that_do_not_continue_a_text_are_refused_by_name(model, message):
+    """As the model and as a draft, before any work."""
+    with pytest.raises(TypeError, match=message):
+        generate(model(), tokens(1, 3), max_new_tokens=4)
+    with pytest.raises(TypeError, match=message):
+        generate(decoder(), tokens(1, 3), max_new_tokens=4, draft=model())
+
+
 def test_results_are_ordinary_tensors():
     """Ids can go straight into a pass with gradients."""
     model = decoder()

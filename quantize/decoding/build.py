@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import hashlib
 import os
 import shlex
@@ -87,7 +88,7 @@ def _find(compile_now: bool) -> Library | None:
     compiler = _compiler()
     if compiler is None:
         raise OSError("there is no C++ compiler (g++ or clang++, or the one that CXX names)")
-    name = f"step-{_key(compiler)}.so"
+    name = f"step-{_key(tuple(compiler))}.so"
     try:
         path, folder = _open_folder()
     except OSError as error:
@@ -116,7 +117,8 @@ def _compiler() -> list[str] | None:
     return None
 
 
-def _key(compiler: list[str]) -> str:
+@functools.cache
+def _key(compiler: tuple[str, ...]) -> str:
     """Names a library by its source and by what the compiler knows of this CPU: machines may share a folder."""
     target = _run([*compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull]).stdout
     parts = (SOURCE.read_bytes(), HEADER.read_bytes(), target, " ".join(FLAGS).encode())

@@ -121,9 +121,11 @@ class Step:
             for name, norm in zip(NORMS, parts, strict=True):
                 setattr(layer, name, self._keep(getattr(norm, "weight", None), torch.float32))
         self.kept.append(layers)
+        with torch.device("cpu"):  # whatever the default is
+            frequencies = model.rope_frequencies()
         self.described = Model(
             len(layers), config.width, config.head_dim, config.norm_eps, config.rope_scale,
-            self._keep(model.rope_frequencies(), torch.float32), self._keep(model.norm.weight, torch.float32),
+            self._keep(frequencies, torch.float32), self._keep(model.norm.weight, torch.float32),
             ctypes.addressof(layers), self._linear(model.head),
         )  # fmt: skip
         self.vocabulary, self.heads32 = model.head.out_features, isinstance(model.head, HalfLinear)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from quantize.generation.drafts import LookupDraft, ModelDraft, Pace
-from quantize.generation.reader import CachedReader, PlainReader, device_of, takes_cache, vocabulary_size
+from quantize.generation.reader import CachedReader, PlainReader, check_continues, device_of, takes_cache, vocabulary_size
 from quantize.generation.sampling import Chooser, Sampling
 from quantize.kv_cache import KVCache
 
@@ -112,6 +112,7 @@ class Generation:
     ):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+        check_continues(model)
         for name, value in (("max_new_tokens", max_new_tokens), ("draft_tokens", 1 if draft_tokens is None else draft_tokens)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} is {value!r}; allowed: an integer >= 1")
@@ -159,7 +160,14 @@ class Generation:
     @property
     def log_probs(self) -> Tensor:
         """Log-probabilities of the new tokens, fp32 [B, new]; asked for with `log_probs=True`."""
-        return torch.stack(self._log_probs, dim=1) if self._log_probs else torch.zeros(self.batch, 0)
+        if not self._log_probs:
+            return torch.zeros(self.batch, 0, dtype=torch.float32, device=self._device)
+        return torch.stack(self._log_probs, dim=1)
+
+    @property
+    def reason(self) -> str | None:
+        """Why native code doesn't run the passes over a few tokens; None if it does, or will when they come."""
+        return self._reader.reason
 
     # ------------------------------------------------------------------------------------------ the loop
 
@@ -213,7 +221,8 @@ class Generation:
             self._seen.scatter_(1, token[:, None], True)
         stops = torch.isin(token, self._stop) if len(self._stop) else torch.zeros_like(self._done)
         if self._stop_strings:
-            stops = stops | torch.tensor([self._ends_with_string(row) for row in self.ids], device=self._device)
+            ends = [self._ends_with_string(row) for row in self.ids]
+            stops = stops | torch.tensor(ends, dtype=torch.bool, device=self._device)
         if bool(stops.any()):
             for row in (stops & ~self._done).nonzero().flatten().tolist():
                 self._ends[row] = self.ids.shape[1]
@@ -271,7 +280,7 @@ class Generation:
                 raise ValueError(f"{asked} pass the cache's limit of {cache.limit}")
             if cache.length and self._pad is not None:
                 raise ValueError("rows of different length need an empty cache: call cache.reset()")
-            reader = CachedReader(model, cache)
+            reader = CachedReader(model, cache, tokens=self.max_new_tokens)
             reader.check(self.batch if cache.length else cache.batch)
             if cache.length == 0:
                 cache.reset(batch=self.batch, pad=self._pad)
@@ -280,7 +289,7 @@ class Generation:
             raise TypeError(f"cache must be True, False, a dtype or a KVCache, got {cache!r}")
         made = KVCache.for_model(model, batch=self.batch, limit=total, dtype=None if cache is True else cache)
         made.reset(pad=self._pad)
-        return CachedReader(model, made)
+        return CachedReader(model, made, tokens=self.max_new_tokens)
 
     def _open_draft(self, draft: nn.Module | str | None, count: int | None) -> ModelDraft | LookupDraft | None:
         if draft is None:
@@ -293,6 +302,7 @@ class Generation:
             return LookupDraft()
         if not isinstance(draft, nn.Module):
             raise TypeError(f"draft must be a model or 'lookup', got {type(draft).__name__}")
+        check_continues(draft)
         other = vocabulary_size(draft)
         if other != self._vocabulary:
             raise ValueError(f"the draft has {other} token ids and the model {self._vocabulary}: they must share a vocabulary")
@@ -321,14 +331,15 @@ def _as_ids(prompt: Prompt) -> tuple[Tensor, Tensor | None]:
         raise TypeError(f"prompt must be ids [B, T] or a list of lists of ids, got {type(prompt).__name__}")
     rows = []
     for i, row in enumerate(prompt):
-        row = row if isinstance(row, Tensor) else torch.tensor(row if isinstance(row, Sequence) else [row])
+        if not isinstance(row, Tensor):
+            row = torch.tensor(row if isinstance(row, Sequence) else [row], device="cpu")
         if row.dim() != 1 or not len(row) or row.is_floating_point():
             raise ValueError(f"prompt {i} must be a 1-D list of at least one token id, got {row.dtype} {list(row.shape)}")
         rows.append(row.long())
     if not rows:
         raise ValueError("prompt is an empty list; give at least one row")
     longest = max(map(len, rows))
-    pad = torch.tensor([longest - len(row) for row in rows])
+    pad = torch.tensor([longest - len(row) for row in rows], device="cpu")
     ids = torch.stack([torch.nn.functional.pad(row, (int(p), 0)) for row, p in zip(rows, pad, strict=True)])
     return ids, pad if bool(pad.any()) else None
 

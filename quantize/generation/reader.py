@@ -15,7 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantize.decoding import DecodingLM
+from quantize.decoding.passes import NativePasses
 from quantize.kv_cache import KVCache
+from quantize.models import DecoderLM
 
 CHUNK = 512  # positions per pass while reading a prompt: bounds the memory of scores and activations
 
@@ -41,6 +44,19 @@ def takes_cache(model: nn.Module) -> bool:
     return "cache" in _parameters(model) and any(hasattr(m, "cache_shape") for m in model.modules())
 
 
+def check_continues(model: nn.Module) -> None:
+    """Raises TypeError for a model that doesn't continue a text from its token ids alone."""
+    kind = type(model).__name__
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) or isinstance(model, nn.Transformer):
+        raise TypeError(
+            f"{kind} is an encoder-decoder, which generate doesn't support: it continues a text with a model that maps "
+            f"ids [B, T] to logits [B, T, V]; use {kind}'s own generate, if it has one"
+        )
+    missing = _required(model)
+    if missing:
+        raise TypeError(f"the forward of {kind} needs more than token ids: {', '.join(missing)}")
+
+
 def vocabulary_size(model: nn.Module) -> int | None:
     """Number of token ids, from the config or the largest embedding; None if there is neither."""
     size = getattr(getattr(model, "config", None), "vocab_size", None)
@@ -54,10 +70,26 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 class CachedReader:
-    """Reads through a cache. What was read is noted on the cache, so that a later text with the same beginning reuses it."""
+    """Reads through a cache. What was read is noted on the cache, so that a later text with the same beginning reuses it.
 
-    def __init__(self, model: nn.Module, cache: KVCache):
+    A `DecoderLM` in eval mode is read natively where it can be (see `decoding.passes`). tokens: how many will be decoded.
+    """
+
+    def __init__(self, model: nn.Module, cache: KVCache, *, tokens: int):
         self.model, self.cache = model, cache
+        self.passes: NativePasses | None = None
+        if isinstance(model, DecoderLM) and not any(module.training for module in model.modules()):
+            self.passes = NativePasses(model, tokens=tokens)
+
+    @property
+    def reason(self) -> str | None:
+        """Why the model runs its passes by itself; None if native code runs them, or will when they come."""
+        if self.passes is not None:
+            return self.passes.reason
+        if isinstance(self.model, DecodingLM):
+            return self.model.reason if self.model.backend != "native" else None
+        kind = type(self.model).__name__
+        return f"{kind} is in training mode" if isinstance(self.model, DecoderLM) else f"{kind} isn't a DecoderLM"
 
     @property
     def length(self) -> int:
@@ -90,9 +122,10 @@ class CachedReader:
     def read(self, ids: Tensor, *, last: int) -> Tensor:
         """Logits [B, last, V] after reading ids [B, n] >= last."""
         held = self.cache.tokens if self.cache.length else None
-        if ids.shape[1] > CHUNK and last == 1:
+        logits = None if self.passes is None else self.passes(ids, self.cache, last)
+        if logits is None and ids.shape[1] > CHUNK and last == 1:
             logits = prefill(self.model, ids, self.cache)[:, None]
-        else:
+        elif logits is None:
             logits = _call(self.model, ids, cache=self.cache, last=last)
         self.cache.owner = weakref.ref(self.model)
         self.cache.tokens = ids if held is None else torch.cat((held, ids), dim=1)
@@ -103,8 +136,13 @@ class CachedReader:
 
 
 class PlainReader:
-    """Computes everything again for each new token. Rows of different length are padded on the right, which causal models,
-    the only ones that make sense here, never look at."""
+    """Computes everything again for each new token.
+
+    Rows of different length are padded on the right, which causal models, the only ones that make sense
+    here, never look at.
+    """
+
+    reason = "there is no cache"  # see CachedReader
 
     def __init__(self, model: nn.Module, pad: Tensor | None):
         self.model, self.pad = model, pad
@@ -133,6 +171,17 @@ def _parameters(model: nn.Module) -> frozenset[str]:
     """Names of the arguments of the model's forward."""
     forward = model.forward
     return _names(getattr(forward, "__func__", forward))
+
+
+def _required(model: nn.Module) -> list[str]:
+    """Names of the arguments without a default, after the first, that a forward asks for."""
+    try:
+        parameters = list(inspect.signature(model.forward).parameters.values())
+    except (TypeError, ValueError):
+        return []
+    gathers = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    needed = [p.name for p in parameters[1:] if p.default is p.empty and p.kind not in gathers]
+    return [name for name in needed if name not in ("cache", "logits_to_keep", "use_cache")]
 
 
 @functools.lru_cache(maxsize=64)  # asked for with every token, and slow to find

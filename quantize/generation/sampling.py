@@ -52,7 +52,7 @@ class Sampling:
     def seeds(self, batch: int) -> list[int]:
         """One seed per row; fresh ones if none was given. Raises ValueError for a wrong number of them."""
         if self.seed is None:
-            return torch.randint(2**62, (batch,)).tolist()
+            return torch.randint(2**62, (batch,), device="cpu").tolist()
         seeds = [self.seed + i for i in range(batch)] if isinstance(self.seed, int) else list(self.seed)
         if len(seeds) != batch or not all(isinstance(s, int) for s in seeds):
             raise ValueError(f"seed is {self.seed!r}; allowed: an integer, or one for each of {batch} rows")
@@ -91,8 +91,8 @@ def _least_of_nucleus(log_probs: Tensor, top_p: float) -> Tensor:
 
 def draw(log_probs: Tensor, seeds: Sequence[int], position: int) -> Tensor:
     """One token per row [B] from log-probabilities [B, V]; the same for the same seed and position."""
-    generator = torch.Generator()
-    noise = torch.empty(log_probs.shape, dtype=torch.float64)
+    generator = torch.Generator("cpu")  # the same noise on every device
+    noise = torch.empty(log_probs.shape, dtype=torch.float64, device="cpu")
     for row, seed in zip(noise, seeds, strict=True):
         generator.manual_seed((seed * 0x9E3779B97F4A7C15 + position * 0xD1B54A32D192ED03) % 2**63)
         row.exponential_(generator=generator)

@@ -252,7 +252,8 @@ class KVCache:
     def _reserve(self, store: _Layer, end: int, like: Tensor) -> None:
         """Make room for positions up to `end`: use what is there, drop what a window left behind, or grow."""
         needed, held = end - store.first, self.length - store.first
-        own = bool(store.tensors) and store.sharers[0] == 1
+        whole = all(t.is_contiguous() for t in store.tensors.values())  # not copies of one row that share its memory
+        own = bool(store.tensors) and store.sharers[0] == 1 and whole
         if own and needed <= store.capacity:
             return
         drop = 0
