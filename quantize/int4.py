@@ -16,19 +16,20 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from quantize import calibration as calibrating
 from quantize import surgery
 from quantize.host import native_bf16
+from quantize.nn import Operands, PackedLayer, dtype_name, dtype_named, is_transposed
 
 GROUP_SIZES = (32, 64, 128, 256)
 _FEW_ROWS = 128  # above, widening the weight once is cheaper than the kernel's product
 
 
-def quantize_groups(weight: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def quantize_groups(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Round to the nearest: `[N, K]` to values 0..15 `[N, K]` (uint8), and bfloat16 scale and zero `[N, K / group_size]`.
 
     The value v of a group stands for (v - 8) * scale + zero.
@@ -38,8 +39,8 @@ def quantize_groups(weight: torch.Tensor, group_size: int) -> tuple[torch.Tensor
 
 
 def quantize_groups_gptq(
-    weight: torch.Tensor, group_size: int, second_moment: torch.Tensor, damping: float = 0.01
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    weight: Tensor, group_size: int, second_moment: Tensor, damping: float = 0.01
+) -> tuple[Tensor, Tensor, Tensor]:
     """As `quantize_groups`, but with a small error of `x W^T` for inputs x with E[x x^T] = `second_moment`, `[K, K]`."""
     weight, k = weight.clone().float(), weight.shape[1]
     moment = second_moment.double().clone()
@@ -64,59 +65,86 @@ def quantize_groups_gptq(
     return values, torch.cat(scales, 1), torch.cat(zeros, 1)
 
 
-def _grid(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _grid(groups: Tensor) -> tuple[Tensor, Tensor]:
     """Scale and zero (bfloat16, without the last axis) of a 16-value grid over each group of the last axis."""
     low, high = groups.float().aminmax(dim=-1)
     scale = ((high - low) / 15).clamp_min(1e-8).bfloat16()
     return scale, (low + 8 * scale.float()).bfloat16()
 
 
-def _to_grid(weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+def _to_grid(weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     return ((weight.float() - zero.float()) / scale.float() + 8).round_().clamp_(0, 15).to(torch.uint8)
 
 
-def _from_grid(values: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+def _from_grid(values: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     return (values.float() - 8) * scale.float() + zero.float()
 
 
 @surgery.builder
-class Int4Linear(nn.Module):
+class Int4Linear(PackedLayer):
     """`y = x W^T + b` with 4-bit W: x `[..., in_features]` of any float dtype, y the same. For inference.
 
-    State: `weight` uint8 `[out, in / 2]` (column 2i in the low four bits), `scale` and `zero` bfloat16 `[out, in / group_size]`
-    (they stay bfloat16 under `.half()`), `bias` `[out]` or None.
+    State: `packed` uint8 `[out, in / 2]` (column 2i in the low four bits), `scale` and `zero` bfloat16 `[out, in / group_size]`
+    (they stay bfloat16 under `.half()`), `bias` `[out]` or None. `weight` reads as the float weight that they stand for.
     """
 
-    def __init__(self, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bias: torch.Tensor | None = None) -> None:
-        super().__init__()
-        self.out_features, self.in_features = weight.shape[0], 2 * weight.shape[1]
+    exact = ("scale", "zero")
+
+    def __init__(
+        self,
+        packed: Tensor,
+        scale: Tensor,
+        zero: Tensor,
+        bias: Tensor | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(dtype, "cpu" if packed.is_meta else packed.device)
+        self.out_features, self.in_features = packed.shape[0], 2 * packed.shape[1]
         self.group_size = self.in_features // scale.shape[1]
-        for name, tensor in (("weight", weight), ("scale", scale), ("zero", zero), ("bias", bias)):
+        for name, tensor in (("packed", packed), ("scale", scale), ("zero", zero), ("bias", bias)):
             self.register_buffer(name, tensor)
 
     @classmethod
-    def from_linear(cls, layer: nn.Linear, group_size: int, second_moment: torch.Tensor | None = None) -> Int4Linear:
-        """Quantize `layer`; with the second moment of its inputs, `[in, in]`, by GPTQ."""
-        weight = layer.weight.detach().float()
+    def from_linear(cls, layer: nn.Module, group_size: int, second_moment: Tensor | None = None) -> Int4Linear:
+        """Quantize `layer` (an `nn.Linear`, or a Conv1D); with the second moment of its inputs, `[in, in]`, by GPTQ."""
+        weight = layer.weight.detach()
+        dtype, weight = weight.dtype, (weight.t() if is_transposed(layer) else weight).float()
         if second_moment is None:
             values, scale, zero = quantize_groups(weight, group_size)
         else:
             values, scale, zero = quantize_groups_gptq(weight, group_size, second_moment)
         bias = None if layer.bias is None else layer.bias.detach().clone()
-        new = cls(values[:, ::2] | values[:, 1::2] << 4, scale, zero, bias)
-        dtype = None if bias is None else str(bias.dtype).removeprefix("torch.")
+        new = cls(values[:, ::2] | values[:, 1::2] << 4, scale, zero, bias, dtype=dtype)
+        new.transposed = is_transposed(layer)
         surgery.record(
-            new, "Int4Linear", in_features=layer.in_features, out_features=layer.out_features, group_size=group_size, bias=dtype
+            new,
+            "Int4Linear",
+            in_features=new.in_features,
+            out_features=new.out_features,
+            group_size=group_size,
+            bias=None if bias is None else dtype_name(bias.dtype),
+            dtype=dtype_name(dtype),
         )
         return new
 
     @classmethod
-    def rebuild(cls, module: nn.Module, in_features: int, out_features: int, group_size: int, bias: str | None) -> Int4Linear:
+    def rebuild(
+        cls,
+        module: nn.Module,
+        in_features: int,
+        out_features: int,
+        group_size: int,
+        bias: str | None,
+        dtype: str = "float32",
+    ) -> Int4Linear:
         """An empty layer (on the meta device) in place of `module`, for a file's tensors."""
         grid = torch.empty(out_features, in_features // group_size, dtype=torch.bfloat16, device="meta")
-        weight = torch.empty(out_features, in_features // 2, dtype=torch.uint8, device="meta")
-        empty_bias = None if bias is None else torch.empty(out_features, dtype=getattr(torch, bias), device="meta")
-        return cls(weight, grid, grid.clone(), empty_bias).train(module.training)
+        packed = torch.empty(out_features, in_features // 2, dtype=torch.uint8, device="meta")
+        empty_bias = None if bias is None else torch.empty(out_features, dtype=dtype_named(bias), device="meta")
+        new = cls(packed, grid, grid.clone(), empty_bias, dtype=dtype_named(dtype))
+        new.transposed = is_transposed(module)
+        return new.train(module.training)
 
     def contradiction(self) -> str | None:
         """See `surgery.contradiction`."""
@@ -124,39 +152,53 @@ class Int4Linear(nn.Module):
         if group not in GROUP_SIZES or inputs % group:
             return f"its group_size={group!r} is none of {GROUP_SIZES} that divide in_features={inputs!r}"
         grid = (outputs, inputs // group)
-        shapes = {"weight": (outputs, inputs // 2), "scale": grid, "zero": grid, "bias": (outputs,)}
-        dtypes = {"weight": torch.uint8, "scale": torch.bfloat16, "zero": torch.bfloat16}
+        shapes = {"packed": (outputs, inputs // 2), "scale": grid, "zero": grid, "bias": (outputs,)}
+        dtypes = {"packed": torch.uint8, "scale": torch.bfloat16, "zero": torch.bfloat16}
         return surgery.mismatch(self, shapes, dtypes)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         traced = torch.jit.is_tracing() or torch.compiler.is_compiling()
-        if not traced and x.shape[-1] != self.in_features:
-            raise ValueError(f"the last axis of the input is {x.shape[-1]}, but the layer takes {self.in_features} features")
+        if not traced:
+            self._check(x)
         rows = x.detach().reshape(-1, self.in_features)
-        if not traced and rows.device.type == "cpu" and 0 < rows.shape[0] <= _FEW_ROWS and self.out_features % 16 == 0:
-            packed, grid = self._packed()
-            y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows.bfloat16(), packed, self.group_size, grid).to(x.dtype)
+        few = 0 < rows.shape[0] <= _FEW_ROWS
+        if not traced and rows.device.type == "cpu" and few and self.out_features % 16 == 0:
+            packed, grid = self._for_kernel()
+            halves = rows.bfloat16().contiguous()  # the kernel reads rows one after another
+            y = torch.ops.aten._weight_int4pack_mm_for_cpu(halves, packed, self.group_size, grid).to(x.dtype)
             y = y if self.bias is None else y.add_(self.bias)
-        elif not traced and rows.shape[0] > _FEW_ROWS and rows.dtype is torch.float32 and native_bf16(rows.device):
+        elif not traced and not few and rows.dtype is torch.float32 and native_bf16(rows.device):
             y = F.linear(rows.bfloat16(), self._widened()).to(x.dtype)
             y = y if self.bias is None else y.add_(self.bias)
         else:
             bias = None if self.bias is None else self.bias.to(x.dtype)
-            y = F.linear(rows, self.dequantized().to(x.dtype), bias)
+            y = F.linear(rows, self.dense_weight().to(x.dtype), bias)
         return y.reshape(*x.shape[:-1], self.out_features)
 
-    def values(self) -> torch.Tensor:
-        """The 4-bit values, uint8 `[out, in]` in 0..15."""
-        return torch.stack((self.weight & 15, self.weight >> 4), -1).flatten(1)
+    def _check(self, x: Tensor) -> None:
+        if not x.is_floating_point():
+            raise TypeError(f"the input must be a floating point tensor, got {x.dtype}")
+        if x.shape[-1] != self.in_features:
+            given = f"the last axis of the input is {x.shape[-1]}"
+            raise ValueError(f"{given}, but the layer takes {self.in_features} features")
 
-    def dequantized(self) -> torch.Tensor:
-        """The weight that the layer stands for, float32 `[out, in]`."""
+    def values(self) -> Tensor:
+        """The 4-bit values, uint8 `[out, in]` in 0..15."""
+        return torch.stack((self.packed & 15, self.packed >> 4), -1).flatten(1)
+
+    def dense_weight(self) -> Tensor:
         groups = self.values().unflatten(1, (-1, self.group_size))
         return _from_grid(groups, self.scale.unsqueeze(-1), self.zero.unsqueeze(-1)).flatten(1)
 
-    def _widened(self) -> torch.Tensor:
+    def weight_shape(self) -> tuple[int, ...]:
+        return self.out_features, self.in_features
+
+    def operands(self) -> Operands:
+        return Operands(self.packed, self.bias, self.scale, self.zero, self.group_size)
+
+    def _widened(self) -> Tensor:
         """The weight as bfloat16 `[out, in]`. The bits 0x4300 + v are the number 128 + v: a byte is two numbers quickly."""
-        pairs = self.weight.to(torch.int32)
+        pairs = self.packed.to(torch.int32)
         pairs = (pairs & 15).bitwise_or_((pairs & 240) << 12).bitwise_or_(0x43004300)
         values = pairs.view(torch.bfloat16).sub_(136)
         # A product with zeros and ones repeats each column exactly, in half the time of an operator that broadcasts.
@@ -164,26 +206,17 @@ class Int4Linear(nn.Module):
         groups = groups.repeat_interleave(self.group_size, 1)
         return torch.addcmul(self.zero @ groups, values, self.scale @ groups)
 
-    def _packed(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def _for_kernel(self) -> tuple[Tensor, Tensor]:
         """Weight and grid in the kernel's layout, kept until one of the tensors dies or changes."""
-        tensors = (self.weight, self.scale, self.zero)
+        tensors = (self.packed, self.scale, self.zero)
         state = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
         with _packs_lock:
-            found = _packs.get(self.weight)
+            found = _packs.get(self.packed)
             if found is None or found[0] != state:
                 packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(self.values().int(), 1)
                 grid = torch.stack((self.scale.t(), self.zero.t()), -1).contiguous()  # [in / group_size, out, 2]
-                found = _packs[self.weight] = (state, packed, grid)
+                found = _packs[self.packed] = (state, packed, grid)
         return found[1:]
-
-    def _apply(self, fn, recurse=True):
-        kept = {"scale": self.scale, "zero": self.zero}
-        super()._apply(fn, recurse)
-        for name, tensor in kept.items():
-            moved = getattr(self, name)
-            if moved.dtype != tensor.dtype:
-                setattr(self, name, tensor.to(moved.device))
-        return self
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, group_size={self.group_size}"
@@ -231,7 +264,7 @@ def quantize_weights(
     if not chosen:
         detail = "; ".join(f"{n}: {r}" for n, r in report.items()) or "it has no nn.Linear"
         raise ValueError(f"{type(model).__name__} has no linear layer to store in 4 bits ({detail})")
-    moments: dict[str, torch.Tensor] = {}
+    moments: dict[str, Tensor] = {}
     if calibration is not None:
         moments = {n: s.second_moment for n, s in calibrating.collect(model, calibration, chosen).items()}
     replacements = {m: Int4Linear.from_linear(m, group_size, moments.get(n)).train(m.training) for n, m in chosen.items()}
@@ -245,7 +278,7 @@ def _obstacle(layer: nn.Linear, group_size: int, owners: dict[int, int]) -> str 
         return f"{type(layer).__name__} doesn't compute what nn.Linear does, or computes its weight"
     if layer._forward_hooks or layer._forward_pre_hooks:
         return "it has hooks"
-    if not layer.weight.dtype.is_floating_point or type(layer.weight.data) is not torch.Tensor:
+    if not layer.weight.dtype.is_floating_point or type(layer.weight.data) is not Tensor:
         return f"its weight is a {type(layer.weight.data).__name__} of dtype {layer.weight.dtype}"
     if owners.get(id(layer.weight), 0) > 1:
         return "it shares its weight with another module"

@@ -115,7 +115,7 @@ def test_native_multiplies_four_bit_weights_of_any_width(width, group_size):
     with torch.no_grad():
         for name, layer in small.named_modules():
             if isinstance(layer, Int4Linear):
-                exact.get_submodule(name).weight.copy_(layer.dequantized())
+                exact.get_submodule(name).weight.copy_(layer.dense_weight())
     fast, ids = for_decoding(small, backend="native"), tokens(1, 12)
     caches = [KVCache.for_model(exact)]
     run(lambda i: exact(i, caches[0]), ids[:, :1])

@@ -32,7 +32,7 @@ def test_each_weight_is_within_half_a_step():
     source = linear(128, 48)
     layer = int4.Int4Linear.from_linear(source, 32)
     step = layer.scale.float().repeat_interleave(32, 1)
-    assert ((layer.dequantized() - source.weight).abs() <= 0.6 * step).all()
+    assert ((layer.dense_weight() - source.weight).abs() <= 0.6 * step).all()
 
 
 @pytest.mark.parametrize("rows", [1, 3, 8, 9, 40])
@@ -40,7 +40,7 @@ def test_each_weight_is_within_half_a_step():
 def test_layer_multiplies_the_weight_it_stands_for(rows: int, group_size: int):
     """The kernel for few rows and the product for many agree with the widened weight to bfloat16."""
     layer, x = int4.Int4Linear.from_linear(linear(256, 48), group_size), randn(rows, 256)
-    expected = x @ layer.dequantized().t() + layer.bias
+    expected = x @ layer.dense_weight().t() + layer.bias
     helpers.assert_close(layer(x), expected, dtype=torch.bfloat16)
 
 
@@ -49,8 +49,8 @@ def test_gptq_beats_rounding_to_the_nearest():
     source = linear(128, 64, bias=False)
     x = randn(2000, 8) @ randn(8, 128, seed=1) + 0.3 * randn(2000, 128, seed=2)
     exact = x @ source.weight.t()
-    plain = int4.Int4Linear.from_linear(source, 32).dequantized()
-    better = int4.Int4Linear.from_linear(source, 32, x.t() @ x / len(x)).dequantized()
+    plain = int4.Int4Linear.from_linear(source, 32).dense_weight()
+    better = int4.Int4Linear.from_linear(source, 32, x.t() @ x / len(x)).dense_weight()
     assert (x @ better.t() - exact).pow(2).mean() < 0.5 * (x @ plain.t() - exact).pow(2).mean()
 
 
@@ -73,8 +73,8 @@ def test_a_change_in_place_reaches_the_kernel():
     """The packed copy follows the weight."""
     layer, x = int4.Int4Linear.from_linear(linear(64, 32), 32), randn(1, 64)
     layer(x)
-    layer.weight.bitwise_xor_(0xFF)
-    helpers.assert_close(layer(x), x @ layer.dequantized().t() + layer.bias, dtype=torch.bfloat16)
+    layer.packed.bitwise_xor_(0xFF)
+    helpers.assert_close(layer(x), x @ layer.dense_weight().t() + layer.bias, dtype=torch.bfloat16)
 
 
 def test_traced_and_exported():
@@ -90,7 +90,7 @@ def test_traced_and_exported():
 def test_the_quick_widening_is_the_weight(group_size):
     """Bit tricks and all: the bfloat16 nearest to the float32 weight."""
     layer = int4.Int4Linear.from_linear(nn.Linear(128, 24), group_size)
-    assert torch.equal(layer._widened(), layer.dequantized().bfloat16())
+    assert torch.equal(layer._widened(), layer.dense_weight().bfloat16())
 
 
 def test_what_does_not_fit_is_named():

@@ -21,7 +21,7 @@ def exact(x: torch.Tensor, layer: int8.Int8Linear) -> torch.Tensor:
     """The layer in float64 from the definition, the activation quantized by row to 8 bits."""
     rows = x.reshape(-1, x.shape[-1]).double()
     row_scale = rows.abs().amax(1, keepdim=True).clamp_min(1e-30) / 127
-    y = (rows / row_scale).round() @ layer.weight.double().t() * layer.scale.double() * row_scale
+    y = (rows / row_scale).round() @ layer.packed.double().t() * layer.scale.double() * row_scale
     y = y if layer.bias is None else y + layer.bias.double()
     return y.reshape(*x.shape[:-1], -1)
 
@@ -104,7 +104,7 @@ def test_exported_layer_holds_stock_operations_only():
 def test_weight_error_is_half_a_step():
     """Every weight is within half a quantization step of its own channel."""
     layer, source = layer_of(50, 20), linear(50, 20)
-    error = (layer.weight.float() * layer.scale[:, None] - source.weight).abs()
+    error = (layer.dense_weight() - source.weight).abs()
     assert (error <= 0.5001 * layer.scale[:, None]).all()
 
 
@@ -199,7 +199,7 @@ def test_state_is_plain_tensors():
     """int8 weight, float32 scale, bias: nothing else, no tensor subclass."""
     state = layer_of(8, 4).state_dict()
     assert {k: (v.dtype, type(v)) for k, v in state.items()} == {
-        "weight": (torch.int8, torch.Tensor),
+        "packed": (torch.int8, torch.Tensor),
         "scale": (torch.float32, torch.Tensor),
         "bias": (torch.float32, torch.Tensor),
     }
@@ -219,7 +219,7 @@ def test_layer_survives_what_happens_to_modules():
     assert copy.deepcopy(layer).to(torch.bfloat16).scale.dtype == torch.float32
     with int8.kernel("onednn"):
         assert torch.equal(layer(x), y)
-        layer.weight.neg_()
+        layer.packed.neg_()
         layer.bias.neg_()
         assert torch.equal(layer(x), -y)
 
@@ -279,7 +279,7 @@ def test_tied_head_and_table_share_one_int8_weight():
     """GPT-2's table and head stay tied, and the model is smaller by the factor of its dtype."""
     model, _ = helpers.zoo("gpt2")
     small = int8.quantize_dynamic(model)
-    assert small.lm_head.weight is small.transformer.wte.weight
+    assert small.lm_head.packed is small.transformer.wte.packed
     assert isinstance(small.transformer.wpe, nn.Embedding)
 
 

@@ -23,8 +23,10 @@ import torch
 
 from quantize.checkpoint.atomic import atomic_write
 from quantize.checkpoint.opening import CheckpointError, from_json, require
+from quantize.checkpoint.versions import upgraded
 
-FORMAT, VERSION = "quantize", 1
+FORMAT, VERSION = "quantize", 2
+OLDEST = 1  # version 2: packed weights have a name of their own
 MAX_HEADER = 2**24  # bytes of pickle or JSON; ten thousand tensors need about 2 MB
 MAX_DIMENSIONS = 64  # as torch
 
@@ -219,7 +221,7 @@ def read_header(file: BinaryIO, suffix: str) -> tuple[dict[str, Any], list[tuple
     record, places, seal = _LOCATE[suffix](file)
     file.seek(seal)
     require(file.read(len(_SEAL)) == _digest(file, places, seal), "altered: the header's SHA-256 differs")
-    return record, places
+    return upgraded(record, record.pop("version")), places
 
 
 def _digest(file: BinaryIO, places: list[tuple[int, int]], seal: int) -> bytes:
@@ -241,7 +243,7 @@ def _parse_record(version: object, text: object) -> dict[str, Any]:
     require(type(version) is int and type(text) is str, "not written by quantize.save")
     newer = f"written by a newer quantize (format version {version}; this one reads up to {VERSION}): upgrade quantize"
     require(version <= VERSION, newer)
-    require(version == VERSION, f"unknown format version {version}")
+    require(version >= OLDEST, f"unknown format version {version}")
     record = from_json(text)
     kinds = dict.fromkeys(("architecture", "aliases", "strides", "metadata", "versions", "tensors"), dict) | {"structure": list}
     require(isinstance(record, dict), "malformed record")
@@ -258,7 +260,7 @@ def _parse_record(version: object, text: object) -> dict[str, Any]:
     for edit in record["structure"]:
         shape = {k: type(v) for k, v in edit.items()} if isinstance(edit, dict) else {}
         require(shape == {"module": str, "builder": str, "arguments": dict}, "malformed structure record")
-    return record
+    return record | {"version": version}
 
 
 def _describes_tensor(spec: object) -> bool:

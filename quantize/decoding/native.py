@@ -19,6 +19,7 @@ from quantize.int8 import Int8Linear
 from quantize.kv_cache import KVCache
 from quantize.low_rank import LowRankLinear
 from quantize.models import Attention, DecoderBlock, DecoderLM, FeedForward, RMSNorm
+from quantize.nn import operands
 from quantize.precision import HalfLinear
 
 MOST_ROWS = 16  # above, a product of matrices is faster than that many of a matrix and a vector
@@ -75,8 +76,8 @@ def _odd_parts(model: DecoderLM) -> Iterator[str]:
     for layer in [model.head, *(layer for block in model.blocks for layer in _linears(block).values())]:
         for part in (layer.first, layer.second) if type(layer) is LowRankLinear else (layer,):
             known = type(part) in (nn.Linear, HalfLinear, Int8Linear, Int4Linear)
-            if not known or part.weight.dtype not in KINDS:
-                yield f"it has a {type(part).__name__}" + (f" of {part.weight.dtype}" if known else "")
+            if not known or operands(part).weight.dtype not in KINDS:
+                yield f"it has a {type(part).__name__}" + (f" of {operands(part).weight.dtype}" if known else "")
 
 
 _OWN_CODE = {
@@ -167,14 +168,15 @@ class Step:
             outer = self._linear(layer.second)
             outer.first = ctypes.pointer(first)
             return outer
-        weight, scale, zero = layer.weight.detach(), getattr(layer, "scale", None), getattr(layer, "zero", None)
-        stored = getattr(layer, "_half", (None, ()))
-        may_narrow = self.narrow and stored[0] is torch.float16 and weight.dtype is torch.float32
+        stored = operands(layer)
+        weight = stored.weight
+        half = getattr(layer, "_half", (None, ()))[0]
+        may_narrow = self.narrow and half is torch.float16 and weight.dtype is torch.float32
         if may_narrow and torch.equal(weight.half().float(), weight):
             weight = weight.half()  # the same numbers in half the bytes
         return Linear(
-            KINDS[weight.dtype], layer.out_features, layer.in_features, getattr(layer, "group_size", 0), self._keep(weight),
-            self._keep(scale), self._keep(zero), self._keep(layer.bias, torch.float32),
+            KINDS[weight.dtype], layer.out_features, layer.in_features, stored.group, self._keep(weight),
+            self._keep(stored.scale), self._keep(stored.zero), self._keep(stored.bias, torch.float32),
         )  # fmt: skip
 
     def _keep(self, tensor: Tensor | None, dtype: torch.dtype | None = None) -> int | None:

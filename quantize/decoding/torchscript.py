@@ -108,9 +108,9 @@ def _kind(layer: nn.Module) -> tuple[object, tuple[str, ...], type[nn.Module]] |
     """What must agree for layers to merge, their tensors with an axis of outputs, and the class to make."""
     bias = () if getattr(layer, "bias", None) is None else ("bias",)
     if type(layer) is Int8Linear:
-        return layer.in_features, ("weight", "scale", *bias), Int8Linear
+        return layer.in_features, ("packed", "scale", *bias), Int8Linear
     if type(layer) is Int4Linear:
-        return (layer.in_features, layer.group_size), ("weight", "scale", "zero", *bias), Int4Linear
+        return (layer.in_features, layer.group_size), ("packed", "scale", "zero", *bias), Int4Linear
     if type(layer) is nn.Linear or (type(layer) is HalfLinear and layer.weight.dtype == torch.float32):
         return (layer.in_features, layer.weight.dtype), ("weight", *bias), nn.Linear
     return None
@@ -154,7 +154,7 @@ class _OneRow(nn.Module):
             largest = torch.linalg.vector_norm(rows, math.inf, dim=-1, keepdim=True).float()
             row_scale = largest.mul_(1 / 127).clamp_min_(1e-30)
             q = torch.div(rows, row_scale).round_().to(torch.int8)
-            y = torch.mul(torch._int_mm(q, layer.weight.t()), layer.scale).mul_(row_scale).to(x.dtype)
+            y = torch.mul(torch._int_mm(q, layer.packed.t()), layer.scale).mul_(row_scale).to(x.dtype)
         y = y if layer.bias is None else y + layer.bias.to(y.dtype)
         return y.view(*x.shape[:-1], layer.out_features)
 

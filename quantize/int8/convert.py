@@ -257,12 +257,13 @@ def _check_finite(name: str, module: nn.Module) -> None:
 def _convert(module: nn.Module, tables: dict[int, nn.Module]) -> nn.Module:
     weight = module.weight.t() if _is_conv1d(module) else module.weight
     if isinstance(module, nn.Embedding):
-        new: nn.Module = Int8Embedding.from_weight(weight)
+        new: nn.Module = Int8Embedding.from_weight(weight, module.padding_idx)
     else:
         new = Int8Linear.from_weight(weight, module.bias)
+        new.transposed = _is_conv1d(module)
     if not parametrize.is_parametrized(module, "weight"):
         first = tables.setdefault(id(module.weight), new)
-        new.weight, new.scale = first.weight, first.scale
+        new.packed, new.scale = first.packed, first.scale
     return new
 
 

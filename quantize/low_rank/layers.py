@@ -8,44 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from quantize import surgery
-
-
-class _ProductWeight:
-    """Stands for `second @ first` where other code reads `layer.weight`, and becomes that product in any torch function.
-
-    Reading its type or shape costs nothing (transformers' T5 does so on every call), and torch's fused encoder layers see
-    that it isn't a plain tensor and call the layer instead.
-    """
-
-    def __init__(self, layer: LowRankLinear | LowRankConv2d):
-        self._layer = layer
-        self.dtype, self.device, self.requires_grad = _kind(layer)
-        self.shape = torch.Size(layer.weight_shape())
-
-    def dense(self) -> Tensor:
-        return self._layer.dense_weight()
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return getattr(self.dense(), name)
-
-    @classmethod
-    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        def real(value: Any) -> Any:
-            if isinstance(value, (list, tuple)):
-                return type(value)(real(v) for v in value)
-            return value.dense() if isinstance(value, _ProductWeight) else value
-
-        return function(*real(args), **{key: real(value) for key, value in (kwargs or {}).items()})
-
-
-def _kind(layer: nn.Module) -> tuple[torch.dtype, torch.device, bool]:
-    """dtype, device and requires_grad of the layer's numbers, whatever another technique made of its parts."""
-    tensors = [*layer.second.parameters(), *layer.second.buffers()]
-    floating = next((t for t in tensors if t.is_floating_point()), None)
-    first = floating if floating is not None else tensors[0]
-    return (first.dtype if floating is not None else torch.float32), first.device, first.requires_grad
+from quantize.nn import CompressedLayer, dense_weight, is_transposed
 
 
 def _empty(kind: type[nn.Module], *sizes: int, device: Any, dtype: torch.dtype | None, **options: Any) -> Any:
@@ -61,7 +24,7 @@ def _empty(kind: type[nn.Module], *sizes: int, device: Any, dtype: torch.dtype |
     return layer
 
 
-class _Pair(nn.Module):
+class _Pair(CompressedLayer):
     first: nn.Module
     second: nn.Module
 
@@ -81,9 +44,12 @@ class _Pair(nn.Module):
         return int(self.second.in_features if isinstance(self, LowRankLinear) else self.second.in_channels)
 
     @property
-    def weight(self) -> Any:
-        """Reads as the dense weight; for code that looks at a layer instead of calling it."""
-        return _ProductWeight(self)  # type: ignore[arg-type]
+    def trainable(self) -> bool:
+        """Do gradients flow into both layers?"""
+        return all(part.weight.requires_grad for part in (self.first, self.second))
+
+    def weight_kind(self) -> tuple[torch.dtype, torch.device]:
+        return self.second.weight.dtype, self.second.weight.device
 
     @property
     def bias(self) -> Tensor | None:
@@ -123,8 +89,8 @@ class LowRankLinear(_Pair):
         return self.out_features, self.in_features
 
     def dense_weight(self) -> Tensor:
-        """second @ first, [out_features, in_features]."""
-        return self.second.weight @ self.first.weight
+        """second @ first, float32 [out_features, in_features]."""
+        return dense_weight(self.second) @ dense_weight(self.first)
 
     @classmethod
     def rebuild(cls, module: nn.Module, *, in_features: int, out_features: int, rank: int, bias: bool) -> LowRankLinear:
@@ -166,7 +132,8 @@ class LowRankConv2d(_Pair):
 
     def dense_weight(self) -> Tensor:
         """The kernel of the one convolution that does the same, [M, C, kh, kw]."""
-        return torch.einsum("mrab,rcde->mcadbe", self.second.weight, self.first.weight).reshape(self.weight_shape())
+        second, first = dense_weight(self.second), dense_weight(self.first)
+        return torch.einsum("mrab,rcde->mcadbe", second, first).reshape(self.weight_shape())
 
     @classmethod
     def rebuild(
@@ -191,20 +158,10 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
-def is_transposed(module: nn.Module) -> bool:
-    """Is it a linear with its weight as [in, out], like transformers' Conv1D (which need not be installed)?"""
-    weight = module._parameters.get("weight")
-    return (
-        type(module).__name__ == "Conv1D"
-        and weight is not None
-        and weight.ndim == 2
-        and getattr(module, "nf", 0) == weight.shape[1]
-    )
-
-
 def _heir(old: nn.Module, new: Any) -> Any:
     """`new` with what stays of `old` when it takes its place: mode, requires_grad, hooks."""
     new.train(old.training)
+    new.transposed = is_transposed(old)
     for parameter in new.parameters():
         parameter.requires_grad_(old.weight.requires_grad)
     for kind in ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs"):

@@ -17,13 +17,14 @@ from quantize.surgery.edit import (
     skip_filter,
     uncompiled,
 )
-from quantize.surgery.record import Note, Summary, builder, check_count, note, notes, record, structure
+from quantize.surgery.record import Note, Summary, amend, builder, check_count, note, notes, record, structure
 from quantize.surgery.sizes import contradiction, mismatch
 
 __all__ = [
     "Note",
     "Skip",
     "Summary",
+    "amend",
     "builder",
     "check_count",
     "clone",

@@ -41,6 +41,14 @@ def record(module: nn.Module, name: str, **arguments: Any) -> None:
     module.__dict__["_structure"] = [*edits_of(module), (name, arguments, "")]
 
 
+def amend(module: nn.Module, name: str, **arguments: Any) -> None:
+    """Change arguments of the last edit on `module` itself, if that is one by builder `name`."""
+    edits = list(edits_of(module))
+    if edits and edits[-1][0] == name and not edits[-1][2]:
+        edits[-1] = (name, {**edits[-1][1], **arguments}, "")
+        module.__dict__["_structure"] = edits
+
+
 def edits_of(module: nn.Module) -> Sequence[tuple[str, dict[str, Any], str]]:
     """What was recorded on `module`: builder, arguments, and the name, seen from `module`, of the module they apply to."""
     return module.__dict__.get("_structure", ())

@@ -1,0 +1,145 @@
+"""What a compressed layer is, for all techniques and for everybody who reads one.
+
+`layer.weight` reads as the float weight that the layer stands for, in the dtype that the layer had, whoever asks (see
+`reading`). `dense_weight()` is that weight in float32 as it multiplies, `operands()` is what is stored, for native code and
+graphs. What is stored has names of its own, so nobody takes packed bytes for a weight.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantize import surgery
+from quantize.nn.reading import WeightReading
+
+
+@dataclass(frozen=True)
+class Operands:
+    """What a linear layer multiplies by, as it is stored.
+
+    weight: float or int8 [out, in], or uint8 [out, in / 2] with two 4-bit values a byte. scale, zero: [out] or
+    [out, in / group]. group: weights of a row that share a scale, 0 where a row does. bias: [out].
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: Tensor | None = None
+    zero: Tensor | None = None
+    group: int = 0
+
+
+class CompressedLayer(nn.Module):
+    """A layer whose weight is stored in another form than the one in which it is read."""
+
+    constant_buffers = True  # no forward changes them
+    transposed = False  # does `weight` read as [in, out], as in the layer that this one replaced (GPT-2's Conv1D)?
+
+    @property
+    def trainable(self) -> bool:
+        """Do gradients flow into what is stored?"""
+        return False
+
+    def dense_weight(self) -> Tensor:
+        """What the layer multiplies by, float32 [out, in] (a convolution's kernel: [out, in, kh, kw])."""
+        raise NotImplementedError
+
+    def weight_shape(self) -> tuple[int, ...]:
+        """The shape of `dense_weight()`, known without computing it."""
+        raise NotImplementedError
+
+    def weight_kind(self) -> tuple[torch.dtype, torch.device]:
+        """In which dtype and on which device `weight` reads."""
+        raise NotImplementedError
+
+    @property
+    def weight(self) -> Tensor:
+        """Reads as the float weight of the layer that this one stands for; to write it is refused."""
+        if torch.jit.is_tracing() or torch.compiler.is_compiling():
+            return self._weight()
+        dtype, device = self.weight_kind()
+        shape = self.weight_shape()
+        shape = shape[::-1] if self.transposed else shape
+        return WeightReading.described(self._weight, shape, dtype, device, self.trainable)
+
+    def _weight(self) -> Tensor:
+        dense = self.dense_weight().to(self.weight_kind()[0])
+        return dense.t().contiguous() if self.transposed else dense
+
+
+class PackedLayer(CompressedLayer):
+    """A layer that stores integers; for inference.
+
+    `like` is a parameter without elements, and in no `state_dict()`: it carries the dtype that the layer had, follows
+    `.to(dtype)` and moves, and answers `next(model.parameters())`. The tensors named in `exact` keep their dtype in all casts.
+    """
+
+    exact: tuple[str, ...] = ("scale",)
+
+    def __init__(self, dtype: torch.dtype, device: torch.device | str) -> None:
+        super().__init__()
+        self.like = nn.Parameter(torch.empty(0, dtype=dtype, device=device), requires_grad=False)
+
+    def weight_kind(self) -> tuple[torch.dtype, torch.device]:
+        return self.like.dtype, self.like.device
+
+    def _apply(self, fn, recurse=True):
+        before, exact = self.like.dtype, {name: getattr(self, name) for name in self.exact}
+        super()._apply(fn, recurse)
+        if self.like.dtype != before:
+            surgery.amend(self, type(self).__name__, dtype=dtype_name(self.like.dtype))
+        for name, tensor in exact.items():
+            moved = getattr(self, name)
+            if moved.dtype != tensor.dtype:
+                setattr(self, name, tensor.to(moved.device))
+        return self
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        del destination[prefix + "like"]
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, *rest):
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *rest)
+        if prefix + "like" in missing_keys:
+            missing_keys.remove(prefix + "like")
+
+
+def operands(layer: nn.Module) -> Operands | None:
+    """What a linear layer of one product stores; None for other layers, and for those with a forward of their own."""
+    if type(layer) is nn.Linear and "weight" in layer._parameters:
+        return Operands(layer.weight.detach(), layer.bias)
+    own = getattr(layer, "operands", None)
+    return own() if callable(own) else None
+
+
+def dense_weight(layer: nn.Module) -> Tensor:
+    """What a linear or convolution multiplies by, float32 [out, in, ...] (float64 for a float64 layer)."""
+    if isinstance(layer, CompressedLayer):
+        return layer.dense_weight()
+    weight = layer.weight.t() if is_transposed(layer) else layer.weight
+    return weight if weight.dtype == torch.float64 else weight.float()
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Does its `weight` read as [in, out], like that of transformers' Conv1D (which need not be installed)?"""
+    if isinstance(module, CompressedLayer):
+        return module.transposed
+    weight = module._parameters.get("weight")
+    named = type(module).__name__ in ("Conv1D", "HalfConv1D")
+    return named and weight is not None and weight.ndim == 2 and getattr(module, "nf", 0) == weight.shape[1]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`float32` for torch.float32, as in files."""
+    return str(dtype).removeprefix("torch.")
+
+
+def dtype_named(name: Any) -> torch.dtype:
+    """The floating dtype of that name. Raises ValueError for anything else."""
+    dtype = getattr(torch, name, None) if isinstance(name, str) else None
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"{name!r} is no floating dtype")
+    return dtype
