@@ -65,7 +65,8 @@ def test_compute_dtype(native, monkeypatch):
     assert host.compute_dtype(torch.bfloat16) == (torch.bfloat16 if native else torch.float32)
     assert host.compute_dtype(torch.float16, "cuda") == torch.float16
     layer = quantize.to_half(nn.Linear(4, 4), torch.bfloat16)
-    assert layer.weight.dtype == host.compute_dtype(torch.bfloat16)
+    assert layer._parameters["weight"].dtype == host.compute_dtype(torch.bfloat16)
+    assert layer.weight.dtype == torch.float32
     assert layer(torch.ones(4)).dtype == torch.float32
 
 
@@ -119,12 +120,29 @@ def test_torch_encoder_fast_path_still_works(dtype):
     assert_close(run(quantize.to_half(model, dtype), x), run(model, x), dtype=dtype)
 
 
-def test_16_bit_models_are_widened_where_slow():
-    """A float16 model computes in float32 on a CPU and is still stored in 16 bits."""
-    model = small_net()
+def test_16_bit_models_are_widened_where_slow(tmp_path):
+    """The layers of a float16 model compute in float32 on a CPU; what it takes and gives stays float16, also from a file."""
+    model, x = small_net(), torch.ones(1, 3, 8, 8)
     half = quantize.to_half(copy.deepcopy(model).half())
-    assert all(p.dtype == torch.float32 for p in half.parameters())
-    assert_close(run(half, torch.ones(1, 3, 8, 8)), run(model, torch.ones(1, 3, 8, 8)), dtype=torch.float16)
+    assert half[0]._parameters["weight"].dtype == torch.float32
+    output = run(half, x.half())
+    assert output.dtype == half[0].weight.dtype == torch.float16
+    assert_close(output, run(model, x), dtype=torch.float16)
+    quantize.save(half, tmp_path / "half.pth")
+    for fresh in (small_net(), small_net().half()):
+        assert torch.equal(run(quantize.load(tmp_path / "half.pth", model=fresh), x.half()), output)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("given", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_inputs_and_outputs_keep_their_dtype(given, dtype):
+    """Whatever dtype a model computes in, its 16-bit copy takes and gives that one, and its weights read in it."""
+    model, x = small_net().to(given), torch.ones(1, 3, 8, 8, dtype=given)
+    half = quantize.to_half(model, dtype)
+    assert run(half, x).dtype == given
+    assert half[0].weight.dtype == half[4].bias.dtype == given
+    assert half.state_dict()["4.weight"].dtype == dtype
+    assert_close(run(half, x), run(model, x), dtype=torch.bfloat16)
 
 
 def test_skip_leaves_layers_exact():

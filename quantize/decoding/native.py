@@ -129,7 +129,8 @@ class Step:
             self._keep(frequencies, torch.float32), self._keep(model.norm.weight, torch.float32),
             ctypes.addressof(layers), self._linear(model.head),
         )  # fmt: skip
-        self.vocabulary, self.heads32 = model.head.out_features, isinstance(model.head, HalfLinear)
+        self.vocabulary = model.head.out_features
+        self.answers = model.head.weight.dtype if isinstance(model.head, HalfLinear) else None
         self.shapes = [block.attention.cache_shape[:2] for block in model.blocks]
 
     def __call__(self, ids: Tensor, cache: KVCache, logits_to_keep: int) -> Tensor | None:
@@ -159,7 +160,7 @@ class Step:
             None if pad is None else pad.data_ptr(), ctypes.addressof(held), x.data_ptr(), logits.data_ptr(),
         ))  # fmt: skip
         cache.close(tokens)
-        return logits if self.heads32 else logits.to(embedded.dtype)
+        return logits.to(self.answers or embedded.dtype)
 
     def _linear(self, layer: nn.Module) -> Linear:
         if type(layer) is LowRankLinear:

@@ -111,7 +111,7 @@ def _kind(layer: nn.Module) -> tuple[object, tuple[str, ...], type[nn.Module]] |
         return layer.in_features, ("packed", "scale", *bias), Int8Linear
     if type(layer) is Int4Linear:
         return (layer.in_features, layer.group_size), ("packed", "scale", "zero", *bias), Int4Linear
-    if type(layer) is nn.Linear or (type(layer) is HalfLinear and layer.weight.dtype == torch.float32):
+    if type(layer) is nn.Linear or (type(layer) is HalfLinear and isinstance(layer.weight, nn.Parameter)):
         return (layer.in_features, layer.weight.dtype), ("weight", *bias), nn.Linear
     return None
 

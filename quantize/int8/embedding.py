@@ -47,9 +47,7 @@ class Int8Embedding(PackedLayer):
         return new
 
     @classmethod
-    def rebuild(
-        cls, module: nn.Module, num_embeddings: int, embedding_dim: int, dtype: str = "float32"
-    ) -> Int8Embedding:
+    def rebuild(cls, module: nn.Module, num_embeddings: int, embedding_dim: int, dtype: str = "float32") -> Int8Embedding:
         """An empty table (on the meta device) in place of `module`, for a file's tensors."""
         new = cls(
             torch.empty(num_embeddings, embedding_dim, dtype=torch.int8, device="meta"),

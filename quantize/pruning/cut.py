@@ -37,13 +37,19 @@ def kept_indices(trace: Trace, groups: Iterable[Group]) -> dict[Key, torch.Tenso
 def owners(model: nn.Module, name: str) -> list[tuple[str, nn.Module, str]]:
     """Every place of a (possibly shared) tensor: the module's name, the module, the tensor's name in it."""
     path, _, local = name.rpartition(".")
-    tensor = getattr(model.get_submodule(path), local)
+    tensor = stored(model.get_submodule(path), local)
     return [
         (place, module, key)
         for place, module in model.named_modules()
         for key, held in [*module._parameters.items(), *module._buffers.items()]
         if held is tensor
     ]
+
+
+def stored(module: nn.Module, name: str) -> torch.Tensor:
+    """A parameter or buffer as it is stored: a 16-bit layer's weight reads in another dtype."""
+    tensor = module._parameters.get(name)
+    return module._buffers[name] if tensor is None else tensor
 
 
 def cut(model: nn.Module, kept: dict[Key, torch.Tensor], edits: dict[str, dict[str, Any]]) -> nn.Module:
@@ -55,7 +61,7 @@ def cut(model: nn.Module, kept: dict[Key, torch.Tensor], edits: dict[str, dict[s
     places: dict[str, nn.Module] = {}
     for name, dims in cuts.items():
         found = owners(model, name)
-        tensor = getattr(found[0][1], found[0][2]).detach()
+        tensor = stored(found[0][1], found[0][2]).detach()
         for dim, indices in dims.items():
             tensor = tensor.index_select(dim, indices.to(tensor.device))
         for place, module, local in found:
@@ -161,7 +167,7 @@ def mask(trace: Trace, original: nn.Module, pruned: nn.Module, kept: dict[Key, t
     with torch.no_grad():
         for name, small in [*pruned.named_parameters(), *pruned.named_buffers()]:
             path, _, local = name.rpartition(".")
-            full = getattr(twin.get_submodule(path), local)
+            full = stored(twin.get_submodule(path), local)
             grid = []
             for dim, size in enumerate(full.shape):
                 indices = cuts.get(name, {}).get(dim, torch.arange(size))
