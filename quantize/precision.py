@@ -3,8 +3,8 @@
 What a file keeps and what a CPU computes in are two choices. float16 keeps 10 bits of mantissa, but a float16 matrix product is
 5 to 15 times slower than a float32 one on CPUs without it; bfloat16 keeps 7 bits and is twice as fast where the CPU multiplies
 it natively. So `to_half` rounds the parameters, makes `state_dict()` (and so the file) give 16-bit tensors, and lets each layer
-compute in `compute_dtype`: the fastest type that loses none of the bits the file keeps. From outside such a layer is what it was: it
-takes, gives, and its weight reads in the dtype that it had.
+compute in `compute_dtype`: the fastest type that loses none of the bits the file keeps. From outside such a layer is what
+it was: it takes, gives, and its weight reads in the dtype that it had.
 
 Only parameters are rounded. Buffers (running statistics, position ids, int8 weights and scales) stay exact: they are small, or
 must be.
