@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import weakref
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import quantize
 from quantize import ConvNet, ConvNetConfig, DecoderConfig, DecoderLM, generate, load, quantize_dynamic, save, to_half
 from quantize.calibration import InputStatistics
 from quantize.low_rank import factorize_low_rank
@@ -511,6 +513,7 @@ def test_bad_arguments(case):
 @pytest.mark.parametrize(
     ("build", "inputs", "kind", "message"),
     [
+        (lambda: nn.Sequential(nn.LazyLinear(8), nn.Linear(8, 4)), X, ValueError, "'0'.*no shape yet"),
         (mlp, randn(4, 9), ValueError, "doesn't run on example_inputs"),
         (mlp, 3, TypeError, "example_inputs"),
         (Dynamic, X, ValueError, "can't be exported"),
@@ -573,6 +576,140 @@ def test_layers_with_unlike_heads_decode():
     assert [b.attention.k.out_features for b in pruned.blocks] == [8, 16]
     tokens = [generate(pruned, inputs, max_new_tokens=6, cache=cache) for cache in (True, False)]
     assert torch.equal(*tokens)
+
+
+@dataclasses.dataclass
+class Answer:
+    y: torch.Tensor
+    parts: tuple[torch.Tensor, ...]
+
+
+class Odd(Branches):
+    """Counts its calls, keeps a running mean and an activation, works in place on its input, draws random numbers, has an
+    alias, reads a layer's weight itself, and has a layer that runs only when asked. Returns a dataclass."""
+
+    def build(self):
+        self.block = nn.Sequential(nn.Linear(8, 32), nn.ReLU(inplace=True), nn.Linear(32, 24))
+        self.alias, self.read, self.last, self.idle = self.block, nn.Linear(24, 32), nn.Linear(32, 4), nn.Linear(4, 4)
+        self.calls, self.history = 0, []
+        self.register_buffer("mean", torch.zeros(8))
+
+    def forward(self, *, x, idle=False):
+        self.calls += 1
+        self.history.append(self.calls)
+        self.mean.mul_(0.9).add_(x.mean(0) + torch.rand(8) * 0.1)
+        x.sub_(self.mean)
+        self.kept = F.linear(self.alias(x).relu(), self.read.weight, self.read.bias)
+        y = self.last(self.kept) * self.calls
+        return Answer(self.idle(y) if idle else y, (y.sum(),))
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_state_stays(calibrated):
+    """A model whose forward changes its state, its inputs and the random state stays as it is; the result starts there."""
+    model, batch = Odd().eval(), {"x": randn(16, 8)}
+    model(x=batch["x"].clone()).y.sum().backward()
+    before, batch_before, random = state(model), batch["x"].clone(), torch.get_rng_state()
+    options = {"calibration": [batch, batch]} if calibrated else {}
+    pruned = prune_ln_structured(model, batch, **options)
+    masked = prune_ln_structured(model, batch, **options, masked=True)
+    assert untouched(model, before) and torch.equal(batch["x"], batch_before)
+    assert torch.equal(torch.get_rng_state(), random)
+    for result in (pruned, masked):
+        assert (result.calls, result.history) == (model.calls, model.history) == (1, [1])
+        assert torch.equal(result.mean, model.mean)
+    assert set(quantize.summary(pruned).done) == {"block.0", "block.2", "read"}
+    for seed in range(3):  # several calls, one after the other
+        torch.manual_seed(seed)
+        expected = masked(x=batch["x"].clone()).y
+        torch.manual_seed(seed)
+        assert_close(pruned(x=batch["x"].clone()).y, expected, factor=10)
+
+
+class Experts(Branches):
+    """Of two experts, one runs when asked."""
+
+    def build(self):
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4)) for _ in range(2))
+
+    def forward(self, x, both=True):
+        y = self.experts[0](x)
+        return y + self.experts[1](x) if both else y
+
+
+def test_what_calibration_never_reaches_is_left():
+    """A layer whose readers no batch runs keeps its channels, by name; only when nothing else is left it is an error."""
+    model, example, batches = Experts(), (X, True), [(X, False)]
+    pruned = prune_ln_structured(model, example, calibration=batches)
+    assert [e[0].out_features for e in pruned.experts] == [16, 32]
+    assert "never reaches layer 'experts.1.2'" in quantize.summary(pruned).left["experts.1.0"]
+    with pytest.raises(ValueError, match=r"never reaches layer 'experts.1.2'"):
+        prune_ln_structured(model, example, calibration=batches, amount={"experts.1.0": 0.5})
+
+
+PARAMETRIZED = {
+    "weight_norm": nn.utils.weight_norm,
+    "spectral_norm": nn.utils.spectral_norm,
+    "mask": lambda layer: nn.utils.prune.l1_unstructured(layer, "weight", 0.5),
+    "parametrization": nn.utils.parametrizations.weight_norm,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated")
+@pytest.mark.parametrize("stepped", [False, True])
+@pytest.mark.parametrize("kind", PARAMETRIZED)
+def test_layers_whose_weight_is_computed_are_left(kind, stepped):
+    """Under a parametrization, old or new, a layer stays, by name, with what it reads; other layers are pruned."""
+    model = mlp()
+    model[0] = PARAMETRIZED[kind](model[0])
+    if stepped:
+        model(X).sum().backward()
+    pruned = prune_ln_structured(model, X, calibration=[X])
+    notes = quantize.summary(pruned)
+    assert set(notes.done) == {"2"} and "weight is computed" in notes.left["0"]
+    assert_close(run(pruned, X), run(prune_ln_structured(model, X, calibration=[X], masked=True), X), factor=10)
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+@pytest.mark.parametrize("place", ["0.weight", "2.weight", "2.bias"])
+def test_weights_that_are_not_finite_name_the_layer(place, value):
+    """Channels with infinite weights or NaN are neither scored nor cut."""
+    model = mlp()
+    model.get_parameter(place).data.view(-1)[3] = value
+    with pytest.raises(ValueError, match=f"layer '{place[0]}' has weights that are not finite"):
+        prune_ln_structured(model, X)
+
+
+def test_progress_names_layers():
+    """Calibrated pruning says what it does, layer by layer."""
+    lines = []
+    prune_ln_structured(mlp(), X, calibration=[X], progress=lines.append)
+    assert any("inputs of 2, 4" in line for line in lines) and any("repairing 2" in line for line in lines)
+
+
+def test_notes():
+    """Every layer with channels is in the notes, as pruned or left, with the distance of the result's outputs."""
+    model, inputs = small("written_size")
+    pruned = prune_ln_structured(model, inputs)
+    (step,) = quantize.summary(pruned).steps
+    assert step.technique == "pruned" and step.done == {"second": "16 -> 8 channels"}
+    assert set(step.left) == {"first", "third"} and summary(pruned).left == step.left
+    distance = (run(pruned, inputs) - run(model, inputs)).norm() / run(model, inputs).norm()
+    assert step.distance == pytest.approx(distance.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["gpt2", pytest.param("llama"), pytest.param("t5", marks=pytest.mark.slow)])
+def test_models_with_a_cache(name):
+    """A decoder is pruned as it comes, with its cache on; where all layers agree, its config builds the pruned shapes."""
+    model, inputs = zoo(name)
+    model.config.use_cache = True
+    feed_forward = {"gpt2": "*.c_fc", "llama": "*", "t5": "*.wi"}[name]
+    pruned = prune_ln_structured(model, inputs, amount={feed_forward: 0.5})
+    assert pruned.config.use_cache and model.config.use_cache
+    with torch.device("meta"):
+        built = type(pruned)(pruned.config)
+    shapes = lambda m: {name: p.shape for name, p in m.named_parameters()}  # noqa: E731
+    assert shapes(built) == shapes(pruned) != shapes(model)
 
 
 def test_composes_with_half():

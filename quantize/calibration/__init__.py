@@ -4,7 +4,7 @@
 sums over the inputs of layers; `gradients` how much the output depends on each layer's.
 """
 
-from quantize.calibration.gradients import collect_gradients, fisher_loss
+from quantize.calibration.gradients import collect_gradients, fisher_loss, gradients_if_any
 from quantize.calibration.inputs import (
     arguments,
     call,
@@ -24,6 +24,7 @@ from quantize.calibration.statistics import (
     PairedStatistics,
     check_reached,
     collect,
+    reached,
     rows,
     trace_calls,
 )
@@ -41,8 +42,10 @@ __all__ = [
     "copied",
     "distance",
     "fisher_loss",
+    "gradients_if_any",
     "main_output",
     "output_tensors",
+    "reached",
     "relative_error",
     "rows",
     "trace_calls",

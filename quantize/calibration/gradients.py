@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch.nn import functional as F
 
 from quantize.calibration.inputs import call, check_batches, main_output, watching
 from quantize.calibration.statistics import exact
+
+log = logging.getLogger(__name__)
 
 
 def fisher_loss(output: Any, *, categories: bool, generator: torch.Generator) -> torch.Tensor:
@@ -67,17 +70,28 @@ def collect_gradients(
                 value = loss(output, batch)
             else:
                 named = not isinstance(output, torch.Tensor) and hasattr(output, "logits")
-                categories = named or main_output(output).shape[-1] in vocabularies
+                main = main_output(output)
+                categories = main.ndim > 0 and (named or main.shape[-1] in vocabularies)
                 value = fisher_loss(output, categories=categories, generator=generator)
-            if not value.requires_grad:
+            if not value.requires_grad or not outputs:
                 continue
             gradients = torch.autograd.grad(value, [o for _, o in outputs], allow_unused=True)
             for (name, _), gradient in zip(outputs, gradients, strict=True):
                 if gradient is None:
                     continue
                 if isinstance(layers[name], nn.Conv2d):
-                    gradient = gradient.movedim(1, -1)  # [B, M, H, W] to [B, H, W, M]
+                    gradient = gradient.movedim(-3, -1)  # [B, M, H, W] to [B, H, W, M]
                 g = exact(gradient).reshape(-1, gradient.shape[-1])
                 moments[name] = moments.get(name, 0) + g.T @ g
                 counts[name] = counts.get(name, 0) + g.shape[0]
     return {name: moment / counts[name] for name, moment in moments.items()}
+
+
+def gradients_if_any(model: nn.Module, batches: Iterable[Any], layers: Mapping[str, nn.Module]) -> dict[str, torch.Tensor]:
+    """`collect_gradients` of the default loss, the finite ones; none where the model has no floating output or no gradient."""
+    try:
+        found = collect_gradients(model, batches, layers)
+    except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+        log.info("no gradients of %s: %s", type(model).__name__, error)
+        return {}
+    return {name: moment for name, moment in found.items() if torch.isfinite(moment).all()}

@@ -23,6 +23,7 @@ def rows(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
     Linear: [..., K] flattened. Conv1d, Conv2d of one group: patches of [B, C, (H,) W], K = C * kernel height * kernel width.
     """
     if isinstance(layer, (nn.Conv1d, nn.Conv2d)):
+        x = x if x.ndim == 2 + len(layer.kernel_size) else x[None]  # an image alone
         if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
             x = F.pad(x, layer._reversed_padding_repeated_twice, mode=_PAD_MODES[layer.padding_mode])
             padding: Any = (0,) * len(layer.kernel_size)
@@ -120,6 +121,34 @@ def check_reached(statistics: Mapping[str, InputStatistics]) -> None:
             raise ValueError(f"calibration never reaches layer {name!r}: give batches that use it, or skip it")
         if not torch.isfinite(seen.largest).all():
             raise ValueError(f"calibration gives layer {name!r} inputs that are not finite")
+
+
+@torch.no_grad()
+def reached(model: nn.Module, batches: Iterable[Any], layers: Mapping[str, nn.Module]) -> set[str]:
+    """Those of `layers` (name to module) that some batch runs on at least one row, in eval mode.
+
+    Raises ValueError for a batch that the model doesn't run on, and naming a layer whose inputs are not finite.
+    """
+    found: set[str] = set()
+
+    def see(name: str) -> Callable[[torch.Tensor], None]:
+        def note(x: torch.Tensor) -> None:
+            if not torch.isfinite(x).all():
+                raise ValueError(f"calibration gives layer {name!r} inputs that are not finite")
+            if x.numel():
+                found.add(name)
+
+        return note
+
+    with watching([_on_input(layer, see(name)) for name, layer in layers.items()], model):
+        for number, batch in enumerate(check_batches(batches)):
+            try:
+                call(model, batch)
+            except (TypeError, RuntimeError, IndexError, KeyError, AttributeError, AssertionError) as error:
+                which = "the first batch" if number == 0 else f"batch {number}"
+                reason = f"{type(error).__name__}: {error}"
+                raise ValueError(f"{type(model).__name__} doesn't run on {which} of calibration: {reason}") from error
+    return found
 
 
 @torch.no_grad()

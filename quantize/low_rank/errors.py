@@ -155,7 +155,7 @@ def collect(
                 seen[name].update_pair(x, r)
                 if call.stream is not None and other.stream is not None and call.stream.shape == other.stream.shape:
                     error = other.stream.double() - call.stream.double()
-                    error = error.movedim(1, -1) if isinstance(layer, nn.Conv2d) else error
+                    error = error.movedim(-3, -1) if isinstance(layer, nn.Conv2d) else error
                     seen[name].update_error(x, error.reshape(-1, error.shape[-1]))
     calibrate.check_reached(seen)
     return seen

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from quantize import surgery
-from quantize.calibration import collect, collect_gradients
+from quantize.calibration import collect, gradients_if_any, reached
 from quantize.pruning import budget, scores
 from quantize.pruning.cut import owners
 from quantize.pruning.groups import Group
@@ -64,9 +64,12 @@ def check_options(n: Any, score: Any, scope: Any, round_to: Any, loss: Any, cali
         raise ValueError(f"round_to is {round_to!r}; allowed: an integer >= 1, or None")
 
 
-def refuse_quantized(model: nn.Module) -> None:
+def refuse_unfit(model: nn.Module) -> None:
+    """Raise ValueError naming a module that is quantized, or whose tensors have no shape yet."""
     for name, module in model.named_modules():
         for tensor in [*module._parameters.values(), *module._buffers.values()]:
+            if nn.parameter.is_lazy(tensor):
+                raise ValueError(f"module {name!r} ({type(module).__name__}) has no shape yet: run the model once")
             if (
                 tensor is not None
                 and (tensor.dtype in (torch.int8, torch.uint8, torch.qint8, torch.quint8))
@@ -147,6 +150,35 @@ def reasons(left: dict[str, str]) -> str:
     )
 
 
+def refuse_infinite(model: nn.Module, groups: Iterable[Group]) -> None:
+    """Raise ValueError naming a layer whose weights are to be scored or cut and are not finite."""
+    for group in groups:
+        for name, _ in group.places:
+            place, tensor, _ = owners(model, name)[0]
+            value = getattr(tensor, name.rpartition(".")[2])
+            if value.is_floating_point() and not torch.isfinite(value).all():
+                raise ValueError(f"layer {place!r} has weights that are not finite")
+
+
+def find_readers(model: nn.Module, groups: list[Group], calibration: Iterable[Any], left: dict[str, str]) -> list[Group]:
+    """Fill in `readers` of every group, and return the groups without those whose readers calibration never reaches."""
+    every: dict[str, nn.Module] = {}
+    for group in groups:
+        group.readers = _readers(model, group)
+        every.update({place: module for place, module, _ in group.readers})
+    run = reached(model, calibration, every)
+    used = []
+    for group in groups:
+        known = [reader for reader in group.readers if reader[0] in run]
+        if group.readers and not known:
+            why = f"calibration never reaches layer {group.readers[0][0]!r}, which reads it"
+            left.update(dict.fromkeys(layers_of(model, group), why))
+        else:
+            group.readers = known
+            used.append(group)
+    return used
+
+
 def remove(
     model: nn.Module,
     wanted: list[Group],
@@ -157,6 +189,7 @@ def remove(
     calibration: Iterable[Any] | None,
     loss: Any,
     left: dict[str, str],
+    say: Callable[[str], None],
 ) -> None:
     """Fill in `removed` of every group."""
     keeps = [budget.units_kept(g, g.amount, round_to) for g in wanted]
@@ -165,9 +198,9 @@ def remove(
     elif rule == "taylor":
         values = scores.taylor(surgery.clone(model), wanted, calibration, loss)  # type: ignore[arg-type]
     elif rule == "activation":
-        values = _by_readers(model, wanted, calibration, lambda g, rs: scores.activation_aware(rs, n))
+        values = _by_readers(model, wanted, calibration, lambda g, rs: scores.activation_aware(rs, n), say)
     else:
-        values, keeps = _reconstruction(model, wanted, keeps, scope, round_to, calibration)
+        values, keeps = _reconstruction(model, wanted, keeps, scope, round_to, calibration, say)
     for i, group in enumerate(wanted):
         if values[i] is None:  # nothing that mixes channels reads them where we can look
             values[i] = scores.magnitude(model, group, n)
@@ -175,7 +208,7 @@ def remove(
         keeps = budget.units_kept_globally(wanted, values, round_to)
     for group, value, keep in zip(wanted, values, keeps, strict=True):
         if not torch.isfinite(value[value != math.inf]).all():
-            raise ValueError(f"layer {layers_of(model, group)[0]!r} has weights that are not finite")
+            raise ValueError(f"the scores of layer {layers_of(model, group)[0]!r} are not finite")
         order = value.argsort(stable=True)
         group.removed = order[: group.units - keep].sort().values
         if group.amount and not len(group.removed):
@@ -184,7 +217,13 @@ def remove(
 
 
 def _reconstruction(
-    model: nn.Module, groups: list[Group], keeps: list[int], scope: str, round_to: int | None, calibration: Any
+    model: nn.Module,
+    groups: list[Group],
+    keeps: list[int],
+    scope: str,
+    round_to: int | None,
+    calibration: Any,
+    say: Callable[[str], None],
 ) -> tuple[list[Any], list[int]]:
     """Scores of each group (None where no layer reads it), and the units kept: with scope "alike", groups of one shape that
     were asked for together give by what it costs, as many as they would give one by one."""
@@ -192,11 +231,12 @@ def _reconstruction(
     depths = [g.units - k for g, k in zip(groups, keeps, strict=True)]
     for i in (i for family in families for i in family):
         depths[i] = max(depths[i], budget.deepest(groups[i], round_to))
-    places = {place: module for g in groups for place, module, _ in _readers(model, g) if not isinstance(module, nn.Conv1d)}
-    metrics = _metrics(model, calibration, places)
+    places = {place: module for g in groups for place, module, _ in g.readers if not isinstance(module, nn.Conv1d)}
+    say(f"gradients at {len(places)} layers")
+    metrics = gradients_if_any(model, calibration, places)
     depth = {id(g): d for g, d in zip(groups, depths, strict=True)}
-    ranked = _by_readers(model, groups, calibration, lambda g, rs: scores.reconstruction(rs, depth[id(g)]), metrics)
-    measured = [all(place in metrics for place, _, _ in _readers(model, g)) for g in groups]
+    ranked = _by_readers(model, groups, calibration, lambda g, rs: scores.reconstruction(rs, depth[id(g)]), say, metrics)
+    measured = [all(place in metrics for place, _, _ in g.readers) for g in groups]
     for family in families:
         if all(ranked[i] is not None and measured[i] for i in family):
             total = sum(groups[i].units - keeps[i] for i in family)
@@ -207,37 +247,27 @@ def _reconstruction(
     return [None if r is None else r[0] for r in ranked], keeps
 
 
-def _metrics(model: nn.Module, calibration: Any, layers: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
-    """How much the model's output depends on each layer's outputs; nothing where gradients can't be had."""
-    try:
-        found = collect_gradients(model, calibration, layers)
-    except (RuntimeError, TypeError, ValueError, NotImplementedError):
-        return {}  # no floating output, or an operation without a gradient: layers then count by their own outputs
-    return {name: metric for name, metric in found.items() if torch.isfinite(metric).all()}
-
-
 def _by_readers(
     model: nn.Module,
     groups: list[Group],
     calibration: Iterable[Any] | None,
     score: Callable[[Group, list[scores.Reader]], Any],
+    say: Callable[[str], None],
     metrics: dict[str, torch.Tensor] | None = None,
 ) -> list[Any]:
     """What `score` says of each group from the layers that read it; None for a group that none reads."""
     values: list[Any] = []
-    for chunk in _chunks(model, groups):
-        layers = {place: module for g in chunk for place, module, _ in _readers(model, g)}
-        seen = calibrated(lambda layers=layers: collect(model, calibration, layers)) if layers else {}
+    for chunk in _chunks(groups):
+        layers = {place: module for group in chunk for place, module, _ in group.readers}
+        if layers:
+            say(f"inputs of {', '.join(layers)}")
+        seen = collect(model, calibration, layers) if layers else {}
         for group in chunk:
-            readers = [
-                scores.Reader(
-                    as_matrix(module),  # type: ignore[arg-type]
-                    matrix_rows(module, group.places[key]).flatten(1),
-                    seen[place],
-                    (metrics or {}).get(place),
-                )
-                for place, module, key in _readers(model, group)
-            ]
+            readers = []
+            for place, module, key in group.readers:
+                columns = matrix_rows(module, group.places[key]).flatten(1)
+                metric = (metrics or {}).get(place)
+                readers.append(scores.Reader(as_matrix(module), columns, seen[place], metric))  # type: ignore[arg-type]
             values.append(score(group, readers) if readers else None)
     return values
 
@@ -252,12 +282,12 @@ def _readers(model: nn.Module, group: Group) -> list[tuple[str, nn.Module, Key]]
     return found
 
 
-def _chunks(model: nn.Module, groups: list[Group]) -> Iterable[list[Group]]:
+def _chunks(groups: list[Group]) -> Iterable[list[Group]]:
     """Runs of groups whose second moments fit in memory together."""
     run: list[Group] = []
     held = 0
     for group in groups:
-        size = sum(as_matrix(m).shape[1] ** 2 for _, m, _ in _readers(model, group))  # type: ignore[union-attr]
+        size = sum(as_matrix(m).shape[1] ** 2 for _, m, _ in group.readers)  # type: ignore[union-attr]
         if run and held + size > MOMENTS:
             yield run
             run, held = [], 0
@@ -265,10 +295,3 @@ def _chunks(model: nn.Module, groups: list[Group]) -> Iterable[list[Group]]:
         held += size
     if run:
         yield run
-
-
-def calibrated(run: Callable[[], Any]) -> Any:
-    try:
-        return run()
-    except (RuntimeError, TypeError, IndexError, KeyError, AttributeError) as error:
-        raise ValueError(f"the model doesn't run on calibration: {type(error).__name__}: {error}") from error

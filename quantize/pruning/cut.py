@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,10 +9,11 @@ import torch
 from torch import nn
 
 from quantize import surgery
+from quantize.calibration import output_tensors
 from quantize.pruning.groups import Group
 from quantize.pruning.labels import Key, Value, varying
 from quantize.pruning.rules import SHAPED
-from quantize.pruning.trace import Trace, module_of
+from quantize.pruning.trace import Trace
 
 HEAD_COUNTS = ("head", "group")  # an attribute of such a name counts heads ...
 NOT_COUNTS = ("dim", "size", "per")  # ... unless it says that it is a width
@@ -124,7 +124,7 @@ def stale_attributes(trace: Trace, groups: Iterable[Group], model: nn.Module) ->
             continue
         for v in [*trace.tensors(node.args), *([value] if isinstance(value, Value) else value)]:
             for old, new in _resized(v, gone):
-                changes.setdefault(module_of(node), {}).setdefault(old, set()).add(new)
+                changes.setdefault(trace.place(node), {}).setdefault(old, set()).add(new)
     sure: dict[str, dict[str, int]] = {}
     might: dict[str, dict[str, int]] = {}
     for place, sizes in changes.items():
@@ -187,27 +187,27 @@ def mask(trace: Trace, original: nn.Module, pruned: nn.Module, kept: dict[Key, t
 
 
 def same_outputs(a: Any, b: Any, tolerance: float) -> bool:
-    """Do two nested outputs hold the same tensors, relative to the largest value of each?"""
-    left, right = tensors_of(a), tensors_of(b)
-    if len(left) != len(right):
+    """Do two nested outputs hold the same tensors, relative to the largest value of each? Without tensors: no."""
+    left, right = output_tensors(a), output_tensors(b)
+    if not left or len(left) != len(right):
         return False
-    for x, y in zip(left, right, strict=True):
-        if x.shape != y.shape:
-            return False
-        if x.numel() and x.is_floating_point():
-            scale = y.abs().max().item()
-            if not math.isfinite(scale) or (x - y).abs().max().item() > tolerance * max(scale, 1e-6):
-                return False
-    return True
+    return all(_same(x, y, tolerance) for x, y in zip(left, right, strict=True))
 
 
-def tensors_of(output: Any) -> list[torch.Tensor]:
-    if isinstance(output, torch.Tensor):
-        return [output]
-    if isinstance(output, dict):
-        return [t for v in output.values() for t in tensors_of(v)]
-    if isinstance(output, (tuple, list)):
-        return [t for v in output for t in tensors_of(v)]
-    if hasattr(output, "__dict__"):
-        return [t for v in vars(output).values() for t in tensors_of(v)]
-    return []
+def _same(x: torch.Tensor, y: torch.Tensor, tolerance: float) -> bool:
+    """Alike in shape and type; floating values close, infinities and NaN at the same places. Integers may follow roundings."""
+    if x.shape != y.shape or x.dtype != y.dtype:
+        return False
+    if x.is_complex():
+        x, y = torch.view_as_real(x.resolve_conj()), torch.view_as_real(y.resolve_conj())
+    if not x.is_floating_point():
+        return True
+    finite = torch.isfinite(y)
+    if not torch.equal(torch.isfinite(x), finite):
+        return False
+    if not torch.equal(x[~finite].nan_to_num(), y[~finite].nan_to_num()):
+        return False
+    x, y = x[finite].double(), y[finite].double()
+    if not x.numel():
+        return True
+    return (x - y).abs().max().item() <= tolerance * max(y.abs().max().item(), 1e-6)

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, field
 
 import torch
+from torch import nn
 
 from quantize.pruning.labels import Key, Labels, compress, varying
 
@@ -29,6 +30,7 @@ class Group:
     amount: float = 0.0  # fraction of the units to remove
     asked: str = ""  # what named the group in `amount`
     removed: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))  # units, by number
+    readers: list[tuple[str, nn.Module, Key]] = field(default_factory=list)  # that sum over its channels, seen in calibration
 
     @property
     def units(self) -> int:

@@ -7,7 +7,7 @@ Later layers see what the earlier, already repaired ones give. Memory is bounded
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,8 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from quantize.calibration import call, rows
+from quantize.calibration import call, rows, watching, without_cache
+from quantize.calibration.statistics import exact
 
 
 @dataclass
@@ -32,7 +33,7 @@ class Step:
     stream: bool = False
 
 
-class _Reached(Exception):
+class _Reached(BaseException):
     """The layer under repair has seen its input; the rest of the forward pass isn't needed."""
 
 
@@ -68,10 +69,11 @@ def _write(module: nn.Module, matrix: torch.Tensor, bias: torch.Tensor | None) -
 
 @dataclass
 class Seen:
-    """One call of a layer: its input and output, and what its output was then added to, if that was asked for."""
+    """One call of a layer: its input and output, the tensor that the model goes on with, and what was then added to that."""
 
     given: torch.Tensor
     output: torch.Tensor
+    passed_on: torch.Tensor
     stream: torch.Tensor | None = None
 
 
@@ -84,7 +86,7 @@ class _Additions(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if self.seen and len(args) > 1 and getattr(function, "__name__", "") in ADDITIONS:
-            output = self.seen[-1].output
+            output = self.seen[-1].passed_on
             for ours, other in ((args[0], args[1]), (args[1], args[0])):
                 tensors = isinstance(ours, torch.Tensor) and isinstance(other, torch.Tensor)
                 if tensors and ours.shape == other.shape == output.shape and ours.data_ptr() == output.data_ptr():
@@ -101,19 +103,17 @@ def _see(model: nn.Module, names: Sequence[str], batch: Any, calls: int, *, stre
     seen: list[Seen] = []
 
     def hook(_: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> None:
-        seen.append(Seen(args[0] if args else next(iter(kwargs.values())), output))
+        given = args[0] if args else next(iter(kwargs.values()))
+        seen.append(Seen(given.clone(), output.clone(), output))  # clones: what follows may write into them
         if len(seen) == calls and not stream:
             raise _Reached
 
     handles = [model.get_submodule(name).register_forward_hook(hook, with_kwargs=True) for name in names]
-    try:
-        with _Additions(seen) if stream else nullcontext():
+    with watching(handles, model), without_cache(model), _Additions(seen) if stream else nullcontext():
+        try:
             call(model, batch)
-    except _Reached:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
+        except _Reached:
+            pass
     return seen
 
 
@@ -129,6 +129,7 @@ class Moments:
     cross: torch.Tensor | float = 0.0  # [out, K], sum of y x^T
 
     def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        x, y = x.to(torch.promote_types(x.dtype, y.dtype)), y.to(torch.promote_types(x.dtype, y.dtype))
         self.count += len(x)
         self.outer = self.outer + (x.T @ x).double()
         self.cross = self.cross + (y.T @ x).double()
@@ -189,7 +190,7 @@ def refit(original: nn.Module, pruned: nn.Module, step: Step, batches: Iterable[
         if len(before) != len(after) or (len(layers) > 1 and len(before) != calls):
             continue  # the batch takes other ways through the two models
         for i in range(0, len(before), len(layers)):
-            x = rows(first, after[i].given).float()  # [N, K]
+            x = exact(rows(first, after[i].given))  # [N, K]
             targets = []
             for whole, part, outputs in zip(before[i:], after[i:], step.layers.values(), strict=False):
                 y = _outputs(first, whole.output, outputs)
@@ -217,8 +218,9 @@ def refit(original: nn.Module, pruned: nn.Module, step: Step, batches: Iterable[
 
 def _outputs(layer: nn.Module, output: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
     """A layer's output as rows [N, out], of the kept channels."""
-    channel = 1 if isinstance(layer, (nn.Conv1d, nn.Conv2d)) else output.ndim - 1
-    y = output.movedim(channel, -1).reshape(-1, output.shape[channel]).float()
+    spatial = len(layer.kernel_size) if isinstance(layer, (nn.Conv1d, nn.Conv2d)) else 0
+    channel = output.ndim - 1 - spatial
+    y = exact(output.movedim(channel, -1).reshape(-1, output.shape[channel]))
     return y if kept is None else y[:, kept]
 
 
@@ -257,10 +259,12 @@ def repair_layers(
     pruned: nn.Module,
     steps: Sequence[Step],
     batches: Iterable[Any],
+    say: Callable[[str], None],
 ) -> None:
     """Refit or re-estimate, in place, the layers named in `steps`, in that order."""
-    for step in steps:
+    for number, step in enumerate(steps, 1):
         name, outputs = next(iter(step.layers.items()))
+        say(f"repairing {', '.join(step.layers)} ({number}/{len(steps)})")
         if isinstance(pruned.get_submodule(name), nn.modules.batchnorm._BatchNorm):
             reestimate(original, pruned, name, outputs, batches, step.calls)
         else:

@@ -53,7 +53,7 @@ def _linear(trace: Trace, x: Value, weight: Value, bias: Value | None, shape: An
     """x [..., K] times a weight whose dimension `inner` is K."""
     labels, found = trace.labels, trace.labels.weight(weight)
     if found is None or len(weight.shape) != 2:
-        labels.pin(x.labels, f"{why}: its weight is computed")
+        trace.weight_is_computed(x.labels, why)
         return Value(shape)
     name, order = found
     last = len(x.shape) - 1
@@ -133,8 +133,11 @@ def _(trace: Trace, node: torch.fx.Node, shape: Any, why: str) -> Value:
     spatial = len(weight.shape) - 2
     channel = len(x.shape) - spatial - 1
     given = labels.collapse_all(x, range(channel + 1, len(x.shape)), why)
-    if found is None or varying(given) - {channel}:
-        labels.pin(given, f"{why}: its weight is computed" if found is None else f"{why} can't be followed")
+    if found is None:
+        trace.weight_is_computed(given, why)
+        return Value(shape)
+    if varying(given) - {channel}:
+        labels.pin(given, f"{why} can't be followed")
         return Value(shape)
     name, order = found
     taken = torch.full((x.shape[channel],), -1) if given is None else given.flatten()
@@ -160,6 +163,7 @@ def _(trace: Trace, node: torch.fx.Node, shape: Any, why: str) -> Value:
 def _(trace: Trace, node: torch.fx.Node, shape: Any, why: str) -> Value:
     found = trace.labels.weight(trace.argument(node, 0, "weight"))
     if found is None:
+        trace.weight_is_computed(None, why)
         return Value(shape)
     out = trace.produce(found[0], found[1][1], why)
     return Value(tuple(shape), out.view([1] * (len(shape) - 1) + [-1]) if len(out) > 1 else None)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from quantize.calibration import InputStatistics
+from quantize.calibration import InputStatistics, copied, watching, without_cache
 from quantize.pruning.groups import Group
 
 
@@ -124,17 +124,18 @@ def taylor(
     for weight in weights.values():
         weight.requires_grad_(True)
     for batch in batches:
-        with torch.enable_grad():
-            value = loss(model, batch)
-        if not torch.isfinite(value):
-            raise ValueError(f"loss gives {value.item()} on a calibration batch")
-        gradients = torch.autograd.grad(value, list(weights.values()), allow_unused=True)
+        with watching((), model), without_cache(model), torch.enable_grad():
+            value = loss(model, copied(batch, {}))
+            if not torch.isfinite(value):
+                raise ValueError(f"loss gives {value.item()} on a calibration batch")
+            gradients = torch.autograd.grad(value, list(weights.values()), allow_unused=True)
         given = dict(zip(weights, gradients, strict=True))
         for total, group in zip(totals, groups, strict=True):
             change = torch.zeros(group.units, dtype=torch.float64)
             for name, dim in group.outputs:
                 if given[name] is not None:
-                    moved = (weights[name] * given[name]).detach().movedim(dim, 0).double()
+                    gradient = given[name].to_dense() if given[name].is_sparse else given[name]
+                    moved = (weights[name] * gradient).detach().movedim(dim, 0).double()
                     change += moved[group.places[name, dim]].flatten(1).sum(1)
             total += change**2
     return totals

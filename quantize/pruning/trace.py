@@ -7,6 +7,8 @@ a rule pins the channels that reach it: they stay, and the summary names the ope
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from quantize.calibration import arguments, call, copied, untouched, without_cache
 from quantize.pruning.labels import Labels, Value
 from quantize.pruning.rules import RULES, SEES_WEIGHTS
 
@@ -25,17 +28,22 @@ POINTWISE = set(
 
 
 def export(model: nn.Module, example_inputs: Any) -> torch.export.ExportedProgram:
-    """Graph of `model` (in eval mode) on the inputs; ValueError when it doesn't run on them or can't be exported."""
-    args, kwargs = arguments(example_inputs)
-    try:
-        with torch.no_grad():
-            model(*args, **kwargs)
-    except Exception as error:
-        raise ValueError(f"{type(model).__name__} doesn't run on example_inputs: {_first_line(error)}") from error
+    """Graph of `model` (in eval mode; it may be changed) on the inputs.
+
+    Raises ValueError when the model doesn't run on them or can't be exported.
+    """
+    check_inputs(example_inputs)
+    with untouched(model), without_cache(model), torch.no_grad():
+        try:
+            call(model, example_inputs)
+        except Exception as error:
+            raise ValueError(f"{type(model).__name__} doesn't run on example_inputs: {_first_line(error)}") from error
+    _return_plain_containers(model)
+    args, kwargs = arguments(copied(example_inputs, {}))
     fast = torch.backends.mha.get_fastpath_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(False)  # or a whole encoder layer becomes one opaque operation
-        with torch.no_grad(), warnings.catch_warnings():
+        with untouched(model), without_cache(model), torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.export.export(model, args, kwargs, strict=False)
     except Exception as error:
@@ -45,15 +53,31 @@ def export(model: nn.Module, example_inputs: Any) -> torch.export.ExportedProgra
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
-def arguments(inputs: Any) -> tuple[tuple, dict[str, Any]]:
-    """Positional and keyword arguments of example inputs: a tensor, a tuple or a dict."""
-    if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    if isinstance(inputs, (tuple, list)):
-        return tuple(inputs), {}
-    if isinstance(inputs, torch.Tensor):
-        return (inputs,), {}
-    raise TypeError(f"example_inputs must be a tensor, a tuple or a dict, got {type(inputs).__name__}")
+def check_inputs(inputs: Any) -> None:
+    """Raise TypeError for inputs that are no tensor, tuple or dict."""
+    if not isinstance(inputs, (torch.Tensor, tuple, list, Mapping)):
+        raise TypeError(f"example_inputs must be a tensor, a tuple or a dict, got {type(inputs).__name__}")
+
+
+def _return_plain_containers(model: nn.Module) -> None:
+    """Make `model` return dicts where it returns dataclasses, which export doesn't know."""
+    forward = model.forward
+
+    @functools.wraps(forward)
+    def returning_dicts(*args: Any, **kwargs: Any) -> Any:
+        return _plain(forward(*args, **kwargs))
+
+    model.forward = returning_dicts
+
+
+def _plain(output: Any) -> Any:
+    if dataclasses.is_dataclass(output) and not isinstance(output, (type, Mapping)):
+        return {field.name: _plain(getattr(output, field.name)) for field in dataclasses.fields(output)}
+    if type(output) in (tuple, list):
+        return type(output)(_plain(part) for part in output)
+    if type(output) is dict:
+        return {key: _plain(part) for key, part in output.items()}
+    return output
 
 
 def _first_line(error: Exception) -> str:
@@ -61,15 +85,17 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {text[0] if text else ''}"
 
 
-def module_of(node: torch.fx.Node) -> str:
-    """Qualified name of the innermost module whose forward made the node."""
-    stack = node.meta.get("nn_module_stack") or {}
-    return next(reversed(stack.values()))[0] if stack else ""
-
-
 def operation(node: torch.fx.Node) -> str:
     """Name of the node's operation without its overload: "linear", "add_"."""
     return getattr(getattr(node.target, "overloadpacket", None), "__name__", "")
+
+
+def _first_names(model: nn.Module) -> dict[str, str]:
+    """The first name of every module that has several, by each of its names."""
+    first: dict[int, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        first.setdefault(id(module), name)
+    return {name: first[id(module)] for name, module in model.named_modules(remove_duplicate=False)}
 
 
 class Trace:
@@ -79,6 +105,8 @@ class Trace:
         tensors = dict(model.named_parameters()) | dict(model.named_buffers())  # a shared tensor under its first name
         self.labels = Labels({name: t.shape for name, t in tensors.items()})
         self.values: dict[torch.fx.Node, Any] = {}
+        self.first_names = _first_names(model)
+        self.computed: dict[str, str] = {}  # layers whose weight is no parameter, and the reason
         names = {id(t): name for name, t in tensors.items()}
         every = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
         first = {name: names[id(t)] for name, t in every.items()}
@@ -94,6 +122,12 @@ class Trace:
             else:
                 self.values[node] = self._visit(node)
 
+    def place(self, node: torch.fx.Node) -> str:
+        """Qualified name of the innermost module whose forward made the node."""
+        stack = node.meta.get("nn_module_stack") or {}
+        name = next(reversed(stack.values()))[0] if stack else ""
+        return self.first_names.get(name, name)
+
     def _visit(self, node: torch.fx.Node) -> Any:
         self.node = node
         out = node.meta.get("val")
@@ -106,7 +140,7 @@ class Trace:
             return held[node.args[1]] if isinstance(held, (tuple, list)) else Value(shape)
         name = getattr(getattr(node.target, "overloadpacket", None), "__name__", str(node.target))
         base = name if name.startswith("__") else name.rstrip("_")
-        why = f"{name} in module {module_of(node)!r}"
+        why = f"{name} in module {self.place(node)!r}"
         rule = RULES.get(base)
         operands = self.tensors((node.args, node.kwargs))
         if rule is not None and (base in SEES_WEIGHTS or any(v.labels is not None or v.source for v in operands)):
@@ -148,9 +182,14 @@ class Trace:
         return self.labels.along(name, dim)
 
     def consume(self, name: str, dim: int, labels: torch.Tensor | None, why: str) -> None:
-        self.labels.inputs.setdefault((name, dim), module_of(self.node))
+        self.labels.inputs.setdefault((name, dim), self.place(self.node))
         own = self.labels.along(name, dim)
         self.labels.tie(own, torch.full_like(own, -1) if labels is None else labels.flatten(), f"{why} reads other data too")
+
+    def weight_is_computed(self, labels: torch.Tensor | None, why: str) -> None:
+        """The layer of the node multiplies by what a computation gives: the inputs it sums over stay, its outputs too."""
+        self.computed.setdefault(self.place(self.node), "its weight is computed anew in every call")
+        self.labels.pin(labels, f"{why}: its weight is computed")
 
     def vector(self, value: Value | None, labels: torch.Tensor | None, size: int, why: str) -> None:
         """A bias, scale or statistic of one entry per channel."""
