@@ -18,7 +18,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
 import torch
 import torch.distributed as dist
@@ -178,6 +178,25 @@ class Progress:
     seconds_left: float
 
 
+class Judge(Protocol):
+    """Judges training while it runs, by something else than the loss of a step (see `distillation.best.Best`)."""
+
+    scale: float  # of the learning rates of the next steps
+
+    def start(self) -> None:
+        """Before the first step."""
+
+    def check(self, done: int) -> bool:
+        """After so many steps: whether it put the model back into an earlier state."""
+
+    def finish(self) -> None:
+        """After the last step."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
 class ProgressPrinter:
     """`on_progress` for people, as a context: a bar on a terminal, else a plain line now and then."""
 
@@ -221,6 +240,7 @@ def fit(
     checkpoint_seconds: float = 15.0,
     resume: bool = False,
     identity: dict | None = None,
+    judge: Judge | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> nn.Module:
     """Train `model` in place for `recipe.steps` steps and return it in eval mode.
@@ -234,6 +254,7 @@ def fit(
         resume: go on from that file if it exists.
         identity: what else must agree between the two runs for a resume to be right (configs, hashes of the
             data), as plain values.
+        judge: keeps the best state of the model, in which it ends; its own state is in the file too.
 
     Raises:
         TrainingError: nothing to train, a loss or gradient that is not finite (the last good state stays on disk),
@@ -252,25 +273,28 @@ def fit(
         "identity": identity or {},
         "model": _shape(model),
     }
-    first = 0
-    if resume and path is not None and path.exists():
-        first = _restore(path, model, optimizers, run)
-    elif path is not None and rank == 0:
-        _write_state(path, model, optimizers, run, 0)
+    resumed = resume and path is not None and path.exists()
+    first = _restore(path, model, optimizers, judge, run) if resumed else 0
     _broadcast(model, world)
+    if judge is not None and not resumed:
+        judge.start()
+    if path is not None and rank == 0 and not resumed:
+        _write_state(path, model, optimizers, judge, run, 0)
     parameters = [p for p in model.parameters() if p.requires_grad]
     started = saved = time.monotonic()
     units = 0
     for step in range(first, recipe.steps):
         torch.manual_seed(hash((seed, step, rank)))  # dropout and the like: a function of the step too
+        scale = recipe.rate(step) if judge is None else recipe.rate(step) * judge.scale
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
             for group in optimizer.param_groups:
-                group["lr"] = group["full_lr"] * recipe.rate(step)
+                group["lr"] = group["full_lr"] * scale
         batch = _to_device(batches(step), device)
         with autocast(device, bf16):
             loss = loss_fn(model, batch)
         loss.backward()
+        _make_dense(parameters)
         loss_value = _average(loss, parameters, world)
         norm = nn.utils.clip_grad_norm_(parameters, recipe.clip).item()
         if not (math.isfinite(loss_value) and math.isfinite(norm)):
@@ -278,15 +302,20 @@ def fit(
             raise TrainingError(f"step {step}: loss {loss_value}, gradient norm {norm}: not finite{kept}")
         for optimizer in optimizers:
             optimizer.step()
-        done, now = step + 1, time.monotonic()
+        done = step + 1
+        if judge is not None and judge.check(done):
+            optimizers = _optimizers(model, recipe)
+        now = time.monotonic()
         if path is not None and rank == 0 and (now - saved >= checkpoint_seconds or done == recipe.steps):
-            _write_state(path, model, optimizers, run, done)
+            _write_state(path, model, optimizers, judge, run, done)
             saved = time.monotonic()
         if on_progress is not None and rank == 0:
             units += _units(batch) * world
             elapsed = now - started
             left = elapsed / (done - first) * (recipe.steps - done)
             on_progress(Progress(done, recipe.steps, loss_value, units / max(elapsed, 1e-9), left))
+    if judge is not None:
+        judge.finish()
     return model.eval()
 
 
@@ -440,6 +469,13 @@ def _broadcast(model: nn.Module, world: int) -> None:
             dist.broadcast(tensor.detach(), 0)
 
 
+def _make_dense(parameters: list[nn.Parameter]) -> None:
+    """Gradients of sparse embeddings as plain tensors: neither clipping nor the optimizers take sparse ones."""
+    for parameter in parameters:
+        if parameter.grad is not None and parameter.grad.layout != torch.strided:
+            parameter.grad = parameter.grad.to_dense()
+
+
 def _average(loss: Tensor, parameters: list[nn.Parameter], world: int) -> float:
     """Average loss and gradients over the ranks, in one message; so all ranks also agree on what is not finite."""
     if world == 1:
@@ -466,11 +502,13 @@ def _shape(model: nn.Module) -> dict:
     }
 
 
-def _write_state(path: Path, model: nn.Module, optimizers: list, run: dict, step: int) -> None:
+def _write_state(path: Path, model: nn.Module, optimizers: list, judge: Judge | None, run: dict, step: int) -> None:
     """Replace the file by a complete new one, or leave it as it is: there is no moment with half a file."""
     buffer = io.BytesIO()
-    states = [optimizer.state_dict() for optimizer in optimizers]
-    torch.save({"run": run, "step": step, "model": model.state_dict(), "optimizers": states}, buffer)
+    state = {"run": run, "step": step, "model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
+    if judge is not None:
+        state["judge"] = judge.state_dict()
+    torch.save(state, buffer)
     content = buffer.getbuffer()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -481,15 +519,42 @@ def _write_state(path: Path, model: nn.Module, optimizers: list, run: dict, step
         raise TrainingError(f"cannot write the training state {path}: {error.strerror or error}") from None
 
 
-def _restore(path: Path, model: nn.Module, optimizers: list, run: dict) -> int:
+def _restore(path: Path, model: nn.Module, optimizers: list, judge: Judge | None, run: dict) -> int:
+    """Put the saved state into all that is given; returns the steps that were done."""
     state = _read_state(path)
-    for key, value in run.items():
-        if state["run"].get(key) != value:
-            raise TrainingError(f"training state {path} is of another run: {_difference(key, state['run'].get(key), value)}")
-    model.load_state_dict(state["model"])
-    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-        optimizer.load_state_dict(saved)
-    return state["step"]
+    try:
+        for key, value in run.items():
+            if state["run"].get(key) != value:
+                was = _difference(key, state["run"].get(key), value)
+                raise TrainingError(f"training state {path} is of another run: {was}")
+        step = state["step"]
+        if type(step) is not int or not 0 <= step <= run["recipe"]["steps"]:
+            raise ValueError(f"it says that {step!r} steps were done")
+        model.load_state_dict(state["model"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            _check_optimizer(optimizer, saved)
+            optimizer.load_state_dict(saved)
+        if judge is not None:
+            judge.load_state_dict(state["judge"])
+    except TrainingError:
+        raise
+    except Exception as error:  # a file with the right checksum may hold anything
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise TrainingError(f"training state {path} can't be used ({reason}); delete it to start over") from None
+    return step
+
+
+def _check_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
+    """`load_state_dict` takes what is in the groups and states as it comes: it must be what this optimizer would write."""
+    for group, stored in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+        for key, value in group.items():
+            if key not in ("params", "lr") and stored[key] != value:
+                raise ValueError(f"{key} of an optimizer is {stored[key]!r}, not {value!r}")
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, values in saved["state"].items():
+        for key, value in values.items():
+            if key != "step" and value.shape != parameters[index].shape:
+                raise ValueError(f"{key} of parameter {index} is {list(value.shape)}, not {list(parameters[index].shape)}")
 
 
 def _read_state(path: Path) -> dict:
@@ -502,7 +567,11 @@ def _read_state(path: Path) -> dict:
         raise TrainingError(f"{path} is not a training state of this version")
     if content[len(_MAGIC) : header] != hashlib.sha256(content[header:]).hexdigest().encode() + b"\n":
         raise TrainingError(f"training state {path} is damaged (its checksum does not match); delete it to start over")
-    return torch.load(io.BytesIO(content[header:]), weights_only=True, map_location="cpu")
+    try:
+        return torch.load(io.BytesIO(content[header:]), weights_only=True, map_location="cpu")
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise TrainingError(f"training state {path} can't be read ({reason}); delete it to start over") from None
 
 
 def _difference(key: str, old: Any, new: Any) -> str:

@@ -132,3 +132,12 @@ def test_main_output_looks_into_dataclasses_and_nested_containers():
 
     wanted = torch.ones(2)
     assert main_output(Output(torch.arange(2), ({"a": wanted}, torch.zeros(1)))) is wanted
+
+
+def test_statistics_of_a_pass_in_training_mode_are_taken_back():
+    """BatchNorm changes its running statistics without counting up their version."""
+    norm = nn.BatchNorm1d(3)
+    before = copy.deepcopy(norm.state_dict())
+    with calibration.untouched(norm):
+        norm(5 + torch.randn(8, 3))
+    assert all(torch.equal(norm.state_dict()[name], tensor) for name, tensor in before.items())

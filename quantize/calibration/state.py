@@ -93,7 +93,7 @@ class _Saved:
         self.done = True
         value, parts = self.value, self.parts
         if isinstance(value, torch.Tensor):
-            _restore_tensor(value, *parts)
+            _restore_tensor(value, parts)
         elif isinstance(value, dict):
             _refill(value, parts)
         elif isinstance(value, torch.Generator):
@@ -120,18 +120,19 @@ def _refill(values: dict[Any, Any], parts: dict[Any, _Saved]) -> None:
         values.update(before)
 
 
-def _of_tensor(tensor: torch.Tensor) -> tuple[torch.Tensor, int | None] | None:
+def _of_tensor(tensor: torch.Tensor) -> torch.Tensor | None:
     if tensor.is_meta or tensor.layout != torch.strided or nn.parameter.is_lazy(tensor):
         return None
-    return tensor.detach().clone(), None if tensor.is_inference() else tensor._version
+    return tensor.detach().clone()
 
 
 @torch.no_grad()
-def _restore_tensor(tensor: torch.Tensor, content: torch.Tensor, version: int | None) -> None:
-    if version is not None and tensor._version == version:
-        return
+def _restore_tensor(tensor: torch.Tensor, content: torch.Tensor) -> None:
+    """Give `tensor` its content back where it changed; its version doesn't tell: BatchNorm's kernels don't count theirs up."""
     if tensor.shape != content.shape:
         tensor.data = content
+    elif torch.equal(tensor, content):
+        return
     elif tensor.is_inference():
         with torch.inference_mode():
             tensor.copy_(content)

@@ -10,6 +10,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def divergences(student: Tensor, teacher: Tensor) -> Tensor:
+    """What each class adds to KL(teacher || student), from log probabilities of any one shape; never below 0.
+
+    With d = log p - log q, p d alone has either sign and its sum rounds below zero where the two agree. The probabilities sum
+    to 1 on both sides, so p d - p + q has the same sum; it is p (d + exp(-d) - 1), which is about p d^2 / 2 for a small d.
+    """
+    p, d = teacher.exp(), teacher - student
+    near = p * (d + torch.expm1(-d))  # exact for a small d; overflows for a large negative one
+    far = torch.where(p == 0, 0.0, p * d) - p + student.exp()  # a probability of 0 is fine, also where a logit is -inf
+    return torch.where(d.abs() < 1, near, far).clamp(min=0)
+
+
 class _SoftKL(torch.autograd.Function):
     """The sum over rows of weight * KL(teacher || student), whose gradient is exactly 0 where the logits are equal.
 
@@ -19,9 +31,8 @@ class _SoftKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
         s, t = student.log_softmax(-1), teacher.log_softmax(-1)
-        p = t.exp()
-        rows = torch.where(p == 0, 0.0, p * (t - s)).sum(-1)  # a probability of 0 adds 0, also where a logit is -inf
-        ctx.save_for_backward(s.exp_().sub_(p).mul_(weight[:, None]))
+        rows = divergences(s, t).sum(-1)
+        ctx.save_for_backward(s.exp_().sub_(t.exp_()).mul_(weight[:, None]))
         return rows @ weight
 
     @staticmethod
@@ -41,21 +52,31 @@ def soft_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0, mask: Te
 
 
 def remoteness(student: Tensor, teacher: Tensor, kind: str, mask: Tensor | None = None) -> float:
-    """How far the student's answers are from the teacher's: 0 where they are equal, 1 for a student that knows no more than the
-    teacher's mean answer; above 1 for worse.
+    """How far the student's answers are from the teacher's, relative to how much the teacher's differ from row to row.
 
-    Outputs [..., V]; kind "logits": a ratio of KL divergences; "values": of squared distances. inf if all rows of the teacher
-    are alike, so that there is nothing to compare with.
+    A ratio of KL divergences (kind "logits") or of squared distances ("values"), never below 0: 0 where the answers are equal,
+    1 for a student that always predicts the teacher's mean output. Where all rows of the teacher are alike, which tells
+    nothing (a batch of one row), the distance is taken relative to log(classes) or to the teacher's mean square.
+
+    Args:
+        student, teacher: outputs [..., V].
+        mask: rows that count, [...] of 0 and 1.
     """
     weight = row_weights(student.shape[:-1], mask, student.device)
     s, t = student.detach().float().flatten(0, -2), teacher.detach().float().flatten(0, -2)
+    kept = None if mask is None else mask.flatten()
     if kind == "logits":
         t = t.log_softmax(-1)
         mean = (weight @ t.exp()).log().expand_as(t)
-        far, spread = (soft_kl(x, t, mask=None if mask is None else mask.flatten()) for x in (s, mean))
+        distance, spread = soft_kl(s, t, mask=kept), soft_kl(mean, t, mask=kept)
+        size = math.log(t.shape[-1])
     else:
-        far, spread = ((x - t).square().mean(-1) @ weight for x in (s, weight @ t))
-    return (far / spread).item() if spread > 1e-9 * t.square().mean() else math.inf
+        distance, spread = ((x - t).square().mean(-1) @ weight for x in (s, weight @ t))
+        size = (t.square().mean(-1) @ weight).item()
+    scale = spread.item() if spread > 1e-9 * size else size
+    if scale == 0:
+        return 0.0 if distance == 0 else math.inf
+    return (distance / scale).item()
 
 
 def row_weights(shape: torch.Size, mask: Tensor | None, device: torch.device) -> Tensor:
@@ -79,13 +100,14 @@ def top_kl(student: Tensor, log_p: Tensor, ids: Tensor, temperature: float, mask
     """
     s = (student.float() / temperature).log_softmax(-1).gather(-1, ids.long())  # [..., count]
     t = log_p.float()
-    rows = (t.exp() * (t - s)).sum(-1)
     if ids.shape[-1] < student.shape[-1]:
-        rest_t, rest_s = (1 - x.exp().sum(-1) for x in (t, s))
-        rest_t, rest_s = rest_t.clamp(min=0), rest_s.clamp(min=1e-7)
-        rows = rows + rest_t * ((rest_t.clamp(min=1e-7)).log() - rest_s.log())
-    weight = row_weights(rows.shape, mask, student.device)
-    return rows.flatten() @ weight * temperature**2
+        rest_s, rest_t = (1 - x.exp().sum(-1, keepdim=True) for x in (s, t))
+        s = torch.cat([s, rest_s.clamp(min=1e-7).log()], dim=-1)
+        t = torch.cat([t, rest_t.clamp(min=1e-7).log()], dim=-1)
+    p = t.exp()
+    parts = torch.where(p == 0, 0.0, p * (t - s)) - p + s.exp()  # as in `divergences`: no sum of them is below 0
+    weight = row_weights(parts.shape[:-1], mask, student.device)
+    return parts.sum(-1).clamp(min=0).flatten() @ weight * temperature**2
 
 
 def hidden_loss(student: Tensor, teacher: Tensor, kind: str, mask: Tensor | None = None) -> Tensor:
@@ -97,7 +119,7 @@ def hidden_loss(student: Tensor, teacher: Tensor, kind: str, mask: Tensor | None
     s, t = student.float().flatten(0, -2), teacher.detach().float().flatten(0, -2)
     weight = row_weights(student.shape[:-1], mask, student.device)
     if kind == "cosine":
-        return (1 - F.cosine_similarity(s, t, dim=-1)) @ weight
+        return (1 - F.cosine_similarity(s, t, dim=-1)).clamp(min=0) @ weight
     return ((s - t).square().mean(-1) @ weight) / (t.square().mean(-1) @ weight).clamp(min=1e-12)
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,13 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quantize.calibration import call, main_output
+from quantize.calibration import call, main_output, output_tensors, relative_error, untouched, watching, without_cache
 from quantize.distillation import match
+from quantize.distillation.batches import Batch
 from quantize.distillation.cache import TeacherCache
 from quantize.distillation.losses import remoteness, row_weights, soft_kl, top_kl
+from quantize.distillation.state import Carried, answers, changed_buffers, is_stateful, norms_in_eval_mode, running_norms
 from quantize.training import TrainingError, autocast, eval_mode
 
-Batch = tuple[Any, Any, int]  # inputs, targets (or None), number of the batch
+ROUNDING = 0.1  # most that bf16 may change the student's outputs, relative to their size
 
 
 class Trained(nn.Module):
@@ -53,7 +55,7 @@ class Objective:
     cache: TeacherCache | None = None
     _seen: dict[str, Tensor] = field(default_factory=dict)  # outputs of the student's modules that are compared
     _taught: dict[str, Tensor] = field(default_factory=dict)  # and of the teacher's
-    _statistics: dict[Tensor, Tensor] = field(default_factory=dict)
+    _teacher_stateful: bool = False
 
     def __post_init__(self) -> None:
         _check_number("temperature", self.temperature, low=0, strict=True)
@@ -68,6 +70,8 @@ class Objective:
             rest = f"which leaves {1 - self.alpha:g} to the task"
             raise ValueError(f"alpha is {self.alpha!r}, {rest}: give loss=function(output, targets) too")
         self.trained = Trained(self.student)
+        self.carried = Carried(self.student, set(), stateful=False)
+        self._before: dict[str, Tensor] = {}  # what the student carries, before the last step
 
     def settings(self) -> dict:
         """What must agree between two runs for one to go on where the other stopped."""
@@ -85,40 +89,46 @@ class Objective:
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """The teacher in eval mode and both models looked into; all of it undone at the end."""
+        """The teacher in eval mode and both models looked into; all of it undone at the end, but for what was learned."""
+        names, targets = [*self.hidden, *self.relations], [*self.hidden.values(), *self.relations.values()]
         with ExitStack() as stack:
-            stack.enter_context(eval_mode(self.teacher))
-            self._seen = stack.enter_context(match.watching(self.student, [*self.hidden, *self.relations]))
-            taught = [*self.hidden.values(), *self.relations.values()]
-            self._taught = stack.enter_context(match.watching(self.teacher, taught))
+            stack.enter_context(without_cache(self.student, self.teacher))
+            stack.enter_context(watching((), self.teacher))
+            stack.enter_context(self.carried.attached())
+            self._seen = stack.enter_context(match.watching(self.student, names))
+            self._taught = stack.enter_context(match.watching(self.teacher, targets))
             yield
 
     # ------------------------------------------------------------------------------- before the first step
 
     @torch.no_grad()
-    def prepare(self, batch: Batch, bf16: bool | None) -> float:
-        """Run both models once on a batch, so that whatever doesn't fit is found before training.
+    def prepare(self, batch: Batch) -> float:
+        """Run both models on a batch, so that whatever doesn't fit is found before training.
 
         Returns how far apart they are (`losses.remoteness`); inf where outputs aren't matched.
         """
-        device = next((p.device for p in self.student.parameters()), torch.device("cpu"))
-        inputs = _moved(batch[0], device)
-        with eval_mode(self.student), autocast(device, bf16):
+        inputs = self._moved(batch[0])
+        with untouched(self.student), eval_mode(self.student):
             student = self._try("student", self.student, inputs)
-            teacher = self._try("teacher", self.teacher, inputs) if self.needs_teacher else None
+            passing = changed_buffers(self.student, lambda: call(self.student, inputs))
+            self.carried.stateful = bool(passing) or is_stateful(self.student, inputs)
+        teacher = None
+        if self.needs_teacher:
+            with untouched(self.teacher):
+                teacher = self._try("teacher", self.teacher, inputs)
+            self._teacher_stateful = is_stateful(self.teacher, inputs)
         if self.alpha > 0:
             self._check_outputs(student, teacher)
         for name, target in [*self.hidden.items(), *self.relations.items()]:
             for role, module, seen in (("student", name, self._seen), ("teacher", target, self._taught)):
                 if module not in seen:
                     raise ValueError(f"module {module!r} of the {role} isn't called when it runs: it can't be matched")
-        if self.hidden and self._norms():  # they will use the batch's statistics in training, which a new student's aren't near
-            self._keep_statistics()
-            with torch.no_grad(), eval_mode(self.student), autocast(device, bf16):
-                for norm in self._norms():
+        self.carried.statistics = changed_buffers(self.student, lambda: self._train_once(inputs)) - passing
+        if self.hidden:  # norms will use the batch's statistics, which a new student's running ones aren't near
+            with untouched(self.student), eval_mode(self.student):
+                for norm in running_norms(self.student):
                     norm.train()
-                call(self.student, inputs)
-            self.restore_statistics()
+                self._run_student(inputs, batch[2])
         for name, target in self.hidden.items():
             s, t = match.aligned(name, target, self._seen, self._taught)
             if s.shape != t.shape:
@@ -130,6 +140,11 @@ class Objective:
         s, t = self.select(student), self.select(teacher)
         return remoteness(s, t, self.kind, match.row_mask(inputs, s))
 
+    def _train_once(self, inputs: Any) -> None:
+        with eval_mode(self.student):
+            self.student.train()
+            self._run_student(inputs, 0)
+
     def _try(self, role: str, model: nn.Module, inputs: Any) -> Any:
         try:
             return call(model, inputs)
@@ -138,11 +153,67 @@ class Objective:
             reason = f"{type(error).__name__}: {error}{hint}"
             raise ValueError(f"the {role} ({type(model).__name__}) doesn't run on the first batch: {reason}") from error
 
+    def precision(self, batch: Batch, bf16: bool | None) -> tuple[bool, str]:
+        """Whether to train in bf16 (None: where the device multiplies it natively), and why not.
+
+        A model may do what autocast doesn't allow (`index_add` of two dtypes), or lose too much by rounding. One step is tried.
+        """
+        wanted = not isinstance(autocast(self.device, bf16), nullcontext)
+        reason = self._trial(batch, True) if wanted else ""
+        if reason and bf16:
+            raise ValueError(f"bf16=True: {reason}")
+        if not wanted or reason:
+            broken = self._trial(batch, False)
+            if broken:
+                raise ValueError(broken)
+        return wanted and not reason, reason
+
+    def _trial(self, batch: Batch, bf16: bool) -> str:
+        """Why one training step fails in this precision; empty if it doesn't. No trace is left."""
+        with untouched(self.student, self.teacher), eval_mode(self.student):
+            self.student.train()
+            try:
+                with autocast(self.device, bf16):
+                    loss = self(self.trained, batch)
+                loss.backward()
+            except TrainingError:
+                raise
+            except Exception as error:
+                return f"a training step of the student fails ({type(error).__name__}: {error})"
+            finally:
+                for parameter in self.trained.parameters():
+                    parameter.grad = None
+        return self._rounding(self._moved(batch[0])) if bf16 else ""
+
+    @torch.no_grad()
+    def _rounding(self, inputs: Any) -> str:
+        """Why the student's outputs in bf16 are too far from those in float32; empty if they aren't."""
+        outputs = []
+        for bf16 in (True, False):
+            with eval_mode(self.student), autocast(self.device, bf16):
+                (tensors,) = answers(self.student, inputs, 1)
+            outputs.append([t for t in tensors if t.is_floating_point()])
+        try:
+            error = relative_error(*outputs)
+        except ValueError as reason:
+            return f"in bf16 {reason}"
+        return f"bf16 changes its outputs by {error:.0%}" if error > ROUNDING else ""
+
+    @property
+    def device(self) -> torch.device:
+        return next((p.device for p in self.student.parameters()), torch.device("cpu"))
+
+    def _moved(self, inputs: Any) -> Any:
+        return _moved(inputs, self.device)
+
     def _check_outputs(self, student: Any, teacher: Any) -> None:
         s, t = self.select(student), self.select(teacher)
         for role, x in (("student", s), ("teacher", t)):
             if not isinstance(x, Tensor) or not x.is_floating_point():
-                raise TypeError(f"select gives {type(x).__name__} for the {role}'s output; it must give a floating tensor")
+                kind = f"a tensor of {x.dtype}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+                raise TypeError(f"select gives {kind} for the {role}'s output; it must give a floating tensor")
+            if torch.isnan(x).any():
+                raise ValueError(f"the {role}'s output on the first batch has NaN in it")
         if self.kind == "auto":
             self.kind = "logits" if match.is_categories(teacher if self.select is main_output else t) else "values"
         if s.shape != t.shape:
@@ -159,10 +230,45 @@ class Objective:
     # --------------------------------------------------------------------------------------------- a step
 
     def __call__(self, trained: Trained, batch: Batch) -> Tensor:
+        self.carried.renew()
+        self._before = self.carried.copies()
+        total = self._total(trained, batch)
+        if not total.requires_grad:
+            raise TrainingError(
+                f"no gradient reaches the student ({type(self.student).__name__}): its output depends on no parameter "
+                "that requires one, or it runs without gradients"
+            )
+        return total
+
+    @torch.no_grad()
+    def held_out(self, batches: Sequence[Batch]) -> float:
+        """The mean of what is minimized over batches, in eval mode and in float32."""
+        self.carried.renew()
+        losses = []
+        for inputs, targets, index in batches:
+            batch = (self._moved(inputs), self._moved(targets), index)
+            with untouched(self.student), eval_mode(self.student):
+                losses.append(self._total(self.trained, batch).item())
+        return sum(losses) / len(losses)
+
+    @torch.no_grad()
+    def distance(self, batches: Sequence[Batch]) -> float | None:
+        """How far the student's matched outputs are from the teacher's, relative to their size; None if none are matched."""
+        if not self.alpha:
+            return None
+        outputs: list[list[Tensor]] = []
+        for model in (self.student, self.teacher):
+            outputs.append([])
+            for inputs, _, _ in batches:
+                with watching((), model), without_cache(model):
+                    torch.manual_seed(0)
+                    outputs[-1].append(self.select(call(model, self._moved(inputs))).clone())
+        return relative_error(*outputs)
+
+    def _total(self, trained: Trained, batch: Batch) -> Tensor:
         inputs, targets, index = batch
-        self._keep_statistics()
         taught = self._ask_teacher(inputs, index)  # first: its activations are gone before the student's graph is there
-        output = call(trained.student, inputs)
+        output = self._run_student(inputs, index)
         parts = []
         if self.alpha > 0:
             parts.append(self.alpha * self._match(self.select(output), taught, inputs))
@@ -179,13 +285,17 @@ class Objective:
             parts.append(self.relation_weight * near)
         self._seen.clear()
         self._taught.clear()
-        total = sum(parts[1:], start=parts[0])
-        if not total.requires_grad:
-            raise TrainingError(
-                f"no gradient reaches the student ({type(self.student).__name__}): its output depends on no parameter "
-                "that requires one, or it runs without gradients"
-            )
-        return total
+        return sum(parts[1:], start=parts[0])
+
+    def _run_student(self, inputs: Any, index: int) -> Any:
+        first = next(iter(output_tensors(inputs)), None)
+        rows = 0 if first is None or first.ndim == 0 else len(first)
+        try:
+            with norms_in_eval_mode(self.student, rows):
+                return call(self.student, inputs)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(f"the student ({type(self.student).__name__}) fails on batch {index}: {reason}") from error
 
     def _ask_teacher(self, inputs: Any, index: int) -> Any:
         """The teacher's answer, without a graph: its output, or the likeliest classes from the cache."""
@@ -194,7 +304,8 @@ class Objective:
         stored = self.cache.get(index) if self.cache else None
         if stored is not None:
             return stored
-        with torch.inference_mode():
+        known = untouched(self.teacher) if self._teacher_stateful else nullcontext()
+        with torch.inference_mode(), known:
             output = call(self.teacher, inputs)
         for name, x in self._taught.items():
             self._taught[name] = x.clone()  # a plain tensor: the way back may need it
@@ -216,20 +327,10 @@ class Objective:
             return F.mse_loss(student, taught)
         return (student - taught).square().mean(-1).flatten() @ row_weights(mask.shape, mask, student.device)
 
-    def _norms(self) -> list[nn.Module]:
-        return [m for m in self.student.modules() if getattr(m, "running_mean", None) is not None]
-
-    def _keep_statistics(self) -> None:
-        """Running statistics change on the way forward, before a loss is seen to be broken."""
-        if not self._statistics:
-            self._statistics = {b: b.clone() for m in self._norms() for b in m.buffers(recurse=False)}
-        for buffer, kept in self._statistics.items():
-            kept.copy_(buffer)
-
-    def restore_statistics(self) -> None:
-        """Take back what the last step did to running statistics."""
-        for buffer, kept in self._statistics.items():
-            buffer.copy_(kept)
+    def take_back_step(self) -> None:
+        """Take back what the last pass did to statistics: it is done before its loss is seen to be broken."""
+        if self._before:
+            self.carried.put(self._before)
 
 
 def _moved(inputs: Any, device: torch.device) -> Any:

@@ -6,14 +6,14 @@ imports `pruning`. Such a start is most of what distillation gains: the student 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from quantize import surgery
-from quantize.calibration import call, main_output
+from quantize.calibration import call, main_output, output_tensors, untouched, watching, without_cache
 from quantize.pruning import prune_ln_structured
 
 LAYER_NUMBERS = ("layer", "layer_id", "layer_idx", "layer_index")  # attributes in which modules keep their place in a stack
@@ -48,11 +48,20 @@ def make_student(
         raise ValueError("give depth (blocks that stay), width (fraction of channels that stay), or both")
     _check(depth, width)
     student = surgery.clone(teacher).eval()
-    expected = _shape(student, example_inputs, "the teacher")
+    done: dict[str, str] = {}
+    left: dict[str, str] = {}
+    with without_cache(student):
+        expected = _shape(student, example_inputs, "the teacher")
+        if depth is not None:
+            student, done, left = _shorten(student, depth, example_inputs, expected)
+        if width is not None and width < 1:
+            student = prune_ln_structured(student, example_inputs, amount=1 - width, calibration=calibration, skip=skip)
+    for name, module in teacher.named_modules():  # copies of copies that ran without a cache
+        config = getattr(module, "config", None)
+        if hasattr(config, "use_cache") and name in dict(student.named_modules()):
+            student.get_submodule(name).config.use_cache = config.use_cache
     if depth is not None:
-        student = _shorten(student, depth, example_inputs, expected)
-    if width is not None and width < 1:
-        student = prune_ln_structured(student, example_inputs, amount=1 - width, calibration=calibration, skip=skip)
+        surgery.note(student, "student", done=done, left=left, depth=depth)
     return student
 
 
@@ -69,7 +78,8 @@ def _check(depth: Any, width: Any) -> None:
 @torch.no_grad()
 def _shape(model: nn.Module, inputs: Any, role: str) -> torch.Size:
     try:
-        return main_output(call(model, inputs)).shape
+        with untouched(model):
+            return main_output(call(model, inputs)).shape
     except Exception as error:
         raise ValueError(f"{role} doesn't run on example_inputs: {type(error).__name__}: {error}") from error
 
@@ -92,38 +102,93 @@ def _stacks(model: nn.Module, prefix: str = "") -> list[str]:
     return found
 
 
-def _shorten(model: nn.Module, depth: int | float, inputs: Any, expected: torch.Size) -> nn.Module:
-    """Take blocks out of every stack where the model still runs after that and gives the same shape."""
-    done: list[str] = []
-    tried: dict[str, str] = {}
+def _shorten(
+    model: nn.Module, depth: int | float, inputs: Any, expected: torch.Size
+) -> tuple[nn.Module, dict[str, str], dict[str, str]]:
+    """Take blocks out of every stack where the model still runs after that and gives the same shape.
+
+    Returns the shorter model, which blocks stay in each stack, and why the other stacks stay whole.
+    """
+    done: dict[str, str] = {}
+    left: dict[str, str] = {}
     for name in _stacks(model):
         if any(name.startswith(f"{outer}.") for outer in done):
             continue
-        count = len(model.get_submodule(name))  # type: ignore[arg-type]
-        kept = min(count, depth) if isinstance(depth, int) else max(1, round(depth * count))
-        if kept == count:
-            tried[name] = f"has only {count} blocks"
+        blocks = model.get_submodule(name)
+        count = len(blocks)  # type: ignore[arg-type]
+        tries = [_kept([range(count)], depth), _kept(_stages(model, blocks, inputs), depth)]
+        if len(tries[0]) == count:
+            left[name] = f"has only {count} blocks"
             continue
-        shorter = surgery.clone(model)
-        blocks = shorter.get_submodule(name)
-        indices = evenly_spaced(count, kept)
-        kept_blocks(blocks, indices)
-        surgery.record(blocks, "kept_blocks", indices=indices)
-        for new, old in enumerate(indices):
-            _renumber(blocks[new], old, new)  # type: ignore[index]
-        try:
-            with torch.no_grad():
-                same = main_output(call(shorter, inputs)).shape == expected
-            tried[name] = "the output changes its shape without some of its blocks"
-        except Exception as error:
-            same, tried[name] = False, f"the model fails without some of its blocks ({type(error).__name__})"
-        if same:
-            model = shorter
-            done.append(name)
+        for indices in tries:
+            if len(indices) == count:
+                left[name] += ", and no stage of it has blocks to spare"
+                continue
+            shorter = _without_blocks(model, name, indices)
+            reason = _misfit(shorter, inputs, expected)
+            if not reason:
+                model, done[name] = shorter, f"blocks {indices} of {count} stay"
+                left.pop(name, None)
+                break
+            left[name] = reason
     if not done:
-        reasons = "; ".join(f"{n!r}: {why}" for n, why in tried.items()) or "it has no list of like blocks"
+        reasons = "; ".join(f"{n!r}: {why}" for n, why in left.items()) or "it has no list of like blocks"
         raise ValueError(f"depth={depth!r} removes no block of {type(model).__name__}: {reasons}")
-    return model
+    return model, done, left
+
+
+def _kept(stages: Sequence[Sequence[int]], depth: int | float) -> list[int]:
+    """The blocks that stay, of those of each stage."""
+    kept = []
+    for stage in stages:
+        count = len(stage)
+        stay = min(count, depth) if isinstance(depth, int) else max(1, round(depth * count))
+        kept += [stage[i] for i in evenly_spaced(count, stay)]
+    return kept
+
+
+def _stages(model: nn.Module, blocks: nn.Module, inputs: Any) -> list[list[int]]:
+    """Numbers of the blocks, divided before each block whose output has another shape than the output before it."""
+    shapes: dict[int, torch.Size | None] = {}
+
+    def see(number: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            tensors = output_tensors(output)
+            shapes[number] = tensors[0].shape if tensors else None
+
+        return hook
+
+    children = list(blocks.children())
+    hooks = [block.register_forward_hook(see(number)) for number, block in enumerate(children)]
+    with torch.no_grad(), watching(hooks, model):
+        call(model, inputs)
+    stages: list[list[int]] = []
+    for number in range(len(children)):
+        new = not stages or shapes.get(number) != shapes.get(number - 1)
+        stages = [*stages, [number]] if new else [*stages[:-1], [*stages[-1], number]]
+    return stages
+
+
+def _without_blocks(model: nn.Module, name: str, indices: list[int]) -> nn.Module:
+    """A copy in which only these blocks of the stack stay, numbered anew."""
+    shorter = surgery.clone(model)
+    blocks = shorter.get_submodule(name)
+    kept_blocks(blocks, indices)
+    surgery.record(blocks, "kept_blocks", indices=indices)
+    for new, old in enumerate(indices):
+        _renumber(blocks[new], old, new)  # type: ignore[index]
+    return shorter
+
+
+@torch.no_grad()
+def _misfit(shorter: nn.Module, inputs: Any, expected: torch.Size) -> str:
+    """Why the model can't do without the blocks that were taken out; empty if it can."""
+    try:
+        with untouched(shorter):
+            same = main_output(call(shorter, inputs)).shape == expected
+    except Exception as error:
+        return f"the model fails without some of its blocks ({type(error).__name__})"
+    return "" if same else "the output changes its shape without some of its blocks"
 
 
 @surgery.builder

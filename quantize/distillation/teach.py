@@ -18,10 +18,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from quantize import surgery
-from quantize.calibration import check_batches, main_output
+from quantize.calibration import main_output
 from quantize.distillation import match
+from quantize.distillation.batches import Numbered
+from quantize.distillation.best import Best
 from quantize.distillation.cache import TeacherCache
-from quantize.distillation.objective import Batch, Objective
+from quantize.distillation.objective import Objective
+from quantize.distillation.state import recompute_weights
 from quantize.training import Batches, Recipe, TrainingError, fit, ranks
 
 LEAST_RATE = 2**-6  # times the rates of training from scratch
@@ -47,11 +50,14 @@ def distill(
     cache: Path | str | None = None,
     cache_top: int = 64,
     recipe: Recipe | Callable[[int, float], Recipe] | None = None,
+    technique: str = "distill",
     **fit_options: Any,
 ) -> nn.Module:
     """A trained copy of `student`, in eval mode, that answers more like `teacher`. Neither of the two is changed.
 
-    Minimized is alpha * match + (1 - alpha) * task + hidden_weight * hidden + relation_weight * relations.
+    Minimized is alpha * match + (1 - alpha) * task + hidden_weight * hidden + relation_weight * relations. Some batches are
+    held out (`batches.Numbered`); what comes back is the best state on them, the given one included, and `quantize.summary`
+    says how many steps were worth it.
 
     Args:
         batches: re-iterable sequence, gone through again and again, or a function from step to batch. A batch is what both
@@ -74,7 +80,8 @@ def distill(
             fixed sequence. Only for the match of logits.
         recipe: learning rates and schedule; its `steps`, `batch`, `length` and `short` are not read. Or a function to it from
             the number of steps and how far the student is from the teacher (`losses.remoteness`, on the first batch); the
-            default is `student_recipe`.
+            default is `student_recipe`. Where training leads astray, rates fall (`best.Best`).
+        technique: what the summary calls this.
         fit_options: `seed`, `bf16`, `checkpoint_path`, `resume`, `identity`, `on_progress`: see `training.fit`.
 
     The teacher runs in eval and inference mode, in bf16 where the student does. A cheaper teacher is given as one:
@@ -96,15 +103,18 @@ def distill(
         )
     hidden = match.pairs_of(hidden, student, teacher, "hidden")
     relations = match.pairs_of(relations, student, teacher, "relations")
-    numbered = _numbered(batches, paired=loss is not None)
+    numbered = Numbered(batches, paired=loss is not None, steps=steps)
     copy = surgery.clone(student)
     objective = Objective(
         copy, teacher, temperature, alpha, loss, hidden, hidden_weight, hidden_kind, relations, relation_weight,
         relation_heads, select, kind,
     )  # fmt: skip
+    best = Best(objective.trained, lambda: _over_ranks(objective.held_out(numbered.held), copy), steps, numbered.about)
     devices = {p.device for p in copy.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=list(devices)), objective.attached():
-        far = _over_ranks(objective.prepare(numbered(0), fit_options.get("bf16")), copy)
+        first = numbered(0)
+        far = _over_ranks(objective.prepare(first), copy)
+        fit_options["bf16"], not_bf16 = objective.precision(first, fit_options.get("bf16"))
         recipe = replace(recipe, steps=steps) if isinstance(recipe, Recipe) else (recipe or student_recipe)(steps, far)
         about = objective.settings()
         if cache is not None or fit_options.get("checkpoint_path") is not None:
@@ -113,14 +123,27 @@ def distill(
             objective.cache = _cache(cache, cache_top, objective, about["teacher"], batches)
         fit_options["identity"] = {**(fit_options.get("identity") or {}), "distillation": about}
         try:
-            fit(objective.trained, numbered, objective, recipe, **fit_options)
+            fit(objective.trained, numbered, objective, recipe, judge=best, **fit_options)
         except TrainingError as error:
-            objective.restore_statistics()
-            error.student = copy.eval()  # type: ignore[attr-defined]
+            objective.take_back_step()
+            error.student = _finished(copy)  # type: ignore[attr-defined]
             raise
-    for parameter in copy.parameters():
+    result = _finished(copy)
+    settings = {"steps": steps, "worth": best.step, "precision": "bf16" if fit_options["bf16"] else "float32"}
+    if not_bf16:
+        settings["not_bf16"] = not_bf16
+    distance = objective.distance(numbered.held)
+    surgery.note(result, technique, done={"": best.describe()}, distance=distance, **settings)
+    return result
+
+
+def _finished(model: nn.Module) -> nn.Module:
+    """In eval mode, with weights that follow from the parameters as they are, without gradients."""
+    for parameter in model.parameters():
         parameter.grad = None
-    return copy
+    model.eval()
+    recompute_weights(model)
+    return model
 
 
 def recover(model: nn.Module, teacher: nn.Module, batches: Iterable[Any] | Batches, *, steps: int, **options: Any) -> nn.Module:
@@ -130,7 +153,8 @@ def recover(model: nn.Module, teacher: nn.Module, batches: Iterable[Any] | Batch
     their record, so it is saved and loaded as before. `options` are those of `distill`; it raises what `distill` raises.
     """
     _check_steps(steps)
-    return distill(model, teacher, batches, steps=steps, **{"temperature": 1.0, "recipe": recovery_recipe, **options})
+    defaults = {"temperature": 1.0, "recipe": recovery_recipe, "technique": "recover"}
+    return distill(model, teacher, batches, steps=steps, **{**defaults, **options})
 
 
 def recovery_recipe(steps: int, far: float) -> Recipe:
@@ -161,47 +185,6 @@ def _over_ranks(value: float, model: nn.Module) -> float:
     total = torch.tensor(value, device=next(model.parameters()).device)
     dist.all_reduce(total)
     return total.item() / world
-
-
-# ------------------------------------------------------------------------------------------------ batches
-
-
-def _numbered(batches: Iterable[Any] | Batches, *, paired: bool) -> Callable[[int], Batch]:
-    """A function from step to (inputs, targets or None, number of the batch)."""
-    cycle = None if callable(batches) and not isinstance(batches, Iterable) else _Cycle(check_batches(batches, "batches"))
-
-    def numbered(step: int) -> Batch:
-        batch, index = cycle(step) if cycle else (batches(step), step)  # type: ignore[operator]
-        if not paired:
-            return batch, None, index
-        if not isinstance(batch, tuple | list) or len(batch) != 2:
-            raise TypeError(f"with loss, a batch is a pair (inputs, targets); batch {index} is a {type(batch).__name__}")
-        return batch[0], batch[1], index
-
-    return numbered
-
-
-class _Cycle:
-    """Batches of a re-iterable in order, over and over; the ranks take turns."""
-
-    def __init__(self, batches: Iterable[Any]):
-        self.batches = batches
-        self.indexable = hasattr(batches, "__getitem__") and hasattr(batches, "__len__")
-        self.count = len(batches) if self.indexable else sum(1 for _ in batches)  # type: ignore[arg-type]
-        self.next, self.iterator = self.count, iter(())
-
-    def __call__(self, step: int) -> tuple[Any, int]:
-        rank, world = ranks()
-        index = (step * world + rank) % self.count
-        if self.indexable:
-            return self.batches[index], index  # type: ignore[index]
-        if index < self.next:
-            self.next, self.iterator = 0, iter(self.batches)
-        for batch in self.iterator:
-            self.next += 1
-            if self.next == index + 1:
-                return batch, index
-        raise ValueError(f"batches ended after {self.next}; the first time there were {self.count}")
 
 
 # ------------------------------------------------------------------------------------------------- checks
