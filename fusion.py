@@ -37,6 +37,7 @@ from quantize.host import default_threads, describe_machine, keep_allocations, m
 from quantize.measure import Measurement, MeasurementError
 from quantize.measure import compare as measure_files
 from quantize.models import ConvNet, DecoderLM
+from quantize.script import in_words
 
 USER_ERRORS = (CheckpointError, MeasurementError, ValueError, TypeError, OSError)
 SUFFIXES = {"torchscript": ".pt", "inductor": ".pt2", "onnxruntime": ".onnx", "openvino": ".xml"}
@@ -85,7 +86,7 @@ def chart(latencies: dict[str, dict[str, float]], path: Path) -> None:
     figure, axes = pyplot.subplots(1, len(latencies), figsize=(4.5 * len(latencies), 3.2), squeeze=False)
     for axis, (title, values) in zip(axes[0], latencies.items(), strict=True):
         bars = axis.barh(list(values), list(values.values()), color=["#999999"] + ["#3b7dd8"] * (len(values) - 1))
-        axis.bar_label(bars, fmt="%.2f", padding=3)
+        axis.bar_label(bars, fmt="%.3g", padding=3)
         axis.set(title=title, xlabel="ms per call", xlim=(0, 1.2 * max(values.values())))
         axis.invert_yaxis()
     figure.tight_layout()
@@ -140,7 +141,7 @@ def report(model: nn.Module, path: Path, rows: list[Contender], best: Contender,
             result["cold_start_s"] = {best.backend: engine_cold_start(best.backend, target, inputs)}
         latencies[f"batch {batch}"] = times
         speedup = times["eager"] / times[best.backend]
-        print(f"batch {batch}: " + ", ".join(f"{n} {t:.2f} ms" for n, t in times.items()) + f" ({best.backend} {speedup:.2f}x)")
+        print(f"batch {batch}: " + ", ".join(f"{n} {t:.3g} ms" for n, t in times.items()) + f" ({best.backend} {speedup:.2f}x)")
     result["latency_ms"] = latencies
     print(f"largest difference, relative to the largest output: {max(result['difference'].values()):.1e}")
     for name, seconds in result["cold_start_s"].items():
@@ -214,7 +215,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         run(args)
     except USER_ERRORS as error:
-        print(f"fusion.py: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"fusion.py: {in_words(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("fusion.py: stopped; nothing was half written, run it again", file=sys.stderr)

@@ -28,7 +28,7 @@ if "OMP_WAIT_POLICY" not in os.environ:  # before torch is imported; why: quanti
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator, ScalarFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -42,6 +42,7 @@ from quantize.generation.reader import takes_cache
 from quantize.host import default_threads, describe_machine, keep_allocations, machine
 from quantize.kv_cache import KVCache
 from quantize.models import DecoderLM
+from quantize.script import in_words
 
 CACHES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8, "none": None}
 TIMED_TOKENS = 24  # per length and way; the median is shown
@@ -276,8 +277,9 @@ def plot(rows: list[dict], path: Path) -> None:
     lengths = sorted({row["length"] for row in rows})
     axes.set_xticks(lengths, [str(n) for n in lengths])
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(ScalarFormatter())
-    axes.yaxis.set_minor_formatter(ScalarFormatter())
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=20))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda ms, _: f"{ms:g}"))  # 0.5, 1, 2, not 5 x 10^-1
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
@@ -326,7 +328,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run(arguments)
     except (CheckpointError, ValueError, OSError) as error:
-        print(f"kv_cache.py: error: {error}", file=sys.stderr)
+        print(f"kv_cache.py: error: {in_words(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("kv_cache.py: stopped", file=sys.stderr)

@@ -36,6 +36,7 @@ from quantize.host import default_threads, keep_allocations
 from quantize.measure import MeasurementError, compare, fingerprint
 from quantize.models import ConvNet, ConvNetConfig, DecoderConfig, DecoderLM
 from quantize.report import build_report, print_report, write_report
+from quantize.script import in_words
 from quantize.training import Recipe
 
 CALIBRATION_BATCHES = 8
@@ -308,7 +309,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run(arguments)
     except USER_ERRORS as error:
-        print(f"train.py: error: {error}", file=sys.stderr)
+        print(f"train.py: error: {in_words(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("train.py: stopped; the same command with --resume goes on from the last saved step", file=sys.stderr)

@@ -216,7 +216,8 @@ class ProgressPrinter:
         self.bar.stop()
 
     def __call__(self, at: Progress) -> None:
-        status = f"loss {at.loss:.3f}  {at.units_per_s:,.0f} {self.unit}/s  {at.seconds_left:.0f} s left"
+        loss = f"{at.loss:.3f}" if at.loss >= 0.1 else f"{at.loss:.3g}"  # a good student's is 0.000432
+        status = f"loss {loss}  {at.units_per_s:,.0f} {self.unit}/s  {at.seconds_left:.0f} s left"
         now = time.monotonic()
         if self.console.is_terminal:
             if self._task is None:

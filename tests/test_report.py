@@ -60,11 +60,11 @@ def test_ratios_and_changes_are_against_the_first_row():
 
 
 def test_what_got_larger_slower_or_worse_is_marked():
-    """The notes say it, and a change too small to be shown is no change."""
+    """The notes say it, worse by its degree, and a change within the noise is no change."""
     _, fp16, int8, pruned, broken = build_rows(MEASUREMENTS, notes={"pruned": "not retrained"})
     assert fp16["notes"] == "slower"
-    assert int8["notes"] == "worse"
-    assert pruned["notes"] == "worse; not retrained"
+    assert int8["notes"] == "slightly worse"
+    assert pruned["notes"] == "much worse; not retrained"
     assert broken["notes"] == "larger; worse: bits_per_byte is nan; hand-made"
 
 
@@ -84,9 +84,65 @@ def test_direction_of_a_metric(metric, higher):
     assert higher_is_better(metric) is higher
     worse = 0.1 if not higher else -0.1
     rows = build_rows([variant("a", metrics={metric: 0.5}), variant("b", metrics={metric: 0.5 + worse})])
-    assert rows[1]["notes"] == "worse"
+    assert rows[1]["notes"] == "much worse"
     rows = build_rows([variant("a", metrics={metric: 0.5}), variant("b", metrics={metric: 0.5 - worse})])
     assert rows[1]["notes"] == ""
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "notes"),
+    [
+        (1.4649, 1.4651, ""),
+        (1.4649, 1.4679, "slightly worse"),
+        (1.4649, 1.4850, "worse"),
+        (1.4649, 1.8667, "much worse"),
+        (3e-4, 2.9e-4, ""),
+        (3e-4, 3.1e-4, "worse"),
+        (-2.0, -1.9, "worse"),
+        (0.0, 0.1, "much worse"),
+        (0.0, 0.0, ""),
+    ],
+)
+def test_worse_has_degrees(before, after, notes):
+    """By the share of the baseline's value: a thousandth is noise, also of small, negative and zero losses."""
+    rows = build_rows([variant("a", metrics={"loss": before}), variant("b", metrics={"loss": after})])
+    assert rows[1]["notes"] == notes
+
+
+@pytest.mark.parametrize(
+    ("count", "after", "notes"),
+    [(359, 0.964, ""), (359, 0.94, "worse"), (100_000, 0.964, "slightly worse"), (None, 0.964, "slightly worse")],
+)
+def test_noise_of_an_accuracy_is_known_from_its_count(count, after, notes):
+    """2 of 359 images are less than a standard error; 600 of 100,000 aren't."""
+    also = {} if count is None else {"images": count}
+    rows = build_rows([variant(n, metrics={"accuracy": v, **also}) for n, v in (("a", 0.97), ("b", after))])
+    assert rows[1]["notes"] == notes
+
+
+def test_numbers_say_something(capsys, monkeypatch):
+    """No minus before a zero, no loss, size, count, speed or time that is rounded to nothing."""
+    monkeypatch.setenv("COLUMNS", "200")
+    small = {"bytes": 272, "parameters": 68, "load_s": 0.00012, "latency_ms": Latency(0.0123, 0.0119, 0.0131)}
+    base = variant("a", **small, metrics={"loss": 3.21e-5})
+    print_report(build_report([base, variant("b", **small, speedup=0.0042, metrics={"loss": 3.2099999999e-5})]))
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("b "))
+    assert "272 B" in line and " 68 " in line and "0.0123" in line and "0.00012" in line and "0.0042" in line
+    assert "0.00003210" in line and "+0.00000000" in line
+    same = [variant("a", metrics={"loss": 1.5}), variant("b", metrics={"loss": 1.49999999})]
+    print_report(build_report(same))
+    assert "-0.0" not in capsys.readouterr().out
+
+
+def test_a_busy_machine_is_named_under_the_table(tmp_path, capsys):
+    """For every row whose times moved, on the console and in Markdown."""
+    busy = variant("int8", notes=("busy machine: p90 is 2.1 times p10",))
+    report = build_report([BASE, busy, variant("fp16")])
+    write_report(report, tmp_path)
+    print_report(report)
+    for text in (capsys.readouterr().out, (tmp_path / "report.md").read_text()):
+        assert "The machine was busy while int8 ran" in text
+    assert "busy" not in str(build_report([BASE]))
 
 
 def test_direction_can_be_given():
@@ -127,7 +183,7 @@ def test_markdown_has_the_machine_above_a_table_of_all_rows(tmp_path):
     assert text.index("Instruction sets:") < text.index("seed: 7") < text.index(table[0])
     assert len(table) == 2 + len(MEASUREMENTS)
     assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table}) == 1
-    assert "**slower**" in table[3] and "**worse**; a \\| b" in table[4]
+    assert "**slower**" in table[3] and "**slightly worse**; a \\| b" in table[4]
 
 
 def test_facts_are_short_for_people_and_whole_for_machines(tmp_path, capsys, monkeypatch):
@@ -154,7 +210,7 @@ def test_console_table_fits_and_is_plain_when_piped(width):
     assert "\x1b" not in text
     table = text[text.index("\nname") :]
     assert all(m.name in table for m in MEASUREMENTS) and "1.7040" in table and "2.20x" in table
-    assert max(len(line) for line in table.splitlines()[:-1]) <= width
+    assert max(len(line) for line in table.splitlines()) <= width
 
 
 @pytest.mark.parametrize("count", [1, 2, len(MEASUREMENTS)])

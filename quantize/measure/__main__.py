@@ -29,6 +29,7 @@ from quantize.host import default_threads
 from quantize.measure import MeasurementError, measure
 from quantize.measure.artifact import finite
 from quantize.measure.child import nursery, serve
+from quantize.script import in_words
 
 
 def main(argv: Sequence[str] | None = None, *, out: BinaryIO | None = None) -> int:
@@ -62,7 +63,7 @@ def main(argv: Sequence[str] | None = None, *, out: BinaryIO | None = None) -> i
         keep = not arguments.default_allocator
         result = measure(arguments.file, inputs, baseline=arguments.baseline, keep=keep, **options)
     except (CheckpointError, MeasurementError, ValueError, TypeError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {in_words(error)}", file=sys.stderr)
         return 2
     line = json.dumps(_strict({**dataclasses.asdict(result), "machine": result.machine()}), allow_nan=False)
     out.write(line.encode() + b"\n")

@@ -24,15 +24,18 @@ from rich.table import Table
 from rich.text import Text
 
 from quantize.checkpoint import atomic_write
-from quantize.measure import Measurement, describe_machine, machine
+from quantize.host import describe_machine
+from quantize.measure import Measurement
 from quantize.report.plot import pareto_plot
 
 # A metric is better when higher if one of these is a word of its name; loss, bits_per_byte, error, ... are better lower.
 _HIGHER = set("accuracy acc top1 top5 f1 score cosine similarity auc precision recall bleu rouge map iou".split())
 _SLOWER_BELOW = 0.98  # one model against itself, interleaved, came out at 0.99 and 1.01
-_WORSE_ABOVE = 5e-5  # half a unit of the last digit shown
+# A change for the worse by more than this share of the baseline's value has this name; less is noise.
+_GRADES = {0.1: "much worse", 0.01: "worse", 0.001: "slightly worse"}
+_COUNTS = ("examples", "images", "samples", "count", "n")  # metrics that say how many a share was taken of
 
-_MARKS = ("larger", "slower", "worse")
+_MARKS = ("larger", "slower", *_GRADES.values())
 
 Row = dict[str, Any]
 Report = dict[str, Any]
@@ -76,8 +79,9 @@ def _row(m: Measurement, baseline: Measurement, note: str | None, higher: bool |
         marks.append("slower")
     if value is not None and not math.isfinite(value):
         marks.append(f"worse: {name} is {value}")
-    elif change is not None and (-change if higher else change) > _WORSE_ABOVE:
-        marks.append("worse")
+    elif change is not None:
+        grade = _grade(before, -change if higher else change, _noise(before, value, m.metrics) if higher else 0.0)
+        marks += [grade] if grade else []
     return _strict(
         {
             "name": m.name,
@@ -96,6 +100,24 @@ def _row(m: Measurement, baseline: Measurement, note: str | None, higher: bool |
     )
 
 
+def _grade(before: float, loss: float, noise: float) -> str | None:
+    """How much worse than `before` a metric is that has lost `loss`; None for noise.
+
+    Without the scores of single examples noise is a convention: a thousandth of the value, and at least `noise`.
+    """
+    if loss <= noise:
+        return None
+    share = loss / abs(before) if before else math.inf
+    return next((name for least, name in _GRADES.items() if share > least), None)
+
+
+def _noise(before: float, value: float, metrics: Mapping[str, float]) -> float:
+    """The standard error of a share (accuracy) of as many examples as the metrics say; 0 where they don't."""
+    count = next((metrics[name] for name in _COUNTS if metrics.get(name)), 0)
+    mean = (before + value) / 2
+    return math.sqrt(mean * (1 - mean) / count) if count and 0 <= mean <= 1 else 0.0
+
+
 def build_report(
     measurements: Sequence[Measurement],
     *,
@@ -105,12 +127,12 @@ def build_report(
 ) -> Report:
     """`{"machine": {...}, "data": {...}, "rows": [...]}`, JSON values only.
 
-    The machine's threads and allocator are those of the measuring processes. `data` is what the reader must know of the data
-    and the run: what it is, batch, sequence length, seed, reference values.
+    The machine's threads, their waiting and the allocator are those of the measuring processes.
+    `data` is what the reader must know of the data and the run: what it is, batch, sequence length,
+    seed, reference values.
     """
     rows = build_rows(measurements, notes=notes, higher=higher)
-    host = {**machine(), "threads": measurements[0].threads, "allocator": measurements[0].allocator}
-    return {"machine": _strict(host), "data": _strict(dict(data or {})), "rows": rows}
+    return {"machine": _strict(measurements[0].machine()), "data": _strict(dict(data or {})), "rows": rows}
 
 
 def write_report(report: Report, folder: str | Path) -> list[Path]:
@@ -135,7 +157,7 @@ _LEAST_FIRST = ("p10-p90", "params", "peak MB", "load s", "of base", "change", "
 _PIPED_WIDTH, _NOTES_WIDTH = 140, 12
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: Row, decimals: int) -> list[str]:
     latency, metric = row["latency_ms"] or {}, row["metric"]
     return [
         row["name"],
@@ -144,13 +166,19 @@ def _cells(row: Row) -> list[str]:
         _count(row["parameters"]),
         _significant(latency.get("median")),
         f"{_significant(latency['p10'])}-{_significant(latency['p90'])}" if latency else "-",
-        _number(row["speedup"], "{:.2f}x"),
-        _number(metric["value"], "{:.4f}"),
-        _number(row["metric_change"], "{:+.4f}"),
-        _number(row["load_s"], "{:.3f}"),
+        f"{_significant(row['speedup'])}x" if row["speedup"] else "-",
+        _number(metric["value"], f"{{:z.{decimals}f}}"),
+        _number(row["metric_change"], f"{{:+z.{decimals}f}}"),  # z: not -0.0000
+        _significant(row["load_s"]),
         _number(row["peak_rss_mb"], "{:.0f}"),
         row["notes"],
     ]
+
+
+def _decimals(rows: Sequence[Row]) -> int:
+    """Of a metric: four, and for a small one as many as show four digits of the baseline's."""
+    value = abs(rows[0]["metric"]["value"] or 1.0)
+    return min(10, max(4, 3 - math.floor(math.log10(value))))
 
 
 def _header(rows: Sequence[Row]) -> list[str]:
@@ -159,10 +187,19 @@ def _header(rows: Sequence[Row]) -> list[str]:
     return [{"metric": title, "of base": f"of {rows[0]['name']}"}.get(column, column) for column in _COLUMNS]
 
 
-def _legend(rows: Sequence[Row]) -> str:
+def _legend(rows: Sequence[Row]) -> list[str]:
+    """How to read the table, and whether to trust its times."""
+    base = rows[0]["name"]
+    lines = [f"Ratios, speed and change are against {base}; speed is the ratio of the latencies shown."]
     metric = next((row["metric"] for row in rows if row["metric"]["name"]), None)
-    better = f" {metric['name']}: {'higher' if metric['higher_is_better'] else 'lower'} is better." if metric else ""
-    return f"Ratios, speed and change are against {rows[0]['name']}.{better}"
+    if metric:
+        better = "higher" if metric["higher_is_better"] else "lower"
+        grades = ", ".join(f"{name} above {100 * least:g}%" for least, name in _GRADES.items())
+        lines.append(f"{metric['name']}: {better} is better. Of its value at {base}: {grades}; less is noise.")
+    busy = [row["name"] for row in rows if "busy machine" in row["notes"]]
+    if busy:
+        lines.append(f"The machine was busy while {', '.join(busy)} ran: don't trust these times, measure again.")
+    return lines
 
 
 def _about(report: Report) -> list[str]:
@@ -179,14 +216,14 @@ def markdown(report: Report) -> str:
     lines = ["# Report", "", *(f"- {_escape(line)}" for line in _about(report)), ""]
     lines += ["| " + " | ".join(_header(rows)) + " |", "|---|" + "--:|" * (len(_COLUMNS) - 2) + "---|"]
     for row in rows:
-        cells = [_escape(cell) for cell in _cells(row)]
+        cells = [_escape(cell) for cell in _cells(row, _decimals(rows))]
         cells[-1] = "; ".join(f"**{n}**" if n.startswith(_MARKS) else n for n in cells[-1].split("; "))
         lines.append("| " + " | ".join(cells) + " |")
     lines += [
         "",
-        _legend(rows),
+        *_legend(rows),
         "Every number was measured from the saved file, loaded again in a fresh process, unless its notes say otherwise.",
-        "The files took turns, so that a slow moment of the machine hits all of them; speed is the median of per-round ratios.",
+        "The files took turns, so that a slow moment of the machine hits all of them, and each turn weighs the same.",
         "Load time is from the file to a usable model, torch already imported; peak memory counts what was touched of torch.",
         "",
         "![Size and latency against quality](pareto.png)",
@@ -204,7 +241,7 @@ def print_report(report: Report, console: Console | None = None) -> None:
     for line in _about(report):
         console.print(Text(line), soft_wrap=True)
     rows = report["rows"]
-    header, cells = _header(rows), [_cells(row) for row in rows]
+    header, cells = _header(rows), [_cells(row, _decimals(rows)) for row in rows]
     widths = [max(len(line[i]) for line in [header, *cells]) for i in range(len(_COLUMNS))]
     shown = list(range(len(_COLUMNS)))
     for column in _LEAST_FIRST:
@@ -221,7 +258,8 @@ def print_report(report: Report, console: Console | None = None) -> None:
         table.add_row(*(Text(line[i]) for i in shown), style="yellow" if bad else "")
     console.print()
     console.print(table)
-    console.print(Text(_legend(rows)), soft_wrap=True)
+    for line in _legend(rows):
+        console.print(Text(line))
 
 
 def _number(value: float | None, form: str) -> str:
@@ -234,10 +272,14 @@ def _significant(value: float | None) -> str:
 
 
 def _size(count: int) -> str:
+    if count < 1e3:
+        return f"{count} B"
     return f"{count / 1e6:.2f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
 
 
 def _count(count: int) -> str:
+    if count < 1e3:
+        return str(count)
     return f"{count / 1e6:.2f} M" if count >= 1e6 else f"{count / 1e3:.1f} k"
 
 
