@@ -12,7 +12,7 @@ Left out: activations in integers (that is `quantize.int8`), other bit widths, e
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -23,7 +23,16 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from quantize import calibration as calibrating
 from quantize import surgery
 from quantize.host import native_bf16
-from quantize.nn import Operands, PackedLayer, dtype_name, dtype_named, is_transposed
+from quantize.nn import (
+    Operands,
+    PackedLayer,
+    dtype_name,
+    dtype_named,
+    is_transposed,
+    project_attentions,
+    restore_attentions,
+    without_fast_paths,
+)
 
 GROUP_SIZES = (32, 64, 128, 256)
 _FEW_ROWS = 128  # above, widening the weight once is cheaper than the kernel's product
@@ -234,10 +243,13 @@ def quantize_weights(
     skip: surgery.Skip = (),
     calibration: Iterable[Any] | None = None,
 ) -> nn.Module:
-    """Copy of `model` whose `nn.Linear` layers store 4-bit weights, for decoding at batch 1.
+    """Copy of `model` whose linear layers store 4-bit weights, for decoding at batch 1.
+
+    Converted: `nn.Linear` (and subclasses that keep its forward), GPT-2 style `Conv1D`, the projections of
+    `nn.MultiheadAttention`.
 
     `group_size`: 32, 64, 128 or 256 weights share a scale. `calibration` (batches as `calibration.collect` takes) turns
-    on GPTQ rounding. Layers that don't fit stay as they are: `model.int4_skipped` maps their names to the reason.
+    on GPTQ rounding. Layers that don't fit stay as they are: `quantize.summary(result)` names them and the reasons.
 
     Raises ValueError for other bits and group sizes, weights that are not finite, and if no layer fits.
     """
@@ -247,41 +259,60 @@ def quantize_weights(
         raise ValueError(f"group_size must be one of {GROUP_SIZES}, got {group_size!r}")
     model = surgery.clone(model)
     skipped = surgery.skip_filter(model, skip)
-    owners: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
-    report: dict[str, str] = {}
-    chosen: dict[str, nn.Linear] = {}
-    for name, module in surgery.select(model, nn.Linear).items():
-        reason = "named by skip" if skipped(name, module) else _obstacle(module, group_size, owners)
-        if reason:
-            report[name] = reason
-        elif not torch.isfinite(module.weight).all():
-            raise ValueError(f"layer {name!r} has a weight that is not finite: NaN or Inf can't be quantized")
-        else:
-            chosen[name] = module
+    model, attentions, left = project_attentions(model, skipped)
+    chosen, report = _choose(model, skipped, group_size)
+    report |= left
     if not chosen:
         detail = "; ".join(f"{n}: {r}" for n, r in report.items()) or "it has no nn.Linear"
         raise ValueError(f"{type(model).__name__} has no linear layer to store in 4 bits ({detail})")
     moments: dict[str, Tensor] = {}
     if calibration is not None:
-        moments = {n: s.second_moment for n, s in calibrating.collect(model, calibration, chosen).items()}
-    replacements = {m: Int4Linear.from_linear(m, group_size, moments.get(n)).train(m.training) for n, m in chosen.items()}
+        original = surgery.clone(model)
+        statistics = calibrating.collect(model, calibration, {n: f.module for n, f in chosen.items()})
+        moments = {name: seen.second_moment for name, seen in statistics.items()}
+    replacements = {f.module: Int4Linear.from_linear(f.module, group_size, moments.get(n)) for n, f in chosen.items()}
+    for old, new in replacements.items():
+        surgery.take_place(old, new)
     model = surgery.replace(model, replacements)
+    without_fast_paths(model)
+    model = restore_attentions(model, attentions, (Int4Linear,))
+    distance = None if calibration is None else calibrating.distance(model, original, calibration)
     model.__dict__["int4_skipped"] = report
+    done = dict.fromkeys(chosen, "int4")
+    surgery.note(model, "int4", done=done, left=report, distance=distance, group_size=group_size)
     return model
 
 
-def _obstacle(layer: nn.Linear, group_size: int, owners: dict[int, int]) -> str | None:
-    if type(layer).forward is not nn.Linear.forward or "forward" in layer.__dict__ or "weight" not in layer._parameters:
-        return f"{type(layer).__name__} doesn't compute what nn.Linear does, or computes its weight"
-    if layer._forward_hooks or layer._forward_pre_hooks:
-        return "it has hooks"
-    if not layer.weight.dtype.is_floating_point or type(layer.weight.data) is not Tensor:
-        return f"its weight is a {type(layer.weight.data).__name__} of dtype {layer.weight.dtype}"
-    if owners.get(id(layer.weight), 0) > 1:
-        return "it shares its weight with another module"
-    if layer.in_features % group_size or layer.out_features == 0:
-        return f"its {layer.in_features} inputs are no multiple of group_size={group_size}"
+def _choose(
+    model: nn.Module, skipped: Callable[[str, nn.Module], bool], group_size: int
+) -> tuple[dict[str, surgery.Facts], dict[str, str]]:
+    """Linear layers that become 4-bit, and why others don't."""
+    chosen: dict[str, surgery.Facts] = {}
+    report: dict[str, str] = {}
+    facts = surgery.facts(model)
+    for name, module in model.named_modules():
+        fact = facts.get(name)
+        if fact is None or not fact.linear:
+            if any(p is not None and p.ndim > 1 for p in module._parameters.values()):
+                report[name] = f"a {type(module).__name__}: only linear layers become 4-bit"
+            continue
+        reason = "named by skip" if skipped(name, module) else _obstacle(name, fact, group_size)
+        if reason is None:
+            surgery.check_finite(name, module)
+            chosen[name] = fact
+        else:
+            report[name] = reason
+    return chosen, report
+
+
+def _obstacle(name: str, fact: surgery.Facts, group_size: int) -> str | None:
+    if fact.obstacle is not None:
+        return fact.obstacle
+    others = [other for other in fact.holders if other != name]
+    if others:
+        return f"it shares its weight with {others[0]}"
+    shape = fact.module.weight.shape
+    outputs, inputs = reversed(shape) if fact.transposed else shape
+    if inputs % group_size or outputs == 0:
+        return f"its {inputs} inputs are no multiple of group_size={group_size}"
     return None

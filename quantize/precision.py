@@ -160,6 +160,8 @@ def _give_half(module: nn.Module, state: dict[str, Tensor], prefix: str, _metada
 class _Casting:
     """Mixed into a layer: parameters in the compute dtype; input, output and what others read in the dtype `_reads`."""
 
+    stands_in = True
+
     def forward(self, input: Tensor) -> Tensor:
         weight, bias = self._parameters["weight"], self._parameters["bias"]
         return self._multiply(input.to(weight.dtype), weight, bias).to(self._reads)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+import quantize
 from quantize import int4, surgery
 
 
@@ -115,4 +116,81 @@ def test_zoo(name: str):
     """Models that others wrote keep their outputs (random weights: the roughest case for 4 bits)."""
     model, inputs = helpers.zoo(name)
     small = int4.quantize_weights(model)
+    assert helpers.cosine(helpers.run(small, inputs), helpers.run(model, inputs)) > 0.97
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_torch_transformers_are_converted_whole(batch_first: bool):
+    """The projections of every attention become 4-bit; outputs, masks and files hold, in eval and training mode."""
+
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Transformer(64, 4, 1, 1, 64, dropout=0.0, batch_first=batch_first)
+
+    model = make().eval()
+    source, target = randn(5, 5, 64), randn(5, 5, 64, seed=1)
+    mask = nn.Transformer.generate_square_subsequent_mask(5)
+    small = int4.quantize_weights(model)
+    assert not any(isinstance(m, (nn.Linear, nn.MultiheadAttention)) for m in small.modules())
+    fresh = surgery.rebuild(make(), surgery.structure(small))
+    fresh.load_state_dict({k: v.clone() for k, v in small.state_dict().items()}, assign=True)
+    for mode in (False, True):
+        with torch.no_grad():
+            expected, actual = (m.train(mode)(source, target, tgt_mask=mask) for m in (model, small))
+            assert helpers.cosine(actual, expected) > 0.97
+            assert torch.equal(fresh.train(mode)(source, target, tgt_mask=mask), actual)
+
+
+def test_an_attention_of_other_widths_is_left_whole():
+    """Where no projection fits the group size, the attention stays what it was and each projection is named."""
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(24, 4), "head": linear(64, 16)}).eval()
+    small = int4.quantize_weights(model)
+    assert type(small["attention"]) is nn.MultiheadAttention
+    assert "no multiple of group_size" in quantize.summary(small).left["attention.q"]
+    assert [edit["module"] for edit in surgery.structure(small)] == ["head"]
+    x = randn(3, 2, 24)
+    assert torch.equal(small["attention"](x, x, x)[0], model["attention"](x, x, x)[0])
+
+
+INPUTS = {
+    "transposed": lambda: randn(1, 64, 5).transpose(1, 2),
+    "every other column": lambda: randn(4, 128)[:, ::2],
+    "expanded": lambda: randn(1, 64).expand(4, 64),
+    "one number": lambda: randn(4, 1).expand(4, 64),
+    "empty": lambda: torch.empty(2, 0, 64),
+    "one row": lambda: randn(64),
+    "float64": lambda: randn(3, 64).double(),
+    "bfloat16": lambda: randn(3, 64).bfloat16(),
+    "many rows": lambda: randn(64, 200).t(),
+    "needs a gradient": lambda: randn(3, 64).requires_grad_(),
+}
+
+
+@pytest.mark.parametrize("outputs", [96, 20])
+@pytest.mark.parametrize("make", INPUTS.values(), ids=INPUTS)
+def test_every_input_gives_the_product(make, outputs: int):
+    """Views of any strides, empty ones and every float dtype give `x W^T + b` in their own dtype."""
+    layer, x = int4.Int4Linear.from_linear(linear(64, outputs), 32), make()
+    y = layer(x)
+    expected = x.detach().double() @ layer.dense_weight().double().t() + layer.bias.double()
+    assert y.dtype == x.dtype
+    helpers.assert_close(y, expected, dtype=torch.bfloat16)
+
+
+def test_wrong_inputs_are_named():
+    """Integers and other widths say what was given and what is taken."""
+    layer = int4.Int4Linear.from_linear(linear(64, 32), 32)
+    with pytest.raises(TypeError, match="int64"):
+        layer(torch.ones(3, 64, dtype=torch.int64))
+    with pytest.raises(ValueError, match="63, but the layer takes 64"):
+        layer(randn(3, 63))
+
+
+def test_a_transposed_linear_is_converted():
+    """GPT-2's Conv1D becomes 4-bit, and its weight still reads as [in, out]."""
+    model, inputs = helpers.zoo("gpt2")
+    small = int4.quantize_weights(model)
+    layer = small.transformer.h[0].mlp.c_fc
+    assert isinstance(layer, int4.Int4Linear)
+    assert layer.weight.shape == model.transformer.h[0].mlp.c_fc.weight.shape
     assert helpers.cosine(helpers.run(small, inputs), helpers.run(model, inputs)) > 0.97

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import quantize
 from quantize import int8, surgery
 from quantize.int8 import convert, kernels
 
@@ -435,3 +436,44 @@ def test_what_is_not_a_linear_layer_is_reported():
     model = nn.ModuleDict({"conv": nn.Conv2d(1, 4, 3), "lstm": nn.LSTM(4, 4), "head": linear(4, 4)})
     report = int8.summary(int8.quantize_dynamic(model))
     assert report["head"] == "int8" and "Conv2d" in report["conv"] and "LSTM" in report["lstm"]
+
+
+class Overflow(nn.Module):
+    """Makes infinities."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 1e30 * 1e30
+
+
+@pytest.mark.parametrize("place", ["input", "inside"])
+def test_calibration_that_is_not_finite_is_refused(place: str):
+    """NaN in a batch, or made inside the model, names the layer that gets it."""
+    model = mlp()
+    batch = randn(4, 24)
+    if place == "input":
+        batch[1, 3] = float("nan")
+    else:
+        model.insert(1, Overflow())
+    with pytest.raises(ValueError, match=f"layer '{'0' if place == 'input' else '3'}' inputs that are not finite"):
+        int8.quantize_dynamic(model, calibration=[batch])
+
+
+def test_what_stays_float_is_said_with_its_size():
+    """A convolutional network is refused with its bytes; a model whose table is most of the file warns and says the share."""
+    with pytest.raises(ValueError, match=r"1296 of its 1296 bytes stay float \(0: a Conv2d"):
+        int8.quantize_dynamic(nn.Sequential(nn.Conv2d(4, 8, 3, bias=False), nn.Conv2d(8, 4, 1), nn.Flatten()))
+    model = nn.Sequential(nn.Embedding(100, 24), linear(24, 24, bias=False))
+    with pytest.warns(UserWarning, match=r"int8: 93% of 10272 bytes stay in floating point \(0: an embedding"):
+        small = int8.quantize_dynamic(model)
+    noted = quantize.summary(small)
+    assert noted.steps[-1].settings["stays_float"] == "93% of 10272 bytes"
+    assert "93% of the bytes" in noted.left["0"]
+
+
+def test_calibration_measures_the_distance():
+    """With batches at hand the summary has the relative distance of the outputs that anybody finds on them."""
+    model, x = mlp(), randn(16, 24)
+    small = int8.quantize_dynamic(model, calibration=[x])
+    with torch.no_grad():
+        expected = ((small(x) - model(x)).double().norm() / model(x).double().norm()).item()
+    assert quantize.summary(small).distance == pytest.approx(expected, rel=1e-4)

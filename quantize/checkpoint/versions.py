@@ -1,12 +1,13 @@
 """Records of files that earlier versions wrote, as this one would write them.
 
-Version 1 called the packed weight of an int8 or 4-bit layer `weight`.
+Version 1 called the packed weight of an int8 or 4-bit layer `weight`, and had another name for an attention in parts.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+_BUILDERS = {"Int8MultiheadAttention": "ProjectedAttention"}
 _PACKED = ("Int8Linear", "Int8Embedding", "Int4Linear")
 
 
@@ -23,6 +24,8 @@ def upgraded(record: dict[str, Any], version: int) -> dict[str, Any]:
     tensors = {renamed(name): described for name, described in record["tensors"].items()}
     strides = {renamed(name): order for name, order in record["strides"].items()}
     aliases = {renamed(alias): renamed(name) for alias, name in record["aliases"].items()}
+    structure = [{**edit, "builder": _BUILDERS.get(edit["builder"], edit["builder"])} for edit in record["structure"]]
+    record = {**record, "structure": structure}
     return {**record, "tensors": tensors, "strides": strides, "aliases": aliases}
 
 

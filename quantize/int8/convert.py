@@ -5,19 +5,19 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Iterable
+import warnings
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
+from quantize import calibration as calibrating
 from quantize import surgery
-from quantize.calibration import check_batches
 from quantize.int8 import smooth
-from quantize.int8.attention import Int8MultiheadAttention
 from quantize.int8.embedding import Int8Embedding
 from quantize.int8.linear import Int8Linear
+from quantize.nn import project_attentions, restore_attentions, without_fast_paths
 
 Report = dict[str, str]
 
@@ -41,102 +41,168 @@ def quantize_dynamic(
     at any of 1, 16 and 256 rows (narrow layers: below a width of about 256, quantizing an input costs more than it saves); then
     the result depends on the machine.
 
-    Raises ValueError if there is nothing to convert, if a weight is not finite, and for calibration without batches.
+    The summary says what part of the bytes stays float; a UserWarning does too where that is more than 40 percent.
+
+    Raises ValueError if there is nothing to convert, for weights and calibration inputs that are not finite (naming the layer),
+    and for calibration without batches.
     """
     if prefer not in ("size", "speed"):
         raise ValueError(f"prefer must be 'size' or 'speed', got {prefer!r}")
     source = surgery.clone(model)
-    new = _converted(surgery.clone(source), skip, embeddings, prefer)
-    if calibration is None:
-        return new
-    check_batches(calibration)
-    layers = {n: m for n, m in source.named_modules() if isinstance(m, nn.Linear) and _became(new, n, Int8Linear)}
-    expected = smooth.outputs(source, calibration)
-    norms = smooth.smooth(source, layers, calibration)
-    errors = {"plain": smooth.relative_error(smooth.outputs(new, calibration), expected)}
-    if norms:
-        slower = tuple(n for n, reason in new.int8_skipped.items() if reason.startswith(_SLOWER))
-        folded = _converted(source, (*skip, *slower), embeddings, "size")
-        folded.int8_skipped.update({n: new.int8_skipped[n] for n in slower})
-        errors["smoothed"] = smooth.relative_error(smooth.outputs(folded, calibration), expected)
-        new = folded if errors["smoothed"] < _CLEARLY * errors["plain"] else new
-    new.__dict__["int8_calibration"] = {"norms": norms, "errors": errors}
+    skipped = surgery.skip_filter(source, skip)
+    source, attentions, left = project_attentions(source, skipped)
+    new, report = _converted(surgery.clone(source), skipped, embeddings, prefer)
+    settings: dict[str, Any] = {}
+    distance = None
+    if calibration is not None:
+        expected = _finite_outputs(source, calibration)
+        distance = calibrating.relative_error(smooth.outputs(new, calibration), expected)
+        layers = {n: m for n, m in source.named_modules() if _can_be_smoothed(m) and _became(new, n, Int8Linear)}
+        norms = smooth.smooth(source, layers, calibration)
+        errors = {"plain": distance}
+        if norms:
+            slower = {n: reason for n, reason in report.items() if reason.startswith(_SLOWER)}
+            folded, folded_report = _converted(source, lambda n, m: n in slower or skipped(n, m), embeddings, "size")
+            errors["smoothed"] = calibrating.relative_error(smooth.outputs(folded, calibration), expected)
+            if errors["smoothed"] < _CLEARLY * errors["plain"]:
+                new, report, distance = folded, folded_report | slower, errors["smoothed"]
+        new.__dict__["int8_calibration"] = {"norms": norms, "errors": errors}
+    new = restore_attentions(new, attentions, (Int8Linear,))
+    new.__dict__["int8_skipped"] = report = report | left
+    told, total = _with_shares(new, report)
+    done = {n: "int8" for n, m in new.named_modules() if isinstance(m, (Int8Linear, Int8Embedding))}
+    if total:
+        settings["stays_float"] = total
+    surgery.note(new, "int8", done=done, left=told, distance=distance, **settings)
     return new
 
 
-def _converted(model: nn.Module, skip: surgery.Skip, embeddings: bool, prefer: str) -> nn.Module:
-    """Convert `model` in place."""
-    replacements, report = _plan(model, skip, embeddings, prefer)
+def _finite_outputs(model: nn.Module, batches: Iterable[Any]) -> list[torch.Tensor]:
+    """`smooth.outputs`; ValueError naming the first layer whose inputs are not finite."""
+    bad: list[str] = []
+
+    def look(name: str) -> Callable[[nn.Module, Any], None]:
+        def see(_module: nn.Module, args: Any) -> None:
+            given = [x for x in args if isinstance(x, torch.Tensor) and x.is_floating_point()]
+            if not bad and not all(torch.isfinite(x).all() for x in given):
+                bad.append(name)
+
+        return see
+
+    linears = {n: f.module for n, f in surgery.facts(model).items() if f.linear}
+    hooks = [module.register_forward_pre_hook(look(name)) for name, module in linears.items()]
+    try:
+        found = smooth.outputs(model, calibrating.check_batches(batches))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if bad:
+        raise ValueError(f"calibration gives layer {bad[0]!r} inputs that are not finite")
+    return found
+
+
+def _with_shares(model: nn.Module, report: Report) -> tuple[Report, str | None]:
+    """The reasons with the part of the model's bytes that each layer has, and in words how much of it stays float."""
+    whole = _bytes(model)
+    sizes = surgery.stays_float(model)
+    shares = {name: sizes.get(name, 0) / whole for name in report} if whole else {}
+    told = {n: f"{why} ({shares[n]:.0%} of the bytes)" if shares.get(n, 0) >= 0.01 else why for n, why in report.items()}
+    total = sum(sizes.values())
+    if not whole or total < 0.01 * whole:
+        return told, None
+    words = f"{total / whole:.0%} of {whole} bytes"
+    if total > _MUCH * whole:
+        most = [name for name in sizes if name in report][:4]
+        reasons = "; ".join(f"{name or '(the model)'}: {told[name]}" for name in most)
+        warnings.warn(f"int8: {words} stay in floating point ({reasons})", stacklevel=3)
+    return told, words
+
+
+_MUCH = 0.4
+
+
+def _converted(
+    model: nn.Module, skipped: Callable[[str, nn.Module], bool], embeddings: bool, prefer: str
+) -> tuple[nn.Module, Report]:
+    """Convert `model` in place; also gives the reasons why layers stayed."""
+    replacements, report = _plan(model, skipped, embeddings, prefer)
     if not replacements:
         already = any(isinstance(m, Int8Linear) for m in model.modules())
+        floating = sum(surgery.stays_float(model).values())
+        why = "it is already quantized" if already else f"{floating} of its {_bytes(model)} bytes stay float"
         detail = "; ".join(f"{n}: {r}" for n, r in report.items()) or "it has no nn.Linear or Conv1D"
-        raise ValueError(
-            f"{type(model).__name__} has no linear layer left to quantize"
-            + (": it is already quantized" if already else "")
-            + f" ({detail})"
-        )
+        raise ValueError(f"{type(model).__name__} has no linear layer left to quantize: {why} ({detail})")
     for old, new in replacements.items():
-        new.train(old.training)
-        for hooks in _HOOKS:
-            setattr(new, hooks, getattr(old, hooks))
+        surgery.take_place(old, new)
     model = surgery.replace(model, replacements)
-    for module in model.modules():
-        _disable_fast_path(module)
-    model.__dict__["int8_skipped"] = report
-    return model
+    without_fast_paths(model)
+    return model, report
 
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
+def _bytes(model: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in model.state_dict().values() if isinstance(tensor, torch.Tensor))
 
 
-def _plan(model: nn.Module, skip: surgery.Skip, embeddings: bool, prefer: str) -> tuple[dict[nn.Module, nn.Module], Report]:
+def _plan(
+    model: nn.Module, skipped: Callable[[str, nn.Module], bool], embeddings: bool, prefer: str
+) -> tuple[dict[nn.Module, nn.Module], Report]:
     """What becomes what, and why the rest stays."""
-    skipped = surgery.skip_filter(model, skip)
-    users = _users(model)
+    facts = surgery.facts(model)
     report: Report = {}
     replacements: dict[nn.Module, nn.Module] = {}
     known: dict[tuple[Any, ...], str | None] = {}
     tables: dict[int, nn.Module] = {}  # by identity of the float weight: layers that shared it share the int8 one
-    inside: set[nn.Module] = set()  # parts of a module that is converted as a whole
     for name, module in model.named_modules():
-        if module in inside:
-            continue
-        if isinstance(module, nn.MultiheadAttention):
-            reason = _attention_obstacle(name, module, users, skipped)
+        fact = facts.get(name)
+        if fact is not None and (fact.linear or isinstance(module, nn.Embedding)):
+            reason = _reason(name, facts, skipped, embeddings)
             if reason is None:
-                for part, child in module.named_modules():
-                    _check_finite(f"{name}.{part}".strip("."), child)
-                    inside.add(child)
-                replacements[module] = Int8MultiheadAttention.from_attention(module)
-        elif _is_linear(module) or isinstance(module, nn.Embedding):
-            tied = any(_is_linear(m) for _, m in users.get(id(module.weight), ()))
-            if skipped(name, module):
-                reason = "named by skip"
-            elif isinstance(module, nn.Embedding) and not (tied or embeddings):
-                reason = "an embedding: embeddings=True quantizes it"
-            else:
-                reason = _obstacle(module) or _shared_obstacle(module, users, skipped)
-            if reason is None:
-                _check_finite(name, module)
-                new = _convert(module, tables)
-                if prefer == "speed" and isinstance(module, nn.Linear) and len(users.get(id(module.weight), ())) < 2:
+                surgery.check_finite(name, module)
+                new = _convert(fact, tables)
+                if prefer == "speed" and isinstance(module, nn.Linear) and len(fact.holders) < 2:
                     reason = _slower(module, new, known)
                 if reason is None:
                     replacements[module] = new
-        elif any(p is not None and p.ndim > 1 for p in module._parameters.values()):
-            reason = f"a {type(module).__name__}: only linear layers and embeddings become int8"
-        else:
-            continue
-        if reason is not None:
-            report[name] = reason
+            if reason is not None:
+                report[name] = reason
+        elif _is_left(module):
+            report[name] = f"a {type(module).__name__}: only linear layers and embeddings become int8"
     return replacements, report
 
 
+def _is_left(module: nn.Module) -> bool:
+    return any(p is not None and p.ndim > 1 for p in module._parameters.values())
+
+
+def _reason(
+    name: str, facts: dict[str, surgery.Facts], skipped: Callable[[str, nn.Module], bool], embeddings: bool
+) -> str | None:
+    """Why this layer stays in float, or None."""
+    fact = facts[name]
+    if skipped(name, fact.module):
+        return "named by skip"
+    if fact.obstacle is not None:
+        return fact.obstacle
+    others = [other for other in fact.holders if other != name]
+    tied = any(facts[other].linear for other in others if other in facts)
+    if isinstance(fact.module, nn.Embedding) and not (tied or embeddings):
+        return "an embedding: embeddings=True quantizes it"
+    for other in others:
+        held = facts.get(other)
+        follows = held is not None and (held.linear or isinstance(held.module, nn.Embedding)) and held.obstacle is None
+        if not follows or skipped(other, held.module) or held.transposed != fact.transposed:
+            return f"it shares its weight with {other}, which stays as it is"
+    return None
+
+
+def _can_be_smoothed(module: nn.Module) -> bool:
+    """Is it a linear whose weight can be multiplied in place?"""
+    plain = isinstance(module._parameters.get("weight"), nn.Parameter) and "_half" not in vars(module)
+    return isinstance(module, nn.Linear) and plain
+
+
 def _became(model: nn.Module, name: str, kind: type[nn.Module]) -> bool:
-    try:
-        return isinstance(model.get_submodule(name), kind)
-    except AttributeError:  # inside a module that was converted as a whole
-        return False
+    return isinstance(model.get_submodule(name), kind)
 
 
 _CLEARLY = 0.9  # smaller gains are not seen again on other data
@@ -177,99 +243,15 @@ def summary(model: nn.Module) -> dict[str, str]:
     return {**done, **model.__dict__.get("int8_skipped", {})}
 
 
-def _is_conv1d(module: nn.Module) -> bool:
-    """GPT-2's linear layer with a transposed weight; recognised by its shape, to need no import of its library."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and getattr(module.weight, "ndim", 0) == 2
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or _is_conv1d(module)
-
-
-def _users(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
-    """Who holds each parameter, by its identity."""
-    users: dict[int, list[tuple[str, nn.Module]]] = {}
-    for name, module in model.named_modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                users.setdefault(id(parameter), []).append((name, module))
-    return users
-
-
-def _obstacle(module: nn.Module) -> str | None:
-    """Why this layer can't be replaced by an int8 one, or None."""
-    kind = type(module)
-    if kind.__name__ == "NonDynamicallyQuantizableLinear":
-        return "the output projection of nn.MultiheadAttention, which reads its weight itself"
-    if "forward" in module.__dict__:
-        return "its forward was replaced on the instance"
-    if isinstance(module, nn.Linear) and kind.forward is not nn.Linear.forward:
-        return f"{kind.__name__} is a subclass of nn.Linear with a forward of its own"
-    if isinstance(module, nn.Embedding):
-        if kind.forward is not nn.Embedding.forward:
-            return f"{kind.__name__} is a subclass of nn.Embedding with a forward of its own"
-        if module.max_norm is not None:
-            return "max_norm changes its weight while it runs"
-    if isinstance(module.weight, nn.parameter.UninitializedTensorMixin):
-        return "its weight is not initialised yet: run the model once"
-    if "weight" not in module._parameters and not parametrize.is_parametrized(module, "weight"):
-        return "its weight is computed by a hook (weight_norm, prune): make it permanent first"
-    if not module.weight.dtype.is_floating_point or type(module.weight.data) is not torch.Tensor:
-        return f"its weight is a {type(module.weight.data).__name__} of dtype {module.weight.dtype}"
-    if module.weight.numel() == 0:
-        return "it has no weights"
-    return None
-
-
-def _attention_obstacle(name: str, module: nn.MultiheadAttention, users: dict, skipped) -> str | None:
-    if any(skipped(f"{name}.{part}".strip("."), child) for part, child in module.named_modules()):
-        return "it or a part of it is named by skip"
-    if type(module).forward is not nn.MultiheadAttention.forward:
-        return f"{type(module).__name__} is a subclass of nn.MultiheadAttention with a forward of its own"
-    if module.bias_k is not None or module.add_zero_attn:
-        return "bias_k, bias_v and add_zero_attn are not handled"
-    if type(module.out_proj).forward is not nn.Linear.forward or "weight" not in module.out_proj._parameters:
-        return f"its out_proj is a {type(module.out_proj).__name__} that computes its weight, or not a plain linear"
-    if any(len(users[id(p)]) > 1 for p in module.parameters()):
-        return "it shares its weights with another module"
-    return None
-
-
-def _shared_obstacle(module: nn.Module, users: dict, skipped) -> str | None:
-    for name, other in users.get(id(module.weight), ()):
-        if other is module:
-            continue
-        plain = _is_linear(other) or isinstance(other, nn.Embedding)
-        if not plain or _obstacle(other) or skipped(name, other) or _is_conv1d(other) != _is_conv1d(module):
-            return f"it shares its weight with {name} ({type(other).__name__}), which stays as it is"
-    return None
-
-
-def _check_finite(name: str, module: nn.Module) -> None:
-    tensors = dict(module._parameters)
-    if parametrize.is_parametrized(module):
-        tensors |= {kind: getattr(module, kind) for kind in module.parametrizations}
-    for kind, tensor in tensors.items():
-        if tensor is not None and not torch.isfinite(tensor).all():
-            raise ValueError(f"layer {name!r} has a {kind} that is not finite: NaN or Inf can't be quantized")
-
-
-def _convert(module: nn.Module, tables: dict[int, nn.Module]) -> nn.Module:
-    weight = module.weight.t() if _is_conv1d(module) else module.weight
+def _convert(fact: surgery.Facts, tables: dict[int, nn.Module]) -> nn.Module:
+    module = fact.module
+    weight = module.weight.t() if fact.transposed else module.weight
     if isinstance(module, nn.Embedding):
         new: nn.Module = Int8Embedding.from_weight(weight, module.padding_idx)
     else:
         new = Int8Linear.from_weight(weight, module.bias)
-        new.transposed = _is_conv1d(module)
-    if not parametrize.is_parametrized(module, "weight"):
-        first = tables.setdefault(id(module.weight), new)
+        new.transposed = fact.transposed
+    if "weight" in module._parameters:
+        first = tables.setdefault(id(module._parameters["weight"]), new)
         new.packed, new.scale = first.packed, first.scale
     return new
-
-
-def _disable_fast_path(module: nn.Module) -> None:
-    """The fused path of nn.TransformerEncoderLayer reads float weights: the flags that it looks at first turn it off."""
-    if isinstance(module, nn.TransformerEncoderLayer) and module.activation_relu_or_gelu:
-        surgery.resize(module, tensors={}, attributes={"activation_relu_or_gelu": 0})
-    if isinstance(module, nn.TransformerEncoder) and getattr(module, "use_nested_tensor", False):
-        surgery.resize(module, tensors={}, attributes={"use_nested_tensor": False})

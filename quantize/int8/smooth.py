@@ -10,8 +10,7 @@ others), and a fold stays only if the float model still gives its outputs. Left 
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -42,7 +41,7 @@ def smooth(model: nn.Module, layers: Mapping[str, nn.Linear], batches: Iterable[
                 p.div_(factor)
             for layer in group:
                 layer.weight.mul_(factor)
-        if relative_error(outputs(model, [example]), expected) < 1e-3:
+        if calibrating.relative_error(outputs(model, [example]), expected) < 1e-3:
             changed.append(name)
         else:  # somebody else reads the norm's output too (a residual connection), or it isn't a plain factor
             with torch.no_grad():
@@ -51,34 +50,14 @@ def smooth(model: nn.Module, layers: Mapping[str, nn.Linear], batches: Iterable[
     return changed
 
 
-@torch.no_grad()
 def outputs(model: nn.Module, batches: Iterable[Any]) -> list[torch.Tensor]:
-    """All floating point tensors that the model returns for the batches, in eval mode."""
-    modes = [(m, m.training) for m in model.modules()]
-    try:
-        model.eval()
-        return list(itertools.chain.from_iterable(_tensors(calibrating.call(model, batch)) for batch in batches))
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-def relative_error(actual: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
-    """Root of the squared error over the squared size, all tensors together."""
-    error = sum((a.double() - e.double()).square().sum().item() for a, e in zip(actual, expected, strict=True))
-    return (error / max(sum(e.double().square().sum().item() for e in expected), 1e-30)) ** 0.5
-
-
-def _tensors(output: Any) -> Iterable[torch.Tensor]:
-    if isinstance(output, torch.Tensor):
-        if output.is_floating_point():
-            yield output
-    elif isinstance(output, Mapping):
-        for value in output.values():
-            yield from _tensors(value)
-    elif isinstance(output, (list, tuple)):
-        for value in output:
-            yield from _tensors(value)
+    """All floating point tensors that the model returns for the batches, in eval mode; the model's state stays."""
+    found: list[torch.Tensor] = []
+    with calibrating.watching((), model), torch.no_grad():
+        for batch in batches:
+            tensors = calibrating.output_tensors(calibrating.call(model, batch))
+            found += [t.clone() for t in tensors if t.is_floating_point()]
+    return found
 
 
 def _groups(model: nn.Module, layers: set[nn.Module], example: Any) -> dict[str, list[nn.Linear]]:

@@ -1,5 +1,6 @@
 """What techniques put into a model: layers that store their weight in another form than the one in which it is read."""
 
+from quantize.nn.attention import ProjectedAttention, project_attentions, restore_attentions, without_fast_paths
 from quantize.nn.protocol import (
     CompressedLayer,
     Operands,
@@ -7,19 +8,23 @@ from quantize.nn.protocol import (
     dense_weight,
     dtype_name,
     dtype_named,
-    is_transposed,
     operands,
 )
 from quantize.nn.reading import WeightReading
+from quantize.surgery import is_transposed
 
 __all__ = [
     "CompressedLayer",
     "Operands",
     "PackedLayer",
+    "ProjectedAttention",
     "WeightReading",
     "dense_weight",
     "dtype_name",
     "dtype_named",
     "is_transposed",
     "operands",
+    "project_attentions",
+    "restore_attentions",
+    "without_fast_paths",
 ]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from quantize import surgery
 from quantize.nn.reading import WeightReading
+from quantize.surgery import is_transposed
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class CompressedLayer(nn.Module):
     """A layer whose weight is stored in another form than the one in which it is read."""
 
     constant_buffers = True  # no forward changes them
-    transposed = False  # does `weight` read as [in, out], as in the layer that this one replaced (GPT-2's Conv1D)?
+    transposed: bool = False  # does `weight` read as [in, out], as in the layer that this one replaced (GPT-2's Conv1D)?
 
     @property
     def trainable(self) -> bool:
@@ -121,15 +122,6 @@ def dense_weight(layer: nn.Module) -> Tensor:
         return layer.dense_weight()
     weight = layer.weight.t() if is_transposed(layer) else layer.weight
     return weight if weight.dtype == torch.float64 else weight.float()
-
-
-def is_transposed(module: nn.Module) -> bool:
-    """Does its `weight` read as [in, out], like that of transformers' Conv1D (which need not be installed)?"""
-    if isinstance(module, CompressedLayer):
-        return module.transposed
-    weight = module._parameters.get("weight")
-    named = type(module).__name__ in ("Conv1D", "HalfConv1D")
-    return named and weight is not None and weight.ndim == 2 and getattr(module, "nf", 0) == weight.shape[1]
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -5,6 +5,7 @@ what a person wants to know (the notes: what was done, what was left, and why), 
 its own tensors.
 """
 
+from quantize.surgery.candidates import Facts, check_finite, facts, holders, is_transposed, obstacle, stays_float, take_place
 from quantize.surgery.edit import (
     Skip,
     clone,
@@ -21,18 +22,24 @@ from quantize.surgery.record import Note, Summary, amend, builder, check_count, 
 from quantize.surgery.sizes import contradiction, mismatch
 
 __all__ = [
+    "Facts",
     "Note",
     "Skip",
     "Summary",
     "amend",
     "builder",
     "check_count",
+    "check_finite",
     "clone",
     "contradiction",
     "deepcopy",
+    "facts",
+    "holders",
+    "is_transposed",
     "mismatch",
     "note",
     "notes",
+    "obstacle",
     "rebuild",
     "record",
     "replace",
@@ -40,6 +47,8 @@ __all__ = [
     "resized",
     "select",
     "skip_filter",
+    "stays_float",
     "structure",
+    "take_place",
     "uncompiled",
 ]

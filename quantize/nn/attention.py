@@ -1,0 +1,239 @@
+"""ProjectedAttention: what `nn.MultiheadAttention` computes, with its four projections as layers of their own.
+
+`nn.MultiheadAttention` multiplies by its weights without calling a layer, so a technique has nothing to replace in it.
+`project_attentions` puts this module in its place; the projections are then linear layers like all others. Torch's fused
+encoder layers read weights too: `without_fast_paths` turns them off.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from quantize import surgery
+from quantize.nn.reading import WeightReading
+
+
+@surgery.builder
+class ProjectedAttention(nn.Module):
+    """In place of `nn.MultiheadAttention`: same arguments, shapes and results; `q`, `k`, `v` and `out` are layers.
+
+    Left out: `bias_k`, `bias_v` and `add_zero_attn` (a module that uses them is not converted).
+    """
+
+    def __init__(self, *projections: nn.Module, heads: int, batch_first: bool, dropout: float) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = projections
+        self.num_heads = heads
+        self.batch_first, self.dropout = batch_first, dropout
+
+    @classmethod
+    def from_attention(cls, source: nn.MultiheadAttention) -> ProjectedAttention:
+        """The same function, with copies of the weights of `source`."""
+        if source.in_proj_weight is not None:
+            weights = source.in_proj_weight.chunk(3)
+        else:
+            weights = (source.q_proj_weight, source.k_proj_weight, source.v_proj_weight)
+        biases = (None,) * 3 if source.in_proj_bias is None else source.in_proj_bias.chunk(3)
+        settings = {"heads": source.num_heads, "batch_first": source.batch_first, "dropout": source.dropout}
+        new = cls.rebuild(source, **settings)
+        for part, weight, bias in zip((new.q, new.k, new.v), weights, biases, strict=True):
+            _fill(part, weight, bias, source.out_proj.weight)
+        _fill(new.out, source.out_proj.weight, source.out_proj.bias, source.out_proj.weight)
+        surgery.take_place(source, new)
+        surgery.record(new, "ProjectedAttention", **settings)  # the projections' own records follow it
+        return new
+
+    @classmethod
+    def rebuild(cls, module: nn.Module, heads: int, batch_first: bool, dropout: float) -> ProjectedAttention:
+        """A frame in place of `module`, with empty projections; a file's tensors and the records of projections fill it."""
+        if not isinstance(module, nn.MultiheadAttention):
+            raise ValueError(f"expected an nn.MultiheadAttention, found a {type(module).__name__}")
+        width, dtype = module.embed_dim, module.out_proj.weight.dtype
+        bias = module.in_proj_bias is not None
+        parts = [nn.Linear(k, width, bias, device="meta", dtype=dtype) for k in (width, module.kdim, module.vdim)]
+        parts.append(nn.Linear(width, width, module.out_proj.bias is not None, device="meta", dtype=dtype))
+        return cls(*parts, heads=heads, batch_first=batch_first, dropout=dropout).train(module.training)
+
+    def contradiction(self) -> str | None:
+        """See `surgery.contradiction`."""
+        width = getattr(self.q, "out_features", None)
+        if type(width) is not int:
+            return f"its q is a {type(self.q).__name__}"
+        if type(self.num_heads) is not int or self.num_heads < 1 or width % self.num_heads:
+            return f"its num_heads={self.num_heads!r} doesn't divide the {width} outputs of q"
+        return None
+
+    @property
+    def embed_dim(self) -> int:
+        return self.q.out_features
+
+    @property
+    def head_dim(self) -> int:
+        return self.q.out_features // self.num_heads
+
+    @property
+    def kdim(self) -> int:
+        return self.k.in_features
+
+    @property
+    def vdim(self) -> int:
+        return self.v.in_features
+
+    @property
+    def _qkv_same_embed_dim(self) -> bool:
+        return self.kdim == self.vdim == self.embed_dim
+
+    @property
+    def out_proj(self) -> nn.Module:
+        return self.out
+
+    @property
+    def in_proj_weight(self) -> Tensor | None:
+        """Reads as the weights of q, k and v side by side, where they are of one width."""
+        if not self._qkv_same_embed_dim:
+            return None
+        weight = self.q.weight
+        shape = (3 * self.embed_dim, self.embed_dim)
+        return WeightReading.described(lambda: self._side_by_side("weight"), shape, weight.dtype, weight.device)
+
+    @property
+    def in_proj_bias(self) -> Tensor | None:
+        """Reads as the biases of q, k and v side by side."""
+        bias = self.q.bias
+        if bias is None:
+            return None
+        return WeightReading.described(lambda: self._side_by_side("bias"), (3 * len(bias),), bias.dtype, bias.device)
+
+    def _side_by_side(self, name: str) -> Tensor:
+        return torch.cat([getattr(part, name).clone() for part in (self.q, self.k, self.v)])
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `nn.MultiheadAttention.forward`. `is_causal` is only a hint there, beside the mask, and is not needed here."""
+        if is_causal and attn_mask is None:
+            raise ValueError("is_causal=True needs attn_mask, as in nn.MultiheadAttention")
+        q, k, v = self.q(query), self.k(key), self.v(value)  # before any reshaping: the same tensor is quantized once
+        batched = q.dim() == 3
+        if not batched:
+            q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
+        elif not self.batch_first:
+            q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
+        q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))  # [B, H, T, D]
+        mask = self._mask(attn_mask, key_padding_mask, q, k)
+        dropout = self.dropout if self.training else 0.0
+        weights = None
+        if need_weights:
+            scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
+            weights = F.dropout((scores if mask is None else scores + mask).softmax(-1), dropout)  # [B, H, T, S]
+            y = weights @ v
+            weights = weights.mean(1) if average_attn_weights else weights
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, mask, dropout)
+        y = y.transpose(1, 2).flatten(2)
+        if batched and not self.batch_first:
+            y = y.transpose(0, 1)
+        if not batched:
+            y, weights = y.squeeze(0), None if weights is None else weights.squeeze(0)
+        return self.out(y), weights
+
+    def _mask(self, attn_mask: Tensor | None, padding: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
+        """Both masks (bool: True is hidden; float: added) as one that is added to scores [B, H, T, S]."""
+        masks = []
+        if attn_mask is not None:  # [T, S] or [B * H, T, S]
+            masks.append(attn_mask if attn_mask.dim() == 2 else attn_mask.view(q.shape[0], -1, *attn_mask.shape[-2:]))
+        if padding is not None:  # [B, S] or [S]
+            masks.append(padding.view(q.shape[0], 1, 1, k.shape[2]))
+        added = [
+            torch.zeros_like(m, dtype=q.dtype).masked_fill(m, float("-inf")) if m.dtype == torch.bool else m.to(q.dtype)
+            for m in masks
+        ]
+        return None if not added else added[0] if len(added) == 1 else added[0] + added[1]
+
+
+def _fill(part: nn.Module, weight: Tensor, bias: Tensor | None, like: Tensor) -> None:
+    part.weight = nn.Parameter(weight.detach().clone(), requires_grad=like.requires_grad)
+    if bias is not None:
+        part.bias = nn.Parameter(bias.detach().clone(), requires_grad=like.requires_grad)
+
+
+def project_attentions(
+    model: nn.Module, skipped: Callable[[str, nn.Module], bool]
+) -> tuple[nn.Module, dict[str, nn.MultiheadAttention], dict[str, str]]:
+    """Put a `ProjectedAttention` in the place of every `nn.MultiheadAttention` that can be one, in place.
+
+    Returns the (possibly new) root, the modules that were replaced, and the reasons why others stayed.
+    """
+    holders = surgery.holders(model)
+    replaced: dict[str, nn.MultiheadAttention] = {}
+    left: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.MultiheadAttention):
+            continue
+        reason = _obstacle(name, module, holders, skipped)
+        if reason is None:
+            replaced[name] = module
+        else:
+            left[name] = reason
+    model = surgery.replace(model, {module: ProjectedAttention.from_attention(module) for module in replaced.values()})
+    return model, replaced, left
+
+
+def restore_attentions(
+    model: nn.Module, replaced: Mapping[str, nn.MultiheadAttention], kinds: tuple[type[nn.Module], ...]
+) -> nn.Module:
+    """Put back the modules of which no projection became one of `kinds`."""
+    back = {}
+    for name, original in replaced.items():
+        projected = model.get_submodule(name)
+        if not any(isinstance(part, kinds) for part in projected.children()):
+            projected.__dict__.pop("_structure", None)
+            back[projected] = original
+    return surgery.replace(model, back)
+
+
+def without_fast_paths(model: nn.Module) -> None:
+    """Turn off, in place, what reads float weights in torch's encoder layers: the flags that they look at first."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and module.activation_relu_or_gelu:
+            surgery.resize(module, tensors={}, attributes={"activation_relu_or_gelu": 0})
+        if isinstance(module, nn.TransformerEncoder) and getattr(module, "use_nested_tensor", False):
+            surgery.resize(module, tensors={}, attributes={"use_nested_tensor": False})
+
+
+def _obstacle(
+    name: str,
+    module: nn.MultiheadAttention,
+    holders: Mapping[int, list[str]],
+    skipped: Callable[[str, nn.Module], bool],
+) -> str | None:
+    parts = module.named_modules()
+    if any(skipped(f"{name}.{part}".strip("."), child) for part, child in parts):
+        return "it or a part of it is named by skip"
+    if type(module).forward is not nn.MultiheadAttention.forward or "forward" in module.__dict__:
+        return f"{type(module).__name__} is a subclass of nn.MultiheadAttention with a forward of its own"
+    if module.bias_k is not None or module.add_zero_attn:
+        return "bias_k, bias_v and add_zero_attn are not handled"
+    if type(module.out_proj).forward is not nn.Linear.forward or "weight" not in module.out_proj._parameters:
+        return f"its out_proj is a {type(module.out_proj).__name__} that computes its weight, or not a plain linear"
+    inputs = ("in_proj_weight", "q_proj_weight")
+    if all(module._parameters.get(key) is None for key in inputs):
+        return "its weights are computed by a hook or a parametrization: make them permanent first"
+    if any(len(holders[id(p)]) > 1 for p in module.parameters()):
+        return "it shares its weights with another module"
+    if not all(p.is_floating_point() and p.dtype == module.out_proj.weight.dtype for p in module.parameters()):
+        return "its weights are of several dtypes or no floating numbers"
+    return None

@@ -1,0 +1,141 @@
+"""May a layer be replaced? Facts about every layer of a model, one table for all techniques; each adds what it alone asks.
+
+The policies, for all techniques: hooks follow the layer that takes another's place, and so does its training flag
+(`take_place`). A weight that several modules hold is shared by their replacements, or the layer stays and is named. A weight
+that a parametrization computes is read once; one that a hook computes (old weight_norm, spectral_norm, pruning masks) makes
+the layer stay, and so do a forward of its own and a weight that is no floating tensor. A weight that is not finite is an error.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+_OPAQUE = "NonDynamicallyQuantizableLinear"
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+)
+_PLAIN = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a technique has to know of a linear layer, an embedding or a convolution before it replaces it."""
+
+    module: nn.Module
+    holders: tuple[str, ...]  # names of all modules that hold its weight, itself among them
+    transposed: bool  # its weight is [in, out]
+    obstacle: str | None  # why no technique can replace it
+
+    @property
+    def linear(self) -> bool:
+        return self.transposed or isinstance(self.module, nn.Linear)
+
+
+def facts(model: nn.Module) -> dict[str, Facts]:
+    """Of every linear layer, embedding and convolution of `model`, by name, each once."""
+    known = holders(model)
+    found: dict[str, Facts] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, _PLAIN) or is_transposed(module):
+            weight = module._parameters.get("weight")
+            names = (name,) if weight is None else tuple(known[id(weight)])
+            found[name] = Facts(module, names, is_transposed(module), obstacle(module))
+    return found
+
+
+def holders(model: nn.Module) -> dict[int, list[str]]:
+    """Names of the modules that hold each parameter, by the parameter's identity."""
+    names: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                names.setdefault(id(parameter), []).append(name)
+    return names
+
+
+def obstacle(module: nn.Module) -> str | None:
+    """Why no technique can put another layer in the place of this one; None if one can."""
+    kind = type(module)
+    if kind.__name__ == _OPAQUE:
+        return "the output projection of nn.MultiheadAttention, which reads its weight itself"
+    if "forward" in module.__dict__:
+        return "its forward was replaced on the instance"
+    base = next((plain for plain in _PLAIN if isinstance(module, plain)), None)
+    stands_in = getattr(kind, "stands_in", False)  # a layer of this package that computes what its base does
+    if base is not None and kind.forward is not base.forward and not stands_in:
+        return f"{kind.__name__} is a subclass of nn.{base.__name__} with a forward of its own"
+    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        return "max_norm changes its weight while it runs"
+    return _weight_obstacle(module)
+
+
+def _weight_obstacle(module: nn.Module) -> str | None:
+    computed = parametrize.is_parametrized(module)
+    weight = module._parameters.get("weight")
+    if weight is None and not (computed and "weight" in module.parametrizations):
+        return "its weight is computed by a hook (weight_norm, spectral_norm, prune): make it permanent first"
+    if any(name not in ("weight", "bias") for name in module._parameters):
+        return "it has parameters besides weight and bias"
+    if isinstance(weight, nn.parameter.UninitializedTensorMixin):
+        return "its weight is not initialised yet: run the model once"
+    weight = module.weight if weight is None else weight
+    if not weight.dtype.is_floating_point or type(weight.data) is not torch.Tensor:
+        return f"its weight is a {type(weight.data).__name__} of dtype {weight.dtype}"
+    if weight.numel() == 0:
+        return "it has no weights"
+    if weight.is_meta:
+        return "it has no numbers, only shapes: its weight is on the meta device"
+    return None
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Does its `weight` read as [in, out], like that of transformers' Conv1D (which need not be installed)?"""
+    if type(module).__module__.startswith("quantize."):  # a compressed layer knows what it replaced
+        return getattr(module, "transposed", False) or hasattr(module, "nf")
+    weight = module._parameters.get("weight")
+    return (
+        type(module).__name__ == "Conv1D"
+        and weight is not None
+        and weight.ndim == 2
+        and getattr(module, "nf", 0) == weight.shape[1]
+    )
+
+
+def check_finite(name: str, module: nn.Module) -> None:
+    """Raise ValueError naming a tensor of `module`, or one that a parametrization computes, that is not finite."""
+    tensors = dict(module._parameters)
+    if parametrize.is_parametrized(module):
+        tensors |= {kind: getattr(module, kind) for kind in module.parametrizations}
+    for kind, tensor in tensors.items():
+        if tensor is not None and not torch.isfinite(tensor).all():
+            raise ValueError(f"layer {name!r} has a {kind} that is not finite: NaN or Inf can't be quantized")
+
+
+def take_place(old: nn.Module, new: nn.Module) -> None:
+    """Give `new` what stays of `old` when it takes its place: the training flag and the forward hooks."""
+    new.train(old.training)
+    for kind in _HOOKS:
+        setattr(new, kind, getattr(old, kind))
+
+
+def stays_float(model: nn.Module) -> dict[str, int]:
+    """Bytes of floating parameters that modules hold themselves, by name, each tensor once; the largest first."""
+    seen: set[int] = set()
+    sizes: dict[str, int] = {}
+    for name, module in model.named_modules():
+        half = module.__dict__.get("_half", (None, ()))
+        for key, parameter in module._parameters.items():
+            if parameter is None or id(parameter) in seen or not parameter.is_floating_point():
+                continue
+            seen.add(id(parameter))
+            each = 2 if key in half[1] else parameter.element_size()
+            sizes[name] = sizes.get(name, 0) + each * parameter.numel()
+    return dict(sorted(sizes.items(), key=lambda item: -item[1]))

@@ -1,0 +1,122 @@
+"""One policy for all techniques: hooks, tied weights, computed weights, forwards of their own, weights that are not finite."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
+
+import quantize
+from quantize.int4 import quantize_weights
+
+TRANSFORMS = {
+    "int8": quantize.quantize_dynamic,
+    "int4": quantize_weights,
+    "fp16": quantize.to_half,
+    "bf16": lambda m: quantize.to_half(m, torch.bfloat16),
+}
+COMPUTED = {
+    "weight_norm": weight_norm,
+    "spectral_norm": spectral_norm,
+    "pruning mask": lambda m: prune.l1_unstructured(m, "weight", 0.5),
+}
+PARAMETRIZED = {
+    "weight_norm": parametrizations.weight_norm,
+    "spectral_norm": parametrizations.spectral_norm,
+    "orthogonal": parametrizations.orthogonal,
+}
+each_transform = pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def net(change=lambda m: m) -> nn.Sequential:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), change(nn.Linear(64, 32))).eval()
+
+
+def relative(actual: Tensor, expected: Tensor) -> float:
+    return ((actual - expected).norm() / expected.norm()).item()
+
+
+@each_transform
+@pytest.mark.parametrize("when", ["fresh", "trained"])
+@pytest.mark.parametrize("change", COMPUTED.values(), ids=COMPUTED)
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_weight_that_a_hook_computes(change, when, transform, tmp_path):
+    """int8 and int4 leave the layer and say so; half stores what it is computed from. The result runs, and so does its file."""
+    model, x = net(change), randn(5, 64)
+    if when == "trained":
+        model.train()(x).sum().backward()
+        model.eval()
+    small = transform(model)
+    with torch.no_grad():
+        assert relative(small(x), model(x)) < 0.15
+        noted = quantize.summary(small)
+        assert "2" in noted.left or "float16" in noted.done["2"]
+        quantize.save(small, tmp_path / "small.pth")
+        assert torch.equal(quantize.load(tmp_path / "small.pth", model=net(change))(x), small(x))
+
+
+@each_transform
+@pytest.mark.parametrize("change", PARAMETRIZED.values(), ids=PARAMETRIZED)
+def test_a_weight_that_a_parametrization_computes(change, transform):
+    """It is read once by int8 and int4, and rounded where it comes from by half; the result is near the model."""
+    model, x = net(change), randn(5, 64)
+    small = transform(model)
+    with torch.no_grad():
+        assert relative(small(x), model(x)) < 0.15
+    if transform in (quantize.quantize_dynamic, quantize_weights):
+        assert not hasattr(small[2], "parametrizations") and "2" in quantize.summary(small).done
+
+
+@each_transform
+@pytest.mark.parametrize("training", [True, False])
+def test_hooks_and_modes_follow(transform, training):
+    """Forward hooks run on the layer that took the other's place, and every module keeps its training flag."""
+    model, seen = net().train(training), []
+    model[0].eval()
+    model[2].register_forward_hook(lambda m, args, output: output + 1)
+    model[2].register_forward_pre_hook(lambda m, args, kwargs: seen.append(len(args)), with_kwargs=True)
+    small, x = transform(model), randn(5, 64)
+    with torch.no_grad():
+        assert relative(small(x), model(x)) < 0.1
+    assert seen == [1, 1]
+    assert [m.training for m in small.modules()] == [m.training for m in model.modules()]
+
+
+@pytest.mark.parametrize("transform", [quantize.quantize_dynamic, quantize_weights])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_refused(transform, value):
+    """By the layer's name, also inside an attention."""
+    model = net()
+    with torch.no_grad():
+        model[2].weight[3, 3] = value
+    with pytest.raises(ValueError, match="'2' has a weight that is not finite"):
+        transform(model)
+    attention = nn.ModuleDict({"inner": nn.MultiheadAttention(32, 2)})
+    with torch.no_grad():
+        attention["inner"].in_proj_weight[40, 3] = value
+    with pytest.raises(ValueError, match=r"'inner\.k' has a weight that is not finite"):
+        transform(attention)
+
+
+@pytest.mark.parametrize("transform", [quantize.quantize_dynamic, quantize_weights])
+def test_what_others_hold_or_compute_is_shared_or_left(transform):
+    """Linears that share a weight give one answer before and after; a forward of its own keeps its layer, by name."""
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64))
+    model[1].weight = model[0].weight
+    model[2].forward = lambda x: x
+    x = randn(5, 64)
+    if transform is quantize_weights:
+        with pytest.raises(ValueError, match=r"0: it shares its weight with 1; .*2: its forward was replaced"):
+            transform(model)
+        return
+    small = transform(model)
+    assert small[0].packed is small[1].packed and "forward" in quantize.summary(small).left["2"]
+    with torch.no_grad():
+        assert relative(small(x), model(x)) < 0.03
