@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 if "OMP_WAIT_POLICY" not in os.environ:  # before torch is imported; why: quantize/host.py
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch
 from torch import nn

@@ -14,11 +14,10 @@ looks 300,000 times, some 4 ms long, before it sleeps. On a busy machine the thr
 for has no core, and the one that looks keeps a core from it: a run of 35 s took 280. Looking for as
 long as falling asleep and waking up would take costs at most twice what one who knows the end of
 the wait pays (Karlin et al., "Empirical Studies of Competitive Spinning for a Shared-Memory
-Multiprocessor", 1991). SPIN_COUNT is about 0.1 ms: longer than the gaps between two parallel loops
-of a model, so that a free machine loses little, and far shorter than a time slice of the scheduler.
-libgomp reads it once, when torch is imported: scripts set it before that, and measuring processes
-get it in their environment. `benchmarks/threads.py` compares counts on a free and on a loaded
-machine.
+Multiprocessor", 1991). SPIN_COUNT is about 0.01 ms, such a time, and what libgomp itself takes for
+an active wait of more threads than cores. It reads the count once, when torch is imported: scripts
+set it before that, and measuring processes get it in their environment. `benchmarks/threads.py`
+compares counts on a free and on a loaded machine.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ _ARM = {"NEON": ("neon",), "DOTPROD": ("dot",), "I8MM": ("i8mm",), "BF16": ("bf1
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
 _KEEP_MMAP_BYTES, _KEEP_MMAP_BYTES_OLD_GLIBC, _KEEP_TOP_PAD_BYTES = 1 << 30, 32 << 20, 64 << 20
 
-SPIN_COUNT = "10000"  # GOMP_SPINCOUNT: how often a waiting thread looks before it sleeps; see the header
+SPIN_COUNT = "1000"  # GOMP_SPINCOUNT: how often a waiting thread looks before it sleeps; see the header
 _WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # who sets one of these has chosen
 
 _kept_mmap_bytes = 0  # what keep_allocations() has set in this process; glibc has no call to ask

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from quantize.decoding.build import library
 from quantize.decoding.structs import LINEARS, NORMS, Held, Layer, Linear, Model, Pass
+from quantize.host import usable_cores
 from quantize.int4 import Int4Linear
 from quantize.int8 import Int8Linear
 from quantize.kv_cache import KVCache
@@ -112,6 +113,7 @@ class Step:
 
     def __init__(self, model: DecoderLM, *, narrow: bool = True):
         self.model, self.run, self.narrow = model, library().decode, narrow
+        self.most_threads = usable_cores()  # one beyond the quota stops, and all others wait for it
         self.kept: list[object] = []  # what the pointers point to
         config = model.config
         layers = (Layer * len(model.blocks))()
@@ -155,8 +157,9 @@ class Step:
         x = embedded.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
         keep = min(logits_to_keep, tokens) or tokens
         logits = torch.empty(batch, keep, self.vocabulary, dtype=torch.float32, device="cpu")
+        threads = min(torch.get_num_threads(), self.most_threads)
         self.run(self.described, Pass(
-            batch, tokens, cache.length, keep, KINDS[store[0].tensors["k"].dtype], torch.get_num_threads(),
+            batch, tokens, cache.length, keep, KINDS[store[0].tensors["k"].dtype], threads,
             None if pad is None else pad.data_ptr(), ctypes.addressof(held), x.data_ptr(), logits.data_ptr(),
         ))  # fmt: skip
         cache.close(tokens)
