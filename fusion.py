@@ -135,7 +135,10 @@ def report(model: nn.Module, path: Path, rows: list[Contender], best: Contender,
         times = {"eager": 0.0, **race({r.backend: r.model for r in rows if r.model is not None}, inputs)}
         if best.backend == "torchscript":
             eager, fused = measure_files({"eager": path, best.backend: target}, inputs, threads=args.threads)
-            times |= {m.name: m.latency_ms.median for m in (eager, fused)}
+            for measured in (eager, fused):
+                times[measured.name] = measured.latency_ms.median
+                for note in measured.notes:
+                    print(f"batch {batch}, {measured.name}: {note}")
             result["cold_start_s"] = {m.name: cold_start(m) for m in (eager, fused)}
         elif not result["cold_start_s"]:
             result["cold_start_s"] = {best.backend: engine_cold_start(best.backend, target, inputs)}

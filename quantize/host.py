@@ -87,10 +87,11 @@ def describe_machine(host: dict[str, Any]) -> list[str]:
     sets: dict[str, bool] = host.get("instruction_sets") or {}
     present = ", ".join(n for n, there in sets.items() if there) or "none known"
     absent = ", ".join(n for n, there in sets.items() if not there)
-    cores = f"{host.get('usable_cores') or host.get('logical_cores') or '?'} usable cores"
+    cores = _counted(host.get("usable_cores") or host.get("logical_cores"), "usable core")
+    threads = _counted(host.get("threads"), "thread")
     memory = f", {host['memory_gb']} GB memory" if host.get("memory_gb") else ""
     return [
-        f"CPU: {host.get('cpu', '?')} ({host.get('architecture', '?')}), {cores}, {host.get('threads', '?')} threads{memory}",
+        f"CPU: {host.get('cpu', '?')} ({host.get('architecture', '?')}), {cores}, {threads}{memory}",
         f"Instruction sets: {present}" + (f" (not: {absent})" if absent else ""),
         f"Waiting threads: {host.get('waiting', 'unknown')}",
         f"Software: torch {host.get('torch', '?')}, Python {host.get('python', '?')}, {host.get('os', '?')}",
@@ -231,6 +232,10 @@ def peak_rss_mb() -> float | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 1024
+
+
+def _counted(count: int | None, thing: str) -> str:
+    return f"{count or '?'} {thing}" + ("" if count == 1 else "s")
 
 
 def _attempt(read: Callable[[], T], default: T) -> T:

@@ -38,7 +38,8 @@ def test_machine_is_json_and_complete():
     assert host["usable_cores"] is None or 1 <= host["usable_cores"] <= host["logical_cores"]
     if host["architecture"] == "x86_64":
         assert set(host["instruction_sets"]) == {"AVX2", "AVX-512", "VNNI", "BF16", "AMX"}
-    text = "\n".join(describe_machine(host))
+    text = "\n".join(describe_machine({**host, "usable_cores": 1, "threads": 2}))
+    assert "1 usable core, 2 threads" in text and host["waiting"] in text
     assert host["cpu"] in text and host["allocator"] in text
 
 
