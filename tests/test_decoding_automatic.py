@@ -120,12 +120,22 @@ def _other_config(model: DecoderLM) -> None:
     model.config = replace(model.config, rope_theta=3.0)
 
 
+class _Tripled(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 3 * super().forward(x)
+
+
+def _other_class(model: DecoderLM) -> None:
+    model.blocks[0].ffn.down.__class__ = _Tripled
+
+
 CHANGES: dict[str, Callable[[DecoderLM], None]] = {
     "in place": _in_place,
     ".data in place": _data,
     ".data replaced": _other_data,
     "weight replaced": _new_weight,
     "module replaced": _new_head,
+    "class replaced": _other_class,
     "config replaced": _other_config,
 }
 
@@ -138,11 +148,11 @@ def test_a_change_between_two_calls_is_seen(change, tied):
         model = kind(decoder(tied_head=tied and change != "module replaced"))
         if change == "weight replaced" and not isinstance(model.blocks[0].ffn.up, nn.Linear):
             continue
-        if change == "in place" and not isinstance(model.blocks[1].attention.q, nn.Linear):
+        if change in ("in place", "class replaced") and not isinstance(model.blocks[1].attention.q, nn.Linear):
             continue
         before = generate(model, PROMPT, max_new_tokens=20)
         CHANGES[change](model)
-        check(model)
+        check(model, "_Tripled" if change == "class replaced" else None)
         assert not torch.equal(generate(model, PROMPT, max_new_tokens=20), before)
 
 
@@ -160,7 +170,7 @@ def test_a_change_under_way_is_seen(change):
         CHANGES[change](model)
     for stream in streams:
         list(stream)
-    assert streams[0].reason is None and streams[1].reason is not None
+    assert (streams[0].reason is None) == (change != "class replaced") and streams[1].reason is not None
     assert torch.equal(streams[0].ids, streams[1].ids) and torch.equal(streams[2].ids, streams[1].ids)
 
 
@@ -209,7 +219,21 @@ def _eps(model: DecoderLM) -> None:
     model.blocks[0].ffn_norm.eps = 0.5
 
 
+class _Wrapped(nn.Module):
+    def __init__(self, block: nn.Module):
+        super().__init__()
+        self.block = block
+
+    def forward(self, *arguments: object) -> torch.Tensor:
+        return 0.5 * self.block(*arguments)
+
+
+def _wrapped(model: DecoderLM) -> None:
+    model.blocks[1] = _Wrapped(model.blocks[1])
+
+
 STRANGE = {
+    "a wrapped block": (_wrapped, "it isn't made as a DecoderLM is"),
     "parametrized": (_parametrized, "ParametrizedLinear"),
     "a forward of its own": (_own_forward, "forward of its own"),
     "a subclass": (_subclass, "_Doubled"),

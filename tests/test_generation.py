@@ -385,6 +385,8 @@ def test_wrong_types_are_named():
     for prompt in (torch.zeros(1, 3), "text", None):
         with pytest.raises(TypeError, match="prompt must"):
             generate(model, prompt, max_new_tokens=3)
+    with pytest.raises(TypeError, match="generate has no argument named temprature"):
+        generate(decoder(), tokens(1, 3), max_new_tokens=4, temprature=1.0)
     with pytest.raises(TypeError, match="cache must be"):
         generate(model, tokens(1, 3), max_new_tokens=3, cache="yes")
     with pytest.raises(TypeError, match=r"Identity must map ids \[B, T\] to logits"):

@@ -25,6 +25,7 @@ from quantize.precision import HalfLinear
 
 MOST_ROWS = 16  # above, a product of matrices is faster than that many of a matrix and a vector
 KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3, torch.uint8: 4}  # as in step.cpp
+NOT_YET = "compiling step.cpp doesn't pay yet"
 CACHE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
 
 # ----------------------------------------------------------------------------------------------------- a model
@@ -32,14 +33,17 @@ CACHE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
 
 def obstacle(model: DecoderLM, *, compile_now: bool = True) -> str | None:
     """Why `Step` can't run `model`; None if it can. compile_now: as in `build.library`."""
-    found = next(_odd_parts(model), None)
+    try:
+        found = next(_odd_parts(model), None)
+    except AttributeError as error:  # parts of somebody else's that don't have what a DecoderLM's have
+        return f"it isn't made as a DecoderLM is: {error}"
     if found is not None:
         return found
     try:
         compiled = library(compile_now=compile_now)
     except OSError as error:
         return str(error)
-    return "compiling step.cpp doesn't pay yet" if compiled is None else None
+    return NOT_YET if compiled is None else None
 
 
 def is_plain(value: object) -> bool:

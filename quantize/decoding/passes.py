@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from quantize.decoding.native import MOST_ROWS, Step, is_plain, obstacle
+from quantize.decoding.native import MOST_ROWS, NOT_YET, Step, is_plain, obstacle
 from quantize.kv_cache import KVCache
 from quantize.models import DecoderLM
 
@@ -40,25 +40,29 @@ class NativePasses:
         self.model, self.narrow = model, narrow
         self.compile_now = tokens is None or _run_without + tokens * len(model.blocks) >= WORTH_COMPILING
         self.reason: str | None = None
-        self._watch: _Watch | None = None
-        self._step: Step | None = None
+        self._looked: tuple[_Watch, Step | None] | None = None
 
     def __call__(self, ids: Tensor, cache: object, logits_to_keep: int) -> Tensor | None:
         global _run_without
         if type(cache) is not KVCache or not cache.length or ids.numel() > MOST_ROWS or is_watched():
             return None
-        if self._watch is None or not self._watch.same():
-            self._look()
-        if self._step is None:
+        looked = self._looked
+        if looked is None or not looked[0].same():
+            looked = self._look()
+        step = looked[1]
+        if step is not None:
+            return step(ids, cache, logits_to_keep)
+        if self.reason == NOT_YET:
             _run_without += ids.shape[-1] * len(cache.shapes)
-            return None
-        return self._step(ids, cache, logits_to_keep)
+        return None
 
-    def _look(self) -> None:
+    def _look(self) -> tuple[_Watch, Step | None]:
         """See what the model is now, and make the native step for it if there can be one."""
-        self._watch = _Watch(self.model)
+        watch = _Watch(self.model)
         self.reason = obstacle(self.model, compile_now=self.compile_now)
-        self._step = None if self.reason else Step(self.model, narrow=self.narrow)
+        step = None if self.reason else Step(self.model, narrow=self.narrow)
+        self._looked = looked = watch, step  # together: other threads may use this object
+        return looked
 
 
 def is_watched() -> bool:
@@ -76,7 +80,7 @@ class _Watch:
     """Notices when a model isn't what it was: its modules, its tensors, their values (in place), hooks, attributes added."""
 
     def __init__(self, model: nn.Module):
-        modules = list(model.modules())
+        modules = self.modules = list(model.modules())
         self.model, self.config = model, getattr(model, "config", None)
         self.attributes = [module.__dict__ for module in modules]
         self.contents = [d for m in modules for d in (m._modules, m._parameters, m._buffers) if d]
@@ -92,12 +96,13 @@ class _Watch:
         same_members = len(members) == len(self.members) and all(map(operator.is_, members, self.members))
         return same_members and self.model.config is self.config and self._state() == self.state
 
-    def _state(self) -> tuple[list[int], ...]:
+    def _state(self) -> tuple[list, ...]:
+        kinds = list(map(type, self.modules))
         attributes = list(map(len, self.attributes))  # one more is a `forward` of a module's own
         hooks = list(map(len, self.hooks))
         pointers = list(map(Tensor.data_ptr, self.tensors))
         versions = list(map(_VERSION, self.counted))
-        return attributes, hooks, pointers, versions
+        return kinds, attributes, hooks, pointers, versions
 
 
 _VERSION = operator.attrgetter("_version")
