@@ -25,6 +25,7 @@ import torch
 from quantize import training
 from quantize.data import TextBatches, load_text
 from quantize.models import DecoderConfig, DecoderLM
+from quantize.resuming import read_state
 
 STEPS = 150
 
@@ -85,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
             # four in five die while they train, the rest while they start; once enough are killed, let one finish
             seconds = chance.uniform(0, 1.5) if chance.random() < 0.8 else -chance.uniform(0.5, 4)
             outcome, digest = run_and_kill(state, seconds if kills < arguments.kills else None)
-            step = training._read_state(state)["step"] if state.exists() else 0  # raises if it is not whole
+            step = read_state(state)["step"] if state.exists() else 0  # raises if it is not whole
             rows.append([len(rows), outcome, f"{seconds:.3f}", step, "" if digest is None else digest == expected])
             print(*rows[-1], flush=True)
             kills += outcome == "killed"

@@ -312,20 +312,23 @@ class DecoderLM(nn.Module):
         """A published model of the Llama family in eval mode: Llama, SmolLM2, Mistral, Qwen2, Qwen2.5, Qwen3.
 
         folder: holds `config.json` and `model.safetensors`, or its shards and their index. Weights stored in `dtype` stay
-        mapped to the file, others are converted. Raises CheckpointError, naming the file, for one that is missing, broken or
-        doesn't fit the config; ValueError for a config that asks for something else than this class does.
+        mapped to the file, others are converted.
+
+        Raises CheckpointError, naming file or folder and the reason, for a file that is missing, broken or doesn't fit the
+        config, and for a config that asks for something else than this class does; ValueError for another dtype.
         """
         if dtype not in (torch.float32, torch.float16, torch.bfloat16):
             raise ValueError(f"dtype is {dtype}; allowed: float32, float16, bfloat16")
         folder = Path(folder)
-        config = DecoderConfig(**pretrained.read_config(folder))
-        with torch.device("meta"):
-            model = cls(config)
-        tensors = pretrained.read_tensors(folder, config.tied_head, dtype)
-        if config.tied_head and "embedding.weight" in tensors:
-            tensors["head.weight"] = tensors["embedding.weight"]
-        pretrained.check_tensors(folder, tensors, model.state_dict())
-        model.load_state_dict(tensors, assign=True)
+        with checkpoint.blaming(folder):
+            config = DecoderConfig(**pretrained.read_config(folder))
+            with torch.device("meta"):
+                model = cls(config)
+            tensors = pretrained.read_tensors(folder, config.tied_head, dtype)
+            if config.tied_head and "embedding.weight" in tensors:
+                tensors["head.weight"] = tensors["embedding.weight"]
+            pretrained.check_tensors(folder, tensors, model.state_dict())
+            checkpoint.assign(model, tensors)
         if config.tied_head:
             model.head.weight = model.embedding.weight
         return model.eval()

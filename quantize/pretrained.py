@@ -10,10 +10,10 @@ one of its parts gives text that looks almost right.
 
 from __future__ import annotations
 
-import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from quantize.checkpoint import CheckpointError
+from quantize.checkpoint.opening import CheckpointError, blaming, from_json, open_regular
 
 FAMILIES = {
     "llama": "LlamaForCausalLM",
@@ -29,6 +29,8 @@ FAMILIES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
+MAX_JSON = 2**24  # bytes; an index of ten thousand tensors has 1 MB
+_SHARD = re.compile(r"\w[\w.-]*\.safetensors")
 _REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 _READ = {
     *_REQUIRED, "model_type", "architectures", "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps",
@@ -60,7 +62,9 @@ _NAMES = {
 def read_config(folder: Path) -> dict[str, Any]:
     """Keyword arguments for `DecoderConfig` from `config.json` (and the end-of-text id from `generation_config.json`).
 
-    Raises CheckpointError for a file that is missing or isn't JSON; ValueError, naming key and value, for what isn't supported.
+    Nothing is computed before every size was compared with those of the tensors in the folder. Raises
+    CheckpointError for a file that is missing, isn't JSON, or asks for sizes that no tensor has; ValueError, naming key and
+    value, for what isn't supported.
     """
     raw = _read_json(folder / "config.json")
     family = raw.get("model_type")
@@ -77,6 +81,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     for key in _REQUIRED:
         if not isinstance(raw.get(key), int) or isinstance(raw.get(key), bool) or raw[key] < 1:
             raise ValueError(f"config.json: {key} is {raw.get(key)!r}; allowed: an integer >= 1")
+    _compare_sizes(folder, raw, read_shapes(folder))
 
     heads = raw["num_attention_heads"]
     head_dim = raw.get("head_dim") or (128 if family == "qwen3" else raw["hidden_size"] // heads)
@@ -104,26 +109,64 @@ def read_config(folder: Path) -> dict[str, Any]:
     }
 
 
+def _compare_sizes(folder: Path, raw: Mapping[str, Any], held: Mapping[str, Sequence[int]]) -> None:
+    """Refuse a config that describes a larger model than the tensors make, before any of it is built."""
+    layers = {name.split(".")[2] for name in held if name.startswith("model.layers.") and name.count(".") > 2}
+    asked = raw["num_hidden_layers"]
+    if asked > len(layers) + 100:  # what differs by less is told tensor by tensor
+        raise CheckpointError(f"{folder}: config.json asks for {_short(asked)} layers, the files hold {len(layers)}")
+    filled = [shape for shape in held.values() if math.prod(shape)]
+    widest = max((size for shape in filled for size in shape), default=0)
+    for key in ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size", "vocab_size"):
+        value = raw.get(key)
+        if type(value) is int and value > max(widest, 2**16):
+            raise CheckpointError(f"{folder}: config.json has {key}={_short(value)}, but no tensor is wider than {widest}")
+
+
+def _short(number: int) -> str:
+    return str(number) if number < 10**18 else "over 10^18"
+
+
+def read_shapes(folder: Path) -> dict[str, list[int]]:
+    """Shapes of all tensors in the folder by the names they have there; reads headers only. Raises CheckpointError."""
+    shapes: dict[str, list[int]] = {}
+    for path, names in _files(folder).items():
+        with _reading(path) as file:
+            held = set(file.keys())
+            if names is not None and not names <= held:
+                raise CheckpointError(f"{path}: lacks {sorted(names - held)[0]!r}, which the index says it holds")
+            for name in held:
+                if name in shapes:
+                    raise CheckpointError(f"{path}: holds {name!r}, which another shard holds too")
+                shapes[name] = file.get_slice(name).get_shape()
+    return shapes
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from None
+
+
 def read_tensors(folder: Path, tied_head: bool, dtype: torch.dtype) -> dict[str, Tensor]:
     """Weights by the names of `DecoderLM`, in `dtype`; those stored in it are views of the mapped file.
 
     Reads `model.safetensors`, or the shards that `model.safetensors.index.json` names. Raises CheckpointError, naming the file,
     for a file that is missing, truncated or altered in its header, and for a tensor that doesn't belong to the architecture.
     """
-    tensors = {}
-    for path, names in _files(folder).items():
-        try:
-            with safe_open(path, framework="pt") as file:
-                held = set(file.keys())
-                if names is not None and not names <= held:
-                    raise CheckpointError(f"{path}: lacks {sorted(names - held)[0]!r}, which the index says it holds")
-                for name in sorted(held):
-                    if not name.endswith("rotary_emb.inv_freq"):  # old files hold what is computed from the config
-                        tensors[name] = _as_float(path, name, file.get_tensor(name), dtype)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from None
+    tensors: dict[str, Tensor] = {}
+    for path in _files(folder):
+        with _reading(path) as file:
+            for name in sorted(file.keys()):
+                if not name.endswith("rotary_emb.inv_freq"):  # old files hold what is computed from the config
+                    tensors[name] = _as_float(path, name, file.get_tensor(name), dtype)
     if tied_head and "lm_head.weight" in tensors:
-        if not torch.equal(tensors.pop("lm_head.weight"), tensors.get("model.embed_tokens.weight", torch.empty(0))):
+        head = tensors.pop("lm_head.weight")
+        embedding = tensors.setdefault("model.embed_tokens.weight", head)  # files may hold one tensor under either name
+        if head is not embedding and not torch.equal(head, embedding):
             raise CheckpointError(f"{folder}: tie_word_embeddings is true, but lm_head.weight differs from the embedding")
     return {our_name(name): tensor for name, tensor in tensors.items()}
 
@@ -152,8 +195,8 @@ def _files(folder: Path) -> dict[Path, set[str] | None]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: has no weight_map")
     for name, shard in weight_map.items():
-        if not isinstance(shard, str) or Path(shard).name != shard:
-            raise CheckpointError(f"{index}: {shard!r} isn't a file name")
+        if not isinstance(shard, str) or not _SHARD.fullmatch(shard):
+            raise CheckpointError(f"{index}: {str(shard)[:80]!r} isn't the name of a .safetensors file")
         files.setdefault(folder / shard, set()).add(name)
     for path in files:
         if not path.is_file():
@@ -175,15 +218,20 @@ def our_name(name: str) -> str:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror or error}") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: holds a {type(content).__name__}, not an object")
-    return content
+    with blaming(path):
+        with open_regular(path) as file:
+            text = file.read(MAX_JSON + 1)
+        if len(text) > MAX_JSON:
+            raise CheckpointError(f"over {MAX_JSON} bytes")
+        try:
+            content = from_json(text)
+        except CheckpointError:
+            raise
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"not JSON ({error})") from None
+        if not isinstance(content, dict):
+            raise CheckpointError(f"holds a {type(content).__name__}, not an object")
+        return content
 
 
 def _windows(raw: Mapping[str, Any]) -> int | list[int | None] | None:

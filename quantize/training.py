@@ -8,8 +8,6 @@ writes. Left out: gradient accumulation, sharding, loggers: PyTorch and Lightnin
 
 from __future__ import annotations
 
-import hashlib
-import io
 import math
 import os
 import sys
@@ -28,17 +26,11 @@ from rich.progress import BarColumn, MofNCompleteColumn
 from rich.progress import Progress as RichProgress
 from torch import Tensor, nn
 
-from quantize.checkpoint import atomic_write
 from quantize.host import native_bf16
+from quantize.resuming import TrainingError, describe, restore, write_state
 
 Batches = Callable[[int], Any]  # step -> batch
 Loss = Callable[[nn.Module, Any], Tensor]  # model, batch -> scalar, a mean over the batch
-
-_MAGIC = b"quantize training state 1\n"
-
-
-class TrainingError(ValueError):
-    """Training that cannot start or go on; the message is one line."""
 
 
 # ---------------------------------------------------------------------------------------------- recipes
@@ -272,15 +264,15 @@ def fit(
         "bf16": bf16,
         "world": world,
         "identity": identity or {},
-        "model": _shape(model),
+        "model": describe(model),
     }
     resumed = resume and path is not None and path.exists()
-    first = _restore(path, model, optimizers, judge, run) if resumed else 0
+    first = restore(path, model, optimizers, judge, run) if resumed else 0
     _broadcast(model, world)
     if judge is not None and not resumed:
         judge.start()
     if path is not None and rank == 0 and not resumed:
-        _write_state(path, model, optimizers, judge, run, 0)
+        write_state(path, model, optimizers, judge, run, 0)
     parameters = [p for p in model.parameters() if p.requires_grad]
     started = saved = time.monotonic()
     units = 0
@@ -308,7 +300,7 @@ def fit(
             optimizers = _optimizers(model, recipe)
         now = time.monotonic()
         if path is not None and rank == 0 and (now - saved >= checkpoint_seconds or done == recipe.steps):
-            _write_state(path, model, optimizers, judge, run, done)
+            write_state(path, model, optimizers, judge, run, done)
             saved = time.monotonic()
         if on_progress is not None and rank == 0:
             units += _units(batch) * world
@@ -491,94 +483,3 @@ def _average(loss: Tensor, parameters: list[nn.Parameter], world: int) -> float:
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad.copy_(gradient.view_as(parameter))
     return mean.item()
-
-
-# ------------------------------------------------------------------------------------------ saved states
-
-
-def _shape(model: nn.Module) -> dict:
-    return {
-        "class": type(model).__name__,
-        "tensors": {name: [str(t.dtype), *t.shape] for name, t in model.state_dict().items()},
-    }
-
-
-def _write_state(path: Path, model: nn.Module, optimizers: list, judge: Judge | None, run: dict, step: int) -> None:
-    """Replace the file by a complete new one, or leave it as it is: there is no moment with half a file."""
-    buffer = io.BytesIO()
-    state = {"run": run, "step": step, "model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
-    if judge is not None:
-        state["judge"] = judge.state_dict()
-    torch.save(state, buffer)
-    content = buffer.getbuffer()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as file:
-            file.write(_MAGIC + hashlib.sha256(content).hexdigest().encode() + b"\n")
-            file.write(content)
-    except OSError as error:
-        raise TrainingError(f"cannot write the training state {path}: {error.strerror or error}") from None
-
-
-def _restore(path: Path, model: nn.Module, optimizers: list, judge: Judge | None, run: dict) -> int:
-    """Put the saved state into all that is given; returns the steps that were done."""
-    state = _read_state(path)
-    try:
-        for key, value in run.items():
-            if state["run"].get(key) != value:
-                was = _difference(key, state["run"].get(key), value)
-                raise TrainingError(f"training state {path} is of another run: {was}")
-        step = state["step"]
-        if type(step) is not int or not 0 <= step <= run["recipe"]["steps"]:
-            raise ValueError(f"it says that {step!r} steps were done")
-        model.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            _check_optimizer(optimizer, saved)
-            optimizer.load_state_dict(saved)
-        if judge is not None:
-            judge.load_state_dict(state["judge"])
-    except TrainingError:
-        raise
-    except Exception as error:  # a file with the right checksum may hold anything
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise TrainingError(f"training state {path} can't be used ({reason}); delete it to start over") from None
-    return step
-
-
-def _check_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
-    """`load_state_dict` takes what is in the groups and states as it comes: it must be what this optimizer would write."""
-    for group, stored in zip(optimizer.param_groups, saved["param_groups"], strict=True):
-        for key, value in group.items():
-            if key not in ("params", "lr") and stored[key] != value:
-                raise ValueError(f"{key} of an optimizer is {stored[key]!r}, not {value!r}")
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for index, values in saved["state"].items():
-        for key, value in values.items():
-            if key != "step" and value.shape != parameters[index].shape:
-                raise ValueError(f"{key} of parameter {index} is {list(value.shape)}, not {list(parameters[index].shape)}")
-
-
-def _read_state(path: Path) -> dict:
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise TrainingError(f"cannot read the training state {path}: {error.strerror or error}") from None
-    header = len(_MAGIC) + 65
-    if not content.startswith(_MAGIC):
-        raise TrainingError(f"{path} is not a training state of this version")
-    if content[len(_MAGIC) : header] != hashlib.sha256(content[header:]).hexdigest().encode() + b"\n":
-        raise TrainingError(f"training state {path} is damaged (its checksum does not match); delete it to start over")
-    try:
-        return torch.load(io.BytesIO(content[header:]), weights_only=True, map_location="cpu")
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise TrainingError(f"training state {path} can't be read ({reason}); delete it to start over") from None
-
-
-def _difference(key: str, old: Any, new: Any) -> str:
-    """The first entry in which two nested dicts differ, in words."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for inner in [*new, *old]:
-            if old.get(inner) != new.get(inner):
-                return _difference(f"{key}.{inner}", old.get(inner), new.get(inner))
-    return f"{key} was {old!r}, now {new!r}"

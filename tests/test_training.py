@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from quantize import training
 from quantize.models import ConvNet, ConvNetConfig, DecoderConfig, DecoderLM
+from quantize.resuming import read_state
 from quantize.training import (
     BatchedMuon,
     ProgressPrinter,
@@ -171,7 +171,7 @@ def test_a_non_finite_step_stops_and_keeps_the_last_good_state(tmp_path, poison)
     settings = {"checkpoint_path": path, "checkpoint_seconds": 0}
     with pytest.raises(TrainingError, match=r"step 5: .* not finite; the last good state is in"):
         fit(network(), lambda step: (*batches(step), torch.tensor(step)), loss_fn, RECIPE, **settings)
-    state = training._read_state(path)
+    state = read_state(path)
     assert state["step"] == 5
     assert all(tensor.isfinite().all() for tensor in state["model"].values())
 
@@ -345,7 +345,7 @@ def test_sigkill_and_resume(tmp_path):
             os.kill(process.pid, signal.SIGKILL)
             break
     process.communicate()
-    assert training._read_state(path)["step"] >= 59
+    assert read_state(path)["step"] >= 59
     out, err = child("kill", path).communicate()
     assert out.splitlines()[-1] == expected, err
 

@@ -13,7 +13,19 @@ Left out: sharding, encryption, big-endian machines, optimizer state (see traini
 """
 
 from quantize.checkpoint.atomic import atomic_write
+from quantize.checkpoint.building import assign
 from quantize.checkpoint.model import architecture, load, read_metadata, read_record, save, summary
-from quantize.checkpoint.opening import CheckpointError
+from quantize.checkpoint.opening import CheckpointError, blaming
 
-__all__ = ["CheckpointError", "architecture", "atomic_write", "load", "read_metadata", "read_record", "save", "summary"]
+__all__ = [
+    "CheckpointError",
+    "architecture",
+    "assign",
+    "atomic_write",
+    "blaming",
+    "load",
+    "read_metadata",
+    "read_record",
+    "save",
+    "summary",
+]

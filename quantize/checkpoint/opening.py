@@ -39,15 +39,15 @@ def blaming(path: Path) -> Iterator[None]:
     try:
         yield
     except CheckpointError as error:
-        reason = str(error).removeprefix(f"{path}: ")
+        reason = str(error)
     except OSError as error:
         reason = error.strerror or str(error)
     except Exception as error:  # parsers of hostile bytes raise nearly anything
-        said = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
-        reason = f"can't be loaded ({said})"
+        reason = str(error) if type(error) is ValueError else f"can't be loaded ({type(error).__name__}: {error})"
     else:
         return
-    raise CheckpointError(f"{path}: {reason[:500]}")
+    named = reason if reason.startswith(str(path)) else f"{path}: {reason}"
+    raise CheckpointError(named[: len(str(path)) + 500])
 
 
 def open_regular(path: Path) -> BinaryIO:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from quantize.decoding.build import library
+from quantize.decoding.sizes import contradictions
 from quantize.decoding.structs import LINEARS, NORMS, Held, Layer, Linear, Model, Pass
 from quantize.host import usable_cores
 from quantize.int4 import Int4Linear
@@ -78,6 +79,9 @@ def _odd_parts(model: DecoderLM) -> Iterator[str]:
             yield f"{name or 'the model'} isn't on the CPU"
         if not all(map(is_plain, tensors)):
             yield f"{name or 'the model'} holds a tensor of another layout or class than torch's own"
+    yield from contradictions(model)
+    if getattr(model.embedding, "embedding_dim", config.width) != config.width:
+        yield f"its embedding isn't {config.width} wide, as its config says"
     for layer in [model.head, *(layer for block in model.blocks for layer in _linears(block).values())]:
         for part in (layer.first, layer.second) if type(layer) is LowRankLinear else (layer,):
             known = type(part) in (nn.Linear, HalfLinear, Int8Linear, Int4Linear)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from quantize.decoding import build, native, torchscript
 from quantize.decoding.passes import NativePasses, is_watched
+from quantize.decoding.sizes import contradictions
 from quantize.kv_cache import KVCache
 from quantize.models import DecoderLM
 
@@ -44,12 +45,14 @@ def for_decoding(model: DecoderLM, *, backend: str | None = None) -> DecodingLM:
 
     Raises:
         TypeError: something else than a `DecoderLM`.
-        ValueError: another back end, or native where it can't run.
+        ValueError: another back end, native where it can't run, or a model whose layers don't fit each other.
     """
     if not isinstance(model, DecoderLM):
         raise TypeError(f"for_decoding takes a DecoderLM, got {type(model).__name__}")
     if backend not in (None, *BACKENDS):
         raise ValueError(f"backend is {backend!r}; allowed: None, {', '.join(BACKENDS)}")
+    for reason in contradictions(model):
+        raise ValueError(f"the model contradicts itself: {reason}")
     obstacle = native.obstacle(model) if backend != "torchscript" else "asked for"
     if backend == "native" and obstacle:
         raise ValueError(f"backend 'native' can't run this model: {obstacle}")

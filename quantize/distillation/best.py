@@ -76,6 +76,10 @@ class Best:
         kept = state["tensors"]
         if [t.shape for t in kept] != [t.shape for t in current]:
             raise ValueError("its best state has tensors of other shapes")
+        losses = state["losses"]
+        numbers = all(type(step) is int and type(loss) is float for step, loss in losses.items())
+        if not numbers or state["step"] not in losses or not 0 < state["scale"] <= 1:
+            raise ValueError(f"losses {losses}, best after {state['step']}, rates scaled by {state['scale']}")
         self.losses, self.step, self.scale = dict(state["losses"]), state["step"], state["scale"]
         self.tensors = [t.to(now.device) for t, now in zip(kept, current, strict=True)]
 
