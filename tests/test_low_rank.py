@@ -637,20 +637,143 @@ def test_bad_input_is_refused_by_name(options, error, text):
         factorize_low_rank(mlp(64, 64, 64), **options)
 
 
-def test_unreached_layers_are_named_and_can_be_skipped():
-    """A layer that no batch runs (a mixture's idle expert) is an error with its name, and skipping it helps."""
+class Experts(nn.Module):
+    """Of two experts, one runs when asked; a third layer's weight is read by other code."""
 
-    class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.used, self.idle, self.read = nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x: torch.Tensor, both: bool = False) -> torch.Tensor:
+        y = nn.functional.linear(self.used(x), self.read.weight)
+        return y + self.idle(x) if both else y
+
+
+def test_layers_that_calibration_never_reaches_are_left():
+    """A layer that no batch runs (a mixture's idle expert) stays, by name; an error only if nothing is left to do."""
+    small = factorize_low_rank(Experts(), calibration=data(64))
+    assert list(pairs_in(small)) == ["used"]
+    left = quantize.summary(small).left
+    assert "never reaches" in left["idle"] and "never reaches" in left["read"]
+    with pytest.raises(ValueError, match="never reaches layer 'idle'"):
+        factorize_low_rank(Experts(), calibration=data(64), rank={"idle": 8})
+
+
+class Stateful(nn.Module):
+    """Counts its calls, keeps a running mean, works in place on its input, draws random numbers; a module has two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = nn.Sequential(nn.Linear(64, 96), nn.ReLU(inplace=True), nn.Linear(96, 64))
+        self.alias, self.calls = self.block, 0
+        self.register_buffer("mean", torch.zeros(64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        self.mean.mul_(0.9).add_(x.mean(0) + torch.rand(64) * 0.1)
+        x.sub_(self.mean)
+        return self.block(x).add_(self.alias(x)) * self.calls
+
+
+def test_state_stays():
+    """A model whose forward changes its state, its inputs and the random state stays as it is; the result starts there."""
+    model, x = Stateful().eval(), data(64)
+    state, batches, random = copy.deepcopy(model.state_dict()), [b.clone() for b in x], torch.get_rng_state()
+    small = factorize_low_rank(model, calibration=x)
+    assert list(pairs_in(small)) and model.calls == small.calls == 0 and not small.mean.any()
+    assert all(torch.equal(state[name], t) for name, t in model.state_dict().items())
+    assert all(torch.equal(a, b) for a, b in zip(x, batches, strict=True))
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+HARD = {
+    "zeros": lambda: torch.zeros(64, 64),
+    "ones": lambda: torch.ones(64, 64),
+    "large": lambda: torch.full((64, 64), 1e8),
+    "one row": lambda: data(64)[0][:1],
+    "rank 5": lambda: torch.randn(64, 5) @ torch.randn(5, 64),
+    "dead thirds": lambda: data(64)[0] * (torch.arange(64) % 3 > 0),
+    "scales": lambda: data(64)[0] * torch.logspace(-8, 6, 64),
+    "a mean of 1e4": lambda: data(64)[0] + 1e4,
+}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", HARD)
+def test_inputs_of_little_rank(kind, bias):
+    """Inputs that are equal, zero, dead or of unlike sizes give finite weights, and what they gave stays."""
+    model, x = mlp(64, 96, 64, bias=bias), HARD[kind]()
+    small = factorize_low_rank(model, rank=24, calibration=[x, x])
+    assert all(p.isfinite().all() for p in small.parameters())
+    away = lambda m: ((m(x) - model(x)).norm() / model(x).norm().clamp(min=1e-30)).item()  # noqa: E731
+    assert away(small) < max(1e-3, 0.7 * away(factorize_low_rank(model, rank=24)))
+
+
+def test_constant_inputs_leave_a_whole_layer_as_it_is():
+    """Behind a cut layer, a whole one whose inputs never vary keeps its weight and gives the right output."""
+    model, x = mlp(64, 64, 64), [torch.ones(8, 64)]
+    small = factorize_low_rank(model, ratio={"0": 0.4, "2": 1.0}, calibration=x)
+    assert_close(small(x[0]), model(x[0]), factor=10)
+    assert_close(small[2].weight, model[2].weight, factor=100)
+
+
+def test_progress_names_layers():
+    """Calibrated low rank says what it does, layer by layer."""
+    lines: list[str] = []
+    factorize_low_rank(mlp(64, 64, 64), calibration=data(64), progress=lines.append)
+    assert any("gradients of 0, 2" in line for line in lines) and any("fitting 2 (2/2)" in line for line in lines)
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(64, 128, batch_first=True), nn.Linear(128, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.lstm(x)[0])
+
+
+def test_little_touched_is_said():
+    """Where most of a model stays, a warning and the notes say how little was touched, and what holds the rest."""
+    with pytest.warns(UserWarning, match=r"hold 4% of the parameters of Recurrent; the rest: LSTM \(96%\)"):
+        small = factorize_low_rank(Recurrent())
+    (step,) = quantize.summary(small).steps
+    assert step.done == {"head": "rank 12 of 32"} and "LSTM isn't factorized" in step.left["lstm"]
+    assert step.settings["share_touched"] == pytest.approx(0.04, abs=0.003) and step.distance is None
+
+
+def test_notes():
+    """The notes have what was done, what was left, and the distance on the first batch of calibration."""
+    model, x = mlp(64, 128, 64), data(64)
+    small = factorize_low_rank(model, rank={"0": 16}, calibration=x)
+    (step,) = quantize.summary(small).steps
+    assert (step.technique, step.done) == ("low_rank", {"0": "rank 16 of 64"})
+    assert step.distance == pytest.approx(((small(x[0]) - model(x[0])).norm() / model(x[0]).norm()).item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("make", [nn.utils.weight_norm, nn.utils.spectral_norm, nn.utils.parametrizations.orthogonal])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated")
+def test_layers_whose_weight_is_computed_are_left(make):
+    """Under a parametrization, old or new, a layer stays, by name."""
+    model = mlp(64, 64, 64)
+    model[0] = make(model[0])
+    for calibration in (None, data(64)):
+        small = factorize_low_rank(model, calibration=calibration)
+        assert list(pairs_in(small)) == ["2"] and "computes it" in quantize.summary(small).left["0"]
+
+
+def test_models_without_gradients_are_factorized():
+    """Where no gradient can be had (an operation without one, outputs of integers), layers count by their own outputs."""
+
+    class Ranked(nn.Module):
         def __init__(self):
             super().__init__()
-            self.used, self.idle = nn.Linear(64, 64), nn.Linear(64, 64)
+            self.body = mlp(64, 64, 64)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.used(x)
+            return self.body(x).argmax(-1)
 
-    with pytest.raises(ValueError, match="never reaches layer 'idle'"):
-        factorize_low_rank(Experts(), calibration=data(64))
-    assert list(pairs_in(factorize_low_rank(Experts(), calibration=data(64), skip=("idle",)))) == ["used"]
+    assert pairs_in(factorize_low_rank(Ranked(), calibration=data(64)))
 
 
 def test_weights_that_are_not_finite_name_the_layer():
@@ -659,6 +782,8 @@ def test_weights_that_are_not_finite_name_the_layer():
     model[2].weight.data[3, 4] = torch.nan
     with pytest.raises(ValueError, match="layer '2' has weights that are not finite"):
         factorize_low_rank(model)
+    with pytest.raises(ValueError, match=r"'0'.*no shape yet"):
+        factorize_low_rank(nn.Sequential(nn.LazyLinear(8), nn.Linear(8, 8)))
 
 
 def test_models_without_layers_are_refused():

@@ -42,11 +42,16 @@ _PAD_MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "replicate
 
 @dataclass
 class InputStatistics:
-    """Sums over the rows a layer has seen; K is the layer's input width (see `rows`)."""
+    """Sums over the rows a layer has seen; K is the layer's input width (see `rows`).
+
+    Rows x are summed as x - shift, with the mean of the first ones as the shift: in inputs that hardly vary, sums of squares
+    would leave nothing but rounding errors of the covariance.
+    """
 
     count: int = 0
-    total: torch.Tensor | float = 0.0  # [K]
-    outer: torch.Tensor | float = 0.0  # [K, K], sum of x x^T
+    shift: torch.Tensor | None = None  # [K]
+    total: torch.Tensor | float = 0.0  # [K], sum of x - shift
+    outer: torch.Tensor | float = 0.0  # [K, K], sum of (x - shift) (x - shift)^T
     largest: torch.Tensor | float = 0.0  # [K], max of |x|
 
     def update(self, x: torch.Tensor, *, outer: bool = True) -> None:
@@ -55,48 +60,78 @@ class InputStatistics:
             return
         x = exact(x)
         self.count += x.shape[0]
+        magnitude = x.abs().amax(0)
+        self.largest = torch.maximum(self.largest, magnitude) if torch.is_tensor(self.largest) else magnitude
+        x = self.shifted(x)
         self.total = self.total + x.sum(0)
         if outer:
             self.outer = self.outer + x.T @ x
-        magnitude = x.abs().amax(0)
-        self.largest = torch.maximum(self.largest, magnitude) if torch.is_tensor(self.largest) else magnitude
+
+    def shifted(self, x: torch.Tensor) -> torch.Tensor:
+        """Rows x - shift, [N, K]."""
+        if self.shift is None:
+            self.shift = x.mean(0, dtype=torch.float64).to(x.dtype)
+        return x - self.shift
+
+    @property
+    def from_shift(self) -> torch.Tensor:
+        """E[x] - shift, [K], float64."""
+        return self.total.double() / self.count
 
     @property
     def mean(self) -> torch.Tensor:
-        """E[x], [K]."""
-        return self.total / self.count
+        """E[x], [K], float64."""
+        return self.shift.double() + self.from_shift
+
+    @property
+    def covariance(self) -> torch.Tensor:
+        """E[x x^T] - E[x] E[x]^T, [K, K], float64."""
+        return self.outer.double() / self.count - torch.outer(self.from_shift, self.from_shift)
 
     @property
     def second_moment(self) -> torch.Tensor:
-        """E[x x^T], [K, K]."""
-        return self.outer / self.count
+        """E[x x^T], [K, K], float64."""
+        return self.covariance + torch.outer(self.mean, self.mean)
 
 
 @dataclass
 class PairedStatistics(InputStatistics):
     """Inputs x of a layer in the compressed model, and r of the same layer in the original, row by row."""
 
-    reference_total: torch.Tensor | float = 0.0  # [K]
-    cross: torch.Tensor | float = 0.0  # [K, K], sum of r x^T
+    reference_shift: torch.Tensor | None = None  # [K]
+    reference_total: torch.Tensor | float = 0.0  # [K], sum of r - reference_shift
+    cross: torch.Tensor | float = 0.0  # [K, K], sum of (r - reference_shift) (x - shift)^T
 
     def update_pair(self, x: torch.Tensor, reference: torch.Tensor) -> None:
         """Add rows x and r: [N, K] each. Where the two models route rows differently (shapes differ), r counts as x."""
+        if x.numel() == 0:
+            return
         if reference.shape != x.shape:
             reference = x
         self.update(x)
-        x, reference = exact(x), exact(reference)
+        x, reference = self.shifted(exact(x)), exact(reference)
+        if self.reference_shift is None:
+            self.reference_shift = reference.mean(0, dtype=torch.float64).to(reference.dtype)
+        reference = reference - self.reference_shift
+        dtype = torch.promote_types(x.dtype, reference.dtype)
         self.reference_total = self.reference_total + reference.sum(0)
-        self.cross = self.cross + reference.T @ x
+        self.cross = self.cross + reference.T.to(dtype) @ x.to(dtype)
 
     @property
     def reference_mean(self) -> torch.Tensor:
-        """E[r], [K]."""
-        return self.reference_total / self.count
+        """E[r], [K], float64."""
+        return self.reference_shift.double() + self.reference_total.double() / self.count
+
+    @property
+    def cross_covariance(self) -> torch.Tensor:
+        """E[r x^T] - E[r] E[x]^T, [K, K], float64."""
+        from_shift = self.reference_total.double() / self.count
+        return self.cross.double() / self.count - torch.outer(from_shift, self.from_shift)
 
     @property
     def cross_moment(self) -> torch.Tensor:
-        """E[r x^T], [K, K]."""
-        return self.cross / self.count
+        """E[r x^T], [K, K], float64."""
+        return self.cross_covariance + torch.outer(self.reference_mean, self.mean)
 
 
 def exact(x: torch.Tensor) -> torch.Tensor:

@@ -9,8 +9,9 @@ that saves (128 x 128, 2048 rows, 2 threads, half of the parameters: layer 0.37 
 that needs no gather the rows of C were 8 to 23 long instead of 3 to 5, and rounding errors of int8 or fp16 grow by that.
 """
 
-from quantize.low_rank.factorize import factorize_low_rank, summary
+from quantize.low_rank.factorize import factorize_low_rank
 from quantize.low_rank.layers import LowRankConv2d, LowRankLinear
 from quantize.low_rank.maths import whitened_svd
+from quantize.low_rank.notes import summary
 
 __all__ = ["LowRankConv2d", "LowRankLinear", "factorize_low_rank", "summary", "whitened_svd"]

@@ -23,12 +23,12 @@ class Seen(calibrate.PairedStatistics):
     """Sums over rows of a layer's inputs x [K] and r [K] in the two models, and of the error e [M] of what its output joins."""
 
     error_total: torch.Tensor | float = 0.0  # [M]
-    error: torch.Tensor | float = 0.0  # [M, K], sum of e x^T
+    error: torch.Tensor | float = 0.0  # [M, K], sum of e (x - shift)^T
 
     def update_error(self, x: torch.Tensor, error: torch.Tensor) -> None:
         """Add rows x [N, K], e [N, M]."""
         self.error_total = self.error_total + error.sum(0)
-        self.error = self.error + error.T @ x.double()
+        self.error = self.error + error.T @ self.shifted(calibrate.exact(x)).double()
 
     @property
     def error_mean(self) -> torch.Tensor | None:
@@ -36,9 +36,16 @@ class Seen(calibrate.PairedStatistics):
         return self.error_total / self.count if torch.is_tensor(self.error_total) else None
 
     @property
+    def error_covariance(self) -> torch.Tensor | None:
+        """E[e x^T] - E[e] E[x]^T, [M, K]; None where the layer's output joins nothing."""
+        if self.error_mean is None:
+            return None
+        return self.error / self.count - torch.outer(self.error_mean, self.from_shift)
+
+    @property
     def error_moment(self) -> torch.Tensor | None:
         """E[e x^T], [M, K]; None where the layer's output joins nothing."""
-        return self.error / self.count if torch.is_tensor(self.error) else None
+        return None if self.error_mean is None else self.error_covariance + torch.outer(self.error_mean, self.mean)
 
 
 class _Enough(BaseException):
@@ -138,8 +145,8 @@ def collect(
 ) -> dict[str, Seen]:
     """What the layers `names` see in `model`, paired with the same layers in `reference`, row by row.
 
-    streams: see `find_streams`. last: the layer of `names` that runs last, when each runs once a pass: passes end there. Raises
-    ValueError for a layer that no batch reaches, or whose inputs aren't finite.
+    streams: see `find_streams`. last: the layer of `names` that runs last, when each runs once a pass: passes end there. A
+    layer that no batch reaches in `model`, or whose inputs there aren't finite, is missing from the result.
     """
     seen = {name: Seen() for name in names}
     watches = [_Watch(root, names, streams.intersection(names), last=last) for root in (model, reference)]
@@ -157,5 +164,4 @@ def collect(
                     error = other.stream.double() - call.stream.double()
                     error = error.movedim(-3, -1) if isinstance(layer, nn.Conv2d) else error
                     seen[name].update_error(x, error.reshape(-1, error.shape[-1]))
-    calibrate.check_reached(seen)
-    return seen
+    return {name: s for name, s in seen.items() if s.count and torch.isfinite(s.largest).all()}

@@ -10,9 +10,8 @@ that the stream has there.
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -23,8 +22,10 @@ from quantize import surgery
 from quantize.low_rank import budget as budgets
 from quantize.low_rank import errors, maths
 from quantize.low_rank import layers as pairs
+from quantize.low_rank.candidates import check_weights, find_layers, reached
+from quantize.low_rank.notes import write_down
 
-log = logging.getLogger(__name__)
+NOISE = 1e-10  # times the mean square of inputs: the variance up to which they count as constant (roundings: 1e-15)
 
 
 def factorize_low_rank(
@@ -40,6 +41,7 @@ def factorize_low_rank(
     loss: Callable[[Any, Any], torch.Tensor] | None = None,
     max_passes: int = 64,
     memory: int = 1 << 30,
+    progress: Callable[[str], None] | None = None,
 ) -> nn.Module:
     """A copy of `model`, in eval mode, whose linears and convolutions are pairs of low rank where that is smaller.
 
@@ -61,28 +63,33 @@ def factorize_low_rank(
       the pairs of layers that aren't timed below 0.8 of their parameters, where they were no slower on the machines we had.
     loss: loss(output, batch), a scalar summed over rows, whose gradients weigh errors; default `calibration.fisher_loss`.
     max_passes: limit on calibration passes after the first; above it, layers share a pass. memory: bytes of second moments kept
-      at a time.
+      at a time. progress: called with a line for people before each piece of work, with the layers' names.
 
     Raises ValueError for a budget out of range, two budgets, no layer to act on, a ratio that no ranks reach, weights or
-    calibration inputs that are not finite, and a layer that no batch reaches (naming it); TypeError for wrong types.
+    calibration inputs that are not finite, and a result that doesn't run; TypeError for wrong types. A layer that no batch
+    reaches is left, by name. Warns where little of the model was touched.
     """
     kind, value = budgets.read_budget(ratio, energy, rank)
     if split not in ("auto", "channel", "spatial"):
         raise ValueError(f"split is {split!r}; allowed: 'auto', 'channel', 'spatial'")
     if only_faster and calibration is None:
         raise ValueError("only_faster=True needs calibration: timing needs the shapes of the layers' inputs")
+    say = progress or (lambda line: None)
     result = surgery.clone(model).eval()
+    model = surgery.uncompiled(model)
     layers, skipped = find_layers(result, skip)
     values = budgets.per_layer(kind, value, layers, model)
     layers = {name: layers[name] for name in values}
-    _check_weights(layers)
+    check_weights(layers)
     if calibration is not None:
-        _check_runs(model, next(iter(calibrate.check_batches(calibration))))
+        layers, idle = reached(model, calibration, layers)
+        skipped.update(idle)
+        values = {name: values[name] for name in layers}
     if kind == "ratio" and all(v == 1 for v in values.values()):
         ranks: dict[str, int | None] = dict.fromkeys(layers)
         moments: dict[str, torch.Tensor] = {}
     else:
-        spectra, moments = _spectra(model, calibration, layers, loss, memory)
+        spectra, moments = _spectra(model, calibration, layers, loss, memory, say)
         by_layer = kind == "rank" or isinstance(value, Mapping)
         if only_faster is None and by_layer:
             only_faster = False
@@ -108,90 +115,9 @@ def factorize_low_rank(
             result = surgery.replace(result, {layer: pairs.pair(layer, first, second, layer.bias, split=split_used)})
     else:
         ranks = {name: ranks.get(name) for name in values}  # also layers of which no pair is fast enough
-        result = _fit(model, result, calibration, ranks, moments, loss, max_passes, split)
-    for name, reason in skipped.items():
-        log.info("%s: %s", name, reason)
-    result.__dict__["low_rank_skipped"] = skipped
+        result = _fit(model, result, calibration, ranks, moments, loss, max_passes, split, skipped, say)
+    write_down(result, model, skipped, calibration, warn=not isinstance(value, Mapping))
     return result
-
-
-def summary(model: nn.Module) -> dict[str, str]:
-    """What `factorize_low_rank` did, by module name: the rank of each pair, the reason for each layer left as it was."""
-    done = {
-        name: f"rank {m.rank} of {min(m.weight_shape()[0], math.prod(m.weight_shape()[1:]))}"
-        for name, m in model.named_modules()
-        if isinstance(m, pairs.Pair)
-    }
-    return {**done, **model.__dict__.get("low_rank_skipped", {})}
-
-
-# Which layers.
-
-
-def find_layers(model: nn.Module, skip: surgery.Skip) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """Layers that can be factorized, by name, and the reasons for those that can't. ValueError if there are none."""
-    users: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                users.setdefault(id(parameter), []).append(name)
-    inside = {id(m) for owner in model.modules() if isinstance(owner, nn.MultiheadAttention) for m in owner.modules()}
-    inside |= {id(m) for owner in model.modules() if isinstance(owner, pairs.Pair) for m in owner.children()}
-    out = surgery.skip_filter(model, skip)
-    found: dict[str, nn.Module] = {}
-    reasons: dict[str, str] = {}
-    for name, module in model.named_modules():
-        if pairs.linear_shape(module) is None and not isinstance(module, nn.Conv2d):
-            continue
-        obstacle = "skipped by name" if out(name, module) else _obstacle(module, name, users, id(module) in inside)
-        if obstacle:
-            reasons[name] = obstacle
-        else:
-            found[name] = module
-    if not found:
-        raise ValueError(
-            f"{type(model).__name__} has no layer to factorize: looked for nn.Linear, nn.Conv2d of one group and Conv1D; "
-            f"left out: {reasons or 'none'}"
-        )
-    return found, reasons
-
-
-def _obstacle(module: nn.Module, name: str, users: Mapping[int, Sequence[str]], inside: bool) -> str | None:
-    weight = module._parameters.get("weight")
-    if inside:
-        return "its owner reads the weight directly"
-    if weight is None:
-        return "its weight isn't a plain parameter"
-    if isinstance(weight, nn.parameter.UninitializedParameter):
-        return "it has no shape yet: run the model once"
-    if not pairs.is_transposed(module) and type(module).forward not in (nn.Linear.forward, nn.Conv2d.forward):
-        return f"{type(module).__name__} computes in its own way"
-    if not weight.is_floating_point():
-        return f"its weight is {weight.dtype}"
-    if isinstance(module, nn.Conv2d) and module.groups > 1:
-        return f"a convolution of {module.groups} groups"
-    others = [user for user in users[id(weight)] if user != name]
-    if others:
-        return f"shares its weight with {others[0]!r}"
-    if not maths.candidate_ranks(*pairs.matrix(module).shape, 1):
-        return "no rank makes it smaller"
-    return None
-
-
-def _check_runs(model: nn.Module, batch: Any) -> None:
-    try:
-        calibrate.trace_calls(model, batch, {})
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{type(model).__name__} doesn't run on the first batch of calibration: {reason}") from error
-
-
-def _check_weights(layers: Mapping[str, nn.Module]) -> None:
-    for name, layer in layers.items():
-        if layer.weight.is_meta:
-            raise ValueError(f"layer {name!r} has no numbers, only shapes: its weight is on the meta device")
-        if not torch.isfinite(layer.weight).all():
-            raise ValueError(f"layer {name!r} has weights that are not finite")
 
 
 # Calibration.
@@ -203,6 +129,7 @@ def _spectra(
     layers: Mapping[str, nn.Module],
     loss: Callable[[Any, Any], torch.Tensor] | None,
     memory: int,
+    say: Callable[[str], None],
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Whitened spectra of the original model's layers, in one unit of loss, and the gradient moments that fit in memory."""
     if batches is None:
@@ -210,14 +137,14 @@ def _spectra(
     spectra, unweighted, kept = {}, [], {}
     keep = sum(pairs.matrix(layer).shape[0] ** 2 * 4 for layer in layers.values()) <= memory
     for chunk in _chunks(layers, memory):
+        say(f"inputs and gradients of {', '.join(chunk)}")
         originals = {name: model.get_submodule(name) for name in chunk}
         statistics = calibrate.collect(model, batches, originals)
-        gradients = calibrate.collect_gradients(model, batches, originals, loss=loss)
+        gradients = _gradients(model, batches, originals, loss)
         for name in chunk:
             seen, weight = statistics.pop(name), pairs.matrix(layers[name])
-            moment = seen.second_moment
-            if layers[name].bias is not None:
-                moment = maths.centred(moment, seen.mean, seen.mean)
+            biased = layers[name].bias is not None
+            moment = seen.covariance + _noise(seen) if biased else seen.second_moment
             gradient = _usable(gradients.pop(name, None))
             if gradient is None:
                 unweighted.append(name)
@@ -259,6 +186,8 @@ def _fit(
     loss: Callable[[Any, Any], torch.Tensor] | None,
     max_passes: int,
     split: str,
+    skipped: dict[str, str],
+    say: Callable[[str], None],
 ) -> nn.Module:
     """Fit the layers `ranks` of `result` in the order in which they run, each on the inputs that the done ones give.
 
@@ -271,15 +200,20 @@ def _fit(
     groups = [*calls.groups, *([late] if late else [])]
     while groups and all(ranks[name] is None for name in groups[0]):
         del groups[0]
-    streams = errors.find_streams(model, batch, originals)
+    streams = errors.find_streams(model, batch, originals) if groups else set()
     once = all(count == 1 for count in calls.counts.values()) and not late
-    for group in _merge(groups, max_passes):
+    groups = _merge(groups, max_passes)
+    for number, group in enumerate(groups, 1):
+        say(f"fitting {', '.join(group)} ({number}/{len(groups)})")
         seen = errors.collect(result, model, batches, group, streams, last=group[-1] if once else None)
         lacking = {name: originals[name] for name in group if name not in moments and ranks[name]}
-        gradients = {**moments, **(calibrate.collect_gradients(model, batches, lacking, loss=loss) if lacking else {})}
+        gradients = {**moments, **_gradients(model, batches, lacking, loss)}
         for name in group:
             layer = result.get_submodule(name)
-            result = _fit_layer(result, layer, seen.pop(name), _usable(gradients.get(name)), ranks[name], split)
+            if name in seen:
+                result = _fit_layer(result, layer, seen.pop(name), _usable(gradients.get(name)), ranks[name], split)
+            elif ranks[name] is not None:
+                skipped[name] = "the factorized model gives it no inputs in calibration, or none that are finite"
     return result
 
 
@@ -293,17 +227,17 @@ def _fit_layer(
     split: str,
 ) -> nn.Module:
     weight = pairs.matrix(layer).double()
-    moment, cross, error = seen.second_moment, seen.cross_moment, seen.error_moment
-    if layer.bias is not None:
-        moment = maths.centred(moment, seen.mean, seen.mean)
-        cross = maths.centred(cross, seen.reference_mean, seen.mean)
-        error = None if error is None else maths.centred(error, seen.error_mean, seen.mean)
+    if layer.bias is not None:  # takes up the means
+        noise = _noise(seen)
+        moment, cross, error = seen.covariance + noise, seen.cross_covariance + noise, seen.error_covariance
+    else:
+        moment, cross, error = seen.second_moment, seen.cross_moment, seen.error_moment
     product = maths.compensate(weight, moment, cross, error)
     if rank is not None:
         first, second, product, split = _factors(layer, product, moment, gradient, rank, split)
     bias = None
     if layer.bias is not None:  # the mean of the outputs stays what it was
-        bias = layer.bias.double() + weight @ seen.reference_mean.double() - product @ seen.mean.double()
+        bias = layer.bias.double() + weight @ seen.reference_mean - product @ seen.mean
         bias = bias if seen.error_mean is None else bias + seen.error_mean
     if rank is not None:
         return surgery.replace(result, {layer: pairs.pair(layer, first, second, bias, split=split)})
@@ -311,6 +245,25 @@ def _fit_layer(
     if bias is not None:
         layer.bias.copy_(bias)
     return result
+
+
+def _noise(seen: calibrate.InputStatistics) -> torch.Tensor:
+    """A covariance [K, K] below which differences between inputs are roundings: nothing is fitted to those."""
+    power = seen.second_moment.diagonal().mean()
+    return NOISE * power * torch.eye(len(seen.mean), dtype=torch.float64, device=power.device)
+
+
+def _gradients(
+    model: nn.Module,
+    batches: Iterable[Any],
+    layers: Mapping[str, nn.Module],
+    loss: Callable[[Any, Any], torch.Tensor] | None,
+) -> dict[str, torch.Tensor]:
+    if not layers:
+        return {}
+    if loss is None:
+        return calibrate.gradients_if_any(model, batches, layers)
+    return calibrate.collect_gradients(model, batches, layers, loss=loss)
 
 
 def _factors(

@@ -40,14 +40,20 @@ def cholesky(moment: Tensor, ridge: float) -> Tensor:
     moment = moment.double()
     if not torch.isfinite(moment).all():
         raise ValueError(f"second moment of shape {tuple(moment.shape)} is not finite")
-    scale = moment.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
-    moment = moment / scale  # inputs of any size: 1e-20 and 1e20 alike
+    scale = _scale(moment)
+    moment = moment / scale
     eye = torch.eye(len(moment), dtype=torch.float64, device=moment.device)
     while True:
         factor, failed = torch.linalg.cholesky_ex(moment + ridge * eye)
         if not failed:
             return factor * scale.sqrt()
         ridge = max(10 * ridge, 1e-12)
+
+
+def _scale(moment: Tensor) -> Tensor:
+    """Mean of the diagonal, or 1 for a moment of nothing but zeros."""
+    mean = moment.double().diagonal().mean()
+    return torch.where(mean > torch.finfo(torch.float64).tiny, mean, 1.0)
 
 
 def whitened_svd(
@@ -136,18 +142,13 @@ def compensate(
     layer is to add beside its own output. It is (W E[r x^T] + E[e x^T]) E[x x^T]^-1, held to W by the ridge. Where nothing was
     compressed before the layer (x = r, e = 0), it is W. float64.
     """
-    eye = torch.eye(len(second_moment), dtype=torch.float64, device=second_moment.device)
-    pull = ridge * second_moment.double().diagonal().mean() * eye
-    factor = cholesky(second_moment, ridge)
-    target = weight.double() @ (cross_moment.double() + pull)
+    scale = _scale(second_moment)  # inputs of any size: 1e-20 and 1e20 alike
+    pull = ridge * torch.eye(len(second_moment), dtype=torch.float64, device=second_moment.device)
+    factor = cholesky(second_moment.double() / scale, ridge)
+    target = weight.double() @ (cross_moment.double() / scale + pull)
     if error_moment is not None:
-        target = target + error_moment.double()
+        target = target + error_moment.double() / scale
     return torch.cholesky_solve(target.T, factor).T
-
-
-def centred(moment: Tensor, left_mean: Tensor, right_mean: Tensor) -> Tensor:
-    """E[(a - E a)(b - E b)^T] from E[a b^T] and the means, in float64: what counts where a bias takes up the mean."""
-    return moment.double() - torch.outer(left_mean.double(), right_mean.double())
 
 
 # Ranks.

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from quantize.calibration import untouched
 from quantize.low_rank import layers as pairs
 
 SHARES = (0.8, 0.65, 0.5, 0.35, 0.2)  # of the layer's parameters, tried in this order
@@ -35,11 +36,12 @@ def quick_share(layer: nn.Module, input_shape: Sequence[int], *, always: bool) -
     kind = (type(layer), tuple(weight.shape), weight.dtype, str(settings))
     key = (*kind, tuple(input_shape), always, torch.get_num_threads())
     if key not in _KNOWN:
-        x = _inputs(layer, input_shape)
-        _KNOWN[key] = None
-        if always or _seconds([layer], x)[0] >= LONG_ENOUGH:
-            shares = (s for s in SHARES if _no_slower(_random_pair(layer, s), layer, x))
-            _KNOWN[key] = next(shares, 0.0)
+        with untouched(layer):  # the random state too
+            x = _inputs(layer, input_shape)
+            _KNOWN[key] = None
+            if always or _seconds([layer], x)[0] >= LONG_ENOUGH:
+                shares = (s for s in SHARES if _no_slower(_random_pair(layer, s), layer, x))
+                _KNOWN[key] = next(shares, 0.0)
     return _KNOWN[key]
 
 

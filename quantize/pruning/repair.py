@@ -16,8 +16,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from quantize.calibration import call, rows, watching, without_cache
-from quantize.calibration.statistics import exact
+from quantize.calibration import call, exact, rows, watching, without_cache
 
 
 @dataclass
