@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from quantize.surgery.folder import guard_folders
 from quantize.surgery.record import BUILDERS, builder, check_count, edits_of, join, record
 from quantize.surgery.sizes import widths
 
@@ -33,8 +34,9 @@ def clone(model: nn.Module) -> nn.Module:
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError("model is a TorchScript module, which can't be edited: compress the original, then fuse")
-    model = uncompiled(model)
-    return deepcopy(model)
+    copied = deepcopy(uncompiled(model))
+    guard_folders(copied)
+    return copied
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
@@ -157,6 +159,7 @@ def rebuild(model: nn.Module, edits: Sequence[Mapping[str, Any]]) -> nn.Module:
             places.replace(module, new)
             model = new if module is model else model
         places.note(new, deep=new is not module)
+    guard_folders(model)
     return model
 
 

@@ -1,0 +1,49 @@
+"""`save_pretrained` of a changed model writes a folder that is read back as that model, or refuses."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import helpers
+import pytest
+import torch
+
+import quantize
+from quantize.int4 import quantize_weights
+
+REFUSED = {
+    "int8": quantize.quantize_dynamic,
+    "int4": quantize_weights,
+    "low rank": lambda m: quantize.factorize_low_rank(m, ratio=0.5),
+    "half, then int8": lambda m: quantize.quantize_dynamic(quantize.to_half(m)),
+}
+
+
+@pytest.mark.parametrize("transform", REFUSED.values(), ids=REFUSED)
+@pytest.mark.parametrize("how", ["result", "copy", "pickle", "loaded", "inside"])
+def test_a_compressed_model_refuses_to_become_a_folder(transform, how, tmp_path):
+    """The result, its copies, what a file gives and a model inside another one: nothing is written."""
+    model, _ = helpers.zoo("bert")
+    small = transform(model)
+    if how == "copy":
+        small = copy.deepcopy(small)
+    elif how == "pickle":
+        small = pickle.loads(pickle.dumps(small))
+    elif how == "loaded":
+        quantize.save(small, tmp_path / "small.pth")
+        small = quantize.load(tmp_path / "small.pth", model=model)
+    elif how == "inside":
+        small = transform(torch.nn.ModuleDict({"encoder": model}))["encoder"]
+    with pytest.raises(ValueError, match=r"a folder can't hold this BertModel.*quantize\.save"):
+        small.save_pretrained(tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+    assert "save_pretrained" not in model.__dict__
+
+
+def test_a_half_model_becomes_a_folder(tmp_path):
+    """16-bit weights keep names and shapes: the folder gives the same outputs, and a copy of it too."""
+    model, inputs = helpers.zoo("bert")
+    half = copy.deepcopy(quantize.to_half(model))
+    half.save_pretrained(tmp_path)
+    assert torch.equal(helpers.run(type(model).from_pretrained(tmp_path).eval(), inputs), helpers.run(half, inputs))
