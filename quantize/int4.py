@@ -63,7 +63,7 @@ def quantize_groups_gptq(
         scale, zero = _grid(weight[:, None, start:stop])  # [N, 1], of the weights as corrected so far
         scales.append(scale)
         zeros.append(zero)
-        errors = torch.empty(weight.shape[0], group_size)
+        errors = torch.empty(weight.shape[0], group_size, dtype=torch.float32)
         for i in range(start, stop):
             column = weight[:, i : i + 1]
             values[:, i : i + 1] = _to_grid(column, scale, zero)

@@ -152,6 +152,9 @@ def half(module: nn.Module, dtype: str, names: list[str], casts: bool, computed:
 
 def _give_half(module: nn.Module, state: dict[str, Tensor], prefix: str, _metadata: object) -> None:
     dtype, names = module._half
+    computed = {module._parameters[name].dtype for name in names}
+    if len(computed) == 1 and not isinstance(module, _Casting):  # a file repeats a later `.to(dtype)`, too
+        surgery.amend(module, "half", computed=dtype_name(computed.pop()))
     for key in (prefix + n for n in names):
         if not isinstance(state[key], nn.Parameter):  # with keep_vars=True the caller wants the parameters themselves
             state[key] = state[key].to(dtype)

@@ -181,6 +181,25 @@ def test_a_low_rank_weight_trains_through_its_reading():
         helpers.assert_close(a, b)
 
 
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_changes_nothing(transform, default, tmp_path):
+    """Made, saved, loaded and run under another default dtype, a model gives the same bits, for few rows and for many."""
+    model, inputs = net(), (randn(3, 64), randn(3000, 64))
+    expected = [transform(model)(x) for x in inputs]
+    torch.set_default_dtype(default)
+    try:
+        small = transform(model)
+        quantize.save(small, tmp_path / "small.pth")
+        loaded = quantize.load(tmp_path / "small.pth", model=model)
+        actual = [small(x) for x in inputs], [loaded(x) for x in inputs]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for outputs in actual:
+        assert all(a.dtype == e.dtype and torch.equal(a, e) for a, e in zip(outputs, expected, strict=True))
+    assert loaded.body.weight.dtype == torch.float32
+
+
 class Reader(nn.Module):
     """Reads its layers' weights in the ways that models do."""
 

@@ -101,6 +101,17 @@ def test_survives_copy_pickle_and_dtype_changes(dtype):
         assert twin.state_dict()["4.weight"].dtype == dtype
 
 
+@pytest.mark.parametrize("later", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_file_repeats_a_later_cast(dtype, later, tmp_path):
+    """What a 16-bit model was cast to afterwards is what its file gives, in layers that cast and in others."""
+    half, x = quantize.to_half(small_net(), dtype).to(later), torch.ones(1, 3, 8, 8, dtype=later)
+    quantize.save(half, tmp_path / "half.safetensors")
+    output = run(half, x)
+    assert output.dtype == later
+    assert torch.equal(run(quantize.load(tmp_path / "half.safetensors", model=small_net()), x), output)
+
+
 @pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_export_and_trace(dtype):

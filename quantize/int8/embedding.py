@@ -51,7 +51,7 @@ class Int8Embedding(PackedLayer):
         """An empty table (on the meta device) in place of `module`, for a file's tensors."""
         new = cls(
             torch.empty(num_embeddings, embedding_dim, dtype=torch.int8, device="meta"),
-            torch.empty(num_embeddings, device="meta"),
+            torch.empty(num_embeddings, dtype=torch.float32, device="meta"),
             dtype=dtype_named(dtype),
             padding_idx=getattr(module, "padding_idx", None),
         )

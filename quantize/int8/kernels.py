@@ -65,9 +65,9 @@ def _quantize_many_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """`quantize_rows`, a cache-sized piece at a time."""
     m, k = x.shape
     q = torch.empty(m, k, dtype=torch.int8, device=x.device)
-    row_scale = torch.empty(m, 1, device=x.device)
+    row_scale = torch.empty(m, 1, dtype=torch.float32, device=x.device)
     step = min(m, max(16, _CHUNK // k))
-    scratch = torch.empty(step, k, device=x.device)
+    scratch = torch.empty(step, k, dtype=torch.float32, device=x.device)
     for i in range(0, m, step):
         part, scaled, s = x[i : i + step], scratch[: min(step, m - i)], row_scale[i : i + step]
         if part.dtype is not torch.float32:
@@ -244,7 +244,7 @@ def _fastest(m: int, n: int, k: int) -> Kernel:
     q = torch.randint(-127, 128, (m, k), dtype=torch.int8, generator=generator)
     weight = torch.randint(-127, 128, (n, k), dtype=torch.int8, generator=generator)
     q[0], weight[0], weight[-1] = 127, 127, -127
-    scale = torch.rand(n, generator=generator)
+    scale = torch.rand(n, generator=generator, dtype=torch.float32)
     handicap = {int_mm: 1.0, onednn: 1.25} if m < 256 else {int_mm: 1.25, onednn: 1.0}
     expected, exact = reference(q, weight, scale, torch.float32), {}
     for candidate in handicap:

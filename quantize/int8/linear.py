@@ -50,7 +50,7 @@ class Int8Linear(PackedLayer):
         """An empty layer (on the meta device) in place of `module`, for a file's tensors."""
         new = cls(
             torch.empty(out_features, in_features, dtype=torch.int8, device="meta"),
-            torch.empty(out_features, device="meta"),
+            torch.empty(out_features, dtype=torch.float32, device="meta"),
             None if bias is None else torch.empty(out_features, dtype=dtype_named(bias), device="meta"),
             dtype=dtype_named(dtype),
         )

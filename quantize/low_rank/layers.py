@@ -160,12 +160,10 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
 
 def _heir(old: nn.Module, new: Any) -> Any:
     """`new` with what stays of `old` when it takes its place: mode, requires_grad, hooks."""
-    new.train(old.training)
+    surgery.take_place(old, new)
     new.transposed = is_transposed(old)
     for parameter in new.parameters():
         parameter.requires_grad_(old.weight.requires_grad)
-    for kind in ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs"):
-        getattr(new, kind).update(getattr(old, kind))
     return new
 
 
