@@ -332,3 +332,19 @@ def test_alibi_slopes_of_the_paper():
     assert torch.allclose(alibi_slopes(8), torch.tensor([2.0**-i for i in range(1, 9)]))
     assert torch.allclose(alibi_slopes(12)[8:], torch.tensor([2 ** -(i + 0.5) for i in range(4)]))
     assert math.isclose(alibi_slopes(1)[0].item(), 2**-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+def test_copies_of_one_row_are_taken_apart_whoever_writes_first(dtype):
+    """The original goes on, then the copies do, each on memory of its own."""
+    torch.manual_seed(0)
+    cache = KVCache(1, 2, 4, limit=64, dtype=dtype)
+    first, own, theirs = (torch.randn(rows, 2, count, 4) for rows, count in ((1, 3), (1, 1), (3, 1)))
+    held, _ = cache.update(0, first, first)
+    copies = cache.fork(3)
+    after, _ = cache.update(0, own, own)
+    before = after.clone()
+    rows, _ = copies.update(0, theirs, theirs)
+    assert torch.equal(rows[:, :, :3], held.expand(3, -1, -1, -1))
+    assert_close(rows[:, :, 3:], theirs, dtype=torch.bfloat16 if dtype is torch.int8 else dtype)
+    assert torch.equal(cache.update(0, own, own)[0][:, :, :4], before)

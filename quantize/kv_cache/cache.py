@@ -5,7 +5,7 @@ capacity, 1]); position p of a row lies at index p - `first` of the third axis. 
 never over free room. Capacity grows by blocks, at least by half, up to `limit`. Rows of different length end at the same
 index: shorter ones have `pad` empty positions on the left, which nobody sees.
 
-A forward pass writes each layer once, from layer 0 up; the last layer's write makes the pass count. A pass that fails
+A forward pass writes each layer once, from layer 0 up; `length` advances when the last layer has written. A pass that fails
 half-way leaves `length` as it was, and the next one starts over.
 """
 
@@ -25,27 +25,10 @@ from quantize.kv_cache.functions import (
     attention_with_sinks,
     is_count,
     per_layer,
-    quantize_rows,
 )
+from quantize.kv_cache.layer import Layer
 
 BLOCK = 256  # positions; the least by which a cache grows
-SLACK = 64  # positions kept behind a sliding window, so that a speculative pass can be taken back
-
-
-class _Layer:
-    """What one layer holds: its tensors by name, and the position that index 0 of their third axis stands for."""
-
-    def __init__(self, kv_heads: int, head_dim: int, window: int | None):
-        self.kv_heads, self.head_dim, self.window = kv_heads, head_dim, window
-        self.tensors: dict[str, Tensor] = {}  # k, v; int8: k_scale, v_scale too
-        self.sinks: dict[str, Tensor] = {}  # k, v of the first positions, once the window has left them behind
-        self.memory: dict[str, Tensor] = {}  # k, v, mask of cross-attention
-        self.first = 0
-        self.sharers = [1]  # how many caches use these tensors; a list, because they share the count as well
-
-    @property
-    def capacity(self) -> int:
-        return self.tensors["k"].shape[2] if self.tensors else 0
 
 
 class KVCache:
@@ -92,7 +75,7 @@ class KVCache:
         self.pad: Tensor | None = None  # int64 [B]: empty positions at the left of each row
         self.tokens: Tensor | None = None  # int64 [B, length] and a weak reference to the model: what `generate` read
         self.owner: Callable[[], nn.Module | None] | None = None
-        self._layers = [_Layer(*shape) for shape in shapes]
+        self._layers = [Layer(*shape) for shape in shapes]
         self._new = self._end = 0  # positions of the pass under way, and where it ends
         self._masks: dict[tuple[int, int | None], Tensor | None] = {}
 
@@ -134,23 +117,17 @@ class KVCache:
         length = self.limit if length is None else length
         total = 0
         for layer in self._layers:
-            reach = math.inf if layer.window is None else self._room(layer)
+            reach = layer.room(self.block)
             positions = min(math.inf if length is None else length, reach)
             dtype = self.dtype or (layer.tensors["k"].dtype if layer.tensors else torch.float32)
-            width = layer.head_dim * dtype.itemsize + (torch.bfloat16.itemsize if dtype == torch.int8 else 0)
             sinks = self.sinks if length is None or length > reach else 0
-            total += 2 * self.batch * layer.kv_heads * int(positions + sinks) * width
+            total += 2 * self.batch * layer.kv_heads * int(positions + sinks) * layer.width_bytes(dtype)
         return total
 
     @property
     def nbytes(self) -> int:
         """Bytes allocated now; tensors shared with a fork count in both."""
-        held = (t for layer in self._layers for d in (layer.tensors, layer.sinks, layer.memory) for t in d.values())
-        return sum(t.untyped_storage().nbytes() for t in held)
-
-    def _room(self, layer: _Layer) -> int:
-        """Capacity beyond which a windowed layer drops positions instead of growing."""
-        return layer.window + SLACK + self.block
+        return sum(layer.nbytes() for layer in self._layers)
 
     # ------------------------------------------------------------------------------------- one forward pass
 
@@ -171,7 +148,7 @@ class KVCache:
         if self.pad is not None or any(store.window is not None for store in self._layers):
             raise ValueError("`update` is for rows of one length without a window; use `attend`")
         store = self._write(layer, k, v)
-        held = {n: t[:, :, : self._end] for n, t in store.tensors.items()}
+        held = store.between(0, self._end)
         return self._read(held, "k", k.dtype), self._read(held, "v", v.dtype)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, slopes: Tensor | None = None) -> Tensor:
@@ -185,7 +162,7 @@ class KVCache:
         if self.sinks and self._end > store.window:
             return self._attend_with_sinks(store, q, start, slopes)
         low = 0 if store.window is None else max(0, start - store.window + 1)  # the first position it sees
-        held = {n: t[:, :, low - store.first : self._end - store.first] for n, t in store.tensors.items()}
+        held = store.between(low, self._end)
         mask = self._mask(store, new, low, q.device)
         if slopes is not None:
             mask = alibi_bias(slopes.to(q.device, q.dtype), start, new, low, mask)
@@ -194,10 +171,10 @@ class KVCache:
         k, v = self._read(held, "k", q.dtype), self._read(held, "v", q.dtype)
         return attention(q, k, v, mask, causal=mask is None and new > 1)
 
-    def open(self, new: int) -> list[_Layer] | None:
+    def open(self, new: int) -> list[Layer] | None:
         """What each layer holds, with room for `new` more positions, for whoever writes those itself and then calls `close`.
 
-        None where it isn't plain where a position lies: before the first pass, and with attention sinks.
+        None before the first pass and with attention sinks: a position's index isn't fixed then.
         """
         if self.sinks or not all(layer.tensors for layer in self._layers):
             return None
@@ -210,7 +187,7 @@ class KVCache:
         """Count `new` positions that were written into what `open` gave."""
         self.length, self._new = self.length + new, 0
 
-    def _write(self, index: int, k: Tensor, v: Tensor) -> _Layer:
+    def _write(self, index: int, k: Tensor, v: Tensor) -> Layer:
         if not 0 <= index < len(self._layers):
             raise ValueError(f"layer is {index}; the cache has {len(self._layers)} layers: was it made for another model?")
         store, new = self._layers[index], k.shape[2]
@@ -227,14 +204,7 @@ class KVCache:
             self._new = new
             self._masks.clear()
         self._reserve(store, end, k)
-        at = slice(self.length - store.first, end - store.first)
-        for name, x in (("k", k.detach()), ("v", v.detach())):
-            if store.tensors["k"].dtype == torch.int8:
-                values, scale = quantize_rows(x)
-                store.tensors[name][:, :, at] = values
-                store.tensors[f"{name}_scale"][:, :, at] = scale
-            else:
-                store.tensors[name][:, :, at] = x
+        store.write(self.length, k, v)
         self._end = end
         if index == len(self._layers) - 1:
             self.length, self._new = end, 0
@@ -249,53 +219,13 @@ class KVCache:
         x = held[name].to(dtype)
         return x * held[f"{name}_scale"].to(dtype) if f"{name}_scale" in held else x
 
-    def _reserve(self, store: _Layer, end: int, like: Tensor) -> None:
-        """Make room for positions up to `end`: use what is there, drop what a window left behind, or grow."""
-        needed, held = end - store.first, self.length - store.first
-        whole = all(t.is_contiguous() for t in store.tensors.values())  # not copies of one row that share its memory
-        own = bool(store.tensors) and store.sharers[0] == 1 and whole
-        if own and needed <= store.capacity:
-            return
-        drop = 0
-        if store.window is not None and needed > self._room(store):
-            drop = max(0, held - store.window - SLACK)
-            if drop and self.sinks and not store.sinks:
-                store.sinks = {n: t[:, :, : self.sinks].clone() for n, t in store.tensors.items()}
-        needed, held = needed - drop, held - drop
-        fits = own and needed <= store.capacity
-        size = max(needed, store.capacity * 3 // 2)  # by half at least: copying stays linear in the final length
-        size = -(-size // self.block) * self.block
-        if self.limit is not None:
-            size = min(size, self.limit - store.first - drop)
-        if store.window is not None:
-            size = max(needed, min(size, self._room(store)))
-        with torch.inference_mode(False), torch.no_grad():  # usable in and out of inference mode
-            for name, shape, dtype in self._specs(store, like):
-                old = store.tensors.get(name)
-                room = old if fits else torch.empty(*shape[:2], size, shape[2], dtype=dtype, device=like.device)
-                if old is not None:
-                    kept = old[:, :, drop : drop + held]
-                    room[:, :, :held] = kept.clone() if fits else kept
-                store.tensors[name] = room
-        if store.sharers[0] > 1:
-            store.sharers[0] -= 1
-            store.sharers = [1]
-        store.first += drop
-
-    def _specs(self, store: _Layer, like: Tensor) -> list[tuple[str, tuple[int, int, int], torch.dtype]]:
-        if store.tensors:
-            dtype = store.tensors["k"].dtype
-        else:
-            dtype = self.dtype or like.dtype
-        shape = (self.batch, store.kv_heads, store.head_dim)
-        specs = [("k", shape, dtype), ("v", shape, dtype)]
-        if dtype == torch.int8:
-            specs += [(f"{n}_scale", (*shape[:2], 1), torch.bfloat16) for n in "kv"]
-        return specs
+    def _reserve(self, store: Layer, end: int, like: Tensor) -> None:
+        dtype = self.dtype or like.dtype
+        store.reserve(self.length, end, like, dtype, block=self.block, limit=self.limit, sinks=self.sinks)
 
     # ------------------------------------------------------------------------------------------ visibility
 
-    def _mask(self, store: _Layer, new: int, low: int, device: torch.device) -> Tensor | None:
+    def _mask(self, store: Layer, new: int, low: int, device: torch.device) -> Tensor | None:
         """bool [T, S] or [B, 1, T, S] over positions low.. of this pass; None where everything, or the causal part, is seen."""
         start = self._end - new
         window = store.window if store.window is not None and self._end > store.window else None
@@ -314,9 +244,9 @@ class KVCache:
             self._masks[key] = visible
         return self._masks[key]
 
-    def _attend_with_sinks(self, store: _Layer, q: Tensor, start: int, slopes: Tensor | None) -> Tensor:
+    def _attend_with_sinks(self, store: Layer, q: Tensor, start: int, slopes: Tensor | None) -> Tensor:
         low = max(start - store.window + 1, self.sinks)
-        held = {n: t[:, :, low - store.first : self._end - store.first] for n, t in store.tensors.items()}
+        held = store.between(low, self._end)
         first = store.sinks or {n: t[:, :, : self.sinks] for n, t in store.tensors.items()}
         near = [self._read(held, n, q.dtype) for n in "kv"]
         far = [self._read(first, n, q.dtype) for n in "kv"]
@@ -339,10 +269,7 @@ class KVCache:
                 raise ValueError("rows of different length can't have sinks: their first positions don't line up")
             pad = pad if bool(pad.any()) else None
         for layer in self._layers:
-            if batch != self.batch or layer.sharers[0] > 1:
-                layer.sharers[0] -= 1
-                layer.tensors, layer.sharers = {}, [1]
-            layer.sinks, layer.memory, layer.first = {}, {}, 0
+            layer.clear(keep_room=batch == self.batch)
         self.batch, self.pad, self.length, self._new = batch, pad, 0, 0
         self.tokens = self.owner = None
 
@@ -366,12 +293,7 @@ class KVCache:
         if batch is not None and (not is_count(batch, 1) or (self.batch != 1 and batch != self.batch)):
             raise ValueError(f"batch is {batch!r}; allowed: {self.batch}" + (", or any if one row is held" * (self.batch == 1)))
         twin = copy.copy(self)
-        twin._masks, twin._layers = {}, []
-        for layer in self._layers:
-            layer.sharers[0] += 1
-            other = copy.copy(layer)
-            other.tensors, other.sinks, other.memory = dict(layer.tensors), dict(layer.sinks), dict(layer.memory)
-            twin._layers.append(other)
+        twin._masks, twin._layers = {}, [layer.fork() for layer in self._layers]
         if batch is not None and batch != self.batch:
             twin._map_rows(lambda t: t.expand(batch, *t.shape[1:]), batch)
         return twin
@@ -384,18 +306,15 @@ class KVCache:
         rows = torch.as_tensor(rows)
         if rows.dim() != 1 or rows.is_floating_point() or not len(rows) or rows.min() < 0 or rows.max() >= self.batch:
             raise ValueError(f"rows is {rows.tolist()}; allowed: integers from 0 to {self.batch - 1}")
-        used = [self.length - layer.first for layer in self._layers]
-        for layer, end in zip(self._layers, used, strict=True):
-            layer.tensors = {n: t[:, :, :end] for n, t in layer.tensors.items()}  # free room isn't worth copying
-            layer.sharers[0] -= 1
-            layer.sharers = [1]
+        for layer in self._layers:
+            layer.tensors = layer.between(layer.first, self.length)  # free room isn't worth copying
+            layer.stop_sharing()
         self._map_rows(lambda t: t.index_select(0, rows.to(t.device)), len(rows))
 
     def _map_rows(self, change: Callable[[Tensor], Tensor], batch: int) -> None:
         with torch.inference_mode(False), torch.no_grad():
             for layer in self._layers:
-                for held in (layer.tensors, layer.sinks, layer.memory):
-                    held.update({n: change(t) for n, t in held.items()})
+                layer.map_rows(change)
             if self.pad is not None:
                 self.pad = change(self.pad)
             if self.tokens is not None:
