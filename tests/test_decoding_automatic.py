@@ -232,7 +232,12 @@ def _wrapped(model: DecoderLM) -> None:
     model.blocks[1] = _Wrapped(model.blocks[1])
 
 
+def _query_norm(model: DecoderLM) -> None:
+    model.blocks[1].attention.q_norm = nn.LayerNorm(8)
+
+
 STRANGE = {
+    "a norm of queries": (_query_norm, "a LayerNorm stands where a Identity should"),
     "a wrapped block": (_wrapped, "it isn't made as a DecoderLM is"),
     "parametrized": (_parametrized, "ParametrizedLinear"),
     "a forward of its own": (_own_forward, "forward of its own"),

@@ -66,8 +66,8 @@ def _odd_parts(model: DecoderLM) -> Iterator[str]:
     for block in model.blocks:
         places += [(DecoderBlock, block), (Attention, block.attention), (FeedForward, block.ffn)]
         places += [(RMSNorm, block.attention_norm), (RMSNorm, block.ffn_norm)]
-        if model.config.qk_norm:
-            places += [(RMSNorm, block.attention.q_norm), (RMSNorm, block.attention.k_norm)]
+        norm = RMSNorm if config.qk_norm else nn.Identity
+        places += [(norm, block.attention.q_norm), (norm, block.attention.k_norm)]
     for kind, part in places:
         if type(part) is not kind:
             yield f"a {type(part).__name__} stands where a {kind.__name__} should"
