@@ -268,7 +268,9 @@ def quantize_weights(
     moments: dict[str, Tensor] = {}
     if calibration is not None:
         original = surgery.clone(model)
-        statistics = calibrating.collect(model, calibration, {n: f.module for n, f in chosen.items()})
+        layers = {name: fact.module for name, fact in chosen.items()}
+        run = calibrating.reached(model, calibration, layers)
+        statistics = calibrating.collect(model, calibration, {name: layers[name] for name in layers if name in run})
         moments = {name: seen.second_moment for name, seen in statistics.items()}
     replacements = {f.module: Int4Linear.from_linear(f.module, group_size, moments.get(n)) for n, f in chosen.items()}
     for old, new in replacements.items():
@@ -279,6 +281,8 @@ def quantize_weights(
     distance = None if calibration is None else calibrating.distance(model, original, calibration)
     model.__dict__["int4_skipped"] = report
     done = dict.fromkeys(chosen, "int4")
+    if calibration is not None:
+        done |= {name: "int4, rounded to the nearest: no batch reaches it" for name in chosen if name not in moments}
     surgery.note(model, "int4", done=done, left=report, distance=distance, group_size=group_size)
     return model
 

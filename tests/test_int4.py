@@ -186,6 +186,31 @@ def test_wrong_inputs_are_named():
         layer(randn(3, 63))
 
 
+class TwoWays(nn.Module):
+    """One linear is called, the other's weight is read, and a third isn't used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called, self.read, self.idle = linear(64, 64), linear(64, 64), linear(64, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(self.called(x), self.read.weight)
+
+
+def test_layers_that_calibration_does_not_call_are_rounded_to_the_nearest():
+    """They are named in the summary; the result is compared with the original; inputs that are not finite name their layer."""
+    model, x = TwoWays().eval(), randn(64, 64)
+    small = int4.quantize_weights(model, calibration=[x])
+    done = quantize.summary(small).done
+    assert done["called"] == "int4" and all("no batch reaches it" in done[name] for name in ("read", "idle"))
+    with torch.no_grad():
+        expected = (small(x) - model(x)).norm() / model(x).norm()
+    assert quantize.summary(small).distance == pytest.approx(expected.item(), rel=1e-3)
+    assert torch.equal(small.read.dense_weight(), int4.Int4Linear.from_linear(model.read, 32).dense_weight())
+    with pytest.raises(ValueError, match="layer 'called' inputs that are not finite"):
+        int4.quantize_weights(model, calibration=[x / 0])
+
+
 def test_a_transposed_linear_is_converted():
     """GPT-2's Conv1D becomes 4-bit, and its weight still reads as [in, out]."""
     model, inputs = helpers.zoo("gpt2")

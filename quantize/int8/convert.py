@@ -55,7 +55,9 @@ def quantize_dynamic(
     settings: dict[str, Any] = {}
     distance = None
     if calibration is not None:
-        expected = _finite_outputs(source, calibration)
+        linears = {n: f.module for n, f in surgery.facts(source).items() if f.linear}
+        calibrating.reached(source, calibration, linears)  # refuses inputs that are not finite
+        expected = smooth.outputs(source, calibration)
         distance = calibrating.relative_error(smooth.outputs(new, calibration), expected)
         layers = {n: m for n, m in source.named_modules() if _can_be_smoothed(m) and _became(new, n, Int8Linear)}
         norms = smooth.smooth(source, layers, calibration)
@@ -75,30 +77,6 @@ def quantize_dynamic(
         settings["stays_float"] = total
     surgery.note(new, "int8", done=done, left=told, distance=distance, **settings)
     return new
-
-
-def _finite_outputs(model: nn.Module, batches: Iterable[Any]) -> list[torch.Tensor]:
-    """`smooth.outputs`; ValueError naming the first layer whose inputs are not finite."""
-    bad: list[str] = []
-
-    def look(name: str) -> Callable[[nn.Module, Any], None]:
-        def see(_module: nn.Module, args: Any) -> None:
-            given = [x for x in args if isinstance(x, torch.Tensor) and x.is_floating_point()]
-            if not bad and not all(torch.isfinite(x).all() for x in given):
-                bad.append(name)
-
-        return see
-
-    linears = {n: f.module for n, f in surgery.facts(model).items() if f.linear}
-    hooks = [module.register_forward_pre_hook(look(name)) for name, module in linears.items()]
-    try:
-        found = smooth.outputs(model, calibrating.check_batches(batches))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if bad:
-        raise ValueError(f"calibration gives layer {bad[0]!r} inputs that are not finite")
-    return found
 
 
 def _with_shares(model: nn.Module, report: Report) -> tuple[Report, str | None]:
