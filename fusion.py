@@ -15,12 +15,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
 import tempfile
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 if "OMP_WAIT_POLICY" not in os.environ:  # before torch is imported; why: quantize/host.py
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
@@ -29,17 +30,16 @@ import torch
 from torch import nn
 
 import quantize
-from quantize.checkpoint import CheckpointError
+from quantize import script
+from quantize.checkpoint import atomic_write
 from quantize.fusion import BACKENDS, Contender, compare
 from quantize.fusion.backends import open_file
 from quantize.fusion.equality import difference, outputs, race
 from quantize.host import default_threads, describe_machine, keep_allocations, machine
-from quantize.measure import Measurement, MeasurementError
+from quantize.measure import Measurement
 from quantize.measure import compare as measure_files
 from quantize.models import ConvNet, DecoderLM
-from quantize.script import in_words
 
-USER_ERRORS = (CheckpointError, MeasurementError, ValueError, TypeError, OSError)
 SUFFIXES = {"torchscript": ".pt", "inductor": ".pt2", "onnxruntime": ".onnx", "openvino": ".xml"}
 
 
@@ -64,15 +64,14 @@ def kernel_calls(model: nn.Module, inputs: torch.Tensor) -> Counter[str]:
 
 
 def write(fused: nn.Module, folder: Path, backend: str) -> Path:
-    """Save into a folder of its own first: what stands in `folder` is replaced whole or not at all."""
+    """Save elsewhere first: each file that stands in `folder` is replaced whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     name = "model_fused" + SUFFIXES[backend]
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".model_fused-") as temporary:
+    with tempfile.TemporaryDirectory() as temporary:
         fused.save(str(Path(temporary) / name))
         for file in sorted(Path(temporary).iterdir(), key=lambda f: f.name == name):
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
-            file.replace(folder / file.name)
+            with atomic_write(folder / file.name) as target, file.open("rb") as source:
+                shutil.copyfileobj(source, target)
     return folder / name
 
 
@@ -90,7 +89,8 @@ def chart(latencies: dict[str, dict[str, float]], path: Path) -> None:
         axis.set(title=title, xlabel="ms per call", xlim=(0, 1.2 * max(values.values())))
         axis.invert_yaxis()
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=120)
     pyplot.close(figure)
 
 
@@ -100,7 +100,7 @@ def common(counts: Counter[str], most: int = 8) -> str:
 
 def report(model: nn.Module, path: Path, rows: list[Contender], best: Contender, args: argparse.Namespace) -> dict[str, Any]:
     """Write the file, measure it, print and return what there is to say."""
-    target = write(best.model, Path(args.out), best.backend)
+    target = write(best.model, args.out, best.backend)
     inputs = example(model, args.batch)
     result: dict[str, Any] = {
         "machine": machine(),
@@ -152,7 +152,8 @@ def report(model: nn.Module, path: Path, rows: list[Contender], best: Contender,
     for name, reason in result["left_out"].items():
         print(f"not used: {name}: {reason}")
     chart(latencies, target.with_suffix(".png"))
-    target.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
+    with atomic_write(target.with_suffix(".json")) as file:
+        file.write((json.dumps(result, indent=2) + "\n").encode())
     print(f"{target}: {target.stat().st_size:,} bytes ({path.name}: {path.stat().st_size:,})")
     return result
 
@@ -169,14 +170,15 @@ def engine_cold_start(backend: str, file: Path, inputs: torch.Tensor) -> float:
 
 
 def run(args: argparse.Namespace) -> None:
-    path = Path(args.model) if args.model else Path(args.out) / "model.pth"
+    torch.set_num_threads(args.threads)
+    path = args.model or args.out / "model.pth"
     if args.model is None and not path.exists():
         print(f"{path} is not there: training the {args.preset} preset first", flush=True)
         import train
 
-        if train.main(["--preset", args.preset, "--out", args.out]):
-            raise ValueError(f"training the {args.preset} preset failed; see above")
-    torch.set_num_threads(args.threads)
+        training = ["--preset", args.preset, "--variants", "fp32", "--threads", str(args.threads)]
+        if code := train.main([*training, "--out", str(args.out)]):
+            raise SystemExit(code)
     keep_allocations()
     model = quantize.load(path)
     names = BACKENDS if args.backend == "auto" else (args.backend,)
@@ -187,43 +189,26 @@ def run(args: argparse.Namespace) -> None:
     report(model, path, rows, min(present, key=lambda r: r.latency_ms), args)
 
 
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
-
-
-class Parser(argparse.ArgumentParser):
-    """One line on standard error for a mistake, without the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"fusion.py: {message}\n")
-
-
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--model", help="checkpoint to fuse; left out: model.pth in --out, trained first if it isn't there")
-    parser.add_argument("--out", default="artifacts", help="folder to write into")
+    parser = script.Parser(
+        prog="fusion.py",
+        description=__doc__.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    model_help = "checkpoint to fuse; left out: model.pth in --out, trained first if it isn't there"
+    parser.add_argument("--model", type=script.path, help=model_help)
+    parser.add_argument("--out", default=Path("artifacts"), type=script.path, help="folder to write into")
     parser.add_argument(
         "--preset", default="tiny", choices=["tiny", "small", "base"], help="what to train if there is no model.pth"
     )
     parser.add_argument("--backend", default="torchscript", choices=["auto", *BACKENDS], help="who runs the fused model")
-    parser.add_argument("--batch", type=positive, default=8, help="batch size to fuse for and to measure at, beside 1")
-    parser.add_argument("--threads", type=positive, default=default_threads(), help="threads to compute with")
+    parser.add_argument("--batch", type=script.count, default=8, help="batch size to fuse for and to measure at, beside 1")
+    parser.add_argument("--threads", type=script.threads, default=default_threads(), help="threads to compute with")
     try:
         args = parser.parse_args(argv)
     except SystemExit as stop:  # argparse has said why
-        return stop.code or 0
-    try:
-        run(args)
-    except USER_ERRORS as error:
-        print(f"fusion.py: {in_words(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("fusion.py: stopped; nothing was half written, run it again", file=sys.stderr)
-        return 130
-    return 0
+        return int(stop.code or 0)
+    return script.exit_code("fusion.py", lambda: run(args), "stopped; nothing was half written, run it again")
 
 
 if __name__ == "__main__":

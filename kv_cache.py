@@ -20,7 +20,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
 
 if "OMP_WAIT_POLICY" not in os.environ:  # before torch is imported; why: quantize/host.py
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
@@ -35,14 +34,14 @@ from torch import Tensor, nn
 
 import quantize
 import train
-from quantize.checkpoint import CheckpointError, atomic_write
+from quantize import script
+from quantize.checkpoint import atomic_write
 from quantize.decoding import for_decoding
 from quantize.generation import decode, generate, generate_stream, prefill
 from quantize.generation.reader import takes_cache
 from quantize.host import default_threads, describe_machine, keep_allocations, machine
 from quantize.kv_cache import KVCache
 from quantize.models import DecoderLM
-from quantize.script import in_words
 
 CACHES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8, "none": None}
 TIMED_TOKENS = 24  # per length and way; the median is shown
@@ -83,34 +82,25 @@ class Text:
         return more
 
 
-class Parser(argparse.ArgumentParser):
-    """One line on standard error for a mistake, without the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"kv_cache.py: error: {message}\n")
-
-
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="kv_cache.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script.Parser(prog="kv_cache.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def add(flag: str, text: str, **options: object) -> None:
         parser.add_argument(flag, help=f"{text} (default: %(default)s)", **options)
 
-    add("--model", "a file written by this package, or a folder with config.json; none: OUT/model.pth", type=Path)
-    add("--out", "folder of the model and of what is written", type=Path, default=Path("artifacts"))
+    add("--model", "a file written by this package, or a folder with config.json; none: OUT/model.pth", type=script.path)
+    add("--out", "folder of the model and of what is written", type=script.path, default=Path("artifacts"))
     add("--prompt", "the text to continue", default="import os\n\ndef ")
-    add("--max-new-tokens", "how many tokens to stream", type=int, default=200)
+    add("--max-new-tokens", "how many tokens to stream", type=script.count, default=200)
     add("--temperature", "0 always takes the most probable token", type=float, default=0.0)
-    add("--seed", "seed of the sampling", type=int, default=0)
-    add("--draft", "a smaller model's file or folder that guesses ahead; none: repeats in the text itself", type=Path)
+    add("--seed", "seed of the sampling", type=script.seed, default=0)
+    add("--draft", "a smaller model's file or folder that guesses ahead; none: repeats in the text itself", type=script.path)
     add("--cache", "what the cache of the streamed text holds", choices=list(CACHES), default="fp32")
-    add("--max-length", "longest text to time, in tokens; none: 1024, or the model's limit", type=int)
-    add("--threads", "threads to compute with; none: the cores that this process may use", type=int)
+    add("--max-length", "longest text to time, in tokens; none: 1024, or the model's limit", type=script.count)
+    add("--threads", "threads to compute with; none: the cores that this process may use", type=script.threads)
     arguments = parser.parse_args(argv)
-    for flag in ("max_new_tokens", "threads", "max_length"):
-        value = getattr(arguments, flag)
-        if value is not None and value < 1:
-            parser.error(f"argument --{flag.replace('_', '-')}: {value} is not at least 1")
+    if arguments.cache == "none" and arguments.draft:
+        parser.error("argument --draft: guesses are checked against a cache, which --cache none leaves out")
     return arguments
 
 
@@ -120,7 +110,9 @@ def open_model(path: Path | None, out: Path) -> tuple[nn.Module, Path]:
         path = out / "model.pth"
         if not path.exists():
             print(f"there is no {path}: training the tiny preset first", flush=True)
-            if code := train.main(["--preset", "tiny", "--variants", "fp32", "--out", str(out)]):
+            if code := train.main(
+                ["--preset", "tiny", "--variants", "fp32", "--threads", str(torch.get_num_threads()), "--out", str(out)]
+            ):
                 raise SystemExit(code)
             print()
     return read_model(path), path
@@ -325,15 +317,7 @@ def run(arguments: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script; returns its exit code: 0, 2 after a user's mistake, 130 after Ctrl-C."""
     arguments = parse(argv)
-    try:
-        run(arguments)
-    except (CheckpointError, ValueError, OSError) as error:
-        print(f"kv_cache.py: error: {in_words(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("kv_cache.py: stopped", file=sys.stderr)
-        return 130
-    return 0
+    return script.exit_code("kv_cache.py", lambda: run(arguments), "stopped; nothing was half written, run it again")
 
 
 if __name__ == "__main__":

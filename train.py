@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -30,17 +31,16 @@ import torch
 from torch import nn
 
 import quantize
-from quantize import data, training
+from quantize import data, script, training
 from quantize.checkpoint import CheckpointError
 from quantize.host import default_threads, keep_allocations
-from quantize.measure import MeasurementError, compare, fingerprint
+from quantize.measure import Measurement, MeasurementError, compare, fingerprint
 from quantize.models import ConvNet, ConvNetConfig, DecoderConfig, DecoderLM
 from quantize.report import build_report, print_report, write_report
 from quantize.script import in_words
 from quantize.training import Recipe
 
 CALIBRATION_BATCHES = 8
-USER_ERRORS = (data.DataError, training.TrainingError, CheckpointError, MeasurementError, OSError)
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class Preset:
     batch: tuple[int, ...]  # example inputs for latency: (rows, tokens) of text, (rows,) of images
     validation: int | None = None  # bytes of held-out text that each row is evaluated on; None: all
     rounds: int = 7  # in which the files take turns for timing
+    depth: float | None = 0.5  # share of the blocks of each stage that the student keeps; None: all
 
 
 _DECODER = DecoderConfig(width=128, layers=6, heads=2, qk_norm=True, max_length=1024)
@@ -75,7 +76,7 @@ PRESETS = {
         ),
     },
     "image": {
-        "tiny": Preset(ConvNetConfig(widths=(32, 64)), Recipe(steps=60, batch=64), (64,), rounds=3),
+        "tiny": Preset(ConvNetConfig(widths=(32, 64)), Recipe(steps=60, batch=64), (64,), rounds=3, depth=None),
         "small": Preset(ConvNetConfig(widths=(64, 128), blocks=2), Recipe(steps=300, batch=64), (64,)),
         "base": Preset(ConvNetConfig(widths=(64, 128, 256), blocks=2), Recipe(steps=3000, batch=128), (64,)),
     },
@@ -94,6 +95,7 @@ class Job:
     resume: bool
     device: str
     made: dict[str, nn.Module] = field(default_factory=dict)  # in memory, by name of the row
+    failed: dict[str, str] = field(default_factory=dict)  # why a row has no numbers
 
     @cached_property
     def loss(self) -> training.Loss:
@@ -133,10 +135,12 @@ class Job:
         recipe = self.preset.recipe
         batches, steps = self.batches(replace(recipe, short=1.0, batch=rows * recipe.batch)), max(1, recipe.steps // 5)
         with self.progress(name) as printer:
-            return how(
+            model = how(
                 student.to(self.device), self.model("fp32").to(self.device), lambda step: batches(step)[0], steps=steps,
                 **options, **self.options(name, printer),
             ).cpu()  # fmt: skip
+        print(f"{name}: {quantize.summary(model).steps[-1].done['']}", flush=True)
+        return model
 
     def recover(self, name: str, model: nn.Module, rows: int = 1) -> nn.Module:
         """`distil` for a model of the baseline's depth: what leaves its blocks is compared too."""
@@ -144,17 +148,39 @@ class Job:
         return self.distil(name, quantize.recover, model, rows, hidden=names)
 
     def student(self) -> nn.Module:
-        """About a quarter of the baseline's parameters, cut out of it: half its depth and half its inner widths."""
+        """About a quarter of the baseline's parameters, cut out of it: half its depth (where a stage has more than one
+        block) and half its inner widths."""
         return quantize.make_student(
-            self.model("fp32"), depth=0.5, width=0.5, example_inputs=self.example, calibration=self.calibration
+            self.model("fp32"),
+            depth=self.preset.depth,
+            width=0.5,
+            example_inputs=self.example,
+            calibration=self.calibration,
         )
 
     def model(self, name: str) -> nn.Module:
         """The model of a row, made on first use."""
+        if name in self.failed:
+            raise ValueError(f"{name} failed: {self.failed[name]}")
         if name not in self.made:
             print(f"making {name}", flush=True)
             self.made[name] = VARIANTS[name](self)
         return self.made[name]
+
+    def write(self, name: str) -> None:
+        """Make a row's model and save it; a variant that can't be made gets a row that says why."""
+        try:
+            quantize.save(self.model(name), self.file(name))
+        except OSError:
+            raise
+        except Exception as error:
+            if name == "fp32":
+                raise
+            self.fail(name, error)
+
+    def fail(self, name: str, error: Exception) -> None:
+        self.failed[name] = in_words(error)
+        print(f"train.py: {name} failed: {self.failed[name]}", file=sys.stderr, flush=True)
 
     def file(self, name: str) -> Path:
         return self.out / ("model.pth" if name == "fp32" else f"{name}.pth")
@@ -211,19 +237,19 @@ VARIANTS: dict[str, Callable[[Job], nn.Module]] = {
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script.Parser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def add(flag: str, text: str, **options: Any) -> None:
         parser.add_argument(flag, help=f"{text} (default: %(default)s)", **options)
 
     add("--preset", "size of the model and length of the training", choices=list(PRESETS["text"]), default="small")
     add("--task", "what to learn", choices=list(PRESETS), default="text")
-    add("--data", "text: files or folders; image: a folder of IDX files; none: built-in data", nargs="+", type=Path)
-    add("--out", "folder for everything that is written", type=Path, default=Path("artifacts"))
+    add("--data", "text: files or folders; image: a folder of IDX files; none: built-in data", nargs="+", type=script.path)
+    add("--out", "folder for everything that is written", type=script.path, default=Path("artifacts"))
     add("--variants", f"compressed variants to make, of {', '.join(VARIANTS)}", nargs="+", default=list(VARIANTS))
-    add("--steps", "training steps, instead of the preset's", type=int)
-    add("--seed", "seed of weights and data order", type=int, default=0)
-    add("--threads", "threads for training and measuring; none: the cores that this process may use", type=int)
+    add("--steps", "training steps, instead of the preset's", type=script.count)
+    add("--seed", "seed of weights and data order", type=script.seed, default=0)
+    add("--threads", "threads to train and measure with; none: the cores that this process may use", type=script.threads)
     add("--device", "where to train; everything is measured on the CPU", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--resume", action="store_true", help="go on with the interrupted run in --out")
     arguments = parser.parse_args(argv)
@@ -231,12 +257,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for name in arguments.variants:
         if name not in VARIANTS and name != "fp32":
             parser.error(f"argument --variants: {name!r} is not one of fp32, {', '.join(VARIANTS)}")
-    for flag in ("steps", "threads"):
-        value = getattr(arguments, flag)
-        if value is not None and value < 1:
-            parser.error(f"argument --{flag}: {value} is not at least 1")
-    if not 0 <= arguments.seed < 2**63:
-        parser.error(f"argument --seed: {arguments.seed} is not in 0 .. 2**63 - 1")
+    if not arguments.variants:
+        parser.error(f"argument --variants: no name is given; allowed: fp32, {', '.join(VARIANTS)}")
     if arguments.task == "image" and arguments.data and len(arguments.data) > 1:
         parser.error(f"argument --data: one folder of IDX files is allowed for images, got {len(arguments.data)}")
     if arguments.device == "cuda" and not torch.cuda.is_available():
@@ -259,28 +281,50 @@ def prepare(arguments: argparse.Namespace) -> Job:
         channels = loaded.train_images.shape[1]
         preset = replace(preset, model=replace(preset.model, in_channels=channels, classes=loaded.classes))
     arguments.out.mkdir(parents=True, exist_ok=True)
-    with quantize.checkpoint.atomic_write(arguments.out / ".writable"):
+    with tempfile.TemporaryFile(dir=arguments.out):  # can it be written to? no name, so that ranks don't meet
         pass
-    (arguments.out / ".writable").unlink()
     return Job(arguments.task, preset, loaded, arguments.out, arguments.seed, arguments.resume, arguments.device)
+
+
+def measure(job: Job, names: Sequence[str], **options: Any) -> list[Measurement]:
+    files = {name: job.file(name) for name in names}
+    return compare(files, job.example, evaluate=job.evaluate, **options)
+
+
+def measure_each(job: Job, names: Sequence[str]) -> list[Measurement]:
+    """Measure the files side by side; where one of them makes that fail, the others, and its row says why."""
+    options = {"rounds": job.preset.rounds, "progress": lambda line: print(f"measuring: {line}", file=sys.stderr, flush=True)}
+    try:
+        return measure(job, names, **options)
+    except (CheckpointError, MeasurementError):
+        for name in names[1:]:
+            try:
+                measure(job, [name], rounds=1, burst_seconds=0.0)
+            except (CheckpointError, MeasurementError) as error:
+                job.fail(name, error)
+        if not job.failed.keys() & set(names):
+            raise
+        return measure(job, [name for name in names if name not in job.failed], **options)
 
 
 def report(job: Job, names: Sequence[str]) -> None:
     """Measure every file in a fresh process, write the report and print the table."""
-    measurements = compare(
-        {name: job.file(name) for name in names}, job.example, evaluate=job.evaluate, rounds=job.preset.rounds,
-        progress=lambda line: print(f"measuring: {line}", file=sys.stderr, flush=True),
-    )  # fmt: skip
-    for measurement in measurements:
-        if measurement.output_sha256 != fingerprint(job.model(measurement.name), job.example):
-            raise CheckpointError(f"{measurement.file}: the loaded model doesn't give the bits of the one that was saved")
+    measurements = []
+    for measurement in measure_each(job, names):
+        if measurement.output_sha256 == fingerprint(job.model(measurement.name), job.example):
+            measurements.append(measurement)
+        else:
+            reason = f"{measurement.file}: the loaded model doesn't give the bits of the one that was saved"
+            job.fail(measurement.name, CheckpointError(reason))
+    if not measurements or measurements[0].name != "fp32":
+        raise CheckpointError(job.failed["fp32"])
     about = {
         **job.data.describe(), "seed": job.seed, "steps": job.preset.recipe.steps,
         "example_inputs": list(job.example.shape),
     }  # fmt: skip
     if job.task == "text":
         about["baselines_bits_per_byte"] = data.compression_baselines(job.data.validation)
-    result = build_report(measurements, data=about)
+    result = build_report(measurements, data=about, failed=job.failed)
     write_report(result, job.out)
     print_report(result)
 
@@ -298,23 +342,18 @@ def run(arguments: argparse.Namespace) -> None:
         return
     names = ["fp32", *(name for name in VARIANTS if name in arguments.variants)]
     for name in names:
-        quantize.save(job.model(name), job.file(name))
-    report(job, names)
-    print(f"\nwritten to {job.out}; next: uv run python fusion.py --out {job.out}, uv run python kv_cache.py --out {job.out}")
+        job.write(name)
+    report(job, [name for name in names if name not in job.failed])
+    commands = ["fusion.py", "kv_cache.py"] if job.task == "text" else ["fusion.py"]
+    following = ", ".join(f"uv run python {command} --out {job.out}" for command in commands)
+    print(f"\nwritten to {job.out}; next: {following}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script; returns its exit code: 0, 2 after a user's mistake, 130 after Ctrl-C."""
     arguments = parse(argv)
-    try:
-        run(arguments)
-    except USER_ERRORS as error:
-        print(f"train.py: error: {in_words(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("train.py: stopped; the same command with --resume goes on from the last saved step", file=sys.stderr)
-        return 130
-    return 0
+    stopped = "stopped; the same command with --resume goes on from the last saved step"
+    return script.exit_code("train.py", lambda: run(arguments), stopped, quiet=int(os.environ.get("RANK", "0")) > 0)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,23 @@
 """The scripts as a user runs them: what they write, what they say, and how they fail."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+import fusion
+import kv_cache
 import quantize
 import train
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -46,13 +56,137 @@ def test_metric_is_that_of_the_file(text_run):
 
 @pytest.mark.slow
 def test_image_run(tmp_path):
-    """The digits train, compress and report accuracy; only the variants asked for are made."""
-    arguments = ["--task", "image", "--preset", "tiny", "--variants", "fp16", "--threads", "1", "--out", str(tmp_path)]
+    """The digits train, are compressed in every way, and report accuracy; a resumed run goes through again."""
+    arguments = ["--task", "image", "--preset", "tiny", "--steps", "20", "--threads", "1", "--out", str(tmp_path)]
     assert train.main(arguments) == 0
     rows = json.loads((tmp_path / "report.json").read_text())["rows"]
-    assert [row["name"] for row in rows] == ["fp32", "fp16"]
-    assert rows[0]["metric"]["name"] == "accuracy" and rows[0]["metric"]["value"] > 0.9
-    assert not (tmp_path / "int8.pth").exists()
+    assert [row["name"] for row in rows] == ["fp32", *train.VARIANTS]
+    assert not any("failed" in row["notes"] for row in rows)
+    assert rows[0]["metric"]["name"] == "accuracy" and rows[0]["metric"]["value"] > 0.5
+    assert train.main([*arguments, "--resume", "--variants", "student"]) == 0
+
+
+@pytest.mark.slow
+def test_a_failing_variant_is_a_row(tmp_path, monkeypatch, capsys):
+    """Variants that can't be made, saved or read back get a row that says why; the others are measured."""
+
+    def broken(job):
+        raise RuntimeError("no luck\nat all")
+
+    real = train.fingerprint
+    monkeypatch.setitem(train.VARIANTS, "student", broken)
+    monkeypatch.setattr(train, "fingerprint", lambda model, x: "" if model is made["fp16"] else real(model, x))
+    made = {}
+    monkeypatch.setitem(train.VARIANTS, "fp16", lambda job: made.setdefault("fp16", quantize.to_half(job.model("fp32"))))
+    names = ["fp16", "bf16", "student", "student_int8"]
+    arguments = ["--task", "image", "--preset", "tiny", "--steps", "1", "--threads", "1", "--out", str(tmp_path)]
+    assert train.main([*arguments, "--variants", *names]) == 0
+    rows = {row["name"]: row for row in json.loads((tmp_path / "report.json").read_text())["rows"]}
+    assert rows["bf16"]["latency_ms"] and "failed" not in rows["bf16"]["notes"]
+    assert rows["student"]["notes"] == "failed: no luck at all" and rows["student"]["bytes"] is None
+    assert "student failed: no luck at all" in rows["student_int8"]["notes"]
+    assert "doesn't give the bits" in rows["fp16"]["notes"]
+    assert "train.py: student failed: no luck at all" in capsys.readouterr().err
+    assert "failed: no luck at all" in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.parametrize("task", list(train.PRESETS))
+@pytest.mark.parametrize("preset", ["tiny", "small", "base"])
+def test_every_preset_has_a_student(task, preset, tmp_path):
+    """The depth that a preset's student keeps can be taken out of its model, which is then smaller."""
+    (tmp_path / "text").write_bytes(b"some text, again and again\n" * 2000)
+    data = ["--data", str(tmp_path / "text")] if task == "text" else []
+    job = train.prepare(train.parse(["--task", task, "--preset", preset, "--out", str(tmp_path), *data]))
+    teacher, example = job.build(), job.example[:1]
+    if job.preset.depth is not None:
+        student = quantize.make_student(teacher, depth=job.preset.depth, example_inputs=example)
+        assert sum(p.numel() for p in student.parameters()) < 0.8 * sum(p.numel() for p in teacher.parameters())
+
+
+def test_many_ranks_prepare_the_same_folder(tmp_path):
+    """Processes that check one folder at the same time don't get into each other's way."""
+    arguments = train.parse(["--task", "image", "--preset", "tiny", "--out", str(tmp_path / "out")])
+    with ThreadPoolExecutor(16) as pool:
+        assert len(list(pool.map(lambda _: train.prepare(arguments), range(48)))) == 48
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def command(*arguments: str) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, *arguments], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+@pytest.mark.slow
+def test_two_ranks_train_and_report(tmp_path):
+    """The README's torchrun line, twice into one folder: the same weights each time."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py", "--threads", "1"]
+    options = ["--task", "image", "--preset", "tiny", "--steps", "2", "--variants", "fp32", "--out", str(tmp_path)]
+    digests = set()
+    for _ in range(2):
+        process = command(*launcher, *options)
+        _, err = process.communicate(timeout=240)
+        assert process.returncode == 0, err
+        digests.add(str(quantize.load(tmp_path / "model.pth").state_dict()))
+    assert len(digests) == 1
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_whole_files_and_says_how_to_go_on(tmp_path):
+    """Exit code 130, one line that names --resume, only a whole training state in the folder."""
+    process = command("train.py", "--task", "image", "--preset", "tiny", "--steps", "100000", "--out", str(tmp_path))
+    for line in process.stderr:
+        if line.startswith("fp32: step"):
+            break
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert err.strip().splitlines()[-1].startswith("train.py: stopped; the same command with --resume")
+    assert [path.name for path in tmp_path.iterdir()] == ["fp32.state"]
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """A tiny preset that trains in two steps."""
+    tiny = train.PRESETS["text"]["tiny"]
+    recipe = replace(tiny.recipe, steps=2, length=32)
+    monkeypatch.setitem(train.PRESETS["text"], "tiny", replace(tiny, recipe=recipe, validation=256, rounds=1))
+
+
+@pytest.mark.slow
+def test_fusion_trains_what_it_needs(short, tmp_path, monkeypatch):
+    """Without a model.pth only the baseline is trained; with one it is fused as it is."""
+    assert fusion.main(["--out", str(tmp_path), "--threads", "1", "--batch", "1"]) == 0
+    written = {path.name for path in tmp_path.iterdir()}
+    assert {"model.pth", "model_fused.pt", "model_fused.json", "model_fused.png"} <= written and "int8.pth" not in written
+    monkeypatch.setattr(train, "main", lambda arguments: pytest.fail("trained again"))
+    quantize.save(quantize.MLP(quantize.MLPConfig(hidden=(8,))), tmp_path / "mlp.pth")
+    options = ["--model", str(tmp_path / "mlp.pth"), "--backend", "auto", "--batch", "1", "--threads", "1"]
+    assert fusion.main([*options, "--out", str(tmp_path / "again")]) == 0
+
+
+@pytest.mark.slow
+def test_kv_cache_trains_what_it_needs_and_takes_every_flag(short, tmp_path, capsys):
+    """The README's command without a model, then each flag that --help shows."""
+    out, short_text = ["--out", str(tmp_path), "--threads", "1"], ["--max-length", "64", "--max-new-tokens", "4"]
+    assert kv_cache.main([*out, *short_text]) == 0
+    quantize.save(quantize.quantize_dynamic(quantize.load(tmp_path / "model.pth")), tmp_path / "int8.pth")
+    flags = ["--model", str(tmp_path / "int8.pth"), "--draft", str(tmp_path / "model.pth"), "--cache", "int8"]
+    assert kv_cache.main([*out, *short_text, *flags, "--prompt", "def", "--temperature", "0.5", "--seed", "3"]) == 0
+    assert kv_cache.main([*out, *short_text, "--cache", "none"]) == 0
+
+
+def test_a_stopped_training_stops_the_script_that_needed_it(tmp_path, monkeypatch, capsys):
+    """Ctrl-C while fusion.py or kv_cache.py train a model gives 130, as alone."""
+
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train.training, "fit", stopped)
+    for script in (fusion, kv_cache):
+        assert script.main(["--out", str(tmp_path)]) == 130
+        assert "--resume" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -109,6 +243,8 @@ def test_user_mistakes_are_one_line(tmp_path, capsys):
     [
         ["--preset", "huge"], ["--task", "sound"], ["--steps", "0"], ["--threads", "-1"], ["--seed", "-1"],
         ["--variants", "int9"], ["--device", "tpu"], ["--task", "image", "--data", "a", "b"], ["--unknown"],
+        ["--steps", "many"], ["--threads", "99999999999"], ["--seed", "1e3"], ["--out", ""], ["--variants", ","],
+        ["--data", ""],
     ],
 )  # fmt: skip
 def test_flags_out_of_range(arguments, capsys):
@@ -117,7 +253,28 @@ def test_flags_out_of_range(arguments, capsys):
         train.main(arguments)
     assert stop.value.code == 2
     flag = "--data" if "--data" in arguments else arguments[0]
-    assert flag in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert flag in error and error.startswith("train.py: error: ") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments"),
+    [
+        (fusion, ["--batch", "0"]), (fusion, ["--threads", "none"]), (fusion, ["--preset", "huge"]), (fusion, ["--model", ""]),
+        (fusion, ["--backend", "x"]), (kv_cache, ["--max-new-tokens", "0"]), (kv_cache, ["--temperature", "hot"]),
+        (kv_cache, ["--seed", "-1"]), (kv_cache, ["--cache", "fp8"]), (kv_cache, ["--max-length", "0"]),
+        (kv_cache, ["--cache", "none", "--draft", "x"]), (kv_cache, ["--threads", "0"]), (kv_cache, ["--out", ""]),
+    ],
+)  # fmt: skip
+def test_flags_of_the_other_scripts_out_of_range(script, arguments, capsys):
+    """One line that names the flag, exit code 2."""
+    try:
+        code = script.main(arguments)
+    except SystemExit as stop:
+        code = stop.code
+    error = capsys.readouterr().err
+    assert code == 2 and error.count("\n") == 1 and error.startswith(f"{script.__name__}.py: error: ")
+    assert arguments[-2] in error
 
 
 def test_resume_of_another_run_is_refused(tmp_path, capsys):

@@ -35,7 +35,7 @@ _SLOWER_BELOW = 0.98  # one model against itself, interleaved, came out at 0.99 
 _GRADES = {0.1: "much worse", 0.01: "worse", 0.001: "slightly worse"}
 _COUNTS = ("examples", "images", "samples", "count", "n")  # metrics that say how many a share was taken of
 
-_MARKS = ("larger", "slower", *_GRADES.values())
+_MARKS = ("failed", "larger", "slower", *_GRADES.values())
 
 Row = dict[str, Any]
 Report = dict[str, Any]
@@ -100,6 +100,12 @@ def _row(m: Measurement, baseline: Measurement, note: str | None, higher: bool |
     )
 
 
+def _failed(name: str, reason: str, baseline: Row) -> Row:
+    """The row of what couldn't be made or measured: the reason, and no numbers."""
+    metric = {**baseline["metric"], "value": None, "also": {}}
+    return {**dict.fromkeys(baseline), "name": name, "metric": metric, "notes": f"failed: {reason}"}
+
+
 def _grade(before: float, loss: float, noise: float) -> str | None:
     """How much worse than `before` a metric is that has lost `loss`; None for noise.
 
@@ -123,15 +129,17 @@ def build_report(
     *,
     data: Mapping[str, Any] | None = None,
     notes: Mapping[str, str] | None = None,
+    failed: Mapping[str, str] | None = None,
     higher: bool | None = None,
 ) -> Report:
     """`{"machine": {...}, "data": {...}, "rows": [...]}`, JSON values only.
 
     The machine's threads, their waiting and the allocator are those of the measuring processes.
     `data` is what the reader must know of the data and the run: what it is, batch, sequence length,
-    seed, reference values.
+    seed, reference values. `failed`: why an artifact couldn't be made or measured, by name; a row each.
     """
     rows = build_rows(measurements, notes=notes, higher=higher)
+    rows += [_failed(name, reason, rows[0]) for name, reason in (failed or {}).items()]
     return {"machine": _strict(measurements[0].machine()), "data": _strict(dict(data or {})), "rows": rows}
 
 
@@ -271,13 +279,17 @@ def _significant(value: float | None) -> str:
     return "-" if value is None else f"{value:.{max(0, 2 - math.floor(math.log10(max(value, 1e-3))))}f}"
 
 
-def _size(count: int) -> str:
+def _size(count: int | None) -> str:
+    if count is None:
+        return "-"
     if count < 1e3:
         return f"{count} B"
     return f"{count / 1e6:.2f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
 
 
-def _count(count: int) -> str:
+def _count(count: int | None) -> str:
+    if count is None:
+        return "-"
     if count < 1e3:
         return str(count)
     return f"{count / 1e6:.2f} M" if count >= 1e6 else f"{count / 1e3:.1f} k"
