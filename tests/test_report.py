@@ -13,7 +13,7 @@ from rich.console import Console
 
 from quantize.measure import Latency, Measurement
 from quantize.report import build_report, build_rows, higher_is_better, print_report, write_report
-from quantize.report.plot import pareto_plot
+from quantize.report.plot import _limits, pareto_plot
 
 KEYS = "name file bytes bytes_ratio parameters latency_ms speedup metric metric_change load_s peak_rss_mb notes".split()
 BASE = Measurement(
@@ -218,6 +218,14 @@ def test_plot_is_an_image_for_any_number_of_rows(count):
     """Also for one row, equal rows, and rows without latency or metric."""
     png = pareto_plot(build_rows([*MEASUREMENTS[:count], variant("twin"), variant("unmeasured", latency_ms=None, metrics={})]))
     assert image.imread(io.BytesIO(png)).shape[:2] == (780, 1800)
+
+
+@pytest.mark.parametrize("values", [[1.4649, 1.4651, 1.4650], [0.9721, 0.9719], [3.9533, 3.9531], [2.0, 2.0], [0.0, 0.0]])
+def test_noise_does_not_fill_the_plot(values):
+    """Qualities that differ by a thousandth stand side by side: the axis spans a hundredth of the best at least."""
+    low, high = _limits(values)
+    assert low < min(values) and max(values) < high
+    assert high - low >= 0.01 * max(values) and max(values) - min(values) <= 0.2 * (high - low)
 
 
 def test_empty_and_unknown_are_refused():

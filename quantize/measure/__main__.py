@@ -33,7 +33,7 @@ from quantize.script import in_words
 
 
 def main(argv: Sequence[str] | None = None, *, out: BinaryIO | None = None) -> int:
-    """Run the command line; 2 for a mistake of the user's."""
+    """Run the command line; returns its exit code: 0, 2 after a user's mistake, 130 after Ctrl-C."""
     out = out or sys.stdout.buffer
     parser = argparse.ArgumentParser(
         prog="python -m quantize.measure",
@@ -65,6 +65,9 @@ def main(argv: Sequence[str] | None = None, *, out: BinaryIO | None = None) -> i
     except (CheckpointError, MeasurementError, ValueError, TypeError, OSError) as error:
         print(f"error: {in_words(error)}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
     line = json.dumps(_strict({**dataclasses.asdict(result), "machine": result.machine()}), allow_nan=False)
     out.write(line.encode() + b"\n")
     out.flush()

@@ -15,6 +15,7 @@ from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
 _COLORS = {"baseline": "#222222", "front": "#0a6ebd", "other": "#8a8f98"}
+_LEAST_SHOWN = 0.01  # of the best quality: differences within the noise must not fill the panel
 _OFF_SCALE = 6.0  # a point this many times farther from the best than the median point is drawn on the edge
 
 
@@ -37,6 +38,7 @@ def pareto_plot(rows: Sequence[dict[str, Any]]) -> bytes:
         if sign < 0:
             axes.invert_yaxis()  # better is up
         axes.set_xlabel(title)
+        axes.ticklabel_format(axis="y", style="plain", useOffset=False)
         axes.grid(alpha=0.25, linewidth=0.7)
         axes.spines[["top", "right"]].set_visible(False)
         labels.append(_draw(axes, points, sign, floor, rows[0]["name"]))
@@ -60,6 +62,7 @@ def _limits(qualities: list[float]) -> tuple[float, float]:
     nonzero = [d for d in distances if d > 0] or [abs(best) * 0.01 or 1.0]
     typical = nonzero[(len(nonzero) - 1) // 2]
     depth = max([d for d in nonzero if d <= _OFF_SCALE * typical] or nonzero[:1])
+    depth = max(depth, _LEAST_SHOWN * abs(best))
     return best - 1.25 * depth, best + 0.2 * depth
 
 
