@@ -322,7 +322,7 @@ class DecoderLM(nn.Module):
         folder = Path(folder)
         with checkpoint.blaming(folder):
             config = DecoderConfig(**pretrained.read_config(folder))
-            with torch.device("meta"):
+            with torch.device("meta"), checkpoint.Bounded(1000 + 40 * config.layers):  # nothing to initialise
                 model = cls(config)
             tensors = pretrained.read_tensors(folder, config.tied_head, dtype)
             if config.tied_head and "embedding.weight" in tensors:

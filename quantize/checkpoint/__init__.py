@@ -13,11 +13,12 @@ Left out: sharding, encryption, big-endian machines, optimizer state (see traini
 """
 
 from quantize.checkpoint.atomic import atomic_write
-from quantize.checkpoint.building import assign
+from quantize.checkpoint.building import Bounded, assign
 from quantize.checkpoint.model import architecture, load, read_metadata, read_record, save, summary
 from quantize.checkpoint.opening import CheckpointError, blaming
 
 __all__ = [
+    "Bounded",
     "CheckpointError",
     "architecture",
     "assign",

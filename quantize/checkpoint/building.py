@@ -36,7 +36,7 @@ def build(record: dict[str, Any]) -> nn.Module:
         raise CheckpointError(f"holds a {name}, which quantize can't build by itself: pass model={name}(...), a fresh instance")
     cls = ARCHITECTURES[name]
     config = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
-    with torch.device("meta"), Bounded(record, edits=0):
+    with torch.device("meta"), Bounded(allowed_tensors(record)):
         return cls(cls.config_class(**config))
 
 
@@ -52,11 +52,9 @@ class Bounded(TorchFunctionMode):
     TorchDispatchMode).
     """
 
-    def __init__(self, record: dict[str, Any], edits: int) -> None:
+    def __init__(self, tensors: int) -> None:
         super().__init__()
-        stored = len(record["tensors"])
-        self.tensors = _FREE + 2 * (stored + min(stored, len(record["aliases"]))) + 20 * edits
-        self.calls = 20 * self.tensors
+        self.tensors, self.calls = tensors, 20 * tensors
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         self.calls -= 1
@@ -65,6 +63,12 @@ class Bounded(TorchFunctionMode):
         if getattr(func, "__name__", "") in _FILLING:
             return args[0] if args else kwargs["tensor"]
         return func(*args, **(kwargs or {}))
+
+
+def allowed_tensors(record: dict[str, Any], edits: int = 0) -> int:
+    """How many tensors a build for this file may make, and so many edits of it."""
+    stored = len(record["tensors"])
+    return _FREE + 2 * (stored + min(stored, len(record["aliases"]))) + 20 * edits
 
 
 def without_data(model: nn.Module) -> nn.Module:

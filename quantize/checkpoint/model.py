@@ -15,6 +15,7 @@ from quantize import surgery
 from quantize.checkpoint.building import (
     ARCHITECTURES,
     Bounded,
+    allowed_tensors,
     build,
     contradictions,
     fill,
@@ -84,7 +85,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         notes = _notes(record)
         empty = build(record) if model is None else without_data(model)
         odd = contradictions(empty, record)
-        with torch.device("meta"), Bounded(record, edits=len(record["structure"])):
+        with torch.device("meta"), Bounded(allowed_tensors(record, edits=len(record["structure"]))):
             empty = surgery.rebuild(empty, record["structure"])
         dtypes = fit(record, empty)
         tensors = {}

@@ -46,6 +46,7 @@ def blaming(path: Path) -> Iterator[None]:
         reason = str(error) if type(error) is ValueError else f"can't be loaded ({type(error).__name__}: {error})"
     else:
         return
+    reason = " ".join(reason.split())
     named = reason if reason.startswith(str(path)) else f"{path}: {reason}"
     raise CheckpointError(named[: len(str(path)) + 500])
 
