@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from quantize.fusion.equality import difference, other_sizes, outputs
+from quantize.fusion.equality import difference, outputs
+from quantize.fusion.sizes import other_sizes
 
 
 def seeded(model: nn.Module, seed: int = 0) -> nn.Module:

@@ -100,7 +100,8 @@ class Sample:
 
     @staticmethod
     def call(model: Callable[..., Any], inputs: Any) -> Any:
-        """Run a model on inputs of any of the forms, without gradients."""
+        """Run a model on copies of inputs of any of the forms, without gradients."""
+        inputs = copy.deepcopy(inputs)
         with torch.no_grad():
             if isinstance(inputs, dict):
                 return model(**inputs)
@@ -167,7 +168,8 @@ def random_model(seed: int, *, odd: bool = False, steps: int = 7) -> Sample:
     for attempt in range(20):
         sample = _attempt(random.Random(f"{seed} {attempt}"), seed, odd, steps)
         try:
-            sample.call(copy.deepcopy(sample.model), sample.fresh(0))
+            for inputs in (sample.fresh(0), sample.inputs):
+                sample.call(copy.deepcopy(sample.model), inputs)
         except RuntimeError:  # a write into expanded memory; a size that the data decides
             continue
         return sample

@@ -56,6 +56,9 @@ def save(model: nn.Module, path: str | Path, *, metadata: dict[str, Any] | None 
         raise TypeError(f"model must be an nn.Module and no TorchScript, got {type(model).__name__}")
     if metadata is not None and not isinstance(metadata, dict):
         raise TypeError(f"metadata must be a dict, got {type(metadata).__name__}")
+    for module in model.modules():
+        if reason := getattr(type(module), "not_saved", None):
+            raise TypeError(reason)
     tensors, aliases, strides = _tensors(model)
     record = {
         "architecture": _describe(model),

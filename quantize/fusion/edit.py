@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import operator
-
 import torch
 from torch import fx
 
@@ -19,6 +17,11 @@ CONVS_BY_WORD = {  # with padding="same" or "valid"
 }
 TRANSPOSED = {aten.conv_transpose1d.default: 1, aten.conv_transpose2d.input: 2, aten.conv_transpose3d.input: 3}
 COPIES = {aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default, aten.to.other}
+FRESH = {  # composite operators whose results have memory of their own
+    *LINEARS, *CONVS, *CONVS_BY_WORD, *TRANSPOSED, aten.batch_norm.default, aten.layer_norm.default, aten.group_norm.default,
+    aten.instance_norm.default, aten.rms_norm.default, aten.matmul.default, aten.cat.default, aten.silu.default,
+    aten.relu6.default, aten.adaptive_avg_pool2d.default, aten.max_pool2d.default, aten.scaled_dot_product_attention.default,
+}  # fmt: skip
 PADS = {aten.pad.default, aten.constant_pad_nd.default}
 
 
@@ -86,19 +89,19 @@ def is_random(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
 
 
-def is_view(node: fx.Node) -> bool:
-    """May the result share memory with an argument?"""
-    if node.target is operator.getitem:
+def may_be_view(node: fx.Node) -> bool:
+    """May the result share memory with an argument? Composite operators count unless they are known to compute."""
+    if node.op != "call_function" or node.target in FRESH:
+        return False
+    if not isinstance(node.target, torch._ops.OpOverload) or any(r.alias_info for r in node.target._schema.returns):
         return True
-    schema = getattr(node.target, "_schema", None)
-    aliases = schema is not None and any(r.alias_info is not None for r in schema.returns)
-    return aliases or node.target in {aten.reshape.default, aten.contiguous.default, aten.flatten.using_ints, *COPIES}
+    return torch._C._dispatch_has_kernel_for_dispatch_key(node.target.name(), "CompositeImplicitAutograd")
 
 
 def drop_dead(program: Program) -> None:
-    """Remove what nobody uses, constants included."""
+    """Remove what nobody uses, constants included; not random numbers, after which others come."""
     for node in reversed(program.graph.nodes):
-        if not node.users and node.op in ("call_function", "get_attr") and not mutates(node):
+        if not node.users and node.op in ("call_function", "get_attr") and not mutates(node) and not is_random(node):
             program.graph.erase_node(node)
     used = {n.target for n in program.graph.nodes if n.op == "get_attr"}
     for name in [n for n in program.module._buffers if n not in used]:

@@ -1,31 +1,30 @@
-"""Is a fused model still the model? Compare it with eager on the example inputs and on inputs of other sizes."""
+"""Is a fused model still the model? Compare it with eager, call after call, and on inputs of other sizes."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from quantize import surgery
-from quantize.calibration import call
-from quantize.fusion.nested import flatten, plain, unflatten
+from quantize.calibration import call, relative_error, untouched
+from quantize.fusion.graph import Program
+from quantize.fusion.nested import Spec, duplicate, flatten, unflatten
+from quantize.fusion.sizes import holds, other_sizes, violating
+from quantize.fusion.state import Answers, Call, answers, one_call
 
 _PAUSE_S, _BURST_S = 0.01, 0.05
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
-@torch.no_grad()
 def outputs(model: Callable[..., Any], inputs: Any) -> list[torch.Tensor]:
     """The model's output tensors, in the order a fused file gives them; neither inputs nor random state are changed."""
     tensors, spec = flatten(inputs, "example_inputs")
-    with torch.random.fork_rng(devices=[]):
-        result = call(model, unflatten(spec, [t.clone() for t in tensors]))
-    tensors, spec = flatten(result, "the model's output")
-    return flatten(unflatten(plain(spec), tensors), "the model's output")[0]
+    return one_call(model, spec, tensors).outputs
 
 
 def difference(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
@@ -39,6 +38,8 @@ def difference(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> floa
     for a, e in zip(actual, expected, strict=True):
         if a.shape != e.shape or a.dtype != e.dtype:
             return float("inf")
+        if torch.equal(a, e):
+            continue
         a, e = a.detach().double(), e.detach().double()
         finite = torch.isfinite(e)
         if not torch.equal(torch.isfinite(a), finite) or not torch.equal(a[~finite].nan_to_num(), e[~finite].nan_to_num()):
@@ -66,46 +67,123 @@ def rounding(model: nn.Module, inputs: Any, expected: list[torch.Tensor]) -> flo
     return difference([e.to(o.dtype) for e, o in zip(exact, expected, strict=True)], expected)
 
 
-def other_sizes(example_inputs: Any) -> Iterator[Any]:
-    """The example inputs with other sizes, one group of equal sizes at a time: twice the batch and one, longer and shorter."""
-    tensors, spec = flatten(example_inputs, "example_inputs")
-    for dim in range(max(t.dim() for t in tensors)):
-        for size in sorted({t.shape[dim] for t in tensors if t.dim() > dim}):
-            groups = [t.dim() > dim and t.shape[dim] == size for t in tensors]
-            yield unflatten(spec, [torch.cat([t, t.flip(dim)], dim) if g else t for t, g in zip(tensors, groups, strict=True)])
-            if size > 1:
-                less = 1 if dim == 0 else size - 1
-                yield unflatten(spec, [t.narrow(dim, 0, less) if g else t for t, g in zip(tensors, groups, strict=True)])
+class Checker:
+    """Compares fused models with `model` on `seen`, what it answered, and, with `sizes`, on inputs of other sizes.
+
+    Args of its calls: `fused`, and `rewind`, which puts the state of `fused` back to where the model's is.
+    """
+
+    def __init__(self, model: nn.Module, example_inputs: Any, seen: Answers, *, sizes: bool = True) -> None:
+        self.model, self.example_inputs, self.seen = model, example_inputs, seen
+        self.cases = [flatten(inputs, "inputs")[0] for inputs in other_sizes(example_inputs)] if sizes else []
+        self.allowed = tolerance(seen.calls[0].outputs, model)
+        self.distance = 0.0  # of the last one: norm of the difference over norm
+        self.rounded = False
+        self.others: dict[int, Call | None] = {}  # the model's answers at other sizes
+        self.large = sum(t.numel() for t in seen.calls[0].outputs) > 1 << 22
+
+    def __call__(self, fused: Callable[..., Any], rewind: Callable[[], None] = lambda: None) -> float:
+        """Largest relative difference on the example inputs.
+
+        Raises ValueError if it is beyond the tolerance there (1e-5 in float32, or 4 times the model's own rounding error), or
+        if a later call, an input afterwards or the answer at another size differs by more than 10 times that. A fused model
+        that refuses another size passes: refusing is not wrong.
+        """
+        try:
+            worst = self._calls(fused)
+            rewind()
+            for i, tensors in enumerate(self.cases):
+                off = self._other(fused, i)
+                rewind()
+                if off > 10 * self.allowed:
+                    shapes = [tuple(t.shape) for t in tensors]
+                    raise ValueError(f"with inputs of shapes {shapes} the fused model differs from eager by {off:.2g}")
+            return worst
+        finally:
+            rewind()
+
+    def _calls(self, fused: Callable[..., Any]) -> float:
+        # Not copied before the last call: no call may change what an earlier one returned.
+        found = []
+        for expected in self.seen.calls:
+            try:
+                found.append(one_call(fused, self.seen.spec, expected.inputs, copy=False))
+            except Exception as error:  # an engine raises what it likes
+                raise ValueError(f"the fused model fails at call {len(found) + 1}: {last_line(error)}") from error
+        pairs = list(zip(found, self.seen.calls, strict=True))
+        first = difference(found[0].outputs, self.seen.calls[0].outputs)
+        if first > self.allowed and not self.rounded:
+            # a deep network may turn the last bit of a weight into more than that: how far off is eager itself?
+            self.rounded = True
+            with untouched(self.model):
+                own = rounding(self.model, self.example_inputs, self.seen.calls[0].outputs)
+            self.allowed = max(self.allowed, 4 * own)
+        if first > self.allowed:
+            raise ValueError(
+                f"the fused model differs from eager by {first:.2g} of the largest value; allowed is {self.allowed:.0e}"
+            )
+        for i, (actual, expected) in enumerate(pairs):
+            self._inputs_alike(actual, expected)
+            off = difference(actual.outputs, expected.outputs)
+            if off > 10 * self.allowed or actual.constants != expected.constants:
+                state = f"; its forward changes {', '.join(self.seen.changed[:3])}" if self.seen.changed else ""
+                raise ValueError(f"at call {i + 1}, on other values, the fused model differs from eager by {off:.2g}{state}")
+        parts = [[t for t in c.outputs if t.is_floating_point()] for c in (found[0], self.seen.calls[0])]
+        self.distance = relative_error(*parts)
+        return first
+
+    def _inputs_alike(self, actual: Call, expected: Call) -> None:
+        off = difference(actual.after, expected.after)
+        if off > 10 * self.allowed:
+            written = difference(expected.after, expected.inputs) > 0
+            what = "its forward changes its inputs in place, which" if written else "an input is changed in place, which eager"
+            raise ValueError(f"{what} the fused model doesn't repeat (they differ by {off:.2g} afterwards)")
+
+    def _other(self, fused: Callable[..., Any], case: int) -> float:
+        """Difference at inputs of other sizes; 0 where one of the two refuses them: refusing is not wrong."""
+        tensors, spec = self.cases[case], self.seen.spec
+        if case not in self.others:
+            with untouched(self.model):
+                self.others[case] = _tried(self.model, spec, tensors)
+        expected = self.others[case]
+        if self.large:
+            self.others.clear()
+        actual = None if expected is None else _tried(fused, spec, tensors)
+        if expected is None or actual is None:
+            return 0.0
+        same = actual.constants == expected.constants
+        return difference(actual.outputs, expected.outputs) if same else float("inf")
+
+    def settle(self, program: Program, fused: Callable[..., Any]) -> None:
+        """Keep those doubtful conditions of `program` that matter: where they don't hold, `fused` answers wrongly."""
+        if not program.doubtful:
+            return
+        self.cases += violating(program, flatten(self.example_inputs, "example_inputs")[0])
+        for case, tensors in enumerate(self.cases):
+            shapes = [t.shape for t in tensors]
+            broken = [c for c in program.doubtful if not holds(c, shapes)]
+            fits = all(holds(c, shapes) for c in program.conditions)
+            if broken and fits and self._other(fused, case) > 10 * self.allowed:
+                program.conditions += broken
+            program.rewind()
+
+
+def last_line(error: BaseException) -> str:
+    """Kind and reason of an error; TorchScript puts the reason at the end of its own traceback."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__
+
+
+def _tried(model: Callable[..., Any], spec: Spec, tensors: list[torch.Tensor]) -> Call | None:
+    try:
+        return one_call(model, spec, tensors)
+    except Exception:  # a model may refuse a size in whatever way it likes
+        return None
 
 
 def check(fused: Callable[..., Any], model: nn.Module, example_inputs: Any, *, sizes: bool = True) -> float:
-    """Largest relative difference on the example inputs.
-
-    Raises ValueError if it is beyond the tolerance there (1e-5 in float32, or 4 times the model's own rounding error), or at
-    another size where eager answers and the fused model answers differently. A fused model that refuses another size passes:
-    refusing is not wrong.
-    """
-    expected = outputs(model, example_inputs)
-    allowed = tolerance(expected, model)
-    worst = difference(outputs(fused, example_inputs), expected)
-    if worst > allowed:  # a deep network may turn the last bit of a weight into more than that: how far off is eager itself?
-        allowed = max(allowed, 4 * rounding(model, example_inputs, expected))
-    if worst > allowed:
-        raise ValueError(f"the fused model differs from eager by {worst:.2g} of the largest value; allowed is {allowed:.0e}")
-    for inputs in other_sizes(example_inputs) if sizes else ():
-        try:
-            expected = outputs(model, inputs)
-        except Exception:  # eager refuses this size, in whatever way it likes
-            continue
-        shapes = [tuple(t.shape) for t in flatten(inputs, "example_inputs")[0]]
-        try:
-            actual = outputs(fused, inputs)
-        except Exception:  # refusing is allowed, answering wrongly is not
-            continue
-        off = difference(actual, expected)
-        if off > max(10 * allowed, 1e-4):
-            raise ValueError(f"with inputs of shapes {shapes} the fused model differs from eager by {off:.2g}")
-    return worst
+    """Compare one fused model, as `Checker` does."""
+    return Checker(model, example_inputs, answers(model, example_inputs), sizes=sizes)(fused)
 
 
 @torch.no_grad()
@@ -116,18 +194,20 @@ def race(models: Mapping[str, Callable[..., Any]], inputs: Any, *, seconds: floa
     after its call and take the cores from the next one; the first call of a burst wakes the engine's own and doesn't count.
     """
     times: dict[str, list[float]] = {name: [] for name in models}
+    tensors, spec = flatten(inputs, "inputs")
+    own = unflatten(spec, duplicate(tensors))  # a model may write into them
     with torch.random.fork_rng(devices=[]):
         for _ in range(warm_up):
             for model in models.values():
-                call(model, inputs)
+                call(model, own, copy=False)
         while min(map(len, times.values())) < 5 or sum(map(sum, times.values())) < 1000 * seconds * len(times):
             for name, model in models.items():
                 time.sleep(_PAUSE_S)
-                call(model, inputs)
+                call(model, own, copy=False)
                 burst: list[float] = []
                 while len(burst) < 2 or sum(burst) < 1000 * _BURST_S:
                     start = time.perf_counter()
-                    call(model, inputs)
+                    call(model, own, copy=False)
                     burst.append(1000 * (time.perf_counter() - start))
                 times[name] += burst
     return {name: statistics.median(values) for name, values in times.items()}

@@ -8,14 +8,18 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from quantize.fusion.graph import Program, holds
+from quantize.fusion.graph import Program
 from quantize.fusion.nested import flatten, unflatten
+from quantize.fusion.sizes import holds
 
 
 class Folded(nn.Module):
     """Runs a folded graph in eager mode. Takes the arguments of the model, in the form of the example inputs, and returns what
-    it returned. The state is plain tensors; packed weights are made on the first call and again after a change or a move.
+    it returned. The tensors are plain; packed weights are made on the first call and again after a change or a move.
     """
+
+    # Read by `quantize.save`: a graph follows from a model by running torch.export, which no file may ask for.
+    not_saved = "a model that quantize.fold made has no checkpoint: save the model itself, or quantize.fuse gives a file"
 
     def __init__(self, program: Program) -> None:
         super().__init__()

@@ -108,17 +108,25 @@ def fold_batch_norm(program: Program) -> None:
         scale_shift = _affine(program, node)
         if scale_shift is None:
             continue
-        x = node.args[0]
-        if len(x.users) == 1 and _scale_output(program, x, *scale_shift):
-            node.replace_all_uses_with(x)
-            program.graph.erase_node(node)
+        x, user = node.args[0], next(iter(node.users), None)
+        if len(x.users) == 1 and _on_dimension_1(x, x) and _scale_output(program, x, *scale_shift):
             before += 1
-        elif len(node.users) == 1 and _scale_input(program, node, next(iter(node.users)), *scale_shift):
-            node.replace_all_uses_with(x)
-            program.graph.erase_node(node)
+        elif len(node.users) == 1 and _on_dimension_1(user, x) and _scale_input(program, node, user, *scale_shift):
             after += 1
+        else:
+            continue
+        node.replace_all_uses_with(x)
+        program.graph.erase_node(node)
     if before or after:
         program.notes.append(f"{before + after} BatchNorm layers folded ({before} into the layer before, {after} after)")
+
+
+def _on_dimension_1(layer: fx.Node, value: fx.Node) -> bool:
+    """Are the channels that `layer` mixes dimension 1 of `value`, as BatchNorm's are?"""
+    if layer.target in LINEARS:
+        return len(shape(value)) == 2
+    dims = {**CONVS, **TRANSPOSED}.get(layer.target)
+    return dims is not None and len(shape(value)) == dims + 2
 
 
 def _affine(program: Program, node: fx.Node) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -139,8 +147,6 @@ def _scale_output(program: Program, node: fx.Node, scale: torch.Tensor, shift: t
     known = node.op == "call_function" and (node.target in LINEARS or node.target in CONVS or node.target in TRANSPOSED)
     if not known:
         return False
-    if node.target in LINEARS and len(shape(node)) != 2 and shift is not None and node.meta["val"].dim() > 2:
-        return False  # BatchNorm's channels are dimension 1, a linear layer's the last
     weight, bias = own_constant(program, node.args[1]), constant(program, argument(node, 2))
     if weight is None or (argument(node, 2) is not None and bias is None):
         return False

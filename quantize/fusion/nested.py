@@ -50,14 +50,16 @@ def flatten(value: Any, where: str) -> tuple[list[torch.Tensor], Spec]:
                 return Spec("list", children)
             named = hasattr(part, "_fields")
             return Spec("tuple", children, cls=type(part) if named else None)
+        if isinstance(part, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            raise TypeError(f"{name} is a number that depends on the inputs; a fused model returns tensors")
         hint = "; pass use_cache=False with the example inputs" if "Cache" in type(part).__name__ else ""
         raise TypeError(f"{name} is a {type(part).__name__}, which is not made of tensors and can't be fused{hint}")
 
     return tensors, walk(value, where)
 
 
-def unflatten(spec: Spec, tensors: Sequence[Any]) -> Any:
-    """The value that `flatten` took apart, with these tensors in it."""
+def unflatten(spec: Spec, tensors: Sequence[Any] | Mapping[int, Any]) -> Any:
+    """The value that `flatten` took apart, with these tensors in it, by number."""
     if spec.kind == "tensor":
         return tensors[spec.value]
     if spec.kind == "constant":
@@ -70,6 +72,13 @@ def unflatten(spec: Spec, tensors: Sequence[Any]) -> Any:
     if spec.kind == "dict":
         return dict(zip(spec.keys, children, strict=True))
     return spec.cls(**dict(zip(spec.keys, children, strict=True)))
+
+
+def numbers(spec: Spec) -> list[int]:
+    """The numbers of the tensors in `spec`, in order."""
+    if spec.kind == "tensor":
+        return [spec.value]
+    return [number for child in spec.children for number in numbers(child)]
 
 
 def plain(spec: Spec) -> Spec:
@@ -98,29 +107,34 @@ def plain(spec: Spec) -> Spec:
     return Spec("dict", tuple(names.values()), tuple(names))
 
 
-def to_json(value: Any) -> Any:
-    """Inputs as JSON: of a tensor only shape and dtype."""
-    if isinstance(value, torch.Tensor):
-        return {"tensor": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
-    if isinstance(value, Mapping):
-        return {"dict": {k: to_json(v) for k, v in value.items()}}
-    if isinstance(value, (tuple, list)):
-        return {type(value).__name__ if type(value) in (tuple, list) else "tuple": [to_json(v) for v in value]}
-    return {"constant": value}
+def duplicate(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Copies in the same layout: strides stay, and what shared memory shares memory."""
+    if any(t.layout != torch.strided or t.is_conj() or t.is_neg() for t in tensors):
+        return [t.detach().clone() for t in tensors]
+    used: dict[int, tuple[int, int]] = {}  # bytes of each storage, from and to
+    for tensor in tensors:
+        start, end = _bytes(tensor)
+        key = tensor.untyped_storage()._cdata
+        first, last = used.get(key, (start, end))
+        used[key] = (min(first, start), max(last, end))
+    copies: dict[int, torch.Tensor] = {}
+    result = []
+    for tensor in tensors:
+        key, size = tensor.untyped_storage()._cdata, tensor.element_size()
+        first, last = used[key]
+        if key not in copies:
+            whole = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
+            copies[key] = whole[first:last].clone()
+        usable = len(copies[key]) // size * size
+        memory = copies[key][:usable].view(tensor.dtype)
+        offset = tensor.storage_offset() - first // size
+        result.append(memory.as_strided(tensor.shape, tensor.stride(), offset))
+    return result
 
 
-def from_json(value: Any) -> Any:
-    """Inputs of zeros from `to_json`. Raises ValueError for anything else."""
-    if not isinstance(value, Mapping):
-        raise ValueError(f"no inputs: {value!r}")
-    if "tensor" in value:
-        dtype = getattr(torch, str(value.get("dtype")), None)
-        if not isinstance(dtype, torch.dtype):
-            raise ValueError(f"no dtype: {value.get('dtype')!r}")
-        return torch.zeros(value["tensor"], dtype=dtype)
-    if "dict" in value:
-        return {k: from_json(v) for k, v in value["dict"].items()}
-    for kind in (tuple, list):
-        if kind.__name__ in value:
-            return kind(from_json(v) for v in value[kind.__name__])
-    return value["constant"]
+def _bytes(tensor: torch.Tensor) -> tuple[int, int]:
+    """The bytes of its storage that a tensor uses, from and to, in steps that suit every dtype."""
+    steps = [(n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True)]
+    last = tensor.storage_offset() + (sum(steps) + 1 if tensor.numel() else 0)
+    end = -(-last * tensor.element_size() // 16) * 16
+    return tensor.storage_offset() * tensor.element_size() // 16 * 16, min(end, tensor.untyped_storage().nbytes())

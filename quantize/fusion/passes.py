@@ -24,8 +24,8 @@ from quantize.fusion.edit import (
     drop_dead,
     is_call,
     is_random,
-    is_view,
     loosen_views,
+    may_be_view,
     mutates,
     own_constant,
     replace,
@@ -39,10 +39,16 @@ _SAME = {aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default, 
 _SMALL_BYTES = 1 << 16  # a folded constant may be this large even if it is larger than what it is made of
 
 
-def simplify(program: Program) -> None:
-    """All passes, in the order in which they help each other."""
+def simplify(program: Program) -> bool:
+    """All passes, in the order in which they help each other. False, and no pass, if the graph writes into memory.
+
+    The passes move operators, which is right only where no value changes between two of them.
+    """
+    functionalize(program)
+    drop_identities(program)
+    if any(mutates(n) for n in program.graph.nodes):
+        return False
     for run in (
-        functionalize,
         drop_identities,
         fold_constants,
         merge_equal,
@@ -59,22 +65,41 @@ def simplify(program: Program) -> None:
     ):
         run(program)
         drop_dead(program)
+    return True
 
 
 def functionalize(program: Program) -> None:
     """`x.add_(y)` becomes `x + y` where nobody else looks at x: other passes then needn't think about memory."""
     order = {n: i for i, n in enumerate(program.graph.nodes)}
     for node in [n for n in program.graph.nodes if n.op == "call_function" and mutates(n)]:
-        changed, name = node.args[0], node.target._schema.name
-        plain = name.removesuffix("_")
-        if plain == name or not isinstance(changed, fx.Node):
+        changed = node.args[0]
+        if not isinstance(changed, fx.Node) or changed.op != "call_function":
             continue
-        fresh = changed.op == "call_function" and not is_view(changed) and not is_random(changed)
-        alone = all(u is node or (order[u] < order[node] and not is_view(u)) for u in changed.users)
-        packet = getattr(getattr(torch.ops, plain.split("::")[0]), plain.split("::")[1], None)
-        overload = getattr(packet, node.target._overloadname or "default", None) if packet else None
-        if (fresh or mutates(changed)) and alone and overload is not None and not overload._schema.is_mutable:
+        fresh = not may_be_view(changed) and not is_random(changed) and not is_random(node)
+        alone = all(u is node or (order[u] < order[node] and not may_be_view(u)) for u in changed.users)
+        overload = _out_of_place(node)
+        if fresh and alone and overload is not None and _keeps_dtype(node):
             node.target = overload
+
+
+def _out_of_place(node: fx.Node) -> torch._ops.OpOverload | None:
+    """`aten.add.Tensor` for `aten.add_.Tensor`."""
+    space, name = node.target._schema.name.split("::")
+    packet = getattr(getattr(torch.ops, space), name.removesuffix("_"), None)
+    if not name.endswith("_") or packet is None:
+        return None
+    overload = getattr(packet, node.target._overloadname or "default", None)
+    if overload is None or overload._schema.is_mutable:
+        return None
+    names = [[a.name for a in o._schema.arguments] for o in (overload, node.target)]
+    return overload if names[0] == names[1] else None
+
+
+def _keeps_dtype(node: fx.Node) -> bool:
+    """Written in place, a result is rounded to the dtype of what it is written into."""
+    dtypes = [n.meta["val"].dtype for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
+    own = node.args[0].meta.get("val")
+    return isinstance(own, torch.Tensor) and all(torch.promote_types(own.dtype, d) == own.dtype for d in dtypes)
 
 
 def drop_identities(program: Program) -> None:
@@ -127,7 +152,7 @@ def fold_constants(program: Program) -> None:
         values = fx.node.map_arg((node.args, node.kwargs), lambda n: constant(program, n))
         with torch.no_grad():
             result = node.target(*values[0], **values[1])
-        if is_view(node) and not result.is_floating_point():
+        if may_be_view(node) and not result.is_floating_point():
             continue  # integer kernels choose by strides, and a view costs nothing
         size = sum(t.numel() * t.element_size() for t in inputs)
         if result.numel() * result.element_size() > max(2 * size, _SMALL_BYTES):

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from quantize import surgery
 from quantize.fusion import kernels, passes, torchscript
-from quantize.fusion.equality import check, race
+from quantize.fusion.equality import Checker, race
+from quantize.fusion.export import capture
 from quantize.fusion.folded import Folded
-from quantize.fusion.graph import Program, capture, check_inputs, named_arguments
-from quantize.fusion.memory import reuse_memory
-from quantize.fusion.nested import from_json, to_json
+from quantize.fusion.graph import Program, check_inputs
+from quantize.fusion.memory import reuse_memory, separate_outputs
+from quantize.fusion.state import answers, refuse_counters
 
 EXPORTED, SIMPLE, KERNELS, MERGED = "as exported", "simplified", "kernels", "kernels, merged linears"
 
@@ -29,9 +28,9 @@ class Plan:
     fused: nn.Module  # the fastest way, built and checked
     way: str  # its name
     program: Program  # and its graph
-    simple: Program  # without oneDNN kernels, for other back ends
     before: Counter[str]  # operators per call by kind, as exported
     notes: list[str]  # what was done, for people
+    distance: float  # from the model on the example inputs: norm of the difference over norm
 
     @property
     def after(self) -> Counter[str]:
@@ -40,9 +39,14 @@ class Plan:
 
 
 def ways_of(program: Program) -> dict[str, Program]:
-    """The programs to choose from, by name, from least to most rewritten."""
+    """The programs to choose from, by name, from least to most rewritten.
+
+    A program that writes into memory as it runs (its state, its inputs) stays as it was exported.
+    """
     simple = program.copy()
-    passes.simplify(simple)
+    if not passes.simplify(simple):
+        program.notes.append("it writes into memory as it runs: its operators stay as they are")
+        return {EXPORTED: program}
     ways = {EXPORTED: program, SIMPLE: simple}
     if kernels.available():
         ways[KERNELS] = simple.copy()
@@ -53,72 +57,76 @@ def ways_of(program: Program) -> dict[str, Program]:
             kernels.use_kernels(merged)
             reuse_memory(merged)
             ways[MERGED] = merged
+    for way in ways.values():
+        separate_outputs(way, program)
     return ways
 
 
-def plan(model: nn.Module, example_inputs: Any, *, build: Callable[[Program], nn.Module] = torchscript.compile) -> Plan:
-    """Build every way, check each against the model, let those that agree race. Raises ValueError if none agrees."""
-    program = capture(model, example_inputs)
+def plan(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    build: Callable[[Program], nn.Module] = torchscript.compile,
+    progress: Callable[[str], None] | None = None,
+) -> Plan:
+    """Build every way, check each against the model, let those that agree race. Raises ValueError if none agrees.
+
+    progress: called with a line for people before each stage.
+    """
+    say = progress or (lambda line: None)
+    say("running the model")
+    seen = answers(model, example_inputs)
+    refuse_counters(model, seen)
+    say("exporting the model to a graph")
+    program = capture(model, example_inputs, seen.changed)
+    say(f"rewriting a graph of {program.operators().total()} operators")
+    checker = Checker(model, example_inputs, seen)
+    checker.settle(program, Folded(program))
     ways = ways_of(program)
     built: dict[str, nn.Module] = {}
     problems: dict[str, Exception] = {}
+    distances: dict[str, float] = {}
     for name in [*list(ways)[1:], EXPORTED]:
         if name == EXPORTED and built:
             break  # only when the passes changed the numbers too much
         try:
+            say(f"building: {name}")
             candidate = build(ways[name])
-            check(candidate, model, example_inputs)
+            say(f"comparing with the model: {name}")
+            checker(candidate, program.rewind)
+            distances[name] = checker.distance
             built[name] = candidate
         except (ValueError, RuntimeError) as error:
             problems[name] = error
     if not built:
         raise problems[EXPORTED]
-    times = race(built, example_inputs)
-    best = min(times, key=times.__getitem__)
-    notes = [*ways[best].notes, "timed: " + ", ".join(f"{n} {t:.3f} ms" for n, t in times.items())]
+    best, *others = built
+    notes = []
+    if others:
+        say("timing")
+        times = race(built, example_inputs)
+        best = min(times, key=times.__getitem__)
+        notes.append("timed: " + ", ".join(f"{n} {t:.3f} ms" for n, t in times.items()))
+    notes = [*ways[best].notes, *notes]
     notes += [f"left out: {name}: {str(error).splitlines()[0]}" for name, error in problems.items()]
-    return Plan(built[best], best, ways[best], ways[SIMPLE], program.operators(), notes)
+    return Plan(built[best], best, ways[best], program.operators(), notes, distances[best])
 
 
-def fold(model: nn.Module, example_inputs: Any) -> nn.Module:
+def fold(model: nn.Module, example_inputs: Any, *, progress: Callable[[str], None] | None = None) -> nn.Module:
     """Our own passes only: an ordinary module, called like the model and returning what it returns, with fewer operators.
 
-    Arguments and what is raised: as for `quantize.fuse`, and ValueError for a model that `torch.export` can't follow.
-    `quantize.save` keeps it; its file is loaded with `model=`, a fresh instance of the model that was folded.
+    Arguments and what is raised: as for `quantize.fuse`, and ValueError for a model that `torch.export` can't follow. The
+    result can be copied and pickled; for a file that others can load, `quantize.fuse` the model.
     """
     check_inputs(model, example_inputs)
-    made = plan(model, example_inputs, build=Folded)
-    named, keyword = named_arguments(model, example_inputs)
-    arguments = {"edits": surgery.structure(model), "inputs": to_json(named), "keyword": keyword, "way": made.way}
-    surgery.record(made.fused, "folded", **arguments)
+    made = plan(model, example_inputs, build=Folded, progress=progress)
+    note(made.fused, model, "fold", made.distance, way=made.way)
     return made.fused
 
 
-@surgery.builder
-def folded(module: nn.Module, edits: Sequence[dict[str, Any]], inputs: dict[str, Any], keyword: bool, way: str) -> nn.Module:
-    """Repeat `fold` on a fresh module, for a file's tensors: the graph follows from the model and the inputs' shapes."""
-    module = surgery.rebuild(surgery.clone(module), edits).eval()
-    with ExitStack() as stack:
-        # Loading sets modes that keep tensors on the meta device and leave out initialisation; here the model is traced.
-        for _ in range(torch._C._len_torch_function_stack()):
-            stack.enter_context(torch.overrides._pop_mode_temporarily())
-        _give_zeros(module)
-        named = from_json(inputs)
-        program = capture(module, named if keyword else tuple(named.values()))
-        ways = ways_of(program)
-        if way not in ways:
-            raise ValueError(f"this machine has no {way!r} kernels, which the file was folded with")
-        return Folded(ways[way])
-
-
-def _give_zeros(module: nn.Module) -> None:
-    """Data for tensors on the meta device; what is one tensor stays one."""
-    made: dict[int, torch.Tensor] = {}
-    for child in module.modules():
-        for tensors in (child._parameters, child._buffers):
-            for name, tensor in tensors.items():
-                if tensor is not None and tensor.is_meta:
-                    new = made.setdefault(id(tensor), torch.zeros_like(tensor, device="cpu"))
-                    if tensors is child._parameters and not isinstance(new, nn.Parameter):
-                        new = made[id(tensor)] = nn.Parameter(new, requires_grad=False)
-                    tensors[name] = new
+def note(fused: nn.Module, model: nn.Module, technique: str, distance: float, **settings: Any) -> None:
+    """Write the model's notes on the fused one, and the fusing after them."""
+    for step in surgery.notes(model):
+        where = {key: step[key] for key in ("done", "left", "distance")}
+        surgery.note(fused, step["technique"], **where, **step["settings"])
+    surgery.note(fused, technique, distance=distance, **settings)

@@ -11,7 +11,9 @@ during a graph's first run and rewrites it before its second: from the second ca
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib.util
+import io
 import keyword
 import linecache
 import math
@@ -28,8 +30,10 @@ import torch
 from torch import fx, nn
 
 from quantize import surgery
+from quantize.fusion.edit import is_random
 from quantize.fusion.graph import Program, aten
-from quantize.fusion.nested import Spec, plain
+from quantize.fusion.nested import Spec, duplicate, flatten, numbers, plain, unflatten
+from quantize.fusion.state import settled
 
 
 def available() -> bool:
@@ -45,11 +49,6 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def is_script(model: object) -> bool:
-    """Is this a TorchScript module?"""
-    return hasattr(torch, "jit") and isinstance(model, torch.jit.ScriptModule)
-
-
 def load(path: str) -> nn.Module:
     """`torch.jit.load` on the CPU."""
     with _quiet():
@@ -63,6 +62,8 @@ def plain_frozen(model: nn.Module, example_inputs: Any) -> nn.Module:
 
 
 def _trace(model: nn.Module, example_inputs: Any) -> nn.Module:
+    tensors, spec = flatten(example_inputs, "example_inputs")
+    example_inputs = unflatten(spec, duplicate(tensors))  # a forward may write into them
     by_name = isinstance(example_inputs, Mapping)
     inputs = {"example_kwarg_inputs": dict(example_inputs)} if by_name else {"example_inputs": example_inputs}
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -78,22 +79,56 @@ def without_export(model: nn.Module, example_inputs: Any, *, reason: str) -> nn.
 
     A trace that sees Python decide on a tensor's value is refused with ValueError: it would bake the decision in.
     """
-    copy = surgery.clone(model).eval()
+    twin = settled(surgery.clone(model)).eval()
     with _quiet(), torch.random.fork_rng(devices=[]):
         try:
-            return torch.jit.freeze(torch.jit.script(copy).eval())
+            return Fused.of(torch.jit.freeze(torch.jit.script(twin).eval()))
         except Exception:  # TorchScript is a small language; most models are outside it
             pass
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
-                traced = _trace(copy, example_inputs)
+                traced = _trace(twin, example_inputs)
             except Exception as error:
                 raise ValueError(f"{type(model).__name__} can't be fused: {reason}; tracing it: {_first(error)}") from error
     baked = [str(w.message).split(". This means")[0] for w in caught if issubclass(w.category, torch.jit.TracerWarning)]
     if baked:
         raise ValueError(f"{type(model).__name__} can't be fused: data-dependent control flow ({reason}); {baked[0]}")
-    return traced
+    return Fused.of(traced)
+
+
+class Fused(torch.jit.RecursiveScriptModule):
+    """A ScriptModule whose calls return what the model returns: its dataclass, ModelOutput or named tuple.
+
+    Its file holds none of those classes: `torch.jit.load` gives a dict of tensors, or a tuple, in their place.
+    """
+
+    @classmethod
+    def of(cls, script: torch.jit.ScriptModule, output: Spec | None = None) -> Fused:
+        """Make `script` one of this class, in place. `output`: the form of the model's output."""
+        script.__class__ = cls
+        script.__dict__["_output"] = None if output is None or plain(output) == output else output
+        return script
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        result = super().__call__(*args, **kwargs)
+        output = self.__dict__["_output"]
+        if output is None:
+            return result
+        tensors, _ = flatten(result, "the model's output")
+        places = numbers(plain(output))  # the file gives some in another order
+        return unflatten(output, dict(zip(places, tensors, strict=True)))
+
+    def __deepcopy__(self, memo: dict[int, Any] | None) -> Fused:
+        # torch's own deep copy of a module behind an interface shares its tensors
+        with _quiet():
+            script = torch.jit.load(io.BytesIO(self.save_to_buffer()))
+        new = Fused.of(script, self.__dict__["_output"])
+        new.__dict__["_notes"] = list(self.__dict__.get("_notes", ()))
+        return new
+
+    def __copy__(self) -> Fused:
+        return copy.deepcopy(self)
 
 
 # From graph to source.
@@ -117,7 +152,7 @@ def compile(program: Program) -> nn.Module:
         outer.body = body
         fused = torch.jit.script(outer.eval())
         fused.define(writer.entry())
-    return fused
+    return Fused.of(fused, program.output)
 
 
 def _interface(source: str) -> type:
@@ -154,6 +189,7 @@ class _Writer:
     def __init__(self, program: Program):
         self.program = program
         nodes = list(program.graph.nodes)
+        self.once = bool(program.state) or program.writes_inputs or any(is_random(n) for n in nodes)
         self.prepared = [n for n in nodes if n.meta.get("prepare")]
         self.inner = {n for n in self.prepared if all(u.meta.get("prepare") for u in n.users)}
         self.raw = list(dict.fromkeys(n.target for n in nodes if n.op == "get_attr"))
@@ -164,7 +200,7 @@ class _Writer:
         self.only_prepared = [a for a in self.raw if users[a] and all(u.meta.get("prepare") for u in users[a])]
 
         tensors = {a: getattr(program.module, a) for a in self.raw}
-        self.stored = {a: _narrowest(t) for a, t in tensors.items()}
+        self.stored = {a: t.dtype if a in program.state else _narrowest(t) for a, t in tensors.items()}
         self.dtypes = {a: t.dtype for a, t in tensors.items()}
         self.output = plain(program.output)
         self.arguments = [
@@ -184,8 +220,13 @@ class _Writer:
         return imports + "class Body(torch.nn.Module):\n" + "\n".join(methods)
 
     def entry(self) -> str:
-        """TorchScript measures during the first run of a graph and rewrites it for the second: the first call does both."""
+        """TorchScript measures during the first run of a graph and rewrites it for the second: the first call does both.
+
+        Not where a second run would go on from other state, other inputs or other random numbers.
+        """
         run = f"self.body.forward({', '.join(name for name, _, _ in self.arguments)})"
+        if self.once:
+            return f"{self.head(defaults=True)}\n    return {run}\n"
         return f"{self.head(defaults=True)}\n    if self.body.first():\n        {run}\n    return {run}\n"
 
     def head(self, *, defaults: bool) -> str:
