@@ -278,8 +278,15 @@ def test_models_that_cannot_be_taught_are_refused_by_name():
         def forward(self, x):
             return super().forward(x).argmax(-1)
 
+    wide = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 5))
     with pytest.raises(TypeError, match=r"a tensor of torch.int64 for the student's output"):
         recover(Classes(*net()), Classes(*net()), data(), steps=1)
+    for packed in (quantize.quantize_dynamic(wide), quantize.quantize_weights(wide, bits=4)):
+        with pytest.raises(ValueError, match=r"module '0' \(Int.Linear\) of the student holds int8 weights or others"):
+            recover(packed, wide, data(), steps=1)
+    masked = net()
+    masked.register_buffer("mask", torch.ones(2, 2, dtype=torch.uint8))  # an integer buffer alone is no weight
+    recover(masked, net(), data(), steps=1)
     with pytest.raises(TrainingError, match="nothing to train"):
         recover(net().requires_grad_(False), net(), data(), steps=1)
     pairs = [(x, x[:, 0]) for x in data()]

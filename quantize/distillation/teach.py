@@ -25,6 +25,7 @@ from quantize.distillation.best import Best
 from quantize.distillation.cache import TeacherCache
 from quantize.distillation.objective import Objective
 from quantize.distillation.state import recompute_weights
+from quantize.nn.protocol import CompressedLayer
 from quantize.training import Batches, Recipe, TrainingError, fit, ranks
 
 LEAST_RATE = 2**-6  # times the rates of training from scratch
@@ -200,14 +201,14 @@ def _check_modules(student: nn.Module, teacher: nn.Module) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"{role} must be an nn.Module, got {type(model).__name__}")
     for name, module in student.named_modules():
-        for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
-            if tensor is None:
-                continue
-            if tensor.dtype in (torch.int8, torch.uint8, torch.qint8, torch.quint8) and tensor.ndim == 2:
-                kind = f"module {name!r} ({type(module).__name__}) of the student holds int8 weights"
-                raise ValueError(f"{kind}, which can't be trained: distil or recover before quantizing")
-            if isinstance(tensor, nn.Parameter) and tensor.requires_grad and tensor.dtype in (torch.float16, torch.bfloat16):
-                kind = f"parameter {f'{name}.{key}'.strip('.')!r} of the student is {tensor.dtype}"
+        quantized = type(module).__module__.startswith("torch.ao.nn.quantized")
+        if quantized or (isinstance(module, CompressedLayer) and not module.trainable):
+            kind = f"module {name!r} ({type(module).__name__}) of the student holds int8 weights"
+            raise ValueError(f"{kind} or others that can't be trained: distil or recover before quantizing")
+        for key, parameter in module._parameters.items():
+            coarse = parameter is not None and parameter.dtype in (torch.float16, torch.bfloat16)
+            if coarse and parameter.requires_grad:
+                kind = f"parameter {f'{name}.{key}'.strip('.')!r} of the student is {parameter.dtype}"
                 raise ValueError(f"{kind}, too coarse for small steps: train in float32, then cast")
 
 
