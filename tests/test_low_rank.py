@@ -759,7 +759,7 @@ def test_layers_whose_weight_is_computed_are_left(make):
     model[0] = make(model[0])
     for calibration in (None, data(64)):
         small = factorize_low_rank(model, calibration=calibration)
-        assert list(pairs_in(small)) == ["2"] and "computes it" in quantize.summary(small).left["0"]
+        assert list(pairs_in(small)) == ["2"] and "weight is computed" in quantize.summary(small).left["0"]
 
 
 def test_models_without_gradients_are_factorized():

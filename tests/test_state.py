@@ -141,3 +141,22 @@ def test_statistics_of_a_pass_in_training_mode_are_taken_back():
     with calibration.untouched(norm):
         norm(5 + torch.randn(8, 3))
     assert all(torch.equal(norm.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+def test_gradients_leave_no_history_in_buffers():
+    """A buffer that a forward with gradients writes into is a plain tensor again, so that the model can still be copied."""
+
+    class Running(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 3)
+            self.register_buffer("mean", torch.zeros(3))
+
+        def forward(self, x):
+            self.mean.mul_(0.9).add_(self.layer(x).mean(0))
+            return x + self.mean
+
+    model = Running()
+    with calibration.untouched(model):
+        calibration.call(model, torch.ones(2, 3))
+    assert model.mean.is_leaf and not model.mean.requires_grad and not copy.deepcopy(model).mean.any()

@@ -93,7 +93,7 @@ class _Saved:
         self.done = True
         value, parts = self.value, self.parts
         if isinstance(value, torch.Tensor):
-            _restore_tensor(value, parts)
+            _restore_tensor(value, *parts)
         elif isinstance(value, dict):
             _refill(value, parts)
         elif isinstance(value, torch.Generator):
@@ -120,15 +120,17 @@ def _refill(values: dict[Any, Any], parts: dict[Any, _Saved]) -> None:
         values.update(before)
 
 
-def _of_tensor(tensor: torch.Tensor) -> torch.Tensor | None:
+def _of_tensor(tensor: torch.Tensor) -> tuple[torch.Tensor, bool] | None:
     if tensor.is_meta or tensor.layout != torch.strided or nn.parameter.is_lazy(tensor):
         return None
-    return tensor.detach().clone()
+    return tensor.detach().clone(), tensor.is_leaf
 
 
 @torch.no_grad()
-def _restore_tensor(tensor: torch.Tensor, content: torch.Tensor) -> None:
+def _restore_tensor(tensor: torch.Tensor, content: torch.Tensor, leaf: bool) -> None:
     """Give `tensor` its content back where it changed; its version doesn't tell: BatchNorm's kernels don't count theirs up."""
+    if leaf and not tensor.is_leaf and not tensor._is_view():
+        tensor.detach_()  # something with a gradient was written into it
     if tensor.shape != content.shape:
         tensor.data = content
     elif torch.equal(tensor, content):

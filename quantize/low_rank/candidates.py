@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from quantize import calibration as calibrate
 from quantize import surgery
@@ -16,13 +17,10 @@ from quantize.low_rank import maths
 
 def find_layers(model: nn.Module, skip: surgery.Skip) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """Layers that can be factorized, by name, and the reasons for those that can't. ValueError if there are none."""
-    users: dict[int, list[str]] = {}
     for name, module in model.named_modules():
-        for parameter in module._parameters.values():
-            if nn.parameter.is_lazy(parameter):
-                raise ValueError(f"module {name!r} ({type(module).__name__}) has no shape yet: run the model once")
-            if parameter is not None:
-                users.setdefault(id(parameter), []).append(name)
+        if any(nn.parameter.is_lazy(parameter) for parameter in module._parameters.values()):
+            raise ValueError(f"module {name!r} ({type(module).__name__}) has no shape yet: run the model once")
+    holders = surgery.holders(model)
     inside = {id(m) for owner in model.modules() if isinstance(owner, nn.MultiheadAttention) for m in owner.modules()}
     inside |= {id(m) for owner in model.modules() if isinstance(owner, pairs.Pair) for m in owner.children()}
     out = surgery.skip_filter(model, skip)
@@ -33,7 +31,8 @@ def find_layers(model: nn.Module, skip: surgery.Skip) -> tuple[dict[str, nn.Modu
             if _holds_matrices(name, module):
                 reasons[name] = f"{type(module).__name__} isn't factorized, only linears and convolutions in 2-D are"
             continue
-        obstacle = "skipped by name" if out(name, module) else _obstacle(module, name, users, id(module) in inside)
+        others = [other for other in holders.get(id(module._parameters.get("weight")), ()) if other != name]
+        obstacle = "skipped by name" if out(name, module) else _obstacle(module, others, id(module) in inside)
         if obstacle:
             reasons[name] = obstacle
         else:
@@ -53,19 +52,16 @@ def _holds_matrices(name: str, module: nn.Module) -> bool:
     return any(p is not None and p.ndim > 1 for p in module._parameters.values())
 
 
-def _obstacle(module: nn.Module, name: str, users: Mapping[int, Sequence[str]], inside: bool) -> str | None:
-    weight = module._parameters.get("weight")
+def _obstacle(module: nn.Module, others: Sequence[str], inside: bool) -> str | None:
     if inside:
         return "its owner reads the weight directly"
-    if weight is None:
-        return "its weight isn't a plain parameter: a parametrization or a hook computes it"
-    if not pairs.is_transposed(module) and type(module).forward not in (nn.Linear.forward, nn.Conv2d.forward):
-        return f"{type(module).__name__} computes in its own way"
-    if not weight.is_floating_point():
-        return f"its weight is {weight.dtype}"
+    if parametrize.is_parametrized(module):
+        return "its weight is computed by a parametrization: make it permanent first"
+    general = surgery.obstacle(module)
+    if general is not None:
+        return general
     if isinstance(module, nn.Conv2d) and module.groups > 1:
         return f"a convolution of {module.groups} groups"
-    others = [user for user in users[id(weight)] if user != name]
     if others:
         return f"shares its weight with {others[0]!r}"
     if not maths.candidate_ranks(*pairs.matrix(module).shape, 1):
