@@ -50,9 +50,9 @@ class HubAnswer(ModelOutput):
 class RandomModel(nn.Module):
     """Steps on earlier values; `sources[i]` are the places of the values that step i takes."""
 
-    def __init__(self, ids: bool, output: str) -> None:
+    def __init__(self, ids: bool, output: str, width: int = 6) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(16, 6) if ids else None
+        self.embedding = nn.Embedding(16, width) if ids else None
         self.steps, self.sources, self.output = nn.ModuleList(), [], output
 
     def forward(self, x: torch.Tensor, other: torch.Tensor | None = None, flag: bool = True) -> Any:
@@ -120,10 +120,15 @@ def _tensor(rng: random.Random, shape: tuple[int, ...], layout: str, dtype: torc
     return x.contiguous(memory_format=torch.channels_last) if layout == "channels_last" else x
 
 
-def _inputs(rng: random.Random, odd: bool, dtype: torch.dtype) -> tuple[Callable[[random.Random, int], Any], bool, set[str]]:
+def _inputs(
+    rng: random.Random, odd: bool, dtype: torch.dtype, scale: int
+) -> tuple[Callable[[random.Random, int], Any], bool, set[str]]:
     """How to make inputs, whether they are ids, and their traits."""
     shape = rng.choice([(8,), (5, 8), (5, 8), (4, 6, 6), (4, 6, 8)])
     ids = len(shape) == 2 and rng.random() < 0.3
+    if not ids:
+        wide = 0 if len(shape) == 3 else -1
+        shape = tuple(size * scale if i == wide % len(shape) else size for i, size in enumerate(shape))
     layouts = ["dense", "dense", "transposed", "sliced", "expanded"] + ["channels_last"] * (len(shape) == 3)
     layout = rng.choice(layouts) if odd else "dense"
     form = rng.choice(("tensor", "tuple", "dict", "two", "shared", "flag") if odd else ("tensor", "tuple", "dict"))
@@ -142,7 +147,7 @@ def _inputs(rng: random.Random, odd: bool, dtype: torch.dtype) -> tuple[Callable
     return make, ids, {f"{layout} inputs", f"inputs: {form}"} | ({"ids"} if ids else set())
 
 
-def _step(rng: random.Random, x: torch.Tensor, odd: bool) -> tuple[nn.Module, int, str]:
+def _step(rng: random.Random, x: torch.Tensor, odd: bool, scale: int) -> tuple[nn.Module, int, str]:
     """A step, how many values it takes, and its trait."""
     roll = rng.random()
     if odd and roll < 0.25:
@@ -160,13 +165,16 @@ def _step(rng: random.Random, x: torch.Tensor, odd: bool) -> tuple[nn.Module, in
         return Apply(rng.choice([*ANY, *own, *own])), 1, ""
     if roll < 0.5:
         return Apply(rng.choice(list(BOTH))), 2, ""
-    return layer(rng, x), 1, ""
+    return layer(rng, x, scale), 1, ""
 
 
-def random_model(seed: int, *, odd: bool = False, steps: int = 7) -> Sample:
-    """The model of a seed, in eval mode, with example inputs of batch 4 (or 1) that it can run on."""
+def random_model(seed: int, *, odd: bool = False, steps: int = 7, scale: int = 1) -> Sample:
+    """The model of a seed, in eval mode, with example inputs of batch 4 (or 1) that it can run on.
+
+    scale: widths are that many times larger; at 8 or more they suit techniques that need layers of 32 and up.
+    """
     for attempt in range(20):
-        sample = _attempt(random.Random(f"{seed} {attempt}"), seed, odd, steps)
+        sample = _attempt(random.Random(f"{seed} {attempt}"), seed, odd, steps, scale)
         try:
             for inputs in (sample.fresh(0), sample.inputs):
                 sample.call(copy.deepcopy(sample.model), inputs)
@@ -176,20 +184,27 @@ def random_model(seed: int, *, odd: bool = False, steps: int = 7) -> Sample:
     raise AssertionError(f"no model for seed {seed}")
 
 
-def _attempt(rng: random.Random, seed: int, odd: bool, steps: int) -> Sample:
+def _attempt(rng: random.Random, seed: int, odd: bool, steps: int, scale: int) -> Sample:
     dtype = rng.choice([torch.float32] * 6 + [torch.float64, torch.bfloat16]) if odd else torch.float32
-    make, ids, traits = _inputs(rng, odd, dtype)
+    make, ids, traits = _inputs(rng, odd, dtype, scale)
     output = rng.choice(list(OUTPUTS)) if odd else rng.choice(PLAIN_OUTPUTS)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(rng.randrange(1 << 30))
-        model = RandomModel(ids, output).to(dtype).eval()
-        _grow(rng, model, make(random.Random(0), 4), steps, odd, dtype, traits)
+        model = RandomModel(ids, output, 6 if scale == 1 else 8 * scale).to(dtype).eval()
+        _grow(rng, model, make(random.Random(0), 4), steps, odd, dtype, traits, scale)
     example = make(random.Random(f"{seed} example"), 1 if rng.random() < 0.2 else 4)
     return Sample(model.eval(), example, make, traits | {str(dtype), f"output: {output}"}, seed)
 
 
 def _grow(
-    rng: random.Random, model: RandomModel, inputs: Any, steps: int, odd: bool, dtype: torch.dtype, traits: set[str]
+    rng: random.Random,
+    model: RandomModel,
+    inputs: Any,
+    steps: int,
+    odd: bool,
+    dtype: torch.dtype,
+    traits: set[str],
+    scale: int,
 ) -> None:
     """Append steps that fit, and what they are to `traits`."""
     arguments = inputs if isinstance(inputs, (dict, tuple)) else (inputs,)
@@ -201,7 +216,7 @@ def _grow(
         if len(model.steps) == steps:
             return
         last = len(values) - 1
-        step, count, trait = _step(rng, values[last], odd)
+        step, count, trait = _step(rng, values[last], odd, scale)
         sources = [last] if count == 1 else [last, rng.randrange(len(values))]
         if trait.startswith("input written"):
             sources = [0]

@@ -288,10 +288,10 @@ NORMED: dict[str, Callable[[nn.Module], nn.Module]] = {
 }
 
 
-def layer(rng: random.Random, x: torch.Tensor) -> nn.Module:
-    """A layer with weights that fits x, often."""
+def layer(rng: random.Random, x: torch.Tensor, scale: int = 1) -> nn.Module:
+    """A layer with weights that fits x, often; new widths are multiples of `scale`."""
     channels, width = x.shape[1], x.shape[-1]
-    out = rng.choice((4, 6, 8))
+    out = scale * rng.choice((4, 6, 8))
     any_rank = [
         lambda: nn.Linear(width, out, bias=rng.random() < 0.7),
         lambda: nn.Linear(width, width),
@@ -320,11 +320,15 @@ def layer(rng: random.Random, x: torch.Tensor) -> nn.Module:
             "bias": rng.random() < 0.6,
         }
         mode = rng.choice(("zeros", "zeros", "zeros", "reflect", "circular"))
-        any_rank += [lambda: conv(channels, groups * rng.choice((2, 4)), groups=groups, padding_mode=mode, **settings)] * 4
+
+        def wide(*factors: int) -> int:
+            return groups * max(1, scale // groups) * rng.choice(factors)
+
+        any_rank += [lambda: conv(channels, wide(2, 4), groups=groups, padding_mode=mode, **settings)] * 4
         any_rank += [
             lambda: conv(channels, out, 3, stride=2, padding=1),
             lambda: nn.Sequential(conv(channels, out, 1, bias=False), norms[x.dim()](out), nn.ReLU(inplace=True)),
-            lambda: turned(channels, groups * 2, 2, stride=rng.choice((1, 2)), groups=groups),
+            lambda: turned(channels, wide(2), 2, stride=rng.choice((1, 2)), groups=groups),
             lambda: nn.GroupNorm(2 - channels % 2, channels),
         ]
     if x.dim() == 3:
