@@ -2,9 +2,9 @@
 
     uv run python benchmarks/hostile.py --files 1400
 
-None may run code, kill the process, take over 10 s or 200 MB beyond its own size, or raise anything but CheckpointError. What
-loads is decoded from too, where C++ trusts its sizes. Writes one row per kind to benchmarks/results/hostile.csv; exit code 1
-if anything happened that must not. Needs Linux (/proc) for the memory.
+None may run code, kill the process, take over 10 s of the CPU or 200 MB beyond its own size, or raise anything but
+CheckpointError. What loads is decoded from too, where C++ trusts its sizes. Writes one row per kind to
+benchmarks/results/hostile.csv; exit code 1 if anything happened that must not. Needs Linux (/proc) for the memory.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ RESULTS = Path(__file__).parent / "results" / "hostile.csv"
 SECONDS, MEGABYTES = 10, 200
 
 
-def work(numbers: range, size: int) -> None:
+def work(numbers: range, size: int, home: Path) -> None:
     """Load these files one after the other and print a line for each; whoever reads sees where it stops."""
     sys.path.insert(0, str(ROOT / "tests"))
     import hostile
@@ -35,7 +35,6 @@ def work(numbers: range, size: int) -> None:
 
     hostile.SIZE = size
     torch.set_num_threads(1)
-    home = Path(tempfile.mkdtemp())
     os.chdir(home)
     hostile.use(hostile._models()["plain"])  # compiles what it needs
     for number in numbers:
@@ -44,7 +43,7 @@ def work(numbers: range, size: int) -> None:
         own = sum(file.stat().st_size for file in files)
         print(json.dumps({"number": number, "kind": kind}), flush=True)
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-        before, start, model = peak(), time.perf_counter(), None
+        before, start, model = peak(), time.process_time(), None
         try:
             model = hostile.load(path)
             outcome = "loaded"
@@ -52,7 +51,7 @@ def work(numbers: range, size: int) -> None:
             outcome = "refused"
         except Exception as error:
             outcome = f"raised {type(error).__name__}"
-        seconds, megabytes = time.perf_counter() - start, (peak() - before - own) / 1e6
+        seconds, megabytes = time.process_time() - start, (peak() - before - own) / 1e6
         if model is not None:
             try:
                 hostile.use(model)
@@ -91,7 +90,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if arguments.worker is not None:
-        work(range(arguments.worker, arguments.files), arguments.size)
+        with tempfile.TemporaryDirectory() as home:
+            work(range(arguments.worker, arguments.files), arguments.size, Path(home))
         return
 
     rows = collect(arguments.files, arguments.size)

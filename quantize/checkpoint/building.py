@@ -42,7 +42,7 @@ def build(record: dict[str, Any]) -> nn.Module:
 
 _FILLING = set("zero_ fill_ normal_ uniform_ copy_ zeros_ ones_ constant_ kaiming_uniform_ xavier_uniform_".split())
 _MAKING = {torch.empty, torch.zeros, torch.ones, torch.full, torch.tensor, torch.arange, torch.empty_strided}
-_FREE = 4000  # tensors that may be made whatever the file holds: a student's teacher has more blocks than are in the file
+_FREE = 2000  # tensors that may be made whatever the file holds: a student's teacher has more blocks than are in the file
 
 
 class Bounded(TorchFunctionMode):
