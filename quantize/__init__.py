@@ -13,6 +13,7 @@ from quantize.measure import Measurement, measure
 from quantize.models import MLP, ConvNet, ConvNetConfig, DecoderConfig, DecoderLM, MLPConfig
 from quantize.precision import to_half
 from quantize.pruning import prune_ln_structured
+from quantize.recipe import Given, Half, Int4, Int8, LowRank, Prune, Recipe, Recover, Student
 
 __version__ = "0.1.0"
 
@@ -24,9 +25,18 @@ __all__ = [
     "ConvNetConfig",
     "DecoderConfig",
     "DecoderLM",
+    "Given",
+    "Half",
+    "Int4",
+    "Int8",
     "KVCache",
+    "LowRank",
     "MLPConfig",
     "Measurement",
+    "Prune",
+    "Recipe",
+    "Recover",
+    "Student",
     "distill",
     "factorize_low_rank",
     "fold",
