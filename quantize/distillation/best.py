@@ -16,8 +16,9 @@ SLOWER = 1 / 4  # what is left of the learning rates after training went astray
 class Best:
     """The state of `model` with the least loss so far, the start included; a `training.Judge`.
 
-    Training is astray where the loss is not finite, half as large again as the best one in the first half of the steps, or
-    5% larger after that: a high rate may cost something at first. Then the best state is taken back and the rates fall.
+    Training is astray where the loss is not finite or too much larger than the best one so far: ten times in the first
+    quarter of the steps, half as large again in the second, 5% larger after that. A high rate costs something at first, and so
+    do the running statistics of BatchNorm, which follow the weights late. Then the best state is taken back, and rates fall.
 
     Args:
         loss: the loss on batches held out, of the model as it is; the same on every rank.
@@ -48,12 +49,17 @@ class Best:
         loss = self.losses[done] = self.loss()
         if loss < self.losses[self.step]:
             self._keep(done)
-        allowed = 1.5 if 2 * done < self.steps else 1.05
-        astray = not loss <= allowed * self.losses[self.step]
+        astray = not loss <= self._allowed(done) * self.losses[self.step]
         if astray:
             self._take_back()
             self.scale *= SLOWER
         return astray
+
+    def _allowed(self, done: int) -> float:
+        """How many times the least loss the present one may be."""
+        if 4 * done < self.steps:
+            return 10.0
+        return 1.5 if 2 * done < self.steps else 1.05
 
     def finish(self) -> None:
         """Leave the model in its best state."""
