@@ -573,6 +573,23 @@ def test_layers_that_run_several_times():
     assert isinstance(small[0], LowRankLinear) and small[0] is small[2]
 
 
+def test_a_layer_that_joins_a_stream_at_its_second_call():
+    """Calls of one layer are told apart: the first one's output goes elsewhere, the second one's is added."""
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(64, 64)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.layer(x).relu()
+            return y + self.layer(y)
+
+    model = Twice()
+    assert errors.find_streams(model, data(64)[0], ["layer"]) == set()
+    assert list(pairs_in(factorize_low_rank(model, calibration=data(64)))) == ["layer"]
+
+
 def test_grouping_of_passes_is_only_a_matter_of_precision():
     """Few passes and little memory give a valid model of the same size."""
     model, x = mlp(64, 64, 64, 64), data(64)

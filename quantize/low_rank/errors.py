@@ -52,7 +52,7 @@ class _Enough(BaseException):
     """Ends a forward pass whose remaining layers nobody watches."""
 
 
-@dataclass
+@dataclass(eq=False)
 class _Call:
     name: str
     x: torch.Tensor
