@@ -77,7 +77,7 @@ def quantize_groups_gptq(
 def _grid(groups: Tensor) -> tuple[Tensor, Tensor]:
     """Scale and zero (bfloat16, without the last axis) of a 16-value grid over each group of the last axis."""
     low, high = groups.float().aminmax(dim=-1)
-    scale = ((high - low) / 15).clamp_min(1e-8).bfloat16()
+    scale = ((high - low) / 15).clamp_min(torch.finfo(torch.bfloat16).tiny).bfloat16()
     return scale, (low + 8 * scale.float()).bfloat16()
 
 

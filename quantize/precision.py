@@ -116,6 +116,9 @@ class _Rounding:
         if nn.parameter.is_lazy(parameter):
             self.left[name] = "it has no shape yet: run the model once"
             return False
+        if parameter.is_meta:
+            self.left[name] = "it has no numbers, only shapes: it is on the meta device"
+            return False
         error = _rounding_error(parameter, self.dtype)
         if not error <= MAX_ROUNDING_ERROR:
             self.unfit[name] = f"{name} (would change by {error:.3g} of its norm)"

@@ -173,6 +173,23 @@ class Caching(nn.Module):
         return x, type("SomeCache", (), {})()
 
 
+class Counting(nn.Linear):
+    """Reads and changes something that isn't in the model."""
+
+    calls = 1000
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        Counting.calls += 1
+        return super().forward(x) * Counting.calls
+
+
+@pytest.mark.parametrize("transform", [fuse, fold])
+def test_models_that_read_more_than_themselves_are_refused(transform: Any) -> None:
+    """A global counter in the code is no rounding error, however small a share of it the next step is."""
+    with pytest.raises(ValueError, match="reads something that isn't in the model"):
+        transform(Counting(8, 8).eval(), rand(2, 8))
+
+
 def test_control_flow_on_data_is_refused_or_compiled() -> None:
     """Python deciding on a tensor's value is refused; what TorchScript can compile follows the data."""
     with pytest.raises(ValueError, match=r"Deciding.*data-dependent control flow"):

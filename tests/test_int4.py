@@ -36,6 +36,17 @@ def test_each_weight_is_within_half_a_step():
     assert ((layer.dense_weight() - source.weight).abs() <= 0.6 * step).all()
 
 
+@pytest.mark.parametrize("size", [2.0**-100, 2.0**-30, 2.0**66])
+def test_weights_of_any_size_keep_their_values(size: float):
+    """The grid follows the weights, of which a power of two changes nothing: none vanish, none overflow."""
+    source, x = linear(64, 16, bias=False), randn(3, 64)
+    twin = int4.Int4Linear.from_linear(source, 32)(x)
+    with torch.no_grad():
+        source.weight.mul_(size)
+    scaled = int4.Int4Linear.from_linear(source, 32)(x)
+    helpers.assert_close(scaled / size, twin, dtype=torch.bfloat16)
+
+
 @pytest.mark.parametrize("rows", [1, 3, 8, 9, 40])
 @pytest.mark.parametrize("group_size", int4.GROUP_SIZES)
 def test_layer_multiplies_the_weight_it_stands_for(rows: int, group_size: int):

@@ -183,6 +183,7 @@ def test_input_flags_stay():
         (nn.Linear(2, 2), {"skip": ("missing",)}, ValueError),
         (nn.Linear(2, 2), {"skip": "missing"}, TypeError),
         (quantize.to_half(nn.Linear(2, 2)), {}, ValueError),
+        (nn.Linear(2, 2, device="meta"), {}, ValueError),
     ],
 )
 def test_bad_input(model, arguments, error):

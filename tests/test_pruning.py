@@ -534,6 +534,14 @@ def test_int8_is_refused():
         prune_ln_structured(quantize_dynamic(mlp()), X)
 
 
+def test_integer_buffers_are_no_weights():
+    """A mask that is kept as bytes doesn't make a model one that was quantized."""
+    model, x = mlp(), torch.randn(2, 8)
+    model.register_buffer("mask", torch.ones(8, 8, dtype=torch.uint8))
+    plain, masked = (quantize.prune_ln_structured(m, x, amount=0.5) for m in (mlp(), model))
+    assert torch.equal(masked(x), plain(x))
+
+
 def test_composes_with_low_rank(tmp_path):
     """Low-rank pairs shrink on their outside and keep their rank; pruned models can be factorized; both save and load."""
 

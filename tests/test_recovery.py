@@ -271,6 +271,20 @@ def test_odd_models_are_recovered(name):
         assert torch.equal(weight, vars(again.get_submodule(name))["weight"])
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_changes_nothing(dtype):
+    """Losses, their weights and the maps between widths have the dtypes of what they read."""
+    teacher, student, batches = net(), net(1), data()
+    hidden = {"hidden": {"0": "2"}}
+    expected = distill(student, teacher, batches, steps=3, **hidden)
+    torch.set_default_dtype(dtype)
+    try:
+        result = distill(student, teacher, batches, steps=3, **hidden)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert same(dict(result.state_dict()), dict(expected.state_dict()))
+
+
 def test_models_that_cannot_be_taught_are_refused_by_name():
     """Integer answers, nothing to train, a batch of inputs and labels."""
 
@@ -282,7 +296,9 @@ def test_models_that_cannot_be_taught_are_refused_by_name():
     with pytest.raises(TypeError, match=r"a tensor of torch.int64 for the student's output"):
         recover(Classes(*net()), Classes(*net()), data(), steps=1)
     for packed in (quantize.quantize_dynamic(wide), quantize.quantize_weights(wide, bits=4)):
-        with pytest.raises(ValueError, match=r"module '0' \(Int.Linear\) of the student holds int8 weights or others"):
+        with pytest.raises(
+            ValueError, match=r"module '0' \(Int.Linear\) of the student holds integers, which can't be trained"
+        ):
             recover(packed, wide, data(), steps=1)
     masked = net()
     masked.register_buffer("mask", torch.ones(2, 2, dtype=torch.uint8))  # an integer buffer alone is no weight

@@ -82,7 +82,7 @@ def remoteness(student: Tensor, teacher: Tensor, kind: str, mask: Tensor | None 
 def row_weights(shape: torch.Size, mask: Tensor | None, device: torch.device) -> Tensor:
     """What each row, flattened, counts in a mean over those that `mask` keeps: fp32 [N]."""
     if mask is None:
-        return torch.full((shape.numel(),), 1 / max(1, shape.numel()), device=device)
+        return torch.full((shape.numel(),), 1 / max(1, shape.numel()), dtype=torch.float32, device=device)
     kept = mask.to(device).float().flatten()
     return kept / kept.sum().clamp(min=1)
 

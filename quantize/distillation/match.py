@@ -93,14 +93,14 @@ class Projections(nn.ModuleDict):
         s, t = student.detach().float(), teacher.detach().float()
         gram = s.T @ s
         ridge = 1e-2 * gram.diagonal().mean().clamp(min=1e-12)
-        weight = torch.linalg.solve(gram + ridge * torch.eye(len(gram), device=s.device), s.T @ t)  # [C, D]
-        linear = nn.Linear(s.shape[1], t.shape[1], bias=False, device=s.device)
+        weight = torch.linalg.solve(gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=s.device), s.T @ t)  # [C, D]
+        linear = nn.Linear(s.shape[1], t.shape[1], bias=False, device=s.device, dtype=s.dtype)
         linear.weight.data.copy_(weight.T)
         self[_key(name)] = linear
 
     def project(self, name: str, x: Tensor) -> Tensor:
         key = _key(name)
-        return self[key](x) if key in self else x
+        return self[key](x.float()) if key in self else x
 
 
 def compare_hidden(

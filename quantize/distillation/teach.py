@@ -25,7 +25,7 @@ from quantize.distillation.best import Best
 from quantize.distillation.cache import TeacherCache
 from quantize.distillation.objective import Objective
 from quantize.distillation.state import recompute_weights
-from quantize.nn.protocol import CompressedLayer
+from quantize.nn import holds_integers
 from quantize.training import Batches, Recipe, TrainingError, fit, ranks
 
 LEAST_RATE = 2**-6  # times the rates of training from scratch
@@ -183,7 +183,7 @@ def _over_ranks(value: float, model: nn.Module) -> float:
     _, world = ranks()
     if world == 1:
         return value
-    total = torch.tensor(value, device=next(model.parameters()).device)
+    total = torch.tensor(value, dtype=torch.float64, device=next(model.parameters()).device)
     dist.all_reduce(total)
     return total.item() / world
 
@@ -201,10 +201,9 @@ def _check_modules(student: nn.Module, teacher: nn.Module) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"{role} must be an nn.Module, got {type(model).__name__}")
     for name, module in student.named_modules():
-        quantized = type(module).__module__.startswith("torch.ao.nn.quantized")
-        if quantized or (isinstance(module, CompressedLayer) and not module.trainable):
-            kind = f"module {name!r} ({type(module).__name__}) of the student holds int8 weights"
-            raise ValueError(f"{kind} or others that can't be trained: distil or recover before quantizing")
+        if holds_integers(module):
+            kind = f"module {name!r} ({type(module).__name__}) of the student holds integers"
+            raise ValueError(f"{kind}, which can't be trained: distil or recover before quantizing")
         for key, parameter in module._parameters.items():
             coarse = parameter is not None and parameter.dtype in (torch.float16, torch.bfloat16)
             if coarse and parameter.requires_grad:

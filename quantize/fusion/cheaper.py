@@ -33,7 +33,7 @@ def rms_norms(program: Program) -> None:
         epsilon = torch.finfo(torch.float32).eps if epsilon is None else epsilon
         with program.graph.inserting_before(node):
             norm = _norm(program, x)
-            shift = add_constant(program, norm, "rms_norm_epsilon", torch.full((1,), epsilon))
+            shift = add_constant(program, norm, "rms_norm_epsilon", torch.full((1,), epsilon, dtype=torch.float32))
             mean = _like(program, norm, aten.addcmul.default, shift, norm, norm)
             mean.kwargs = {"value": 1.0 / int(x.meta["val"].shape[-1])}
             y = _like(program, x, aten.mul.Tensor, x, _like(program, norm, aten.rsqrt.default, mean))

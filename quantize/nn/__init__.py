@@ -8,6 +8,7 @@ from quantize.nn.protocol import (
     dense_weight,
     dtype_name,
     dtype_named,
+    holds_integers,
     operands,
 )
 from quantize.nn.reading import WeightReading
@@ -22,6 +23,7 @@ __all__ = [
     "dense_weight",
     "dtype_name",
     "dtype_named",
+    "holds_integers",
     "is_transposed",
     "operands",
     "project_attentions",

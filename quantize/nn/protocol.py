@@ -71,6 +71,17 @@ class CompressedLayer(nn.Module):
         return dense.t().contiguous() if self.transposed else dense
 
 
+def holds_integers(module: nn.Module) -> bool:
+    """Is it a layer whose weight is stored in integers, by this package, by torch or by another one?"""
+    if isinstance(module, CompressedLayer):
+        return not module.trainable
+    origin = type(module).__module__.split(".")
+    if origin[0] == "torch" and "quantized" in origin:
+        return True
+    weight = module._parameters.get("weight", module._buffers.get("weight"))
+    return weight is not None and not (weight.is_floating_point() or weight.is_complex())
+
+
 class PackedLayer(CompressedLayer):
     """A layer that stores integers; for inference.
 

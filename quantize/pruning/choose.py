@@ -15,6 +15,7 @@ from torch import nn
 
 from quantize import surgery
 from quantize.calibration import collect, gradients_if_any, reached
+from quantize.nn import holds_integers
 from quantize.pruning import budget, scores
 from quantize.pruning.cut import owners
 from quantize.pruning.groups import Group
@@ -70,14 +71,8 @@ def refuse_unfit(model: nn.Module) -> None:
         for tensor in [*module._parameters.values(), *module._buffers.values()]:
             if nn.parameter.is_lazy(tensor):
                 raise ValueError(f"module {name!r} ({type(module).__name__}) has no shape yet: run the model once")
-            if (
-                tensor is not None
-                and (tensor.dtype in (torch.int8, torch.uint8, torch.qint8, torch.quint8))
-                and tensor.ndim == 2
-            ):
-                raise ValueError(f"module {name!r} ({type(module).__name__}) holds int8 weights: prune before quantizing")
-        if type(module).__name__ == "Int8Linear" or "quantized" in type(module).__module__.split("."):
-            raise ValueError(f"module {name!r} ({type(module).__name__}) is quantized: prune before quantizing")
+        if holds_integers(module):
+            raise ValueError(f"module {name!r} ({type(module).__name__}) holds integers: prune before quantizing")
 
 
 # Which groups, and how much of each.

@@ -67,7 +67,7 @@ def reconstruction(
     state = []
     for reader in readers:
         moment, weight = reader.seen.second_moment.double(), reader.weight.double()
-        moment = moment + torch.eye(len(moment)) * (ridge * moment.diagonal().mean() + 1e-12)
+        moment = moment + torch.eye(len(moment), dtype=moment.dtype) * (ridge * moment.diagonal().mean() + 1e-12)
         if known:
             weight = root(reader.metric) @ weight * reader.seen.count**0.5  # type: ignore[arg-type]
         else:
