@@ -152,3 +152,28 @@ def test_state_that_a_graph_cannot_carry_is_refused_by_name(kind: str, name: str
     for transform in (quantize.fuse, quantize.fold):
         with pytest.raises(ValueError, match=rf"changes.*({name})"):
             transform(Keeping(kind).eval(), torch.randn(4, 8))
+
+
+def test_what_a_coarse_dtype_would_hide_is_refused() -> None:
+    """In bfloat16 a small part of the answer that comes from the first call is within the tolerance: refused all the same."""
+
+    class Slightly(Keeping):
+        def lazy(self, x: torch.Tensor) -> torch.Tensor:
+            self.cache = x.mean(0) if self.cache is None else self.cache
+            return x + 0.02 * self.cache
+
+    with pytest.raises(ValueError, match="cache and reads it later"):
+        quantize.fuse(Slightly("lazy").bfloat16().eval(), torch.randn(4, 8, dtype=torch.bfloat16))
+
+
+def test_kept_activations_do_not_stand_in_the_way() -> None:
+    """What a forward writes down and never reads is no state: the model is fused without it."""
+
+    class Kept(Keeping):
+        def lazy(self, x: torch.Tensor) -> torch.Tensor:
+            self.cache = self.layer(x)
+            self.calls += 1
+            return torch.relu(self.cache)
+
+    model, x = Kept("lazy").eval(), torch.randn(4, 8)
+    assert difference([quantize.fuse(model, x)(x)], [model(x)]) <= 1e-5

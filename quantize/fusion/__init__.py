@@ -25,7 +25,7 @@ from quantize.fusion.graph import CaptureError, check_inputs
 from quantize.fusion.nested import flatten
 from quantize.fusion.passes import simplify
 from quantize.fusion.planning import Plan, fold, note, plan
-from quantize.fusion.state import answers, refuse_counters
+from quantize.fusion.state import answers, refuse_values
 
 __all__ = ["BACKENDS", "CaptureError", "Contender", "Plan", "compare", "fold", "fuse", "plan"]
 
@@ -98,7 +98,7 @@ def _external(model: nn.Module, example_inputs: Any, backend: str, say: Callable
         raise ValueError(reason)
     say("running the model")
     seen = answers(model, example_inputs)
-    refuse_counters(model, seen)
+    refuse_values(model, seen)
     say("exporting the model to a graph")
     program = capture(model, example_inputs, seen.changed)
     if program.state or program.writes_inputs:

@@ -16,7 +16,7 @@ from quantize.fusion.export import capture
 from quantize.fusion.folded import Folded
 from quantize.fusion.graph import Program, check_inputs
 from quantize.fusion.memory import reuse_memory, separate_outputs
-from quantize.fusion.state import answers, refuse_counters
+from quantize.fusion.state import answers, refuse_values
 
 EXPORTED, SIMPLE, KERNELS, MERGED = "as exported", "simplified", "kernels", "kernels, merged linears"
 
@@ -76,7 +76,7 @@ def plan(
     say = progress or (lambda line: None)
     say("running the model")
     seen = answers(model, example_inputs)
-    refuse_counters(model, seen)
+    refuse_values(model, seen)
     say("exporting the model to a graph")
     program = capture(model, example_inputs, seen.changed)
     say(f"rewriting a graph of {program.operators().total()} operators")

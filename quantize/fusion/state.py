@@ -42,6 +42,7 @@ class Answers:
     calls: list[Call] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)  # names of buffers and attributes
     written: list[str] = field(default_factory=list)  # those that were tensors before the first call
+    read: list[str] = field(default_factory=list)  # the others, if the answers depend on them
     counted: list[str] = field(default_factory=list)  # of plain values that went on changing
 
 
@@ -53,21 +54,47 @@ def answers(model: nn.Module, example_inputs: Any) -> Answers:
     tensors, spec = flatten(example_inputs, "example_inputs")
     with untouched(model):
         try:
-            return _record(model, spec, [tensors, fresh(tensors, 1), fresh(tensors, 2)])
+            found = _record(model, spec, [tensors, fresh(tensors, 1), fresh(tensors, 2)])
         except Exception:  # a model may refuse values in any way it likes
-            pass
+            found = None
+    if found is None:
+        with untouched(model):
+            found = _record(model, spec, [tensors] * 3)
+    others = [name for name in found.changed if name not in found.written]
     with untouched(model):
-        return _record(model, spec, [tensors] * 3)
+        if others and _depends_on_others(model, found):
+            found.read = others
+    return found
 
 
-def refuse_counters(model: nn.Module, seen: Answers) -> None:
-    """Raise ValueError for a model whose forward goes on changing plain values: Python reads them, a graph can't."""
+def _depends_on_others(model: nn.Module, found: Answers) -> bool:
+    """After a call on fresh values, with all tensors put back that can be carried: is the first answer another one?"""
+    first, second = found.calls[:2]
+    kept = []
+    for name, module in model.named_modules():
+        for values in (module._buffers, module.__dict__):
+            for key, value in values.items():
+                if f"{name}.{key}".strip(".") in found.written:
+                    kept.append((values, key, value, value.clone()))
+    one_call(model, found.spec, second.inputs)
+    with torch.no_grad():
+        for values, key, tensor, before in kept:
+            values[key] = tensor.copy_(before)
+    again = one_call(model, found.spec, first.inputs)
+    pairs = zip(again.outputs, first.outputs, strict=True)
+    return not all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs)
+
+
+def refuse_values(model: nn.Module, seen: Answers) -> None:
+    """Raise ValueError for a model that reads what an earlier call left in a plain value, a list, or where nothing was."""
+    kind = type(model).__name__
+    advice = "a fused model carries tensors only: keep it in a buffer"
     if seen.counted:
         names = ", ".join(seen.counted[:3])
-        raise ValueError(
-            f"{type(model).__name__} can't be fused: its forward changes the attribute {names} at every call; a fused model "
-            "carries tensors only: keep it in a buffer"
-        )
+        raise ValueError(f"{kind} can't be fused: its forward changes the attribute {names} at every call; {advice}")
+    if seen.read:
+        names = ", ".join(seen.read[:3])
+        raise ValueError(f"{kind} can't be fused: its forward changes the attribute {names} and reads it later; {advice}")
 
 
 def _record(model: nn.Module, spec: Spec, inputs: list[list[torch.Tensor]]) -> Answers:
