@@ -1,33 +1,77 @@
-"""What the scripts and command lines share: how a mistake is told."""
+"""What the scripts and command lines share: flags, how a mistake is told, exit codes."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
+
+import torch
 
 from quantize.checkpoint import CheckpointError
+from quantize.host import default_threads, keep_allocations
 from quantize.measure import MeasurementError
 
-MOST_THREADS = 1024  # libgomp ends the process where it can't start as many as it was told
+DONE, MISTAKE, STOPPED = 0, 2, 130  # exit codes: all is written; a user's mistake; Ctrl-C
 MISTAKES = (CheckpointError, MeasurementError, ValueError, TypeError, OSError)
+MOST_THREADS = 1024  # libgomp ends the process where it can't start as many as it was told
+AGAIN = "stopped; nothing was half written, run it again"
 
 
 class Parser(argparse.ArgumentParser):
-    """One line on standard error for a mistake, without the usage; no abbreviations of flags."""
+    """Flags with their defaults in the help; a mistake is one line on standard error, without the usage.
+
+    Args:
+        prog: the name of the script, before each line of an error.
+        description: the script's docstring, shown as it stands.
+    """
+
+    def __init__(self, prog: str, description: str | None) -> None:
+        form = argparse.RawDescriptionHelpFormatter
+        super().__init__(prog, description=description, formatter_class=form, allow_abbrev=False)
+
+    def flag(self, name: str, text: str, **options: Any) -> None:
+        """A flag that takes a value, with its default in the help. `options`: of `add_argument`."""
+        self.add_argument(name, help=f"{text} (default: %(default)s)", **options)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+        self.exit(MISTAKE, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
+def main(
+    parser: Parser,
+    argv: Sequence[str] | None,
+    work: Callable[[argparse.Namespace], None],
+    stopped: str = AGAIN,
+) -> int:
+    """Parse the flags, set the threads of `--threads`, and work.
+
+    Args:
+        parser: with the script's flags, `--threads` among them.
+        argv: the arguments; None: those of the process.
+        work: what the script does with its flags.
+        stopped: the line after Ctrl-C, unless `work` says one with its KeyboardInterrupt.
+
+    Returns:
+        The exit code: 0, 2 after a mistake, which is told in one line, 130 after Ctrl-C.
+    """
+
+    def run() -> None:
+        arguments = parser.parse_args(argv)
+        torch.set_num_threads(arguments.threads or default_threads())
+        keep_allocations()
+        work(arguments)
+
+    first_rank = os.environ.get("RANK", "0") == "0"
+    return exit_code(parser.prog, run, stopped, quiet=not first_rank)
 
 
 def count(text: str) -> int:
     """The value of a flag that is an integer of at least 1."""
-    try:
-        value = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an integer") from None
+    value = _integer(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not at least 1")
     return value
@@ -43,13 +87,17 @@ def threads(text: str) -> int:
 
 def seed(text: str) -> int:
     """The value of `--seed`, as `torch.manual_seed` takes it."""
-    try:
-        value = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an integer") from None
+    value = _integer(text)
     if not 0 <= value < 2**63:
         raise argparse.ArgumentTypeError(f"{value} is not in 0 .. 2**63 - 1")
     return value
+
+
+def _integer(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer") from None
 
 
 def path(text: str) -> Path:
@@ -65,7 +113,7 @@ def exit_code(name: str, work: Callable[[], None], stopped: str, quiet: bool = F
     Args:
         name: of the script, before each line.
         work: what it does; may raise SystemExit for a code of its own.
-        stopped: the line after Ctrl-C.
+        stopped: the line after Ctrl-C; a KeyboardInterrupt with a message says that instead.
         quiet: whether another process tells the mistake (the other ranks of `torchrun`).
     """
     try:
@@ -73,13 +121,13 @@ def exit_code(name: str, work: Callable[[], None], stopped: str, quiet: bool = F
     except MISTAKES as error:
         if not quiet:
             print(f"{name}: error: {in_words(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"{name}: {stopped}", file=sys.stderr)
-        return 130
+        return MISTAKE
+    except KeyboardInterrupt as stop:
+        print(f"{name}: {stop if stop.args else stopped}", file=sys.stderr)
+        return STOPPED
     except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
+        return int(stop.code or DONE)
+    return DONE
 
 
 def in_words(error: BaseException) -> str:
@@ -89,12 +137,13 @@ def in_words(error: BaseException) -> str:
         error: what was raised, its message of any length.
 
     Returns:
-        `"artifacts: exists and is not a folder"` instead of `"[Errno 17] File exists: 'artifacts'"`; never an empty line.
+        `"artifacts: exists and is not a folder"` instead of `"[Errno 17] File exists: 'artifacts'"`;
+        never an empty line.
     """
     message = " ".join(str(error).split())
     if isinstance(error, OSError) and error.strerror:
         reason = error.strerror
-        if isinstance(error, (FileExistsError, NotADirectoryError)):  # of mkdir, which takes folders that exist
+        if isinstance(error, (FileExistsError, NotADirectoryError)):  # mkdir takes folders that exist
             reason = "exists and is not a folder"
         places = [str(place) for place in (error.filename, error.filename2) if place is not None]
         message = ": ".join([" -> ".join(places), reason]) if places else reason

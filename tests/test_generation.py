@@ -14,6 +14,7 @@ from torch import nn
 from quantize.checkpoint import save
 from quantize.generation import decode, generate, generate_stream, prefill
 from quantize.generation.sampling import Sampling, distribution, draw
+from quantize.generation.text import Text
 from quantize.kv_cache import KVCache
 from quantize.models import DecoderConfig, DecoderLM
 
@@ -428,6 +429,33 @@ def test_logits_that_are_not_finite():
             generate(model, prompt, max_new_tokens=4, cache=cache, **settings)
     hook.remove()
     assert torch.equal(generate(model, prompt, max_new_tokens=4, cache=cache), expected)
+
+
+# ------------------------------------------------------------------------------------------------- text
+
+
+@pytest.mark.parametrize("text", ["plain", "naïve façade, 日本語 \U0001f600!", "<s>a</s> b"])
+def test_text_comes_out_as_it_went_in(text, tmp_path):
+    """Streamed piece by piece, bytes and the ids of a tokenizer give what decoding all at once gives."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(sorted(alphabet))}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    for reader, expected in ((Text(), text), (Text(tmp_path), tokenizer.decode(tokenizer.encode(text).ids))):
+        printer = reader.printer()
+        pieces = [printer(token) for token in reader.encode(text)]
+        assert "".join(pieces) == expected
+        assert "\N{REPLACEMENT CHARACTER}" not in "".join(pieces)
+
+
+def test_a_folder_without_a_tokenizer_is_named(tmp_path):
+    """No tokenizer.json: ValueError with the folder."""
+    with pytest.raises(ValueError, match=f"{tmp_path} has no tokenizer.json"):
+        Text(tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------- kv_cache.py

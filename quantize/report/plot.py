@@ -1,9 +1,12 @@
-"""The Pareto plot of a report: file size and latency against quality, up and left is better in both panels."""
+"""The charts of reports and scripts, as PNG bytes, in one style.
+
+`pareto_plot` shows file size and latency against quality, up and left is better in both panels.
+"""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from matplotlib.transforms import Bbox
 
 _COLORS = {"baseline": "#222222", "front": "#0a6ebd", "other": "#8a8f98"}
@@ -21,9 +25,8 @@ _OFF_SCALE = 6.0  # a point this many times farther from the best than the media
 
 def pareto_plot(rows: Sequence[dict[str, Any]]) -> bytes:
     """PNG bytes. Rows without a metric are left out; what is far worse than the rest stands on the lower edge."""
-    figure = Figure(figsize=(12, 5.2), layout="constrained")
+    figure, (left, right) = _panels(2, (12, 5.2), sharey=True)
     canvas = FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2, sharey=True)
     shown = [r for r in rows if r["metric"]["value"] is not None]
     metric = shown[0]["metric"] if shown else {"name": "metric", "higher_is_better": True}
     sign = 1 if metric["higher_is_better"] else -1
@@ -39,8 +42,6 @@ def pareto_plot(rows: Sequence[dict[str, Any]]) -> bytes:
             axes.invert_yaxis()  # better is up
         axes.set_xlabel(title)
         axes.ticklabel_format(axis="y", style="plain", useOffset=False)
-        axes.grid(alpha=0.25, linewidth=0.7)
-        axes.spines[["top", "right"]].set_visible(False)
         labels.append(_draw(axes, points, sign, floor, rows[0]["name"]))
     better = "higher" if sign > 0 else "lower"
     left.set_ylabel(f"{metric['name'].replace('_', ' ')}, {better} is better (better is up)")
@@ -48,6 +49,70 @@ def pareto_plot(rows: Sequence[dict[str, Any]]) -> bytes:
     canvas.draw()  # the layout is known from here on, and labels can look for room
     for (axes, _, _), points in zip(panels, labels, strict=True):
         _name(axes, canvas.get_renderer(), points)
+    return _png(figure)
+
+
+def bar_chart(panels: Mapping[str, Mapping[str, float]], label: str) -> bytes:
+    """Bars of values by name, a panel per title; the first bar of each is the baseline.
+
+    Args:
+        panels: title -> name -> value.
+        label: what the values are, with their unit.
+
+    Returns:
+        PNG bytes.
+    """
+    figure, all_axes = _panels(len(panels), (4.5 * len(panels), 3.2))
+    for axes, (title, values) in zip(all_axes, panels.items(), strict=True):
+        colors = [_COLORS["baseline"]] + [_COLORS["front"]] * (len(values) - 1)
+        bars = axes.barh(list(values), list(values.values()), color=colors)
+        axes.bar_label(bars, fmt="%.3g", padding=3)
+        axes.set(title=title, xlabel=label, xlim=(0, 1.2 * max(values.values())))
+        axes.grid(visible=False, axis="y")
+        axes.invert_yaxis()
+    return _png(figure)
+
+
+def line_chart(lines: Mapping[str, Mapping[int, float]], x_label: str, y_label: str) -> bytes:
+    """Lines through points on two logarithmic axes, with plain numbers beside them.
+
+    Args:
+        lines: name -> x -> y, both above 0.
+        x_label: what x is.
+        y_label: what y is, with its unit.
+
+    Returns:
+        PNG bytes.
+    """
+    figure, (axes,) = _panels(1, (8, 5))
+    for name, points in lines.items():
+        axes.plot(list(points), list(points.values()), "o-", label=name)
+    axes.set(xscale="log", yscale="log", xlabel=x_label, ylabel=y_label)
+    places: set[int] = set()
+    for points in lines.values():
+        places.update(points)
+    axes.set_xticks(sorted(places), [str(x) for x in sorted(places)])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=20))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))  # 0.5, not 5 x 10^-1
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.legend(frameon=False)
+    return _png(figure)
+
+
+def _panels(count: int, size: tuple[float, float], **options: Any) -> tuple[Figure, list[Axes]]:
+    """A figure with `count` axes side by side, in the style of all charts."""
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = list(figure.subplots(1, count, squeeze=False, **options)[0])
+    for axes in panels:
+        axes.grid(alpha=0.25, linewidth=0.7)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, panels
+
+
+def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
     return buffer.getvalue()
