@@ -29,12 +29,15 @@ class MyNet(nn.Sequential):
 
 @pytest.mark.slow
 def test_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Both examples, in order, with fewer steps of recovery; the last line of each gives what the text promises."""
+    """All examples, in order, with fewer steps of recovery; the last line of each gives what the text promises."""
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {"MyNet": MyNet}
-    first, second = BLOCKS
-    assert "steps=200" in first
+    first, second, recipe = BLOCKS
+    assert "steps=200" in first and "Recover(200)" in recipe
     exec(first.replace("steps=200", "steps=2"), names)
     assert "speedup" in capsys.readouterr().out and (tmp_path / "small.safetensors").exists()
     exec(second, names)
     assert names["ids"].shape == (1, 19)
+    exec(recipe.replace("Recover(200)", "Recover(2)"), names)
+    assert "recover: " in capsys.readouterr().out
+    assert names["recipe"].name == "pruned+recovered+int8"
