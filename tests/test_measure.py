@@ -431,7 +431,8 @@ def test_command_line_names_a_missing_file(tmp_path):
     """Exit code 2, nothing on standard output, one line on standard error."""
     result = _command(tmp_path / "none.pth")
     assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr == f"error: {tmp_path / 'none.pth'}: no such file\n"
+    reason = f"{tmp_path / 'none.pth'}: no such file"
+    assert result.stderr == f"python -m quantize.measure: error: {reason}\n"
 
 
 @pytest.mark.parametrize(
@@ -453,9 +454,6 @@ def test_mistakes_on_the_command_line(files, tmp_path, capsys, arguments, messag
 
     (tmp_path / "garbage.pth").write_bytes(b"PK\x03\x04 not a checkpoint")
     places = {"FOLDER": str(tmp_path), "FILE": str(files["mlp"]), "GARBAGE": str(tmp_path / "garbage.pth")}
-    try:
-        code = main([places.get(a, a) for a in arguments])
-    except SystemExit as exit:
-        code = exit.code
+    code = main([places.get(a, a) for a in arguments])
     out, err = capsys.readouterr()
     assert code == 2 and out == "" and err.count("\n") == 1 and message in err

@@ -9,7 +9,6 @@ Standard output carries that line and nothing else; what models and libraries pr
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import importlib
 import json
@@ -24,54 +23,56 @@ import numpy as np
 import safetensors.torch
 import torch
 
-from quantize.checkpoint import CheckpointError
 from quantize.host import default_threads
-from quantize.measure import MeasurementError, measure
+from quantize.measure import measure
 from quantize.measure.artifact import finite
 from quantize.measure.child import nursery, serve
-from quantize.script import in_words
+from quantize.script import Parser, exit_code
+
+_PROG = "python -m quantize.measure"
 
 
 def main(argv: Sequence[str] | None = None, *, out: BinaryIO | None = None) -> int:
     """Run the command line; returns its exit code: 0, 2 after a user's mistake, 130 after Ctrl-C."""
-    out = out or sys.stdout.buffer
-    parser = argparse.ArgumentParser(
-        prog="python -m quantize.measure",
-        description="Measure one artifact (a checkpoint or a TorchScript file) in a fresh process; prints one JSON line.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    stream = out or sys.stdout.buffer
+    return exit_code(_PROG, lambda: _run(argv, stream), "stopped")
+
+
+def _flags() -> Parser:
+    parser = Parser(_PROG, __doc__)
+    inputs_help = "example inputs: one array as .npy, or .safetensors named as arguments"
+    model_help = "module:callable that makes a fresh instance of a foreign architecture"
+    baseline_help = "artifact to compare with: timed in turns, each in its own process"
+    evaluate_help = "module:function, called with the loaded model; returns the metric"
     parser.add_argument("file", type=Path, help="artifact to measure")
-    parser.add_argument("--baseline", type=Path, help="artifact to compare with: timed in turns, each in its own process")
-    parser.add_argument("--inputs", type=Path, help="example inputs: one array as .npy, or .safetensors named as arguments")
-    parser.add_argument("--evaluate", help="module:function, called with the loaded model; returns the metric")
-    parser.add_argument("--model", help="module:callable that makes a fresh instance of a foreign architecture")
-    parser.add_argument("--threads", type=int, default=default_threads(), help="torch threads")
-    parser.add_argument("--rounds", type=int, default=7, help="timed bursts")
-    parser.add_argument("--burst-seconds", type=float, default=0.2, help="length of a burst")
-    parser.add_argument("--default-allocator", action="store_true", help="leave malloc as it is")
-    parser.error = lambda message: parser.exit(2, f"error: {message}\n")  # type: ignore[method-assign]  # one line
-    arguments = parser.parse_args(argv)
-    try:
-        options = {
-            "evaluate": _imported(arguments.evaluate),
-            "model": _imported(arguments.model),
-            "threads": arguments.threads,
-            "rounds": arguments.rounds,
-            "burst_seconds": arguments.burst_seconds,
-        }
-        inputs = read_inputs(arguments.inputs) if arguments.inputs else None
-        keep = not arguments.default_allocator
-        result = measure(arguments.file, inputs, baseline=arguments.baseline, keep=keep, **options)
-    except (CheckpointError, MeasurementError, ValueError, TypeError, OSError) as error:
-        print(f"error: {in_words(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
-    line = json.dumps(_strict({**dataclasses.asdict(result), "machine": result.machine()}), allow_nan=False)
-    out.write(line.encode() + b"\n")
+    parser.flag("--baseline", baseline_help, type=Path)
+    parser.flag("--inputs", inputs_help, type=Path)
+    parser.flag("--evaluate", evaluate_help)
+    parser.flag("--model", model_help)
+    parser.flag("--threads", "torch threads", type=int, default=default_threads())
+    parser.flag("--rounds", "timed bursts", type=int, default=7)
+    parser.flag("--burst-seconds", "length of a burst", type=float, default=0.2)
+    allocator_help = "leave malloc as it is"
+    parser.add_argument("--default-allocator", action="store_true", help=allocator_help)
+    return parser
+
+
+def _run(argv: Sequence[str] | None, out: BinaryIO) -> None:
+    arguments = _flags().parse_args(argv)
+    result = measure(
+        arguments.file,
+        read_inputs(arguments.inputs) if arguments.inputs else None,
+        baseline=arguments.baseline,
+        evaluate=_imported(arguments.evaluate),
+        model=_imported(arguments.model),
+        threads=arguments.threads,
+        rounds=arguments.rounds,
+        burst_seconds=arguments.burst_seconds,
+        keep=not arguments.default_allocator,
+    )
+    values = _strict({**dataclasses.asdict(result), "machine": result.machine()})
+    out.write(json.dumps(values, allow_nan=False).encode() + b"\n")
     out.flush()
-    return 0
 
 
 def read_inputs(path: Path) -> Any:
