@@ -26,6 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn
 from rich.progress import Progress as RichProgress
 from torch import Tensor, nn
 
+from quantize.calibration import on_tensors
 from quantize.host import native_bf16
 from quantize.resuming import TrainingError, describe, restore, write_state
 
@@ -332,13 +333,7 @@ def classification_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tenso
 
 
 def _to_device(batch: Any, device: torch.device) -> Any:
-    if isinstance(batch, Tensor):
-        return batch.to(device)
-    if isinstance(batch, dict):
-        return {key: _to_device(value, device) for key, value in batch.items()}
-    if isinstance(batch, list | tuple):
-        return type(batch)(_to_device(value, device) for value in batch)
-    return batch
+    return on_tensors(batch, lambda tensor: tensor.to(device))
 
 
 def _units(batch: Any) -> int:

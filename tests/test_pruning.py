@@ -18,6 +18,7 @@ from torch import nn
 import quantize
 from quantize import ConvNet, ConvNetConfig, DecoderConfig, DecoderLM, generate, load, quantize_dynamic, save, to_half
 from quantize.calibration import InputStatistics
+from quantize.distillation import make_student
 from quantize.low_rank import factorize_low_rank
 from quantize.pruning import prune_ln_structured, scores, summary
 from quantize.pruning.budget import share_out
@@ -718,6 +719,30 @@ def test_models_with_a_cache(name):
         built = type(pruned)(pruned.config)
     shapes = lambda m: {name: p.shape for name, p in m.named_parameters()}  # noqa: E731
     assert shapes(built) == shapes(pruned) != shapes(model)
+
+
+class StepsOfFixedSize(nn.Module):
+    """Keeps a state for generation, as a model of transformers does, of a size that only its config knows."""
+
+    class config:
+        use_cache = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(8, 32), nn.Linear(32, 32), nn.Linear(32, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.first(x).relu()
+        y = y + torch.zeros(32) if self.config.use_cache else y
+        return self.third(self.second(y).relu())
+
+
+@pytest.mark.parametrize("shrink", [prune_ln_structured, lambda m, x: make_student(m, width=0.5, example_inputs=x)])
+def test_a_cache_of_a_fixed_size_keeps_its_channels(shrink):
+    """What only a call with the cache would show is tried too: the pruned model runs in both ways."""
+    result = shrink(seeded(StepsOfFixedSize), X)
+    assert result(X).shape == (len(X), 4)
+    assert (result.first.out_features, result.second.out_features) == (32, 16)
 
 
 def test_composes_with_half():

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import warnings
 from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -283,6 +284,27 @@ def test_the_default_dtype_changes_nothing(dtype):
     finally:
         torch.set_default_dtype(torch.float32)
     assert same(dict(result.state_dict()), dict(expected.state_dict()))
+
+
+class Pair(NamedTuple):
+    a: torch.Tensor
+    b: torch.Tensor
+
+
+def test_inputs_in_named_tuples():
+    """Batches keep their types on the way to a device."""
+    batches = [(Pair(x, x),) for x in data(2)]
+    result = recover(Summing(), Summing(), batches, steps=1)
+    assert run(result, batches[0]).shape == (16, 5)
+
+
+class Summing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = net()
+
+    def forward(self, pair):
+        return self.net(pair.a + pair.b)
 
 
 def test_models_that_cannot_be_taught_are_refused_by_name():

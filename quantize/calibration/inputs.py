@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -45,14 +45,23 @@ def arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 def copied(value: Any, memo: dict[int, torch.Tensor]) -> Any:
     """`value` with every tensor in it (in tuples, lists and mappings) cloned; one that occurs twice stays one tensor."""
+
+    def copy(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in memo:
+            memo[id(tensor)] = tensor.clone()
+        return memo[id(tensor)]
+
+    return on_tensors(value, copy)
+
+
+def on_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """`value` with `change(tensor)` in the place of every tensor in it: in tuples, named ones too, lists and mappings."""
     if isinstance(value, torch.Tensor):
-        if id(value) not in memo:
-            memo[id(value)] = value.clone()
-        return memo[id(value)]
+        return change(value)
     if isinstance(value, Mapping):
-        return {key: copied(part, memo) for key, part in value.items()}
+        return {key: on_tensors(part, change) for key, part in value.items()}
     if isinstance(value, (tuple, list)):
-        parts = [copied(part, memo) for part in value]
+        parts = [on_tensors(part, change) for part in value]
         return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
     return value
 
@@ -102,8 +111,7 @@ def watching(hooks: Sequence[Any], *models: nn.Module) -> Iterator[None]:
 @contextmanager
 def without_cache(*models: nn.Module) -> Iterator[None]:
     """Inside, models of transformers return no keys and values: these serve generation, and no tracer follows them."""
-    configs = [module.__dict__.get("config") for model in models for module in model.modules()]
-    caching = [config for config in configs if getattr(config, "use_cache", None)]
+    caching = [config for model in models for config in _caching(model)]
     kept = [config.use_cache for config in caching]
     for config in caching:
         config.use_cache = False
@@ -112,6 +120,16 @@ def without_cache(*models: nn.Module) -> Iterator[None]:
     finally:
         for config, value in zip(caching, kept, strict=True):
             config.use_cache = value
+
+
+def keeps_cache(model: nn.Module) -> bool:
+    """Is it a model of transformers that returns keys and values unless it is told not to?"""
+    return bool(_caching(model))
+
+
+def _caching(model: nn.Module) -> list[Any]:
+    configs = [module.__dict__.get("config") for module in model.modules()]
+    return [config for config in configs if getattr(config, "use_cache", None)]
 
 
 def output_tensors(output: Any) -> list[torch.Tensor]:

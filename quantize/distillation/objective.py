@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quantize.calibration import call, main_output, output_tensors, relative_error, untouched, watching, without_cache
+from quantize.calibration import (
+    call,
+    main_output,
+    on_tensors,
+    output_tensors,
+    relative_error,
+    untouched,
+    watching,
+    without_cache,
+)
 from quantize.distillation import match
 from quantize.distillation.batches import Batch
 from quantize.distillation.cache import TeacherCache
@@ -204,7 +213,7 @@ class Objective:
         return next((p.device for p in self.student.parameters()), torch.device("cpu"))
 
     def _moved(self, inputs: Any) -> Any:
-        return _moved(inputs, self.device)
+        return on_tensors(inputs, lambda tensor: tensor.to(self.device))
 
     def _check_outputs(self, student: Any, teacher: Any) -> None:
         s, t = self.select(student), self.select(teacher)
@@ -331,14 +340,6 @@ class Objective:
         """Take back what the last pass did to statistics: it is done before its loss is seen to be broken."""
         if self._before:
             self.carried.put(self._before)
-
-
-def _moved(inputs: Any, device: torch.device) -> Any:
-    if isinstance(inputs, Tensor):
-        return inputs.to(device)
-    if isinstance(inputs, Mapping):
-        return {key: _moved(value, device) for key, value in inputs.items()}
-    return type(inputs)(_moved(value, device) for value in inputs) if isinstance(inputs, tuple | list) else inputs
 
 
 def _check_number(

@@ -54,12 +54,12 @@ def make_student(
         expected = _shape(student, example_inputs, "the teacher")
         if depth is not None:
             student, done, left = _shorten(student, depth, example_inputs, expected)
-        if width is not None and width < 1:
-            student = prune_ln_structured(student, example_inputs, amount=1 - width, calibration=calibration, skip=skip)
     for name, module in teacher.named_modules():  # copies of copies that ran without a cache
         config = getattr(module, "config", None)
         if hasattr(config, "use_cache") and name in dict(student.named_modules()):
             student.get_submodule(name).config.use_cache = config.use_cache
+    if width is not None and width < 1:
+        student = prune_ln_structured(student, example_inputs, amount=1 - width, calibration=calibration, skip=skip)
     if depth is not None:
         surgery.note(student, "student", done=done, left=left, depth=depth)
     return student

@@ -15,7 +15,16 @@ import torch
 from torch import nn
 
 from quantize import surgery
-from quantize.calibration import call, check_batches, distance, output_tensors, watching, without_cache
+from quantize.calibration import (
+    call,
+    check_batches,
+    distance,
+    keeps_cache,
+    main_output,
+    output_tensors,
+    watching,
+    without_cache,
+)
 from quantize.pruning.choose import (
     check_amount,
     check_options,
@@ -175,10 +184,18 @@ def _attempt(trace: Trace, model: nn.Module, groups: list[Group], inputs: Any) -
 
 @torch.no_grad()
 def _two_calls(model: nn.Module, inputs: Any) -> list[list[torch.Tensor]]:
-    """The outputs of two calls one after the other, from the model's state, which is as before afterwards."""
+    """The outputs of two calls one after the other, from the model's state, which is as before afterwards.
+
+    Where a model of transformers keeps a cache for generation, also its answer with that: its sizes may come from the config.
+    """
     with watching((), model), without_cache(model):
         torch.manual_seed(0)
-        return [[t.clone() for t in output_tensors(call(model, inputs))] for _ in range(2)]
+        answers = [[t.clone() for t in output_tensors(call(model, inputs))] for _ in range(2)]
+    if not keeps_cache(model):
+        return answers
+    with watching((), model):
+        torch.manual_seed(0)
+        return [*answers, [main_output(call(model, inputs)).clone()]]
 
 
 def _verified(
