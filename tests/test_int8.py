@@ -273,7 +273,7 @@ def test_zoo(name: str):
     assert torch.equal(helpers.run(rebuilt(small, fresh), inputs), actual)
     left = [n for n, m in small.named_modules() if isinstance(m, nn.Linear)]
     assert not left
-    assert all(v == "int8" or "embedding" in v for v in int8.summary(small).values())
+    assert all(v == "int8" or "embedding" in v.lower() for v in int8.summary(small).values())
 
 
 def test_tied_head_and_table_share_one_int8_weight():
