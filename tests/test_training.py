@@ -303,6 +303,7 @@ def test_printer_writes_plain_lines_when_piped():
 CHILD = """
 import sys, torch
 sys.path.insert(0, {tests!r})
+from quantize import training
 from test_training import *
 with training.distributed() as (rank, world):
     if sys.argv[1] == "kill":
