@@ -793,6 +793,16 @@ def test_models_without_gradients_are_factorized():
     assert pairs_in(factorize_low_rank(Ranked(), calibration=data(64)))
 
 
+def test_models_made_in_inference_mode_are_factorized():
+    """They give the factors that the same weights give otherwise."""
+    model, batches = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 8)).eval(), [torch.randn(16, 32)]
+    with torch.inference_mode():
+        twin = copy.deepcopy(model)
+    options = {"ratio": 0.7, "calibration": batches, "only_faster": False}
+    expected, result = (factorize_low_rank(m, **options)(batches[0]) for m in (model, twin))
+    assert torch.equal(result, expected)
+
+
 def test_weights_that_are_not_finite_name_the_layer():
     """NaN in a weight is an error with the layer's name."""
     model = mlp(64, 64, 64)

@@ -535,6 +535,29 @@ def test_int8_is_refused():
         prune_ln_structured(quantize_dynamic(mlp()), X)
 
 
+class FixedFilter(nn.Module):
+    """A product with a buffer in the middle."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 32), nn.Linear(48, 3)
+        self.register_buffer("fixed", torch.randn(48, 32))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(nn.functional.linear(self.first(x).relu(), self.fixed).relu())
+
+
+@pytest.mark.parametrize("score", ["magnitude", "taylor"])
+def test_weights_kept_in_buffers_are_cut_too(score):
+    """A fixed filter is pruned as the weight that it is."""
+    model = seeded(FixedFilter)
+    options = {"calibration": [X], "loss": lambda m, x: m(x).sum()} if score == "taylor" else {}
+    options |= {"score": score, "repair": False}
+    pruned, masked = (prune_ln_structured(model, X, masked=full, **options) for full in (False, True))
+    assert pruned.fixed.shape == (24, 16) and not pruned.fixed.requires_grad
+    assert_close(pruned(X), masked(X))
+
+
 def test_integer_buffers_are_no_weights():
     """A mask that is kept as bytes doesn't make a model one that was quantized."""
     model, x = mlp(), torch.randn(2, 8)

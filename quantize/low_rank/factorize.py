@@ -81,6 +81,8 @@ def factorize_low_rank(
     values = budgets.per_layer(kind, value, layers, model)
     layers = {name: layers[name] for name in values}
     check_weights(layers)
+    if any(tensor.is_inference() for tensor in model.parameters()):
+        model = surgery.clone(model)  # made under inference_mode, it takes no gradients
     if calibration is not None:
         layers, idle = reached(model, calibration, layers)
         skipped.update(idle)

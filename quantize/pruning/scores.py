@@ -23,9 +23,15 @@ def magnitude(model: nn.Module, group: Group, n: float) -> torch.Tensor:
     """Ln norm over all weights that make a unit's channels, [units]."""
     parts = []
     for name, dim in group.outputs:
-        weight = model.get_parameter(name).detach().movedim(dim, 0).double()
+        weight = _weight(model, name).detach().movedim(dim, 0).double()
         parts.append(weight[group.places[name, dim].to(weight.device)].flatten(1))
     return torch.linalg.vector_norm(torch.cat(parts, 1), n, dim=1)
+
+
+def _weight(model: nn.Module, name: str) -> torch.Tensor:
+    """A parameter, or a buffer that is used as a weight (a fixed filter)."""
+    place, _, key = name.rpartition(".")
+    return getattr(model.get_submodule(place), key)
 
 
 @dataclass
@@ -120,7 +126,8 @@ def taylor(
 ) -> list[torch.Tensor]:
     """Squared first-order change of the loss when a unit goes (Molchanov et al., arXiv 1906.10771), [units] per group."""
     totals = [torch.zeros(g.units, dtype=torch.float64) for g in groups]
-    weights = {name: model.get_parameter(name) for g in groups for name, _ in g.outputs}
+    weights = {name: _weight(model, name) for g in groups for name, _ in g.outputs}
+    trained = {name: weight.requires_grad for name, weight in weights.items()}
     for weight in weights.values():
         weight.requires_grad_(True)
     for batch in batches:
@@ -138,4 +145,6 @@ def taylor(
                     moved = (weights[name] * gradient).detach().movedim(dim, 0).double()
                     change += moved[group.places[name, dim]].flatten(1).sum(1)
             total += change**2
+    for name, weight in weights.items():
+        weight.requires_grad_(trained[name])
     return totals
