@@ -24,7 +24,7 @@ def fisher_loss(output: Any, *, categories: bool, generator: torch.Generator) ->
     """
     logits = main_output(output).float()
     if not categories:
-        noise = torch.randn(logits.shape, generator=generator).to(logits.device)
+        noise = torch.randn(logits.shape, generator=generator, dtype=torch.float32).to(logits.device)
         return (logits * noise).sum()
     logits = logits.reshape(-1, logits.shape[-1])
     labels = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0].to(logits.device)

@@ -86,7 +86,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     with opened(path) as file:
         record, places = read_header(file, Path(path).suffix)
         notes = _notes(record)
-        empty = build(record) if model is None else without_data(model)
+        empty = build(record) if model is None else without_data(surgery.uncompiled(model))
         odd = contradictions(empty, record)
         with torch.device("meta"), Bounded(allowed_tensors(record, edits=len(record["structure"]))):
             empty = surgery.rebuild(empty, record["structure"])

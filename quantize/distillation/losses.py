@@ -47,7 +47,7 @@ def soft_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0, mask: Te
     0 and 1. T^2 keeps the gradient's size when T grows (Hinton et al., arXiv 1503.02531).
     """
     weight = row_weights(student.shape[:-1], mask, student.device)
-    s, t = (x.float().flatten(0, -2) / temperature for x in (student, teacher.detach()))
+    s, t = (rows_of(x.float()) / temperature for x in (student, teacher.detach()))
     return _SoftKL.apply(s, t, weight) * temperature**2
 
 
@@ -63,7 +63,7 @@ def remoteness(student: Tensor, teacher: Tensor, kind: str, mask: Tensor | None 
         mask: rows that count, [...] of 0 and 1.
     """
     weight = row_weights(student.shape[:-1], mask, student.device)
-    s, t = student.detach().float().flatten(0, -2), teacher.detach().float().flatten(0, -2)
+    s, t = rows_of(student.detach().float()), rows_of(teacher.detach().float())
     kept = None if mask is None else mask.flatten()
     if kind == "logits":
         t = t.log_softmax(-1)
@@ -77,6 +77,11 @@ def remoteness(student: Tensor, teacher: Tensor, kind: str, mask: Tensor | None 
     if scale == 0:
         return 0.0 if distance == 0 else math.inf
     return (distance / scale).item()
+
+
+def rows_of(outputs: Tensor) -> Tensor:
+    """Outputs [..., V] as rows [N, V]; a vector is one row, a number a row of one."""
+    return outputs.reshape(-1, outputs.shape[-1] if outputs.ndim else 1)
 
 
 def row_weights(shape: torch.Size, mask: Tensor | None, device: torch.device) -> Tensor:
@@ -116,7 +121,7 @@ def hidden_loss(student: Tensor, teacher: Tensor, kind: str, mask: Tensor | None
     "mse": squared distance over the teacher's squared length (Romero et al., arXiv 1412.6550; made free of scale, so that one
     weight suits every layer). "cosine": 1 - cosine, row by row (Sanh et al., arXiv 1910.01108).
     """
-    s, t = student.float().flatten(0, -2), teacher.detach().float().flatten(0, -2)
+    s, t = rows_of(student.float()), rows_of(teacher.detach().float())
     weight = row_weights(student.shape[:-1], mask, student.device)
     if kind == "cosine":
         return (1 - F.cosine_similarity(s, t, dim=-1)).clamp(min=0) @ weight

@@ -48,6 +48,7 @@ def make_student(
         raise ValueError("give depth (blocks that stay), width (fraction of channels that stay), or both")
     _check(depth, width)
     student = surgery.clone(teacher).eval()
+    surgery.check_initialised(student)
     done: dict[str, str] = {}
     left: dict[str, str] = {}
     with without_cache(student):

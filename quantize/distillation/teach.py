@@ -112,7 +112,7 @@ def distill(
     )  # fmt: skip
     best = Best(objective.trained, lambda: _over_ranks(objective.held_out(numbered.held), copy), steps, numbered.about)
     devices = {p.device for p in copy.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=list(devices)), objective.attached():
+    with torch.random.fork_rng(devices=list(devices)), torch.enable_grad(), objective.attached():
         first = numbered(0)
         far = _over_ranks(objective.prepare(first), copy)
         fit_options["bf16"], not_bf16 = objective.precision(first, fit_options.get("bf16"))
@@ -143,6 +143,7 @@ def _finished(model: nn.Module) -> nn.Module:
     for parameter in model.parameters():
         parameter.grad = None
     model.eval()
+    surgery.round_stored(model)
     recompute_weights(model)
     return model
 
@@ -200,6 +201,9 @@ def _check_modules(student: nn.Module, teacher: nn.Module) -> None:
     for role, model in (("student", student), ("teacher", teacher)):
         if not isinstance(model, nn.Module):
             raise TypeError(f"{role} must be an nn.Module, got {type(model).__name__}")
+        surgery.check_initialised(model)
+        if any(parameter.is_meta for parameter in model.parameters()):
+            raise ValueError(f"the {role} ({type(model).__name__}) has no numbers, only shapes: it is on the meta device")
     for name, module in student.named_modules():
         if holds_integers(module):
             kind = f"module {name!r} ({type(module).__name__}) of the student holds integers"

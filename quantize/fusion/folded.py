@@ -91,8 +91,10 @@ class Folded(nn.Module):
                 raise ValueError(f"sizes must be so that {condition}, as when the model was folded; got {[*map(list, shapes)]}")
         return tensors
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_ready": None}
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "a folded model can't be pickled: pickle the model itself and fold it again, or quantize.fuse gives a file"
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Folded:
         new = self.__class__.__new__(self.__class__)

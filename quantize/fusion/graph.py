@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from quantize import surgery
 from quantize.fusion.nested import Spec, flatten
 
 aten = torch.ops.aten
@@ -70,6 +71,7 @@ def check_inputs(model: nn.Module, example_inputs: Any) -> None:
         if module.training:
             where = f"module {name!r} ({type(module).__name__})" if name else f"model ({type(module).__name__})"
             raise ValueError(f"{where} is in training mode; fusing needs eval mode: call model.eval() first")
+    surgery.check_initialised(model)
     tensors, _ = flatten(example_inputs, "example_inputs")
     if not tensors:
         raise ValueError("example_inputs has no tensor in it")

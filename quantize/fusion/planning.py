@@ -14,7 +14,7 @@ from quantize.fusion import kernels, passes, torchscript
 from quantize.fusion.equality import Checker, race
 from quantize.fusion.export import capture
 from quantize.fusion.folded import Folded
-from quantize.fusion.graph import Program, check_inputs
+from quantize.fusion.graph import CaptureError, Program, check_inputs
 from quantize.fusion.memory import reuse_memory, separate_outputs
 from quantize.fusion.state import answers, refuse_values
 
@@ -116,10 +116,14 @@ def fold(model: nn.Module, example_inputs: Any, *, progress: Callable[[str], Non
     """Our own passes only: an ordinary module, called like the model and returning what it returns, with fewer operators.
 
     Arguments and what is raised: as for `quantize.fuse`, and ValueError for a model that `torch.export` can't follow. The
-    result can be copied and pickled; for a file that others can load, `quantize.fuse` the model.
+    result can be copied, but not pickled or saved; for a file, `quantize.fuse` the model.
     """
     check_inputs(model, example_inputs)
-    made = plan(model, example_inputs, build=Folded, progress=progress)
+    try:
+        made = plan(model, example_inputs, build=Folded, progress=progress)
+    except CaptureError as error:
+        answers(model, example_inputs)  # a model that doesn't run at all says so itself
+        raise CaptureError(f"{type(model).__name__} can't be folded: {error}") from error
     note(made.fused, model, "fold", made.distance, way=made.way)
     return made.fused
 

@@ -58,8 +58,12 @@ def answers(model: nn.Module, example_inputs: Any) -> Answers:
         except Exception:  # a model may refuse values in any way it likes
             found = None
     if found is None:
-        with untouched(model):
-            found = _record(model, spec, [tensors] * 3)
+        try:
+            with untouched(model):
+                found = _record(model, spec, [tensors] * 3)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{type(model).__name__} doesn't run on example_inputs: {reason}") from error
     others = [name for name in found.changed if name not in found.written]
     with untouched(model):
         if others and _depends_on_others(model, found):

@@ -118,6 +118,7 @@ def factorize_low_rank(
     else:
         ranks = {name: ranks.get(name) for name in values}  # also layers of which no pair is fast enough
         result = _fit(model, result, calibration, ranks, moments, loss, max_passes, split, skipped, say)
+    surgery.round_stored(result)
     write_down(result, model, skipped, calibration, warn=not isinstance(value, Mapping))
     return result
 
@@ -243,9 +244,10 @@ def _fit_layer(
         bias = bias if seen.error_mean is None else bias + seen.error_mean
     if rank is not None:
         return surgery.replace(result, {layer: pairs.pair(layer, first, second, bias, split=split)})
-    layer.weight.copy_(product.T if pairs.is_transposed(layer) else product.reshape(layer.weight.shape))
+    stored = layer._parameters  # a 16-bit layer's weight reads in another dtype
+    stored["weight"].copy_(product.T if pairs.is_transposed(layer) else product.reshape(layer.weight.shape))
     if bias is not None:
-        layer.bias.copy_(bias)
+        stored["bias"].copy_(bias)
     return result
 
 

@@ -71,6 +71,8 @@ def refuse_unfit(model: nn.Module) -> None:
         for tensor in [*module._parameters.values(), *module._buffers.values()]:
             if nn.parameter.is_lazy(tensor):
                 raise ValueError(f"module {name!r} ({type(module).__name__}) has no shape yet: run the model once")
+        if isinstance(module, torch.fx.GraphModule):
+            raise ValueError(f"module {name!r} of {type(model).__name__} is a graph: prune the model that it was made of")
         if holds_integers(module):
             raise ValueError(f"module {name!r} ({type(module).__name__}) holds integers: prune before quantizing")
 
@@ -153,6 +155,22 @@ def refuse_infinite(model: nn.Module, groups: Iterable[Group]) -> None:
             value = getattr(tensor, name.rpartition(".")[2])
             if value.is_floating_point() and not torch.isfinite(value).all():
                 raise ValueError(f"layer {place!r} has weights that are not finite")
+
+
+def savable(model: nn.Module, groups: list[Group], left: dict[str, str]) -> list[Group]:
+    """The groups without those that go through a buffer that no file holds: it would come back at its old size."""
+    unsaved = set()
+    for place, module in model.named_modules():
+        unsaved.update(f"{place}.{key}".strip(".") for key in module._non_persistent_buffers_set)
+    kept = []
+    for group in groups:
+        through = sorted({name for name, _ in group.places} & unsaved)
+        if through:
+            why = f"its channels go through the buffer {through[0]!r}, which no file holds"
+            left.update(dict.fromkeys(layers_of(model, group), why))
+        else:
+            kept.append(group)
+    return kept
 
 
 def find_readers(model: nn.Module, groups: list[Group], calibration: Iterable[Any], left: dict[str, str]) -> list[Group]:

@@ -72,8 +72,8 @@ def cut(model: nn.Module, kept: dict[Key, torch.Tensor], edits: dict[str, dict[s
         surgery.resize(places[place], tensors=new, attributes=sizes)
         parent, _, local = place.rpartition(".")
         pair = model.get_submodule(parent)
-        if type(pair).__name__.startswith("LowRank"):  # notes the widths of its two layers
-            side = {"first": "in_", "second": "out_"}[local]
+        side = {"first": "in_", "second": "out_"}.get(local)
+        if side is not None and hasattr(pair, "dense_weight"):  # a low-rank pair notes the widths of its two layers
             surgery.resize(pair, tensors={}, attributes={k: v for k, v in sizes.items() if k.startswith(side)})
     for place, attributes in edits.items():
         surgery.resize(model.get_submodule(place), tensors={}, attributes=attributes)

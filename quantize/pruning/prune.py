@@ -35,6 +35,7 @@ from quantize.pruning.choose import (
     refuse_infinite,
     refuse_unfit,
     remove,
+    savable,
 )
 from quantize.pruning.config import follow_config
 from quantize.pruning.cut import cut, kept_indices, mask, owners, same_outputs, stale_attributes
@@ -139,6 +140,7 @@ def prune_ln_structured(
     trace = Trace(export(surgery.clone(work), example_inputs), work)
     groups, stuck = find_groups(trace.labels)
     wanted, left = choose(work, groups, stuck, amounts, skip)
+    wanted = savable(work, wanted, left)
     refuse_infinite(work, wanted)
     if calibration is not None:
         wanted = find_readers(work, wanted, calibration, left)
@@ -155,6 +157,7 @@ def prune_ln_structured(
         repair_layers(work, small, repair_steps(trace, work, kept), calibration, say)
     follow_config(small, _sizes(trace, wanted, kept), lambda: _two_calls(small, example_inputs))
     result = mask(trace, work, small, kept) if masked else small
+    surgery.round_stored(result)
     _write_down(result, small, work, trace, wanted, left, example_inputs)
     return result
 

@@ -29,9 +29,11 @@ def magnitude(model: nn.Module, group: Group, n: float) -> torch.Tensor:
 
 
 def _weight(model: nn.Module, name: str) -> torch.Tensor:
-    """A parameter, or a buffer that is used as a weight (a fixed filter)."""
+    """A parameter as it is stored, or a buffer that is used as a weight (a fixed filter)."""
     place, _, key = name.rpartition(".")
-    return getattr(model.get_submodule(place), key)
+    module = model.get_submodule(place)
+    parameter = module._parameters.get(key)  # a 16-bit layer's weight reads in another dtype
+    return getattr(module, key) if parameter is None else parameter
 
 
 @dataclass

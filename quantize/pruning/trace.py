@@ -143,9 +143,12 @@ class Trace:
         why = f"{name} in module {self.place(node)!r}"
         rule = RULES.get(base)
         operands = self.tensors((node.args, node.kwargs))
-        if rule is not None and (base in SEES_WEIGHTS or any(v.labels is not None or v.source for v in operands)):
+        sizes = [*shape, *(size for value in operands for size in value.shape)]
+        decided = any(isinstance(size, torch.SymInt) for size in sizes)  # by the data: which rows go to an expert, say
+        concerned = base in SEES_WEIGHTS or any(v.labels is not None or v.source for v in operands)
+        if rule is not None and concerned and not decided:
             return rule(self, node, shape if shapes is None else shapes, why)
-        if torch.Tag.pointwise in getattr(node.target, "tags", ()) or base in POINTWISE:
+        if not decided and (torch.Tag.pointwise in getattr(node.target, "tags", ()) or base in POINTWISE):
             result = self.labels.elementwise(operands, shape, f"{why} mixes it with data that can't shrink")
             return result if shapes is None else [result, *[Value(s) for s in shapes[1:]]]
         for value in operands:

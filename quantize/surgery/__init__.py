@@ -5,7 +5,18 @@ what a person wants to know (the notes: what was done, what was left, and why), 
 its own tensors.
 """
 
-from quantize.surgery.candidates import Facts, check_finite, facts, holders, is_transposed, obstacle, stays_float, take_place
+from quantize.surgery.candidates import (
+    Facts,
+    check_finite,
+    check_initialised,
+    facts,
+    holders,
+    is_transposed,
+    obstacle,
+    round_stored,
+    stays_float,
+    take_place,
+)
 from quantize.surgery.edit import (
     Skip,
     clone,
@@ -30,6 +41,7 @@ __all__ = [
     "builder",
     "check_count",
     "check_finite",
+    "check_initialised",
     "clone",
     "contradiction",
     "deepcopy",
@@ -45,6 +57,7 @@ __all__ = [
     "replace",
     "resize",
     "resized",
+    "round_stored",
     "select",
     "skip_filter",
     "stays_float",

@@ -21,6 +21,9 @@ _HOOKS = (
     "_forward_hooks_with_kwargs",
     "_forward_pre_hooks_with_kwargs",
     "_forward_hooks_always_called",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
 )
 _PLAIN = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -119,11 +122,29 @@ def check_finite(name: str, module: nn.Module) -> None:
             raise ValueError(f"layer {name!r} has a {kind} that is not finite: NaN or Inf can't be quantized")
 
 
+def check_initialised(model: nn.Module) -> None:
+    """Raise ValueError naming a module whose parameters have no shape yet."""
+    for name, module in model.named_modules():
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None and nn.parameter.is_lazy(tensor):
+                raise ValueError(f"module {name!r} ({type(module).__name__}) has no shape yet: run the model once")
+
+
 def take_place(old: nn.Module, new: nn.Module) -> None:
-    """Give `new` what stays of `old` when it takes its place: the training flag and the forward hooks."""
+    """Give `new` what stays of `old` when it takes its place: the training flag and the hooks."""
     new.train(old.training)
     for kind in _HOOKS:
         setattr(new, kind, getattr(old, kind))
+
+
+@torch.no_grad()
+def round_stored(model: nn.Module) -> None:
+    """Round again what a file holds in 16 bits, after a step that changed it: a model in memory is as its file says."""
+    for module in model.modules():
+        dtype, names = module.__dict__.get("_half", (None, ()))
+        for parameter in (module._parameters[name] for name in names):
+            if parameter is not None and parameter.dtype != dtype:
+                parameter.data = parameter.data.to(dtype).to(parameter.dtype)
 
 
 def stays_float(model: nn.Module) -> dict[str, int]:
@@ -134,6 +155,8 @@ def stays_float(model: nn.Module) -> dict[str, int]:
         half = module.__dict__.get("_half", (None, ()))
         for key, parameter in module._parameters.items():
             if parameter is None or id(parameter) in seen or not parameter.is_floating_point():
+                continue
+            if nn.parameter.is_lazy(parameter):
                 continue
             seen.add(id(parameter))
             each = 2 if key in half[1] else parameter.element_size()

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from quantize.surgery.candidates import take_place
 from quantize.surgery.folder import guard_folders
 from quantize.surgery.record import BUILDERS, builder, check_count, edits_of, join, record
 from quantize.surgery.sizes import widths
@@ -173,6 +174,7 @@ def _built(name: str, module: nn.Module, builder_name: str, arguments: Mapping[s
     except (TypeError, ValueError, AttributeError, KeyError, RuntimeError) as error:
         raise ValueError(f"module {name!r} can't become {builder_name}: {str(error)[:300]}") from error
     if new is not module:
+        take_place(module, new)
         for key, size in widths(new).items():
             if sizes.get(key, size) != size:
                 raise ValueError(f"module {name!r} can't become {builder_name}: {key} is {sizes[key]}, the edit says {size}")

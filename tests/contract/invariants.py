@@ -55,8 +55,9 @@ def frozen(value: Any) -> Any:
 def _bits(tensor: torch.Tensor) -> Bits:
     if nn.parameter.is_lazy(tensor):
         return Bits(tensor, ("lazy", tensor.requires_grad), b"", None)
-    plain = tensor.detach().cpu().contiguous().reshape(-1)
-    about = (type(tensor), tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.requires_grad, str(tensor.device))
+    dense = tensor if tensor.layout == torch.strided else tensor.detach().to_dense()  # a kernel's own layout
+    plain = dense.detach().cpu().contiguous().reshape(-1)
+    about = (type(tensor), tensor.dtype, tuple(tensor.shape), dense.stride(), tensor.requires_grad, str(tensor.device))
     content = plain.view(torch.uint8).numpy().tobytes() if plain.numel() else b""
     gradient = frozen(tensor.grad) if tensor.is_leaf else None
     return Bits(tensor, about, content, gradient)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from contract.broken import BROKEN as BROKEN
 from contract.broken import BROKEN_PAIRS as BROKEN_PAIRS
-from contract.broken import NOT_NOTED as NOT_NOTED
 
 HALF = ("half fp16", "half bf16")
 INT8 = ("int8", "int8 smooth")
@@ -28,21 +27,59 @@ COMPUTED = (
     "parametrized orthogonal",
 )
 
+EVERY = (*HALF, *INT8, *INT4, *LOW_RANK, *PRUNING, "recovered", *FUSION)
+
 REFUSALS: tuple[tuple[tuple[str, ...], tuple[str, ...], str], ...] = (
-    ((*HALF, *INT8, *INT4, *LOW_RANK, *PRUNING, "recovered", *FUSION), ("uncopyable",), "can't be copied"),
-    ((*INT8, *INT4, *LOW_RANK), ("lazy",), "run the model once"),
+    (EVERY, ("uncopyable",), "can't be copied"),
+    (EVERY, ("lazy",), "run the model once"),
     (FUSION, ("training", "partly training"), "is in training mode"),
-    (("folded",), ("changes buffer", "running mean"), "its forward changes"),
+    (FUSION, ("counts calls", "lists calls", "counting hook"), "its forward changes the attribute"),
+    (FUSION, ("keeps activation",), "its forward assigns to last"),
     (("folded", *PRUNING), ("data dependent",), "data-dependent"),
     (PRUNING, ("bare linear",), "it is an output of the model"),
-    (PRUNING, ("lstm", "gru", "merging lora", "mamba"), "can be pruned"),
+    (PRUNING, ("lstm", "gru", "merging lora", "mamba", "experts"), "can be pruned"),
+    (("low rank calibrated",), ("compiled in place",), "calibration never reaches"),
     (INT4, ("group norm",), "no multiple of group_size"),
     (("recovered",), ("float16", "bfloat16"), "too coarse for small steps"),
 )
 
 REFUSED = {
     transform: {model: part for transforms, models, part in REFUSALS if transform in transforms for model in models}
-    for transform in (*HALF, *INT8, *INT4, *LOW_RANK, *PRUNING, "recovered", *FUSION)
+    for transform in EVERY
 }
 
-REFUSED_PAIRS: dict[tuple[str, str], dict[str, str]] = {}
+# Orders in which two transforms are not applied, whatever the model, and a part of the message.
+PACKED = ("int8", "int8 smooth", "int4 calibrated")
+REFUSED_ORDERS: tuple[tuple[tuple[str, ...], tuple[str, ...], str], ...] = (
+    (HALF, HALF, "stored in 16 bits already"),
+    (("half bf16",), ("recovered",), "too coarse for small steps"),
+    (PACKED, ("pruned calibrated", "student"), "holds integers: prune before quantizing"),
+    (PACKED, ("recovered",), "holds integers, which can't be trained"),
+    (("fused",), (*EVERY,), "TorchScript module"),
+    (("folded",), ("pruned calibrated", "student"), "is a graph: prune the model that it was made of"),
+    (("folded",), ("recovered",), "no parameter that requires a gradient"),
+    (("folded",), (*HALF, *INT8, *INT4, *LOW_RANK), "Folded has no"),
+)
+
+
+# Orders in which nothing is left to do on these models.
+NOTHING_LEFT: tuple[tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...], str], ...] = (
+    (PACKED, HALF, ("mlp",), "no floating-point parameter"),
+    (PACKED, INT8, ("mlp", "conv net"), "no linear layer left to quantize"),
+    (PACKED, ("int8",), ("decoder",), "no linear layer left to quantize"),
+    (("int8 smooth",), ("int8 smooth",), ("decoder",), "no linear layer left to quantize"),
+    (PACKED, ("int4 calibrated",), ("mlp", "decoder", "conv net"), "no linear layer to store in 4 bits"),
+    (PACKED, ("low rank calibrated",), ("mlp", "decoder"), "no layer to factorize"),
+    (("folded",), FUSION, ("conv net",), "Folded can't be f"),
+)
+
+
+def refused_pair(before: str, after: str, model: str) -> str:
+    """What the message says where this order is refused, "" where it works."""
+    for first, second, part in REFUSED_ORDERS:
+        if before in first and after in second:
+            return part
+    for first, second, models, part in NOTHING_LEFT:
+        if before in first and after in second and model in models:
+            return part
+    return ""

@@ -3,6 +3,9 @@
 What is promised is in `invariants.py`; the models are in `models.py`, the transforms in `transforms.py`, and the cells that
 are refused in `known.py`. A transform is what passes here.
 
+Every suite runs the transforms that differ most on all odd models, and all transforms on the models of `OFTEN`; the slow tests
+add others' architectures. `CONTRACT=whole uv run pytest tests/contract` runs all 1400 cells, in about six minutes of one core.
+
 The policy, in plain words:
 
 - The model that goes in comes out as it was: parameters, buffers, plain attributes, counters, training flags, hooks,
@@ -11,9 +14,9 @@ The policy, in plain words:
 - The result is a new model that shares no memory with the old one. It starts from the old one's state: its first call
   answers as the old one's first call would, its second call as the second.
 - It is called like the old model and answers in the same containers, shapes and dtypes, whatever dtype its weights have.
-- Every module that is still there is in the mode (training or eval) that it was in, and what replaces a module is in that
-  module's mode. Work on the way is done in eval mode. `fuse` and `fold` refuse a model in training mode; `distill`,
-  `recover` and `load` give eval mode.
+- What only replaces layers (half, int8, int4) leaves every module in the mode (training or eval) that it was in, and what
+  replaces a module is in that module's mode. What runs the model (pruned, low rank, student, distilled, recovered) gives
+  eval mode, as `load` does. `fuse` and `fold` refuse a model in training mode.
 - Hooks stay on their module, and follow it to what replaces it; a layer whose hooks can't follow stays, with the reason.
 - `requires_grad` stays; gradients are not copied.
 - A copy, by `copy.deepcopy`, by pickle or by way of a file, answers bit for bit as the result does. A file holds what
@@ -25,6 +28,7 @@ The policy, in plain words:
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -35,8 +39,9 @@ from contract.known import BROKEN, REFUSED
 from contract.models import FOREIGN, ODD
 from contract.transforms import TRANSFORMS
 
-QUICK = ("half fp16", "half bf16", "int8", "int8 smooth", "int4", "int4 calibrated", "low rank", "low rank calibrated")
-EXPENSIVE = ("pruned", "pruned calibrated", "student", "fused", "folded")
+WHOLE = os.environ.get("CONTRACT") == "whole"
+CHEAP = ("half bf16", "int8 smooth", "int4 calibrated", "low rank calibrated")
+SLOWER = ("pruned calibrated", "recovered", "fused")
 OFTEN = (
     "mlp",
     "decoder",
@@ -54,19 +59,20 @@ OFTEN = (
     "keywords only",
     "nested",
     "training",
-)  # models on which expensive transforms run in every suite
+)  # models with which every suite runs all transforms
 
 
 def cells() -> Iterator[Any]:
-    """Every cell, marked: slow where it costs and a like one runs anyway, xfail where it is known to be broken."""
+    """Every cell of this run; slow where a like one runs anyway, xfail where it is known to be broken."""
     for transform in TRANSFORMS:
         for model in (*ODD, *FOREIGN):
-            marks = []
-            cheap = transform not in EXPENSIVE
-            if not (model in OFTEN or (cheap and model in ODD)):
-                marks.append(pytest.mark.slow)
+            always = model in OFTEN or (transform in CHEAP and model in ODD)
+            often = transform in (CHEAP if model in FOREIGN else SLOWER)
+            if not (always or often or WHOLE):
+                continue
+            marks = [] if always else [pytest.mark.slow]
             if reason := BROKEN.get(transform, {}).get(model):
-                marks.append(pytest.mark.xfail(strict=False, reason=reason))
+                marks.append(pytest.mark.xfail(strict=True, reason=reason))
             yield pytest.param(transform, model, marks=marks, id=f"{transform}-{model}")
 
 

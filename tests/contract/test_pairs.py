@@ -15,7 +15,7 @@ from torch import nn
 
 import quantize
 from contract import invariants as promise
-from contract.known import BROKEN_PAIRS, REFUSED_PAIRS
+from contract.known import BROKEN_PAIRS, refused_pair
 from contract.models import batches, build
 from contract.transforms import TRANSFORMS
 
@@ -32,6 +32,7 @@ PAIRED = (
     "fused",
     "folded",
 )
+COARSE = ("half bf16", "int4 calibrated")  # compute in bfloat16, which another order of operations rounds otherwise
 MODELS = ("mlp", "decoder", "conv net")
 
 
@@ -68,7 +69,7 @@ def test_pair(before: str, after: str, model: str, tmp_path: Path):
     """The second transform takes what the first one made, leaves it as it is, and its result can be copied and saved."""
     broken, refusal = examine(before, after, model, tmp_path)
     assert not broken, "\n".join(broken)
-    expected = REFUSED_PAIRS.get((before, after), {}).get(model, "")
+    expected = refused_pair(before, after, model)
     if expected:
         assert refusal, f"now works: strike it from the table (was refused with {expected!r})"
         assert expected in refusal
@@ -98,12 +99,14 @@ def _examine(before: str, after: str, model: str, given: nn.Module, folder: Path
     broken = [] if state is None else [f"input: {c}" for c in promise.changes(state, promise.state_of(given))]
     sequence = [inputs, *batches(inputs)]
     try:
-        copies = [] if transform.script else _copies(result, model, folder)
+        copies = [] if transform.script else _copies(result, model, folder if transform.saved else None)
         actual = promise.answers(result, sequence)
     except Exception as error:
         return [*broken, f"{type(error).__name__}: {error}"], ""
     expected = promise.answers(given, sequence)
-    bound = 1.0 if transform.bound is None else transform.bound
+    bound = transform.bound
+    if bound is not None and before in COARSE:
+        bound = max(bound, 0.01)
     broken += promise.close_answers(actual, expected, bound, forms=not transform.script)
     for copied in copies:
         broken += promise.same_answers(promise.answers(copied, sequence), actual, "a copy")
@@ -112,9 +115,11 @@ def _examine(before: str, after: str, model: str, given: nn.Module, folder: Path
     return broken, ""
 
 
-def _copies(result: nn.Module, model: str, folder: Path) -> list[nn.Module]:
-    loaded = promise.through_file(result, build(model, seed=1)[0], folder / "model.safetensors")
-    return [copy.deepcopy(result), loaded]
+def _copies(result: nn.Module, model: str, folder: Path | None) -> list[nn.Module]:
+    copies = [copy.deepcopy(result)]
+    if folder is not None:
+        copies.append(promise.through_file(result, build(model, seed=1)[0], folder / "model.safetensors"))
+    return copies
 
 
 def _steps(result: nn.Module, given: nn.Module) -> list[str]:

@@ -59,9 +59,10 @@ def test_calibration_of_the_wrong_kind_is_refused(transform: str, calibration: A
 
 @pytest.mark.parametrize("transform", [name for name in NAMES if TRANSFORMS[name].runs])
 def test_inputs_that_do_not_fit_are_refused(transform: str):
-    """Inputs of another width are refused by name of the model, not by torch's message alone."""
+    """Inputs of another width are refused by name of the model or the argument, not by torch's message alone."""
     model, wrong = Perceptron().eval(), torch.randn(4, 31)
-    assert "Perceptron" in refusal(transform, model, wrong, [wrong])
+    said = refusal(transform, model, wrong, [wrong])
+    assert "Perceptron" in said or "example_inputs" in said
 
 
 @pytest.mark.parametrize("transform", NAMES)
@@ -113,7 +114,19 @@ def test_default_dtype_of_the_caller_does_not_matter(transform: str):
     assert promise.distance(actual, promise.answers(plain, [inputs])) < 1e-5
 
 
-@pytest.mark.parametrize("transform", [name for name in NAMES if not TRANSFORMS[name].script])
+@pytest.mark.parametrize("transform", [name for name in NAMES if not TRANSFORMS[name].saved])
+def test_what_is_fused_is_not_saved(transform: str, tmp_path: Path):
+    """A fused or folded model is no checkpoint: `save` says what to do instead and writes nothing."""
+    model, inputs = build("mlp")
+    result = TRANSFORMS[transform].apply(model, inputs, batches(inputs))
+    with pytest.raises(TypeError, match=r"TorchScript|quantize\.fuse"):
+        quantize.save(result, tmp_path / "model.pth")
+    with pytest.raises((TypeError, RuntimeError), match=r"serialize|quantize\.fuse"):
+        pickle.dumps(result)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("transform", [name for name in NAMES if TRANSFORMS[name].saved])
 def test_summary_is_the_same_in_a_copy_and_in_a_file(transform: str, tmp_path: Path):
     """The summary follows pickling and saving, and can be read off a file without the model."""
     model, inputs = build("mlp")

@@ -24,7 +24,9 @@ class Transform:
     technique: str  # its name in the summary
     layers: bool = True  # the summary names each layer
     runs: bool = False  # it runs the model on inputs, so that a distance is known
-    script: bool = False  # the result is TorchScript, which `quantize.save` doesn't take
+    script: bool = False  # the result is TorchScript
+    saved: bool = True  # `quantize.save` takes the result
+    evaluates: bool = False  # the result is in eval mode, whatever the model was in
 
 
 def _half(dtype: torch.dtype) -> Apply:
@@ -78,7 +80,7 @@ def noisy(model: nn.Module) -> nn.Module:
     with torch.no_grad():
         for parameter in student.parameters():
             if not nn.parameter.is_lazy(parameter):
-                noise = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32).to(parameter.dtype)
                 parameter.mul_(1 + 0.05 * noise)
     return student
 
@@ -103,12 +105,12 @@ TRANSFORMS: dict[str, Transform] = {
     "int8 smooth": Transform(_int8_smooth, 0.05, "int8", runs=True),
     "int4": Transform(_int4, 0.35, "int4"),
     "int4 calibrated": Transform(_int4_calibrated, 0.35, "int4", runs=True),
-    "pruned": Transform(_pruned, None, "pruned", runs=True),
-    "pruned calibrated": Transform(_pruned_calibrated, None, "pruned", runs=True),
-    "low rank": Transform(_low_rank, None, "low rank"),
-    "low rank calibrated": Transform(_low_rank_calibrated, None, "low rank", runs=True),
-    "student": Transform(_student, None, "student", runs=True),
-    "recovered": Transform(_recovered, None, "recover", layers=False, runs=True),
-    "fused": Transform(_fused, 1e-4, "fuse", layers=False, runs=True, script=True),
-    "folded": Transform(_folded, 1e-4, "fold", layers=False, runs=True),
+    "pruned": Transform(_pruned, None, "pruned", runs=True, evaluates=True),
+    "pruned calibrated": Transform(_pruned_calibrated, None, "pruned", runs=True, evaluates=True),
+    "low rank": Transform(_low_rank, None, "low rank", evaluates=True),
+    "low rank calibrated": Transform(_low_rank_calibrated, None, "low rank", runs=True, evaluates=True),
+    "student": Transform(_student, None, "student", runs=True, evaluates=True),
+    "recovered": Transform(_recovered, None, "recover", layers=False, runs=True, evaluates=True),
+    "fused": Transform(_fused, 1e-4, "fuse", layers=False, runs=True, script=True, saved=False),
+    "folded": Transform(_folded, 1e-4, "fold", layers=False, runs=True, saved=False),
 }
