@@ -19,6 +19,7 @@ class Folded(nn.Module):
     """
 
     # Read by `quantize.save`: a graph follows from a model by running torch.export, which no file may ask for.
+    not_fused = "the model is folded already: fold or fuse the model that it was made from"
     not_saved = "a model that quantize.fold made has no checkpoint: save the model itself, or quantize.fuse gives a file"
 
     def __init__(self, program: Program) -> None:

@@ -67,6 +67,8 @@ def check_inputs(model: nn.Module, example_inputs: Any) -> None:
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     if any(k.__name__ == "ScriptModule" for k in type(model).__mro__):
         raise TypeError("model is already a TorchScript module: fuse the nn.Module it was made from")
+    if reason := getattr(type(model), "not_fused", None):
+        raise TypeError(reason)
     for name, module in model.named_modules():
         if module.training:
             where = f"module {name!r} ({type(module).__name__})" if name else f"model ({type(module).__name__})"

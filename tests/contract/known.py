@@ -57,6 +57,7 @@ REFUSED_ORDERS: tuple[tuple[tuple[str, ...], tuple[str, ...], str], ...] = (
     (PACKED, ("recovered",), "holds integers, which can't be trained"),
     (("fused",), (*EVERY,), "TorchScript module"),
     (("folded",), ("pruned calibrated", "student"), "is a graph: prune the model that it was made of"),
+    (("folded",), FUSION, "is folded already"),
     (("folded",), ("recovered",), "no parameter that requires a gradient"),
     (("folded",), (*HALF, *INT8, *INT4, *LOW_RANK), "Folded has no"),
 )
@@ -70,7 +71,6 @@ NOTHING_LEFT: tuple[tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...], str
     (("int8 smooth",), ("int8 smooth",), ("decoder",), "no linear layer left to quantize"),
     (PACKED, ("int4 calibrated",), ("mlp", "decoder", "conv net"), "no linear layer to store in 4 bits"),
     (PACKED, ("low rank calibrated",), ("mlp", "decoder"), "no layer to factorize"),
-    (("folded",), FUSION, ("conv net",), "Folded can't be f"),
 )
 
 
