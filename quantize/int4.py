@@ -263,7 +263,7 @@ def quantize_weights(
     chosen, report = _choose(model, skipped, group_size)
     report |= left
     if not chosen:
-        detail = "; ".join(f"{n}: {r}" for n, r in report.items()) or "it has no nn.Linear"
+        detail = surgery.shortened(report) or "it has no nn.Linear"
         raise ValueError(f"{type(model).__name__} has no linear layer to store in 4 bits ({detail})")
     moments: dict[str, Tensor] = {}
     if calibration is not None:

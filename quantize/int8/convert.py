@@ -108,7 +108,7 @@ def _converted(
         already = any(isinstance(m, Int8Linear) for m in model.modules())
         floating = sum(surgery.stays_float(model).values())
         why = "it is already quantized" if already else f"{floating} of its {_bytes(model)} bytes stay float"
-        detail = "; ".join(f"{n}: {r}" for n, r in report.items()) or "it has no nn.Linear or Conv1D"
+        detail = surgery.shortened(report) or "it has no nn.Linear or Conv1D"
         raise ValueError(f"{type(model).__name__} has no linear layer left to quantize: {why} ({detail})")
     for old, new in replacements.items():
         surgery.take_place(old, new)

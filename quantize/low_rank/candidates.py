@@ -40,7 +40,7 @@ def find_layers(model: nn.Module, skip: surgery.Skip) -> tuple[dict[str, nn.Modu
     if not found:
         raise ValueError(
             f"{type(model).__name__} has no layer to factorize: looked for nn.Linear, nn.Conv2d of one group and Conv1D; "
-            f"left out: {reasons or 'none'}"
+            f"left out: {surgery.shortened(reasons) or 'none'}"
         )
     return found, reasons
 

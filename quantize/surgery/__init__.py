@@ -29,7 +29,7 @@ from quantize.surgery.edit import (
     skip_filter,
     uncompiled,
 )
-from quantize.surgery.record import Note, Summary, amend, builder, check_count, note, notes, record, structure
+from quantize.surgery.record import Note, Summary, amend, builder, check_count, note, notes, record, shortened, structure
 from quantize.surgery.sizes import contradiction, mismatch
 
 __all__ = [
@@ -59,6 +59,7 @@ __all__ = [
     "resized",
     "round_stored",
     "select",
+    "shortened",
     "skip_filter",
     "stays_float",
     "structure",

@@ -112,6 +112,13 @@ def note(
     model.__dict__["_notes"] = [*model.__dict__.get("_notes", ()), step]
 
 
+def shortened(reasons: Mapping[str, str], most: int = 4) -> str:
+    """The first reasons why layers stayed, for an error: `name: reason; ...`; "" if there are none."""
+    shown = "; ".join(f"{name}: {why}" for name, why in list(reasons.items())[:most])
+    more = len(reasons) - most
+    return f"{shown}; and {more} more" if more > 0 else shown
+
+
 def notes(model: nn.Module) -> list[dict[str, Any]]:
     """The steps noted on `model` as JSON values, oldest first, those on modules inside it too."""
     found = []
