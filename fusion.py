@@ -1,8 +1,8 @@
 """Fuse a trained model into one file that gives the same answers faster, and show what that gained.
 
-    uv run python fusion.py                                   # artifacts/model.pth -> artifacts/model_fused.pt
+    uv run python fusion.py  # artifacts/model.pth -> artifacts/model_fused.pt
     uv run python fusion.py --model artifacts/int8.pth        # any artifact of train.py
-    uv run python fusion.py --backend auto                    # the fastest of the back ends that are installed
+    uv run python fusion.py --backend auto  # the fastest of the back ends that are installed
     uv run python fusion.py --batch 1 --threads 1
 
 Without a model.pth it trains the baseline of the tiny preset first. Beside the file it writes
@@ -24,9 +24,9 @@ if "OMP_WAIT_POLICY" not in os.environ:  # before torch is imported; why: quanti
 import torch
 
 from quantize import script
-from quantize.fusion import BACKENDS
 from quantize.jobs import PRESETS, fuse_file, train_baseline
 from quantize.jobs.fusing import describe
+from quantize.run.fusion import BACKENDS
 
 
 def flags() -> script.Parser:

@@ -1,10 +1,12 @@
 """Show what a key-value cache does: stream text from a model, then time a token at growing lengths.
 
-    uv run python kv_cache.py                    # artifacts/model.pth; trains a tiny model first if there is none
+    uv run python kv_cache.py  # artifacts/model.pth; trains a tiny model first if there is none
     uv run python kv_cache.py --prompt "def load(path):"
     uv run python kv_cache.py --model artifacts/int8.pth --cache int8
-    uv run python kv_cache.py --model SmolLM2-135M --prompt "Once upon"   # config.json, *.safetensors, tokenizer.json
-    uv run python kv_cache.py --draft artifacts/student.pth     # a smaller model guesses ahead; none: repeats do
+    # config.json, *.safetensors, tokenizer.json
+    uv run python kv_cache.py --model SmolLM2-135M --prompt "Once upon"
+    # a smaller model guesses ahead; none: repeats do
+    uv run python kv_cache.py --draft artifacts/student.pth
 
 Writes kv_cache.png (time per token against length) and kv_cache.json into --out.
 """
@@ -23,9 +25,9 @@ if "OMP_WAIT_POLICY" not in os.environ:  # before torch is imported; why: quanti
 import torch
 
 from quantize import script
-from quantize.generation.text import Text
 from quantize.host import describe_machine
 from quantize.jobs import caching, train_baseline
+from quantize.run.generate.text import Text
 
 CACHES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8, "none": False}
 
@@ -33,7 +35,9 @@ CACHES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8, "no
 def flags() -> script.Parser:
     parser = script.Parser("kv_cache.py", __doc__)
     model_help = "a file written by this package, or a folder with config.json; none: OUT/model.pth"
-    draft_help = "a smaller model's file or folder that guesses ahead; none: repeats in the text itself"
+    draft_help = (
+        "a smaller model's file or folder that guesses ahead; none: repeats in the text itself"
+    )
     length_help = "longest text to time, in tokens; none: 1024, or the model's limit"
     threads_help = "threads to compute with; none: the cores that this process may use"
     cache_help = "what the cache of the streamed text holds"

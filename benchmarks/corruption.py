@@ -1,4 +1,5 @@
-"""Damage checkpoints at random and count what is noticed: bit flips anywhere in the file, and truncations.
+"""Damage checkpoints at random and count what is noticed: bit flips anywhere in the file, and
+truncations.
 
     uv run python benchmarks/corruption.py --trials 1000
 
@@ -36,7 +37,9 @@ def truncate(content: bytes, draw: random.Random) -> bytes:
 
 
 def noticed(path: Path) -> bool:
-    """Whether loading raises CheckpointError; any other exception is a failure of its own and ends the run."""
+    """Whether loading raises CheckpointError; any other exception is a failure of its own and ends
+    the run.
+    """
     try:
         load(path)
     except CheckpointError:
@@ -45,16 +48,29 @@ def noticed(path: Path) -> bool:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trials", type=int, default=1000, help="per container, model, damage (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--trials",
+        type=int,
+        default=1000,
+        help="per container, model, damage (default: %(default)s)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="CSV file (default: %(default)s)")
+    parser.add_argument(
+        "--output", type=Path, default=RESULTS, help="CSV file (default: %(default)s)"
+    )
     arguments = parser.parse_args(argv)
 
     torch.manual_seed(arguments.seed)
     draw = random.Random(arguments.seed)
     baseline = DecoderLM(DecoderConfig(width=32, layers=1, heads=2, tied_head=True)).eval()
-    models = {"fp32": baseline, "fp16": quantize.to_half(baseline), "int8": quantize.quantize_dynamic(baseline)}
+    models = {
+        "fp32": baseline,
+        "fp16": quantize.to_half(baseline),
+        "int8": quantize.quantize_dynamic(baseline),
+    }
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for suffix in (".pth", ".safetensors"):

@@ -1,22 +1,24 @@
-"""A student trained from scratch against the same student distilled: same data order, same steps, and same compute time.
+"""A student trained from scratch against the same student distilled: same data order, same steps,
+and same compute time.
 
-    uv run python train.py                                                             # writes artifacts/model.pth
+    uv run python train.py  # writes artifacts/model.pth
     uv run python benchmarks/distillation.py --task digits --threads 1
     uv run python benchmarks/distillation.py --task text --teacher artifacts/model.pth --threads 1
 
 Students, all of the architecture that `make_student` gives, a quarter of the teacher:
-  scratch            the task's loss, from random weights
-  logits             distilled, from the same random weights
-  logits + hidden    the same, and the hidden states after each block (text) or stage (digits) matched
-  start              the task's loss, from the teacher's weights (`make_student`)
-  start + logits     distilled, from the teacher's weights
-  start + hidden     the same, and the hidden states matched
-  scratch, longer    the task's loss, from random weights, for the steps that fit into the time of `start + logits`
-All see the same batches in the same order. Those that start from the teacher use the default rates of `distill`, those from
-random weights the rates at which the teacher was trained. What a step costs, the teacher's forward included, is
-measured once before training: the variants take turns, a few steps each, in seconds of CPU time of this process (with one
-thread that is the time it would take on an idle core), and the median counts. Rows are appended to
-benchmarks/results/distillation.csv; those that are there already aren't run again. The plot lies beside it.
+  scratch            the task's loss, from random weights logits             distilled, from the
+  same random weights logits + hidden    the same, and the hidden states after each block (text) or
+  stage (digits) matched start              the task's loss, from the teacher's weights
+  (`make_student`) start + logits     distilled, from the teacher's weights start + hidden     the
+  same, and the hidden states matched scratch, longer    the task's loss, from random weights, for
+  the steps that fit into the time of `start + logits`
+All see the same batches in the same order. Those that start from the teacher use the default rates
+of `distill`, those from random weights the rates at which the teacher was trained. What a step
+costs, the teacher's forward included, is measured once before training: the variants take turns, a
+few steps each, in seconds of CPU time of this process (with one thread that is the time it would
+take on an idle core), and the median counts. Rows are appended to
+benchmarks/results/distillation.csv; those that are there already aren't run again. The plot lies
+beside it.
 """
 
 from __future__ import annotations
@@ -36,13 +38,32 @@ from torch import nn
 
 import quantize
 from quantize import ConvNet, ConvNetConfig, DecoderConfig, DecoderLM, surgery, training
-from quantize.data import ImageBatches, TextBatches, load_images, load_text
-from quantize.distillation import distill, make_student
-from quantize.training import Recipe, evaluate_images, evaluate_text
+from quantize.compression.distillation import distill, make_student
+from quantize.training import TrainConfig, evaluate_images, evaluate_text
+from quantize.training.data import ImageBatches, TextBatches, load_images, load_text
 
 RESULTS = Path(__file__).parent / "results" / "distillation.csv"
-FIELDS = ("task", "variant", "seed", "steps", "parameters", "step_ms", "train_s", "metric", "value", "threads")
-VARIANTS = ("scratch", "logits", "logits + hidden", "start", "start + logits", "start + hidden", "scratch, longer")
+FIELDS = (
+    "task",
+    "variant",
+    "seed",
+    "steps",
+    "parameters",
+    "step_ms",
+    "train_s",
+    "metric",
+    "value",
+    "threads",
+)
+VARIANTS = (
+    "scratch",
+    "logits",
+    "logits + hidden",
+    "start",
+    "start + logits",
+    "start + hidden",
+    "scratch, longer",
+)
 
 
 @dataclass
@@ -52,14 +73,16 @@ class Task:
     name: str
     build: Callable[[], nn.Module]  # a teacher with new weights
     teacher_steps: int
-    recipe: Recipe  # of students from random weights, and of the teacher
+    recipe: TrainConfig  # of students from random weights, and of the teacher
     batches: Callable[[int], training.Batches]  # seed -> step -> batch
     loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     score: Callable[[nn.Module], float]
     metric: str
     student: dict  # arguments of make_student
     temperature: float
-    hidden: Callable[[nn.Module, nn.Module], dict[str, str]]  # student, teacher -> modules that are matched
+    hidden: Callable[
+        [nn.Module, nn.Module], dict[str, str]
+    ]  # student, teacher -> modules that are matched
 
 
 def text_task(steps: int) -> Task:
@@ -70,23 +93,37 @@ def text_task(steps: int) -> Task:
         return {f"blocks.{i}": f"blocks.{round(i * deep / max(1, last))}" for i in range(last + 1)}
 
     return Task(
-        "text", lambda: DecoderLM(DecoderConfig(width=128, layers=6, heads=2, qk_norm=True)), 1600,
-        Recipe(steps=steps, batch=4, length=256, lr=1e-2, muon_lr=0.02),
+        "text",
+        lambda: DecoderLM(DecoderConfig(width=128, layers=6, heads=2, qk_norm=True)),
+        1600,
+        TrainConfig(steps=steps, batch=4, length=256, lr=1e-2, muon_lr=0.02),
         lambda seed: TextBatches(text.train, batch=4, length=256, seed=seed),
         lambda logits, ids: F.cross_entropy(logits.flatten(0, 1), ids.flatten()),
-        lambda m: evaluate_text(m, text.validation, max_bytes=2**15)["bits_per_byte"], "bits per byte",
-        {"depth": 0.5, "width": 0.5}, 1.0, hidden,
-    )  # fmt: skip
+        lambda m: evaluate_text(m, text.validation, max_bytes=2**15)["bits_per_byte"],
+        "bits per byte",
+        {"depth": 0.5, "width": 0.5},
+        1.0,
+        hidden,
+    )
 
 
 def digits_task(steps: int) -> Task:
     images = load_images()
     return Task(
-        "digits", lambda: ConvNet(ConvNetConfig(widths=(32, 64))), 300, Recipe(steps=steps, batch=64),
-        lambda seed: ImageBatches(images, batch=64, seed=seed), F.cross_entropy,
-        lambda m: evaluate_images(m, images.validation_images, images.validation_labels)["accuracy"], "accuracy",
-        {"width": 0.25}, 4.0, lambda *_: {"blocks.0": "blocks.0", "blocks.1": "blocks.1"},
-    )  # fmt: skip
+        "digits",
+        lambda: ConvNet(ConvNetConfig(widths=(32, 64))),
+        300,
+        TrainConfig(steps=steps, batch=64),
+        lambda seed: ImageBatches(images, batch=64, seed=seed),
+        F.cross_entropy,
+        lambda m: evaluate_images(m, images.validation_images, images.validation_labels)[
+            "accuracy"
+        ],
+        "accuracy",
+        {"width": 0.25},
+        4.0,
+        lambda *_: {"blocks.0": "blocks.0", "blocks.1": "blocks.1"},
+    )
 
 
 def fresh(start: nn.Module) -> nn.Module:
@@ -106,11 +143,19 @@ def train_teacher(task: Task, path: Path | None) -> nn.Module:
     torch.manual_seed(0)
     recipe = replace(task.recipe, steps=task.teacher_steps)
     loss = lambda m, batch: task.loss(m(batch[0]).float(), batch[1])  # noqa: E731
-    return training.fit(task.build(), task.batches(0), loss, recipe, on_progress=training.ProgressPrinter("teacher"))
+    return training.fit(
+        task.build(), task.batches(0), loss, recipe, on_progress=training.ProgressPrinter("teacher")
+    )
 
 
 def train(
-    task: Task, teacher: nn.Module, start: nn.Module, variant: str, seed: int, steps: int, on_step: Callable | None = None
+    task: Task,
+    teacher: nn.Module,
+    start: nn.Module,
+    variant: str,
+    seed: int,
+    steps: int,
+    on_step: Callable | None = None,
 ) -> nn.Module:
     """The student of that variant, trained."""
     batches = task.batches(seed + 1)
@@ -122,16 +167,33 @@ def train(
     if variant in ("scratch", "start", "scratch, longer"):
         return distill(student, teacher, batches, alpha=0, loss=task.loss, **options)
     hidden = task.hidden(start, teacher) if "hidden" in variant else None
-    return distill(student, teacher, lambda step: batches(step)[0], temperature=task.temperature, hidden=hidden, **options)
+    return distill(
+        student,
+        teacher,
+        lambda step: batches(step)[0],
+        temperature=task.temperature,
+        hidden=hidden,
+        **options,
+    )
 
 
-def step_costs(task: Task, teacher: nn.Module, start: nn.Module, *, rounds: int = 4, steps: int = 8) -> dict[str, float]:
+def step_costs(
+    task: Task, teacher: nn.Module, start: nn.Module, *, rounds: int = 4, steps: int = 8
+) -> dict[str, float]:
     """Median CPU seconds of a training step of each variant, which take turns."""
     taken: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
     for _ in range(rounds):
         for variant, times in taken.items():
             marks: list[float] = []
-            train(task, teacher, start, variant, 0, steps, lambda _, marks=marks: marks.append(time.process_time()))
+            train(
+                task,
+                teacher,
+                start,
+                variant,
+                0,
+                steps,
+                lambda _, marks=marks: marks.append(time.process_time()),
+            )
             times += [b - a for a, b in pairwise(marks[1:])]
     return {variant: statistics.median(times) for variant, times in taken.items()}
 
@@ -143,13 +205,21 @@ def read_rows() -> list[dict]:
         return list(csv.DictReader(file))
 
 
-def write_row(task: Task, variant: str, seed: int, steps: int, cost: float, model: nn.Module) -> None:
+def write_row(
+    task: Task, variant: str, seed: int, steps: int, cost: float, model: nn.Module
+) -> None:
     row = {
-        "task": task.name, "variant": variant, "seed": seed, "steps": steps,
-        "parameters": sum(p.numel() for p in model.parameters()), "step_ms": round(1e3 * cost, 2),
-        "train_s": round(steps * cost, 2), "metric": task.metric, "value": round(task.score(model), 4),
+        "task": task.name,
+        "variant": variant,
+        "seed": seed,
+        "steps": steps,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "step_ms": round(1e3 * cost, 2),
+        "train_s": round(steps * cost, 2),
+        "metric": task.metric,
+        "value": round(task.score(model), 4),
         "threads": torch.get_num_threads(),
-    }  # fmt: skip
+    }
     new = not RESULTS.exists()
     with RESULTS.open("a", newline="") as file:
         writer = csv.DictWriter(file, FIELDS)
@@ -160,7 +230,9 @@ def write_row(task: Task, variant: str, seed: int, steps: int, cost: float, mode
 
 
 def summarize(rows: Sequence[dict]) -> None:
-    """Mean and spread over the seeds, and the share of the gap between scratch and teacher that each variant closes."""
+    """Mean and spread over the seeds, and the share of the gap between scratch and teacher that
+    each variant closes.
+    """
     for task in dict.fromkeys(row["task"] for row in rows):
         mine = [row for row in rows if row["task"] == task]
         means = {}
@@ -169,10 +241,17 @@ def summarize(rows: Sequence[dict]) -> None:
             values = [float(row["value"]) for row in points]
             means[variant] = statistics.mean(values)
             gap = means.get("scratch", 0.0) - means.get("teacher", 0.0)
-            closed = f"{(means['scratch'] - means[variant]) / gap:7.0%}" if gap and "scratch" in means else ""
+            closed = (
+                f"{(means['scratch'] - means[variant]) / gap:7.0%}"
+                if gap and "scratch" in means
+                else ""
+            )
             spread = f"{min(values):.4f} to {max(values):.4f}"
             steps, seconds = points[0]["steps"], float(points[0]["train_s"])
-            print(f"{task:7} {variant:16} {steps:>5} steps {seconds:7.1f} s  mean {means[variant]:.4f}  {spread}  {closed}")
+            print(
+                f"{task:7} {variant:16} {steps:>5} steps {seconds:7.1f} s  mean "
+                f"{means[variant]:.4f}  {spread}  {closed}"
+            )
 
 
 def plot(rows: Sequence[dict]) -> None:
@@ -188,9 +267,14 @@ def plot(rows: Sequence[dict]) -> None:
         for variant in dict.fromkeys(row["variant"] for row in mine if row["variant"] != "teacher"):
             points = [row for row in mine if row["variant"] == variant]
             values = [float(row["value"]) for row in points]
-            spread = [[statistics.mean(values) - min(values)], [max(values) - statistics.mean(values)]]
+            spread = [
+                [statistics.mean(values) - min(values)],
+                [max(values) - statistics.mean(values)],
+            ]
             seconds = statistics.mean(float(row["train_s"]) for row in points)
-            axis.errorbar(seconds, statistics.mean(values), yerr=spread, fmt="o", capsize=3, label=variant)
+            axis.errorbar(
+                seconds, statistics.mean(values), yerr=spread, fmt="o", capsize=3, label=variant
+            )
         for row in mine:
             if row["variant"] == "teacher":
                 axis.axhline(float(row["value"]), color="gray", linestyle=":", label="teacher")
@@ -202,20 +286,39 @@ def plot(rows: Sequence[dict]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", choices=["text", "digits"], default="digits", help="(default: %(default)s)")
-    parser.add_argument("--teacher", type=Path, help="a trained teacher's file (default: train one)")
-    parser.add_argument("--steps", type=int, default=200, help="training steps of a student (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default: %(default)s)")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS, help="(default: all)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch threads (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--task", choices=["text", "digits"], default="digits", help="(default: %(default)s)"
+    )
+    parser.add_argument(
+        "--teacher", type=Path, help="a trained teacher's file (default: train one)"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=200, help="training steps of a student (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default: %(default)s)"
+    )
+    parser.add_argument(
+        "--variants", nargs="+", choices=VARIANTS, default=VARIANTS, help="(default: all)"
+    )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=torch.get_num_threads(),
+        help="torch threads (default: %(default)s)",
+    )
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     RESULTS.parent.mkdir(exist_ok=True)
     task = (text_task if arguments.task == "text" else digits_task)(arguments.steps)
     teacher = train_teacher(task, arguments.teacher)
     calibration = [task.batches(1)(10**6 + i)[0] for i in range(16)]
-    start = make_student(teacher, **task.student, example_inputs=calibration[0], calibration=calibration)
+    start = make_student(
+        teacher, **task.student, example_inputs=calibration[0], calibration=calibration
+    )
     rows = [row for row in read_rows() if row["task"] == task.name]
     known = {row["variant"]: float(row["step_ms"]) / 1e3 for row in rows}
     costs = known if set(VARIANTS) <= known.keys() else step_costs(task, teacher, start)
@@ -228,7 +331,14 @@ def main(argv: list[str] | None = None) -> None:
         for variant in arguments.variants:
             if (variant, seed) not in done:
                 steps = longer if variant == "scratch, longer" else arguments.steps
-                write_row(task, variant, seed, steps, costs[variant], train(task, teacher, start, variant, seed, steps))
+                write_row(
+                    task,
+                    variant,
+                    seed,
+                    steps,
+                    costs[variant],
+                    train(task, teacher, start, variant, seed, steps),
+                )
     summarize(read_rows())
     plot(read_rows())
 

@@ -1,15 +1,19 @@
-"""Latency of a model as it is, as stock PyTorch fuses it, as this package does, and in other engines.
+"""Latency of a model as it is, as stock PyTorch fuses it, as this package does, and in other
+engines.
 
-    python benchmarks/fusion.py --prepare --models mobilenet_v2 --batch 1 8     # compile and export; not timed
-    python benchmarks/fusion.py --models mobilenet_v2 --batch 1 8               # time what is prepared
+    # compile and export; not timed
+    python benchmarks/fusion.py --prepare --models mobilenet_v2 --batch 1 8
+    python benchmarks/fusion.py --models mobilenet_v2 --batch 1 8  # time what is prepared
     python benchmarks/fusion.py --plot
 
-Models have random weights (speed doesn't depend on them) and BatchNorm statistics of random inputs. Each engine runs in a
-process of its own, with the same threads and the same allocator setting, and they take turns: bursts of a quarter second, so
-that no engine's spinning threads run beside another's work. The number is the median per call. Peers get the model as its
-authors wrote it, with all sizes fixed, exported or compiled as their documentation says; ours keeps batch and length free.
-Rows go to benchmarks/results/fusion.csv, one per model, batch and engine, slower ones included; a new run of a model, batch
-and engine replaces its row. onnxruntime, onnx, onnxscript and openvino have to be installed for their rows.
+Models have random weights (speed doesn't depend on them) and BatchNorm statistics of random inputs.
+Each engine runs in a process of its own, with the same threads and the same allocator setting, and
+they take turns: bursts of a quarter second, so that no engine's spinning threads run beside
+another's work. The number is the median per call. Peers get the model as its authors wrote it, with
+all sizes fixed, exported or compiled as their documentation says; ours keeps batch and length free.
+Rows go to benchmarks/results/fusion.csv, one per model, batch and engine, slower ones included; a
+new run of a model, batch and engine replaces its row. onnxruntime, onnx, onnxscript and openvino
+have to be installed for their rows.
 """
 
 from __future__ import annotations
@@ -48,9 +52,9 @@ from transformers import (
 )
 
 from quantize import ConvNet, ConvNetConfig, DecoderConfig, DecoderLM
-from quantize.fusion import fuse, torchscript
-from quantize.fusion.equality import difference, outputs
-from quantize.measure import keep_allocations, machine
+from quantize.host import keep_allocations, machine
+from quantize.run.fusion import fuse, torchscript
+from quantize.run.fusion.equality import difference, outputs
 
 RESULTS = Path(__file__).parent / "results" / "fusion.csv"
 IMAGE = {"num_labels": 1000}
@@ -73,7 +77,9 @@ def seeded(model: nn.Module, inputs: torch.Tensor) -> nn.Module:
     norms = [m.train() for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     for norm in norms:
         norm.momentum = 1.0
-        nn.init.ones_(norm.weight)  # EfficientNet's authors start with noise, which shrinks everything to denormals
+        nn.init.ones_(
+            norm.weight
+        )  # EfficientNet's authors start with noise, which shrinks everything to denormals
     if norms:
         with torch.no_grad():
             model(inputs)
@@ -85,9 +91,12 @@ def mobilenet_v2() -> nn.Module:
 
 
 def efficientnet_b0() -> nn.Module:
-    config = EfficientNetConfig(image_size=224, width_coefficient=1.0, depth_coefficient=1.0, hidden_dim=1280, **IMAGE)
+    config = EfficientNetConfig(
+        image_size=224, width_coefficient=1.0, depth_coefficient=1.0, hidden_dim=1280, **IMAGE
+    )
     model = EfficientNetForImageClassification(config)
-    # Its authors pool 7 x 7 pixels by a window of 1280: 277 of 290 ms in torch.compile's code, and OpenVINO refuses it.
+    # Its authors pool 7 x 7 pixels by a window of 1280: 277 of 290 ms in torch.compile's code, and
+    # OpenVINO refuses it.
     model.efficientnet.pooler = nn.AdaptiveAvgPool2d(1)
     return model
 
@@ -140,7 +149,9 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], torch.Tensor]]]
 
 
 class Main(nn.Module):
-    """The model's main output alone, from its first argument: what engines without dataclasses can give."""
+    """The model's main output alone, from its first argument: what engines without dataclasses can
+    give.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -163,7 +174,9 @@ def build(name: str, batch: int) -> tuple[nn.Module, torch.Tensor]:
 
 
 def compiled(model: nn.Module, x: torch.Tensor, *, freezing: bool) -> Callable[..., Any]:
-    torch._inductor.config.freezing = freezing  # as an option of the call, it comes too late for the weights to be constants
+    torch._inductor.config.freezing = (
+        freezing  # as an option of the call, it comes too late for the weights to be constants
+    )
     fast = torch.compile(model, dynamic=False)
     with torch.no_grad():
         fast(x)
@@ -193,13 +206,19 @@ def onnxruntime(file: Path) -> Callable[..., Any]:
 def export_openvino(model: nn.Module, x: torch.Tensor, file: Path) -> None:
     import openvino
 
-    openvino.save_model(openvino.convert_model(torch.export.export(model, (x,))), str(file), compress_to_fp16=False)
+    openvino.save_model(
+        openvino.convert_model(torch.export.export(model, (x,))), str(file), compress_to_fp16=False
+    )
 
 
 def openvino(file: Path) -> Callable[..., Any]:
     import openvino as ov
 
-    hints = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY"}
+    hints = {
+        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "PERFORMANCE_HINT": "LATENCY",
+    }
     engine = ov.Core().compile_model(str(file), "CPU", hints)
     return lambda x: torch.from_numpy(engine(x.numpy())[0])
 
@@ -210,7 +229,10 @@ def save_frozen(model: nn.Module, x: torch.Tensor, file: Path) -> None:
 
 PREPARE: dict[str, tuple[str, Callable[..., Any]]] = {  # file name, how it is made
     "torchscript_frozen": ("frozen.pt", save_frozen),
-    "compile": ("", lambda model, x, _: compiled(model, x, freezing=False)),  # fills the compiler's own cache
+    "compile": (
+        "",
+        lambda model, x, _: compiled(model, x, freezing=False),
+    ),  # fills the compiler's own cache
     "compile_frozen": ("", lambda model, x, _: compiled(model, x, freezing=True)),
     "onnxruntime": ("model.onnx", export_onnx),
     "openvino": ("model.xml", export_openvino),
@@ -236,7 +258,9 @@ def start(threads: int, cache: Path) -> None:
 
 
 def serve(pipe: Connection, engine: str, name: str, batch: int, threads: int, cache: Path) -> None:
-    """A process with one engine: says how far it is from eager and its load time, then times bursts until told to stop."""
+    """A process with one engine: says how far it is from eager and its load time, then times bursts
+    until told to stop.
+    """
     start(threads, cache)
     try:
         model, x = build(name, batch)
@@ -246,7 +270,12 @@ def serve(pipe: Connection, engine: str, name: str, batch: int, threads: int, ca
         with torch.no_grad():
             for _ in range(3):
                 result = run(x)
-            pipe.send({"difference": difference([result], expected), "load_s": time.perf_counter() - began})
+            pipe.send(
+                {
+                    "difference": difference([result], expected),
+                    "load_s": time.perf_counter() - began,
+                }
+            )
             while (seconds := pipe.recv()) is not None:
                 run(x)  # after a pause caches are cold
                 times: list[float] = []
@@ -256,12 +285,18 @@ def serve(pipe: Connection, engine: str, name: str, batch: int, threads: int, ca
                     times.append(1000 * (time.perf_counter() - began))
                 pipe.send(times)
     except Exception as error:  # an engine that can't take a model gets a row that says so
-        pipe.send({"problem": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:100]}"})
+        pipe.send(
+            {"problem": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:100]}"}
+        )
 
 
-def bench(name: str, batch: int, engines: list[str], args: argparse.Namespace) -> list[dict[str, Any]]:
+def bench(
+    name: str, batch: int, engines: list[str], args: argparse.Namespace
+) -> list[dict[str, Any]]:
     """Rows of one model at one batch size."""
-    context = multiprocessing.get_context("fork")  # this process has imported torch and runs none of it
+    context = multiprocessing.get_context(
+        "fork"
+    )  # this process has imported torch and runs none of it
     pipes, answers, children = {}, {}, []
     for engine in engines:
         pipes[engine], theirs = context.Pipe()
@@ -305,12 +340,16 @@ def bench(name: str, batch: int, engines: list[str], args: argparse.Namespace) -
                 "problem": answers[engine].get("problem", ""),
             }
         )
-        print(*(f"{rows[-1][k]!s:>18}" for k in list(rows[-1])[:8]), rows[-1]["problem"], flush=True)
+        print(
+            *(f"{rows[-1][k]!s:>18}" for k in list(rows[-1])[:8]), rows[-1]["problem"], flush=True
+        )
     return rows
 
 
 def merge(rows: list[dict[str, Any]], path: Path) -> None:
-    """Write rows into the CSV, in the order of MODELS and LOAD; those of the same model, batch and engine are replaced."""
+    """Write rows into the CSV, in the order of MODELS and LOAD; those of the same model, batch and
+    engine are replaced.
+    """
     kept: dict[tuple[str, str, str], dict[str, Any]] = {}
     if path.exists():
         with path.open(newline="") as file:
@@ -334,15 +373,29 @@ def plot(path: Path) -> None:
 
     with path.open(newline="") as file:
         rows = [r for r in csv.DictReader(file) if r["speedup"] and r["engine"] != "eager"]
-    batches, models = sorted({int(r["batch"]) for r in rows}), [m for m in MODELS if any(r["model"] == m for r in rows)]
+    batches, models = (
+        sorted({int(r["batch"]) for r in rows}),
+        [m for m in MODELS if any(r["model"] == m for r in rows)],
+    )
     engines = [e for e in LOAD if any(r["engine"] == e for r in rows)]
     figure, axes = pyplot.subplots(len(batches), 1, figsize=(11, 3.4 * len(batches)), squeeze=False)
     for axis, batch in zip(axes[:, 0], batches, strict=True):
         for i, engine in enumerate(engines):
-            found = {r["model"]: float(r["speedup"]) for r in rows if r["engine"] == engine and int(r["batch"]) == batch}
+            found = {
+                r["model"]: float(r["speedup"])
+                for r in rows
+                if r["engine"] == engine and int(r["batch"]) == batch
+            }
             left = [m + (i - len(engines) / 2) * 0.8 / len(engines) for m in range(len(models))]
             heights = [found.get(m, 0.0) for m in models]
-            axis.bar(left, heights, 0.8 / len(engines), label=engine, align="edge", color="black" if engine == "ours" else None)
+            axis.bar(
+                left,
+                heights,
+                0.8 / len(engines),
+                label=engine,
+                align="edge",
+                color="black" if engine == "ours" else None,
+            )
         axis.axhline(1, color="gray", linewidth=0.8)
         axis.set(title=f"batch {batch}", ylabel="times as fast as eager")
         axis.set_xticks(range(len(models)), models)
@@ -355,14 +408,25 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--models", nargs="+", default=["all"], choices=["all", *MODELS], help="what to measure")
-    parser.add_argument("--engines", nargs="+", default=list(LOAD), choices=list(LOAD), help="who runs it")
+    parser.add_argument(
+        "--models", nargs="+", default=["all"], choices=["all", *MODELS], help="what to measure"
+    )
+    parser.add_argument(
+        "--engines", nargs="+", default=list(LOAD), choices=list(LOAD), help="who runs it"
+    )
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8], help="batch sizes")
     parser.add_argument("--threads", type=int, default=2, help="threads to compute with")
     parser.add_argument("--seconds", type=float, default=2.0, help="seconds of timing per engine")
-    parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "fusion-benchmark", help="prepared files")
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        default=Path(tempfile.gettempdir()) / "fusion-benchmark",
+        help="prepared files",
+    )
     parser.add_argument("--out", type=Path, default=RESULTS, help="CSV to write the rows into")
-    parser.add_argument("--prepare", action="store_true", help="only export and compile, for a later run to time")
+    parser.add_argument(
+        "--prepare", action="store_true", help="only export and compile, for a later run to time"
+    )
     parser.add_argument("--plot", action="store_true", help="only draw the chart of the CSV")
     args = parser.parse_args(argv)
     if args.plot:
@@ -371,7 +435,9 @@ def main(argv: list[str] | None = None) -> int:
     keep_allocations()  # as every engine's process does; the rows state it
     for name in MODELS if "all" in args.models else args.models:
         for batch in args.batch:
-            engines = [e for e in args.engines if e not in IMAGES_ONLY or MODELS[name][1](1).dim() == 4]
+            engines = [
+                e for e in args.engines if e not in IMAGES_ONLY or MODELS[name][1](1).dim() == 4
+            ]
             if args.prepare:
                 prepare(name, batch, engines, args)
             else:
@@ -392,7 +458,11 @@ def prepare(name: str, batch: int, engines: list[str], args: argparse.Namespace)
                 make(model, x, folder / file)
                 print(f"{name} {batch} {engine}: {time.perf_counter() - began:.1f} s", flush=True)
             except Exception as error:
-                print(f"{name} {batch} {engine}: {type(error).__name__}: {str(error).splitlines()[:1]}", flush=True)
+                print(
+                    f"{name} {batch} {engine}: {type(error).__name__}: "
+                    f"{str(error).splitlines()[:1]}",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

@@ -2,9 +2,10 @@
 
     uv run python benchmarks/hostile.py --files 1400
 
-None may run code, kill the process, take over 10 s of the CPU or 200 MB beyond its own size, or raise anything but
-CheckpointError. What loads is decoded from too, where C++ trusts its sizes. Writes one row per kind to
-benchmarks/results/hostile.csv; exit code 1 if anything happened that must not. Needs Linux (/proc) for the memory.
+None may run code, kill the process, take over 10 s of the CPU or 200 MB beyond its own size, or
+raise anything but CheckpointError. What loads is decoded from too, where C++ trusts its sizes.
+Writes one row per kind to benchmarks/results/hostile.csv; exit code 1 if anything happened that
+must not. Needs Linux (/proc) for the memory.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ SECONDS, MEGABYTES = 10, 200
 
 
 def work(numbers: range, size: int, home: Path) -> None:
-    """Load these files one after the other and print a line for each; whoever reads sees where it stops."""
+    """Load these files one after the other and print a line for each; whoever reads sees where it
+    stops.
+    """
     sys.path.insert(0, str(ROOT / "tests"))
     import hostile
     import torch
@@ -58,7 +61,12 @@ def work(numbers: range, size: int, home: Path) -> None:
             except Exception as error:
                 outcome = f"loaded, then {type(error).__name__}"
         ran = (home / hostile.MARK).exists()
-        print(json.dumps({"outcome": outcome, "seconds": seconds, "megabytes": megabytes, "ran": ran}), flush=True)
+        print(
+            json.dumps(
+                {"outcome": outcome, "seconds": seconds, "megabytes": megabytes, "ran": ran}
+            ),
+            flush=True,
+        )
 
 
 def peak() -> int:
@@ -70,7 +78,16 @@ def collect(files: int, size: int) -> list[dict]:
     """One row per file, from a worker process that is started again where a file killed it."""
     rows: list[dict] = []
     while len(rows) < files:
-        command = [sys.executable, __file__, "--worker", str(len(rows)), "--files", str(files), "--size", str(size)]
+        command = [
+            sys.executable,
+            __file__,
+            "--worker",
+            str(len(rows)),
+            "--files",
+            str(files),
+            "--size",
+            str(size),
+        ]
         done = subprocess.run(command, capture_output=True, text=True, timeout=3600)
         lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
         if not lines:
@@ -78,15 +95,29 @@ def collect(files: int, size: int) -> list[dict]:
         starts, ends = lines[::2], lines[1::2]
         rows += [start | end for start, end in zip(starts, ends, strict=False)]
         if len(ends) < len(starts):
-            rows.append(starts[-1] | {"outcome": f"died ({done.returncode})", "seconds": 0, "megabytes": 0, "ran": False})
+            rows.append(
+                starts[-1]
+                | {
+                    "outcome": f"died ({done.returncode})",
+                    "seconds": 0,
+                    "megabytes": 0,
+                    "ran": False,
+                }
+            )
     return rows
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--files", type=int, default=1400, help="how many (default: %(default)s)")
-    parser.add_argument("--size", type=int, default=4_000_000, help="bytes of bulk files (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="CSV file (default: %(default)s)")
+    parser.add_argument(
+        "--size", type=int, default=4_000_000, help="bytes of bulk files (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=RESULTS, help="CSV file (default: %(default)s)"
+    )
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if arguments.worker is not None:
@@ -99,10 +130,21 @@ def main(argv: list[str] | None = None) -> None:
     for kind in dict.fromkeys(row["kind"] for row in rows):
         mine = [row for row in rows if row["kind"] == kind]
         counts = collections.Counter(row["outcome"].split(" (")[0].split(", ")[0] for row in mine)
-        worst = {"slowest_s": max(r["seconds"] for r in mine), "most_mb": max(r["megabytes"] for r in mine)}
+        worst = {
+            "slowest_s": max(r["seconds"] for r in mine),
+            "most_mb": max(r["megabytes"] for r in mine),
+        }
         worst = {name: round(value, 2) for name, value in worst.items()}
         ran = sum(row["ran"] for row in mine)
-        table.append({"kind": kind, "files": len(mine), "refused": counts["refused"], "loaded": counts["loaded"]} | worst)
+        table.append(
+            {
+                "kind": kind,
+                "files": len(mine),
+                "refused": counts["refused"],
+                "loaded": counts["loaded"],
+            }
+            | worst
+        )
         table[-1] |= {"other": len(mine) - counts["refused"] - counts["loaded"], "ran_code": ran}
         print(*table[-1].items(), flush=True)
     with arguments.output.open("w", newline="") as file:

@@ -1,16 +1,23 @@
-"""Dynamic int8 side by side with its peers: one process per variant, all alive, taking turns shape by shape.
+"""Dynamic int8 side by side with its peers: one process per variant, all alive, taking turns shape
+by shape.
 
-    uv run --group bench python benchmarks/int8.py                       # every model and shape, writes the CSV and the plot
-    uv run --group bench python benchmarks/int8.py --models decoder --widths 512 --variants fp32 int8 torchao
-    uv run python benchmarks/int8.py --quality artifacts/model.pth       # accuracy instead of time: results/int8_quality.csv
+    # every model and shape, writes the CSV and the plot
+    uv run --group bench python benchmarks/int8.py
+    uv run --group bench python benchmarks/int8.py --models decoder --widths 512 \
+        --variants fp32 int8 torchao
+    # accuracy instead of time: results/int8_quality.csv
+    uv run python benchmarks/int8.py --quality artifacts/model.pth
 
-A row of benchmarks/results/int8.csv is one variant at one shape: median, 10th and 90th percentile of the latency over the
-rounds, and the speed-up over float32 eager in the same rounds. A variant whose package is missing, or that fails, gets a row
-that says so. glibc keeps freed blocks in every process (as `quantize.measure.keep_allocations` does), the peers' too. `int8`
-is `quantize.quantize_dynamic`, `int8_bf16` the same with everything between its layers in bfloat16, `int8_compiled` that
-through torch.compile (with freezing, as `torchao` has it), and `int8_speed` leaves the layers in float that int8 makes slower;
-`legacy` is torch.ao.quantization.quantize_dynamic; `torchao` is dynamic int8 + torch.compile; `onnxruntime` its dynamic int8;
-`openvino` is NNCF's static int8 with bfloat16 around it (calibrated on the very inputs that are timed, which flatters it).
+A row of benchmarks/results/int8.csv is one variant at one shape: median, 10th and 90th percentile
+of the latency over the rounds, and the speed-up over float32 eager in the same rounds. A variant
+whose package is missing, or that fails, gets a row that says so. glibc keeps freed blocks in every
+process (as `quantize.host.keep_allocations` does), the peers' too. `int8` is
+`quantize.quantize_dynamic`, `int8_bf16` the same with everything between its layers in bfloat16,
+`int8_compiled` that through torch.compile (with freezing, as `torchao` has it), and `int8_speed`
+leaves the layers in float that int8 makes slower; `legacy` is
+torch.ao.quantization.quantize_dynamic; `torchao` is dynamic int8 + torch.compile; `onnxruntime` its
+dynamic int8; `openvino` is NNCF's static int8 with bfloat16 around it (calibrated on the very
+inputs that are timed, which flatters it).
 """
 
 from __future__ import annotations
@@ -31,9 +38,28 @@ from pathlib import Path
 import torch
 from torch import nn
 
-VARIANTS = ("fp32", "bf16", "int8", "int8_speed", "int8_bf16", "int8_compiled", "legacy", "torchao", "onnxruntime", "openvino")
-KEEP = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 30), "MALLOC_TOP_PAD_": str(1 << 26)}
-SHAPES = {"decoder": [(1, 1), (1, 32), (1, 256), (8, 256)], "bert": [(1, 16), (1, 128), (8, 128)], "vit": [(1, 197), (8, 197)]}
+VARIANTS = (
+    "fp32",
+    "bf16",
+    "int8",
+    "int8_speed",
+    "int8_bf16",
+    "int8_compiled",
+    "legacy",
+    "torchao",
+    "onnxruntime",
+    "openvino",
+)
+KEEP = {
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
+    "MALLOC_TOP_PAD_": str(1 << 26),
+}
+SHAPES = {
+    "decoder": [(1, 1), (1, 32), (1, 256), (8, 256)],
+    "bert": [(1, 16), (1, 128), (8, 128)],
+    "vit": [(1, 197), (8, 197)],
+}
 _KEY = ("model", "width", "layers", "batch", "length", "variant")
 WIDTHS = (128, 256, 512, 768)
 VOCABULARY = 256
@@ -56,20 +82,31 @@ def build(name: str, width: int, layers: int) -> nn.Module:
         from quantize.models import DecoderConfig, DecoderLM
 
         model: nn.Module = DecoderLM(
-            DecoderConfig(vocab_size=VOCABULARY, width=width, layers=layers, heads=max(1, width // 64))
+            DecoderConfig(
+                vocab_size=VOCABULARY, width=width, layers=layers, heads=max(1, width // 64)
+            )
         )
-        for parameter in model.parameters():  # its blocks start as the identity: give them something to do
+        for (
+            parameter
+        ) in model.parameters():  # its blocks start as the identity: give them something to do
             if not parameter.any():
                 nn.init.normal_(parameter, std=0.02)
         return model.eval()
     import transformers
 
     heads = max(1, width // 64)
-    sizes = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads, "intermediate_size": 4 * width}
+    sizes = {
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": 4 * width,
+    }
     if name == "bert":
         config = transformers.BertConfig(vocab_size=VOCABULARY, attn_implementation="sdpa", **sizes)
         return Logits(transformers.BertModel(config)).eval()
-    config = transformers.ViTConfig(image_size=224, patch_size=16, attn_implementation="sdpa", **sizes)
+    config = transformers.ViTConfig(
+        image_size=224, patch_size=16, attn_implementation="sdpa", **sizes
+    )
     return Logits(transformers.ViTModel(config)).eval()
 
 
@@ -81,14 +118,16 @@ def example(name: str, batch: int, length: int) -> torch.Tensor:
 
 
 def prepare(variant: str, name: str, width: int, layers: int) -> Callable[[torch.Tensor], object]:
-    """A callable on torch inputs; what it needs to be fast (export, compile, calibrate) is done here or on its first call."""
+    """A callable on torch inputs; what it needs to be fast (export, compile, calibrate) is done
+    here or on its first call.
+    """
     model = build(name, width, layers)
     if variant == "fp32":
         return model
     if variant == "bf16":
         return _in_bf16(model)
     if variant.startswith("int8"):
-        from quantize import int8
+        from quantize.compression import int8
 
         small = int8.quantize_dynamic(model, prefer="speed" if variant == "int8_speed" else "size")
         if variant == "int8_compiled":
@@ -121,14 +160,26 @@ def _onnxruntime(model: nn.Module, name: str) -> Callable[[torch.Tensor], object
 
     with tempfile.TemporaryDirectory() as folder:
         path, small = Path(folder) / "model.onnx", Path(folder) / "int8.onnx"
-        axes = ({0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC} if name != "vit" else {0: torch.export.Dim.DYNAMIC},)
+        axes = (
+            {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+            if name != "vit"
+            else {0: torch.export.Dim.DYNAMIC},
+        )
         torch.onnx.export(
-            model, (example(name, 2, 16),), path, dynamo=True, dynamic_shapes=axes, external_data=False, verbose=False
+            model,
+            (example(name, 2, 16),),
+            path,
+            dynamo=True,
+            dynamic_shapes=axes,
+            external_data=False,
+            verbose=False,
         )
         quantize_dynamic(path, small, weight_type=QuantType.QInt8, per_channel=True)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
-        session = onnxruntime.InferenceSession(small.read_bytes(), options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(
+            small.read_bytes(), options, providers=["CPUExecutionProvider"]
+        )
     feed = session.get_inputs()[0].name
     return lambda x: session.run(None, {feed: x.numpy()})
 
@@ -140,13 +191,18 @@ def _openvino(model: nn.Module, name: str) -> Callable[[torch.Tensor], object]:
     converted = openvino.convert_model(model, example_input=example(name, 2, 16))
     data = nncf.Dataset([example(name, *shape).numpy() for shape in SHAPES[name]])
     small = nncf.quantize(converted, data, model_type=nncf.ModelType.TRANSFORMER)
-    settings = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "bf16"}
+    settings = {
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "INFERENCE_PRECISION_HINT": "bf16",
+    }
     compiled = openvino.Core().compile_model(small, "CPU", settings)
     return lambda x: compiled([x.numpy()])
 
 
 def worker(variant: str, name: str, width: int, layers: int, threads: int) -> None:
-    """Answers each line "batch length rounds-in-seconds" on standard input with a JSON list of latencies in ms."""
+    """Answers each line "batch length rounds-in-seconds" on standard input with a JSON list of
+    latencies in ms.
+    """
     warnings.simplefilter("ignore")
     out, sys.stdout = sys.stdout, sys.stderr  # peers print
     torch.set_num_threads(threads)
@@ -173,7 +229,14 @@ def worker(variant: str, name: str, width: int, layers: int, threads: int) -> No
 
 
 def measure(args: argparse.Namespace, name: str, width: int) -> list[dict[str, object]]:
-    command = [sys.executable, __file__, "--threads", str(args.threads), "--layers", str(args.layers)]
+    command = [
+        sys.executable,
+        __file__,
+        "--threads",
+        str(args.threads),
+        "--layers",
+        str(args.layers),
+    ]
     workers = {
         v: subprocess.Popen(
             [*command, "--worker", v, name, str(width)],
@@ -229,7 +292,12 @@ def measure(args: argparse.Namespace, name: str, width: int) -> list[dict[str, o
                     p10, p90 = (round(ordered[int(q * (len(ordered) - 1))], 4) for q in (0.1, 0.9))
                     median = round(statistics.median(ordered), 4)
                     base = statistics.median(times["fp32"]) if times.get("fp32") else float("nan")
-                    numbers = {"latency_ms": median, "p10_ms": p10, "p90_ms": p90, "speedup": round(base / median, 3)}
+                    numbers = {
+                        "latency_ms": median,
+                        "p10_ms": p10,
+                        "p90_ms": p90,
+                        "speedup": round(base / median, 3),
+                    }
                     rows.append({**row, **numbers})
                 if rows:
                     print(*(f"{k}={v}" for k, v in rows[-1].items()), flush=True)
@@ -241,18 +309,27 @@ def measure(args: argparse.Namespace, name: str, width: int) -> list[dict[str, o
 
 
 def quality(path: Path, out: Path, max_bytes: int) -> None:
-    """Bits per byte of a saved decoder in every 8- and 4-bit form, and the mean cosine of its logits to float32."""
-    from quantize import int4, int8, load
-    from quantize.data import load_text
-    from quantize.int8 import kernels
+    """Bits per byte of a saved decoder in every 8- and 4-bit form, and the mean cosine of its
+    logits to float32.
+    """
+    from quantize import load, quantize_weights
+    from quantize.compression import int8
+    from quantize.nn import int8_kernels as kernels
     from quantize.training import evaluate
+    from quantize.training.data import load_text
 
     model, data = load(path), load_text()
     train = data.train.long()
-    starts = torch.randint(len(train) - 256, (16,), generator=torch.Generator().manual_seed(0)).tolist()
-    batches = [torch.stack([train[s : s + 256] for s in starts[i : i + 4]]) for i in range(0, 16, 4)]
+    starts = torch.randint(
+        len(train) - 256, (16,), generator=torch.Generator().manual_seed(0)
+    ).tolist()
+    batches = [
+        torch.stack([train[s : s + 256] for s in starts[i : i + 4]]) for i in range(0, 16, 4)
+    ]
     held_out = data.validation.long()
-    windows = held_out[: len(held_out) // 256 * 256].view(-1, 256)[:: max(1, len(held_out) // 256 // 16)]
+    windows = held_out[: len(held_out) // 256 * 256].view(-1, 256)[
+        :: max(1, len(held_out) // 256 // 16)
+    ]
     expected = model(windows)
 
     def per_tensor(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -266,21 +343,31 @@ def quality(path: Path, out: Path, max_bytes: int) -> None:
         "int8, bfloat16 between": lambda: int8.quantize_dynamic(model).bfloat16(),
         "int8, one scale per tensor": lambda: int8.quantize_dynamic(model),
         "int8, calibrated": lambda: int8.quantize_dynamic(model, calibration=batches),
-        "legacy": lambda: torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8),
-        "int4, groups of 32": lambda: int4.quantize_weights(model),
-        "int4, groups of 32, calibrated": lambda: int4.quantize_weights(model, calibration=batches),
-        "int4, groups of 64, calibrated": lambda: int4.quantize_weights(model, group_size=64, calibration=batches),
+        "legacy": lambda: torch.ao.quantization.quantize_dynamic(
+            model, {nn.Linear}, dtype=torch.qint8
+        ),
+        "int4, groups of 32": lambda: quantize_weights(model),
+        "int4, groups of 32, calibrated": lambda: quantize_weights(model, calibration=batches),
+        "int4, groups of 64, calibrated": lambda: quantize_weights(
+            model, group_size=64, calibration=batches
+        ),
     }
     rows = []
     for name, make in variants.items():
         per = (per_tensor, per_tensor) if "tensor" in name else by_row
         kernels.quantize_rows, kernels._quantize_many_rows = per
         small = make()
-        cosine = nn.functional.cosine_similarity(small(windows).float(), expected, dim=-1).mean().item()
+        cosine = (
+            nn.functional.cosine_similarity(small(windows).float(), expected, dim=-1).mean().item()
+        )
         bits = evaluate(small, data, max_bytes=max_bytes)["bits_per_byte"]
         rows.append({"variant": name, "bits_per_byte": round(bits, 5), "cosine": round(cosine, 7)})
         rows[-1]["change"] = round(rows[-1]["bits_per_byte"] - rows[0]["bits_per_byte"], 5)
-        print(*(f"{k}={v}" for k, v in rows[-1].items()), getattr(small, "int8_calibration", ""), flush=True)
+        print(
+            *(f"{k}={v}" for k, v in rows[-1].items()),
+            getattr(small, "int8_calibration", ""),
+            flush=True,
+        )
     kernels.quantize_rows, kernels._quantize_many_rows = by_row
     with out.with_name("int8_quality.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
@@ -318,9 +405,18 @@ def plot(out: Path) -> None:
             if r["variant"] == variant and (r["model"], r["width"], r["batch"], r["length"]) == s
         ]
         if points:
-            axes.plot(*zip(*points, strict=True), "o-" if variant.startswith("int8") else "x", label=variant)
+            axes.plot(
+                *zip(*points, strict=True),
+                "o-" if variant.startswith("int8") else "x",
+                label=variant,
+            )
     axes.axhline(1, color="gray", linewidth=0.8)
-    axes.set_xticks(range(len(shapes)), [f"{m} {w}\n{b} x {n}" for m, w, b, n in shapes], rotation=60, fontsize=7)
+    axes.set_xticks(
+        range(len(shapes)),
+        [f"{m} {w}\n{b} x {n}" for m, w, b, n in shapes],
+        rotation=60,
+        fontsize=7,
+    )
     axes.set_ylabel("speed-up over float32 eager")
     axes.set_yscale("log", base=2)
     axes.legend(fontsize=8)
@@ -329,21 +425,54 @@ def plot(out: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=list(SHAPES), choices=SHAPES, help="which architectures")
-    parser.add_argument("--widths", nargs="+", type=int, default=list(WIDTHS), help="model widths (multiples of 64)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--models", nargs="+", default=list(SHAPES), choices=SHAPES, help="which architectures"
+    )
+    parser.add_argument(
+        "--widths", nargs="+", type=int, default=list(WIDTHS), help="model widths (multiples of 64)"
+    )
     parser.add_argument("--layers", type=int, default=8, help="blocks of each model")
     parser.add_argument("--shapes", nargs="+", help="only these, as BATCHxLENGTH")
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS, help="which to compare")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="threads of every variant")
-    parser.add_argument("--rounds", type=int, default=5, help="turns that each variant gets at a shape")
-    parser.add_argument("--limit", type=float, default=3600.0, help="seconds per model, then a shape gets one round only")
-    parser.add_argument("--seconds", type=float, default=0.3, help="length of a turn (at least 3 calls)")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "int8.csv", help="where the rows go")
-    parser.add_argument("--quality", type=Path, metavar="MODEL", help="no timing: bits per byte of this decoder in each form")
-    parser.add_argument("--max-bytes", type=int, default=60_000, help="held-out bytes that --quality scores")
+    parser.add_argument(
+        "--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS, help="which to compare"
+    )
+    parser.add_argument(
+        "--threads", type=int, default=len(os.sched_getaffinity(0)), help="threads of every variant"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="turns that each variant gets at a shape"
+    )
+    parser.add_argument(
+        "--limit",
+        type=float,
+        default=3600.0,
+        help="seconds per model, then a shape gets one round only",
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=0.3, help="length of a turn (at least 3 calls)"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(__file__).parent / "results" / "int8.csv",
+        help="where the rows go",
+    )
+    parser.add_argument(
+        "--quality",
+        type=Path,
+        metavar="MODEL",
+        help="no timing: bits per byte of this decoder in each form",
+    )
+    parser.add_argument(
+        "--max-bytes", type=int, default=60_000, help="held-out bytes that --quality scores"
+    )
     parser.add_argument("--verbose", action="store_true", help="show what the peers print")
-    parser.add_argument("--worker", nargs=3, metavar=("VARIANT", "MODEL", "WIDTH"), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--worker", nargs=3, metavar=("VARIANT", "MODEL", "WIDTH"), help=argparse.SUPPRESS
+    )
     args = parser.parse_args()
     if args.worker:
         variant, name, width = args.worker

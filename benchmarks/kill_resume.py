@@ -1,10 +1,12 @@
-"""Kill a training run with SIGKILL at random moments, resume it each time, and compare with a run left alone.
+"""Kill a training run with SIGKILL at random moments, resume it each time, and compare with a run
+left alone.
 
-    uv run python benchmarks/kill_resume.py            # 50 kills, a few minutes; writes results/kill_resume.csv
+    # 50 kills, a few minutes; writes results/kill_resume.csv
+    uv run python benchmarks/kill_resume.py
 
-Trains a small decoder on the default text and writes its state as often as it can (after nearly every step), so that many
-kills fall into a write. After each kill the state file must be readable; each finished run must have the same weights, bit
-for bit, as the uninterrupted one.
+Trains a small decoder on the default text and writes its state as often as it can (after nearly
+every step), so that many kills fall into a write. After each kill the state file must be readable;
+each finished run must have the same weights, bit for bit, as the uninterrupted one.
 """
 
 from __future__ import annotations
@@ -23,9 +25,9 @@ from tempfile import TemporaryDirectory
 import torch
 
 from quantize import training
-from quantize.data import TextBatches, load_text
 from quantize.models import DecoderConfig, DecoderLM
-from quantize.resuming import read_state
+from quantize.training.data import TextBatches, load_text
+from quantize.training.resuming import read_state
 
 STEPS = 150
 
@@ -41,13 +43,22 @@ def train(state: Path | None) -> str:
     def started(at: training.Progress) -> None:
         print("step", at.step, flush=True)
 
-    settings = {"checkpoint_path": state, "checkpoint_seconds": 0.02, "resume": True, "on_progress": started}
+    settings = {
+        "checkpoint_path": state,
+        "checkpoint_seconds": 0.02,
+        "resume": True,
+        "on_progress": started,
+    }
     training.fit(model, batches, training.next_token_loss, recipe, **settings)
-    return hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in model.state_dict().values())).hexdigest()
+    return hashlib.sha256(
+        b"".join(tensor.numpy().tobytes() for tensor in model.state_dict().values())
+    ).hexdigest()
 
 
 def run_and_kill(state: Path, seconds: float | None) -> tuple[str, str | None]:
-    """Start the training and kill it `seconds` after its first step (negative: after its start; None: never)."""
+    """Start the training and kill it `seconds` after its first step (negative: after its start;
+    None: never).
+    """
     command = [sys.executable, __file__, "--train", str(state)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     first = ""
@@ -67,11 +78,21 @@ def run_and_kill(state: Path, seconds: float | None) -> tuple[str, str | None]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=50, help="how many kills (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the moments (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "kill_resume.csv")
-    parser.add_argument("--train", type=Path, help=argparse.SUPPRESS)  # what this script starts as a child
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--kills", type=int, default=50, help="how many kills (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the moments (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent / "results" / "kill_resume.csv"
+    )
+    parser.add_argument(
+        "--train", type=Path, help=argparse.SUPPRESS
+    )  # what this script starts as a child
     arguments = parser.parse_args(argv)
     if arguments.train:
         print(train(arguments.train))
@@ -83,11 +104,20 @@ def main(argv: list[str] | None = None) -> None:
     with TemporaryDirectory() as folder:
         state = Path(folder) / "train.state"
         while kills < arguments.kills or state.exists():
-            # four in five die while they train, the rest while they start; once enough are killed, let one finish
+            # four in five die while they train, the rest while they start; once enough are killed,
+            # let one finish
             seconds = chance.uniform(0, 1.5) if chance.random() < 0.8 else -chance.uniform(0.5, 4)
             outcome, digest = run_and_kill(state, seconds if kills < arguments.kills else None)
             step = read_state(state)["step"] if state.exists() else 0  # raises if it is not whole
-            rows.append([len(rows), outcome, f"{seconds:.3f}", step, "" if digest is None else digest == expected])
+            rows.append(
+                [
+                    len(rows),
+                    outcome,
+                    f"{seconds:.3f}",
+                    step,
+                    "" if digest is None else digest == expected,
+                ]
+            )
             print(*rows[-1], flush=True)
             kills += outcome == "killed"
             if outcome == "finished":
@@ -100,7 +130,10 @@ def main(argv: list[str] | None = None) -> None:
         writer = csv.writer(file)
         writer.writerow(["run", "outcome", "killed_after_s", "step_on_disk", "weights_equal"])
         writer.writerows(rows)
-    print(f"{kills} kills, {finished} finished runs, all with the uninterrupted run's weights -> {arguments.out}")
+    print(
+        f"{kills} kills, {finished} finished runs, all with the uninterrupted run's weights -> "
+        f"{arguments.out}"
+    )
 
 
 if __name__ == "__main__":

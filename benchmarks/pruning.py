@@ -1,15 +1,19 @@
-"""Structured pruning side by side: torch.nn.utils.prune, Torch-Pruning and `prune_ln_structured`, same layers, same amounts.
+"""Structured pruning side by side: torch.nn.utils.prune, Torch-Pruning and `prune_ln_structured`,
+same layers, same amounts.
 
-Each model is trained briefly, pruned by every method, scored on held-out data, recovered by the same short distillation from
-the original, scored again: bits per byte (text; less is better) or accuracy (images; more is better), and the cross-entropy in
-nats beside it, which also tells models apart that get the same images right. Every method is recovered at each of `--rates` and
-keeps the better result. Torch-Pruning is told to cut the layers that ours cut: its default would cut the residual streams of
-transformers too, which costs it more. `--latency` times the same models instead (least of the passes, taking turns with the
-original), beside the bound that the multiplications left give.
+Each model is trained briefly, pruned by every method, scored on held-out data, recovered by the
+same short distillation from the original, scored again: bits per byte (text; less is better) or
+accuracy (images; more is better), and the cross-entropy in nats beside it, which also tells models
+apart that get the same images right. Every method is recovered at each of `--rates` and keeps the
+better result. Torch-Pruning is told to cut the layers that ours cut: its default would cut the
+residual streams of transformers too, which costs it more. `--latency` times the same models instead
+(least of the passes, taking turns with the original), beside the bound that the multiplications
+left give.
 
     uv sync --group bench
     uv run --no-sync python benchmarks/pruning.py --cache pruned_models              # quality
-    uv run --no-sync python benchmarks/pruning.py --cache pruned_models --latency    # needs the machine to itself
+    # needs the machine to itself
+    uv run --no-sync python benchmarks/pruning.py --cache pruned_models --latency
 """
 
 from __future__ import annotations
@@ -33,9 +37,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from quantize import ConvNet, ConvNetConfig, DecoderConfig, DecoderLM, load, save
-from quantize.data import ImageBatches, TextBatches, load_images, load_text
-from quantize.pruning import prune_ln_structured, summary
+from quantize.compression.pruning import prune_ln_structured, summary
 from quantize.training import classification_loss, evaluate_images, evaluate_text, next_token_loss
+from quantize.training.data import ImageBatches, TextBatches, load_images, load_text
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -70,7 +74,9 @@ def text_task(model: nn.Module, steps: int) -> Task:
     batches = TextBatches(text.train, batch=8, length=128)
 
     def score(m: nn.Module) -> tuple[float, float]:
-        bits = evaluate_text(m, text.validation, length=128, overlap=64, max_bytes=2**15)["bits_per_byte"]
+        bits = evaluate_text(m, text.validation, length=128, overlap=64, max_bytes=2**15)[
+            "bits_per_byte"
+        ]
         return bits, bits * math.log(2)
 
     return Task(model, steps, batches, next_token_loss, score, "bits per byte")
@@ -100,34 +106,70 @@ class Pixels(Logits):
 
 def bert() -> nn.Module:
     config = transformers.BertConfig(
-        vocab_size=17, hidden_size=64, num_hidden_layers=4, num_attention_heads=4, intermediate_size=256, num_labels=10,
-        max_position_embeddings=64, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-    )  # fmt: skip
+        vocab_size=17,
+        hidden_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=256,
+        num_labels=10,
+        max_position_embeddings=64,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
     return Pixels(transformers.BertForSequenceClassification(config))
 
 
 MODELS: dict[str, Callable[[], Task]] = {
     "convnet": lambda: image_task(ConvNet(ConvNetConfig(widths=(32, 64), blocks=2)), 300),
     "vit": lambda: image_task(
-        hugging("ViT", image_size=8, patch_size=2, hidden_size=64, num_hidden_layers=4, num_attention_heads=4,
-                intermediate_size=256), 400
+        hugging(
+            "ViT",
+            image_size=8,
+            patch_size=2,
+            hidden_size=64,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            intermediate_size=256,
+        ),
+        400,
     ),
     "resnet": lambda: image_task(
-        hugging("ResNet", 4, embedding_size=32, hidden_sizes=[32, 64, 128], depths=[1, 1, 1], layer_type="basic"), 200
+        hugging(
+            "ResNet",
+            4,
+            embedding_size=32,
+            hidden_sizes=[32, 64, 128],
+            depths=[1, 1, 1],
+            layer_type="basic",
+        ),
+        200,
     ),
-    "mobilenet_v2": lambda: image_task(hugging("MobileNetV2", 4, image_size=32, depth_multiplier=0.35), 200),
+    "mobilenet_v2": lambda: image_task(
+        hugging("MobileNetV2", 4, image_size=32, depth_multiplier=0.35), 200
+    ),
     "convnext": lambda: image_task(
-        hugging("ConvNext", 2, image_size=16, patch_size=2, hidden_sizes=[32, 64], depths=[2, 2], num_stages=2), 300
+        hugging(
+            "ConvNext",
+            2,
+            image_size=16,
+            patch_size=2,
+            hidden_sizes=[32, 64],
+            depths=[2, 2],
+            num_stages=2,
+        ),
+        300,
     ),
     "decoder": lambda: text_task(DecoderLM(DecoderConfig(width=128, layers=4, heads=4)), 400),
     "bert": lambda: image_task(bert(), 300),
-}  # fmt: skip
+}
 
 
 def fit(model: nn.Module, batches: Callable, loss: Callable, steps: int, rate: float) -> nn.Module:
     """Train in place by AdamW: a short rise, then a fall over half of the steps."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1.0, (i + 1) / 20, (steps - i) / (0.5 * steps)))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda i: min(1.0, (i + 1) / 20, (steps - i) / (0.5 * steps))
+    )
     model.train()
     for step in range(steps):
         optimizer.zero_grad()
@@ -138,17 +180,32 @@ def fit(model: nn.Module, batches: Callable, loss: Callable, steps: int, rate: f
     return model.eval()
 
 
-def recover(task: Task, pruned: nn.Module, original: nn.Module, steps: int, rates: list[float]) -> tuple[tuple, float]:
-    """Scores after distillation from the original, at the best of the rates (as shares of the training rate), and that rate."""
+def recover(
+    task: Task, pruned: nn.Module, original: nn.Module, steps: int, rates: list[float]
+) -> tuple[tuple, float]:
+    """Scores after distillation from the original, at the best of the rates (as shares of the
+    training rate), and that rate.
+    """
 
     def loss(model: nn.Module, batch: tuple) -> torch.Tensor:
         with torch.no_grad():
             wanted = original(batch[0]).flatten(0, -2).log_softmax(-1)
-        return F.kl_div(model(batch[0]).flatten(0, -2).log_softmax(-1), wanted, log_target=True, reduction="batchmean")
+        return F.kl_div(
+            model(batch[0]).flatten(0, -2).log_softmax(-1),
+            wanted,
+            log_target=True,
+            reduction="batchmean",
+        )
 
     results = []
     for rate in rates:
-        model = fit(copy.deepcopy(pruned), lambda step: task.batches(10_000 + step), loss, steps, rate * task.rate)
+        model = fit(
+            copy.deepcopy(pruned),
+            lambda step: task.batches(10_000 + step),
+            loss,
+            steps,
+            rate * task.rate,
+        )
         results.append((task.score(model), rate))
     return min(results, key=lambda r: r[0][1])
 
@@ -167,12 +224,17 @@ def masks(model: nn.Module, layers: list[str], amount: float) -> nn.Module:
 def torch_pruning(model: nn.Module, x: torch.Tensor, layers: list[str], amount: float) -> nn.Module:
     """Torch-Pruning with its group magnitude criterion, on the same layers.
 
-    Its tracer fails at the split and concatenation of rotary positions, so it sees the decoder without them.
+    Its tracer fails at the split and concatenation of rotary positions, so it sees the decoder
+    without them.
     """
     import torch_pruning as tp
 
     model = copy.deepcopy(model)
-    ignored = [m for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d, nn.Embedding)) and n not in layers]
+    ignored = [
+        m
+        for n, m in model.named_modules()
+        if isinstance(m, (nn.Linear, nn.Conv2d, nn.Embedding)) and n not in layers
+    ]
     heads = {}
     for name, module in model.named_modules():
         count = getattr(module, "num_attention_heads", None)
@@ -182,9 +244,16 @@ def torch_pruning(model: nn.Module, x: torch.Tensor, layers: list[str], amount: 
             heads |= {m: count for n, m in module.named_children() if f"{name}.{n}" in layers}
     with mock.patch("quantize.models.apply_rope", lambda x, cos, sin: x):
         pruner = tp.pruner.MagnitudePruner(
-            model, x, importance=tp.importance.GroupMagnitudeImportance(p=2), pruning_ratio=amount, ignored_layers=ignored,
-            num_heads=heads, prune_num_heads=True, prune_head_dims=False, head_pruning_ratio=amount,
-        )  # fmt: skip
+            model,
+            x,
+            importance=tp.importance.GroupMagnitudeImportance(p=2),
+            pruning_ratio=amount,
+            ignored_layers=ignored,
+            num_heads=heads,
+            prune_num_heads=True,
+            prune_head_dims=False,
+            head_pruning_ratio=amount,
+        )
         pruner.step()
     for module in model.modules():
         if hasattr(module, "num_attention_heads") and hasattr(module, "query"):
@@ -262,37 +331,90 @@ def rows_of(name: str, arguments: argparse.Namespace) -> Iterator[dict]:
     base, nats = task.score(model)
     x = task.batches(0)[0]
     for amount in arguments.amounts:
-        made = pruned_by_all(task, model, amount, [] if arguments.latency else calibration, arguments.methods)
+        made = pruned_by_all(
+            task, model, amount, [] if arguments.latency else calibration, arguments.methods
+        )
         for method, pruned in made.items():
             row: dict = {"model": name, "amount": amount, "method": method}
             if isinstance(pruned, Exception):
                 if not (arguments.latency and "calibrated" in method):
                     yield row | {"note": f"{type(pruned).__name__}: {pruned}"[:120]}
                 continue
-            row |= {"parameters": sum(p.numel() for p in pruned.parameters()), "of": sum(p.numel() for p in model.parameters())}
+            row |= {
+                "parameters": sum(p.numel() for p in pruned.parameters()),
+                "of": sum(p.numel() for p in model.parameters()),
+            }
             if arguments.latency:
                 old, new = latencies([model, pruned], x)
                 bound = multiplications(model, x) / multiplications(pruned, x)
-                row |= {"original_ms": round(old, 2), "latency_ms": round(new, 2), "speedup": round(old / new, 2)}
+                row |= {
+                    "original_ms": round(old, 2),
+                    "latency_ms": round(new, 2),
+                    "speedup": round(old / new, 2),
+                }
                 yield row | {"bound": round(bound, 2), "threads": torch.get_num_threads()}
                 continue
             before = task.score(pruned)
             after, rate = recover(task, pruned, model, arguments.recovery, arguments.rates)
-            row |= {"metric": task.metric, "original": base, "before_recovery": before[0], "after_recovery": after[0]}
-            row |= {"original_nats": nats, "before_nats": before[1], "after_nats": after[1], "recovery_rate": rate}
-            yield {key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}
+            row |= {
+                "metric": task.metric,
+                "original": base,
+                "before_recovery": before[0],
+                "after_recovery": after[0],
+            }
+            row |= {
+                "original_nats": nats,
+                "before_nats": before[1],
+                "after_nats": after[1],
+                "recovery_rate": rate,
+            }
+            yield {
+                key: round(value, 4) if isinstance(value, float) else value
+                for key, value in row.items()
+            }
 
 
 QUALITY = ["model", "amount", "method", "metric", "original", "before_recovery", "after_recovery"]
-QUALITY += ["original_nats", "before_nats", "after_nats", "recovery_rate", "parameters", "of", "note"]
-LATENCY = ["model", "amount", "method", "original_ms", "latency_ms", "speedup", "bound", "threads", "parameters", "of", "note"]
+QUALITY += [
+    "original_nats",
+    "before_nats",
+    "after_nats",
+    "recovery_rate",
+    "parameters",
+    "of",
+    "note",
+]
+LATENCY = [
+    "model",
+    "amount",
+    "method",
+    "original_ms",
+    "latency_ms",
+    "speedup",
+    "bound",
+    "threads",
+    "parameters",
+    "of",
+    "note",
+]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS), help="(default: all)")
-    parser.add_argument("--amounts", nargs="+", type=float, default=[0.25, 0.5], help="(default: %(default)s)")
-    parser.add_argument("--recovery", type=int, default=40, help="training steps after pruning (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--models", nargs="+", choices=list(MODELS), default=list(MODELS), help="(default: all)"
+    )
+    parser.add_argument(
+        "--amounts", nargs="+", type=float, default=[0.25, 0.5], help="(default: %(default)s)"
+    )
+    parser.add_argument(
+        "--recovery",
+        type=int,
+        default=40,
+        help="training steps after pruning (default: %(default)s)",
+    )
     parser.add_argument(
         "--rates",
         nargs="+",
@@ -300,10 +422,16 @@ def main() -> None:
         default=[0.1, 0.5],
         help="of recovery, as shares of the training rate (default: %(default)s)",
     )
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="(default: all)")
+    parser.add_argument(
+        "--methods", nargs="+", choices=METHODS, default=list(METHODS), help="(default: all)"
+    )
     parser.add_argument("--latency", action="store_true", help="time the models instead")
     parser.add_argument("--cache", type=Path, help="folder for the trained models (default: none)")
-    parser.add_argument("--out", type=Path, help="CSV; rows of the same models and methods are replaced (default: in results)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="CSV; rows of the same models and methods are replaced (default: in results)",
+    )
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     out = arguments.out or RESULTS / ("pruning_latency.csv" if arguments.latency else "pruning.csv")
@@ -311,7 +439,11 @@ def main() -> None:
         kept = []
         if out.exists():
             with out.open(newline="") as file:
-                kept = [row for row in csv.DictReader(file) if row["model"] != name or row["method"] not in arguments.methods]
+                kept = [
+                    row
+                    for row in csv.DictReader(file)
+                    if row["model"] != name or row["method"] not in arguments.methods
+                ]
         for row in rows_of(name, arguments):
             print(row, flush=True)
             kept.append(row)

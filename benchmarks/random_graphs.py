@@ -1,21 +1,24 @@
-"""Random models through every technique, each against an oracle: is there a crash, a hang or a wrong result without a word?
+"""Random models through every technique, each against an oracle: is there a crash, a hang or a
+wrong result without a word?
 
-    uv run python benchmarks/random_graphs.py                 # 500 models, about twenty minutes on one core
+    uv run python benchmarks/random_graphs.py  # 500 models, about twenty minutes on one core
     uv run python benchmarks/random_graphs.py --models 50 --first 500 --only fuse,pruned
 
-A model is made from its seed by `tests/random_models.py` (every second one with odd steps: state, writes in place, chance,
-control flow). The oracles:
+A model is made from its seed by `tests/random_models.py` (every second one with odd steps: state,
+writes in place, chance, control flow). The oracles:
 
 - pruned: the full-sized twin with zeros in the removed places;
-- low rank, int8, int4: the original with each layer's weight replaced by the dense weight that the layer stands for;
+- low rank, int8, int4: the original with each layer's weight replaced by the dense weight that the
+  layer stands for;
 - half: the original with rounded parameters;
 - fused: the original;
 - each of them saved and loaded: the result in memory, bit for bit.
 
-Allowed is what the original itself does when its weights are off by as much as the technique rounds: a graph that turns the
-last bit of a weight into another answer can't be told from a wrong one. Models run several calls, from their first state.
-Printed are counts of ok, refused (by message), crash, hang and silent difference; the exit code is 1 if there is one of the
-last three. Left out: speed, back ends other than TorchScript.
+Allowed is what the original itself does when its weights are off by as much as the technique
+rounds: a graph that turns the last bit of a weight into another answer can't be told from a wrong
+one. Models run several calls, from their first state. Printed are counts of ok, refused (by
+message), crash, hang and silent difference; the exit code is 1 if there is one of the last three.
+Left out: speed, back ends other than TorchScript.
 """
 
 from __future__ import annotations
@@ -45,7 +48,7 @@ from torch import nn
 
 import quantize
 from quantize import surgery
-from quantize.fusion import planning
+from quantize.run.fusion import planning
 
 SCALE = 8  # widths of 32 to 64
 SECONDS = 60  # of computing for one technique on one model; more is a hang
@@ -66,7 +69,9 @@ Twin = Callable[[nn.Module, nn.Module, Sample], nn.Module]
 
 @dataclass(frozen=True)
 class Technique:
-    """`make` gives the result, `twin(original, result, sample)` what it must compute; `rounding` is its relative error."""
+    """`make` gives the result, `twin(original, result, sample)` what it must compute; `rounding` is
+    its relative error.
+    """
 
     make: Make
     twin: Twin
@@ -74,7 +79,8 @@ class Technique:
     saved: bool = True
 
 
-# ---------------------------------------------------------------------------------------------- oracles
+# ----------------------------------------------------------------------------------------------
+# oracles
 
 
 def _masked(original: nn.Module, result: nn.Module, sample: Sample) -> nn.Module:
@@ -120,12 +126,15 @@ TECHNIQUES = {
     "int8": Technique(lambda m, s: quantize.quantize_dynamic(m), _dense, 0.02),
     "int4": Technique(lambda m, s: quantize.quantize_weights(m), _dense, 0.01),
     "half fp16": Technique(lambda m, s: quantize.to_half(m), _rounded(torch.float16), 1e-3),
-    "half bf16": Technique(lambda m, s: quantize.to_half(m, torch.bfloat16), _rounded(torch.bfloat16), 0.01),
+    "half bf16": Technique(
+        lambda m, s: quantize.to_half(m, torch.bfloat16), _rounded(torch.bfloat16), 0.01
+    ),
     "fused": Technique(lambda m, s: quantize.fuse(m, s.inputs), _original, 1e-6, saved=False),
 }
 
 
-# ------------------------------------------------------------------------------------------------- runs
+# -------------------------------------------------------------------------------------------------
+# runs
 
 
 def calls_of(sample: Sample) -> list[Any]:
@@ -146,7 +155,9 @@ def answers(model: nn.Module, calls: Sequence[Any]) -> list[Any]:
 
 @torch.no_grad()
 def sensitivity(original: nn.Module, calls: Sequence[Any], size: float) -> list[float]:
-    """How far each call's output goes when every weight is off by `size`, the worst of three draws."""
+    """How far each call's output goes when every weight is off by `size`, the worst of three
+    draws.
+    """
     expected = answers(surgery.clone(original), calls)
     worst = [0.0] * len(calls)
     for draw in range(3):
@@ -173,8 +184,12 @@ def _numbers(output: Any) -> list[torch.Tensor]:
     return [tensor for tensor in promise.tensors(output) if tensor.is_floating_point()]
 
 
-def compare(result: nn.Module, twin: nn.Module, original: nn.Module, sample: Sample, rounding: float) -> None:
-    """Raise SilentDifference where the result answers other than its twin, from the same state, call for call."""
+def compare(
+    result: nn.Module, twin: nn.Module, original: nn.Module, sample: Sample, rounding: float
+) -> None:
+    """Raise SilentDifference where the result answers other than its twin, from the same state,
+    call for call.
+    """
     calls = calls_of(sample)
     expected, actual = answers(twin, calls), answers(result, calls)
     coarse = any(p.dtype in (torch.float16, torch.bfloat16) for p in original.parameters())
@@ -195,7 +210,9 @@ def compare(result: nn.Module, twin: nn.Module, original: nn.Module, sample: Sam
 
 
 def through_files(result: nn.Module, sample: Sample, seed: int, odd: bool, folder: Path) -> None:
-    """Raise SilentDifference where the result, saved and loaded into a fresh model of other weights, answers otherwise."""
+    """Raise SilentDifference where the result, saved and loaded into a fresh model of other
+    weights, answers otherwise.
+    """
     fresh = random_model(seed, odd=odd, scale=SCALE).model
     fresh.output = sample.model.output
     with torch.no_grad():
@@ -212,14 +229,20 @@ def through_files(result: nn.Module, sample: Sample, seed: int, odd: bool, folde
         if isinstance(a, Exception):
             raise a
         if list(promise.same_answers([a], [e], "file")):
-            raise SilentDifference(f"call {i + 1} of the loaded file is {_away(a, e):.2g} from the model in memory")
+            raise SilentDifference(
+                f"call {i + 1} of the loaded file is {_away(a, e):.2g} from the model in memory"
+            )
 
 
 def examine(name: str, seed: int, odd: bool) -> tuple[str, str]:
-    """Outcome ("ok", "refused", "crash", "hang", "silent difference") and message of one technique on one model."""
+    """Outcome ("ok", "refused", "crash", "hang", "silent difference") and message of one technique
+    on one model.
+    """
     sample = random_model(seed, odd=odd, scale=SCALE)
     if "output: parameter" in sample.traits and name != "fused":
-        sample.model.output = "tuple"  # its first parameter is another one once its layers are replaced
+        sample.model.output = (
+            "tuple"  # its first parameter is another one once its layers are replaced
+        )
     technique = TECHNIQUES[name]
     state, inputs = promise.state_of(sample.model), promise.frozen(sample.inputs)
     try:
@@ -229,7 +252,11 @@ def examine(name: str, seed: int, odd: bool) -> tuple[str, str]:
                 result = technique.make(sample.model, sample)
             except Exception as error:
                 problems = list(promise.honest(error))
-                return ("crash", problems[0]) if problems else ("refused", f"{type(error).__name__}: {error}")
+                return (
+                    ("crash", problems[0])
+                    if problems
+                    else ("refused", f"{type(error).__name__}: {error}")
+                )
             changed = [*promise.changes(state, promise.state_of(sample.model))]
             changed += promise.changes(inputs, promise.frozen(sample.inputs))
             if changed:
@@ -244,7 +271,10 @@ def examine(name: str, seed: int, odd: bool) -> tuple[str, str]:
         return "hang", f"over {SECONDS} s"
     except Exception as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
-        return "crash", f"{type(error).__name__} at {Path(where.filename).name}:{where.lineno}: {error}"
+        return (
+            "crash",
+            f"{type(error).__name__} at {Path(where.filename).name}:{where.lineno}: {error}",
+        )
     return "ok", ""
 
 
@@ -271,10 +301,16 @@ def last_wins(models: dict[str, Any], inputs: Any, **_: Any) -> dict[str, float]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Examine the models and print what came out."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--models", type=int, default=500, help="how many (default: 500)")
     parser.add_argument("--first", type=int, default=0, help="seed of the first one (default: 0)")
-    parser.add_argument("--only", default=",".join(TECHNIQUES), help="techniques, separated by commas (default: all)")
+    parser.add_argument(
+        "--only",
+        default=",".join(TECHNIQUES),
+        help="techniques, separated by commas (default: all)",
+    )
     options = parser.parse_args(argv)
     planning.race = last_wins
     outcomes: Counter[tuple[str, str]] = Counter()
@@ -289,11 +325,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             if outcome == "refused":
                 refusals[f"{name}: {message[:90]}"] += 1
             elif outcome != "ok":
-                print(f"seed {seed}{' odd' if odd else ''}, {name}: {outcome}: {message[:200]}", flush=True)
+                print(
+                    f"seed {seed}{' odd' if odd else ''}, {name}: {outcome}: {message[:200]}",
+                    flush=True,
+                )
     return report(options, outcomes, refusals, time.monotonic() - start)
 
 
-def report(options: argparse.Namespace, outcomes: Counter, refusals: Counter, seconds: float) -> int:
+def report(
+    options: argparse.Namespace, outcomes: Counter, refusals: Counter, seconds: float
+) -> int:
     """Print the counts; 1 if something crashed, hung or was wrong without a word."""
     kinds = ("ok", "refused", "crash", "hang", "silent difference")
     print(f"{options.models} models in {seconds:.0f} s, torch {torch.__version__}")

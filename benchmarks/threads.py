@@ -1,6 +1,6 @@
 """How long waiting threads should look before they sleep, on a free and on a loaded machine.
 
-    uv run python benchmarks/threads.py                  # a quarter of an hour; nothing else should run
+    uv run python benchmarks/threads.py  # a quarter of an hour; nothing else should run
     uv run python benchmarks/threads.py --loads 0 --rounds 2
 
 A thread of libgomp that comes to a barrier looks GOMP_SPINCOUNT times for the others before it
@@ -34,8 +34,8 @@ from pathlib import Path
 import torch
 
 from quantize import ConvNet, ConvNetConfig, DecoderConfig, DecoderLM, KVCache, quantize_dynamic
-from quantize.decoding import for_decoding
 from quantize.host import keep_allocations, machine, usable_cores
+from quantize.run.decoding import for_decoding
 from quantize.training import next_token_loss
 
 RESULT = Path(__file__).parent / "results" / "threads.csv"
@@ -46,7 +46,8 @@ COUNTS = ("0", "300", "1000", "3000", "10000", "100000", DEFAULT)
 LOOP = "while True: pass"
 
 
-# ------------------------------------------------------------------------------------- a measured process
+# ------------------------------------------------------------------------------------- a measured
+# process
 
 
 def works() -> dict[str, Callable[[], object]]:
@@ -68,12 +69,19 @@ def works() -> dict[str, Callable[[], object]]:
         next_token_loss(learner, (ids, ids)).backward()
         learner.zero_grad()
 
-    timed = (lambda: decoder(ids), lambda: decoder(ids[:1, :1]), lambda: image_net(image), decode_32)
+    timed = (
+        lambda: decoder(ids),
+        lambda: decoder(ids[:1, :1]),
+        lambda: image_net(image),
+        decode_32,
+    )
     return dict(zip(WORKS, [*map(torch.no_grad(), timed), training_step], strict=True))
 
 
 def serve(threads: int) -> None:
-    """Answer each line on standard input, "work seconds", with a JSON list of [ms, CPU ms] per call."""
+    """Answer each line on standard input, "work seconds", with a JSON list of [ms, CPU ms] per
+    call.
+    """
     torch.set_num_threads(threads)
     keep_allocations()
     known = works()
@@ -86,7 +94,9 @@ def serve(threads: int) -> None:
 
 
 def calls(work: Callable[[], object], seconds: float) -> list[tuple[float, float]]:
-    """Wall and CPU milliseconds of calls for about `seconds`, three at least, after one that isn't counted."""
+    """Wall and CPU milliseconds of calls for about `seconds`, three at least, after one that isn't
+    counted.
+    """
     work()
     samples: list[tuple[float, float]] = []
     start = time.perf_counter()
@@ -97,7 +107,8 @@ def calls(work: Callable[[], object], seconds: float) -> list[tuple[float, float
     return samples
 
 
-# ------------------------------------------------------------------------------------------ the comparison
+# ------------------------------------------------------------------------------------------ the
+# comparison
 
 
 class Setting:
@@ -105,7 +116,13 @@ class Setting:
 
     def __init__(self, count: str, threads: int):
         self.count, self.threads = count, threads
-        dropped = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
+        dropped = (
+            "OMP_WAIT_POLICY",
+            "GOMP_SPINCOUNT",
+            "KMP_BLOCKTIME",
+            "OMP_NUM_THREADS",
+            "MKL_NUM_THREADS",
+        )
         environment = {name: value for name, value in os.environ.items() if name not in dropped}
         environment |= {} if count == DEFAULT else {"GOMP_SPINCOUNT": count}
         command = [sys.executable, __file__, "--serve", str(threads)]
@@ -155,7 +172,11 @@ def compare(settings: list[Setting], loads: list[int], rounds: int, seconds: flo
             best = min(entry["ms"] for entry in found)
             rows += [entry | {"over_best": entry["ms"] / best} for entry in found]
             for entry in rows[-len(found) :]:
-                print(*(f"{v:.3g}" if isinstance(v, float) else v for v in entry.values()), sep="\t", flush=True)
+                print(
+                    *(f"{v:.3g}" if isinstance(v, float) else v for v in entry.values()),
+                    sep="\t",
+                    flush=True,
+                )
     return rows
 
 
@@ -174,16 +195,36 @@ def write(rows: list[dict]) -> None:
         writer = csv.DictWriter(file, [*rows[0], "cores", "torch", "cpu"])
         writer.writeheader()
         for entry in rows:
-            rounded = {name: round(value, 4) if isinstance(value, float) else value for name, value in entry.items()}
-            writer.writerow(rounded | {"cores": host["usable_cores"], "torch": host["torch"], "cpu": host["cpu"]})
+            rounded = {
+                name: round(value, 4) if isinstance(value, float) else value
+                for name, value in entry.items()
+            }
+            writer.writerow(
+                rounded
+                | {"cores": host["usable_cores"], "torch": host["torch"], "cpu": host["cpu"]}
+            )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--counts", nargs="+", default=list(COUNTS), help="spin counts (default: %(default)s)")
-    parser.add_argument("--loads", nargs="+", type=int, default=[0, 8], help="endless loops beside us (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each setting (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=0.5, help="length of a turn (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--counts", nargs="+", default=list(COUNTS), help="spin counts (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--loads",
+        nargs="+",
+        type=int,
+        default=[0, 8],
+        help="endless loops beside us (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="turns of each setting (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=0.5, help="length of a turn (default: %(default)s)"
+    )
     parser.add_argument("--serve", type=int, metavar="THREADS", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.serve:
@@ -200,7 +241,9 @@ def main() -> None:
     print("worst over_best, by threads and count:")
     for setting in settings:
         key = setting.threads, setting.count
-        mine = [entry["over_best"] for entry in rows if (entry["threads"], entry["spin_count"]) == key]
+        mine = [
+            entry["over_best"] for entry in rows if (entry["threads"], entry["spin_count"]) == key
+        ]
         print(f"{setting.threads}\t{setting.count}\t{max(mine):.2f}")
 
 

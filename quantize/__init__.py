@@ -1,19 +1,29 @@
 """Make any PyTorch model smaller and faster on a CPU, and measure what it cost."""
 
 from quantize.checkpoint import CheckpointError, load, read_metadata, save, summary
-from quantize.decoding import for_decoding
-from quantize.distillation import distill, make_student, recover
-from quantize.fusion import fold, fuse
-from quantize.generation import generate, generate_stream
-from quantize.int4 import quantize_weights
-from quantize.int8 import quantize_dynamic
-from quantize.kv_cache import CachedAttention, KVCache
-from quantize.low_rank import factorize_low_rank
-from quantize.measure import Measurement, measure
+from quantize.compression.distillation import distill, make_student, recover
+from quantize.compression.half import to_half
+from quantize.compression.int4 import quantize_weights
+from quantize.compression.int8 import quantize_dynamic
+from quantize.compression.low_rank import factorize_low_rank
+from quantize.compression.pruning import prune_ln_structured
+from quantize.compression.recipe import (
+    Given,
+    Half,
+    Int4,
+    Int8,
+    LowRank,
+    Prune,
+    Recipe,
+    Recover,
+    Student,
+)
+from quantize.measuring.comparison import Measurement, measure
 from quantize.models import MLP, ConvNet, ConvNetConfig, DecoderConfig, DecoderLM, MLPConfig
-from quantize.precision import to_half
-from quantize.pruning import prune_ln_structured
-from quantize.recipe import Given, Half, Int4, Int8, LowRank, Prune, Recipe, Recover, Student
+from quantize.run.decoding import for_decoding
+from quantize.run.fusion import fold, fuse
+from quantize.run.generate import generate, generate_stream
+from quantize.run.kv_cache import CachedAttention, KVCache
 
 __version__ = "0.1.0"
 

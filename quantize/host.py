@@ -1,4 +1,5 @@
-"""This machine: what it computes fast, how many cores it leaves us, how threads wait, what malloc does with memory.
+"""This machine: what it computes fast, how many cores it leaves us, how threads wait, what malloc
+does with memory.
 
 A latency means nothing without these facts, so every report prints them. Reading them never fails:
 what a machine doesn't tell is None or left out. The allocator is here because it can be half of a
@@ -35,8 +36,8 @@ import torch
 
 T = TypeVar("T")
 
-# The instruction sets that decide how fast the kernels here run, by architecture; each with the names (of
-# `torch.cpu.get_capabilities`) of which one is enough.
+# The instruction sets that decide how fast the kernels here run, by architecture; each with the
+# names (of `torch.cpu.get_capabilities`) of which one is enough.
 _X86 = {
     "AVX2": ("avx2",),
     "AVX-512": ("avx512_f",),
@@ -44,14 +45,27 @@ _X86 = {
     "BF16": ("avx512_bf16", "amx_bf16"),
     "AMX": ("amx_int8", "amx_bf16"),
 }
-_ARM = {"NEON": ("neon",), "DOTPROD": ("dot",), "I8MM": ("i8mm",), "BF16": ("bf16",), "SVE": ("sve",), "SME": ("sme",)}
+_ARM = {
+    "NEON": ("neon",),
+    "DOTPROD": ("dot",),
+    "I8MM": ("i8mm",),
+    "BF16": ("bf16",),
+    "SVE": ("sve",),
+    "SME": ("sme",),
+}
 
 # mallopt's parameter numbers (glibc's malloc.h), and the values that make it keep large blocks.
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
 _KEEP_MMAP_BYTES, _KEEP_MMAP_BYTES_OLD_GLIBC, _KEEP_TOP_PAD_BYTES = 1 << 30, 32 << 20, 64 << 20
 
-SPIN_COUNT = "1000"  # GOMP_SPINCOUNT: how often a waiting thread looks before it sleeps; see the header
-_WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # who sets one of these has chosen
+SPIN_COUNT = (
+    "1000"  # GOMP_SPINCOUNT: how often a waiting thread looks before it sleeps; see the header
+)
+_WAITING = (
+    "OMP_WAIT_POLICY",
+    "GOMP_SPINCOUNT",
+    "KMP_BLOCKTIME",
+)  # who sets one of these has chosen
 
 _kept_mmap_bytes = 0  # what keep_allocations() has set in this process; glibc has no call to ask
 
@@ -59,9 +73,10 @@ _kept_mmap_bytes = 0  # what keep_allocations() has set in this process; glibc h
 def machine() -> dict[str, Any]:
     """What a reader needs to place a latency; JSON values only, never raises.
 
-    `cpu` (name), `architecture`, `instruction_sets` (name -> present, those that matter on this architecture), `cores`
-    (physical), `logical_cores`, `usable_cores` (left by affinity and a container's quota), `threads` (torch's, now), `waiting`
-    (what OpenMP's threads do at a barrier), `memory_gb`, `torch`, `python`, `os`, `allocator`.
+    `cpu` (name), `architecture`, `instruction_sets` (name -> present, those that matter on this
+    architecture), `cores` (physical), `logical_cores`, `usable_cores` (left by affinity and a
+    container's quota), `threads` (torch's, now), `waiting` (what OpenMP's threads do at a barrier),
+    `memory_gb`, `torch`, `python`, `os`, `allocator`.
     """
     cpu = _attempt(lambda: dict(torch.cpu.get_capabilities()), {})
     architecture = _attempt(platform.machine, "") or cpu.get("architecture") or "unknown"
@@ -74,7 +89,9 @@ def machine() -> dict[str, Any]:
         "usable_cores": _attempt(usable_cores, None),
         "threads": torch.get_num_threads(),
         "waiting": waiting_policy(),
-        "memory_gb": _attempt(lambda: round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1), None),
+        "memory_gb": _attempt(
+            lambda: round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1), None
+        ),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "os": _attempt(_os_name, "unknown"),
@@ -91,16 +108,20 @@ def describe_machine(host: dict[str, Any]) -> list[str]:
     threads = _counted(host.get("threads"), "thread")
     memory = f", {host['memory_gb']} GB memory" if host.get("memory_gb") else ""
     return [
-        f"CPU: {host.get('cpu', '?')} ({host.get('architecture', '?')}), {cores}, {threads}{memory}",
+        f"CPU: {host.get('cpu', '?')} ({host.get('architecture', '?')}), {cores}, "
+        f"{threads}{memory}",
         f"Instruction sets: {present}" + (f" (not: {absent})" if absent else ""),
         f"Waiting threads: {host.get('waiting', 'unknown')}",
-        f"Software: torch {host.get('torch', '?')}, Python {host.get('python', '?')}, {host.get('os', '?')}",
+        f"Software: torch {host.get('torch', '?')}, Python {host.get('python', '?')}, "
+        f"{host.get('os', '?')}",
         f"Allocator: {host.get('allocator', 'unknown')}",
     ]
 
 
 def native_bf16(device: torch.device | str = "cpu") -> bool:
-    """Whether bfloat16 matrix products run in hardware here (AVX512-BF16, AMX, Arm BF16; Ampere or newer), not emulated."""
+    """Whether bfloat16 matrix products run in hardware here (AVX512-BF16, AMX, Arm BF16; Ampere or
+    newer), not emulated.
+    """
     if torch.device(device).type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     has = torch.cpu.get_capabilities()
@@ -108,14 +129,18 @@ def native_bf16(device: torch.device | str = "cpu") -> bool:
 
 
 def compute_dtype(stored: torch.dtype, device: torch.device | str = "cpu") -> torch.dtype:
-    """The fastest dtype for matrix products with weights stored as float16 or bfloat16 that keeps every stored bit."""
+    """The fastest dtype for matrix products with weights stored as float16 or bfloat16 that keeps
+    every stored bit.
+    """
     if torch.device(device).type == "cuda":
         return stored
     return torch.bfloat16 if stored == torch.bfloat16 and native_bf16(device) else torch.float32
 
 
 def default_threads() -> int:
-    """Threads to compute with: what OMP_NUM_THREADS says, else torch's own choice, but at most `usable_cores()`."""
+    """Threads to compute with: what OMP_NUM_THREADS says, else torch's own choice, but at most
+    `usable_cores()`.
+    """
     chosen = torch.get_num_threads()
     if os.environ.get("OMP_NUM_THREADS"):
         return chosen
@@ -123,7 +148,9 @@ def default_threads() -> int:
 
 
 def usable_cores() -> int:
-    """Cores that CPU affinity and the quota of the control groups leave this process; a part of a core counts as one."""
+    """Cores that CPU affinity and the quota of the control groups leave this process; a part of a
+    core counts as one.
+    """
     by_affinity = hasattr(os, "sched_getaffinity")
     cores = len(os.sched_getaffinity(0)) if by_affinity else os.cpu_count() or 1
     groups = _attempt(Path("/proc/self/cgroup").read_text, "")
@@ -132,11 +159,13 @@ def usable_cores() -> int:
 
 
 def cpu_quota(groups: str, mount: Path = Path("/sys/fs/cgroup")) -> float:
-    """Seconds of CPU time per second that control groups (versions 1 and 2) allow; infinite where none sets a limit.
+    """Seconds of CPU time per second that control groups (versions 1 and 2) allow; infinite where
+    none sets a limit.
 
-    Args:
-        groups: the text of /proc/self/cgroup, a line `number:controllers:path` per hierarchy. The group itself and all above
-            it are asked; in a container the path is often another machine's, and only the root is there.
+    Args: groups: the text of /proc/self/cgroup, a line `number:controllers:path` per hierarchy. The
+        group itself and all above
+            it are asked; in a container the path is often another machine's, and only the root is
+            there.
         mount: folder of the hierarchies.
     """
     quotas = [math.inf]
@@ -151,7 +180,9 @@ def cpu_quota(groups: str, mount: Path = Path("/sys/fs/cgroup")) -> float:
 
 
 def _quota_of(group: Path) -> float:
-    """The limit in one folder: `cpu.max` holds "200000 100000" for two cores, version 1 has a file for each number."""
+    """The limit in one folder: `cpu.max` holds "200000 100000" for two cores, version 1 has a file
+    for each number.
+    """
     allowed, *period = _attempt((group / "cpu.max").read_text, "max").split()
     if not period:
         allowed = _attempt((group / "cpu.cfs_quota_us").read_text, "-1").strip()
@@ -161,28 +192,35 @@ def _quota_of(group: Path) -> float:
 
 
 def with_waiting(environment: Mapping[str, str]) -> dict[str, str]:
-    """A copy for a new process in which waiting threads sleep soon, unless `environment` says how they wait."""
+    """A copy for a new process in which waiting threads sleep soon, unless `environment` says how
+    they wait.
+    """
     chosen = any(environment.get(name) for name in _WAITING)
     return dict(environment) if chosen else {**environment, "GOMP_SPINCOUNT": SPIN_COUNT}
 
 
 def waiting_policy(environment: Mapping[str, str] = os.environ) -> str:
-    """What `environment` says about OpenMP's threads at a barrier; in force if it said so when torch was imported."""
+    """What `environment` says about OpenMP's threads at a barrier; in force if it said so when
+    torch was imported.
+    """
     said = [f"{name}={environment[name]}" for name in _WAITING if environment.get(name)]
     return " ".join(said) or "default (libgomp spins 300,000 times before it sleeps)"
 
 
 def keep_allocations() -> bool:
-    """Tell glibc's malloc to keep large freed blocks for the life of this process. Returns whether that is now so.
+    """Tell glibc's malloc to keep large freed blocks for the life of this process. Returns whether
+    that is now so.
 
-    glibc maps every block above a threshold (128 KiB, growing to 32 MiB) afresh and gives it back at once, so each large
-    activation is page-faulted again on every call; that can double a convolutional network's latency. This is `mallopt` (see
-    mallopt(3)) with M_MMAP_THRESHOLD = 1 GiB (32 MiB where glibc refuses more), M_TRIM_THRESHOLD = never and M_TOP_PAD =
-    64 MiB; the environment variables MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_ and MALLOC_TOP_PAD_ do the same at start.
+    glibc maps every block above a threshold (128 KiB, growing to 32 MiB) afresh and gives it back
+    at once, so each large activation is page-faulted again on every call; that can double a
+    convolutional network's latency. This is `mallopt` (see mallopt(3)) with M_MMAP_THRESHOLD = 1
+    GiB (32 MiB where glibc refuses more), M_TRIM_THRESHOLD = never and M_TOP_PAD = 64 MiB; the
+    environment variables MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_ and MALLOC_TOP_PAD_ do the
+    same at start.
 
-    The price: memory that was once used isn't returned before the process ends. Nothing in this package calls it on import.
-    Where malloc isn't glibc's (musl, macOS, Windows, a preloaded jemalloc or tcmalloc) it changes nothing and returns False;
-    `allocator_state()` says so.
+    The price: memory that was once used isn't returned before the process ends. Nothing in this
+    package calls it on import. Where malloc isn't glibc's (musl, macOS, Windows, a preloaded
+    jemalloc or tcmalloc) it changes nothing and returns False; `allocator_state()` says so.
     """
     global _kept_mmap_bytes
     if _glibc_version() is None or _preloaded_malloc() is not None:
@@ -210,10 +248,22 @@ def allocator_state() -> str:
     if version is None:
         return "not glibc, system default (keep_allocations does nothing here)"
     if _kept_mmap_bytes:
-        return f"{version}, keeps large blocks (mmap threshold {_kept_mmap_bytes >> 20} MiB, no trimming)"
-    names = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES")
+        return (
+            f"{version}, keeps large blocks (mmap threshold {_kept_mmap_bytes >> 20} MiB, no "
+            f"trimming)"
+        )
+    names = (
+        "MALLOC_MMAP_THRESHOLD_",
+        "MALLOC_TRIM_THRESHOLD_",
+        "MALLOC_TOP_PAD_",
+        "GLIBC_TUNABLES",
+    )
     given = [f"{n}={os.environ[n]}" for n in names if os.environ.get(n)]
-    return f"{version}, set by the environment: {' '.join(given)}" if given else f"{version}, default (returns large blocks)"
+    return (
+        f"{version}, set by the environment: {' '.join(given)}"
+        if given
+        else f"{version}, default (returns large blocks)"
+    )
 
 
 def peak_rss_mb() -> float | None:
@@ -223,7 +273,9 @@ def peak_rss_mb() -> float | None:
     """
     try:
         status = Path("/proc/self/status").read_text()
-        return next(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
+        return next(
+            int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmHWM:")
+        )
     except (OSError, StopIteration):
         pass
     try:
@@ -241,7 +293,9 @@ def _counted(count: int | None, thing: str) -> str:
 def _attempt(read: Callable[[], T], default: T) -> T:
     try:
         return read()
-    except Exception:  # odd machines fail in odd ways, and a missing line is better than no measurement
+    except (
+        Exception
+    ):  # odd machines fail in odd ways, and a missing line is better than no measurement
         return default
 
 
@@ -263,11 +317,19 @@ def _cpu_name(cpu: dict[str, Any]) -> str | None:
         for line in Path("/proc/cpuinfo").read_text(errors="replace").split("\n\n")[0].splitlines():
             key, _, value = line.partition(":")
             info[key.strip()] = value.strip()
-    name = name if name.lower() not in ("", "unknown") else info.get("model name") or info.get("Model") or platform.processor()
-    if "cpu family" in info and "model" in info:  # clouds shorten the name to "AMD EPYC"; the numbers still tell which
+    name = (
+        name
+        if name.lower() not in ("", "unknown")
+        else info.get("model name") or info.get("Model") or platform.processor()
+    )
+    if (
+        "cpu family" in info and "model" in info
+    ):  # clouds shorten the name to "AMD EPYC"; the numbers still tell which
         name += f" (family {info['cpu family']}, model {info['model']})"
     elif "CPU part" in info:
-        name = f"{name} (implementer {info.get('CPU implementer')}, part {info['CPU part']})".strip()
+        name = (
+            f"{name} (implementer {info.get('CPU implementer')}, part {info['CPU part']})".strip()
+        )
     return name or None
 
 
@@ -278,7 +340,11 @@ def _os_name() -> str:
 
 def _glibc_version() -> str | None:
     """`"glibc 2.36"`, or None where the C library is another one."""
-    return _attempt(lambda: os.confstr("CS_GNU_LIBC_VERSION"), None) if hasattr(os, "confstr") else None
+    return (
+        _attempt(lambda: os.confstr("CS_GNU_LIBC_VERSION"), None)
+        if hasattr(os, "confstr")
+        else None
+    )
 
 
 def _preloaded_malloc() -> str | None:

@@ -13,7 +13,7 @@ import torch
 
 from quantize.checkpoint import CheckpointError
 from quantize.host import default_threads, keep_allocations
-from quantize.measure import MeasurementError
+from quantize.measuring.artifact import MeasurementError
 
 DONE, MISTAKE, STOPPED = 0, 2, 130  # exit codes: all is written; a user's mistake; Ctrl-C
 MISTAKES = (CheckpointError, MeasurementError, ValueError, TypeError, OSError)
@@ -22,7 +22,8 @@ AGAIN = "stopped; nothing was half written, run it again"
 
 
 class Parser(argparse.ArgumentParser):
-    """Flags with their defaults in the help; a mistake is one line on standard error, without the usage.
+    """Flags with their defaults in the help; a mistake is one line on standard error, without the
+    usage.
 
     Args:
         prog: the name of the script, before each line of an error.
@@ -101,7 +102,9 @@ def _integer(text: str) -> int:
 
 
 def path(text: str) -> Path:
-    """The value of a flag that names a file or folder: an empty one would mean the present folder."""
+    """The value of a flag that names a file or folder: an empty one would mean the present
+    folder.
+    """
     if not text:
         raise argparse.ArgumentTypeError("an empty name; write . for the present folder")
     return Path(text)
@@ -131,19 +134,21 @@ def exit_code(name: str, work: Callable[[], None], stopped: str, quiet: bool = F
 
 
 def in_words(error: BaseException) -> str:
-    """An error as one line for people: of the system's errors the path and the reason, without numbers.
+    """An error as one line for people: of the system's errors the path and the reason, without
+    numbers.
 
     Args:
         error: what was raised, its message of any length.
 
-    Returns:
-        `"artifacts: exists and is not a folder"` instead of `"[Errno 17] File exists: 'artifacts'"`;
-        never an empty line.
+    Returns: `"artifacts: exists and is not a folder"` instead of `"[Errno 17] File exists:
+        'artifacts'"`; never an empty line.
     """
     message = " ".join(str(error).split())
     if isinstance(error, OSError) and error.strerror:
         reason = error.strerror
-        if isinstance(error, (FileExistsError, NotADirectoryError)):  # mkdir takes folders that exist
+        if isinstance(
+            error, (FileExistsError, NotADirectoryError)
+        ):  # mkdir takes folders that exist
             reason = "exists and is not a folder"
         places = [str(place) for place in (error.filename, error.filename2) if place is not None]
         message = ": ".join([" -> ".join(places), reason]) if places else reason

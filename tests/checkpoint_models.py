@@ -42,7 +42,9 @@ class Tiny(nn.Module):
     def __init__(self, config: TinyConfig):
         super().__init__()
         self.config = config
-        self.blocks = nn.ModuleList(nn.Linear(config.width, config.width) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(
+            nn.Linear(config.width, config.width) for _ in range(config.layers)
+        )
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
 
     def forward(self, x):
@@ -52,7 +54,9 @@ class Tiny(nn.Module):
 
 
 class Net(nn.Module):
-    """A foreign model with a tie, a shared module, an LSTM, BatchNorm, frozen parameters, a buffer that isn't saved."""
+    """A foreign model with a tie, a shared module, an LSTM, BatchNorm, frozen parameters, a buffer
+    that isn't saved.
+    """
 
     def __init__(self):
         super().__init__()
@@ -68,7 +72,10 @@ class Net(nn.Module):
 
     def forward(self, ids):
         x = self.lstm(self.embed(ids))[0]
-        return self.head(self.again(self.body(self.norm(x.transpose(1, 2)).transpose(1, 2)))) + self.shift
+        return (
+            self.head(self.again(self.body(self.norm(x.transpose(1, 2)).transpose(1, 2))))
+            + self.shift
+        )
 
 
 class Holder(nn.Module):
@@ -119,12 +126,17 @@ def bits(tensor: torch.Tensor) -> bytes:
 
 
 def rewrite(path: Path, change) -> None:
-    """Write the file again, sealed as if by `save`, with its record changed: what an attacker can do."""
+    """Write the file again, sealed as if by `save`, with its record changed: what an attacker can
+    do.
+    """
     suffix = path.suffix
     with path.open("rb") as file:
         record, places = container.read_header(file, suffix)
         specs = record.pop("tensors")
-        tensors = {n: container.read_tensor(file, *p, **s) for (n, s), p in zip(specs.items(), places, strict=True)}
+        tensors = {
+            n: container.read_tensor(file, *p, **s)
+            for (n, s), p in zip(specs.items(), places, strict=True)
+        }
     change(record)
     with mock.patch.object(container, "_parse_record", lambda _, text: json.loads(text)):
         container.write(path, record, tensors)
@@ -140,7 +152,9 @@ class Reduce:
         return self.call
 
 
-def archive(pickled: bytes, more: dict[str, bytes] | None = None, compression=zipfile.ZIP_STORED) -> bytes:
+def archive(
+    pickled: bytes, more: dict[str, bytes] | None = None, compression=zipfile.ZIP_STORED
+) -> bytes:
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", compression) as z:
         z.writestr("archive/data.pkl", pickled)
@@ -151,5 +165,7 @@ def archive(pickled: bytes, more: dict[str, bytes] | None = None, compression=zi
 
 def ours() -> bytes:
     file = io.BytesIO()
-    torch.save({"format": "quantize", "version": 1, "record": "{}", "tensors": {"a": torch.zeros(2)}}, file)
+    torch.save(
+        {"format": "quantize", "version": 1, "record": "{}", "tensors": {"a": torch.zeros(2)}}, file
+    )
     return zipfile.ZipFile(file).read("archive/data.pkl")

@@ -1,4 +1,6 @@
-"""One thread, here and in the processes that tests start: small models are fastest so, and results don't depend on cores."""
+"""One thread, here and in the processes that tests start: small models are fastest so, and results
+don't depend on cores.
+"""
 
 import os
 from collections.abc import Callable
@@ -11,10 +13,12 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
 
 @pytest.fixture
 def no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tests take the most rewritten way, not the fastest one on a busy machine, and kernels for layers of any size."""
+    """Tests take the most rewritten way, not the fastest one on a busy machine, and kernels for
+    layers of any size.
+    """
 
     def last_wins(models: dict[str, Callable[..., Any]], inputs: Any, **_: Any) -> dict[str, float]:
         return {name: float(-i) for i, name in enumerate(models)}
 
-    monkeypatch.setattr("quantize.fusion.planning.race", last_wins)
-    monkeypatch.setattr("quantize.fusion.kernels.SMALL", 0)
+    monkeypatch.setattr("quantize.run.fusion.planning.race", last_wins)
+    monkeypatch.setattr("quantize.run.fusion.kernels.SMALL", 0)

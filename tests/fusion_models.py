@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from quantize.fusion.equality import difference, outputs
-from quantize.fusion.sizes import other_sizes
+from quantize.run.fusion.equality import difference, outputs
+from quantize.run.fusion.sizes import other_sizes
 
 
 def seeded(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -48,8 +48,12 @@ class Image(nn.Module):
         return self.head(self.dropout(x.mean((2, 3))))
 
 
-def same_at_other_sizes(fused: Callable[..., Any], model: nn.Module, inputs: Any, *, refusal: str) -> None:
-    """Within 2e-5 of eager at every other size, or refused with a message that holds `refusal`; at least two are answered."""
+def same_at_other_sizes(
+    fused: Callable[..., Any], model: nn.Module, inputs: Any, *, refusal: str
+) -> None:
+    """Within 2e-5 of eager at every other size, or refused with a message that holds `refusal`; at
+    least two are answered.
+    """
     answered = 0
     for other in other_sizes(inputs):
         try:

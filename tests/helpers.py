@@ -1,4 +1,6 @@
-"""What the tests share: one closeness check with a tolerance per dtype, and a zoo of models that others wrote."""
+"""What the tests share: one closeness check with a tolerance per dtype, and a zoo of models that
+others wrote.
+"""
 
 from __future__ import annotations
 
@@ -13,25 +15,41 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 2e-3, tor
 
 
 def assert_close(
-    actual: torch.Tensor, expected: torch.Tensor, *, dtype: torch.dtype | None = None, factor: float = 1.0
+    actual: torch.Tensor,
+    expected: torch.Tensor,
+    *,
+    dtype: torch.dtype | None = None,
+    factor: float = 1.0,
 ) -> None:
-    """Equal within the tolerance of `dtype` (default: the coarser of the two), relative to the largest expected value."""
+    """Equal within the tolerance of `dtype` (default: the coarser of the two), relative to the
+    largest expected value.
+    """
     dtypes = [dtype] if dtype else [actual.dtype, expected.dtype]
     tolerance = factor * max(TOLERANCE[d] for d in dtypes)
     actual, expected = actual.detach().double(), expected.detach().double()
-    assert actual.shape == expected.shape, f"shapes {tuple(actual.shape)} and {tuple(expected.shape)}"
+    assert actual.shape == expected.shape, (
+        f"shapes {tuple(actual.shape)} and {tuple(expected.shape)}"
+    )
     scale = expected.abs().max().item() if expected.numel() else 0.0
     worst = (actual - expected).abs().max().item() if expected.numel() else 0.0
-    assert worst <= tolerance * max(scale, 1e-6), f"differs by {worst:.3g} where the largest value is {scale:.3g}"
+    assert worst <= tolerance * max(scale, 1e-6), (
+        f"differs by {worst:.3g} where the largest value is {scale:.3g}"
+    )
 
 
 def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
     """Mean cosine over the last axis."""
-    return nn.functional.cosine_similarity(a.detach().double(), b.detach().double(), dim=-1).mean().item()
+    return (
+        nn.functional.cosine_similarity(a.detach().double(), b.detach().double(), dim=-1)
+        .mean()
+        .item()
+    )
 
 
 def call(model: Callable[..., Any], inputs: Any) -> Any:
-    """Run a model on example inputs: a tensor, a tuple of positional or a dict of keyword arguments."""
+    """Run a model on example inputs: a tensor, a tuple of positional or a dict of keyword
+    arguments.
+    """
     if isinstance(inputs, Mapping):
         return model(**inputs)
     return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
@@ -50,20 +68,39 @@ def run(model: nn.Module, inputs: Any) -> torch.Tensor:
         return first_tensor(call(model, inputs))
 
 
-_TEXT = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+_TEXT = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+}
 _GQA = dict(**_TEXT, num_key_value_heads=2, max_position_embeddings=64)
 _IDS = {"input_ids": torch.arange(24).reshape(2, 12) * 3 % 96}
 
 
 def _pixels(channels: int, size: int) -> dict[str, torch.Tensor]:
-    return {"pixel_values": torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(0))}
+    return {
+        "pixel_values": torch.randn(
+            2, channels, size, size, generator=torch.Generator().manual_seed(0)
+        )
+    }
 
 
 def _t5() -> tuple[nn.Module, dict[str, torch.Tensor]]:
     config = transformers.T5Config(
-        vocab_size=96, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, decoder_start_token_id=0, use_cache=False
+        vocab_size=96,
+        d_model=64,
+        d_kv=16,
+        d_ff=128,
+        num_layers=2,
+        num_heads=4,
+        decoder_start_token_id=0,
+        use_cache=False,
     )
-    return transformers.T5ForConditionalGeneration(config), dict(**_IDS, decoder_input_ids=_IDS["input_ids"][:, :6])
+    return transformers.T5ForConditionalGeneration(config), dict(
+        **_IDS, decoder_input_ids=_IDS["input_ids"][:, :6]
+    )
 
 
 def _whisper() -> tuple[nn.Module, dict[str, torch.Tensor]]:
@@ -95,18 +132,37 @@ def _whisper() -> tuple[nn.Module, dict[str, torch.Tensor]]:
 
 
 _ZOO: dict[str, Callable[[], tuple[nn.Module, dict[str, torch.Tensor]]]] = {
-    "bert": lambda: (transformers.BertModel(transformers.BertConfig(**_TEXT, max_position_embeddings=64)), _IDS),
+    "bert": lambda: (
+        transformers.BertModel(transformers.BertConfig(**_TEXT, max_position_embeddings=64)),
+        _IDS,
+    ),
     "gpt2": lambda: (
         transformers.GPT2LMHeadModel(
             transformers.GPT2Config(
-                vocab_size=96, n_embd=64, n_layer=2, n_head=4, n_positions=64, use_cache=False, bos_token_id=0, eos_token_id=0
+                vocab_size=96,
+                n_embd=64,
+                n_layer=2,
+                n_head=4,
+                n_positions=64,
+                use_cache=False,
+                bos_token_id=0,
+                eos_token_id=0,
             )
         ),
         _IDS,
     ),
-    "llama": lambda: (transformers.LlamaForCausalLM(transformers.LlamaConfig(**_GQA, use_cache=False)), _IDS),
-    "qwen2": lambda: (transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**_GQA, use_cache=False)), _IDS),
-    "mistral": lambda: (transformers.MistralForCausalLM(transformers.MistralConfig(**_GQA, use_cache=False)), _IDS),
+    "llama": lambda: (
+        transformers.LlamaForCausalLM(transformers.LlamaConfig(**_GQA, use_cache=False)),
+        _IDS,
+    ),
+    "qwen2": lambda: (
+        transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**_GQA, use_cache=False)),
+        _IDS,
+    ),
+    "mistral": lambda: (
+        transformers.MistralForCausalLM(transformers.MistralConfig(**_GQA, use_cache=False)),
+        _IDS,
+    ),
     "t5": _t5,
     "vit": lambda: (
         transformers.ViTForImageClassification(
@@ -125,7 +181,11 @@ _ZOO: dict[str, Callable[[], tuple[nn.Module, dict[str, torch.Tensor]]]] = {
     "resnet": lambda: (
         transformers.ResNetForImageClassification(
             transformers.ResNetConfig(
-                embedding_size=32, hidden_sizes=[32, 64, 64, 96], depths=[1, 2, 1, 1], layer_type="bottleneck", num_labels=10
+                embedding_size=32,
+                hidden_sizes=[32, 64, 64, 96],
+                depths=[1, 2, 1, 1],
+                layer_type="bottleneck",
+                num_labels=10,
             )
         ),
         _pixels(3, 64),
@@ -138,7 +198,9 @@ _ZOO: dict[str, Callable[[], tuple[nn.Module, dict[str, torch.Tensor]]]] = {
     ),
     "convnext": lambda: (
         transformers.ConvNextForImageClassification(
-            transformers.ConvNextConfig(hidden_sizes=[32, 32, 64, 64], depths=[1, 1, 2, 1], image_size=64, num_labels=10)
+            transformers.ConvNextConfig(
+                hidden_sizes=[32, 32, 64, 64], depths=[1, 1, 2, 1], image_size=64, num_labels=10
+            )
         ),
         _pixels(3, 64),
     ),
@@ -148,12 +210,15 @@ ZOO = tuple(_ZOO)
 
 
 def zoo(name: str, seed: int = 0) -> tuple[nn.Module, dict[str, torch.Tensor]]:
-    """A small randomly initialised model of `ZOO` in eval mode and keyword inputs for it; the same for the same seed."""
+    """A small randomly initialised model of `ZOO` in eval mode and keyword inputs for it; the same
+    for the same seed.
+    """
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
         model, inputs = _ZOO[name]()
         norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-        for norm in norms:  # as after training: statistics of real activations, else a deep network's output vanishes
+        # as after training: statistics of real activations, else a deep network's output vanishes
+        for norm in norms:
             norm.train().momentum = 1.0
         if norms:
             model(torch.randn(32, *inputs["pixel_values"].shape[1:]))

@@ -1,7 +1,9 @@
-"""Makes hostile and damaged files, each a function of its number: what `load` and `from_pretrained` must survive.
+"""Makes hostile and damaged files, each a function of its number: what `load` and `from_pretrained`
+must survive.
 
-A seal is a checksum, no signature, so most of the files are sealed as `quantize.save` would: what they say is what is wrong
-with them. Used by test_hostile_files.py (a sample) and benchmarks/hostile.py (all of them, with limits on time and memory).
+A seal is a checksum, no signature, so most of the files are sealed as `quantize.save` would: what
+they say is what is wrong with them. Used by test_hostile_files.py (a sample) and
+benchmarks/hostile.py (all of them, with limits on time and memory).
 """
 
 from __future__ import annotations
@@ -29,7 +31,22 @@ from quantize.models import ConvNet, ConvNetConfig, DecoderConfig, DecoderLM
 
 SUFFIXES = (".pth", ".safetensors")
 MARK = "RAN"  # a file that runs code leaves a file of this name in the current folder
-NUMBERS = (-1, 0, 1, 3, 2**31, 2**63, 10**9, 10**18, 10**40, 1.5, float("nan"), float("inf"), True, None)
+NUMBERS = (
+    -1,
+    0,
+    1,
+    3,
+    2**31,
+    2**63,
+    10**9,
+    10**18,
+    10**40,
+    1.5,
+    float("nan"),
+    float("inf"),
+    True,
+    None,
+)
 VALUES = (*NUMBERS, "", "x" * 1000, [], [1], [[]], [10**9] * 3, {}, {"a": 1}, [None] * 1000)
 DECODER = DecoderConfig(vocab_size=64, width=32, layers=2, heads=4, kv_heads=2, max_length=64)
 
@@ -100,7 +117,9 @@ def _damage(draw: random.Random, content: bytes) -> bytes:
     elif how == 1:
         del damaged[at:]
     elif how == 2:
-        damaged[at : at + 8] = struct.pack("<Q", draw.choice((0, 2**31, 2**32 - 1, 2**40, 2**64 - 1)))
+        damaged[at : at + 8] = struct.pack(
+            "<Q", draw.choice((0, 2**31, 2**32 - 1, 2**40, 2**64 - 1))
+        )
     elif how == 3:
         del damaged[at : at + draw.randrange(1, 300)]
     else:
@@ -122,21 +141,76 @@ def hostile_config(draw: random.Random, folder: Path) -> Path:
         for _ in range(draw.randrange(1, 3)):
             config[draw.choice(sorted(config))] = draw.choice(VALUES)
         if draw.random() < 0.1:
-            record["architecture"]["name"] = draw.choice(("os.system", "ConvNet", "MLP", "x" * 10**6, ""))
+            record["architecture"]["name"] = draw.choice(
+                ("os.system", "ConvNet", "MLP", "x" * 10**6, "")
+            )
 
     return _file(folder, sealed(_whole(model, ".safetensors"), change))
 
 
-BUILDERS = ("resized", "half", "Int8Linear", "Int8Embedding", "Int4Linear", "LowRankLinear", "LowRankConv2d", "kept_blocks",
-            "Int8MultiheadAttention", "folded", "os.system", "")  # fmt: skip
-NAMES = ("", "head", "embedding", "norm", "blocks", "blocks.0", "blocks.0.attention", "blocks.0.attention.q",
-         "blocks.1.ffn.down", "blocks.0.attention_norm", "blocks.9", "__class__", "a." * 1000)  # fmt: skip
-ARGUMENTS = ("in_features", "out_features", "rank", "bias", "group_size", "heads", "dropout", "num_embeddings", "embedding_dim",
-             "indices", "dtype", "names", "casts", "head_dim", "layer", "window", "shapes", "attributes")  # fmt: skip
+BUILDERS = (
+    "resized",
+    "half",
+    "Int8Linear",
+    "Int8Embedding",
+    "Int4Linear",
+    "LowRankLinear",
+    "LowRankConv2d",
+    "kept_blocks",
+    "Int8MultiheadAttention",
+    "folded",
+    "os.system",
+    "",
+)
+NAMES = (
+    "",
+    "head",
+    "embedding",
+    "norm",
+    "blocks",
+    "blocks.0",
+    "blocks.0.attention",
+    "blocks.0.attention.q",
+    "blocks.1.ffn.down",
+    "blocks.0.attention_norm",
+    "blocks.9",
+    "__class__",
+    "a." * 1000,
+)
+ARGUMENTS = (
+    "in_features",
+    "out_features",
+    "rank",
+    "bias",
+    "group_size",
+    "heads",
+    "dropout",
+    "num_embeddings",
+    "embedding_dim",
+    "indices",
+    "dtype",
+    "names",
+    "casts",
+    "head_dim",
+    "layer",
+    "window",
+    "shapes",
+    "attributes",
+)
 
 
 def _attribute(draw: random.Random) -> tuple[str, Any]:
-    names = ("in_features", "out_features", "head_dim", "layer", "window", "normalized_shape", "eps", "num_embeddings", "scale")
+    names = (
+        "in_features",
+        "out_features",
+        "head_dim",
+        "layer",
+        "window",
+        "normalized_shape",
+        "eps",
+        "num_embeddings",
+        "scale",
+    )
     return draw.choice(names), draw.choice((*VALUES, 2, 16, 31, 33, 64, 128, 4096, 10**6))
 
 
@@ -144,11 +218,17 @@ def hostile_edits(draw: random.Random, folder: Path) -> Path:
     def edit() -> dict:
         builder = draw.choice(BUILDERS)
         if draw.random() < 0.5:
-            shapes = {draw.choice(("weight", "bias", "scale")): draw.choice(VALUES)} if draw.random() < 0.3 else {}
+            shapes = (
+                {draw.choice(("weight", "bias", "scale")): draw.choice(VALUES)}
+                if draw.random() < 0.3
+                else {}
+            )
             attributes = dict(_attribute(draw) for _ in range(draw.randrange(1, 3)))
             arguments, builder = {"shapes": shapes, "attributes": attributes}, "resized"
         else:
-            arguments = {draw.choice(ARGUMENTS): draw.choice(VALUES) for _ in range(draw.randrange(5))}
+            arguments = {
+                draw.choice(ARGUMENTS): draw.choice(VALUES) for _ in range(draw.randrange(5))
+            }
         return {"module": draw.choice(NAMES), "builder": builder, "arguments": arguments}
 
     def change(record: dict) -> None:
@@ -172,16 +252,24 @@ def hostile_record(draw: random.Random, folder: Path) -> Path:
         name = draw.choice(names)
         how = draw.randrange(6)
         if how == 0:
-            record["strides"][name] = draw.choice((*VALUES, [1, 1], [0, 0], [64, 1], [1, 32], [-1, 1], [2**62, 2**62]))
+            record["strides"][name] = draw.choice(
+                (*VALUES, [1, 1], [0, 0], [64, 1], [1, 32], [-1, 1], [2**62, 2**62])
+            )
         elif how == 1:
-            record["aliases"][draw.choice((name, "x", "", "head.weight"))] = draw.choice((*names, "y", 3, [], None))
+            record["aliases"][draw.choice((name, "x", "", "head.weight"))] = draw.choice(
+                (*names, "y", 3, [], None)
+            )
         elif how == 2:
             key = draw.choice(("dtype", "shape", "sha256"))
-            record["tensors"][name][key] = draw.choice((*VALUES, "float64", "int8", "uint8", [2**62, 4], [0] * 100, [2] * 70))
+            record["tensors"][name][key] = draw.choice(
+                (*VALUES, "float64", "int8", "uint8", [2**62, 4], [0] * 100, [2] * 70)
+            )
         elif how == 3:
             record[draw.choice(sorted(record))] = draw.choice(VALUES)
         elif how == 4:
-            record[draw.choice(("notes", "metadata"))] = draw.choice(({"a": VALUES[-1]}, [{}], [[1]], [{"technique": 3}]))
+            record[draw.choice(("notes", "metadata"))] = draw.choice(
+                ({"a": VALUES[-1]}, [{}], [[1]], [{"technique": 3}])
+            )
         else:
             del record["tensors"][name]
 
@@ -193,29 +281,51 @@ SIZE = 200_000  # of what is repeated, in bytes; benchmarks/hostile.py sets more
 
 def bulk(draw: random.Random, folder: Path) -> Path:
     """Much of one thing: what costs more than linear time shows here."""
-    kind = draw.choice(("edits", "aliases", "keys", "nesting", "lists", "marks", "entries", "digits", "dimensions", "layers"))
+    kind = draw.choice(
+        (
+            "edits",
+            "aliases",
+            "keys",
+            "nesting",
+            "lists",
+            "marks",
+            "entries",
+            "digits",
+            "dimensions",
+            "layers",
+        )
+    )
     good = _whole("plain", ".safetensors")
     edit = {"module": "head", "builder": "resized", "arguments": {"shapes": {}, "attributes": {}}}
     changes: dict[str, Callable[[dict], Any]] = {
         "edits": lambda r: r["structure"].extend([edit] * (SIZE // 90)),
-        "aliases": lambda r: r["aliases"].update({f"{i:x}": "norm.weight" for i in range(SIZE // 25)}),
+        "aliases": lambda r: r["aliases"].update(
+            {f"{i:x}": "norm.weight" for i in range(SIZE // 25)}
+        ),
         "keys": lambda r: r["metadata"].update({f"{i:x}": 0 for i in range(SIZE // 10)}),
         "lists": lambda r: r["metadata"].update({"a": [[]] * (SIZE // 3)}),
         "dimensions": lambda r: r["tensors"]["norm.weight"].update(shape=[2**62] * (SIZE // 20)),
-        "layers": lambda r: [r["architecture"]["config"].update(layers=10**9), changes["aliases"](r)],
+        "layers": lambda r: [
+            r["architecture"]["config"].update(layers=10**9),
+            changes["aliases"](r),
+        ],
     }
     if kind in changes:
         return _file(folder, sealed(good, changes[kind]))
     if kind in ("nesting", "digits"):
         value = "[" * (SIZE // 2) + "]" * (SIZE // 2) if kind == "nesting" else "9" * SIZE
-        return _file(folder, seal(f'{{"__metadata__":{{"sha256":"{"0" * 64}","a":{value}}}}}'.encode(), b""))
+        return _file(
+            folder, seal(f'{{"__metadata__":{{"sha256":"{"0" * 64}","a":{value}}}}}'.encode(), b"")
+        )
     if kind == "marks":
         return _file(folder, _archive(b"\x80\x02" + b"(" * SIZE + b"."), ".pth")
     names = {f"data/{i}": b"" for i in range(SIZE // 100)}
     return _file(folder, _archive(b"\x80\x02}.", names), ".pth")
 
 
-def _archive(pickled: bytes, more: dict[str, bytes] | None = None, compression: int = zipfile.ZIP_STORED) -> bytes:
+def _archive(
+    pickled: bytes, more: dict[str, bytes] | None = None, compression: int = zipfile.ZIP_STORED
+) -> bytes:
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", compression) as archive:
         archive.writestr("archive/data.pkl", pickled)
@@ -233,7 +343,9 @@ class _Call:
 
 
 def pickles(draw: random.Random, folder: Path) -> Path:
-    """Pickles that run a command, whole or spliced into one of ours, in archives, compressed, bare."""
+    """Pickles that run a command, whole or spliced into one of ours, in archives, compressed,
+    bare.
+    """
     command = (f"touch {MARK}",)
     calls = (
         _Call(os.system, command),
@@ -245,7 +357,13 @@ def pickles(draw: random.Random, folder: Path) -> Path:
         ours = archive.read(archive.namelist()[0])
     at = draw.randrange(2, len(ours))
     pickled = draw.choice(
-        (attack, ours[:-1] + attack[2:], ours[:at] + attack[2:], ours + attack, ours[:at] + attack[2:] + ours[at:])
+        (
+            attack,
+            ours[:-1] + attack[2:],
+            ours[:at] + attack[2:],
+            ours + attack,
+            ours[:at] + attack[2:] + ours[at:],
+        )
     )
     if draw.random() < 0.2:
         return _file(folder, pickled, draw.choice(SUFFIXES))
@@ -254,9 +372,21 @@ def pickles(draw: random.Random, folder: Path) -> Path:
     return _file(folder, _archive(pickled, more, compression), ".pth")
 
 
-_PUBLISHED = {"model_type": "llama", "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
-              "num_key_value_heads": 2, "intermediate_size": 96, "max_position_embeddings": 64, "rope_theta": 1e4,
-              "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "head_dim": 8, "eos_token_id": 1}  # fmt: skip
+_PUBLISHED = {
+    "model_type": "llama",
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 96,
+    "max_position_embeddings": 64,
+    "rope_theta": 1e4,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "head_dim": 8,
+    "eos_token_id": 1,
+}
 
 
 @functools.cache
@@ -266,12 +396,17 @@ def _published() -> dict[str, torch.Tensor]:
         parts = name.split(".")
         if parts[0] == "blocks":
             owner = {"attention": "self_attn", "ffn": "mlp"}.get(parts[2], parts[2])
-            owner = {"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}.get(owner, owner)
+            owner = {
+                "attention_norm": "input_layernorm",
+                "ffn_norm": "post_attention_layernorm",
+            }.get(owner, owner)
             inner = {"out": "o_proj", "weight": "weight"}.get(parts[3], f"{parts[3]}_proj")
             tail = [inner, "weight"] if len(parts) == 5 else ["weight"]
             tensors[".".join(["model.layers", parts[1], owner, *tail])] = tensor
         else:
-            theirs = {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}[parts[0]]
+            theirs = {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}[
+                parts[0]
+            ]
             tensors[f"{theirs}.weight"] = tensor
     return tensors
 
@@ -297,19 +432,45 @@ def folders(draw: random.Random, folder: Path) -> Path:
             "attention_factor",
             "rope_theta",
         )
-        garbage = {"rope_type": kind, "factor": 2.0} | {draw.choice(keys): draw.choice(VALUES) for _ in range(3)}
+        garbage = {"rope_type": kind, "factor": 2.0} | {
+            draw.choice(keys): draw.choice(VALUES) for _ in range(3)
+        }
         config["rope_scaling"] = draw.choice((garbage, garbage, "text", [1], 3))
     elif how == 2:
         name = draw.choice(sorted(tensors))
-        changed = (tensors[name].to(torch.int32), tensors[name][:1].clone(), torch.empty(10**9, 0), None)
+        changed = (
+            tensors[name].to(torch.int32),
+            tensors[name][:1].clone(),
+            torch.empty(10**9, 0),
+            None,
+        )
         tensors[name] = draw.choice(changed)
-    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, home / "model.safetensors")
+    save_file(
+        {name: tensor for name, tensor in tensors.items() if tensor is not None},
+        home / "model.safetensors",
+    )
     text = json.dumps(config)
     if how == 3:
-        shard = draw.choice(("../m.safetensors", "/dev/zero", "", "gone.safetensors", "model.safetensors", 3, "a.bin"))
+        shard = draw.choice(
+            (
+                "../m.safetensors",
+                "/dev/zero",
+                "",
+                "gone.safetensors",
+                "model.safetensors",
+                3,
+                "a.bin",
+            )
+        )
         names = dict.fromkeys(draw.sample(sorted(tensors), 3), shard)
         index: Any = draw.choice(
-            ({"weight_map": names}, {"weight_map": names}, {"weight_map": []}, [], {"weight_map": {"x": shard}})
+            (
+                {"weight_map": names},
+                {"weight_map": names},
+                {"weight_map": []},
+                [],
+                {"weight_map": {"x": shard}},
+            )
         )
         (home / "model.safetensors.index.json").write_text(json.dumps(index))
     if how == 4:
@@ -319,7 +480,18 @@ def folders(draw: random.Random, folder: Path) -> Path:
             path.write_bytes(_damage(draw, path.read_bytes()))
         else:
             text = draw.choice(
-                ("", "[]", "3", "{", '{"a":1,"a":2}', "[" * 10**5, "\xff", text + text, '{"a":' + "9" * 10**5 + "}", text[:-9])
+                (
+                    "",
+                    "[]",
+                    "3",
+                    "{",
+                    '{"a":1,"a":2}',
+                    "[" * 10**5,
+                    "\xff",
+                    text + text,
+                    '{"a":' + "9" * 10**5 + "}",
+                    text[:-9],
+                )
             )
     (home / "config.json").write_text(text, encoding="latin-1")
     return home
@@ -329,7 +501,9 @@ KINDS = (damaged, hostile_config, hostile_edits, hostile_record, bulk, pickles, 
 
 
 def make(number: int, folder: Path) -> tuple[str, Path]:
-    """The file (or folder) of this number, written into `folder`: its kind and path. The same number gives the same file."""
+    """The file (or folder) of this number, written into `folder`: its kind and path. The same
+    number gives the same file.
+    """
     kind = KINDS[number % len(KINDS)]
     return kind.__name__, kind(random.Random(number), folder)
 
@@ -342,5 +516,5 @@ def load(path: Path) -> torch.nn.Module:
 def use(model: torch.nn.Module) -> None:
     """Run what was loaded, where C++ trusts the sizes it is told. Raises what Python raises."""
     if isinstance(model, DecoderLM):
-        fast = quantize.decoding.for_decoding(model)
+        fast = quantize.for_decoding(model)
         quantize.generate(fast, torch.tensor([[1, 2, 3]]), max_new_tokens=3)

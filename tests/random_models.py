@@ -1,12 +1,14 @@
-"""Random models from a seed: ordinary graphs, and with `odd=True` what people write that a compiler has not thought of.
+"""Random models from a seed: ordinary graphs, and with `odd=True` what people write that a compiler
+has not thought of.
 
-    sample = random_model(7)                 # convolutions, linears, norms in odd places, attention, recurrence, joins
-    sample = random_model(7, odd=True)       # and state, writes in place, chance, control flow, aliases, odd outputs
-    sample.model, sample.inputs, sample.fresh(), sample.traits
+    sample = random_model(7)                 # convolutions, linears, norms in odd places,
+    attention, recurrence, joins sample = random_model(7, odd=True)       # and state, writes in
+    place, chance, control flow, aliases, odd outputs sample.model, sample.inputs, sample.fresh(),
+    sample.traits
 
-A model is a list of steps; each takes one or two earlier values. It is built by running it: a step that doesn't fit the
-shapes is left out. `traits` names what is in it, so that a test can pick (`{"stateful"} & sample.traits`). Every class is at
-the top of this file: the models can be pickled.
+A model is a list of steps; each takes one or two earlier values. It is built by running it: a step
+that doesn't fit the shapes is left out. `traits` names what is in it, so that a test can pick
+(`{"stateful"} & sample.traits`). Every class is at the top of this file: the models can be pickled.
 """
 
 from __future__ import annotations
@@ -95,7 +97,9 @@ class Sample:
     seed: int = 0
 
     def fresh(self, seed: int, batch: int = 4) -> Any:
-        """Other values of the same kind; the layout (views, strides, sharing) is that of the example."""
+        """Other values of the same kind; the layout (views, strides, sharing) is that of the
+        example.
+        """
         return self.make(random.Random(f"{self.seed} {seed}"), batch)
 
     @staticmethod
@@ -108,12 +112,18 @@ class Sample:
             return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
 
 
-def _tensor(rng: random.Random, shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> torch.Tensor:
+def _tensor(
+    rng: random.Random, shape: tuple[int, ...], layout: str, dtype: torch.dtype
+) -> torch.Tensor:
     generator = torch.Generator().manual_seed(rng.randrange(1 << 30))
     if layout == "expanded":
         return torch.randn(1, *shape[1:], generator=generator).to(dtype).expand(shape)
     if layout == "transposed":
-        return torch.randn(*shape[:-2], shape[-1], shape[-2], generator=generator).to(dtype).transpose(-1, -2)
+        return (
+            torch.randn(*shape[:-2], shape[-1], shape[-2], generator=generator)
+            .to(dtype)
+            .transpose(-1, -2)
+        )
     if layout == "sliced":
         return torch.randn(*shape[:-1], 2 * shape[-1] + 1, generator=generator).to(dtype)[..., 1::2]
     x = torch.randn(*shape, generator=generator).to(dtype)
@@ -128,10 +138,16 @@ def _inputs(
     ids = len(shape) == 2 and rng.random() < 0.3
     if not ids:
         wide = 0 if len(shape) == 3 else -1
-        shape = tuple(size * scale if i == wide % len(shape) else size for i, size in enumerate(shape))
-    layouts = ["dense", "dense", "transposed", "sliced", "expanded"] + ["channels_last"] * (len(shape) == 3)
+        shape = tuple(
+            size * scale if i == wide % len(shape) else size for i, size in enumerate(shape)
+        )
+    layouts = ["dense", "dense", "transposed", "sliced", "expanded"] + ["channels_last"] * (
+        len(shape) == 3
+    )
     layout = rng.choice(layouts) if odd else "dense"
-    form = rng.choice(("tensor", "tuple", "dict", "two", "shared", "flag") if odd else ("tensor", "tuple", "dict"))
+    form = rng.choice(
+        ("tensor", "tuple", "dict", "two", "shared", "flag") if odd else ("tensor", "tuple", "dict")
+    )
 
     def make(rng: random.Random, batch: int) -> Any:
         if ids:
@@ -141,7 +157,13 @@ def _inputs(
             x = _tensor(rng, (batch, *shape), layout, dtype)
         second = x if form == "shared" else _tensor(rng, (1,), "dense", dtype)
         second = second.to(dtype)[..., None] if ids and form == "shared" else second
-        forms = {"tensor": x, "tuple": (x,), "dict": {"x": x}, "two": (x, second), "shared": {"x": x, "other": second}}
+        forms = {
+            "tensor": x,
+            "tuple": (x,),
+            "dict": {"x": x},
+            "two": (x, second),
+            "shared": {"x": x, "other": second},
+        }
         return forms.get(form, {"x": x, "other": second, "flag": False})
 
     return make, ids, {f"{layout} inputs", f"inputs: {form}"} | ({"ids"} if ids else set())
@@ -171,7 +193,8 @@ def _step(rng: random.Random, x: torch.Tensor, odd: bool, scale: int) -> tuple[n
 def random_model(seed: int, *, odd: bool = False, steps: int = 7, scale: int = 1) -> Sample:
     """The model of a seed, in eval mode, with example inputs of batch 4 (or 1) that it can run on.
 
-    scale: widths are that many times larger; at 8 or more they suit techniques that need layers of 32 and up.
+    scale: widths are that many times larger; at 8 or more they suit techniques that need layers of
+        32 and up.
     """
     for attempt in range(20):
         sample = _attempt(random.Random(f"{seed} {attempt}"), seed, odd, steps, scale)
@@ -185,7 +208,9 @@ def random_model(seed: int, *, odd: bool = False, steps: int = 7, scale: int = 1
 
 
 def _attempt(rng: random.Random, seed: int, odd: bool, steps: int, scale: int) -> Sample:
-    dtype = rng.choice([torch.float32] * 6 + [torch.float64, torch.bfloat16]) if odd else torch.float32
+    dtype = (
+        rng.choice([torch.float32] * 6 + [torch.float64, torch.bfloat16]) if odd else torch.float32
+    )
     make, ids, traits = _inputs(rng, odd, dtype, scale)
     output = rng.choice(list(OUTPUTS)) if odd else rng.choice(PLAIN_OUTPUTS)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -224,10 +249,22 @@ def _grow(
         _settle(step)
         try:
             result = copy.deepcopy(step)(*[values[i].clone() for i in sources])
-        except (RuntimeError, ValueError, IndexError, TypeError, AssertionError, NotImplementedError):
+        except (
+            RuntimeError,
+            ValueError,
+            IndexError,
+            TypeError,
+            AssertionError,
+            NotImplementedError,
+        ):
             continue
         fits = result.dim() in (2, 3, 4) and 0 < result.numel() < 20_000 and result.dtype == dtype
-        if not fits or not torch.isfinite(result).all() or result.abs().max() > 50 or result.shape[0] != 4:
+        if (
+            not fits
+            or not torch.isfinite(result).all()
+            or result.abs().max() > 50
+            or result.shape[0] != 4
+        ):
             continue
         model.steps.append(step)
         model.sources.append(sources)

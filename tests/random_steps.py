@@ -1,4 +1,6 @@
-"""What random models are made of: functions without weights, layers that fit a value, modules with state."""
+"""What random models are made of: functions without weights, layers that fit a value, modules with
+state.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,9 @@ IMAGE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "bilinear": lambda x: F.interpolate(x, size=(7, 5), mode="bilinear"),
     "reflect": lambda x: F.pad(x, (1, 1, 1, 1), mode="reflect"),
     "uneven zeros": lambda x: F.pad(x, (0, 1, 2, 0)),
-    "channel shuffle": lambda x: x.reshape(x.shape[0], 2, x.shape[1] // 2, *x.shape[2:]).transpose(1, 2).reshape(x.shape),
+    "channel shuffle": lambda x: (
+        x.reshape(x.shape[0], 2, x.shape[1] // 2, *x.shape[2:]).transpose(1, 2).reshape(x.shape)
+    ),
     "pixels": lambda x: x.flatten(2).transpose(1, 2),
     "channels last": lambda x: x.contiguous(memory_format=torch.channels_last),
     "global mean": lambda x: x.mean((2, 3)),
@@ -125,14 +129,18 @@ class Apply(nn.Module):
         self.name = name
 
     def forward(self, *values: torch.Tensor) -> torch.Tensor:
-        return next(t for t in (ANY, IMAGE, SEQUENCE, BOTH, ODD) if self.name in t)[self.name](*values)
+        return next(t for t in (ANY, IMAGE, SEQUENCE, BOTH, ODD) if self.name in t)[self.name](
+            *values
+        )
 
 
 # Steps with weights.
 
 
 class Last(nn.Module):
-    """A module over the last axis, or over axis 1 moved there and back; takes the first of several results."""
+    """A module over the last axis, or over axis 1 moved there and back; takes the first of several
+    results.
+    """
 
     def __init__(self, inner: nn.Module, *, moved: bool = False) -> None:
         super().__init__()
@@ -150,7 +158,11 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int, own: bool) -> None:
         super().__init__()
         self.heads = heads
-        self.inner = nn.Linear(width, 3 * width) if own else nn.MultiheadAttention(width, heads, batch_first=True)
+        self.inner = (
+            nn.Linear(width, 3 * width)
+            if own
+            else nn.MultiheadAttention(width, heads, batch_first=True)
+        )
         self.out = nn.Linear(width, width) if own else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -192,7 +204,11 @@ class Split(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.a, self.b, self.c = nn.Linear(width, 6), nn.Linear(width, 6, bias=False), nn.Linear(width, 6)
+        self.a, self.b, self.c = (
+            nn.Linear(width, 6),
+            nn.Linear(width, 6, bias=False),
+            nn.Linear(width, 6),
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.tanh(self.a(x)) * self.b(x) + self.c(x)
@@ -202,9 +218,22 @@ class Stateful(nn.Module):
     """State that a forward changes. `kind` says which and how."""
 
     KINDS = (
-        "assigned", "written", "average", "counted", "buffer counted", "kept", "kept list", "queue", "lazy", "attribute",
-        "attribute written", "old returned", "delayed", "every third", "shifted",
-    )  # fmt: skip
+        "assigned",
+        "written",
+        "average",
+        "counted",
+        "buffer counted",
+        "kept",
+        "kept list",
+        "queue",
+        "lazy",
+        "attribute",
+        "attribute written",
+        "old returned",
+        "delayed",
+        "every third",
+        "shifted",
+    )
 
     def __init__(self, kind: str, x: torch.Tensor) -> None:
         super().__init__()
@@ -282,7 +311,8 @@ class Stateful(nn.Module):
 NORMED: dict[str, Callable[[nn.Module], nn.Module]] = {
     "old weight norm": nn.utils.weight_norm,
     "old spectral norm": nn.utils.spectral_norm,
-    "weight norm": nn.utils.parametrizations.weight_norm,  # torch doesn't pickle parametrized modules
+    # torch doesn't pickle parametrized modules
+    "weight norm": nn.utils.parametrizations.weight_norm,
     "spectral norm": nn.utils.parametrizations.spectral_norm,
     "pruning mask": lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
 }
@@ -324,17 +354,27 @@ def layer(rng: random.Random, x: torch.Tensor, scale: int = 1) -> nn.Module:
         def wide(*factors: int) -> int:
             return groups * max(1, scale // groups) * rng.choice(factors)
 
-        any_rank += [lambda: conv(channels, wide(2, 4), groups=groups, padding_mode=mode, **settings)] * 4
+        any_rank += [
+            lambda: conv(channels, wide(2, 4), groups=groups, padding_mode=mode, **settings)
+        ] * 4
         any_rank += [
             lambda: conv(channels, out, 3, stride=2, padding=1),
-            lambda: nn.Sequential(conv(channels, out, 1, bias=False), norms[x.dim()](out), nn.ReLU(inplace=True)),
+            lambda: nn.Sequential(
+                conv(channels, out, 1, bias=False), norms[x.dim()](out), nn.ReLU(inplace=True)
+            ),
             lambda: turned(channels, wide(2), 2, stride=rng.choice((1, 2)), groups=groups),
             lambda: nn.GroupNorm(2 - channels % 2, channels),
         ]
     if x.dim() == 3:
         heads = rng.choice([h for h in (1, 2, 4) if width % h == 0])
         any_rank += [lambda: Attention(width, heads, rng.random() < 0.6)] * 2
-        any_rank += [lambda: Last(nn.LSTM(width, out, batch_first=True, bidirectional=rng.random() < 0.3))]
+        any_rank += [
+            lambda: Last(nn.LSTM(width, out, batch_first=True, bidirectional=rng.random() < 0.3))
+        ]
         any_rank += [lambda: Last(nn.GRU(width, out, batch_first=True))]
-        any_rank += [lambda: nn.TransformerEncoderLayer(width, heads, 8, batch_first=True, norm_first=rng.random() < 0.5)]
+        any_rank += [
+            lambda: nn.TransformerEncoderLayer(
+                width, heads, 8, batch_first=True, norm_first=rng.random() < 0.5
+            )
+        ]
     return rng.choice(any_rank)()

@@ -8,7 +8,7 @@ from helpers import assert_close, zoo
 from torch import nn
 
 from quantize import calibration
-from quantize.low_rank import errors
+from quantize.compression.low_rank import errors
 
 
 class TwoInputs(nn.Module):
@@ -50,10 +50,17 @@ def test_moments_are_means_over_all_rows(model, batches):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"padding": 1, "stride": 2}, {"padding": "same", "dilation": 2}, {"padding": (1, 2), "padding_mode": "reflect"}],
+    [
+        {},
+        {"padding": 1, "stride": 2},
+        {"padding": "same", "dilation": 2},
+        {"padding": (1, 2), "padding_mode": "reflect"},
+    ],
 )
 def test_rows_times_the_weight_are_the_convolution(options):
-    """rows(conv, x) @ weight^T is what the convolution computes, for every padding, stride and dilation."""
+    """rows(conv, x) @ weight^T is what the convolution computes, for every padding, stride and
+    dilation.
+    """
     conv = nn.Conv2d(3, 4, (3, 5), bias=False, **options)
     x = torch.randn(2, 3, 12, 11)
     y = conv(x).movedim(1, -1).reshape(-1, 4)
@@ -73,7 +80,9 @@ def test_tiny_and_huge_inputs_stay_finite(model, size):
 def test_half_precision_inputs_are_summed_in_float32(model):
     """Squares of large fp16 values don't overflow."""
     layer = model.b.half()
-    seen = calibration.collect(nn.Sequential(layer), [torch.full((4, 6), 3e3, dtype=torch.float16)], {"0": layer})["0"]
+    seen = calibration.collect(
+        nn.Sequential(layer), [torch.full((4, 6), 3e3, dtype=torch.float16)], {"0": layer}
+    )["0"]
     assert_close(seen.second_moment, torch.full((6, 6), 9e6), dtype=torch.float16)
 
 
@@ -91,7 +100,13 @@ def test_inputs_that_are_not_finite_name_the_layer(model):
 
 @pytest.mark.parametrize(
     ("batches", "error"),
-    [([], ValueError), (iter([torch.ones(1, 6)]), TypeError), (torch.ones(1, 6), TypeError), (None, TypeError), (3, TypeError)],
+    [
+        ([], ValueError),
+        (iter([torch.ones(1, 6)]), TypeError),
+        (torch.ones(1, 6), TypeError),
+        (None, TypeError),
+        (3, TypeError),
+    ],
 )
 def test_bad_batches_are_refused(model, batches, error):
     """Empty, one-shot and single batches are errors that say what to write."""
@@ -113,7 +128,9 @@ def test_models_are_left_as_they_were(model, batches):
 
 
 def test_pairs_match_row_by_row(model, batches):
-    """The cross moment is that of the original's inputs with the changed model's inputs to the same layer."""
+    """The cross moment is that of the original's inputs with the changed model's inputs to the same
+    layer.
+    """
     torch.manual_seed(2)
     changed = TwoInputs()
     seen = errors.collect(changed, model, batches, ["c"], set(), last=None)["c"]
@@ -126,7 +143,9 @@ def test_pairs_match_row_by_row(model, batches):
 
 def test_a_pass_may_end_at_the_last_layer(model, batches):
     """Stopping after `last` gives the same statistics, and nothing after it runs."""
-    model.rare.register_forward_pre_hook(lambda *_: pytest.fail("ran a layer after the last one watched"))
+    model.rare.register_forward_pre_hook(
+        lambda *_: pytest.fail("ran a layer after the last one watched")
+    )
     whole = errors.collect(model, model, batches, ["a", "b"], set(), last=None)
     ended = errors.collect(model, model, [(b, True) for b in batches], ["a", "b"], set(), last="b")
     for name in whole:
@@ -134,8 +153,12 @@ def test_a_pass_may_end_at_the_last_layer(model, batches):
 
 
 def test_calls_are_grouped_by_shared_input(model, batches):
-    """Layers that run one after another on the same tensor form a group; the rest follow in running order."""
-    calls = calibration.trace_calls(model, batches[0], {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)})
+    """Layers that run one after another on the same tensor form a group; the rest follow in running
+    order.
+    """
+    calls = calibration.trace_calls(
+        model, batches[0], {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    )
     assert calls.groups == [["a", "b"], ["c"]]
     assert calls.shapes == {"a": (3, 4, 6), "b": (3, 4, 6), "c": (3, 4, 5)}
 
@@ -143,14 +166,28 @@ def test_calls_are_grouped_by_shared_input(model, batches):
 def test_calls_find_q_k_v_in_a_foreign_model():
     """In a Llama, q, k, v share a group, and so do gate and up."""
     model, inputs = zoo("llama")
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and "layers.0" in n}
-    groups = [[n.rsplit(".", 1)[1] for n in group] for group in calibration.trace_calls(model, inputs, layers).groups]
-    assert groups == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
+    layers = {
+        n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and "layers.0" in n
+    }
+    groups = [
+        [n.rsplit(".", 1)[1] for n in group]
+        for group in calibration.trace_calls(model, inputs, layers).groups
+    ]
+    assert groups == [
+        ["q_proj", "k_proj", "v_proj"],
+        ["o_proj"],
+        ["gate_proj", "up_proj"],
+        ["down_proj"],
+    ]
 
 
 def test_gradient_moments_are_those_of_autograd(model, batches):
-    """E[g g^T] of a given loss equals what autograd gives for the layer's outputs, in-place activations included."""
-    moments = calibration.collect_gradients(model, batches, {"a": model.a}, loss=lambda y, _: y.square().sum())
+    """E[g g^T] of a given loss equals what autograd gives for the layer's outputs, in-place
+    activations included.
+    """
+    moments = calibration.collect_gradients(
+        model, batches, {"a": model.a}, loss=lambda y, _: y.square().sum()
+    )
     expected = torch.zeros(5, 5)
     for b in batches:
         a = model.a(b).detach().requires_grad_()
@@ -160,11 +197,15 @@ def test_gradient_moments_are_those_of_autograd(model, batches):
 
 
 def test_gradients_before_an_in_place_activation():
-    """The gradient is that of the layer's own output, not of what an in-place layer wrote over it."""
+    """The gradient is that of the layer's own output, not of what an in-place layer wrote over
+    it.
+    """
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(inplace=True))
     x = torch.randn(64, 4)
-    moment = calibration.collect_gradients(model, [x], {"0": model[0]}, loss=lambda y, _: y.sum())["0"]
+    moment = calibration.collect_gradients(model, [x], {"0": model[0]}, loss=lambda y, _: y.sum())[
+        "0"
+    ]
     on = (model[0](x) > 0).float()
     assert_close(moment, on.T @ on / 64)
 
@@ -172,15 +213,22 @@ def test_gradients_before_an_in_place_activation():
 def test_fisher_loss_gives_the_fisher_information():
     """With labels drawn from the model, E[g g^T] at the logits approaches diag(p) - p p^T."""
     logits = torch.tensor([0.3, -1.0, 1.2]).expand(40_000, 3).clone().requires_grad_()
-    calibration.fisher_loss(logits, categories=True, generator=torch.Generator().manual_seed(0)).backward()
+    calibration.fisher_loss(
+        logits, categories=True, generator=torch.Generator().manual_seed(0)
+    ).backward()
     p = logits[0].detach().softmax(-1)
     assert_close(logits.grad.T @ logits.grad / len(logits), p.diag() - p[:, None] * p, factor=2e3)
 
 
 def test_layers_without_influence_are_missing(model, batches):
-    """A layer that the loss doesn't depend on is left out; frozen parameters don't hide one that it does."""
+    """A layer that the loss doesn't depend on is left out; frozen parameters don't hide one that it
+    does.
+    """
     model.requires_grad_(False)
     layers = {"a": model.a, "rare": model.rare}
-    assert set(calibration.collect_gradients(model, [(b, True) for b in batches], layers)) == {"a", "rare"}
+    assert set(calibration.collect_gradients(model, [(b, True) for b in batches], layers)) == {
+        "a",
+        "rare",
+    }
     assert set(calibration.collect_gradients(model, batches, layers)) == {"a"}
     assert calibration.collect_gradients(model, batches, layers, loss=lambda _, b: b.sum()) == {}

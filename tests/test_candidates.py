@@ -1,4 +1,6 @@
-"""One policy for all techniques: hooks, tied weights, computed weights, forwards of their own, weights that are not finite."""
+"""One policy for all techniques: hooks, tied weights, computed weights, forwards of their own,
+weights that are not finite.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 import quantize
-from quantize.int4 import quantize_weights
+from quantize.compression.int4 import quantize_weights
 
 TRANSFORMS = {
     "int8": quantize.quantize_dynamic,
@@ -48,7 +50,9 @@ def relative(actual: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize("change", COMPUTED.values(), ids=COMPUTED)
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_a_weight_that_a_hook_computes(change, when, transform, tmp_path):
-    """int8 and int4 leave the layer and say so; half stores what it is computed from. The result runs, and so does its file."""
+    """int8 and int4 leave the layer and say so; half stores what it is computed from. The result
+    runs, and so does its file.
+    """
     model, x = net(change), randn(5, 64)
     if when == "trained":
         model.train()(x).sum().backward()
@@ -65,7 +69,9 @@ def test_a_weight_that_a_hook_computes(change, when, transform, tmp_path):
 @each_transform
 @pytest.mark.parametrize("change", PARAMETRIZED.values(), ids=PARAMETRIZED)
 def test_a_weight_that_a_parametrization_computes(change, transform):
-    """It is read once by int8 and int4, and rounded where it comes from by half; the result is near the model."""
+    """It is read once by int8 and int4, and rounded where it comes from by half; the result is near
+    the model.
+    """
     model, x = net(change), randn(5, 64)
     small = transform(model)
     with torch.no_grad():
@@ -77,11 +83,15 @@ def test_a_weight_that_a_parametrization_computes(change, transform):
 @each_transform
 @pytest.mark.parametrize("training", [True, False])
 def test_hooks_and_modes_follow(transform, training):
-    """Forward hooks run on the layer that took the other's place, and every module keeps its training flag."""
+    """Forward hooks run on the layer that took the other's place, and every module keeps its
+    training flag.
+    """
     model, seen = net().train(training), []
     model[0].eval()
     model[2].register_forward_hook(lambda m, args, output: output + 1)
-    model[2].register_forward_pre_hook(lambda m, args, kwargs: seen.append(len(args)), with_kwargs=True)
+    model[2].register_forward_pre_hook(
+        lambda m, args, kwargs: seen.append(len(args)), with_kwargs=True
+    )
     small, x = transform(model), randn(5, 64)
     with torch.no_grad():
         assert relative(small(x), model(x)) < 0.1
@@ -107,13 +117,17 @@ def test_a_weight_that_is_not_finite_is_refused(transform, value):
 
 @pytest.mark.parametrize("transform", [quantize.quantize_dynamic, quantize_weights])
 def test_what_others_hold_or_compute_is_shared_or_left(transform):
-    """Linears that share a weight give one answer before and after; a forward of its own keeps its layer, by name."""
+    """Linears that share a weight give one answer before and after; a forward of its own keeps its
+    layer, by name.
+    """
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64))
     model[1].weight = model[0].weight
     model[2].forward = lambda x: x
     x = randn(5, 64)
     if transform is quantize_weights:
-        with pytest.raises(ValueError, match=r"0: it shares its weight with 1; .*2: its forward was replaced"):
+        with pytest.raises(
+            ValueError, match=r"0: it shares its weight with 1; .*2: its forward was replaced"
+        ):
             transform(model)
         return
     small = transform(model)

@@ -25,7 +25,9 @@ def seed():
 
 @both
 def test_foreign_model_comes_back(tmp_path, suffix):
-    """Same bits, ties, flags and outputs, in eval mode; the instance that was passed stays as it was."""
+    """Same bits, ties, flags and outputs, in eval mode; the instance that was passed stays as it
+    was.
+    """
     model, path = net(), tmp_path / f"m{suffix}"
     save(model, path)
     fresh = Net().train()
@@ -34,7 +36,11 @@ def test_foreign_model_comes_back(tmp_path, suffix):
     assert_same(loaded, model)
     assert torch.equal(loaded(IDS), model(IDS))
     assert loaded.head.weight is loaded.embed.weight and loaded.again is loaded.body
-    assert not loaded.training and not loaded.body.bias.requires_grad and loaded.body.weight.requires_grad
+    assert (
+        not loaded.training
+        and not loaded.body.bias.requires_grad
+        and loaded.body.weight.requires_grad
+    )
     assert loaded is not fresh and fresh.training
     assert all(torch.equal(t, before[n]) for n, t in fresh.state_dict().items())
 
@@ -57,24 +63,52 @@ def test_same_model_same_bytes(tmp_path, suffix):
     """Saving is deterministic, and so is saving what was loaded."""
     save(net(), tmp_path / f"a{suffix}", metadata={"x": [1, 2.5, None]})
     torch.manual_seed(0)
-    save(load(tmp_path / f"a{suffix}", Net()), tmp_path / f"b{suffix}", metadata={"x": [1, 2.5, None]})
+    save(
+        load(tmp_path / f"a{suffix}", Net()),
+        tmp_path / f"b{suffix}",
+        metadata={"x": [1, 2.5, None]},
+    )
     assert (tmp_path / f"a{suffix}").read_bytes() == (tmp_path / f"b{suffix}").read_bytes()
 
 
 DTYPES = [
-    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.complex128, torch.bool, torch.uint8,
-    torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64, torch.float8_e4m3fn,
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.complex64,
+    torch.complex128,
+    torch.bool,
+    torch.uint8,
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+    torch.uint16,
+    torch.uint32,
+    torch.uint64,
+    torch.float8_e4m3fn,
     torch.float8_e5m2,
-]  # fmt: skip
+]
 
 
 @both
-@hypothesis.given(st.lists(st.tuples(st.sampled_from(DTYPES), st.lists(st.integers(0, 3), max_size=4)), max_size=5), st.data())
+@hypothesis.given(
+    st.lists(
+        st.tuples(st.sampled_from(DTYPES), st.lists(st.integers(0, 3), max_size=4)), max_size=5
+    ),
+    st.data(),
+)
 @hypothesis.settings(
-    deadline=None, max_examples=60, derandomize=True, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
+    deadline=None,
+    max_examples=60,
+    derandomize=True,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
 )
 def test_every_dtype_shape_and_layout(tmp_path, suffix, kinds, data):
-    """Any dtype, 0-d and empty tensors, non-contiguous ones: same bits and same strides; NaN payloads too."""
+    """Any dtype, 0-d and empty tensors, non-contiguous ones: same bits and same strides; NaN
+    payloads too.
+    """
     tensors = []
     for dtype, shape in kinds:
         tensor = torch.empty(shape, dtype=dtype)
@@ -116,7 +150,9 @@ def test_other_libraries_read_the_files(tmp_path, suffix):
 
 @both
 def test_ties_are_stored_once_and_tied_again(tmp_path, suffix):
-    """A tie that only the saved model has is there after loading, and one that only the fresh model has is not."""
+    """A tie that only the saved model has is there after loading, and one that only the fresh model
+    has is not.
+    """
 
     class Two(nn.Module):
         def __init__(self, tie):
@@ -136,7 +172,9 @@ def test_ties_are_stored_once_and_tied_again(tmp_path, suffix):
 
 @both
 def test_views_are_stored_apart(tmp_path, suffix):
-    """Tensors that share part of a storage, or are a parameter here and a buffer there, get storages of their own."""
+    """Tensors that share part of a storage, or are a parameter here and a buffer there, get
+    storages of their own.
+    """
     base = torch.randn(4, 4)
     model = Holder(base, base[1:], base.t(), base[0].expand(5, 4))
     model.p = nn.Parameter(base)
@@ -162,27 +200,37 @@ def test_channels_last_comes_back(tmp_path, suffix):
     model = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
     save(model, tmp_path / f"m{suffix}")
     loaded = load(tmp_path / f"m{suffix}", nn.Conv2d(3, 4, 3))
-    assert loaded.weight.stride() == model.weight.stride() and torch.equal(loaded.weight, model.weight)
+    assert loaded.weight.stride() == model.weight.stride() and torch.equal(
+        loaded.weight, model.weight
+    )
 
 
 @both
 def test_dtype_of_the_model_that_was_saved(tmp_path, suffix):
-    """A model converted by .half() or .double() comes back in that dtype, whatever the fresh instance is in."""
+    """A model converted by .half() or .double() comes back in that dtype, whatever the fresh
+    instance is in.
+    """
     for convert in (nn.Module.half, nn.Module.double, nn.Module.bfloat16):
         model = convert(nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3)))
         save(model, tmp_path / f"m{suffix}")
-        assert_same(load(tmp_path / f"m{suffix}", nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3))), model)
+        assert_same(
+            load(tmp_path / f"m{suffix}", nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3))), model
+        )
 
 
 @both
 def test_storage_in_16_bits_computes_as_before(tmp_path, suffix):
-    """Where state_dict() gives another dtype than the module lives in, the loaded module lives in its own again."""
+    """Where state_dict() gives another dtype than the module lives in, the loaded module lives in
+    its own again.
+    """
 
     class Narrow(nn.Linear):
         def __init__(self):
             super().__init__(3, 3)
             self.weight.data = self.weight.data.half().float()
-            self.register_state_dict_post_hook(lambda m, state, prefix, _: state.update({f"{prefix}weight": m.weight.half()}))
+            self.register_state_dict_post_hook(
+                lambda m, state, prefix, _: state.update({f"{prefix}weight": m.weight.half()})
+            )
 
     model, path = Narrow(), tmp_path / f"m{suffix}"
     save(model, path)
@@ -194,7 +242,12 @@ def test_storage_in_16_bits_computes_as_before(tmp_path, suffix):
 @both
 def test_metadata_and_versions(tmp_path, suffix):
     """Metadata comes back without the tensors being read; versions are noted."""
-    metadata = {"metric": {"bits": 1.5}, "recipe": ["int8"], "name": "é\n\u2028", "inf": float("inf")}
+    metadata = {
+        "metric": {"bits": 1.5},
+        "recipe": ["int8"],
+        "name": "é\n\u2028",
+        "inf": float("inf"),
+    }
     save(net(), tmp_path / f"m{suffix}", metadata=metadata)
     assert read_metadata(tmp_path / f"m{suffix}") == metadata
     assert read_record(tmp_path / f"m{suffix}")["versions"]["torch"] == torch.__version__
@@ -202,7 +255,9 @@ def test_metadata_and_versions(tmp_path, suffix):
 
 @both
 def test_tensor_extra_state(tmp_path, suffix):
-    """Extra state that is a tensor is saved, of whatever shape; other extra state is a TypeError naming it."""
+    """Extra state that is a tensor is saved, of whatever shape; other extra state is a TypeError
+    naming it.
+    """
 
     class Extra(nn.Linear):
         def get_extra_state(self):
@@ -225,7 +280,9 @@ def test_parametrized_and_normed_modules(tmp_path, suffix):
     """torch's parametrizations keep their originals; the recomputed weight is equal."""
 
     def build():
-        return nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)), nn.MultiheadAttention(4, 2))
+        return nn.Sequential(
+            nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)), nn.MultiheadAttention(4, 2)
+        )
 
     model = build()
     save(model, tmp_path / f"m{suffix}")
@@ -236,13 +293,17 @@ def test_parametrized_and_normed_modules(tmp_path, suffix):
 
 @pytest.mark.slow
 def test_loading_imports_no_compiler(tmp_path):
-    """Loading a built-in model in a fresh process doesn't pull in torch._dynamo or sympy, which take seconds and memory."""
+    """Loading a built-in model in a fresh process doesn't pull in torch._dynamo or sympy, which
+    take seconds and memory.
+    """
     save(DecoderLM(DecoderConfig(width=8, layers=1, heads=2)), tmp_path / "m.pth")
     code = (
         "import sys, quantize.models\nfrom quantize.checkpoint import load\nload(sys.argv[1])\n"
         "sys.exit(' '.join({'torch._dynamo', 'sympy'} & set(sys.modules)) or 0)\n"
     )
-    result = subprocess.run([sys.executable, "-c", code, tmp_path / "m.pth"], capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "m.pth"], capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr
 
 

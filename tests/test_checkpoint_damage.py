@@ -16,7 +16,15 @@ import torch
 from checkpoint_models import SUFFIXES, Net, Tiny, TinyConfig, both, net
 from torch import nn
 
-from quantize.checkpoint import CheckpointError, atomic_write, container, load, read_metadata, read_record, save
+from quantize.checkpoint import (
+    CheckpointError,
+    atomic_write,
+    container,
+    load,
+    read_metadata,
+    read_record,
+    save,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +34,9 @@ def seed():
 
 @both
 def test_every_flipped_bit_is_caught(tmp_path, suffix):
-    """Each of 600 random bit flips, in tensors, names, padding and zip directory, is a CheckpointError."""
+    """Each of 600 random bit flips, in tensors, names, padding and zip directory, is a
+    CheckpointError.
+    """
     path = tmp_path / f"m{suffix}"
     save(Tiny(TinyConfig(width=3)), path, metadata={"a": 1})
     whole, draw = path.read_bytes(), random.Random(1)
@@ -40,7 +50,9 @@ def test_every_flipped_bit_is_caught(tmp_path, suffix):
 
 @both
 def test_every_truncation_is_caught(tmp_path, suffix):
-    """So is each of 300 cuts, the empty file and the last byte among them, and bytes appended or put in front."""
+    """So is each of 300 cuts, the empty file and the last byte among them, and bytes appended or
+    put in front.
+    """
     path = tmp_path / f"m{suffix}"
     save(Tiny(TinyConfig(width=3)), path)
     whole, draw = path.read_bytes(), random.Random(2)
@@ -66,7 +78,9 @@ def test_newer_version_says_so(tmp_path, suffix, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(container, "VERSION", 7)
         save(Tiny(TinyConfig()), path)
-    with pytest.raises(CheckpointError, match=r"newer quantize \(format version 7; this one reads up to 2\)"):
+    with pytest.raises(
+        CheckpointError, match=r"newer quantize \(format version 7; this one reads up to 2\)"
+    ):
         load(path)
     if suffix == ".pth":  # not our bytes any more, but the version can still be told
         content = torch.load(path, weights_only=True)
@@ -129,7 +143,9 @@ def test_safetensors_offsets_are_checked(tmp_path, old, new):
 
 @both
 def test_things_that_are_no_file(tmp_path, suffix):
-    """Missing, a folder, a pipe (which must not block), a device, a wrong container: one line with path and reason."""
+    """Missing, a folder, a pipe (which must not block), a device, a wrong container: one line with
+    path and reason.
+    """
     path = tmp_path / f"m{suffix}"
     with pytest.raises(CheckpointError, match=rf"m{suffix}: No such file"):
         load(path)
@@ -168,14 +184,18 @@ def test_failed_write_leaves_the_old_file_and_no_other(tmp_path):
 
 
 def test_killed_writer_is_cleaned_up_after(tmp_path):
-    """SIGKILL in the middle leaves the old file; the next write removes the remains, but not those of a live writer."""
+    """SIGKILL in the middle leaves the old file; the next write removes the remains, but not those
+    of a live writer.
+    """
     path = tmp_path / "m.bin"
     path.write_bytes(b"old")
     code = (
         "import importlib.util, os, signal, sys\n"
-        "spec = importlib.util.spec_from_file_location('atomic', sys.argv[1]); m = importlib.util.module_from_spec(spec)\n"
+        "spec = importlib.util.spec_from_file_location('atomic', sys.argv[1]); m = "
+        "importlib.util.module_from_spec(spec)\n"
         "spec.loader.exec_module(m)\n"
-        "with m.atomic_write(sys.argv[2]) as f:\n    f.write(b'half'); f.flush(); os.kill(os.getpid(), signal.SIGKILL)\n"
+        "with m.atomic_write(sys.argv[2]) as f:\n    f.write(b'half'); f.flush(); "
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     source = Path(sys.modules["quantize.checkpoint.atomic"].__file__)
     assert subprocess.run([sys.executable, "-c", code, source, path]).returncode == -9
@@ -203,7 +223,11 @@ def test_written_files_follow_umask_and_links(tmp_path):
 def test_folder_that_cannot_be_written(tmp_path, suffix):
     """An OSError that names the file asked for, not the temporary one."""
     (tmp_path / "file").write_text("")
-    for path in (tmp_path / "missing" / f"m{suffix}", tmp_path / "file" / f"m{suffix}", Path(f"/proc/m{suffix}")):
+    for path in (
+        tmp_path / "missing" / f"m{suffix}",
+        tmp_path / "file" / f"m{suffix}",
+        Path(f"/proc/m{suffix}"),
+    ):
         with pytest.raises(OSError, match=rf"'{path}'"):
             save(net(), path)
     (tmp_path / f"d{suffix}").mkdir()
@@ -214,7 +238,9 @@ def test_folder_that_cannot_be_written(tmp_path, suffix):
 @both
 @pytest.mark.slow
 def test_full_disk_leaves_the_old_file(tmp_path, suffix):
-    """When the system refuses the bytes, the error is the system's, the old file is whole, nothing else is left."""
+    """When the system refuses the bytes, the error is the system's, the old file is whole, nothing
+    else is left.
+    """
     path = tmp_path / f"m{suffix}"
     save(Tiny(TinyConfig()), path)
     code = (
@@ -225,6 +251,8 @@ def test_full_disk_leaves_the_old_file(tmp_path, suffix):
         "except OSError as error:\n    sys.exit(error.errno)\n"
     )
     result = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True)
-    assert result.returncode == 27, result.stderr  # EFBIG: the file-size limit stands in for a full disk
+    assert result.returncode == 27, (
+        result.stderr
+    )  # EFBIG: the file-size limit stands in for a full disk
     assert type(load(path)) is Tiny
     assert [p.name for p in tmp_path.iterdir()] == [path.name]

@@ -39,13 +39,18 @@ PICKLES = {
     "protocol 4, STACK_GLOBAL and frames": pickle.dumps(Reduce(os.system, (TOUCH,)), 4),
     "nested getattr": pickle.dumps(Reduce(getattr, (Reduce(__import__, ("os",)), "system")), 2),
     "after our own record": BODY + b"0cposix\nsystem\n(" + STRING + b"tR.",
-    "in place of a tensor's global": ours().replace(b"ctorch._utils\n_rebuild_tensor_v2\n", b"cposix\nsystem\n"),
+    "in place of a tensor's global": ours().replace(
+        b"ctorch._utils\n_rebuild_tensor_v2\n", b"cposix\nsystem\n"
+    ),
     "global with a dotted name": BODY + b"0ctorch\nserialization.os.system\n(" + STRING + b"tR.",
     "INST": BODY + b"0(" + STRING + b"iposix\nsystem\n.",
     "OBJ": BODY + b"0(cposix\nsystem\n" + STRING + b"o.",
     "NEWOBJ": BODY + b"0ccollections\nOrderedDict\n)\x81.",
     "BUILD on an allowed global": BODY + b"0ccollections\nOrderedDict\n)R}b.",
-    "STACK_GLOBAL from memo": BODY + b"0\x8c\x05posix\x94\x8c\x06system\x94\x93" + STRING + b"\x85R.",
+    "STACK_GLOBAL from memo": BODY
+    + b"0\x8c\x05posix\x94\x8c\x06system\x94\x93"
+    + STRING
+    + b"\x85R.",
     "extension registry": BODY + b"0\x82\x01.",
     "persistent id as text": BODY + b"0Pcposix\n.",
     "second pickle behind ours": ours() + pickle.dumps(Reduce(os.system, (TOUCH,)), 2),
@@ -61,7 +66,9 @@ PICKLES = {
 
 @pytest.mark.parametrize("name", PICKLES)
 def test_hostile_pickles_are_refused_and_not_run(tmp_path, monkeypatch, name):
-    """Inside a zip like torch's, and bare: a CheckpointError, and the command it carries hasn't run."""
+    """Inside a zip like torch's, and bare: a CheckpointError, and the command it carries hasn't
+    run.
+    """
     monkeypatch.chdir(tmp_path)
     for content in (archive(PICKLES[name], {"data/0": bytes(8)}), PICKLES[name]):
         Path("m.pth").write_bytes(content)
@@ -122,9 +129,15 @@ def oversized() -> bytes:
 
 
 FILES = {
-    "bare state dict": (lambda: pickled_by_torch(nn.Linear(2, 2).state_dict()), "not written by quantize"),
+    "bare state dict": (
+        lambda: pickled_by_torch(nn.Linear(2, 2).state_dict()),
+        "not written by quantize",
+    ),
     "whole module": (lambda: pickled_by_torch(nn.Linear(2, 2)), "its pickle calls"),
-    "ordered dict of nothing": (lambda: pickled_by_torch(collections.OrderedDict()), "not written by quantize"),
+    "ordered dict of nothing": (
+        lambda: pickled_by_torch(collections.OrderedDict()),
+        "not written by quantize",
+    ),
     "legacy torch file": (lambda: legacy({"format": "quantize"}), "no zip archive"),
     "tar": (tarred, "no zip archive"),
     "TorchScript": (scripted, "TorchScript"),

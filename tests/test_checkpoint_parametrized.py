@@ -1,4 +1,6 @@
-"""Modules that compute their weights, or keep results of a computation, come back from a file as they were."""
+"""Modules that compute their weights, or keep results of a computation, come back from a file as
+they were.
+"""
 
 from __future__ import annotations
 
@@ -28,10 +30,18 @@ class Keeps(nn.Module):
 MAKES = {
     "weight_norm": lambda: nn.Sequential(nn.Linear(8, 8), weight_norm(nn.Linear(8, 4))),
     "spectral_norm": lambda: nn.Sequential(nn.Linear(8, 8), spectral_norm(nn.Linear(8, 4))),
-    "pruning mask": lambda: nn.Sequential(nn.Linear(8, 8), prune.l1_unstructured(nn.Linear(8, 4), "weight", 0.5)),
-    "new weight_norm": lambda: nn.Sequential(nn.Linear(8, 8), parametrizations.weight_norm(nn.Linear(8, 4))),
-    "new spectral_norm": lambda: nn.Sequential(nn.Linear(8, 8), parametrizations.spectral_norm(nn.Linear(8, 4))),
-    "orthogonal": lambda: nn.Sequential(nn.Linear(8, 8), parametrizations.orthogonal(nn.Linear(8, 4))),
+    "pruning mask": lambda: nn.Sequential(
+        nn.Linear(8, 8), prune.l1_unstructured(nn.Linear(8, 4), "weight", 0.5)
+    ),
+    "new weight_norm": lambda: nn.Sequential(
+        nn.Linear(8, 8), parametrizations.weight_norm(nn.Linear(8, 4))
+    ),
+    "new spectral_norm": lambda: nn.Sequential(
+        nn.Linear(8, 8), parametrizations.spectral_norm(nn.Linear(8, 4))
+    ),
+    "orthogonal": lambda: nn.Sequential(
+        nn.Linear(8, 8), parametrizations.orthogonal(nn.Linear(8, 4))
+    ),
     "kept activation": lambda: nn.Sequential(Keeps()),
 }
 
@@ -41,7 +51,9 @@ MAKES = {
 @pytest.mark.parametrize("used", [False, True])
 @pytest.mark.parametrize("name", MAKES)
 def test_computed_weights_come_back(tmp_path, name, used, suffix):
-    """Same outputs and same weight, read before the first call too, whether or not the models were trained before."""
+    """Same outputs and same weight, read before the first call too, whether or not the models were
+    trained before.
+    """
     torch.manual_seed(1)
     model, fresh = MAKES[name](), MAKES[name]()
     if used:

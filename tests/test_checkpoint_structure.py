@@ -1,4 +1,6 @@
-"""Structure records and configs: repeated on a fresh model, compared with it, bounded before anything is built."""
+"""Structure records and configs: repeated on a fresh model, compared with it, bounded before
+anything is built.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ def seed():
 
 @both
 def test_structure_record_on_a_foreign_model(tmp_path, suffix):
-    """Resized and replaced modules are rebuilt on a fresh instance; the result saves to the same bytes again."""
+    """Resized and replaced modules are rebuilt on a fresh instance; the result saves to the same
+    bytes again.
+    """
     model = net()
     surgery.resize(model.lstm, tensors={}, attributes={"dropout": 0.0})
     for name in ("weight", "bias", "running_mean", "running_var"):
@@ -37,7 +41,11 @@ def test_structure_record_on_a_foreign_model(tmp_path, suffix):
     fresh.shift = fresh.shift[:1]
     loaded = load(path, fresh)
     assert_same(loaded, model)
-    assert torch.equal(loaded(IDS), model(IDS)) and loaded.body.bits == 8 and loaded.again is loaded.body
+    assert (
+        torch.equal(loaded(IDS), model(IDS))
+        and loaded.body.bits == 8
+        and loaded.again is loaded.body
+    )
     save(loaded, tmp_path / f"again{suffix}")
     assert path.read_bytes() == (tmp_path / f"again{suffix}").read_bytes()
 
@@ -55,11 +63,17 @@ def test_another_architecture(tmp_path, suffix):
     """Names both classes and the first differences; the model that was passed is untouched."""
     path = tmp_path / f"m{suffix}"
     save(net(), path)
-    with pytest.raises(CheckpointError, match=r"another architecture: .* a Net, the model is a Linear.*and \d+ more"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"another architecture: .* a Net, the model is a Linear.*and \d+ more",
+    ):
         load(path, nn.Linear(2, 2))
     other = Net()
     other.norm = nn.BatchNorm1d(5)
-    with pytest.raises(CheckpointError, match=r"'norm.bias' is torch.float32 \[4\] in the file, torch.float32 \[5\]"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"'norm.bias' is torch.float32 \[4\] in the file, torch.float32 \[5\]",
+    ):
         load(path, other)
     other = Net()
     other.norm.register_buffer("num_batches_tracked", torch.zeros(()))
@@ -115,12 +129,22 @@ def test_hostile_config(tmp_path, suffix, config):
         lambda r: r["structure"].append({"module": "body", "builder": "system", "arguments": {}}),
         lambda r: r["structure"].append({"module": "body"}),
         lambda r: r["structure"].append(3),
-        lambda r: r["structure"].append({"module": "nobody", "builder": "resized", "arguments": {}}),
         lambda r: r["structure"].append(
-            {"module": "body", "builder": "doubled_for_test", "arguments": {"shape": [10**6, 10**6], "bits": 1}}
+            {"module": "nobody", "builder": "resized", "arguments": {}}
         ),
         lambda r: r["structure"].append(
-            {"module": "body", "builder": "resized", "arguments": {"shapes": {"weight": [10**9, 10**9]}, "attributes": {}}}
+            {
+                "module": "body",
+                "builder": "doubled_for_test",
+                "arguments": {"shape": [10**6, 10**6], "bits": 1},
+            }
+        ),
+        lambda r: r["structure"].append(
+            {
+                "module": "body",
+                "builder": "resized",
+                "arguments": {"shapes": {"weight": [10**9, 10**9]}, "attributes": {}},
+            }
         ),
         lambda r: r["aliases"].update({"x": "y"}),
         lambda r: r["aliases"].update({"body.weight": "body.bias"}),
@@ -147,7 +171,9 @@ def test_hostile_record(tmp_path, suffix, change):
 
 
 def decoder() -> DecoderLM:
-    return DecoderLM(DecoderConfig(vocab_size=64, width=32, layers=2, heads=4, max_length=64)).eval()
+    return DecoderLM(
+        DecoderConfig(vocab_size=64, width=32, layers=2, heads=4, max_length=64)
+    ).eval()
 
 
 @both
@@ -170,17 +196,28 @@ def test_attributes_that_contradict_tensors(tmp_path, suffix, module, attributes
     """What a layer says of its widths is what its tensors have, or the file is refused."""
     path = tmp_path / f"m{suffix}"
     save(decoder(), path)
-    edit = {"module": module, "builder": "resized", "arguments": {"shapes": {}, "attributes": attributes}}
+    edit = {
+        "module": module,
+        "builder": "resized",
+        "arguments": {"shapes": {}, "attributes": attributes},
+    }
     rewrite(path, lambda record: record["structure"].append(edit))
     with pytest.raises(CheckpointError, match=rf"m{suffix}: module '{module}'"):
         load(path)
 
 
-@pytest.mark.parametrize("config", [{"layers": 3 * 10**8}, {"head_dim": 10**9}, {"window": 10**40}, {"rope_theta": 10**400}])
+@pytest.mark.parametrize(
+    "config",
+    [{"layers": 3 * 10**8}, {"head_dim": 10**9}, {"window": 10**40}, {"rope_theta": 10**400}],
+)
 def test_decoder_configs_that_ask_for_too_much(tmp_path, config):
-    """Refused with nothing allocated: the tuples and tables that a config implies are made from the tensors' sizes."""
+    """Refused with nothing allocated: the tuples and tables that a config implies are made from the
+    tensors' sizes.
+    """
     save(decoder(), tmp_path / "m.safetensors")
-    rewrite(tmp_path / "m.safetensors", lambda record: record["architecture"]["config"].update(config))
+    rewrite(
+        tmp_path / "m.safetensors", lambda record: record["architecture"]["config"].update(config)
+    )
     with pytest.raises(CheckpointError):
         load(tmp_path / "m.safetensors")
 

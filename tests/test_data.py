@@ -5,8 +5,15 @@ import numpy as np
 import pytest
 import torch
 
-from quantize import data
-from quantize.data import DataError, ImageBatches, TextBatches, compression_baselines, load_images, load_text
+from quantize.training import data
+from quantize.training.data import (
+    DataError,
+    ImageBatches,
+    TextBatches,
+    compression_baselines,
+    load_images,
+    load_text,
+)
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +23,11 @@ def library():
 
 def write_idx(path, values, *, zipped=False):
     values = np.asarray(values, dtype=np.uint8)
-    content = bytes([0, 0, 8, values.ndim]) + struct.pack(f">{values.ndim}I", *values.shape) + values.tobytes()
+    content = (
+        bytes([0, 0, 8, values.ndim])
+        + struct.pack(f">{values.ndim}I", *values.shape)
+        + values.tobytes()
+    )
     path.write_bytes(gzip.compress(content) if zipped else content)
 
 
@@ -24,7 +35,11 @@ def mnist_like(folder, *, zipped=False):
     random = np.random.default_rng(0)
     end = ".gz" if zipped else ""
     for prefix, count in (("train", 20), ("t10k", 5)):
-        write_idx(folder / f"{prefix}-images-idx3-ubyte{end}", random.integers(0, 256, (count, 6, 5)), zipped=zipped)
+        write_idx(
+            folder / f"{prefix}-images-idx3-ubyte{end}",
+            random.integers(0, 256, (count, 6, 5)),
+            zipped=zipped,
+        )
         write_idx(folder / f"{prefix}-labels-idx1-ubyte{end}", np.arange(count) % 10, zipped=zipped)
 
 
@@ -35,7 +50,9 @@ def test_default_text_is_large_and_split_by_whole_files(library):
     assert 0.03 < len(library.validation) / total <= 0.04
     assert not set(library.train_files) & set(library.validation_files)
     assert library.train.dtype == library.validation.dtype == torch.uint8
-    assert not any("test" in name.split("/")[:-1] for name in library.train_files + library.validation_files)
+    assert not any(
+        "test" in name.split("/")[:-1] for name in library.train_files + library.validation_files
+    )
 
 
 def test_default_text_is_deterministic(library):
@@ -60,7 +77,10 @@ def test_split_does_not_depend_on_the_order_given(tmp_path):
     for i in range(5):
         paths.append(tmp_path / f"{i}.txt")
         paths[-1].write_bytes(bytes([65 + i]) * 100)
-    assert load_text(paths).describe()["validation_sha256"] == load_text(paths[::-1]).describe()["validation_sha256"]
+    assert (
+        load_text(paths).describe()["validation_sha256"]
+        == load_text(paths[::-1]).describe()["validation_sha256"]
+    )
 
 
 def test_single_file_holds_out_its_last_lines(tmp_path):
@@ -73,9 +93,13 @@ def test_single_file_holds_out_its_last_lines(tmp_path):
     assert text.train.numpy().tobytes().endswith(b"\n")
 
 
-@pytest.mark.parametrize("kind", ["missing", "empty", "binary", "empty folder", "hidden only", "one byte", "none"])
+@pytest.mark.parametrize(
+    "kind", ["missing", "empty", "binary", "empty folder", "hidden only", "one byte", "none"]
+)
 def test_unusable_text_is_refused_in_one_line(tmp_path, kind):
-    """Missing, empty, binary files and folders without a usable file are named in a one-line DataError."""
+    """Missing, empty, binary files and folders without a usable file are named in a one-line
+    DataError.
+    """
     path = tmp_path / "given"
     if kind == "empty":
         path.write_bytes(b"")
@@ -94,7 +118,9 @@ def test_unusable_text_is_refused_in_one_line(tmp_path, kind):
 
 
 def test_batches_are_a_function_of_seed_step_and_rank():
-    """Any step can be asked for in any order and gives the same windows; another seed gives others."""
+    """Any step can be asked for in any order and gives the same windows; another seed gives
+    others.
+    """
     text = torch.arange(20_000).remainder(251).to(torch.uint8)
     batches = TextBatches(text, batch=4, length=32, seed=1)
     expected = [batches(step) for step in range(400)]
@@ -124,7 +150,9 @@ def test_two_ranks_share_the_windows_of_a_double_batch():
 
 
 def test_the_first_steps_may_see_shorter_windows():
-    """Before `short_steps`, a step sees twice as many windows of half the length; from there on nothing differs."""
+    """Before `short_steps`, a step sees twice as many windows of half the length; from there on
+    nothing differs.
+    """
     text = torch.arange(9_000).remainder(251).to(torch.uint8)
     plain, staged = (TextBatches(text, batch=3, length=16, short_steps=short) for short in (0, 10))
     assert staged(9)[0].shape == (6, 8)
@@ -160,13 +188,20 @@ def test_idx_folders_are_read(tmp_path, zipped):
     """A folder of the MNIST family, gzipped or not, gives its images scaled to 0..1."""
     mnist_like(tmp_path, zipped=zipped)
     images = load_images(tmp_path)
-    assert images.train_images.shape == (20, 1, 6, 5) and images.validation_images.shape == (5, 1, 6, 5)
+    assert images.train_images.shape == (20, 1, 6, 5) and images.validation_images.shape == (
+        5,
+        1,
+        6,
+        5,
+    )
     assert images.classes == 10
     expected = np.random.default_rng(0).integers(0, 256, (20, 6, 5)).astype(np.uint8)
     assert torch.equal(images.train_images[:, 0], torch.from_numpy(expected).float() / 255)
 
 
-@pytest.mark.parametrize("kind", ["absent", "empty", "no labels", "truncated", "foreign", "bad gzip", "other count"])
+@pytest.mark.parametrize(
+    "kind", ["absent", "empty", "no labels", "truncated", "foreign", "bad gzip", "other count"]
+)
 def test_unusable_images_are_refused_in_one_line(tmp_path, kind):
     """Folders with missing, damaged or contradictory IDX files give a one-line DataError."""
     folder = tmp_path / "images"

@@ -10,15 +10,17 @@ import torch
 from helpers import assert_close, cosine, run
 from torch import nn
 
-from quantize.decoding import DecodingLM, build, for_decoding
-from quantize.decoding.torchscript import merge_linears
-from quantize.generation import generate, generate_stream
-from quantize.int4 import Int4Linear, quantize_weights
-from quantize.int8 import Int8Linear, quantize_dynamic
-from quantize.kv_cache import KVCache
-from quantize.low_rank import factorize_low_rank
+from quantize.compression.half import to_half
+from quantize.compression.int4 import quantize_weights
+from quantize.compression.int8 import quantize_dynamic
+from quantize.compression.low_rank import factorize_low_rank
 from quantize.models import MLP, DecoderConfig, DecoderLM, MLPConfig
-from quantize.precision import to_half
+from quantize.nn.int4 import Int4Linear
+from quantize.nn.int8 import Int8Linear
+from quantize.run.decoding import DecodingLM, build, for_decoding
+from quantize.run.decoding.torchscript import merge_linears
+from quantize.run.generate import generate, generate_stream
+from quantize.run.kv_cache import KVCache
 
 KINDS = {
     "fp32": lambda m: m,
@@ -36,7 +38,15 @@ BACKENDS = [pytest.param("native", marks=NATIVE), "torchscript"]
 
 
 def decoder(**changes) -> DecoderLM:
-    shape = {"vocab_size": 61, "width": 32, "layers": 2, "heads": 4, "kv_heads": 2, "ffn_width": 48, "max_length": 64}
+    shape = {
+        "vocab_size": 61,
+        "width": 32,
+        "layers": 2,
+        "heads": 4,
+        "kv_heads": 2,
+        "ffn_width": 48,
+        "max_length": 64,
+    }
     torch.manual_seed(0)
     model = DecoderLM(DecoderConfig(**shape | changes)).eval()
     with torch.no_grad():
@@ -53,37 +63,52 @@ def tokens(*shape: int) -> torch.Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("changes", [{}, {"qk_norm": True, "qkv_bias": True, "tied_head": True}])
 def test_same_logits_and_tokens(kind, changes, backend):
-    """Of every compressed kind, in one pass and token by token, growing past the first block, for one row and several."""
+    """Of every compressed kind, in one pass and token by token, growing past the first block, for
+    one row and several.
+    """
     model = KINDS[kind](decoder(**changes))
     fast = for_decoding(model, backend=backend)
     ids = tokens(2, 40)
-    # Eager int4 and bf16 multiply in bfloat16, whose sums depend on how many rows there are; native is more exact.
+    # Eager int4 and bf16 multiply in bfloat16, whose sums depend on how many rows there are; native
+    # is more exact.
     rounded = torch.bfloat16 if kind in ("int4", "bf16") else None
     assert_close(run(fast, ids), run(model, ids), dtype=rounded)
     for batch in (1, 2):
         caches = [KVCache.for_model(m, batch=batch, block=8) for m in (model, fast)]
         for piece in ids[:batch, :35].split([5] + [1] * 30, dim=1):
-            slow, quick = (run(lambda i, m=m, c=c: m(i, c), piece) for m, c in zip((model, fast), caches, strict=True))
+            slow, quick = (
+                run(lambda i, m=m, c=c: m(i, c), piece)
+                for m, c in zip((model, fast), caches, strict=True)
+            )
             assert_close(quick, slow, dtype=rounded, factor=2.0)
     if rounded is None:
-        assert torch.equal(generate(fast, ids[:, :5], max_new_tokens=50), generate(model, ids[:, :5], max_new_tokens=50))
+        assert torch.equal(
+            generate(fast, ids[:, :5], max_new_tokens=50),
+            generate(model, ids[:, :5], max_new_tokens=50),
+        )
 
 
 @NATIVE
 @pytest.mark.parametrize("kind", ["fp32", "fp16", "bf16", "int8", "int4", "low rank int8"])
 @pytest.mark.parametrize("cache", [None, torch.bfloat16, torch.float16, torch.int8])
 def test_native_equals_a_pass_without_a_cache(kind, cache):
-    """Several tokens at a time and one by one, after a prompt, give the logits of a single pass over the whole text."""
+    """Several tokens at a time and one by one, after a prompt, give the logits of a single pass
+    over the whole text.
+    """
     model = KINDS[kind](decoder(qk_norm=True, max_length=512))
     ids = tokens(2, 300)
     expected, held = run(model, ids), KVCache.for_model(model, batch=2, dtype=cache)
     fast = for_decoding(model, backend="native")
     pieces = ids.split([270, 8, 1, 3, 1, 1, 7, 2, 7], dim=1)
     got = torch.cat([run(lambda i: fast(i, held), piece) for piece in pieces], dim=1)
-    if "int8" in kind or cache is torch.int8:  # a number that rounds the other way is a whole step off
+    if (
+        "int8" in kind or cache is torch.int8
+    ):  # a number that rounds the other way is a whole step off
         assert cosine(got, expected) > 0.995
     else:
-        assert_close(got, expected, dtype=torch.bfloat16 if kind in ("int4", "bf16") else cache, factor=3.0)
+        assert_close(
+            got, expected, dtype=torch.bfloat16 if kind in ("int4", "bf16") else cache, factor=3.0
+        )
 
 
 @NATIVE
@@ -95,7 +120,10 @@ def test_native_takes_any_width(width):
         fast, ids = for_decoding(model, backend="native"), tokens(1, 20)
         caches = [KVCache.for_model(m) for m in (model, fast)]
         for piece in ids.split([6, 1, 5, 1, 7], dim=1):
-            slow, quick = (run(lambda i, m=m, c=c: m(i, c), piece) for m, c in zip((model, fast), caches, strict=True))
+            slow, quick = (
+                run(lambda i, m=m, c=c: m(i, c), piece)
+                for m, c in zip((model, fast), caches, strict=True)
+            )
             if kind == "int8":  # a number that rounds the other way is a whole step off
                 assert cosine(quick, slow) > 0.99
             else:
@@ -103,7 +131,9 @@ def test_native_takes_any_width(width):
 
 
 @NATIVE
-@pytest.mark.parametrize(("width", "group_size"), [(32, 32), (96, 32), (544, 32), (192, 64), (640, 128)])
+@pytest.mark.parametrize(
+    ("width", "group_size"), [(32, 32), (96, 32), (544, 32), (192, 64), (640, 128)]
+)
 def test_native_multiplies_four_bit_weights_of_any_width(width, group_size):
     """Odd and even numbers of groups, more and fewer than a vector of them, one row and several."""
     model = decoder(width=width, ffn_width=2 * width, head_dim=8)
@@ -121,14 +151,19 @@ def test_native_multiplies_four_bit_weights_of_any_width(width, group_size):
     run(lambda i: exact(i, caches[0]), ids[:, :1])
     caches.append(caches[0].fork())
     for piece in ids[:, 1:].split([1, 2, 3, 1, 4], dim=1):
-        slow, quick = (run(lambda i, m=m, c=c: m(i, c), piece) for m, c in zip((exact, fast), caches, strict=True))
+        slow, quick = (
+            run(lambda i, m=m, c=c: m(i, c), piece)
+            for m, c in zip((exact, fast), caches, strict=True)
+        )
         assert_close(quick, slow, factor=20.0)  # inputs have 16 bits, eager ones 8
 
 
 @NATIVE
 @pytest.mark.parametrize("kind", ["fp32", "int8", "int4"])
 def test_native_lets_no_nan_through(kind):
-    """A weight that isn't finite shows in the logits, as without native: garbage never looks like a number."""
+    """A weight that isn't finite shows in the logits, as without native: garbage never looks like a
+    number.
+    """
     model = decoder()
     with torch.no_grad():
         model.blocks[0].attention_norm.weight[3] = float("nan")
@@ -149,7 +184,8 @@ def test_copies_run_too():
         assert torch.equal(generate(other, tokens(1, 4), max_new_tokens=8), expected)
     half = for_decoding(decoder().bfloat16(), backend="native")
     assert torch.equal(
-        generate(fast.bfloat16(), tokens(1, 4), max_new_tokens=8), generate(half, tokens(1, 4), max_new_tokens=8)
+        generate(fast.bfloat16(), tokens(1, 4), max_new_tokens=8),
+        generate(half, tokens(1, 4), max_new_tokens=8),
     )
 
 
@@ -160,7 +196,9 @@ def test_what_native_does_not_know_is_named():
     model.blocks[1].ffn.register_forward_hook(lambda *_: None)
     fast = for_decoding(model)
     assert fast.backend == "torchscript" and "blocks.1.ffn has hooks" in fast.reason
-    with pytest.raises(ValueError, match=r"'native' can't run this model: blocks\.1\.ffn has hooks"):
+    with pytest.raises(
+        ValueError, match=r"'native' can't run this model: blocks\.1\.ffn has hooks"
+    ):
         for_decoding(model, backend="native")
     model = decoder()
     model.blocks[0].ffn.down = nn.Sequential(model.blocks[0].ffn.down)
@@ -169,23 +207,37 @@ def test_what_native_does_not_know_is_named():
 
 
 @pytest.mark.parametrize(
-    "options", [{"cache": torch.int8}, {"draft": "lookup", "draft_tokens": 3}, {"temperature": 1.0, "seed": 0}]
+    "options",
+    [
+        {"cache": torch.int8},
+        {"draft": "lookup", "draft_tokens": 3},
+        {"temperature": 1.0, "seed": 0},
+    ],
 )
 def test_everything_else_still_works(options):
     """Narrow caches, drafts and sampling give what the model itself gives."""
     model = decoder()
     expected = generate(model, tokens(1, 9), max_new_tokens=40, **options)
-    assert torch.equal(generate(for_decoding(model), tokens(1, 9), max_new_tokens=40, **options), expected)
+    assert torch.equal(
+        generate(for_decoding(model), tokens(1, 9), max_new_tokens=40, **options), expected
+    )
 
 
 def test_ragged_rows_and_windows():
     """Rows of different length, and caches with a window, go around the graph."""
     model, prompts = decoder(), [tokens(3), tokens(7)]
     fast = for_decoding(model)
-    for a, b in zip(generate(fast, prompts, max_new_tokens=9), generate(model, prompts, max_new_tokens=9), strict=True):
+    for a, b in zip(
+        generate(fast, prompts, max_new_tokens=9),
+        generate(model, prompts, max_new_tokens=9),
+        strict=True,
+    ):
         assert torch.equal(a, b)
     windows = [KVCache.for_model(m, window=9, sinks=2) for m in (fast, model)]
-    texts = [generate(m, tokens(1, 5), max_new_tokens=90, cache=c) for m, c in zip((fast, model), windows, strict=True)]
+    texts = [
+        generate(m, tokens(1, 5), max_new_tokens=90, cache=c)
+        for m, c in zip((fast, model), windows, strict=True)
+    ]
     assert torch.equal(*texts)
 
 
@@ -226,5 +278,7 @@ def test_other_models_are_refused():
     """Only a DecoderLM has the parts to merge."""
     with pytest.raises(TypeError, match="takes a DecoderLM, got MLP"):
         for_decoding(MLP(MLPConfig()))
-    with pytest.raises(ValueError, match="backend is 'openvino'; allowed: None, native, torchscript"):
+    with pytest.raises(
+        ValueError, match="backend is 'openvino'; allowed: None, native, torchscript"
+    ):
         for_decoding(decoder(), backend="openvino")

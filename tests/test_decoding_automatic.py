@@ -1,4 +1,6 @@
-"""`generate` decodes natively by itself: the same tokens as the model's own forward, whatever is done to the model."""
+"""`generate` decodes natively by itself: the same tokens as the model's own forward, whatever is
+done to the model.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +21,10 @@ from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
 import quantize
-from quantize.decoding import build, native, passes
-from quantize.generation import generate, generate_stream
-from quantize.kv_cache import KVCache
 from quantize.models import DecoderConfig, DecoderLM
+from quantize.run.decoding import build, native, passes
+from quantize.run.generate import generate, generate_stream
+from quantize.run.kv_cache import KVCache
 
 pytestmark = pytest.mark.skipif(build._compiler() is None, reason="needs a C++ compiler")
 PROMPT = torch.tensor([[1, 2, 3, 4, 5]])
@@ -34,7 +36,15 @@ def _compiled() -> None:
 
 
 def decoder(seed: int = 0, **changes: object) -> DecoderLM:
-    shape = {"vocab_size": 61, "width": 32, "layers": 2, "heads": 4, "kv_heads": 2, "ffn_width": 48, "max_length": 64}
+    shape = {
+        "vocab_size": 61,
+        "width": 32,
+        "layers": 2,
+        "heads": 4,
+        "kv_heads": 2,
+        "ffn_width": 48,
+        "max_length": 64,
+    }
     torch.manual_seed(seed)
     model = DecoderLM(DecoderConfig(**shape | changes)).eval()
     with torch.no_grad():
@@ -44,7 +54,9 @@ def decoder(seed: int = 0, **changes: object) -> DecoderLM:
 
 
 def eager(model: nn.Module, prompt: object = PROMPT, **options: object) -> torch.Tensor:
-    """What `generate` gives when the model's own forward runs every pass: a hook has to be called."""
+    """What `generate` gives when the model's own forward runs every pass: a hook has to be
+    called.
+    """
     hooked = copy.deepcopy(model)
     hooked.register_forward_hook(lambda *_: None)
     run = generate_stream(hooked, prompt, **{"max_new_tokens": 20} | options)
@@ -54,7 +66,9 @@ def eager(model: nn.Module, prompt: object = PROMPT, **options: object) -> torch
 
 
 def check(model: nn.Module, reason: str | None = None, **options: object) -> None:
-    """The tokens are those of the model's own forward, and native code runs, or doesn't for `reason`."""
+    """The tokens are those of the model's own forward, and native code runs, or doesn't for
+    `reason`.
+    """
     run = generate_stream(model, PROMPT, **{"max_new_tokens": 20} | options)
     list(run)
     assert run.reason is None if reason is None else reason in (run.reason or "")
@@ -62,7 +76,9 @@ def check(model: nn.Module, reason: str | None = None, **options: object) -> Non
 
 
 def test_the_fast_path_is_taken_and_gives_the_same():
-    """Greedy, sampled, ragged, penalized, with drafts and caches of each kind; logits are equal to rounding."""
+    """Greedy, sampled, ragged, penalized, with drafts and caches of each kind; logits are equal to
+    rounding.
+    """
     model = decoder(qk_norm=True)
     check(model)
     check(quantize.quantize_dynamic(model))
@@ -79,9 +95,13 @@ def test_the_fast_path_is_taken_and_gives_the_same():
         list(run)
         assert run.reason is None and torch.equal(run.result, eager(model, **options))
     texts = [[1, 2, 3], [4, 5, 6, 7, 8, 9]]
-    for ours, theirs in zip(generate(model, texts, max_new_tokens=9), eager(model, texts, max_new_tokens=9), strict=True):
+    for ours, theirs in zip(
+        generate(model, texts, max_new_tokens=9), eager(model, texts, max_new_tokens=9), strict=True
+    ):
         assert torch.equal(ours, theirs)
-    scores = [generate(m, PROMPT, max_new_tokens=20, log_probs=True)[1] for m in (model, _hooked(model))]
+    scores = [
+        generate(m, PROMPT, max_new_tokens=20, log_probs=True)[1] for m in (model, _hooked(model))
+    ]
     assert_close(*scores)
 
 
@@ -143,12 +163,16 @@ CHANGES: dict[str, Callable[[DecoderLM], None]] = {
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_change_between_two_calls_is_seen(change, tied):
-    """Of float weights and of those that are converted on the way (16-bit norms), by every road that torch has."""
+    """Of float weights and of those that are converted on the way (16-bit norms), by every road
+    that torch has.
+    """
     for kind in (lambda m: m, lambda m: m.bfloat16().float(), quantize.quantize_dynamic):
         model = kind(decoder(tied_head=tied and change != "module replaced"))
         if change == "weight replaced" and not isinstance(model.blocks[0].ffn.up, nn.Linear):
             continue
-        if change in ("in place", "class replaced") and not isinstance(model.blocks[1].attention.q, nn.Linear):
+        if change in ("in place", "class replaced") and not isinstance(
+            model.blocks[1].attention.q, nn.Linear
+        ):
             continue
         before = generate(model, PROMPT, max_new_tokens=20)
         CHANGES[change](model)
@@ -158,7 +182,9 @@ def test_a_change_between_two_calls_is_seen(change, tied):
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_under_way_is_seen(change):
-    """Between two tokens of a stream, as the model's own forward sees it; `for_decoding` follows too."""
+    """Between two tokens of a stream, as the model's own forward sees it; `for_decoding` follows
+    too.
+    """
     ready = decoder()
     models = [decoder(), _hooked(decoder()), quantize.for_decoding(ready, backend="native")]
     streams = [generate_stream(model, PROMPT, max_new_tokens=20) for model in models]
@@ -170,12 +196,18 @@ def test_a_change_under_way_is_seen(change):
         CHANGES[change](model)
     for stream in streams:
         list(stream)
-    assert (streams[0].reason is None) == (change != "class replaced") and streams[1].reason is not None
-    assert torch.equal(streams[0].ids, streams[1].ids) and torch.equal(streams[2].ids, streams[1].ids)
+    assert (streams[0].reason is None) == (change != "class replaced") and streams[
+        1
+    ].reason is not None
+    assert torch.equal(streams[0].ids, streams[1].ids) and torch.equal(
+        streams[2].ids, streams[1].ids
+    )
 
 
 def test_a_hook_under_way_is_called():
-    """A hook that is registered between two tokens is called from the next one on, and native code comes back after it."""
+    """A hook that is registered between two tokens is called from the next one on, and native code
+    comes back after it.
+    """
     model, calls = decoder(), []
     stream = generate_stream(model, PROMPT, max_new_tokens=20)
     next(stream), next(stream)
@@ -268,13 +300,17 @@ def test_replaced_methods_are_called(monkeypatch):
     """A method that somebody puts into a class of this package is what runs."""
     model, calls = decoder(), []
     forward = type(model.blocks[0].ffn).forward
-    monkeypatch.setattr(type(model.blocks[0].ffn), "forward", lambda self, x: calls.append(1) or forward(self, x))
+    monkeypatch.setattr(
+        type(model.blocks[0].ffn), "forward", lambda self, x: calls.append(1) or forward(self, x)
+    )
     generate(model, PROMPT, max_new_tokens=5)
     assert len(calls) == 2 * 5
 
 
 def test_those_who_watch_operators_see_them():
-    """Autocast casts, a mode that counts floating-point operations counts them, a hook on every module is called."""
+    """Autocast casts, a mode that counts floating-point operations counts them, a hook on every
+    module is called.
+    """
     model = decoder()
     cache = KVCache.for_model(model)
     with torch.no_grad():
@@ -293,18 +329,26 @@ def test_those_who_watch_operators_see_them():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_defaults_do_not_matter(dtype):
-    """Another default dtype, another default device, inference mode: the same tokens and log-probabilities in float32."""
+    """Another default dtype, another default device, inference mode: the same tokens and
+    log-probabilities in float32.
+    """
     model, before = decoder(), torch.get_default_dtype()
     expected = generate(model, PROMPT, max_new_tokens=20, temperature=1.0, seed=0)
     torch.set_default_dtype(dtype)
     try:
-        got, scores = generate(model, PROMPT, max_new_tokens=20, temperature=1.0, seed=0, log_probs=True)
+        got, scores = generate(
+            model, PROMPT, max_new_tokens=20, temperature=1.0, seed=0, log_probs=True
+        )
         with torch.device("meta"), torch.inference_mode():
             rows = generate(model, [PROMPT[0].tolist()], max_new_tokens=20, temperature=1.0, seed=0)
             generate(model, [[1, 2], [3]], max_new_tokens=2, temperature=1.0)
     finally:
         torch.set_default_dtype(before)
-    assert torch.equal(got, expected) and torch.equal(rows[0], expected[0]) and scores.dtype is torch.float32
+    assert (
+        torch.equal(got, expected)
+        and torch.equal(rows[0], expected[0])
+        and scores.dtype is torch.float32
+    )
 
 
 def test_a_model_made_in_inference_mode_runs():
@@ -342,7 +386,9 @@ def test_a_training_model_keeps_its_mode():
     generate(model, PROMPT, max_new_tokens=3)
     for backend in ("native", "torchscript"):
         fast = quantize.for_decoding(model, backend=backend)
-        assert torch.equal(generate(fast, PROMPT, max_new_tokens=9), generate(model, PROMPT, max_new_tokens=9))
+        assert torch.equal(
+            generate(fast, PROMPT, max_new_tokens=9), generate(model, PROMPT, max_new_tokens=9)
+        )
         assert not fast.training
     assert [module.training for module in model.modules()] == modes
 
@@ -352,10 +398,16 @@ def test_eight_threads_on_one_model():
     model = decoder()
     prompts = [torch.tensor([[i, i + 1, i + 2]]) for i in range(8)]
     expected = [eager(model, prompt) for prompt in prompts]
-    for shared in (model, quantize.for_decoding(model), quantize.for_decoding(model, backend="torchscript")):
+    for shared in (
+        model,
+        quantize.for_decoding(model),
+        quantize.for_decoding(model, backend="torchscript"),
+    ):
         results: dict[int, torch.Tensor] = {}
 
-        def work(i: int, shared: nn.Module = shared, results: dict[int, torch.Tensor] = results) -> None:
+        def work(
+            i: int, shared: nn.Module = shared, results: dict[int, torch.Tensor] = results
+        ) -> None:
             results[i] = generate(shared, prompts[i], max_new_tokens=20)
 
         threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
@@ -382,7 +434,9 @@ def test_a_forked_child_decodes_too():
 
 
 def test_compiling_waits_until_it_pays(monkeypatch, tmp_path):
-    """Short texts don't start the compiler, until they have cost as much; what is kept is used at once."""
+    """Short texts don't start the compiler, until they have cost as much; what is kept is used at
+    once.
+    """
     compiled, content = [], b"not a library"
     monkeypatch.setattr(build, "_outcome", None)
     monkeypatch.setattr(build, "_compile", lambda command: compiled.append(1) or content)
@@ -400,7 +454,9 @@ def test_compiling_waits_until_it_pays(monkeypatch, tmp_path):
 
 
 def test_a_cache_of_another_model_is_refused():
-    """By its own error, before native code writes into it: fewer layers, other heads, another width, more rows."""
+    """By its own error, before native code writes into it: fewer layers, other heads, another
+    width, more rows.
+    """
     fast = quantize.for_decoding(decoder(), backend="native")
     with torch.no_grad():
         for other in (decoder(layers=1), decoder(kv_heads=1), decoder(head_dim=16)):
@@ -415,7 +471,9 @@ def test_a_cache_of_another_model_is_refused():
 
 
 def test_a_forked_cache_is_written_on_its_own_memory():
-    """Copies of one row that share memory are taken apart before native code writes, whoever writes first."""
+    """Copies of one row that share memory are taken apart before native code writes, whoever writes
+    first.
+    """
     model = decoder()
     fast, cache = quantize.for_decoding(model, backend="native"), KVCache.for_model(model)
     with torch.no_grad():
@@ -438,7 +496,9 @@ def test_padding_longer_than_the_text_is_left_to_the_model():
         for cache in caches:
             cache.reset(batch=2, pad=pad)
         for i in range(5):
-            got, expected = (m(texts[:, i : i + 1], c) for m, c in zip((fast, model), caches, strict=True))
+            got, expected = (
+                m(texts[:, i : i + 1], c) for m, c in zip((fast, model), caches, strict=True)
+            )
             assert_close(got, expected)
 
 

@@ -1,4 +1,6 @@
-"""The compiled step: what is kept, what of it is trusted, and what happens where it can't be had."""
+"""The compiled step: what is kept, what of it is trusted, and what happens where it can't be
+had.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +15,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from quantize.decoding import build, for_decoding
-from quantize.generation import generate
 from quantize.models import DecoderConfig, DecoderLM
+from quantize.run.decoding import build, for_decoding
+from quantize.run.generate import generate
 
 pytestmark = pytest.mark.skipif(build._compiler() is None, reason="needs a C++ compiler")
 
 
 def decoder() -> DecoderLM:
     torch.manual_seed(0)
-    return DecoderLM(DecoderConfig(vocab_size=61, width=32, layers=2, heads=4, max_length=64)).eval()
+    return DecoderLM(
+        DecoderConfig(vocab_size=61, width=32, layers=2, heads=4, max_length=64)
+    ).eval()
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +35,9 @@ def content() -> bytes:
     if build.library().note is None:
         path, folder = build._open_folder()
         os.close(folder)
-        return (path / f"step-{build._key(tuple(build._compiler()))}.so").read_bytes()[: -build.DIGEST_BYTES]
+        return (path / f"step-{build._key(tuple(build._compiler()))}.so").read_bytes()[
+            : -build.DIGEST_BYTES
+        ]
     return build._compile(build._compiler())
 
 
@@ -49,7 +55,9 @@ class Compiler:
 
 @pytest.fixture
 def compiler(content: bytes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Compiler:
-    """An empty cache folder in `tmp_path`, a process that has loaded nothing, and a compiler that counts."""
+    """An empty cache folder in `tmp_path`, a process that has loaded nothing, and a compiler that
+    counts.
+    """
     stand_in = Compiler(content)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(build, "_outcome", None)
@@ -69,7 +77,9 @@ def kept_file(folder: Path) -> Path:
 
 
 def test_one_file_is_kept_and_used_again(compiler, monkeypatch, tmp_path):
-    """The second process compiles nothing; folder and file are this user's alone, whatever the umask."""
+    """The second process compiles nothing; folder and file are this user's alone, whatever the
+    umask.
+    """
     before = os.umask(0)
     try:
         assert load(monkeypatch).note is None
@@ -106,7 +116,9 @@ def test_a_damaged_file_is_compiled_again(fault, compiler, content, monkeypatch,
 
 
 @pytest.mark.parametrize("kind", ["pipe", "link", "writable by others", "of another user"])
-def test_a_file_that_is_not_this_users_alone_is_not_read(kind, compiler, content, monkeypatch, tmp_path):
+def test_a_file_that_is_not_this_users_alone_is_not_read(
+    kind, compiler, content, monkeypatch, tmp_path
+):
     """Right content doesn't help; what can be replaced is."""
     load(monkeypatch)
     path = kept_file(tmp_path)
@@ -135,7 +147,11 @@ def test_a_folder_that_others_may_write_to_is_not_used(mode, compiler, monkeypat
     (tmp_path / "quantize").chmod(mode)
     file = kept_file(tmp_path).stat()
     found = load(monkeypatch)
-    assert found.decode and f"may be written by others (mode {mode:o})" in found.note and compiler.calls == 2
+    assert (
+        found.decode
+        and f"may be written by others (mode {mode:o})" in found.note
+        and compiler.calls == 2
+    )
     assert kept_file(tmp_path).stat().st_mtime_ns == file.st_mtime_ns
 
 
@@ -147,7 +163,9 @@ def test_a_folder_of_another_user_is_not_used(compiler, monkeypatch, tmp_path):
 
 
 def test_where_nothing_can_be_kept(compiler, monkeypatch, tmp_path):
-    """A file where the folder should be, a full disk, no home: native code runs, and the reason is given."""
+    """A file where the folder should be, a full disk, no home: native code runs, and the reason is
+    given.
+    """
     (tmp_path / "quantize").touch()
     assert "File exists" in load(monkeypatch).note
     (tmp_path / "quantize").unlink()
@@ -163,12 +181,16 @@ def test_where_nothing_can_be_kept(compiler, monkeypatch, tmp_path):
     monkeypatch.setattr(Path, "home", lambda: Path("/proc/no/such/home"))
     assert "compiled for this process only" in load(monkeypatch).note
     assert not Path("relative").exists()
-    assert load(monkeypatch, compile_now=False) is None  # for `generate`, which asks only where it pays
+    assert (
+        load(monkeypatch, compile_now=False) is None
+    )  # for `generate`, which asks only where it pays
 
 
 def test_libraries_of_another_version_are_refused(content, monkeypatch, compiler):
     """Structs of other sizes, and a library without the function."""
-    monkeypatch.setattr("quantize.decoding.structs.STRUCTS", build.decode_function.__globals__["STRUCTS"][::-1])
+    monkeypatch.setattr(
+        "quantize.run.decoding.structs.STRUCTS", build.decode_function.__globals__["STRUCTS"][::-1]
+    )
     with pytest.raises(OSError, match="structs of"):
         load(monkeypatch)
     with pytest.raises(OSError, match="lacks a symbol"):
@@ -176,7 +198,9 @@ def test_libraries_of_another_version_are_refused(content, monkeypatch, compiler
 
 
 def test_threads_and_processes_share_one_compilation(compiler, monkeypatch, tmp_path):
-    """Threads of a process wait for the first; another process finds what it kept, under the lock of the folder."""
+    """Threads of a process wait for the first; another process finds what it kept, under the lock
+    of the folder.
+    """
     libraries = []
     threads = [threading.Thread(target=lambda: libraries.append(build.library())) for _ in range(8)]
     for thread in threads:
@@ -206,11 +230,17 @@ def test_threads_and_processes_share_one_compilation(compiler, monkeypatch, tmp_
     ],
 )
 def test_a_compiler_that_hangs_or_fails(script, reason, monkeypatch, tmp_path):
-    """It and what it started are stopped, it isn't asked twice, and TorchScript runs with the reason."""
+    """It and what it started are stopped, it isn't asked twice, and TorchScript runs with the
+    reason.
+    """
     os.mkfifo(tmp_path / "alive")
-    alive = os.open(tmp_path / "alive", os.O_RDONLY | os.O_NONBLOCK)  # ends when nobody is left who could write
+    alive = os.open(
+        tmp_path / "alive", os.O_RDONLY | os.O_NONBLOCK
+    )  # ends when nobody is left who could write
     program = tmp_path / "compiler"
-    program.write_text(f"#!/bin/sh\necho started >> {tmp_path}/log\nexec 9> {tmp_path}/alive\n{script}\n")
+    program.write_text(
+        f"#!/bin/sh\necho started >> {tmp_path}/log\nexec 9> {tmp_path}/alive\n{script}\n"
+    )
     program.chmod(0o755)
     monkeypatch.setenv("CXX", str(program))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -239,11 +269,14 @@ def test_without_a_compiler(monkeypatch):
 
 @pytest.mark.slow
 def test_processes_at_once_and_a_file_cut_under_a_running_one(tmp_path):
-    """Two processes that compile at once agree; a library that is emptied while mapped doesn't reach who has mapped it."""
+    """Two processes that compile at once agree; a library that is emptied while mapped doesn't
+    reach who has mapped it.
+    """
     code = (
         "import pathlib, sys, torch, quantize\n"
         "from quantize.decoding import for_decoding\n"
-        "net = quantize.DecoderLM(quantize.DecoderConfig(vocab_size=61, width=32, layers=1, heads=4)).eval()\n"
+        "net = quantize.DecoderLM(quantize.DecoderConfig(vocab_size=61, width=32, layers=1, "
+        "heads=4)).eval()\n"
         "fast = for_decoding(net, backend='native')\n"
         "for path in pathlib.Path(sys.argv[1]).rglob('*.so'): path.write_bytes(b'')\n"
         "print(quantize.generate(fast, torch.tensor([[1, 2]]), max_new_tokens=4).tolist())\n"

@@ -1,4 +1,6 @@
-"""`save_pretrained` of a changed model writes a folder that is read back as that model, or refuses."""
+"""`save_pretrained` of a changed model writes a folder that is read back as that model, or
+refuses.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ import pytest
 import torch
 
 import quantize
-from quantize.int4 import quantize_weights
+from quantize.compression.int4 import quantize_weights
 
 REFUSED = {
     "int8": quantize.quantize_dynamic,
@@ -23,7 +25,9 @@ REFUSED = {
 @pytest.mark.parametrize("transform", REFUSED.values(), ids=REFUSED)
 @pytest.mark.parametrize("how", ["result", "copy", "pickle", "loaded", "inside"])
 def test_a_compressed_model_refuses_to_become_a_folder(transform, how, tmp_path):
-    """The result, its copies, what a file gives and a model inside another one: nothing is written."""
+    """The result, its copies, what a file gives and a model inside another one: nothing is
+    written.
+    """
     model, _ = helpers.zoo("bert")
     small = transform(model)
     if how == "copy":
@@ -42,8 +46,12 @@ def test_a_compressed_model_refuses_to_become_a_folder(transform, how, tmp_path)
 
 
 def test_a_half_model_becomes_a_folder(tmp_path):
-    """16-bit weights keep names and shapes: the folder gives the same outputs, and a copy of it too."""
+    """16-bit weights keep names and shapes: the folder gives the same outputs, and a copy of it
+    too.
+    """
     model, inputs = helpers.zoo("bert")
     half = copy.deepcopy(quantize.to_half(model))
     half.save_pretrained(tmp_path)
-    assert torch.equal(helpers.run(type(model).from_pretrained(tmp_path).eval(), inputs), helpers.run(half, inputs))
+    assert torch.equal(
+        helpers.run(type(model).from_pretrained(tmp_path).eval(), inputs), helpers.run(half, inputs)
+    )

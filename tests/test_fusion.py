@@ -1,4 +1,6 @@
-"""Fused models give the model's answers, at every size, from a file that needs nothing of this package."""
+"""Fused models give the model's answers, at every size, from a file that needs nothing of this
+package.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +18,15 @@ from helpers import ZOO, assert_close, call, first_tensor, run, zoo
 from torch import nn
 
 import quantize
-from quantize.fusion import compare, fold, fuse, plan, torchscript
-from quantize.fusion.equality import difference, outputs
-from quantize.fusion.folded import Folded
+from quantize.run.fusion import compare, fold, fuse, plan, torchscript
+from quantize.run.fusion.equality import difference, outputs
+from quantize.run.fusion.folded import Folded
 
 pytestmark = [
     pytest.mark.usefixtures("no_clock"),
-    pytest.mark.filterwarnings("error:.*torch.jit.*:FutureWarning", "error:.*torch.jit.*:DeprecationWarning"),
+    pytest.mark.filterwarnings(
+        "error:.*torch.jit.*:FutureWarning", "error:.*torch.jit.*:DeprecationWarning"
+    ),
 ]
 
 
@@ -35,9 +39,13 @@ def counts(model: nn.Module, inputs: Any) -> dict[str, int]:
 FAST = ("bert", "resnet")
 
 
-@pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in ZOO])
+@pytest.mark.parametrize(
+    "name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in ZOO]
+)
 def test_zoo_is_equal_at_every_size(name: str, tmp_path: Path) -> None:
-    """The saved file of each architecture answers like eager at other batch sizes and lengths, or refuses the size."""
+    """The saved file of each architecture answers like eager at other batch sizes and lengths, or
+    refuses the size.
+    """
     model, inputs = zoo(name)
     fuse(model, inputs).save(tmp_path / "fused.pt")
     fused = torchscript.load(str(tmp_path / "fused.pt"))
@@ -68,7 +76,11 @@ def test_file_needs_only_torch(tmp_path: Path) -> None:
         "print((z - y).abs().max().item() / y.abs().max().item())"
     )
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+        [sys.executable, "-W", "ignore", "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert float(done.stdout) <= 2e-5
 
@@ -78,7 +90,9 @@ def test_loaded_file_can_be_saved_again(tmp_path: Path) -> None:
     model, x = seeded(Image()), rand(2, 3, 16, 16)
     fuse(model, x).save(tmp_path / "a.pt")
     torchscript.load(str(tmp_path / "a.pt")).save(tmp_path / "b.pt")
-    assert torch.equal(torchscript.load(str(tmp_path / "a.pt"))(x), torchscript.load(str(tmp_path / "b.pt"))(x))
+    assert torch.equal(
+        torchscript.load(str(tmp_path / "a.pt"))(x), torchscript.load(str(tmp_path / "b.pt"))(x)
+    )
 
 
 # Inputs and outputs.
@@ -96,18 +110,27 @@ class Structured(nn.Module):
         super().__init__()
         self.layer = nn.Linear(4, 4)
 
-    def forward(self, x: torch.Tensor, pair: tuple[torch.Tensor, torch.Tensor], flag: bool = False) -> Answer:
+    def forward(
+        self, x: torch.Tensor, pair: tuple[torch.Tensor, torch.Tensor], flag: bool = False
+    ) -> Answer:
         y = self.layer(x) + pair[0] * pair[1]
         return Answer(logits=-y if flag else y, hidden=(x, y))
 
 
 def test_fused_models_return_the_model_own_types(tmp_path: Path) -> None:
-    """The fused model returns the dataclass; its file a dict: nested fields under dotted names, without None."""
-    model, inputs = seeded(Structured()), {"x": rand(2, 4), "pair": (rand(2, 4), rand(2, 4)), "flag": True}
+    """The fused model returns the dataclass; its file a dict: nested fields under dotted names,
+    without None.
+    """
+    model, inputs = (
+        seeded(Structured()),
+        {"x": rand(2, 4), "pair": (rand(2, 4), rand(2, 4)), "flag": True},
+    )
     fused = fuse(model, inputs)
     expected = model(**inputs)
     for result in (fused(**inputs), copy.deepcopy(fused)(**inputs)):
-        assert isinstance(result, Answer) and result.loss is None and isinstance(result.hidden, tuple)
+        assert (
+            isinstance(result, Answer) and result.loss is None and isinstance(result.hidden, tuple)
+        )
         assert_close(result.logits, expected.logits)
     fused.save(tmp_path / "fused.pt")
     bare = torchscript.load(str(tmp_path / "fused.pt"))(**inputs)
@@ -141,7 +164,9 @@ def test_containers_come_back_as_they_were(kind: type) -> None:
 
 
 def test_fixed_sizes_are_refused_by_name_and_free_ones_are_free() -> None:
-    """A size that the model's code depends on can't be changed silently; the batch can, even from an example of one."""
+    """A size that the model's code depends on can't be changed silently; the batch can, even from
+    an example of one.
+    """
 
     class Net(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -185,13 +210,17 @@ class Counting(nn.Linear):
 
 @pytest.mark.parametrize("transform", [fuse, fold])
 def test_models_that_read_more_than_themselves_are_refused(transform: Any) -> None:
-    """A global counter in the code is no rounding error, however small a share of it the next step is."""
+    """A global counter in the code is no rounding error, however small a share of it the next step
+    is.
+    """
     with pytest.raises(ValueError, match="reads something that isn't in the model"):
         transform(Counting(8, 8).eval(), rand(2, 8))
 
 
 def test_control_flow_on_data_is_refused_or_compiled() -> None:
-    """Python deciding on a tensor's value is refused; what TorchScript can compile follows the data."""
+    """Python deciding on a tensor's value is refused; what TorchScript can compile follows the
+    data.
+    """
     with pytest.raises(ValueError, match=r"Deciding.*data-dependent control flow"):
         fuse(Deciding().eval(), rand(3))
     fused = fuse(Choosing().eval(), torch.ones(3))
@@ -202,8 +231,18 @@ def test_control_flow_on_data_is_refused_or_compiled() -> None:
     ("model", "inputs", "error", "message"),
     [
         (nn.Linear(2, 2), rand(1, 2), ValueError, r"training mode.*model\.eval"),
-        (nn.Sequential(nn.Linear(2, 2), nn.Dropout().train()), rand(1, 2), ValueError, "'1' .Dropout. is in training mode"),
-        (nn.Linear(2, 2).eval(), torch.empty(1, 2, device="meta"), ValueError, "tensor 0 .* on meta and the model on cpu"),
+        (
+            nn.Sequential(nn.Linear(2, 2), nn.Dropout().train()),
+            rand(1, 2),
+            ValueError,
+            "'1' .Dropout. is in training mode",
+        ),
+        (
+            nn.Linear(2, 2).eval(),
+            torch.empty(1, 2, device="meta"),
+            ValueError,
+            "tensor 0 .* on meta and the model on cpu",
+        ),
         (nn.Linear(2, 2).eval(), (), ValueError, "no tensor"),
         (nn.Linear(2, 2).eval(), object(), TypeError, "example_inputs.* object"),
         (Caching().eval(), rand(2), (TypeError, ValueError), "SomeCache.*use_cache=False"),
@@ -235,9 +274,13 @@ def test_a_torch_without_torchscript_is_survived(monkeypatch: pytest.MonkeyPatch
     model, x = seeded(Image()), rand(1, 3, 8, 8)
     with pytest.raises(ValueError, match="no TorchScript: use backend='auto'"):
         fuse(model, x)
-    monkeypatch.setattr("quantize.fusion.backends.build", lambda program, name, tensors: Folded(program))
+    monkeypatch.setattr(
+        "quantize.run.fusion.backends.build", lambda program, name, tensors: Folded(program)
+    )
     rows = {r.backend: r for r in compare(model, x, names=("torchscript", "inductor"))}
-    assert "no TorchScript" in rows["torchscript"].reason and rows["inductor"].latency_ms is not None
+    assert (
+        "no TorchScript" in rows["torchscript"].reason and rows["inductor"].latency_ms is not None
+    )
     assert_close(fuse(model, x, backend="auto")(x), model(x))
 
 
@@ -252,8 +295,12 @@ def test_model_and_random_state_are_untouched() -> None:
     fuse(model, x)
     fold(model, x)
     assert torch.equal(torch.random.get_rng_state(), state)
-    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
-    assert flags == [p.requires_grad for p in model.parameters()] and not any(m.training for m in model.modules())
+    assert all(
+        torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True)
+    )
+    assert flags == [p.requires_grad for p in model.parameters()] and not any(
+        m.training for m in model.modules()
+    )
 
 
 def test_hooks_are_fused_too() -> None:
@@ -274,7 +321,9 @@ def test_tied_weights_are_stored_once(tmp_path: Path) -> None:
 
 
 def test_int8_stays_int8() -> None:
-    """A quantized model's fused file multiplies in int8, by what the profiler sees, and gives the same answers."""
+    """A quantized model's fused file multiplies in int8, by what the profiler sees, and gives the
+    same answers.
+    """
     model = seeded(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32)))
     x = rand(4, 64)
     int8 = quantize.quantize_dynamic(model)
@@ -283,7 +332,11 @@ def test_int8_stays_int8() -> None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         fused(x)
     ran = {e.key for e in profile.key_averages()}
-    assert any("int_mm" in k or "qlinear" in k for k in ran) and not ran & {"aten::linear", "aten::addmm", "aten::mm"}
+    assert any("int_mm" in k or "qlinear" in k for k in ran) and not ran & {
+        "aten::linear",
+        "aten::addmm",
+        "aten::mm",
+    }
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -293,18 +346,24 @@ def test_half_models_stay_half_in_the_file(dtype: torch.dtype, tmp_path: Path) -
     half, x = quantize.to_half(model, dtype), rand(4, 256)
     fuse(half, x).save(tmp_path / "fused.pt")
     assert_close(torchscript.load(str(tmp_path / "fused.pt"))(x), half(x), dtype=dtype)
-    assert (tmp_path / "fused.pt").stat().st_size < 0.6 * sum(p.numel() * 4 for p in model.parameters())
+    assert (tmp_path / "fused.pt").stat().st_size < 0.6 * sum(
+        p.numel() * 4 for p in model.parameters()
+    )
 
 
 def test_folded_models_stay_in_memory(tmp_path: Path) -> None:
-    """Saving says that `fuse` gives a file; a file that names the builder of earlier versions is refused; copies work."""
+    """Saving says that `fuse` gives a file; a file that names the builder of earlier versions is
+    refused; copies work.
+    """
     model, x = seeded(Image()), rand(2, 3, 16, 16)
     folded = fold(model, x)
     assert torch.equal(copy.deepcopy(folded)(x), folded(x))
     for held in (folded, nn.Sequential(folded)):
         with pytest.raises(TypeError, match=r"fold.*quantize\.fuse"):
             quantize.save(held, tmp_path / "folded.pth")
-    model.__dict__["_structure"] = [("folded", {"edits": [], "inputs": {}, "keyword": False, "way": "simplified"}, "")]
+    model.__dict__["_structure"] = [
+        ("folded", {"edits": [], "inputs": {}, "keyword": False, "way": "simplified"}, "")
+    ]
     quantize.save(model, tmp_path / "old.pth")
     with pytest.raises(quantize.CheckpointError, match="'folded'"):
         quantize.load(tmp_path / "old.pth", model=Image())
@@ -322,25 +381,38 @@ def test_weights_packed_for_a_folded_model_follow_changes() -> None:
 
 
 def test_notes_of_the_model_and_of_fusing_go_with_the_result() -> None:
-    """The summary of a fused or folded model has the steps before it, and how far the fused one is from the model."""
+    """The summary of a fused or folded model has the steps before it, and how far the fused one is
+    from the model.
+    """
     model, x = quantize.to_half(seeded(Image())), rand(1, 3, 16, 16)
     for made, technique in ((fold(model, x), "fold"), (copy.deepcopy(fuse(model, x)), "fuse")):
         steps = quantize.summary(made).steps
-        assert [s.technique for s in steps][-1] == technique and len(steps) == len(quantize.summary(model).steps) + 1
+        assert [s.technique for s in steps][-1] == technique and len(steps) == len(
+            quantize.summary(model).steps
+        ) + 1
         assert steps[-1].distance <= 1e-2
 
 
 # The script.
 
 
-def test_script_reports_a_mistake_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A missing file, a broken one and a flag out of range: one line, exit code 2, nothing written."""
+def test_script_reports_a_mistake_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A missing file, a broken one and a flag out of range: one line, exit code 2, nothing
+    written.
+    """
     import fusion
 
     broken = tmp_path / "broken.pth"
     broken.write_bytes(b"no checkpoint")
     out = tmp_path / "out"
-    for flags in (["--model", str(tmp_path / "none.pth")], ["--model", str(broken)], ["--batch", "0"], ["--backend", "x"]):
+    for flags in (
+        ["--model", str(tmp_path / "none.pth")],
+        ["--model", str(broken)],
+        ["--batch", "0"],
+        ["--backend", "x"],
+    ):
         assert fusion.main([*flags, "--out", str(out)]) == 2
         captured = capsys.readouterr()
         assert captured.err.count("\n") == 1 and captured.err.startswith("fusion.py: ")
@@ -349,7 +421,9 @@ def test_script_reports_a_mistake_in_one_line(tmp_path: Path, capsys: pytest.Cap
 
 @pytest.mark.slow
 def test_script_fuses_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The script writes the fused file, its numbers and a chart, and what it prints is what it measured."""
+    """The script writes the fused file, its numbers and a chart, and what it prints is what it
+    measured.
+    """
     import json
 
     import fusion
@@ -358,10 +432,17 @@ def test_script_fuses_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[
     model = seeded(quantize.ConvNet(quantize.ConvNetConfig(widths=(8, 16))))
     quantize.save(model, tmp_path / "model.pth")
     assert fusion.main(["--out", str(tmp_path), "--batch", "2"]) == 0
-    assert {p.name for p in tmp_path.iterdir()} == {"model.pth", "model_fused.pt", "model_fused.json", "model_fused.png"}
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "model.pth",
+        "model_fused.pt",
+        "model_fused.json",
+        "model_fused.png",
+    }
     report = json.loads((tmp_path / "model_fused.json").read_text())
     assert report["kernel_calls"]["fused"] < report["kernel_calls"]["eager"]
     assert max(report["difference"].values()) <= 1e-5
     x = example(model, 2)
-    assert_close(torchscript.load(str(tmp_path / "model_fused.pt"))(x), first_tensor(call(model, x)))
+    assert_close(
+        torchscript.load(str(tmp_path / "model_fused.pt"))(x), first_tensor(call(model, x))
+    )
     assert "BatchNorm layers folded" in capsys.readouterr().out

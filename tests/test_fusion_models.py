@@ -16,14 +16,16 @@ from torch import nn
 from torch.nn import functional as F
 
 import quantize
-from quantize.fusion import backends, fuse, torchscript
-from quantize.fusion.equality import difference, outputs
+from quantize.run.fusion import backends, fuse, torchscript
+from quantize.run.fusion.equality import difference, outputs
 
 pytestmark = pytest.mark.usefixtures("no_clock")
 
 
 class UNet(nn.Module):
-    """Down by pooling, up by transposed convolutions, skips by concatenation; GroupNorm as diffusion models have it."""
+    """Down by pooling, up by transposed convolutions, skips by concatenation; GroupNorm as
+    diffusion models have it.
+    """
 
     def __init__(self, widths: tuple[int, ...] = (8, 16, 32)) -> None:
         super().__init__()
@@ -70,11 +72,15 @@ class Recurrent(nn.Module):
 
 
 class Separable(nn.Module):
-    """One-dimensional and three-dimensional convolutions with padding by name, spectral and weight norm, PReLU."""
+    """One-dimensional and three-dimensional convolutions with padding by name, spectral and weight
+    norm, PReLU.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.wave = nn.utils.parametrizations.weight_norm(nn.Conv1d(2, 8, 5, padding="same", dilation=2))
+        self.wave = nn.utils.parametrizations.weight_norm(
+            nn.Conv1d(2, 8, 5, padding="same", dilation=2)
+        )
         self.norm = nn.BatchNorm1d(8)
         self.mix = nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8))
         self.act = nn.PReLU(8)
@@ -83,12 +89,21 @@ class Separable(nn.Module):
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         y = self.act(self.norm(self.wave(x)))
         y = self.mix(y.transpose(1, 2))
-        return {"features": y, "volume": self.volume(y[:, None, :, :, None].expand(-1, -1, -1, -1, 4))}
+        return {
+            "features": y,
+            "volume": self.volume(y[:, None, :, :, None].expand(-1, -1, -1, -1, 4)),
+        }
 
 
 def _swin() -> nn.Module:
     config = transformers.SwinConfig(
-        image_size=32, patch_size=4, embed_dim=24, depths=[2, 2], num_heads=[2, 4], window_size=4, num_labels=10
+        image_size=32,
+        patch_size=4,
+        embed_dim=24,
+        depths=[2, 2],
+        num_heads=[2, 4],
+        window_size=4,
+        num_labels=10,
     )
     return transformers.SwinForImageClassification(config)
 
@@ -110,7 +125,9 @@ _MASK = torch.ones_like(_IDS).index_fill_(1, torch.tensor([10, 11]), 0)
 
 
 def _pixels(size: int) -> dict[str, torch.Tensor]:
-    return {"pixel_values": torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))}
+    return {
+        "pixel_values": torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    }
 
 
 def _efficientnet() -> nn.Module:
@@ -126,7 +143,9 @@ def _efficientnet() -> nn.Module:
 
 
 def _regnet() -> nn.Module:
-    config = transformers.RegNetConfig(embedding_size=16, hidden_sizes=[16, 32], depths=[1, 2], groups_width=8, num_labels=10)
+    config = transformers.RegNetConfig(
+        embedding_size=16, hidden_sizes=[16, 32], depths=[1, 2], groups_width=8, num_labels=10
+    )
     return transformers.RegNetForImageClassification(config)
 
 
@@ -168,8 +187,16 @@ def _gemma() -> nn.Module:
 
 
 def _clip() -> nn.Module:
-    text = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return transformers.CLIPTextModel(transformers.CLIPTextConfig(**text, max_position_embeddings=32, eos_token_id=95))
+    text = {
+        "vocab_size": 96,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    return transformers.CLIPTextModel(
+        transformers.CLIPTextConfig(**text, max_position_embeddings=32, eos_token_id=95)
+    )
 
 
 FOREIGN: dict[str, tuple[Callable[[], nn.Module], Any]] = {
@@ -201,9 +228,13 @@ def build(name: str) -> tuple[nn.Module, Any]:
     return model.eval(), inputs
 
 
-@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in FOREIGN])
+@pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in FOREIGN]
+)
 def test_foreign_architectures_are_equal_at_every_size(name: str) -> None:
-    """The fused model answers like eager within 1e-5, at other batch sizes and lengths within 2e-5, or refuses the size."""
+    """The fused model answers like eager within 1e-5, at other batch sizes and lengths within 2e-5,
+    or refuses the size.
+    """
     model, inputs = build(name)
     fused = fuse(model, inputs)
     assert isinstance(fused, torch.jit.ScriptModule)
@@ -223,20 +254,33 @@ def compressed(kind: str) -> tuple[nn.Module, Any]:
         return quantize.quantize_dynamic(model), inputs
     if kind == "low_rank":
         return quantize.factorize_low_rank(model, ratio=0.5), inputs
-    pruned = quantize.prune_ln_structured(model, inputs, amount=0.5, skip=["*query*", "*key*", "*value*", "*embed*"])
+    pruned = quantize.prune_ln_structured(
+        model, inputs, amount=0.5, skip=["*query*", "*key*", "*value*", "*embed*"]
+    )
     return (quantize.quantize_dynamic(pruned) if kind == "pruned+int8" else pruned), inputs
 
 
 @pytest.mark.parametrize(
-    "kind", ["int8", *(pytest.param(k, marks=pytest.mark.slow) for k in ("half", "low_rank", "pruned", "pruned+int8"))]
+    "kind",
+    [
+        "int8",
+        *(
+            pytest.param(k, marks=pytest.mark.slow)
+            for k in ("half", "low_rank", "pruned", "pruned+int8")
+        ),
+    ],
 )
 def test_compressed_models_fuse_and_stay_compressed(kind: str, tmp_path: Path) -> None:
-    """Each form gives its own answers from the fused file, int8 layers multiply in int8, and the file stays small."""
+    """Each form gives its own answers from the fused file, int8 layers multiply in int8, and the
+    file stays small.
+    """
     model, inputs = compressed(kind)
     original = sum(p.numel() * p.element_size() for p in zoo("bert")[0].parameters())
     fuse(model, inputs).save(tmp_path / "fused.pt")
     fused = torchscript.load(str(tmp_path / "fused.pt"))
-    assert difference(outputs(fused, inputs), outputs(model, inputs)) <= (1e-2 if kind == "half" else 1e-5)
+    assert difference(outputs(fused, inputs), outputs(model, inputs)) <= (
+        1e-2 if kind == "half" else 1e-5
+    )
     assert (tmp_path / "fused.pt").stat().st_size < 0.95 * original + 150_000
     if "int8" in kind:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
@@ -253,13 +297,17 @@ def test_compressed_models_fuse_and_stay_compressed(kind: str, tmp_path: Path) -
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["inductor", "onnxruntime", "openvino"])
 def test_other_back_ends_answer_like_eager(backend: str, tmp_path: Path) -> None:
-    """The module gives what the model gives at another batch size too; its file gives the same tensors in order."""
+    """The module gives what the model gives at another batch size too; its file gives the same
+    tensors in order.
+    """
     if reason := backends.missing(backend):
         pytest.skip(reason)
     model, inputs = zoo("mobilenet_v2")
     fused = fuse(model, inputs, backend=backend)
     for batch in (2, 3):
-        pixels = torch.randn(batch, *inputs["pixel_values"].shape[1:], generator=torch.Generator().manual_seed(batch))
+        pixels = torch.randn(
+            batch, *inputs["pixel_values"].shape[1:], generator=torch.Generator().manual_seed(batch)
+        )
         expected = outputs(model, {"pixel_values": pixels})
         assert difference(outputs(fused, {"pixel_values": pixels}), expected) <= 2e-5
     file = tmp_path / {"inductor": "m.pt2", "onnxruntime": "m.onnx", "openvino": "m.xml"}[backend]
@@ -270,7 +318,9 @@ def test_other_back_ends_answer_like_eager(backend: str, tmp_path: Path) -> None
 
 
 def test_inputs_of_the_wrong_form_are_refused() -> None:
-    """What `fold` returns, and with it every other engine, names a wrong size, a missing and an extra argument."""
+    """What `fold` returns, and with it every other engine, names a wrong size, a missing and an
+    extra argument.
+    """
     folded = quantize.fold(nn.Sequential(nn.Linear(4, 3)).eval(), torch.zeros(2, 4))
     with pytest.raises(ValueError, match=r"input 0 has shape \[2, 5\]"):
         folded(torch.zeros(2, 5))
@@ -281,7 +331,9 @@ def test_inputs_of_the_wrong_form_are_refused() -> None:
 
 
 def test_sizes_that_would_lead_another_way_are_refused() -> None:
-    """Python that decides on a size is taken as it went: sizes for which it would go another way are refused by name."""
+    """Python that decides on a size is taken as it went: sizes for which it would go another way
+    are refused by name.
+    """
 
     class Halves(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -14,19 +14,30 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from quantize.fusion import folding, fuse, kernels, plan
-from quantize.fusion.equality import difference, outputs
+from quantize.run.fusion import folding, fuse, kernels, plan
+from quantize.run.fusion.equality import difference, outputs
 
 pytestmark = pytest.mark.usefixtures("no_clock")
 
 
-@pytest.mark.parametrize("activation", [F.relu, F.relu6, F.silu, F.gelu, F.hardswish, F.hardsigmoid, torch.tanh, torch.sigmoid])
-def test_activation_joins_the_convolution(activation: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """Each activation runs inside the kernel of the convolution before it; after the residual add, only ReLU has one."""
+@pytest.mark.parametrize(
+    "activation",
+    [F.relu, F.relu6, F.silu, F.gelu, F.hardswish, F.hardsigmoid, torch.tanh, torch.sigmoid],
+)
+def test_activation_joins_the_convolution(
+    activation: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    """Each activation runs inside the kernel of the convolution before it; after the residual add,
+    only ReLU has one.
+    """
     model, x = seeded(Image(activation)), rand(2, 3, 16, 16)
     made = plan(model, x)
     assert_close(made.fused(x), model(x), factor=4)
-    assert made.after["mkldnn._convolution_pointwise"] == made.after["mkldnn._convolution_pointwise.binary"] == 1
+    assert (
+        made.after["mkldnn._convolution_pointwise"]
+        == made.after["mkldnn._convolution_pointwise.binary"]
+        == 1
+    )
     assert made.after.total() == 4 + (activation is not F.relu)
 
 
@@ -35,7 +46,11 @@ SMALL = st.integers(1, 3)
 
 @settings(max_examples=30, deadline=None)
 @given(
-    groups=st.integers(1, 3), per_in=st.integers(1, 3), per_out=st.integers(1, 3), bias=st.booleans(), transposed=st.booleans()
+    groups=st.integers(1, 3),
+    per_in=st.integers(1, 3),
+    per_out=st.integers(1, 3),
+    bias=st.booleans(),
+    transposed=st.booleans(),
 )
 def test_scaled_output_is_the_layer_then_the_affine_map(
     groups: int, per_in: int, per_out: int, bias: bool, transposed: bool
@@ -44,37 +59,66 @@ def test_scaled_output_is_the_layer_then_the_affine_map(
     inputs, out = groups * per_in, groups * per_out
     weight = rand(*((inputs, per_out) if transposed else (out, per_in)), 2, 2).double()
     b = rand(out, seed=2).double() if bias else None
-    scale, shift, x = rand(out, seed=3).double(), rand(out, seed=4).double(), rand(2, inputs, 4, 4, seed=5).double()
+    scale, shift, x = (
+        rand(out, seed=3).double(),
+        rand(out, seed=4).double(),
+        rand(2, inputs, 4, 4, seed=5).double(),
+    )
     conv = F.conv_transpose2d if transposed else F.conv2d
     expected = conv(x, weight, b, groups=groups) * scale[:, None, None] + shift[:, None, None]
     assert_close(
-        conv(x, *folding.scaled_output(weight, b, scale, shift, transposed=transposed, groups=groups), groups=groups), expected
+        conv(
+            x,
+            *folding.scaled_output(weight, b, scale, shift, transposed=transposed, groups=groups),
+            groups=groups,
+        ),
+        expected,
     )
 
 
 @settings(max_examples=30, deadline=None)
 @given(groups=SMALL, per_in=SMALL, per_out=SMALL, bias=st.booleans())
-def test_scaled_input_is_the_affine_map_then_the_layer(groups: int, per_in: int, per_out: int, bias: bool) -> None:
+def test_scaled_input_is_the_affine_map_then_the_layer(
+    groups: int, per_in: int, per_out: int, bias: bool
+) -> None:
     """`scaled_input` equals scaling and shifting the channels of the input first."""
     weight = rand(groups * per_out, per_in, 2, 2).double()
     b = rand(groups * per_out, seed=2).double() if bias else None
     scale, shift = rand(groups * per_in, seed=3).double(), rand(groups * per_in, seed=4).double()
     x = rand(2, groups * per_in, 4, 4, seed=5).double()
     expected = F.conv2d(x * scale[:, None, None] + shift[:, None, None], weight, b, groups=groups)
-    assert_close(F.conv2d(x, *folding.scaled_input(weight, b, scale, shift, groups=groups), groups=groups), expected)
+    assert_close(
+        F.conv2d(x, *folding.scaled_input(weight, b, scale, shift, groups=groups), groups=groups),
+        expected,
+    )
 
 
 NORMED = {
-    "conv then norm": (nn.Sequential(nn.Conv2d(4, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6)), (2, 4, 5, 5)),
-    "grouped conv then norm": (nn.Sequential(nn.Conv2d(4, 6, 3, groups=2), nn.BatchNorm2d(6)), (2, 4, 5, 5)),
+    "conv then norm": (
+        nn.Sequential(nn.Conv2d(4, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6)),
+        (2, 4, 5, 5),
+    ),
+    "grouped conv then norm": (
+        nn.Sequential(nn.Conv2d(4, 6, 3, groups=2), nn.BatchNorm2d(6)),
+        (2, 4, 5, 5),
+    ),
     "conv1d then norm": (nn.Sequential(nn.Conv1d(4, 6, 3), nn.BatchNorm1d(6)), (2, 4, 9)),
     "conv3d then norm": (nn.Sequential(nn.Conv3d(2, 3, 2), nn.BatchNorm3d(3)), (2, 2, 4, 4, 4)),
     "linear then norm": (nn.Sequential(nn.Linear(5, 6, bias=False), nn.BatchNorm1d(6)), (3, 5)),
-    "transposed conv then norm": (nn.Sequential(nn.ConvTranspose2d(4, 6, 3, 2, groups=2), nn.BatchNorm2d(6)), (2, 4, 5, 5)),
-    "norm then conv without padding": (nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 6, 3, groups=2)), (2, 4, 5, 5)),
+    "transposed conv then norm": (
+        nn.Sequential(nn.ConvTranspose2d(4, 6, 3, 2, groups=2), nn.BatchNorm2d(6)),
+        (2, 4, 5, 5),
+    ),
+    "norm then conv without padding": (
+        nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 6, 3, groups=2)),
+        (2, 4, 5, 5),
+    ),
     "norm then linear": (nn.Sequential(nn.BatchNorm1d(5), nn.Linear(5, 6)), (3, 5)),
-    "norm without weights": (nn.Sequential(nn.Conv2d(4, 6, 1), nn.BatchNorm2d(6, affine=False)), (2, 4, 5, 5)),
-}  # fmt: skip
+    "norm without weights": (
+        nn.Sequential(nn.Conv2d(4, 6, 1), nn.BatchNorm2d(6, affine=False)),
+        (2, 4, 5, 5),
+    ),
+}
 
 
 @pytest.mark.parametrize("name", NORMED)
@@ -90,12 +134,18 @@ def test_batch_norm_disappears(name: str) -> None:
 @pytest.mark.parametrize(
     "model",
     [
-        nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, padding=1)),  # the padding is zeros after the norm, not before
-        nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4, track_running_stats=False)),  # uses the batch's statistics
+        nn.Sequential(
+            nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, padding=1)
+        ),  # the padding is zeros after the norm, not before
+        nn.Sequential(
+            nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4, track_running_stats=False)
+        ),  # uses the batch's statistics
     ],
 )
 def test_batch_norm_stays_where_folding_would_be_wrong(model: nn.Module) -> None:
-    """Norm before a padded convolution, and norm by the batch's own statistics, are kept and equal."""
+    """Norm before a padded convolution, and norm by the batch's own statistics, are kept and
+    equal.
+    """
     model, x = seeded(copy.deepcopy(model)), rand(2, 4, 5, 5)
     made = plan(model, x)
     assert_close(made.fused(x), model(x))
@@ -146,7 +196,9 @@ def test_padding_by_name_becomes_numbers(
     word: str, kernel: int, dilation: int, conv: type, norm: type, size: tuple[int, ...]
 ) -> None:
     """`padding="same"`, also where it is uneven, and `"valid"`: the norm folds all the same."""
-    model = seeded(nn.Sequential(conv(4, 6, kernel, dilation=dilation, padding=word, groups=2), norm(6)))
+    model = seeded(
+        nn.Sequential(conv(4, 6, kernel, dilation=dilation, padding=word, groups=2), norm(6))
+    )
     made = plan(model, rand(*size))
     assert_close(made.fused(rand(*size, seed=2)), model(rand(*size, seed=2)))
     assert not any("norm" in op or "pad" in op.split(".")[1] for op in made.after)
@@ -168,11 +220,16 @@ class Gated(nn.Module):
 
 @pytest.mark.parametrize("gate", [nn.Sigmoid(), nn.Hardsigmoid()])
 def test_layers_on_one_pixel_become_linear(gate: nn.Module) -> None:
-    """Squeeze and excitation runs as two linear layers with their activations inside, without copies between them."""
+    """Squeeze and excitation runs as two linear layers with their activations inside, without
+    copies between them.
+    """
     model, x = seeded(Gated(gate)), rand(2, 4, 6, 6)
     made = plan(model, x)
     assert_close(made.fused(rand(5, 4, 7, 3)), model(rand(5, 4, 7, 3)))
-    assert made.after["mkldnn._linear_pointwise"] == 2 and made.after["mkldnn._convolution_pointwise"] == 1
+    assert (
+        made.after["mkldnn._linear_pointwise"] == 2
+        and made.after["mkldnn._convolution_pointwise"] == 1
+    )
     assert made.after["aten.reshape"] == 2 and made.after.total() == 8
 
 
@@ -191,10 +248,14 @@ class Normed(nn.Module):
 
 
 def test_rms_norms_take_one_reduction() -> None:
-    """RMSNorm, built in or spelt out, becomes one reduction; its scale goes into the linear layer; extremes agree."""
+    """RMSNorm, built in or spelt out, becomes one reduction; its scale goes into the linear layer;
+    extremes agree.
+    """
     model = seeded(Normed())
     made = plan(model, rand(3, 5, 16))
-    assert made.after["aten.linalg_vector_norm"] == 2 and not any("rms_norm" in op or "pow" in op for op in made.after)
+    assert made.after["aten.linalg_vector_norm"] == 2 and not any(
+        "rms_norm" in op or "pow" in op for op in made.after
+    )
     assert any("2 norm and layer scales folded" in note for note in made.notes)
     for scale in (0.0, 1e-30, 1e-4, 1.0, 1e6, 1e30):
         x = rand(2, 7, 16) * scale
@@ -224,12 +285,17 @@ class Projections(nn.Module):
 
 
 def test_projections_merge_and_scales_fold() -> None:
-    """Three projections of one input become one linear layer; norm and layer scales go into the weights."""
+    """Three projections of one input become one linear layer; norm and layer scales go into the
+    weights.
+    """
     model, x = seeded(Projections()), rand(2, 5, 16)
     made = plan(model, x)
     assert_close(made.fused(x), model(x))
     assert sum(n for op, n in made.after.items() if "linear" in op) == 2
-    assert "aten.layer_norm" in made.after and made.after["aten.mul.Tensor"] + made.after["aten.mul_.Tensor"] == 2
+    assert (
+        "aten.layer_norm" in made.after
+        and made.after["aten.mul.Tensor"] + made.after["aten.mul_.Tensor"] == 2
+    )
 
 
 def test_written_out_activations_are_recognised() -> None:
@@ -242,7 +308,11 @@ def test_written_out_activations_are_recognised() -> None:
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             x = self.a(x)
-            x = 0.5 * x * (1.0 + torch.tanh(0.7978845608028654 * (x + 0.044715 * torch.pow(x, 3.0))))
+            x = (
+                0.5
+                * x
+                * (1.0 + torch.tanh(0.7978845608028654 * (x + 0.044715 * torch.pow(x, 3.0))))
+            )
             x = self.b(x)
             return x * torch.sigmoid(x)
 
@@ -271,7 +341,9 @@ def test_without_packed_kernels_the_passes_still_help(monkeypatch: pytest.Monkey
 
 
 class Reuse(nn.Module):
-    """Sums and products of a convolution's result, of which each reads one more time what the last one could overwrite."""
+    """Sums and products of a convolution's result, of which each reads one more time what the last
+    one could overwrite.
+    """
 
     def __init__(self, which: str) -> None:
         super().__init__()
@@ -297,14 +369,29 @@ class Reuse(nn.Module):
 
 @pytest.mark.parametrize(
     ("which", "reused"),
-    [("input", 0), ("dies", 0), ("returned", 0), ("view", 0), ("view returned", 1), ("twice", 1), ("gate", 1)],
+    [
+        ("input", 0),
+        ("dies", 0),
+        ("returned", 0),
+        ("view", 0),
+        ("view returned", 1),
+        ("twice", 1),
+        ("gate", 1),
+    ],
 )
 def test_only_dead_values_are_overwritten(which: str, reused: int) -> None:
-    """Results go into memory that nothing reads later: not an input's, not one that a view of it or the output still shows."""
+    """Results go into memory that nothing reads later: not an input's, not one that a view of it or
+    the output still shows.
+    """
     model, x = seeded(Reuse(which)), rand(2, 4, 5, 5)
     made, before = plan(model, x), x.clone()
     for _ in range(2):
-        for y, expected in zip(*[r if isinstance(r, tuple) else (r,) for r in (made.fused(x), model(x))], strict=True):
+        for y, expected in zip(
+            *[r if isinstance(r, tuple) else (r,) for r in (made.fused(x), model(x))], strict=True
+        ):
             assert_close(y, expected)
     assert torch.equal(x, before)
-    assert sum(n for op, n in made.after.items() if "_." in op and not op.endswith("_.default")) == reused
+    assert (
+        sum(n for op, n in made.after.items() if "_." in op and not op.endswith("_.default"))
+        == reused
+    )

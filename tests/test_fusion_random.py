@@ -14,14 +14,16 @@ from torch import nn
 
 import quantize
 from quantize.calibration import call
-from quantize.fusion import torchscript
-from quantize.fusion.equality import TOLERANCE, difference
-from quantize.fusion.nested import duplicate, flatten, plain, unflatten
+from quantize.run.fusion import torchscript
+from quantize.run.fusion.equality import TOLERANCE, difference
+from quantize.run.fusion.nested import duplicate, flatten, plain, unflatten
 
 pytestmark = [pytest.mark.usefixtures("no_clock"), pytest.mark.filterwarnings("ignore")]
 
 
-def answer(model: Callable[..., Any], inputs: Any, seed: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def answer(
+    model: Callable[..., Any], inputs: Any, seed: int
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Output tensors, not copied, in the order of a file, and the inputs afterwards."""
     tensors, spec = flatten(inputs, "inputs")
     given = duplicate(tensors)
@@ -32,7 +34,9 @@ def answer(model: Callable[..., Any], inputs: Any, seed: int) -> tuple[list[torc
 
 
 def assert_same_calls(sample: Sample, fused: dict[str, Callable[..., Any]]) -> None:
-    """Several calls with other values and other sizes between them; earlier results keep their values."""
+    """Several calls with other values and other sizes between them; earlier results keep their
+    values.
+    """
     eager = copy.deepcopy(sample.model)
     kept = []
     sizes = [len(flatten(sample.inputs, "inputs")[0][0]), 4, 7, 4, 1, 4]
@@ -47,7 +51,10 @@ def assert_same_calls(sample: Sample, fused: dict[str, Callable[..., Any]]) -> N
             try:
                 actual, written = answer(model, inputs, i)
             except (ValueError, torch.jit.Error) as error:
-                assert any(word in str(error) for word in ("must be", "must equal", "at most", "folded for"))
+                assert any(
+                    word in str(error)
+                    for word in ("must be", "must equal", "at most", "folded for")
+                )
                 del fused[name]  # its state stands where it stood
                 continue
             kept.append((actual, expected))
@@ -63,8 +70,12 @@ def assert_alike(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> No
 
 @pytest.mark.parametrize("odd", [False, True])
 @pytest.mark.parametrize("seed", range(4))
-def test_random_models_answer_like_eager_at_every_call(seed: int, odd: bool, tmp_path: Path) -> None:
-    """In memory, from the file and folded: the same outputs, inputs and state; the model itself is as it was."""
+def test_random_models_answer_like_eager_at_every_call(
+    seed: int, odd: bool, tmp_path: Path
+) -> None:
+    """In memory, from the file and folded: the same outputs, inputs and state; the model itself is
+    as it was.
+    """
     sample = random_model(100 + seed, odd=odd, steps=5)
     tensors, _ = flatten(sample.inputs, "inputs")
     before, inputs = copy.deepcopy(sample.model.state_dict()), [t.clone() for t in tensors]
@@ -129,7 +140,9 @@ class Keeping(nn.Module):
         return self.layer(x - self.cache)
 
 
-@pytest.mark.parametrize("kind", ["assigned", "old_returned", "written", "swapped", "attribute", "counted_in_a_buffer"])
+@pytest.mark.parametrize(
+    "kind", ["assigned", "old_returned", "written", "swapped", "attribute", "counted_in_a_buffer"]
+)
 def test_state_in_tensors_is_carried_from_call_to_call(kind: str, tmp_path: Path) -> None:
     """From the model's present state on; the model itself stays where it is."""
     model = Keeping(kind).eval()
@@ -138,7 +151,13 @@ def test_state_in_tensors_is_carried_from_call_to_call(kind: str, tmp_path: Path
     h, calls = model.h.clone(), model.calls.clone()
     fused, folded = quantize.fuse(model, xs[0]), quantize.fold(model, xs[0])
     fused.save(tmp_path / "fused.pt")
-    made = [fused, folded, torchscript.load(str(tmp_path / "fused.pt")), copy.deepcopy(fused), copy.deepcopy(folded)]
+    made = [
+        fused,
+        folded,
+        torchscript.load(str(tmp_path / "fused.pt")),
+        copy.deepcopy(fused),
+        copy.deepcopy(folded),
+    ]
     assert torch.equal(model.h, h) and torch.equal(model.calls, calls)
     expected = [model(x).clone() for x in xs]
     for each in made:
@@ -155,7 +174,9 @@ def test_state_that_a_graph_cannot_carry_is_refused_by_name(kind: str, name: str
 
 
 def test_what_a_coarse_dtype_would_hide_is_refused() -> None:
-    """In bfloat16 a small part of the answer that comes from the first call is within the tolerance: refused all the same."""
+    """In bfloat16 a small part of the answer that comes from the first call is within the
+    tolerance: refused all the same.
+    """
 
     class Slightly(Keeping):
         def lazy(self, x: torch.Tensor) -> torch.Tensor:

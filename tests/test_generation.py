@@ -12,18 +12,26 @@ from helpers import assert_close, zoo
 from torch import nn
 
 from quantize.checkpoint import save
-from quantize.generation import decode, generate, generate_stream, prefill
-from quantize.generation.sampling import Sampling, distribution, draw
-from quantize.generation.text import Text
-from quantize.kv_cache import KVCache
 from quantize.models import DecoderConfig, DecoderLM
+from quantize.run.generate import decode, generate, generate_stream, prefill
+from quantize.run.generate.sampling import Sampling, distribution, draw
+from quantize.run.generate.text import Text
+from quantize.run.kv_cache import KVCache
 
 VOCABULARY = 61
 
 
 def decoder(seed: int = 0, **changes) -> DecoderLM:
     """A tiny decoder with no zero weights, so that tokens differ."""
-    shape = {"vocab_size": VOCABULARY, "width": 32, "layers": 2, "heads": 4, "kv_heads": 2, "ffn_width": 48, "max_length": 64}
+    shape = {
+        "vocab_size": VOCABULARY,
+        "width": 32,
+        "layers": 2,
+        "heads": 4,
+        "kv_heads": 2,
+        "ffn_width": 48,
+        "max_length": 64,
+    }
     torch.manual_seed(seed)
     model = DecoderLM(DecoderConfig(**shape | changes)).eval()
     with torch.no_grad():
@@ -93,7 +101,9 @@ def test_prompts_of_different_length():
 
 
 def test_stop_tokens_end_a_row():
-    """A row stops with the stop token, is filled with it in a tensor and cut after it in a list; the rest goes on."""
+    """A row stops with the stop token, is filled with it in a tensor and cut after it in a list;
+    the rest goes on.
+    """
     model, prompt = decoder(), tokens(2, 5)
     full = by_hand(model, prompt, 12)
     stop = full[0, 8].item()
@@ -111,7 +121,9 @@ def test_the_models_own_end_of_text():
     model, prompt = decoder(), tokens(1, 5)
     full = by_hand(model, prompt, 6)
     outer = Plain(model)
-    outer.config = type("Config", (), {"eos_token_id": full[0, 6].item(), "vocab_size": VOCABULARY})()
+    outer.config = type(
+        "Config", (), {"eos_token_id": full[0, 6].item(), "vocab_size": VOCABULARY}
+    )()
     assert torch.equal(generate(outer, prompt, max_new_tokens=6), full[:, :7])
     assert torch.equal(generate(outer, prompt, max_new_tokens=6, stop_tokens=()), full)
 
@@ -126,10 +138,15 @@ def test_stop_strings():
         return "".join(letters[i] for i in ids)
 
     stop = to_text(full[0, 7:9].tolist())
-    assert torch.equal(generate(model, prompt, max_new_tokens=10, stop_strings=[stop], to_text=to_text), full[:, :9])
+    assert torch.equal(
+        generate(model, prompt, max_new_tokens=10, stop_strings=[stop], to_text=to_text),
+        full[:, :9],
+    )
 
 
-@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 3}, {"draft": "lookup", "draft_tokens": 3}])
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 1.0, "seed": 3}, {"draft": "lookup", "draft_tokens": 3}]
+)
 def test_stream_gives_the_same_tokens(options):
     """The stream's tokens, put together, are what `generate` returns."""
     model, prompt = decoder(), tokens(1, 5)
@@ -139,15 +156,23 @@ def test_stream_gives_the_same_tokens(options):
 
 
 def test_log_probs_are_the_models_own():
-    """Log-probabilities are those of the chosen tokens under the plain softmax, whatever the sampling."""
+    """Log-probabilities are those of the chosen tokens under the plain softmax, whatever the
+    sampling.
+    """
     model, prompt = decoder(), tokens(2, 5)
-    ids, scores = generate(model, prompt, max_new_tokens=6, temperature=0.7, top_k=5, seed=0, log_probs=True)
+    ids, scores = generate(
+        model, prompt, max_new_tokens=6, temperature=0.7, top_k=5, seed=0, log_probs=True
+    )
     with torch.no_grad():
-        expected = torch.log_softmax(model(ids[:, :-1]), -1)[:, 4:].gather(-1, ids[:, 5:, None])[..., 0]
+        expected = torch.log_softmax(model(ids[:, :-1]), -1)[:, 4:].gather(-1, ids[:, 5:, None])[
+            ..., 0
+        ]
     assert_close(scores, expected)
 
 
-# ---------------------------------------------------------------------------------------------------- sampling
+#
+# -------------------------------------------------------------------------------------------------
+# sampling
 
 
 def test_limits_keep_the_right_tokens():
@@ -183,25 +208,35 @@ def test_draws_follow_the_distribution():
     log_probs = torch.tensor([0.4, 0.3, 0.2, 0.06, 0.04]).log()
     drawn = draw(log_probs.expand(20000, -1), list(range(20000)), position=7)
     counts, expected = torch.bincount(drawn, minlength=5), 20000 * log_probs.exp()
-    assert ((counts - expected) ** 2 / expected).sum() < 18.5  # 0.999 quantile at 4 degrees of freedom
+    assert (
+        (counts - expected) ** 2 / expected
+    ).sum() < 18.5  # 0.999 quantile at 4 degrees of freedom
 
 
 def test_draws_of_one_seed_follow_it_over_positions():
-    """So have the draws of one seed at many positions, and neighbours in position are independent."""
+    """So have the draws of one seed at many positions, and neighbours in position are
+    independent.
+    """
     log_probs = torch.tensor([[0.5, 0.3, 0.2]]).log()
     drawn = torch.tensor([draw(log_probs, [1], position=p).item() for p in range(6000)])
     pairs = torch.bincount(drawn[:-1] * 3 + drawn[1:], minlength=9).view(3, 3)
     expected = 5999 * log_probs.exp().T * log_probs.exp()
-    assert ((pairs - expected) ** 2 / expected).sum() < 26.1  # 0.999 quantile at 8 degrees of freedom
+    assert (
+        (pairs - expected) ** 2 / expected
+    ).sum() < 26.1  # 0.999 quantile at 8 degrees of freedom
 
 
 def test_a_seed_belongs_to_its_row():
-    """A row's sample doesn't depend on its neighbours, the cache or the batch: row i of seed s is seed s + i alone."""
+    """A row's sample doesn't depend on its neighbours, the cache or the batch: row i of seed s is
+    seed s + i alone.
+    """
     model, prompt = decoder(), tokens(3, 6)
     settings = {"max_new_tokens": 10, "temperature": 1.2, "top_p": 0.95}
     together = generate(model, prompt, seed=5, **settings)
     for i in range(3):
-        assert torch.equal(generate(model, prompt[i : i + 1], seed=5 + i, cache=False, **settings)[0], together[i])
+        assert torch.equal(
+            generate(model, prompt[i : i + 1], seed=5 + i, cache=False, **settings)[0], together[i]
+        )
     assert torch.equal(generate(model, prompt, seed=[5, 6, 7], **settings), together)
     assert not torch.equal(generate(model, prompt, seed=8, **settings), together)
 
@@ -213,36 +248,52 @@ def test_repetition_penalty():
     assert len(set(ids[6:].tolist())) == 20 and not set(ids[6:].tolist()) & set(prompt[0].tolist())
 
 
-# ----------------------------------------------------------------------------------------------- speculation
+# -----------------------------------------------------------------------------------------------
+# speculation
 
 
 @pytest.mark.parametrize("count", [None, 1, 4, 9])
 @pytest.mark.parametrize(
-    "settings", [{}, {"temperature": 0.8, "seed": 1}, {"temperature": 1.0, "seed": 2, "top_k": 8, "repetition_penalty": 1.3}]
+    "settings",
+    [
+        {},
+        {"temperature": 0.8, "seed": 1},
+        {"temperature": 1.0, "seed": 2, "top_k": 8, "repetition_penalty": 1.3},
+    ],
 )
 def test_a_draft_changes_no_token(count, settings):
-    """Any draft, good, bad or the model itself, and look-up give the tokens of plain decoding, at any draft length."""
+    """Any draft, good, bad or the model itself, and look-up give the tokens of plain decoding, at
+    any draft length.
+    """
     model, prompt = decoder(), torch.cat((tokens(1, 5), tokens(1, 5)), dim=1)
     expected = generate(model, prompt, max_new_tokens=30, **settings)
     for draft in (model, decoder(1), Plain(decoder(1)), "lookup"):
-        run = generate_stream(model, prompt, max_new_tokens=30, draft=draft, draft_tokens=count, **settings)
+        run = generate_stream(
+            model, prompt, max_new_tokens=30, draft=draft, draft_tokens=count, **settings
+        )
         list(run)
         assert torch.equal(run.result, expected)
     assert generate_stream(model, prompt, max_new_tokens=3, cache=False, draft="lookup").batch == 1
 
 
 def test_the_model_as_its_own_draft_is_always_right():
-    """A draft with the same distribution guesses every token, sampled ones too: they share the noise."""
+    """A draft with the same distribution guesses every token, sampled ones too: they share the
+    noise.
+    """
     model = decoder()
     for settings in ({}, {"temperature": 1.0, "seed": 0}):
-        run = generate_stream(model, tokens(2, 5), max_new_tokens=30, draft=model, draft_tokens=4, **settings)
+        run = generate_stream(
+            model, tokens(2, 5), max_new_tokens=30, draft=model, draft_tokens=4, **settings
+        )
         list(run)
         assert run.drafted and run.accepted == run.drafted
 
 
 def test_look_up_finds_repeats():
     """On a text that repeats itself, look-up guesses most tokens."""
-    run = generate_stream(Counter(), tokens(1, 5), max_new_tokens=90, draft="lookup", draft_tokens=4)
+    run = generate_stream(
+        Counter(), tokens(1, 5), max_new_tokens=90, draft="lookup", draft_tokens=4
+    )
     list(run)
     assert run.accepted / run.drafted > 0.9 and run.drafted > 50
 
@@ -252,11 +303,14 @@ def test_drafts_of_a_ragged_batch_with_stops():
     model, prompts = decoder(), [tokens(n, seed=n) for n in (3, 9)]
     stop = by_hand(model, prompts[0][None], 5)[0, -1].item()
     expected = generate(model, prompts, max_new_tokens=20, stop_tokens=stop)
-    rows = generate(model, prompts, max_new_tokens=20, stop_tokens=stop, draft=decoder(1), draft_tokens=3)
+    rows = generate(
+        model, prompts, max_new_tokens=20, stop_tokens=stop, draft=decoder(1), draft_tokens=3
+    )
     assert all(torch.equal(a, b) for a, b in zip(rows, expected, strict=True))
 
 
-# --------------------------------------------------------------------------------------------- caches given
+# ---------------------------------------------------------------------------------------------
+# caches given
 
 
 def test_a_cache_carries_over():
@@ -274,11 +328,15 @@ def test_a_cache_carries_over():
     assert torch.equal(again, by_hand(model, follow, 3))
     changed = follow.clone()
     changed[0, 2] = (changed[0, 2] + 1) % VOCABULARY
-    assert torch.equal(generate(model, changed, max_new_tokens=3, cache=cache), by_hand(model, changed, 3))
+    assert torch.equal(
+        generate(model, changed, max_new_tokens=3, cache=cache), by_hand(model, changed, 3)
+    )
 
 
 def test_past_the_limit_with_a_window():
-    """A windowed cache with sinks goes past the model's length; it refuses nothing and reads each token once."""
+    """A windowed cache with sinks goes past the model's length; it refuses nothing and reads each
+    token once.
+    """
     model = decoder(max_length=16)
     cache = KVCache.for_model(model, window=12, sinks=2)
     ids = generate(model, tokens(1, 5), max_new_tokens=200, cache=cache)
@@ -293,7 +351,9 @@ def test_narrow_cache(dtype):
     model, prompt = decoder(), tokens(1, 8)
     ids, scores = generate(model, prompt, max_new_tokens=8, cache=dtype, log_probs=True)
     with torch.no_grad():
-        expected = torch.log_softmax(model(ids[:, :-1]), -1)[:, 7:].gather(-1, ids[:, 8:, None])[..., 0]
+        expected = torch.log_softmax(model(ids[:, :-1]), -1)[:, 7:].gather(-1, ids[:, 8:, None])[
+            ..., 0
+        ]
     assert (scores - expected).abs().max() < 0.1
 
 
@@ -301,8 +361,12 @@ def test_models_of_transformers():
     """A transformers model generates what its own `generate` does."""
     model, inputs = zoo("llama")
     mask = torch.ones_like(inputs["input_ids"])
-    expected = model.generate(**inputs, attention_mask=mask, max_new_tokens=6, do_sample=False, eos_token_id=None)
-    assert torch.equal(generate(model, inputs["input_ids"], max_new_tokens=6, stop_tokens=()), expected)
+    expected = model.generate(
+        **inputs, attention_mask=mask, max_new_tokens=6, do_sample=False, eos_token_id=None
+    )
+    assert torch.equal(
+        generate(model, inputs["input_ids"], max_new_tokens=6, stop_tokens=()), expected
+    )
 
 
 class Pair(nn.Module):
@@ -315,9 +379,18 @@ class Pair(nn.Module):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (lambda: zoo("t5")[0], "T5ForConditionalGeneration is an encoder-decoder, which generate doesn't support"),
-        (lambda: zoo("whisper")[0], "WhisperForConditionalGeneration is an encoder-decoder, which generate doesn't support"),
-        (lambda: nn.Transformer(8, 2, 1, 1, 8, batch_first=True), "Transformer is an encoder-decoder"),
+        (
+            lambda: zoo("t5")[0],
+            "T5ForConditionalGeneration is an encoder-decoder, which generate doesn't support",
+        ),
+        (
+            lambda: zoo("whisper")[0],
+            "WhisperForConditionalGeneration is an encoder-decoder, which generate doesn't support",
+        ),
+        (
+            lambda: nn.Transformer(8, 2, 1, 1, 8, batch_first=True),
+            "Transformer is an encoder-decoder",
+        ),
         (Pair, "the forward of Pair needs more than token ids: other"),
     ],
 )
@@ -337,7 +410,8 @@ def test_results_are_ordinary_tensors():
     assert not ids.is_inference()
 
 
-# -------------------------------------------------------------------------------------------------- bad input
+# --------------------------------------------------------------------------------------------------
+# bad input
 
 
 @pytest.mark.parametrize(
@@ -371,7 +445,9 @@ def test_results_are_ordinary_tensors():
     ],
 )
 def test_bad_input_is_named(changes, message):
-    """Whatever is wrong is named with its value before any work, from `generate` and from the stream's first call."""
+    """Whatever is wrong is named with its value before any work, from `generate` and from the
+    stream's first call.
+    """
     model = decoder()
     model.register_forward_pre_hook(lambda *_: pytest.fail("work was done"))
     arguments = {"prompt": tokens(1, 5), "max_new_tokens": 4} | changes
@@ -395,7 +471,9 @@ def test_wrong_types_are_named():
 
 
 def test_caches_of_others_are_refused():
-    """A cache of another model, shape, batch or text is refused by name, and works again after a reset."""
+    """A cache of another model, shape, batch or text is refused by name, and works again after a
+    reset.
+    """
     model, prompt = decoder(), tokens(1, 6)
     with pytest.raises(ValueError, match="made for another model"):
         generate(model, prompt, max_new_tokens=3, cache=KVCache.for_model(decoder(layers=3)))
@@ -407,7 +485,9 @@ def test_caches_of_others_are_refused():
         generate(decoder(1), prompt, max_new_tokens=3, cache=cache)
     with pytest.raises(ValueError, match="holds 1 rows and the prompt has 2"):
         generate(model, tokens(2, 6), max_new_tokens=3, cache=cache)
-    with pytest.raises(ValueError, match=r"6 prompt tokens \+ 60 new ones pass the cache's limit of 64"):
+    with pytest.raises(
+        ValueError, match=r"6 prompt tokens \+ 60 new ones pass the cache's limit of 64"
+    ):
         generate(model, prompt, max_new_tokens=60, cache=cache)
     assert torch.equal(generate(model, prompt, max_new_tokens=3, cache=cache), expected)
     with torch.no_grad():
@@ -431,21 +511,29 @@ def test_logits_that_are_not_finite():
     assert torch.equal(generate(model, prompt, max_new_tokens=4, cache=cache), expected)
 
 
-# ------------------------------------------------------------------------------------------------- text
+# -------------------------------------------------------------------------------------------------
+# text
 
 
 @pytest.mark.parametrize("text", ["plain", "naïve façade, 日本語 \U0001f600!", "<s>a</s> b"])
 def test_text_comes_out_as_it_went_in(text, tmp_path):
-    """Streamed piece by piece, bytes and the ids of a tokenizer give what decoding all at once gives."""
+    """Streamed piece by piece, bytes and the ids of a tokenizer give what decoding all at once
+    gives.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(sorted(alphabet))}, merges=[]))
+    tokenizer = Tokenizer(
+        models.BPE(vocab={letter: i for i, letter in enumerate(sorted(alphabet))}, merges=[])
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<s>", "</s>"])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    for reader, expected in ((Text(), text), (Text(tmp_path), tokenizer.decode(tokenizer.encode(text).ids))):
+    for reader, expected in (
+        (Text(), text),
+        (Text(tmp_path), tokenizer.decode(tokenizer.encode(text).ids)),
+    ):
         printer = reader.printer()
         pieces = [printer(token) for token in reader.encode(text)]
         assert "".join(pieces) == expected
@@ -458,7 +546,8 @@ def test_a_folder_without_a_tokenizer_is_named(tmp_path):
         Text(tmp_path)
 
 
-# ------------------------------------------------------------------------------------------------- kv_cache.py
+# -------------------------------------------------------------------------------------------------
+# kv_cache.py
 
 
 @pytest.fixture
@@ -470,14 +559,25 @@ def script(monkeypatch):
 
 @pytest.mark.slow
 def test_the_script_shows_a_file(script, tmp_path, capsys):
-    """The script streams the prompt's continuation, prints its tables and writes the plot and the numbers."""
+    """The script streams the prompt's continuation, prints its tables and writes the plot and the
+    numbers.
+    """
     save(decoder(vocab_size=256, max_length=96), tmp_path / "model.pth")
     assert script.main(["--out", str(tmp_path), "--prompt", "def f(", "--max-new-tokens", "8"]) == 0
     shown = capsys.readouterr().out
     assert shown.startswith("def f(") and "int8 cache" in shown and "all 64 of 64" in shown
     result = json.loads((tmp_path / "kv_cache.json").read_text())
-    assert {row["way"] for row in result["rows"]} >= {"no cache", "cache", "int8 cache", "cache + speculative"}
-    assert all(check["same_tokens"] == check["of"] for check in result["checks"] if check["way"] != "int8 cache")
+    assert {row["way"] for row in result["rows"]} >= {
+        "no cache",
+        "cache",
+        "int8 cache",
+        "cache + speculative",
+    }
+    assert all(
+        check["same_tokens"] == check["of"]
+        for check in result["checks"]
+        if check["way"] != "int8 cache"
+    )
     assert (tmp_path / "kv_cache.png").stat().st_size > 1000
 
 

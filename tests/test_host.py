@@ -34,7 +34,11 @@ def test_machine_is_json_and_complete():
     """Every fact a report needs, as JSON, and a few lines for people."""
     host = machine()
     json.dumps(host, allow_nan=False)
-    assert host["cpu"] and host["torch"] == torch.__version__ and host["threads"] == torch.get_num_threads()
+    assert (
+        host["cpu"]
+        and host["torch"] == torch.__version__
+        and host["threads"] == torch.get_num_threads()
+    )
     assert host["usable_cores"] is None or 1 <= host["usable_cores"] <= host["logical_cores"]
     if host["architecture"] == "x86_64":
         assert set(host["instruction_sets"]) == {"AVX2", "AVX-512", "VNNI", "BF16", "AMX"}
@@ -44,12 +48,20 @@ def test_machine_is_json_and_complete():
 
 
 def test_machine_survives_a_machine_that_tells_nothing(monkeypatch):
-    """No /proc, no cpuinfo, no libc version, an unknown architecture: still a dict, and still lines."""
+    """No /proc, no cpuinfo, no libc version, an unknown architecture: still a dict, and still
+    lines.
+    """
 
     def fail(*args, **kwargs):
         raise OSError("nothing here")
 
-    for target in ("torch.cpu.get_capabilities", "os.cpu_count", "os.sched_getaffinity", "os.confstr", "os.sysconf"):
+    for target in (
+        "torch.cpu.get_capabilities",
+        "os.cpu_count",
+        "os.sched_getaffinity",
+        "os.confstr",
+        "os.sysconf",
+    ):
         monkeypatch.setattr(target, fail)
     for target in ("machine", "platform", "processor", "freedesktop_os_release", "release"):
         monkeypatch.setattr(f"platform.{target}", fail)
@@ -62,7 +74,11 @@ def test_machine_survives_a_machine_that_tells_nothing(monkeypatch):
 @pytest.mark.parametrize(
     ("architecture", "flags", "present"),
     [
-        ("aarch64", {"neon": True, "dot": True, "i8mm": True, "bf16": False}, {"NEON", "DOTPROD", "I8MM"}),
+        (
+            "aarch64",
+            {"neon": True, "dot": True, "i8mm": True, "bf16": False},
+            {"NEON", "DOTPROD", "I8MM"},
+        ),
         ("AMD64", {"avx2": True, "avx_vnni": True}, {"AVX2", "VNNI"}),
         ("riscv64", {"v": True}, set()),
     ],
@@ -75,7 +91,9 @@ def test_instruction_sets_by_architecture(monkeypatch, architecture, flags, pres
 
 
 def test_other_mallocs_are_left_alone_and_named(monkeypatch):
-    """musl, macOS and preloaded allocators: nothing is called, False comes back, the state says so."""
+    """musl, macOS and preloaded allocators: nothing is called, False comes back, the state says
+    so.
+    """
     monkeypatch.setenv("LD_PRELOAD", "/usr/lib/libjemalloc.so.2")
     assert keep_allocations() is False and "jemalloc" in allocator_state()
     monkeypatch.delenv("LD_PRELOAD")
@@ -85,23 +103,29 @@ def test_other_mallocs_are_left_alone_and_named(monkeypatch):
 
 @pytest.mark.slow
 def test_kept_blocks_are_not_returned(tmp_path):
-    """In a process of its own: after the call, a freed 256 MiB block stays resident; before it, it doesn't."""
+    """In a process of its own: after the call, a freed 256 MiB block stays resident; before it, it
+    doesn't.
+    """
     code = """if True:
         import torch
-        from quantize.measure import allocator_state, keep_allocations
+        from quantize.host import allocator_state, keep_allocations
         resident = lambda: int(open("/proc/self/statm").read().split()[1]) * 4096 >> 20
         def left():
             before = resident()
             block = torch.ones(64 << 20)
             del block
             return resident() - before
-        print(left(), allocator_state().split(", ")[1], keep_allocations(), left(), allocator_state().split(", ")[1], sep="|")
+        before = left(), allocator_state().split(", ")[1]
+        kept = keep_allocations()
+        print(*before, kept, left(), allocator_state().split(", ")[1], sep="|")
     """
     if not keep_allocations():
         pytest.skip(allocator_state())
     environment = dict(os.environ, PYTHONPATH=str(Path(quantize.__file__).resolve().parents[1]))
     gc.collect()
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
+    )
     before, state, kept, after, kept_state = result.stdout.strip().split("|")
     assert int(before) < 50 and "default" in state and kept == "True"
     assert int(after) > 200 and "keeps large blocks" in kept_state
@@ -125,7 +149,10 @@ def groups(folder: Path, files: dict[str, str]) -> Path:
         ("0::/a\n", {"unified/a/cpu.max": "200000 50000"}, 4.0),
         (
             "4:memory:/m\n3:cpu,cpuacct:/box\n0::/\n",
-            {"cpu,cpuacct/box/cpu.cfs_quota_us": "250000", "cpu,cpuacct/box/cpu.cfs_period_us": "100000"},
+            {
+                "cpu,cpuacct/box/cpu.cfs_quota_us": "250000",
+                "cpu,cpuacct/box/cpu.cfs_period_us": "100000",
+            },
             2.5,
         ),
         ("1:cpu:/\n", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, math.inf),
@@ -133,11 +160,15 @@ def groups(folder: Path, files: dict[str, str]) -> Path:
     ],
 )
 def test_quota_of_control_groups(tmp_path, process, files, cores):
-    """Versions 1, 2 and both at once; the tightest limit on the way up counts; a container's own root too."""
+    """Versions 1, 2 and both at once; the tightest limit on the way up counts; a container's own
+    root too.
+    """
     assert cpu_quota(process, groups(tmp_path, files)) == cores
 
 
-@pytest.mark.parametrize(("quota", "usable"), [(math.inf, 4), (8.0, 4), (2.0, 2), (1.5, 2), (0.2, 1)])
+@pytest.mark.parametrize(
+    ("quota", "usable"), [(math.inf, 4), (8.0, 4), (2.0, 2), (1.5, 2), (0.2, 1)]
+)
 def test_threads_fit_affinity_and_quota(monkeypatch, quota, usable):
     """The smaller of the two, a part of a core as one; who sets OMP_NUM_THREADS is obeyed."""
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1, 2, 3})
@@ -150,7 +181,9 @@ def test_threads_fit_affinity_and_quota(monkeypatch, quota, usable):
 
 
 def test_waiting_is_bounded_unless_somebody_chose(monkeypatch):
-    """A new process gets a spin count; any variable of the user's wins, and is what the report says."""
+    """A new process gets a spin count; any variable of the user's wins, and is what the report
+    says.
+    """
     assert with_waiting({"HOME": "/"}) == {"HOME": "/", "GOMP_SPINCOUNT": host.SPIN_COUNT}
     for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"):
         assert with_waiting({name: "7"}) == {name: "7"}
@@ -162,7 +195,9 @@ def test_waiting_is_bounded_unless_somebody_chose(monkeypatch):
 
 @pytest.mark.parametrize("script", ["train.py", "fusion.py", "kv_cache.py"])
 def test_scripts_bound_waiting_before_torch_is_imported(script):
-    """With the count of `quantize.host`: libgomp reads it when torch is imported, and never again."""
+    """With the count of `quantize.host`: libgomp reads it when torch is imported, and never
+    again.
+    """
     text = (ROOT / script).read_text()
     found = re.search(r'setdefault\("GOMP_SPINCOUNT", "(\d+)"\)', text)
     assert found and found[1] == host.SPIN_COUNT

@@ -1,4 +1,6 @@
-"""A sample of hostile and damaged files (see hostile.py): each loads or is a CheckpointError, none runs code."""
+"""A sample of hostile and damaged files (see hostile.py): each loads or is a CheckpointError, none
+runs code.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +10,13 @@ import pytest
 from quantize.checkpoint import CheckpointError
 
 
-@pytest.mark.parametrize("kind", range(len(hostile.KINDS)), ids=[kind.__name__ for kind in hostile.KINDS])
+@pytest.mark.parametrize(
+    "kind", range(len(hostile.KINDS)), ids=[kind.__name__ for kind in hostile.KINDS]
+)
 def test_every_refusal_is_a_checkpoint_error(tmp_path, monkeypatch, kind):
-    """Of 12 files of each kind; benchmarks/hostile.py tries 1400, with limits on time and memory."""
+    """Of 12 files of each kind; benchmarks/hostile.py tries 1400, with limits on time and
+    memory.
+    """
     monkeypatch.chdir(tmp_path)
     loaded = 0
     for number in range(kind, 12 * len(hostile.KINDS), len(hostile.KINDS)):

@@ -1,4 +1,6 @@
-"""4-bit weights: the grid and GPTQ against what they promise, the kernel against the widened weight, the transform."""
+"""4-bit weights: the grid and GPTQ against what they promise, the kernel against the widened
+weight, the transform.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ import torch
 from torch import nn
 
 import quantize
-from quantize import int4, surgery
+from quantize import quantize_weights, surgery
+from quantize.nn import int4
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -29,7 +32,9 @@ def mlp() -> nn.Sequential:
 
 
 def test_each_weight_is_within_half_a_step():
-    """Rounding to the nearest misses a weight by at most half of its group's step (and the grid's own rounding)."""
+    """Rounding to the nearest misses a weight by at most half of its group's step (and the grid's
+    own rounding).
+    """
     source = linear(128, 48)
     layer = int4.Int4Linear.from_linear(source, 32)
     step = layer.scale.float().repeat_interleave(32, 1)
@@ -38,7 +43,9 @@ def test_each_weight_is_within_half_a_step():
 
 @pytest.mark.parametrize("size", [2.0**-100, 2.0**-30, 2.0**66])
 def test_weights_of_any_size_keep_their_values(size: float):
-    """The grid follows the weights, of which a power of two changes nothing: none vanish, none overflow."""
+    """The grid follows the weights, of which a power of two changes nothing: none vanish, none
+    overflow.
+    """
     source, x = linear(64, 16, bias=False), randn(3, 64)
     twin = int4.Int4Linear.from_linear(source, 32)(x)
     with torch.no_grad():
@@ -50,7 +57,9 @@ def test_weights_of_any_size_keep_their_values(size: float):
 @pytest.mark.parametrize("rows", [1, 3, 8, 9, 40])
 @pytest.mark.parametrize("group_size", int4.GROUP_SIZES)
 def test_layer_multiplies_the_weight_it_stands_for(rows: int, group_size: int):
-    """The kernel for few rows and the product for many agree with the widened weight to bfloat16."""
+    """The kernel for few rows and the product for many agree with the widened weight to
+    bfloat16.
+    """
     layer, x = int4.Int4Linear.from_linear(linear(256, 48), group_size), randn(rows, 256)
     expected = x @ layer.dense_weight().t() + layer.bias
     helpers.assert_close(layer(x), expected, dtype=torch.bfloat16)
@@ -67,10 +76,12 @@ def test_gptq_beats_rounding_to_the_nearest():
 
 
 def test_transform_follows_the_model_and_its_record():
-    """Outputs stay close, the input stays what it was, and the record rebuilds the same bits on a fresh model."""
+    """Outputs stay close, the input stays what it was, and the record rebuilds the same bits on a
+    fresh model.
+    """
     model, x = mlp(), randn(2, 64)
     before = copy.deepcopy(model.state_dict())
-    small = int4.quantize_weights(model, calibration=[randn(64, 64, seed=1)])
+    small = quantize_weights(model, calibration=[randn(64, 64, seed=1)])
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert helpers.cosine(small(x), model(x)) > 0.98
     fresh = surgery.rebuild(mlp(), surgery.structure(small))
@@ -91,10 +102,14 @@ def test_a_change_in_place_reaches_the_kernel():
 
 def test_traced_and_exported():
     """torch.jit.trace and torch.export run at another batch size, and give the widened product."""
-    model, x = int4.quantize_weights(mlp()), randn(20, 64)
+    model, x = quantize_weights(mlp()), randn(20, 64)
     traced = torch.jit.trace(model, randn(3, 64), check_trace=False)
-    exported = torch.export.export(model, (randn(3, 64),), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    helpers.assert_close(traced(x), model(x), dtype=torch.bfloat16)  # eager multiplies in bfloat16 where that is fast
+    exported = torch.export.export(
+        model, (randn(3, 64),), dynamic_shapes=({0: torch.export.Dim("batch")},)
+    )
+    helpers.assert_close(
+        traced(x), model(x), dtype=torch.bfloat16
+    )  # eager multiplies in bfloat16 where that is fast
     assert torch.equal(exported.module()(x), traced(x))
 
 
@@ -108,31 +123,35 @@ def test_the_quick_widening_is_the_weight(group_size):
 def test_what_does_not_fit_is_named():
     """Other bits, odd groups, widths that no group divides, and models with nothing to do."""
     with pytest.raises(ValueError, match="bits must be 4"):
-        int4.quantize_weights(mlp(), bits=3)
+        quantize_weights(mlp(), bits=3)
     with pytest.raises(ValueError, match="group_size must be one of"):
-        int4.quantize_weights(mlp(), group_size=48)
-    small = int4.quantize_weights(mlp(), group_size=64)
+        quantize_weights(mlp(), group_size=48)
+    small = quantize_weights(mlp(), group_size=64)
     assert "no multiple of group_size=64" in small.int4_skipped["2"]
     with pytest.raises(ValueError, match="no linear layer"):
-        int4.quantize_weights(nn.Sequential(nn.ReLU()))
+        quantize_weights(nn.Sequential(nn.ReLU()))
     bad = mlp()
     with torch.no_grad():
         bad[0].weight[0, 0] = float("inf")
     with pytest.raises(ValueError, match="'0' has a weight that is not finite"):
-        int4.quantize_weights(bad)
+        quantize_weights(bad)
 
 
 @pytest.mark.parametrize("name", ["llama", "bert", "vit"])
 def test_zoo(name: str):
-    """Models that others wrote keep their outputs (random weights: the roughest case for 4 bits)."""
+    """Models that others wrote keep their outputs (random weights: the roughest case for 4
+    bits).
+    """
     model, inputs = helpers.zoo(name)
-    small = int4.quantize_weights(model)
+    small = quantize_weights(model)
     assert helpers.cosine(helpers.run(small, inputs), helpers.run(model, inputs)) > 0.97
 
 
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_torch_transformers_are_converted_whole(batch_first: bool):
-    """The projections of every attention become 4-bit; outputs, masks and files hold, in eval and training mode."""
+    """The projections of every attention become 4-bit; outputs, masks and files hold, in eval and
+    training mode.
+    """
 
     def make() -> nn.Module:
         torch.manual_seed(0)
@@ -141,21 +160,27 @@ def test_torch_transformers_are_converted_whole(batch_first: bool):
     model = make().eval()
     source, target = randn(5, 5, 64), randn(5, 5, 64, seed=1)
     mask = nn.Transformer.generate_square_subsequent_mask(5)
-    small = int4.quantize_weights(model)
+    small = quantize_weights(model)
     assert not any(isinstance(m, (nn.Linear, nn.MultiheadAttention)) for m in small.modules())
     fresh = surgery.rebuild(make(), surgery.structure(small))
     fresh.load_state_dict({k: v.clone() for k, v in small.state_dict().items()}, assign=True)
     for mode in (False, True):
         with torch.no_grad():
-            expected, actual = (m.train(mode)(source, target, tgt_mask=mask) for m in (model, small))
+            expected, actual = (
+                m.train(mode)(source, target, tgt_mask=mask) for m in (model, small)
+            )
             assert helpers.cosine(actual, expected) > 0.97
             assert torch.equal(fresh.train(mode)(source, target, tgt_mask=mask), actual)
 
 
 def test_an_attention_of_other_widths_is_left_whole():
-    """Where no projection fits the group size, the attention stays what it was and each projection is named."""
-    model = nn.ModuleDict({"attention": nn.MultiheadAttention(24, 4), "head": linear(64, 16)}).eval()
-    small = int4.quantize_weights(model)
+    """Where no projection fits the group size, the attention stays what it was and each projection
+    is named.
+    """
+    model = nn.ModuleDict(
+        {"attention": nn.MultiheadAttention(24, 4), "head": linear(64, 16)}
+    ).eval()
+    small = quantize_weights(model)
     assert type(small["attention"]) is nn.MultiheadAttention
     assert "no multiple of group_size" in quantize.summary(small).left["attention.q"]
     assert [edit["module"] for edit in surgery.structure(small)] == ["head"]
@@ -180,7 +205,9 @@ INPUTS = {
 @pytest.mark.parametrize("outputs", [96, 20])
 @pytest.mark.parametrize("make", INPUTS.values(), ids=INPUTS)
 def test_every_input_gives_the_product(make, outputs: int):
-    """Views of any strides, empty ones and every float dtype give `x W^T + b` in their own dtype."""
+    """Views of any strides, empty ones and every float dtype give `x W^T + b` in their own
+    dtype.
+    """
     layer, x = int4.Int4Linear.from_linear(linear(64, outputs), 32), make()
     y = layer(x)
     expected = x.detach().double() @ layer.dense_weight().double().t() + layer.bias.double()
@@ -209,23 +236,29 @@ class TwoWays(nn.Module):
 
 
 def test_layers_that_calibration_does_not_call_are_rounded_to_the_nearest():
-    """They are named in the summary; the result is compared with the original; inputs that are not finite name their layer."""
+    """They are named in the summary; the result is compared with the original; inputs that are not
+    finite name their layer.
+    """
     model, x = TwoWays().eval(), randn(64, 64)
-    small = int4.quantize_weights(model, calibration=[x])
+    small = quantize_weights(model, calibration=[x])
     done = quantize.summary(small).done
-    assert done["called"] == "int4" and all("no batch reaches it" in done[name] for name in ("read", "idle"))
+    assert done["called"] == "int4" and all(
+        "no batch reaches it" in done[name] for name in ("read", "idle")
+    )
     with torch.no_grad():
         expected = (small(x) - model(x)).norm() / model(x).norm()
     assert quantize.summary(small).distance == pytest.approx(expected.item(), rel=1e-3)
-    assert torch.equal(small.read.dense_weight(), int4.Int4Linear.from_linear(model.read, 32).dense_weight())
+    assert torch.equal(
+        small.read.dense_weight(), int4.Int4Linear.from_linear(model.read, 32).dense_weight()
+    )
     with pytest.raises(ValueError, match="layer 'called' inputs that are not finite"):
-        int4.quantize_weights(model, calibration=[x / 0])
+        quantize_weights(model, calibration=[x / 0])
 
 
 def test_a_transposed_linear_is_converted():
     """GPT-2's Conv1D becomes 4-bit, and its weight still reads as [in, out]."""
     model, inputs = helpers.zoo("gpt2")
-    small = int4.quantize_weights(model)
+    small = quantize_weights(model)
     layer = small.transformer.h[0].mlp.c_fc
     assert isinstance(layer, int4.Int4Linear)
     assert layer.weight.shape == model.transformer.h[0].mlp.c_fc.weight.shape

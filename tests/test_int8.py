@@ -1,4 +1,6 @@
-"""Dynamic int8: the arithmetic against an exact oracle, the layer, and the transform on models that others wrote."""
+"""Dynamic int8: the arithmetic against an exact oracle, the layer, and the transform on models that
+others wrote.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +16,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 import quantize
-from quantize import int8, surgery
-from quantize.int8 import convert, kernels
+from quantize import surgery
+from quantize.compression import int8
+from quantize.nn import int8_kernels as kernels
+from quantize.nn.int8 import Int8Linear
 
 
-def exact(x: torch.Tensor, layer: int8.Int8Linear) -> torch.Tensor:
+def exact(x: torch.Tensor, layer: Int8Linear) -> torch.Tensor:
     """The layer in float64 from the definition, the activation quantized by row to 8 bits."""
     rows = x.reshape(-1, x.shape[-1]).double()
     row_scale = rows.abs().amax(1, keepdim=True).clamp_min(1e-30) / 127
@@ -41,9 +45,9 @@ def randn(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def layer_of(k: int, n: int, bias: bool = True) -> int8.Int8Linear:
+def layer_of(k: int, n: int, bias: bool = True) -> Int8Linear:
     source = linear(k, n, bias)
-    return int8.Int8Linear.from_weight(source.weight, source.bias)
+    return Int8Linear.from_weight(source.weight, source.bias)
 
 
 # The arithmetic.
@@ -52,7 +56,9 @@ def layer_of(k: int, n: int, bias: bool = True) -> int8.Int8Linear:
 @given(st.integers(1, 70), st.integers(1, 70), st.integers(1, 70), st.booleans())
 @settings(max_examples=25, deadline=None)
 def test_layer_follows_its_definition(m: int, k: int, n: int, bias: bool):
-    """Any width, odd ones and 1 among them, gives the float64 result up to activations on the other side of a half."""
+    """Any width, odd ones and 1 among them, gives the float64 result up to activations on the other
+    side of a half.
+    """
     layer, x = layer_of(k, n, bias), randn(m, k)
     difference = (layer(x).double() - exact(x, layer)).abs()
     one_step = layer.scale.double() * 127 * (x.abs().amax(1, keepdim=True).double() / 127)
@@ -60,27 +66,36 @@ def test_layer_follows_its_definition(m: int, k: int, n: int, bias: bool):
     assert (difference <= 1e-5).double().mean() > 0.9
 
 
-@pytest.mark.parametrize("shape", [(1, 8, 8), (1, 512, 96), (5, 1030, 7), (300, 64, 64), (70, 2100, 33)])
+@pytest.mark.parametrize(
+    "shape", [(1, 8, 8), (1, 512, 96), (5, 1030, 7), (300, 64, 64), (70, 2100, 33)]
+)
 def test_kernels_agree_to_the_bit(shape: tuple[int, int, int]):
-    """The reference and the fast kernel give the same bits, so neither the stopwatch nor the CPU changes an answer."""
+    """The reference and the fast kernel give the same bits, so neither the stopwatch nor the CPU
+    changes an answer.
+    """
     m, k, n = shape
     layer, x = layer_of(k, n), randn(m, k)
     chosen = layer(x)
     for name in ("reference", "int_mm", "onednn"):
-        with int8.kernel(name):
+        with kernels.kernel(name):
             assert torch.equal(layer(x), chosen), name
 
 
 def test_largest_sums_do_not_saturate():
     """All weights and activations at 127, the case that 16-bit accumulators get wrong, is exact."""
-    layer = int8.Int8Linear(torch.full((8, 256), 127, dtype=torch.int8), torch.ones(8))
+    layer = Int8Linear(torch.full((8, 256), 127, dtype=torch.int8), torch.ones(8))
     assert torch.equal(layer(torch.full((4, 256), 127.0)), torch.full((4, 8), 127.0 * 127 * 256))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_do_not_depend_on_their_batch(dtype: torch.dtype):
-    """A row alone, in a batch, and in a batch cut into chunks has the same bits: cached and uncached decoding agree."""
-    layer, x = layer_of(48, 4096), randn(3000, 48).to(dtype)  # more than the numbers that are quantized at a time
+    """A row alone, in a batch, and in a batch cut into chunks has the same bits: cached and
+    uncached decoding agree.
+    """
+    layer, x = (
+        layer_of(48, 4096),
+        randn(3000, 48).to(dtype),
+    )  # more than the numbers that are quantized at a time
     together = layer(x)
     assert torch.equal(together[:1], layer(x[:1]))
     assert torch.equal(together[300:333], layer(x[300:333]))
@@ -89,7 +104,9 @@ def test_rows_do_not_depend_on_their_batch(dtype: torch.dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [3, 100])
 def test_compiled_layer_gives_the_same_bits(rows: int, dtype: torch.dtype):
-    """Captured whole by torch.compile, for few rows and for many, the layer computes what it does in eager mode."""
+    """Captured whole by torch.compile, for few rows and for many, the layer computes what it does
+    in eager mode.
+    """
     layer, x = layer_of(48, 32), randn(rows, 48).to(dtype)
     compiled = torch.compile(layer, backend="eager", fullgraph=True)
     assert torch.equal(compiled(x), layer(x))
@@ -98,7 +115,9 @@ def test_compiled_layer_gives_the_same_bits(rows: int, dtype: torch.dtype):
 def test_exported_layer_holds_stock_operations_only():
     """A graph that leaves the process calls nothing of this package."""
     for strict in (False, True):
-        program = torch.export.export(nn.Sequential(layer_of(48, 32)), (randn(100, 48),), strict=strict)
+        program = torch.export.export(
+            nn.Sequential(layer_of(48, 32)), (randn(100, 48),), strict=strict
+        )
         assert "_int_mm" in str(program) and "quantize." not in str(program.graph)
 
 
@@ -119,9 +138,18 @@ def test_output_has_the_dtype_of_the_input(dtype: torch.dtype):
 
 
 def test_strides_do_not_matter():
-    """Transposed, sliced, expanded (stride 0) and empty inputs give what their contiguous copies give."""
+    """Transposed, sliced, expanded (stride 0) and empty inputs give what their contiguous copies
+    give.
+    """
     layer, x = layer_of(32, 16), randn(64, 64)
-    for view in (x.t()[:, :32], x[::2, ::2], x[:, 7:39], x[0, :32].expand(5, 32), x[:3, :1].expand(3, 32), x[:0, :32]):
+    for view in (
+        x.t()[:, :32],
+        x[::2, ::2],
+        x[:, 7:39],
+        x[0, :32].expand(5, 32),
+        x[:3, :1].expand(3, 32),
+        x[:0, :32],
+    ):
         assert torch.equal(layer(view), layer(view.contiguous()))
     assert layer(torch.empty(2, 0, 32)).shape == (2, 0, 16)
     assert layer(x[0, :32]).shape == (16,)
@@ -144,7 +172,9 @@ def test_a_row_of_zeros_gives_the_bias():
 
 
 def test_many_rows_are_quantized_like_few():
-    """The path that works a piece at a time gives the same integers and scales, in every float dtype."""
+    """The path that works a piece at a time gives the same integers and scales, in every float
+    dtype.
+    """
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         x = randn(900, 300).to(dtype)
         x[5] = 0
@@ -154,7 +184,9 @@ def test_many_rows_are_quantized_like_few():
 
 
 def test_a_remembered_input_is_forgotten_when_it_changes():
-    """Layers that share an input quantize it once, but never use what it was before a change in place."""
+    """Layers that share an input quantize it once, but never use what it was before a change in
+    place.
+    """
     first, second, x = layer_of(32, 16), layer_of(32, 8), randn(4, 32)
     first(x)
     y = second(x)
@@ -175,7 +207,7 @@ def test_wrong_inputs_are_named():
         layer(randn(2, 31))
     with pytest.raises(TypeError, match="int64"):
         layer(torch.ones(2, 32, dtype=torch.int64))
-    with pytest.raises(ValueError, match="must be one of"), int8.kernel("fast"):
+    with pytest.raises(ValueError, match="must be one of"), kernels.kernel("fast"):
         pass
 
 
@@ -188,7 +220,9 @@ def test_a_wrong_switch_is_named(monkeypatch: pytest.MonkeyPatch):
 
 def test_a_kernel_that_saturates_is_not_chosen(monkeypatch: pytest.MonkeyPatch):
     """Where oneDNN's sums saturate, as on CPUs without VNNI, the exact reference runs."""
-    monkeypatch.setattr(kernels, "int_mm", lambda q, w, s, dtype: (q.float() @ w.float().t()).clamp(max=32767) * s)
+    monkeypatch.setattr(
+        kernels, "int_mm", lambda q, w, s, dtype: (q.float() @ w.float().t()).clamp(max=32767) * s
+    )
     monkeypatch.setattr(kernels, "onednn", kernels.int_mm)
     assert kernels._fastest(4, 8, 256) is kernels.reference
 
@@ -207,18 +241,20 @@ def test_state_is_plain_tensors():
 
 
 def test_layer_survives_what_happens_to_modules():
-    """Same outputs after deepcopy, pickling, dtype moves and state dicts, and new outputs after a change in place."""
+    """Same outputs after deepcopy, pickling, dtype moves and state dicts, and new outputs after a
+    change in place.
+    """
     layer, x = layer_of(32, 16), randn(4, 32)
     y = layer(x)
     assert torch.equal(copy.deepcopy(layer)(x), y)
     assert torch.equal(pickle.loads(pickle.dumps(layer))(x), y)
-    other = int8.Int8Linear.from_weight(linear(32, 16, seed=5).weight, linear(32, 16, seed=5).bias)
+    other = Int8Linear.from_weight(linear(32, 16, seed=5).weight, linear(32, 16, seed=5).bias)
     other.load_state_dict(layer.state_dict())
     assert torch.equal(other(x), y)
     other.load_state_dict({k: v.clone() for k, v in layer.state_dict().items()}, assign=True)
     assert torch.equal(other(x), y)
     assert copy.deepcopy(layer).to(torch.bfloat16).scale.dtype == torch.float32
-    with int8.kernel("onednn"):
+    with kernels.kernel("onednn"):
         assert torch.equal(layer(x), y)
         layer.packed.neg_()
         layer.bias.neg_()
@@ -230,7 +266,10 @@ def test_threads_may_share_a_layer():
     layer = layer_of(64, 64)
     inputs = [randn(i + 1, 64, seed=i) for i in range(8)]
     expected, results = [layer(x) for x in inputs], [None] * 8
-    threads = [threading.Thread(target=lambda i=i: results.__setitem__(i, layer(inputs[i]))) for i in range(8)]
+    threads = [
+        threading.Thread(target=lambda i=i: results.__setitem__(i, layer(inputs[i])))
+        for i in range(8)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -239,12 +278,16 @@ def test_threads_may_share_a_layer():
 
 
 def test_traced_and_exported_layers_stay_int8():
-    """torch.jit.trace and torch.export give the same bits at another batch size, with the int8 product inside."""
+    """torch.jit.trace and torch.export give the same bits at another batch size, with the int8
+    product inside.
+    """
     model, x = int8.quantize_dynamic(mlp()), randn(5, 24)
     traced = torch.jit.trace(model, randn(3, 24, seed=1))
     assert "_int_mm" in str(traced.inlined_graph)
     assert torch.equal(traced(x), model(x))
-    exported = torch.export.export(model, (randn(3, 24),), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    exported = torch.export.export(
+        model, (randn(3, 24),), dynamic_shapes=({0: torch.export.Dim("batch")},)
+    )
     assert "_int_mm" in str(exported.graph)
     assert torch.equal(exported.module()(x), model(x))
 
@@ -261,7 +304,9 @@ def rebuilt(model: nn.Module, fresh: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("name", helpers.ZOO)
 def test_zoo(name: str):
-    """Each architecture keeps its outputs, leaves its input model alone, is rebuilt to the same bits."""
+    """Each architecture keeps its outputs, leaves its input model alone, is rebuilt to the same
+    bits.
+    """
     model, inputs = helpers.zoo(name)
     before = copy.deepcopy(model.state_dict())
     expected = helpers.run(model, inputs)
@@ -302,7 +347,9 @@ def test_embeddings_are_an_option():
 
 
 def test_what_cannot_be_quantized_is_named():
-    """No linear, an already quantized model, weights that are not finite, and a skip that is no module."""
+    """No linear, an already quantized model, weights that are not finite, and a skip that is no
+    module.
+    """
     with pytest.raises(ValueError, match="no linear layer left"):
         int8.quantize_dynamic(nn.Sequential(nn.ReLU()))
     with pytest.raises(ValueError, match="already quantized"):
@@ -319,24 +366,42 @@ def test_what_cannot_be_quantized_is_named():
 
 
 def attention_cases():
-    """Self and cross attention, masks of both kinds and shapes, weights wanted or not, both layouts, other widths."""
+    """Self and cross attention, masks of both kinds and shapes, weights wanted or not, both
+    layouts, other widths.
+    """
     causal = torch.ones(5, 5, dtype=torch.bool).triu(1)
     padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
     yield "self", {}, (5, 5), {}
-    yield "float mask, no weights", {"batch_first": True}, (5, 5), {"attn_mask": randn(5, 5), "need_weights": False}
+    yield (
+        "float mask, no weights",
+        {"batch_first": True},
+        (5, 5),
+        {"attn_mask": randn(5, 5), "need_weights": False},
+    )
     yield "both masks", {}, (5, 5), {"attn_mask": causal, "key_padding_mask": padding}
-    yield "mask by head", {"bias": False}, (5, 5), {"attn_mask": randn(8, 5, 5), "average_attn_weights": False}
+    yield (
+        "mask by head",
+        {"bias": False},
+        (5, 5),
+        {"attn_mask": randn(8, 5, 5), "average_attn_weights": False},
+    )
     yield "cross, other widths", {"kdim": 24, "vdim": 20}, (5, 7), {}
 
 
 @pytest.mark.parametrize("case", list(attention_cases()), ids=lambda c: c[0])
 def test_multihead_attention(case):
-    """The int8 module follows nn.MultiheadAttention in outputs and weights, and is rebuilt from its record to the same bits."""
+    """The int8 module follows nn.MultiheadAttention in outputs and weights, and is rebuilt from its
+    record to the same bits.
+    """
     _, options, (t, s), arguments = case
     torch.manual_seed(0)
     attention = nn.MultiheadAttention(32, 4, **options).eval()
     model = nn.ModuleDict({"attention": attention})
-    shape = (lambda n, width: (2, n, width)) if options.get("batch_first") else (lambda n, width: (n, 2, width))
+    shape = (
+        (lambda n, width: (2, n, width))
+        if options.get("batch_first")
+        else (lambda n, width: (n, 2, width))
+    )
     query = randn(*shape(t, 32))
     same = "kdim" not in options
     key = query if same else randn(*shape(s, options["kdim"]), seed=1)
@@ -366,12 +431,14 @@ def test_subclasses_with_their_own_forward_are_left_alone():
         pass
 
     small = int8.quantize_dynamic(nn.Sequential(Scaled(4, 4), Renamed(4, 4)).eval())
-    assert type(small[0]) is Scaled and isinstance(small[1], int8.Int8Linear)
+    assert type(small[0]) is Scaled and isinstance(small[1], Int8Linear)
     assert "forward of its own" in int8.summary(small)["0"]
 
 
 def test_transformer_encoder_runs_without_its_fused_path():
-    """PyTorch's own encoder, whose fused path reads float weights, gives its output with int8 layers inside."""
+    """PyTorch's own encoder, whose fused path reads float weights, gives its output with int8
+    layers inside.
+    """
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
     model = nn.TransformerEncoder(layer, 2).eval()
@@ -385,7 +452,9 @@ def test_transformer_encoder_runs_without_its_fused_path():
 
 
 class Residual(nn.Module):
-    """Two linears behind a norm with a few loud channels, and a second norm that a residual connection also reads."""
+    """Two linears behind a norm with a few loud channels, and a second norm that a residual
+    connection also reads.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -401,7 +470,9 @@ class Residual(nn.Module):
 
 
 def test_calibration_folds_outliers_where_that_is_exact():
-    """SmoothQuant reduces the error on held-out inputs, leaves a norm alone whose output a residual reads, and is rebuilt."""
+    """SmoothQuant reduces the error on held-out inputs, leaves a norm alone whose output a residual
+    reads, and is rebuilt.
+    """
     model, x = Residual().eval(), randn(64, 32, seed=3)
     small = int8.quantize_dynamic(model, calibration=[randn(64, 32), randn(64, 32, seed=1)])
     plain = int8.quantize_dynamic(model)
@@ -415,13 +486,17 @@ def test_calibration_folds_outliers_where_that_is_exact():
 
 
 def test_speed_can_be_preferred(monkeypatch: pytest.MonkeyPatch):
-    """With prefer="speed" a layer that the stopwatch finds slower in int8 stays in float, and says so."""
+    """With prefer="speed" a layer that the stopwatch finds slower in int8 stays in float, and says
+    so.
+    """
 
-    def microseconds(layer: nn.Module, x: torch.Tensor) -> float:  # int8 costs 9 more, and 4 times less per weight
+    def microseconds(
+        layer: nn.Module, x: torch.Tensor
+    ) -> float:  # int8 costs 9 more, and 4 times less per weight
         numbers = layer.in_features * layer.out_features
-        return numbers / 4000 + 10 if isinstance(layer, int8.Int8Linear) else numbers / 1000 + 1
+        return numbers / 4000 + 10 if isinstance(layer, Int8Linear) else numbers / 1000 + 1
 
-    monkeypatch.setattr(convert, "_microseconds", microseconds)
+    monkeypatch.setattr(int8, "_microseconds", microseconds)
     model = nn.Sequential(linear(4, 4), linear(4, 512), linear(512, 512)).eval()
     small = int8.quantize_dynamic(model, prefer="speed")
     assert "slower" in int8.summary(small)["0"] and int8.summary(small)["2"] == "int8"
@@ -454,16 +529,24 @@ def test_calibration_that_is_not_finite_is_refused(place: str):
         batch[1, 3] = float("nan")
     else:
         model.insert(1, Overflow())
-    with pytest.raises(ValueError, match=f"layer '{'0' if place == 'input' else '3'}' inputs that are not finite"):
+    with pytest.raises(
+        ValueError, match=f"layer '{'0' if place == 'input' else '3'}' inputs that are not finite"
+    ):
         int8.quantize_dynamic(model, calibration=[batch])
 
 
 def test_what_stays_float_is_said_with_its_size():
-    """A convolutional network is refused with its bytes; a model whose table is most of the file warns and says the share."""
+    """A convolutional network is refused with its bytes; a model whose table is most of the file
+    warns and says the share.
+    """
     with pytest.raises(ValueError, match=r"1296 of its 1296 bytes stay float \(0: a Conv2d"):
-        int8.quantize_dynamic(nn.Sequential(nn.Conv2d(4, 8, 3, bias=False), nn.Conv2d(8, 4, 1), nn.Flatten()))
+        int8.quantize_dynamic(
+            nn.Sequential(nn.Conv2d(4, 8, 3, bias=False), nn.Conv2d(8, 4, 1), nn.Flatten())
+        )
     model = nn.Sequential(nn.Embedding(100, 24), linear(24, 24, bias=False))
-    with pytest.warns(UserWarning, match=r"int8: 93% of 10272 bytes stay in floating point \(0: an embedding"):
+    with pytest.warns(
+        UserWarning, match=r"int8: 93% of 10272 bytes stay in floating point \(0: an embedding"
+    ):
         small = int8.quantize_dynamic(model)
     noted = quantize.summary(small)
     assert noted.steps[-1].settings["stays_float"] == "93% of 10272 bytes"
@@ -471,7 +554,9 @@ def test_what_stays_float_is_said_with_its_size():
 
 
 def test_calibration_measures_the_distance():
-    """With batches at hand the summary has the relative distance of the outputs that anybody finds on them."""
+    """With batches at hand the summary has the relative distance of the outputs that anybody finds
+    on them.
+    """
     model, x = mlp(), randn(16, 24)
     small = int8.quantize_dynamic(model, calibration=[x])
     with torch.no_grad():

@@ -11,8 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from quantize.kv_cache import CachedAttention, KVCache
-from quantize.kv_cache.functions import alibi_slopes, attention, attention_int8, quantize_rows, rope_frequencies, rotate
+from quantize.run.kv_cache import CachedAttention, KVCache
+from quantize.run.kv_cache.functions import (
+    alibi_slopes,
+    attention,
+    attention_int8,
+    quantize_rows,
+    rope_frequencies,
+    rotate,
+)
 
 VOCABULARY = 50
 
@@ -24,8 +31,13 @@ class Decoder(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.embedding = nn.Embedding(VOCABULARY, 32)
-        self.attention = nn.ModuleList(CachedAttention(32, 4, layer=i, **options) for i in range(layers))
-        self.cross = nn.ModuleList(CachedAttention(32, 4, layer=i, cross=True, memory_width=24) for i in range(layers * cross))
+        self.attention = nn.ModuleList(
+            CachedAttention(32, 4, layer=i, **options) for i in range(layers)
+        )
+        self.cross = nn.ModuleList(
+            CachedAttention(32, 4, layer=i, cross=True, memory_width=24)
+            for i in range(layers * cross)
+        )
         self.ffn = nn.ModuleList(nn.Linear(32, 32) for _ in range(layers))
         self.head = nn.Linear(32, VOCABULARY)
         self.eval()
@@ -63,16 +75,24 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_cached_equals_uncached_at_every_length(kind):
-    """One token at a time gives the logits of one pass over everything, for each kind of positions and heads."""
+    """One token at a time gives the logits of one pass over everything, for each kind of positions
+    and heads.
+    """
     model, ids = Decoder(**KINDS[kind]), tokens(2, 23)
     cache = KVCache.for_model(model, batch=2, limit=23, block=4)
     assert_close(in_pieces(model, ids, cache), run(model, ids))
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=5), st.sampled_from(sorted(KINDS)), st.integers(1, 9))
+@given(
+    st.lists(st.integers(1, 9), min_size=1, max_size=5),
+    st.sampled_from(sorted(KINDS)),
+    st.integers(1, 9),
+)
 def test_chunks_of_any_size(sizes, kind, block):
-    """However the tokens are cut into passes, and however the cache grows, the logits are the same."""
+    """However the tokens are cut into passes, and however the cache grows, the logits are the
+    same.
+    """
     model, ids = Decoder(**KINDS[kind]), tokens(1, sum(sizes))
     cache = KVCache.for_model(model, limit=sum(sizes), block=block)
     assert_close(in_pieces(model, ids, cache, sizes), run(model, ids))
@@ -80,7 +100,9 @@ def test_chunks_of_any_size(sizes, kind, block):
 
 
 def test_long_window_drops_and_stays_right():
-    """A windowed layer drops what it can't see: its room stays bounded while the logits stay those of a mask."""
+    """A windowed layer drops what it can't see: its room stays bounded while the logits stay those
+    of a mask.
+    """
     model, ids = Decoder(window=6, kv_heads=2), tokens(1, 400)
     cache = KVCache.for_model(model, window=6, block=8)
     assert_close(in_pieces(model, ids, cache, [3] * 133 + [1]), run(model, ids))
@@ -89,25 +111,51 @@ def test_long_window_drops_and_stays_right():
 
 @pytest.mark.parametrize("position", ["rope", "alibi", None])
 def test_sinks_equal_dense_attention(position):
-    """With sinks, each query sees them and its window, as dense attention over positions counted within the cache."""
-    model, ids, window, sinks = Decoder(layers=1, position=position, kv_heads=2), tokens(2, 150), 9, 3
+    """With sinks, each query sees them and its window, as dense attention over positions counted
+    within the cache.
+    """
+    model, ids, window, sinks = (
+        Decoder(layers=1, position=position, kv_heads=2),
+        tokens(2, 150),
+        9,
+        3,
+    )
     layer = model.attention[0]
     seen = []
     layer.register_forward_hook(lambda m, i, o: seen.append(o))
     for sizes in ([1] * 150, [4, 40, 2, 1, 3, 100]):
-        in_pieces(model, ids, KVCache.for_model(model, batch=2, window=window, sinks=sinks, block=4), sizes)
+        in_pieces(
+            model,
+            ids,
+            KVCache.for_model(model, batch=2, window=window, sinks=sinks, block=4),
+            sizes,
+        )
     one_by_one, chunked = torch.cat(seen[:150], 1), torch.cat(seen[150:], 1)
 
-    with torch.no_grad():  # each query alone: sinks and window put side by side at positions 0, 1, 2, ...
+    with (
+        torch.no_grad()
+    ):  # each query alone: sinks and window put side by side at positions 0, 1, 2, ...
         x = model.embedding(ids)
         q, k, v = (layer._split(p(x)) for p in (layer.q, layer.k, layer.v))
         rows = []
         for t in range(150):
             held = [p for p in range(t + 1) if p < sinks or p > t - window]
             at = torch.arange(len(held))
-            turn = (lambda y, p: rotate(y, p[:, None] * rope_frequencies(8))) if position == "rope" else lambda y, p: y
-            bias = alibi_slopes(4)[:, None, None] * (at - at[-1])[None] if position == "alibi" else None
-            rows.append(attention(turn(q[:, :, t : t + 1], at[-1:]), turn(k[:, :, held], at), v[:, :, held], bias))
+            turn = (
+                (lambda y, p: rotate(y, p[:, None] * rope_frequencies(8)))
+                if position == "rope"
+                else lambda y, p: y
+            )
+            bias = (
+                alibi_slopes(4)[:, None, None] * (at - at[-1])[None]
+                if position == "alibi"
+                else None
+            )
+            rows.append(
+                attention(
+                    turn(q[:, :, t : t + 1], at[-1:]), turn(k[:, :, held], at), v[:, :, held], bias
+                )
+            )
         expected = layer._join(torch.cat(rows, dim=2))
     assert_close(one_by_one, expected)
     assert_close(chunked, expected)
@@ -119,7 +167,9 @@ def test_ragged_rows(kind):
     model, lengths = Decoder(**KINDS[kind]), [3, 9, 1]
     rows = [tokens(1, n + 6, seed=n)[0] for n in lengths]
     pad = torch.tensor([9 - n for n in lengths])
-    ids = torch.stack([nn.functional.pad(row, (int(p), 0)) for row, p in zip(rows, pad, strict=True)])
+    ids = torch.stack(
+        [nn.functional.pad(row, (int(p), 0)) for row, p in zip(rows, pad, strict=True)]
+    )
     cache = KVCache.for_model(model, batch=3, limit=15, block=4)
     cache.reset(pad=pad)
     logits = in_pieces(model, ids, cache, [4, 5, 1, 1, 3, 1])
@@ -139,7 +189,9 @@ def test_truncate_and_continue(dtype):
 
 
 def test_truncate_behind_a_window():
-    """Within the slack a windowed cache can be cut; beyond it the call says what is allowed and changes nothing."""
+    """Within the slack a windowed cache can be cut; beyond it the call says what is allowed and
+    changes nothing.
+    """
     model, ids = Decoder(window=6), tokens(1, 300)
     cache = KVCache.for_model(model, window=6, block=8)
     in_pieces(model, ids, cache, 10)
@@ -161,7 +213,10 @@ def test_fork_copies_only_when_written():
     other = torch.cat((ids[:, :10], tokens(1, 7, seed=3)), dim=1)
     assert_close(in_pieces(model, other[:, 10:], twin), run(model, other)[:, 10:])
     assert_close(in_pieces(model, ids[:, 10:], cache), run(model, ids)[:, 10:])
-    assert_close(in_pieces(model, ids[:, 17:20], twin), run(model, torch.cat((other, ids[:, 17:20]), 1))[:, 17:])
+    assert_close(
+        in_pieces(model, ids[:, 17:20], twin),
+        run(model, torch.cat((other, ids[:, 17:20]), 1))[:, 17:],
+    )
 
 
 def test_fork_to_many_rows_and_reorder():
@@ -180,9 +235,14 @@ def test_fork_to_many_rows_and_reorder():
 
 
 def test_cross_attention_is_computed_once():
-    """Cross-attention reads the encoder's output in the first pass only, ragged memories masked; rows can be reordered."""
+    """Cross-attention reads the encoder's output in the first pass only, ragged memories masked;
+    rows can be reordered.
+    """
     model, ids = Decoder(cross=True), tokens(2, 9)
-    memory = {"memory": torch.randn(2, 7, 24), "memory_mask": torch.arange(7) < torch.tensor([[7], [4]])}
+    memory = {
+        "memory": torch.randn(2, 7, 24),
+        "memory_mask": torch.arange(7) < torch.tensor([[7], [4]]),
+    }
     expected = run(lambda i: model(i, **memory), ids)
     cut = {"memory": memory["memory"][1:, :4]}
     assert_close(expected[1:], run(lambda i: model(i, **cut), ids[1:]))
@@ -196,12 +256,18 @@ def test_cross_attention_is_computed_once():
         model(ids, cache)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3), (torch.int8, 2e-2)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3), (torch.int8, 2e-2)]
+)
 @pytest.mark.parametrize("kind", ["grouped", "alibi", "window"])
 def test_narrow_caches_come_close(dtype, tolerance, kind):
-    """16-bit and int8 caches differ from fp32 by their rounding, the same for one token at a time and for chunks."""
+    """16-bit and int8 caches differ from fp32 by their rounding, the same for one token at a time
+    and for chunks.
+    """
     model, ids = Decoder(**KINDS[kind]), tokens(2, 40)
-    chunked, single = (KVCache.for_model(model, batch=2, limit=40, dtype=dtype, block=8) for _ in range(2))
+    chunked, single = (
+        KVCache.for_model(model, batch=2, limit=40, dtype=dtype, block=8) for _ in range(2)
+    )
     logits = in_pieces(model, ids, single)
     assert (logits - run(model, ids)).abs().max() < tolerance
     assert_close(in_pieces(model, ids, chunked, [7, 30, 3]), logits, factor=10)
@@ -219,11 +285,16 @@ def test_int8_attention_equals_dequantized_attention():
     """Scales on scores and probabilities give what dequantized keys and values give."""
     q, k, v = torch.randn(2, 6, 1, 16), torch.randn(2, 3, 33, 16), torch.randn(2, 3, 33, 16)
     (k, k_scale), (v, v_scale) = quantize_rows(k), quantize_rows(v)
-    assert_close(attention_int8(q, k, k_scale, v, v_scale), attention(q, k * k_scale.float(), v * v_scale.float()))
+    assert_close(
+        attention_int8(q, k, k_scale, v, v_scale),
+        attention(q, k * k_scale.float(), v * v_scale.float()),
+    )
 
 
 def test_bytes_before_and_after():
-    """Sizes are known before anything is allocated, are those allocated at the limit, and int8 takes at most 0.28 of fp32."""
+    """Sizes are known before anything is allocated, are those allocated at the limit, and int8
+    takes at most 0.28 of fp32.
+    """
     model, sizes = Decoder(kv_heads=2), {}
     for dtype in (torch.float32, torch.bfloat16, torch.int8):
         cache = KVCache(4, 3, 64, limit=50, batch=2, dtype=dtype)
@@ -243,11 +314,16 @@ def test_attention_runs_over_held_positions_only():
     k, v = torch.randn(2, 1, 2, 3, 4)
     held, _ = cache.update(0, k, v)
     assert held.shape == (1, 2, 3, 4) and torch.equal(held, k)
-    assert held.untyped_storage().data_ptr() == cache._layers[0].tensors["k"].untyped_storage().data_ptr()
+    assert (
+        held.untyped_storage().data_ptr()
+        == cache._layers[0].tensors["k"].untyped_storage().data_ptr()
+    )
 
 
 def test_growth_is_by_blocks_up_to_the_limit():
-    """Capacity is a multiple of the block, at least half as much again, and never beyond the limit."""
+    """Capacity is a multiple of the block, at least half as much again, and never beyond the
+    limit.
+    """
     cache, seen = KVCache(1, 1, 2, limit=100, block=8), []
     for _ in range(100):
         cache.update(0, torch.zeros(1, 1, 1, 2), torch.zeros(1, 1, 1, 2))
@@ -256,7 +332,9 @@ def test_growth_is_by_blocks_up_to_the_limit():
 
 
 def test_a_failed_pass_leaves_no_trace():
-    """A pass that dies between two layers isn't counted, and the next one gives the right logits."""
+    """A pass that dies between two layers isn't counted, and the next one gives the right
+    logits.
+    """
     model, ids = Decoder(kv_heads=2), tokens(1, 12)
     cache = KVCache.for_model(model, limit=12, block=4)
     in_pieces(model, ids[:, :5], cache)
@@ -278,7 +356,9 @@ def test_works_across_inference_mode():
 
 
 def test_bad_input_is_named_and_harmless():
-    """Wrong layers, shapes, batches and lengths raise a ValueError that names them, and the cache still works."""
+    """Wrong layers, shapes, batches and lengths raise a ValueError that names them, and the cache
+    still works.
+    """
     model, ids = Decoder(kv_heads=2), tokens(1, 8)
     cache = KVCache.for_model(model, limit=8)
     in_pieces(model, ids[:, :4], cache)
@@ -288,7 +368,9 @@ def test_bad_input_is_named_and_harmless():
         Decoder(kv_heads=4)(ids[:, :2], cache)
     with pytest.raises(ValueError, match="layer is 2; the cache has 2 layers"):
         cache.update(2, torch.zeros(1, 2, 1, 8), torch.zeros(1, 2, 1, 8))
-    with pytest.raises(ValueError, match=r"4 positions held \+ 5 new ones pass the cache's limit of 8"):
+    with pytest.raises(
+        ValueError, match=r"4 positions held \+ 5 new ones pass the cache's limit of 8"
+    ):
         model(tokens(1, 5), cache)
     with pytest.raises(ValueError, match="length is 9; allowed: 0 to the 4"):
         cache.truncate(9)
@@ -339,7 +421,9 @@ def test_copies_of_one_row_are_taken_apart_whoever_writes_first(dtype):
     """The original goes on, then the copies do, each on memory of its own."""
     torch.manual_seed(0)
     cache = KVCache(1, 2, 4, limit=64, dtype=dtype)
-    first, own, theirs = (torch.randn(rows, 2, count, 4) for rows, count in ((1, 3), (1, 1), (3, 1)))
+    first, own, theirs = (
+        torch.randn(rows, 2, count, 4) for rows, count in ((1, 3), (1, 1), (3, 1))
+    )
     held, _ = cache.update(0, first, first)
     copies = cache.fork(3)
     after, _ = cache.update(0, own, own)

@@ -1,4 +1,6 @@
-"""Low rank: the formulas against oracles, the walk over foreign models, what composes, what is refused."""
+"""Low rank: the formulas against oracles, the walk over foreign models, what composes, what is
+refused.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,9 @@ from torch import nn
 
 import quantize
 from quantize import surgery
-from quantize.int8 import Int8Linear
-from quantize.low_rank import LowRankConv2d, LowRankLinear, errors, factorize_low_rank, maths, summary, timing
+from quantize.compression.low_rank import errors, factorize_low_rank, maths, summary, timing
+from quantize.nn.int8 import Int8Linear
+from quantize.nn.low_rank import LowRankConv2d, LowRankLinear
 
 PAIRS = (LowRankLinear, LowRankConv2d)
 
@@ -23,7 +26,10 @@ PAIRS = (LowRankLinear, LowRankConv2d)
 def moment(width: int, rows: int, seed: int = 0) -> torch.Tensor:
     """Second moment of `rows` correlated random vectors."""
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(rows, width, generator=generator).double() @ torch.randn(width, width, generator=generator).double()
+    x = (
+        torch.randn(rows, width, generator=generator).double()
+        @ torch.randn(width, width, generator=generator).double()
+    )
     return x.T @ x / rows
 
 
@@ -66,7 +72,9 @@ shapes = st.tuples(st.integers(1, 24), st.integers(1, 24))
 @settings(max_examples=40, deadline=None)
 @given(shape=shapes, whiten=st.booleans(), weigh=st.booleans(), deficient=st.booleans())
 def test_full_rank_reproduces_the_weight(shape, whiten, weigh, deficient):
-    """At full rank second @ first is the weight, whatever the moments, rank-deficient ones included."""
+    """At full rank second @ first is the weight, whatever the moments, rank-deficient ones
+    included.
+    """
     m, k = shape
     weight = torch.randn(m, k, generator=torch.Generator().manual_seed(m * k)).double()
     s = moment(k, max(1, k // 3) if deficient else 3 * k) if whiten else None
@@ -86,8 +94,12 @@ def test_error_is_the_tail_of_the_spectrum(shape, fraction, whiten, weigh):
     first, second, spectrum = maths.whitened_svd(weight, s, g, rank=rank, ridge=0, gradient_ridge=0)
     whole = (spectrum**2).sum().item()
     assert first.shape == (rank, k) and second.shape == (m, rank)
-    assert loss(weight - second @ first, s, g) == pytest.approx((spectrum[rank:] ** 2).sum().item(), abs=1e-8 * whole)
-    assert_close(maths.whitened_spectrum(weight, s, g, ridge=0, gradient_ridge=0), spectrum, factor=1e3)
+    assert loss(weight - second @ first, s, g) == pytest.approx(
+        (spectrum[rank:] ** 2).sum().item(), abs=1e-8 * whole
+    )
+    assert_close(
+        maths.whitened_spectrum(weight, s, g, ridge=0, gradient_ridge=0), spectrum, factor=1e3
+    )
 
 
 @pytest.mark.parametrize("shape", [(20, 12), (12, 20)])
@@ -106,7 +118,9 @@ def test_whitened_beats_every_perturbation():
     first, second, _ = maths.whitened_svd(weight, s, g, rank=4, ridge=0, gradient_ridge=0)
     best = loss(weight - second @ first, s, g)
     for scale in (1e-3, 1e-2, 1e-1):
-        other = (second + scale * torch.randn_like(second)) @ (first + scale * torch.randn_like(first))
+        other = (second + scale * torch.randn_like(second)) @ (
+            first + scale * torch.randn_like(first)
+        )
         assert loss(weight - other, s, g) > best
 
 
@@ -118,7 +132,9 @@ def test_factors_are_balanced():
 
 @pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
 def test_rank_deficient_moments_of_any_size(size):
-    """One row of calibration, tiny or huge, gives finite factors and reproduces its output at rank 1."""
+    """One row of calibration, tiny or huge, gives finite factors and reproduces its output at rank
+    1.
+    """
     x = torch.randn(16).double()
     weight = torch.randn(12, 16).double()
     first, second, _ = maths.whitened_svd(weight, torch.outer(x, x) * size, rank=1, ridge=1e-9)
@@ -133,7 +149,9 @@ def test_zero_weight_and_zero_moment():
 
 
 def test_compensation_repairs_a_linear_distortion():
-    """If the compressed model's inputs are x = A r, the compensated weight is W A^-1; if x = r it is W."""
+    """If the compressed model's inputs are x = A r, the compensated weight is W A^-1; if x = r it
+    is W.
+    """
     weight, r = torch.randn(5, 8).double(), torch.randn(300, 8).double()
     distort = torch.eye(8).double() + 0.1 * torch.randn(8, 8).double()
     x = r @ distort.T
@@ -144,39 +162,68 @@ def test_compensation_repairs_a_linear_distortion():
 
 def test_compensation_adds_what_is_asked_for():
     """If the layer is to give W r + D x beside inputs x = r, the compensated weight is W + D."""
-    weight, more, r = torch.randn(5, 8).double(), torch.randn(5, 8).double(), torch.randn(300, 8).double()
+    weight, more, r = (
+        torch.randn(5, 8).double(),
+        torch.randn(5, 8).double(),
+        torch.randn(300, 8).double(),
+    )
     s = r.T @ r / 300
-    assert_close(maths.compensate(weight, s, s, more @ s, ridge=1e-12), weight + more, dtype=torch.float32)
+    assert_close(
+        maths.compensate(weight, s, s, more @ s, ridge=1e-12), weight + more, dtype=torch.float32
+    )
 
 
 def test_allocation_is_optimal_up_to_one_step():
-    """Within the budget, the loss lies between the best by full search and the best with one step less to spend."""
+    """Within the budget, the loss lies between the best by full search and the best with one step
+    less to spend.
+    """
     generator = torch.Generator().manual_seed(3)
     layers = {
-        name: maths.choices(torch.rand(12, generator=generator).sort(descending=True).values, (12, 12), [1, 2, 3, 4, 5])
+        name: maths.choices(
+            torch.rand(12, generator=generator).sort(descending=True).values,
+            (12, 12),
+            [1, 2, 3, 4, 5],
+        )
         for name in "abc"
     }
 
     def best(budget: int) -> float:
         options = itertools.product(*layers.values())
-        return min(sum(c.loss for c in o) for o in options if sum(c.parameters for c in o) <= budget)
+        return min(
+            sum(c.loss for c in o) for o in options if sum(c.parameters for c in o) <= budget
+        )
 
     for budget in range(72, 433, 24):
-        chosen = [next(c for c in layers[n] if c.rank == r) for n, r in maths.allocate(layers, budget).items()]
+        chosen = [
+            next(c for c in layers[n] if c.rank == r)
+            for n, r in maths.allocate(layers, budget).items()
+        ]
         assert sum(c.parameters for c in chosen) <= budget
         largest_step = 144 - 24  # from rank 1 to the whole layer
-        assert best(budget) - 1e-9 <= sum(c.loss for c in chosen) <= best(max(72, budget - largest_step)) + 1e-9
+        assert (
+            best(budget) - 1e-9
+            <= sum(c.loss for c in chosen)
+            <= best(max(72, budget - largest_step)) + 1e-9
+        )
 
 
 def test_allocation_leaves_nothing_that_helps():
-    """Of flat spectra, where all or nothing is the best use of the budget, the rest of it is used too."""
+    """Of flat spectra, where all or nothing is the best use of the budget, the rest of it is used
+    too.
+    """
     layers = {name: maths.choices(torch.ones(16), (16, 16), range(1, 7)) for name in "abc"}
     for budget in range(96, 768, 16):
-        chosen = {n: next(c for c in layers[n] if c.rank == r) for n, r in maths.allocate(layers, budget).items()}
+        chosen = {
+            n: next(c for c in layers[n] if c.rank == r)
+            for n, r in maths.allocate(layers, budget).items()
+        }
         left = budget - sum(c.parameters for c in chosen.values())
         assert left >= 0
         for name, choice in chosen.items():
-            assert not any(c.parameters - choice.parameters <= left and c.loss < choice.loss for c in layers[name])
+            assert not any(
+                c.parameters - choice.parameters <= left and c.loss < choice.loss
+                for c in layers[name]
+            )
 
 
 @pytest.mark.parametrize("rank", [0, 6, -1])
@@ -194,7 +241,12 @@ def test_spatial_split_at_full_rank_is_the_kernel(shape, whiten):
     kernel = torch.randn(shape).double()
     s = moment(c * kh * kw, 400) if whiten else None
     first, second, product = maths.spatial_factors(kernel, s, rank=min(c * kh, m * kw))
-    assert first.shape == (min(c * kh, m * kw), c, kh, 1) and second.shape == (m, min(c * kh, m * kw), 1, kw)
+    assert first.shape == (min(c * kh, m * kw), c, kh, 1) and second.shape == (
+        m,
+        min(c * kh, m * kw),
+        1,
+        kw,
+    )
     assert_close(product.reshape(shape), kernel, dtype=torch.float32)
     assert_close(torch.einsum("mrab,rcde->mcdb", second, first), kernel, dtype=torch.float32)
 
@@ -215,11 +267,15 @@ def test_spatial_refit_is_the_least_squares_optimum():
 @pytest.mark.parametrize("name", ZOO)
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_zoo_gets_smaller_and_still_runs(name, calibrated):
-    """Every foreign model keeps about half of the parameters of the layers that were factorized; the input is untouched."""
+    """Every foreign model keeps about half of the parameters of the layers that were factorized;
+    the input is untouched.
+    """
     model, inputs = zoo(name)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     expected = run(model, inputs)
-    small = factorize_low_rank(model, calibration=[inputs] if calibrated else None, only_faster=False)
+    small = factorize_low_rank(
+        model, calibration=[inputs] if calibrated else None, only_faster=False
+    )
     out = run(small, inputs)
     assert out.shape == expected.shape and out.isfinite().all()
     assert parameters(small) < 0.65 * parameters(model)
@@ -241,11 +297,19 @@ def test_structure_record_rebuilds_a_foreign_model(name):
 
 
 def test_record_of_a_resized_layer_survives():
-    """A layer that was cut before it was factorized keeps both edits in the record, also after a second rebuild."""
+    """A layer that was cut before it was factorized keeps both edits in the record, also after a
+    second rebuild.
+    """
     model = mlp(32, 48, 16)
     cut = surgery.clone(model)
-    surgery.resize(cut[0], tensors={"weight": cut[0].weight[:40], "bias": cut[0].bias[:40]}, attributes={"out_features": 40})
-    surgery.resize(cut[2], tensors={"weight": cut[2].weight[:, :40]}, attributes={"in_features": 40})
+    surgery.resize(
+        cut[0],
+        tensors={"weight": cut[0].weight[:40], "bias": cut[0].bias[:40]},
+        attributes={"out_features": 40},
+    )
+    surgery.resize(
+        cut[2], tensors={"weight": cut[2].weight[:, :40]}, attributes={"in_features": 40}
+    )
     small = factorize_low_rank(cut)
     again = surgery.rebuild(mlp(32, 48, 16), surgery.structure(small))
     twice = surgery.rebuild(mlp(32, 48, 16), surgery.structure(again))
@@ -294,12 +358,16 @@ def test_a_layer_of_low_rank_is_found(bias):
 def test_ratio_is_kept(ratio, calibrated):
     """The weights that remain are at most the ratio of the weights that were, and not much less."""
     model = mlp(128, 256, 128, 64, bias=False)
-    small = factorize_low_rank(model, ratio=ratio, calibration=data(128) if calibrated else None, only_faster=False)
+    small = factorize_low_rank(
+        model, ratio=ratio, calibration=data(128) if calibrated else None, only_faster=False
+    )
     assert ratio - 0.08 <= parameters(small) / parameters(model) <= ratio
 
 
 def test_calibration_beats_the_plain_svd():
-    """On the data's distribution the calibrated model is closer, at the same ratio, also on unseen rows."""
+    """On the data's distribution the calibrated model is closer, at the same ratio, also on unseen
+    rows.
+    """
     model = mlp(64, 128, 64)
     x = data(64, seed=0, batches=4)
     unseen = torch.cat(x[3:])
@@ -309,7 +377,9 @@ def test_calibration_beats_the_plain_svd():
 
 
 class Residual(nn.Module):
-    """x + first(x), then the same with second: no activation between, so what first loses can be made up for."""
+    """x + first(x), then the same with second: no activation between, so what first loses can be
+    made up for.
+    """
 
     def __init__(self, first: nn.Module, second: nn.Module):
         super().__init__()
@@ -323,7 +393,9 @@ class Residual(nn.Module):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("kind", ["linear", "conv"])
 def test_a_whole_layer_makes_up_for_the_stream(kind, bias):
-    """After a cut layer of a residual stream, one that stays whole restores the model's output, not only its own."""
+    """After a cut layer of a residual stream, one that stays whole restores the model's output, not
+    only its own.
+    """
     torch.manual_seed(0)
     if kind == "linear":
         model = Residual(nn.Linear(32, 32, bias=bias), nn.Linear(32, 32, bias=bias)).eval()
@@ -333,7 +405,9 @@ def test_a_whole_layer_makes_up_for_the_stream(kind, bias):
         x = [torch.randn(8, 32, 6, 6) + 0.5 for _ in range(2)]
     small = factorize_low_rank(model, ratio={"first": 0.4, "second": 1.0}, calibration=x)
     alone = factorize_low_rank(model, ratio={"first": 0.4}, calibration=x)
-    assert list(pairs_in(small)) == ["first"] and torch.equal(alone.second.weight, model.second.weight)
+    assert list(pairs_in(small)) == ["first"] and torch.equal(
+        alone.second.weight, model.second.weight
+    )
     assert (small(x[0]) - model(x[0])).norm() < 1e-3 * (alone(x[0]) - model(x[0])).norm()
 
 
@@ -341,7 +415,9 @@ def test_layers_before_the_first_cut_keep_their_weights():
     """Whole layers are fitted only where something was lost before them."""
     model = mlp(64, 64, 64, 64)
     small = factorize_low_rank(model, ratio={"0": 1.0, "2": 0.4, "4": 1.0}, calibration=data(64))
-    assert torch.equal(small[0].weight, model[0].weight) and not torch.equal(small[4].weight, model[4].weight)
+    assert torch.equal(small[0].weight, model[0].weight) and not torch.equal(
+        small[4].weight, model[4].weight
+    )
 
 
 def test_whole_layers_make_the_result_better():
@@ -349,19 +425,25 @@ def test_whole_layers_make_the_result_better():
     model, x = mlp(64, 128, 64, 64), data(64, batches=6)
     unseen = torch.cat(x[4:])
     ratios = {"0": 0.3, "2": 1.0, "4": 1.0}
-    fitted, cut = (factorize_low_rank(model, ratio=r, calibration=x[:4]) for r in (ratios, {"0": 0.3}))
+    fitted, cut = (
+        factorize_low_rank(model, ratio=r, calibration=x[:4]) for r in (ratios, {"0": 0.3})
+    )
     assert torch.equal(fitted[0].first.weight, cut[0].first.weight)
     distances = [(m(unseen) - model(unseen)).square().mean().item() for m in (fitted, cut)]
     assert distances[0] < distances[1]
 
 
 def test_streams_are_found():
-    """An output joins a stream where it is added as it is to what doesn't come from it; scaled or normed ones don't."""
+    """An output joins a stream where it is added as it is to what doesn't come from it; scaled or
+    normed ones don't.
+    """
 
     class Parts(nn.Module):
         def __init__(self):
             super().__init__()
-            self.plain, self.dropped, self.scaled, self.normed, self.doubled, self.cubed = (nn.Linear(8, 8) for _ in range(6))
+            self.plain, self.dropped, self.scaled, self.normed, self.doubled, self.cubed = (
+                nn.Linear(8, 8) for _ in range(6)
+            )
             self.norm, self.dropout = nn.LayerNorm(8), nn.Dropout()
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -378,7 +460,10 @@ def test_streams_are_found():
     assert model.training and not any(m._forward_hooks for m in model.modules())
 
 
-@pytest.mark.parametrize(("name", "ends"), [("gpt2", "c_proj"), ("llama", "o_proj"), ("bert", "output.dense"), ("t5", ".o")])
+@pytest.mark.parametrize(
+    ("name", "ends"),
+    [("gpt2", "c_proj"), ("llama", "o_proj"), ("bert", "output.dense"), ("t5", ".o")],
+)
 def test_streams_of_foreign_models_are_found(name, ends):
     """In models that others wrote, the layers that write into the residual stream are known."""
     model, inputs = zoo(name)
@@ -424,11 +509,18 @@ def test_a_second_pass_leaves_pairs_alone():
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"stride": 2, "padding": 1}, {"padding": "same", "dilation": 2}, {"padding": 2, "padding_mode": "circular"}],
+    [
+        {},
+        {"stride": 2, "padding": 1},
+        {"padding": "same", "dilation": 2},
+        {"padding": 2, "padding_mode": "circular"},
+    ],
 )
 @pytest.mark.parametrize("split", ["channel", "spatial"])
 def test_a_conv_pair_computes_its_dense_weight(options, split):
-    """Both splits equal the one convolution with the weight they read as, for every padding, stride and dilation."""
+    """Both splits equal the one convolution with the weight they read as, for every padding, stride
+    and dilation.
+    """
     conv = nn.Conv2d(6, 10, (3, 5), **options)
     pair = LowRankConv2d(conv, 4, split, bias=True)
     for p in pair.parameters():
@@ -439,24 +531,40 @@ def test_a_conv_pair_computes_its_dense_weight(options, split):
 
 
 def test_auto_split_finds_separable_kernels():
-    """Kernels that are columns times rows go to the spatial split, which reproduces them; others to the channel split."""
+    """Kernels that are columns times rows go to the spatial split, which reproduces them; others to
+    the channel split.
+    """
     torch.manual_seed(0)
     separable, mixing = nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
-    separable.weight.data = torch.einsum("mrb,rcd->mcdb", torch.randn(16, 8, 3), torch.randn(8, 16, 3)) / 8
-    mixing.weight.data = torch.einsum("mr,rcde->mcde", torch.randn(16, 4), torch.randn(4, 16, 3, 3)) / 8
+    separable.weight.data = (
+        torch.einsum("mrb,rcd->mcdb", torch.randn(16, 8, 3), torch.randn(8, 16, 3)) / 8
+    )
+    mixing.weight.data = (
+        torch.einsum("mr,rcde->mcde", torch.randn(16, 4), torch.randn(4, 16, 3, 3)) / 8
+    )
     x = [torch.randn(4, 16, 12, 12) for _ in range(2)]
-    small = factorize_low_rank(nn.Sequential(separable, mixing), ratio={"0": 0.5, "1": 0.3}, calibration=x)
+    small = factorize_low_rank(
+        nn.Sequential(separable, mixing), ratio={"0": 0.5, "1": 0.3}, calibration=x
+    )
     assert [layer.split for layer in small] == ["spatial", "channel"]
     assert_close(small(x[0]), mixing(separable(x[0])), factor=100)
-    assert {layer.split for layer in factorize_low_rank(nn.Sequential(separable), split="channel")} == {"channel"}
+    assert {
+        layer.split for layer in factorize_low_rank(nn.Sequential(separable), split="channel")
+    } == {"channel"}
 
 
 @pytest.mark.parametrize("limit", [0.8, 0.35, 0.0])
 def test_layers_whose_pairs_are_slower_stay(monkeypatch, limit):
-    """Ranks stay within the share of the parameters up to which pairs are fast; if there is none, it is an error."""
+    """Ranks stay within the share of the parameters up to which pairs are fast; if there is none,
+    it is an error.
+    """
     monkeypatch.setattr(timing, "_KNOWN", {})
     monkeypatch.setattr(timing, "LONG_ENOUGH", 0.0)
-    monkeypatch.setattr(timing, "_no_slower", lambda pair, layer, x: parameters(pair) <= 1.1 * limit * parameters(layer))
+    monkeypatch.setattr(
+        timing,
+        "_no_slower",
+        lambda pair, layer, x: parameters(pair) <= 1.1 * limit * parameters(layer),
+    )
     model = mlp(64, 96, 64)
     if limit == 0:
         with pytest.raises(ValueError, match="no pair is as fast as its layer"):
@@ -465,15 +573,21 @@ def test_layers_whose_pairs_are_slower_stay(monkeypatch, limit):
         return
     small = factorize_low_rank(model, ratio=0.9, calibration=data(64))
     for name, pair in pairs_in(small).items():
-        assert parameters(pair) - pair.bias.numel() <= limit * model.get_submodule(name).weight.numel()
+        assert (
+            parameters(pair) - pair.bias.numel() <= limit * model.get_submodule(name).weight.numel()
+        )
 
 
 def test_time_says_nothing_of_small_layers_unless_asked(monkeypatch):
-    """A layer as quick as a call isn't judged by time, a large one is; explicit ranks aren't either."""
+    """A layer as quick as a call isn't judged by time, a large one is; explicit ranks aren't
+    either.
+    """
     monkeypatch.setattr(timing, "_KNOWN", {})
     monkeypatch.setattr(timing, "_no_slower", lambda *_: False)
     model, x = mlp(64, 64), data(64, rows=8)
-    assert pairs_in(factorize_low_rank(model, calibration=x)) and pairs_in(factorize_low_rank(model, rank=8, calibration=x))
+    assert pairs_in(factorize_low_rank(model, calibration=x)) and pairs_in(
+        factorize_low_rank(model, rank=8, calibration=x)
+    )
     for options in ({"ratio": 0.5, "only_faster": True}, {"rank": 8, "only_faster": True}):
         with pytest.raises(ValueError, match="no pair is as fast"):
             factorize_low_rank(model, calibration=x, **options)
@@ -484,10 +598,15 @@ def test_time_says_nothing_of_small_layers_unless_asked(monkeypatch):
 @pytest.mark.parametrize("ratio", [0.85, 0.95])
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_a_ratio_near_one_leaves_some_layers_whole(ratio, calibrated):
-    """Pairs of almost the layer's size would be slower: the budget is met by smaller ones beside layers that stay whole."""
+    """Pairs of almost the layer's size would be slower: the budget is met by smaller ones beside
+    layers that stay whole.
+    """
     model = mlp(128, 256, 128, 256, 64, bias=False)
     small = factorize_low_rank(model, ratio=ratio, calibration=data(128) if calibrated else None)
-    shares = [parameters(pair) / model.get_submodule(name).weight.numel() for name, pair in pairs_in(small).items()]
+    shares = [
+        parameters(pair) / model.get_submodule(name).weight.numel()
+        for name, pair in pairs_in(small).items()
+    ]
     assert 0 < len(shares) < 4 and max(shares) <= 0.8
     assert parameters(small) <= ratio * parameters(model)
 
@@ -498,7 +617,10 @@ def test_int8_works_inside_pairs(name):
     model, inputs = zoo(name)
     small = factorize_low_rank(model, calibration=[inputs])
     both = quantize.quantize_dynamic(small)
-    assert all(isinstance(p.first, Int8Linear) and isinstance(p.second, Int8Linear) for p in linear_pairs(both))
+    assert all(
+        isinstance(p.first, Int8Linear) and isinstance(p.second, Int8Linear)
+        for p in linear_pairs(both)
+    )
     assert cosine(run(both, inputs), run(small, inputs)) > 0.99
 
 
@@ -509,7 +631,9 @@ def linear_pairs(model: nn.Module) -> list[LowRankLinear]:
 @pytest.mark.parametrize("name", ["llama", "resnet", "gpt2"])
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_save_and_load(name, suffix, tmp_path):
-    """A file loaded into a fresh instance computes the same, for foreign models, int8 on top included."""
+    """A file loaded into a fresh instance computes the same, for foreign models, int8 on top
+    included.
+    """
     model, inputs = zoo(name)
     small = factorize_low_rank(model, calibration=[inputs])
     for compressed in (small, quantize.quantize_dynamic(small)):
@@ -540,7 +664,9 @@ def test_inputs_of_any_size(scale):
 
 
 def test_fused_encoder_layers_still_work():
-    """torch's TransformerEncoder, whose fast path reads weights, gives the same with and without it, attention untouched."""
+    """torch's TransformerEncoder, whose fast path reads weights, gives the same with and without
+    it, attention untouched.
+    """
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True, activation="gelu")
     model = nn.TransformerEncoder(layer, 2).eval()
@@ -558,7 +684,9 @@ def test_fused_encoder_layers_still_work():
 
 
 def test_weight_reads_as_the_product():
-    """Code that reads `.weight` of a pair gets the dense weight's type and shape, and the product in torch functions."""
+    """Code that reads `.weight` of a pair gets the dense weight's type and shape, and the product
+    in torch functions.
+    """
     small = factorize_low_rank(mlp(64, 48), rank=8)[0]
     assert small.weight.shape == (48, 64) and small.weight.dtype == torch.float32
     x = torch.randn(3, 64)
@@ -574,7 +702,9 @@ def test_layers_that_run_several_times():
 
 
 def test_a_layer_that_joins_a_stream_at_its_second_call():
-    """Calls of one layer are told apart: the first one's output goes elsewhere, the second one's is added."""
+    """Calls of one layer are told apart: the first one's output goes elsewhere, the second one's is
+    added.
+    """
 
     class Twice(nn.Module):
         def __init__(self):
@@ -645,7 +775,11 @@ def test_pairs_script_trace_and_export():
         ({"calibration": []}, ValueError, "empty"),
         ({"calibration": torch.ones(2, 64)}, TypeError, "calibration must be a sequence"),
         ({"calibration": [torch.full((2, 64), torch.inf)]}, ValueError, "not finite"),
-        ({"calibration": [torch.ones(2, 5)]}, ValueError, "doesn't run on the first batch of calibration"),
+        (
+            {"calibration": [torch.ones(2, 5)]},
+            ValueError,
+            "doesn't run on the first batch of calibration",
+        ),
     ],
 )
 def test_bad_input_is_refused_by_name(options, error, text):
@@ -667,7 +801,9 @@ class Experts(nn.Module):
 
 
 def test_layers_that_calibration_never_reaches_are_left():
-    """A layer that no batch runs (a mixture's idle expert) stays, by name; an error only if nothing is left to do."""
+    """A layer that no batch runs (a mixture's idle expert) stays, by name; an error only if nothing
+    is left to do.
+    """
     small = factorize_low_rank(Experts(), calibration=data(64))
     assert list(pairs_in(small)) == ["used"]
     left = quantize.summary(small).left
@@ -677,7 +813,9 @@ def test_layers_that_calibration_never_reaches_are_left():
 
 
 class Stateful(nn.Module):
-    """Counts its calls, keeps a running mean, works in place on its input, draws random numbers; a module has two names."""
+    """Counts its calls, keeps a running mean, works in place on its input, draws random numbers; a
+    module has two names.
+    """
 
     def __init__(self):
         super().__init__()
@@ -693,9 +831,15 @@ class Stateful(nn.Module):
 
 
 def test_state_stays():
-    """A model whose forward changes its state, its inputs and the random state stays as it is; the result starts there."""
+    """A model whose forward changes its state, its inputs and the random state stays as it is; the
+    result starts there.
+    """
     model, x = Stateful().eval(), data(64)
-    state, batches, random = copy.deepcopy(model.state_dict()), [b.clone() for b in x], torch.get_rng_state()
+    state, batches, random = (
+        copy.deepcopy(model.state_dict()),
+        [b.clone() for b in x],
+        torch.get_rng_state(),
+    )
     small = factorize_low_rank(model, calibration=x)
     assert list(pairs_in(small)) and model.calls == small.calls == 0 and not small.mean.any()
     assert all(torch.equal(state[name], t) for name, t in model.state_dict().items())
@@ -718,7 +862,9 @@ HARD = {
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("kind", HARD)
 def test_inputs_of_little_rank(kind, bias):
-    """Inputs that are equal, zero, dead or of unlike sizes give finite weights, and what they gave stays."""
+    """Inputs that are equal, zero, dead or of unlike sizes give finite weights, and what they gave
+    stays.
+    """
     model, x = mlp(64, 96, 64, bias=bias), HARD[kind]()
     small = factorize_low_rank(model, rank=24, calibration=[x, x])
     assert all(p.isfinite().all() for p in small.parameters())
@@ -727,7 +873,9 @@ def test_inputs_of_little_rank(kind, bias):
 
 
 def test_constant_inputs_leave_a_whole_layer_as_it_is():
-    """Behind a cut layer, a whole one whose inputs never vary keeps its weight and gives the right output."""
+    """Behind a cut layer, a whole one whose inputs never vary keeps its weight and gives the right
+    output.
+    """
     model, x = mlp(64, 64, 64), [torch.ones(8, 64)]
     small = factorize_low_rank(model, ratio={"0": 0.4, "2": 1.0}, calibration=x)
     assert_close(small(x[0]), model(x[0]), factor=10)
@@ -738,7 +886,9 @@ def test_progress_names_layers():
     """Calibrated low rank says what it does, layer by layer."""
     lines: list[str] = []
     factorize_low_rank(mlp(64, 64, 64), calibration=data(64), progress=lines.append)
-    assert any("gradients of 0, 2" in line for line in lines) and any("fitting 2 (2/2)" in line for line in lines)
+    assert any("gradients of 0, 2" in line for line in lines) and any(
+        "fitting 2 (2/2)" in line for line in lines
+    )
 
 
 class Recurrent(nn.Module):
@@ -751,24 +901,36 @@ class Recurrent(nn.Module):
 
 
 def test_little_touched_is_said():
-    """Where most of a model stays, a warning and the notes say how little was touched, and what holds the rest."""
-    with pytest.warns(UserWarning, match=r"hold 4% of the parameters of Recurrent; the rest: LSTM \(96%\)"):
+    """Where most of a model stays, a warning and the notes say how little was touched, and what
+    holds the rest.
+    """
+    with pytest.warns(
+        UserWarning, match=r"hold 4% of the parameters of Recurrent; the rest: LSTM \(96%\)"
+    ):
         small = factorize_low_rank(Recurrent())
     (step,) = quantize.summary(small).steps
     assert step.done == {"head": "rank 12 of 32"} and "LSTM isn't factorized" in step.left["lstm"]
-    assert step.settings["share_touched"] == pytest.approx(0.04, abs=0.003) and step.distance is None
+    assert (
+        step.settings["share_touched"] == pytest.approx(0.04, abs=0.003) and step.distance is None
+    )
 
 
 def test_notes():
-    """The notes have what was done, what was left, and the distance on the first batch of calibration."""
+    """The notes have what was done, what was left, and the distance on the first batch of
+    calibration.
+    """
     model, x = mlp(64, 128, 64), data(64)
     small = factorize_low_rank(model, rank={"0": 16}, calibration=x)
     (step,) = quantize.summary(small).steps
     assert (step.technique, step.done) == ("low_rank", {"0": "rank 16 of 64"})
-    assert step.distance == pytest.approx(((small(x[0]) - model(x[0])).norm() / model(x[0]).norm()).item(), rel=1e-4)
+    assert step.distance == pytest.approx(
+        ((small(x[0]) - model(x[0])).norm() / model(x[0]).norm()).item(), rel=1e-4
+    )
 
 
-@pytest.mark.parametrize("make", [nn.utils.weight_norm, nn.utils.spectral_norm, nn.utils.parametrizations.orthogonal])
+@pytest.mark.parametrize(
+    "make", [nn.utils.weight_norm, nn.utils.spectral_norm, nn.utils.parametrizations.orthogonal]
+)
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated")
 def test_layers_whose_weight_is_computed_are_left(make):
     """Under a parametrization, old or new, a layer stays, by name."""
@@ -776,11 +938,16 @@ def test_layers_whose_weight_is_computed_are_left(make):
     model[0] = make(model[0])
     for calibration in (None, data(64)):
         small = factorize_low_rank(model, calibration=calibration)
-        assert list(pairs_in(small)) == ["2"] and "weight is computed" in quantize.summary(small).left["0"]
+        assert (
+            list(pairs_in(small)) == ["2"]
+            and "weight is computed" in quantize.summary(small).left["0"]
+        )
 
 
 def test_models_without_gradients_are_factorized():
-    """Where no gradient can be had (an operation without one, outputs of integers), layers count by their own outputs."""
+    """Where no gradient can be had (an operation without one, outputs of integers), layers count by
+    their own outputs.
+    """
 
     class Ranked(nn.Module):
         def __init__(self):
@@ -795,7 +962,10 @@ def test_models_without_gradients_are_factorized():
 
 def test_models_made_in_inference_mode_are_factorized():
     """They give the factors that the same weights give otherwise."""
-    model, batches = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 8)).eval(), [torch.randn(16, 32)]
+    model, batches = (
+        nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 8)).eval(),
+        [torch.randn(16, 32)],
+    )
     with torch.inference_mode():
         twin = copy.deepcopy(model)
     options = {"ratio": 0.7, "calibration": batches, "only_faster": False}

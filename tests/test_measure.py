@@ -20,19 +20,23 @@ from torch import nn
 
 import quantize
 from quantize.checkpoint import CheckpointError, save
-from quantize.measure import (
-    Measurement,
+from quantize.host import keep_allocations
+from quantize.measuring.artifact import (
+    Artifact,
     MeasurementError,
+    as_metrics,
+    fingerprint,
+    stored_tensors,
+)
+from quantize.measuring.comparison import (
+    Measurement,
     _take_turns,
     _Turn,
     compare,
-    fingerprint,
-    keep_allocations,
     latency_of,
     measure,
 )
-from quantize.measure.artifact import Artifact, as_metrics, stored_tensors
-from quantize.measure.process import Nursery, Worker, pack, pack_inputs, payload
+from quantize.measuring.process import Nursery, Worker, pack, pack_inputs, payload
 from quantize.models import MLP, MLPConfig
 
 QUICK = {"threads": 1, "rounds": 2, "burst_seconds": 0.0}
@@ -54,7 +58,10 @@ class Net(nn.Module):
 
 
 def weight_sum(model, factor=1.0):
-    return {"weight_sum": factor * model.state_dict()["head.weight"].double().sum().item(), "pid": os.getpid()}
+    return {
+        "weight_sum": factor * model.state_dict()["head.weight"].double().sum().item(),
+        "pid": os.getpid(),
+    }
 
 
 def die(model):
@@ -104,17 +111,17 @@ def measured(files) -> list[Measurement]:
 
 
 def weight_sum_or_zero(model, factor):
-    return weight_sum(model, factor) if isinstance(model, MLP) else {"weight_sum": 0.0, "pid": os.getpid()}
-
-
-def test_the_function_and_its_module_share_a_name():
-    """`quantize.measure` is the function; its companions are imported from the module of that name."""
-    assert callable(quantize.measure) and quantize.measure is measure
-    assert sys.modules["quantize.measure"].compare is compare
+    return (
+        weight_sum(model, factor)
+        if isinstance(model, MLP)
+        else {"weight_sum": 0.0, "pid": os.getpid()}
+    )
 
 
 def test_fresh_processes_give_the_outputs_of_the_model_that_was_saved(files, measured):
-    """The artifact loaded elsewhere equals its in-memory twin bit for bit, and has a process of its own."""
+    """The artifact loaded elsewhere equals its in-memory twin bit for bit, and has a process of its
+    own.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     assert measured[0].output_sha256 == fingerprint(files["model"], INPUTS)
@@ -123,7 +130,9 @@ def test_fresh_processes_give_the_outputs_of_the_model_that_was_saved(files, mea
 
 
 def test_everything_is_measured(files, measured):
-    """Size from the disk, all weights (frozen TorchScript constants too), ordered percentiles, a metric from the worker."""
+    """Size from the disk, all weights (frozen TorchScript constants too), ordered percentiles, a
+    metric from the worker.
+    """
     parameters = sum(p.numel() for p in files["model"].parameters())
     for m, path in zip(measured, (files["mlp"], files["script"]), strict=True):
         assert (m.bytes, m.parameters) == (path.stat().st_size, parameters)
@@ -136,7 +145,9 @@ def test_everything_is_measured(files, measured):
 
 
 def multiply(model):
-    torch.ones(512, 512) @ torch.ones(512, 512)  # hangs in a child that was forked from a process with a thread pool
+    torch.ones(512, 512) @ torch.ones(
+        512, 512
+    )  # hangs in a child that was forked from a process with a thread pool
     return {"product": 1.0}
 
 
@@ -187,7 +198,9 @@ def test_a_foreign_architecture_is_measured_from_its_file(tmp_path):
     save(Net().eval(), tmp_path / "net.safetensors")
     m = measure(tmp_path / "net.safetensors", {"x": INPUTS, "scale": 2.0}, model=Net, **QUICK)
     assert m.notes == () and m.peak_rss_mb and m.latency_ms.median > 0
-    assert m.parameters == 16 * 16 + 2 * 16 + 2 * 16 + 16  # tied weight once, BatchNorm's statistics and the mask not
+    assert (
+        m.parameters == 16 * 16 + 2 * 16 + 2 * 16 + 16
+    )  # tied weight once, BatchNorm's statistics and the mask not
 
 
 def test_stored_tensors_counts_shared_weights_once():
@@ -197,10 +210,18 @@ def test_stored_tensors_counts_shared_weights_once():
 
 @pytest.mark.slow
 def test_what_cannot_be_sent_is_evaluated_here_and_said(files):
-    """An open file can't go to another process: the artifact is loaded here for it; notes and progress say so."""
+    """An open file can't go to another process: the artifact is loaded here for it; notes and
+    progress say so.
+    """
     said = []
     with files["mlp"].open() as file:
-        m = measure(files["mlp"], INPUTS, evaluate=lambda model: ("open", not file.closed), progress=said.append, **QUICK)
+        m = measure(
+            files["mlp"],
+            INPUTS,
+            evaluate=lambda model: ("open", not file.closed),
+            progress=said.append,
+            **QUICK,
+        )
     assert m.metrics == {"open": 1.0} and m.peak_rss_mb
     assert len(m.notes) == 1 and m.notes[0].startswith("evaluated in the calling process")
     assert f"mlp: {m.notes[0]}" in said
@@ -208,26 +229,39 @@ def test_what_cannot_be_sent_is_evaluated_here_and_said(files):
 
 @pytest.mark.slow
 def test_what_a_child_cannot_read_is_measured_here_and_said(files):
-    """Pickling may work and unpickling fail; the numbers then come from the file in this process."""
+    """Pickling may work and unpickling fail; the numbers then come from the file in this
+    process.
+    """
     m = measure(files["mlp"], INPUTS, evaluate=OnlyHere(), **QUICK)
-    assert m.metrics == {"metric": 3.0} and m.peak_rss_mb is None and "calling process" in m.notes[0]
+    assert (
+        m.metrics == {"metric": 3.0} and m.peak_rss_mb is None and "calling process" in m.notes[0]
+    )
 
 
 @pytest.mark.slow
 def test_a_model_in_memory_is_not_touched(files):
-    """Measured on a copy in a fresh process, in eval mode, and the notes say that it is no artifact."""
+    """Measured on a copy in a fresh process, in eval mode, and the notes say that it is no
+    artifact.
+    """
     model = nn.Sequential(nn.Linear(16, 16), nn.Dropout(0.5)).train()
     keys = set(model.__dict__)
-    m = measure(model, INPUTS, evaluate=lambda copy: {"on": copy.training, "pid": os.getpid()}, **QUICK)
+    m = measure(
+        model, INPUTS, evaluate=lambda copy: {"on": copy.training, "pid": os.getpid()}, **QUICK
+    )
     assert model.training and model[1].training and set(model.__dict__) == keys
     assert (
-        m.metrics["on"] == 0 and m.metrics["pid"] != os.getpid() and m.file is None and m.bytes == 4 * m.parameters == 4 * 272
+        m.metrics["on"] == 0
+        and m.metrics["pid"] != os.getpid()
+        and m.file is None
+        and m.bytes == 4 * m.parameters == 4 * 272
     )
     assert "in memory" in m.notes[0]
 
 
 def test_without_inputs_a_built_in_model_is_still_timed(files):
-    """The built-in models know what they take; others are measured without latency, and it is said."""
+    """The built-in models know what they take; others are measured without latency, and it is
+    said.
+    """
     assert measure(files["model"], None, **QUICK).latency_ms is not None
     m = measure(nn.Linear(2, 2), None, **QUICK)
     assert m.latency_ms is None and m.speedup is None and "latency not measured" in m.notes[-1]
@@ -243,8 +277,13 @@ def test_without_inputs_a_built_in_model_is_still_timed(files):
 )
 @pytest.mark.slow
 def test_failing_workers_are_named_and_reaped(files, evaluate, message):
-    """A crash, an exception and a hang become one MeasurementError that names the file; no process is left."""
-    things, name = payload(example_inputs=pack_inputs(INPUTS), evaluate=pack(evaluate)), str(files["mlp"])
+    """A crash, an exception and a hang become one MeasurementError that names the file; no process
+    is left.
+    """
+    things, name = (
+        payload(example_inputs=pack_inputs(INPUTS), evaluate=pack(evaluate)),
+        str(files["mlp"]),
+    )
     with (
         Nursery(threads=1) as nursery,
         Worker(nursery, files["mlp"], things, name=name, keep=False, timeout_s=300) as worker,
@@ -262,7 +301,9 @@ def test_failing_workers_are_named_and_reaped(files, evaluate, message):
 
 def test_wrong_inputs_name_the_artifact(files):
     """What the model raises comes back as a MeasurementError."""
-    with pytest.raises(MeasurementError, match=r"MLP: calling it with example_inputs failed: RuntimeError"):
+    with pytest.raises(
+        MeasurementError, match=r"MLP: calling it with example_inputs failed: RuntimeError"
+    ):
         measure(files["model"], torch.ones(2, 3), **QUICK)
 
 
@@ -312,11 +353,16 @@ def test_what_is_no_metric_is_refused(result):
 
 
 def test_a_row_does_not_contradict_itself():
-    """speedup is the ratio of the medians shown, in every order of calls, and the median lies between p10 and p90."""
+    """speedup is the ratio of the medians shown, in every order of calls, and the median lies
+    between p10 and p90.
+    """
     generator = random.Random(0)
     for _ in range(200):
         rounds = generator.randrange(1, 6)
-        times = [[generator.lognormvariate(0, 1) for _ in range(generator.randrange(1, 30))] for _ in range(2 * rounds)]
+        times = [
+            [generator.lognormvariate(0, 1) for _ in range(generator.randrange(1, 30))]
+            for _ in range(2 * rounds)
+        ]
         base, other = latency_of(times[:rounds]), latency_of(times[rounds:])
         assert base.p10 <= base.median <= base.p90 and other.p10 <= other.median <= other.p90
         artifacts = [Timed(times[:rounds]), Timed(times[rounds:])]
@@ -366,16 +412,25 @@ def _measured(artifacts: list[Timed], rounds: int) -> list[Measurement]:
 
 @pytest.mark.parametrize(
     ("times", "busy"),
-    [([1.0] * 9 + [2.0], False), ([1.0] * 5 + [2.0] * 5, True), ([1.0, 1.4] * 5, False), ([1.0, 9.0], False)],
+    [
+        ([1.0] * 9 + [2.0], False),
+        ([1.0] * 5 + [2.0] * 5, True),
+        ([1.0, 1.4] * 5, False),
+        ([1.0, 9.0], False),
+    ],
 )
 def test_a_busy_machine_is_said(times, busy):
     """Times that moved by more than half, where there are enough of them to tell."""
     (row,) = _measured([Timed([times])], 1)
-    assert [note.startswith("busy machine: p90 is 2.0 times p10") for note in row.notes] == [True] * busy
+    assert [note.startswith("busy machine: p90 is 2.0 times p10") for note in row.notes] == [
+        True
+    ] * busy
 
 
 def test_timed_as_users_run_it(files):
-    """Without gradients but outside of inference mode, where int8 layers share what they have quantized."""
+    """Without gradients but outside of inference mode, where int8 layers share what they have
+    quantized.
+    """
     modes = []
 
     def watched(x):
@@ -390,11 +445,19 @@ def test_timed_as_users_run_it(files):
 
 
 def test_fingerprint_sees_a_single_bit():
-    """Equal for equal bits, different for one changed bit, another dtype or shape; nested outputs count."""
+    """Equal for equal bits, different for one changed bit, another dtype or shape; nested outputs
+    count.
+    """
     same = [fingerprint(lambda x: {"a": (x, 1)}, torch.ones(3)) for _ in range(2)]
     assert same[0] == same[1]
     other = torch.nextafter(torch.ones(3), torch.tensor([1.0, 1.0, 2.0]))
-    variants = [torch.ones(3), other, torch.ones(3, dtype=torch.bfloat16), torch.ones(3, 1), torch.tensor(1.0)]
+    variants = [
+        torch.ones(3),
+        other,
+        torch.ones(3, dtype=torch.bfloat16),
+        torch.ones(3, 1),
+        torch.tensor(1.0),
+    ]
     assert len({fingerprint(lambda x: x, v) for v in variants}) == len(variants)
 
 
@@ -409,15 +472,27 @@ def _environment() -> dict[str, str]:
 
 
 def _command(*arguments: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "quantize.measure", *map(str, arguments)]
+    command = [sys.executable, "-m", "quantize", "measure", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env=_environment(), timeout=300)
 
 
 @pytest.mark.slow
 def test_command_line_prints_one_json_line(files, tmp_path):
-    """Standard output is one line of JSON, standard error is empty (no double import, no warnings), and the numbers agree."""
+    """Standard output is one line of JSON, standard error is empty (no double import, no warnings),
+    and the numbers agree.
+    """
     np.save(tmp_path / "x.npy", INPUTS.numpy())
-    result = _command(files["mlp"], "--inputs", tmp_path / "x.npy", "--threads", 1, "--rounds", 1, "--burst-seconds", 0)
+    result = _command(
+        files["mlp"],
+        "--inputs",
+        tmp_path / "x.npy",
+        "--threads",
+        1,
+        "--rounds",
+        1,
+        "--burst-seconds",
+        0,
+    )
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.count("\n") == 1
     line = json.loads(result.stdout)
@@ -432,7 +507,7 @@ def test_command_line_names_a_missing_file(tmp_path):
     result = _command(tmp_path / "none.pth")
     assert (result.returncode, result.stdout) == (2, "")
     reason = f"{tmp_path / 'none.pth'}: no such file"
-    assert result.stderr == f"python -m quantize.measure: error: {reason}\n"
+    assert result.stderr == f"quantize measure: error: {reason}\n"
 
 
 @pytest.mark.parametrize(
@@ -450,10 +525,14 @@ def test_command_line_names_a_missing_file(tmp_path):
 )
 def test_mistakes_on_the_command_line(files, tmp_path, capsys, arguments, message):
     """One line each, exit code 2."""
-    from quantize.measure.__main__ import main
+    from quantize.measuring.command import main
 
     (tmp_path / "garbage.pth").write_bytes(b"PK\x03\x04 not a checkpoint")
-    places = {"FOLDER": str(tmp_path), "FILE": str(files["mlp"]), "GARBAGE": str(tmp_path / "garbage.pth")}
+    places = {
+        "FOLDER": str(tmp_path),
+        "FILE": str(files["mlp"]),
+        "GARBAGE": str(tmp_path / "garbage.pth"),
+    }
     code = main([places.get(a, a) for a in arguments])
     out, err = capsys.readouterr()
     assert code == 2 and out == "" and err.count("\n") == 1 and message in err

@@ -1,4 +1,6 @@
-"""What becomes of measuring processes: nothing outlives the caller, nothing holds its result back."""
+"""What becomes of measuring processes: nothing outlives the caller, nothing holds its result
+back.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ import torch
 
 import quantize
 from quantize.checkpoint import save
-from quantize.measure import MeasurementError, compare, measure
+from quantize.measuring.artifact import MeasurementError
+from quantize.measuring.comparison import compare, measure
 from quantize.models import MLP, MLPConfig
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
@@ -36,7 +39,8 @@ if {spawn}:
     import os
     del os.fork
 quantize.measure(
-    sys.argv[1], torch.zeros(2, 16), evaluate=evaluators.start_children_and_hang, threads=1, rounds=1, burst_seconds=0.0,
+    sys.argv[1], torch.zeros(2, 16), evaluate=evaluators.start_children_and_hang,
+    threads=1, rounds=1, burst_seconds=0.0,
 )
 """
 
@@ -52,7 +56,9 @@ def start_children() -> None:
     """One in the process group, one in a session of its own, one that holds the worker's pipes."""
     subprocess.Popen(["sleep", "1000"])
     subprocess.Popen(["sleep", "1000"], start_new_session=True)
-    multiprocessing.get_context("fork").Process(target=time.sleep, args=(1000,), daemon=True).start()
+    multiprocessing.get_context("fork").Process(
+        target=time.sleep, args=(1000,), daemon=True
+    ).start()
 
 
 def start_children_and_hang(model) -> None:
@@ -96,18 +102,25 @@ def wait_until(condition, seconds: float = 60.0) -> bool:
 
 @linux
 @pytest.mark.slow
-@pytest.mark.parametrize(("how", "spawn"), [(signal.SIGKILL, False), (signal.SIGINT, False), (signal.SIGTERM, True)])
+@pytest.mark.parametrize(
+    ("how", "spawn"), [(signal.SIGKILL, False), (signal.SIGINT, False), (signal.SIGTERM, True)]
+)
 def test_nothing_outlives_the_caller(file, tmp_path, how, spawn):
     """However the caller ends while a worker computes: no process of its is left, and no file."""
     mark, started, folder = uuid.uuid4().hex, tmp_path / "started", tmp_path / "temporary"
     folder.mkdir()
     paths = os.pathsep.join([str(HERE.parent), str(Path(quantize.__file__).parents[1])])
     environment = {
-        **os.environ, "QUANTIZE_TEST_MARK": mark, "QUANTIZE_TEST_STARTED": str(started), "TMPDIR": str(folder),
+        **os.environ,
+        "QUANTIZE_TEST_MARK": mark,
+        "QUANTIZE_TEST_STARTED": str(started),
+        "TMPDIR": str(folder),
         "PYTHONPATH": paths,
-    }  # fmt: skip
+    }
     code = CALLER.format(module=HERE.stem, spawn=spawn)
-    caller = subprocess.Popen([sys.executable, "-c", code, str(file)], env=environment, stderr=subprocess.DEVNULL)
+    caller = subprocess.Popen(
+        [sys.executable, "-c", code, str(file)], env=environment, stderr=subprocess.DEVNULL
+    )
     assert wait_until(started.exists) and len(processes(mark)) >= 4
     caller.send_signal(how)
     caller.wait(60)
@@ -123,7 +136,9 @@ def test_nothing_outlives_the_caller(file, tmp_path, how, spawn):
 @linux
 @pytest.mark.slow
 def test_children_of_evaluate_hold_nothing_back(file, monkeypatch):
-    """The result comes while they run, also when they hold the worker's pipes; then they are ended."""
+    """The result comes while they run, also when they hold the worker's pipes; then they are
+    ended.
+    """
     mark = uuid.uuid4().hex
     monkeypatch.setenv("QUANTIZE_TEST_MARK", mark)
     began = time.monotonic()
@@ -138,7 +153,9 @@ def test_children_of_evaluate_hold_nothing_back(file, monkeypatch):
 def test_a_death_is_seen_although_children_live(file, evaluate, code):
     """By its exit code, long before the time is up."""
     began = time.monotonic()
-    with pytest.raises(MeasurementError, match=f"its process ended with exit code {code} during 'evaluate'"):
+    with pytest.raises(
+        MeasurementError, match=f"its process ended with exit code {code} during 'evaluate'"
+    ):
         measure(file, INPUTS, evaluate=evaluate, timeout_s=1000, **QUICK)
     assert time.monotonic() - began < 300
 
@@ -154,7 +171,9 @@ def test_workers_die_with_the_process_that_forked_them(file, monkeypatch):
     """The caller is told, and no worker is left."""
     mark = uuid.uuid4().hex
     monkeypatch.setenv("QUANTIZE_TEST_MARK", mark)
-    with pytest.raises(MeasurementError, match="the process that starts the measuring processes has failed"):
+    with pytest.raises(
+        MeasurementError, match="the process that starts the measuring processes has failed"
+    ):
         compare({"a": file, "b": file}, INPUTS, evaluate=kill_parent, **QUICK)
     assert wait_until(lambda: not processes(mark), 20)
 
@@ -167,7 +186,9 @@ def nap(model, seconds: float) -> float:
 @pytest.mark.slow
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_the_limit_counts_work_and_not_the_start(file, monkeypatch, start):
-    """Two seconds are less than a Python with torch needs to start here, and enough for all but the last answer."""
+    """Two seconds are less than a Python with torch needs to start here, and enough for all but the
+    last answer.
+    """
     if start == "spawn":
         monkeypatch.delattr("os.fork")
     with pytest.raises(MeasurementError, match="no answer to 'evaluate' within 2 s"):
@@ -182,7 +203,7 @@ import torch
 from torch import nn
 
 import quantize
-from quantize.measure import compare
+from quantize.measuring import compare
 
 WIDTH = 5  # a global that both use
 
@@ -204,7 +225,8 @@ torch.manual_seed(0)
 model = Net().eval()
 quantize.save(model, sys.argv[1])
 rows = compare(
-    {"file": sys.argv[1], "memory": model}, torch.zeros(2, 16), model=Net, evaluate=lambda m: width(m),
+    {"file": sys.argv[1], "memory": model}, torch.zeros(2, 16), model=Net,
+    evaluate=lambda m: width(m),
     threads=1, rounds=1, burst_seconds=0.0,
 )
 assert len({os.getpid(), *(row.metrics["pid"] for row in rows)}) == 3
@@ -216,7 +238,9 @@ print([row.notes for row in rows])
 
 @pytest.mark.slow
 def test_what_the_script_defines_is_measured_in_a_fresh_process(tmp_path):
-    """A class, a function and a lambda of a script without a main guard: processes of their own, and the script runs once."""
+    """A class, a function and a lambda of a script without a main guard: processes of their own,
+    and the script runs once.
+    """
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     environment = {**os.environ, "PYTHONPATH": str(Path(quantize.__file__).parents[1])}

@@ -7,7 +7,6 @@ import transformers
 from helpers import assert_close
 from torch.export import Dim, export
 
-from quantize.kv_cache import KVCache
 from quantize.models import (
     MLP,
     ConvNet,
@@ -20,6 +19,7 @@ from quantize.models import (
     causal_attention,
     rope_table,
 )
+from quantize.run.kv_cache import KVCache
 
 TINY = {"vocab_size": 61, "width": 32, "layers": 2, "heads": 4, "kv_heads": 2, "ffn_width": 48}
 
@@ -40,17 +40,31 @@ def ids(*shape):
 
 REFERENCES = {
     "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM, {}),
-    "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM, {"sliding_window": None}),
+    "mistral": (
+        transformers.MistralConfig,
+        transformers.MistralForCausalLM,
+        {"sliding_window": None},
+    ),
     "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM, {}),
     "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM, {"head_dim": 16}),
 }
 NAMES = {
-    "self_attn.q_proj": "attention.q", "self_attn.k_proj": "attention.k", "self_attn.v_proj": "attention.v",
-    "self_attn.o_proj": "attention.out", "self_attn.q_norm": "attention.q_norm", "self_attn.k_norm": "attention.k_norm",
-    "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn.gate", "mlp.up_proj": "ffn.up", "mlp.down_proj": "ffn.down",
-    "model.layers": "blocks", "model.embed_tokens": "embedding", "model.norm": "norm", "lm_head": "head",
-}  # fmt: skip
+    "self_attn.q_proj": "attention.q",
+    "self_attn.k_proj": "attention.k",
+    "self_attn.v_proj": "attention.v",
+    "self_attn.o_proj": "attention.out",
+    "self_attn.q_norm": "attention.q_norm",
+    "self_attn.k_norm": "attention.k_norm",
+    "input_layernorm": "attention_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn.gate",
+    "mlp.up_proj": "ffn.up",
+    "mlp.down_proj": "ffn.down",
+    "model.layers": "blocks",
+    "model.embed_tokens": "embedding",
+    "model.norm": "norm",
+    "lm_head": "head",
+}
 
 
 @pytest.mark.parametrize("family", REFERENCES)
@@ -59,16 +73,27 @@ def test_decoder_matches_transformers(family, tied):
     """With a transformers model's weights, the decoder gives its logits, for four families."""
     config_class, model_class, extra = REFERENCES[family]
     config = config_class(
-        vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        intermediate_size=48, tie_word_embeddings=tied, rms_norm_eps=1e-5, **extra,
-    )  # fmt: skip
+        vocab_size=61,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=48,
+        tie_word_embeddings=tied,
+        rms_norm_eps=1e-5,
+        **extra,
+    )
     torch.manual_seed(0)
     reference = model_class(config).eval()
     with torch.no_grad():
-        for parameter in reference.parameters():  # biases and norms start at 0 and 1: make them matter
+        for (
+            parameter
+        ) in reference.parameters():  # biases and norms start at 0 and 1: make them matter
             parameter.add_(0.1 * torch.randn_like(parameter))
     qwen3 = family == "qwen3"
-    model = decoder(tied_head=tied, qkv_bias=family == "qwen2", qk_norm=qwen3, head_dim=16 if qwen3 else None)
+    model = decoder(
+        tied_head=tied, qkv_bias=family == "qwen2", qk_norm=qwen3, head_dim=16 if qwen3 else None
+    )
     weights = {}
     for name, value in reference.state_dict().items():
         for theirs, ours in NAMES.items():
@@ -85,7 +110,10 @@ def test_rope_depends_on_distance_only():
     q, k = torch.randn(2, 1, 1, 1, 16, dtype=torch.float64).unbind(0)
 
     def product(i, j):
-        turned = [apply_rope(x, *(t.double() for t in rope_table(torch.tensor([p]), 16, 1e4))) for x, p in ((q, i), (k, j))]
+        turned = [
+            apply_rope(x, *(t.double() for t in rope_table(torch.tensor([p]), 16, 1e4)))
+            for x, p in ((q, i), (k, j))
+        ]
         return (turned[0] * turned[1]).sum()
 
     assert abs(product(3, 1) - product(103, 101)) < 1e-4
@@ -94,7 +122,9 @@ def test_rope_depends_on_distance_only():
 
 @pytest.mark.parametrize("block", [1, 4, 9, 128])
 def test_attention_in_blocks_equals_torch(block):
-    """Both ways to compute causal attention agree, grouped queries and a short last block included, in values and gradients."""
+    """Both ways to compute causal attention agree, grouped queries and a short last block included,
+    in values and gradients.
+    """
     q, k, v = (torch.randn(2, heads, 9, 8, requires_grad=True) for heads in (4, 2, 2))
     outputs = [causal_attention(q, k, v), blocked_causal_attention(q, k, v, block)]
     gradients = [torch.autograd.grad(output.square().sum(), (q, k, v)) for output in outputs]
@@ -141,7 +171,10 @@ def test_tied_head_is_one_tensor():
     model = decoder(tied_head=True)
     assert model.head.weight is model.embedding.weight
     untied = decoder()
-    assert sum(p.numel() for p in untied.parameters()) - sum(p.numel() for p in model.parameters()) == 61 * 32
+    assert (
+        sum(p.numel() for p in untied.parameters()) - sum(p.numel() for p in model.parameters())
+        == 61 * 32
+    )
 
 
 def test_a_new_decoder_predicts_evenly():
@@ -163,7 +196,9 @@ class LowRank(torch.nn.Module):
 
 
 def shrink(linear, *, rows=None, columns=None):
-    """Keep the first rows (outputs) or columns (inputs) of a linear, in place, as structured pruning does."""
+    """Keep the first rows (outputs) or columns (inputs) of a linear, in place, as structured
+    pruning does.
+    """
     weight = linear.weight.data[:rows, :columns]
     linear.weight = torch.nn.Parameter(weight.clone())
     linear.out_features, linear.in_features = weight.shape
@@ -175,23 +210,38 @@ def variant(kind):
     model = decoder()
     for block in model.blocks:
         if kind == "low rank":
-            for parent, name in ((block.attention, "q"), (block.attention, "out"), (block.ffn, "down")):
+            for parent, name in (
+                (block.attention, "q"),
+                (block.attention, "out"),
+                (block.ffn, "down"),
+            ):
                 setattr(parent, name, LowRank(getattr(parent, name)))
         elif kind == "pruned":
-            shrink(block.ffn.gate, rows=24), shrink(block.ffn.up, rows=24), shrink(block.ffn.down, columns=24)
-            shrink(block.attention.q, rows=16), shrink(block.attention.out, columns=16)  # one of two key-value groups
+            (
+                shrink(block.ffn.gate, rows=24),
+                shrink(block.ffn.up, rows=24),
+                shrink(block.ffn.down, columns=24),
+            )
+            (
+                shrink(block.attention.q, rows=16),
+                shrink(block.attention.out, columns=16),
+            )  # one of two key-value groups
             shrink(block.attention.k, rows=8), shrink(block.attention.v, rows=8)
     return model.eval()
 
 
 @pytest.mark.parametrize("kind", ["plain", "tied bias norm", "low rank", "pruned"])
 def test_decoder_exports_and_traces_with_free_batch_and_length(kind):
-    """torch.export and TorchScript tracing give the eager logits at shapes they have not seen, compressed or not."""
+    """torch.export and TorchScript tracing give the eager logits at shapes they have not seen,
+    compressed or not.
+    """
     model = variant(kind)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("error", torch.jit.TracerWarning)
         warnings.simplefilter("ignore", FutureWarning)
-        exported = export(model, (ids(2, 9),), dynamic_shapes=({0: Dim("batch"), 1: Dim("length")},)).module()
+        exported = export(
+            model, (ids(2, 9),), dynamic_shapes=({0: Dim("batch"), 1: Dim("length")},)
+        ).module()
         traced = torch.jit.trace(model, (ids(2, 9),))
         for shape in ((3, 20), (1, 5)):
             expected = model(ids(*shape))
@@ -202,13 +252,18 @@ def test_decoder_exports_and_traces_with_free_batch_and_length(kind):
 @pytest.mark.parametrize(
     "model, inputs",
     [
-        (ConvNet(ConvNetConfig(in_channels=3, widths=(8, 16, 16), blocks=2)), torch.randn(2, 3, 9, 12)),
+        (
+            ConvNet(ConvNetConfig(in_channels=3, widths=(8, 16, 16), blocks=2)),
+            torch.randn(2, 3, 9, 12),
+        ),
         (MLP(MLPConfig(in_features=36, hidden=(16,))), torch.randn(2, 1, 6, 6)),
     ],
     ids=["ConvNet", "MLP"],
 )
 def test_image_models_export_and_trace_with_free_batch(model, inputs):
-    """The image models map [N, C, H, W] to [N, classes] in eager, exported and traced form alike."""
+    """The image models map [N, C, H, W] to [N, classes] in eager, exported and traced form
+    alike.
+    """
     model.eval()
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
@@ -222,11 +277,20 @@ def test_image_models_export_and_trace_with_free_batch(model, inputs):
 
 
 @pytest.mark.parametrize(
-    "config", [DecoderConfig(), DecoderConfig(**TINY), ConvNetConfig(widths=(8, 16)), MLPConfig(hidden=(4, 5))]
+    "config",
+    [
+        DecoderConfig(),
+        DecoderConfig(**TINY),
+        ConvNetConfig(widths=(8, 16)),
+        MLPConfig(hidden=(4, 5)),
+    ],
 )
 def test_configs_survive_json(config):
     """A config rebuilt from its plain values, lists for tuples, equals the first."""
-    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(config).items()}
+    plain = {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in asdict(config).items()
+    }
     assert type(config)(**plain) == config
 
 

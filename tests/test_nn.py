@@ -1,4 +1,6 @@
-"""A compressed layer as others see it: its weight reads as the float weight that it stands for, whoever asks."""
+"""A compressed layer as others see it: its weight reads as the float weight that it stands for,
+whoever asks.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import quantize
-from quantize.int4 import quantize_weights
+from quantize.compression.int4 import quantize_weights
 from quantize.nn import WeightReading
 
 FILES = Path(__file__).with_name("files")
@@ -60,25 +62,38 @@ TRANSFORMS = {
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_weight_reads_as_what_the_layer_multiplies_by(transform, dtype):
-    """dtype, shape and numbers: a product with `layer.weight` is the layer's output, up to its rounding of activations."""
+    """dtype, shape and numbers: a product with `layer.weight` is the layer's output, up to its
+    rounding of activations.
+    """
     model = transform(net().to(dtype))
     x = randn(5, 64).to(dtype)
     weight = model.body.weight
     assert isinstance(weight, Tensor)
     assert (weight.dtype, weight.shape, weight.device.type) == (dtype, (96, 64), "cpu")
-    assert weight.is_floating_point() and weight.size(0) == 96 and len(weight) == 96 and weight.numel() == 96 * 64
+    assert (
+        weight.is_floating_point()
+        and weight.size(0) == 96
+        and len(weight) == 96
+        and weight.numel() == 96 * 64
+    )
     with torch.no_grad():
         expected = F.linear(x.float(), model.body.dense_weight().float(), model.body.bias.float())
         error = (model.body(x).float() - expected).norm() / expected.norm()
         read = F.linear(x, weight, model.body.bias)
         assert error < 0.02
         assert read.dtype == dtype
-        helpers.assert_close(read.float(), expected, dtype=torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
+        helpers.assert_close(
+            read.float(),
+            expected,
+            dtype=torch.bfloat16 if dtype == torch.bfloat16 else torch.float32,
+        )
     assert next(model.parameters()).dtype == dtype
 
 
 def test_a_model_of_compressed_layers_only_has_a_floating_parameter():
-    """`next(model.parameters())` tells dtype and device, and follows `.to`; it is no element of the state and none to train."""
+    """`next(model.parameters())` tells dtype and device, and follows `.to`; it is no element of the
+    state and none to train.
+    """
     for transform in (quantize.quantize_dynamic, quantize_weights):
         model = transform(nn.Sequential(nn.Linear(32, 32, bias=False)))
         assert next(model.parameters()).dtype == torch.float32
@@ -176,7 +191,9 @@ def test_a_low_rank_weight_trains_through_its_reading():
     layer, x = low_rank(net()).body, randn(5, 64)
     assert layer.trainable
     wanted = torch.autograd.grad(layer(x).sum(), [layer.first.weight, layer.second.weight])
-    found = torch.autograd.grad(F.linear(x, layer.weight, layer.bias).sum(), [layer.first.weight, layer.second.weight])
+    found = torch.autograd.grad(
+        F.linear(x, layer.weight, layer.bias).sum(), [layer.first.weight, layer.second.weight]
+    )
     for a, b in zip(found, wanted, strict=True):
         helpers.assert_close(a, b)
 
@@ -184,7 +201,9 @@ def test_a_low_rank_weight_trains_through_its_reading():
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
 @pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
 def test_the_default_dtype_changes_nothing(transform, default, tmp_path):
-    """Made, saved, loaded and run under another default dtype, a model gives the same bits, for few rows and for many."""
+    """Made, saved, loaded and run under another default dtype, a model gives the same bits, for few
+    rows and for many.
+    """
     model, inputs = net(), (randn(3, 64), randn(3000, 64))
     expected = [transform(model)(x) for x in inputs]
     torch.set_default_dtype(default)
@@ -196,7 +215,9 @@ def test_the_default_dtype_changes_nothing(transform, default, tmp_path):
     finally:
         torch.set_default_dtype(torch.float32)
     for outputs in actual:
-        assert all(a.dtype == e.dtype and torch.equal(a, e) for a, e in zip(outputs, expected, strict=True))
+        assert all(
+            a.dtype == e.dtype and torch.equal(a, e) for a, e in zip(outputs, expected, strict=True)
+        )
     assert loaded.body.weight.dtype == torch.float32
 
 
@@ -211,7 +232,9 @@ class Reader(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         x = self.embedding(ids).to(next(self.parameters()).dtype)
         x = self.up(x.to(self.up.weight.dtype))
-        mixed = torch.einsum("btk,enk->bten", x, torch.stack([e.weight for e in self.experts])).mean(2)
+        mixed = torch.einsum(
+            "btk,enk->bten", x, torch.stack([e.weight for e in self.experts])
+        ).mean(2)
         return F.linear(F.normalize(mixed, dim=-1), F.normalize(self.embedding.weight, dim=-1))
 
 
@@ -229,7 +252,9 @@ class Reader(nn.Module):
 @pytest.mark.parametrize("how", ["eager", "traced", "exported", "compiled"])
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
 def test_models_that_read_weights(transform, how):
-    """Eager, traced, exported and compiled, a model that reads its layers' weights gives what dense weights give."""
+    """Eager, traced, exported and compiled, a model that reads its layers' weights gives what dense
+    weights give.
+    """
     model, ids = net(Reader), torch.arange(10).reshape(2, 5)
     small = transform(model)
     dense = copy.deepcopy(model)
@@ -249,7 +274,9 @@ def test_models_that_read_weights(transform, how):
 
 
 class Old(nn.Module):
-    """What `files/version_1.safetensors` holds: a tied head, an attention, a low-rank pair and a 4-bit linear."""
+    """What `files/version_1.safetensors` holds: a tied head, an attention, a low-rank pair and a
+    4-bit linear.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -269,7 +296,9 @@ class Old(nn.Module):
 
 
 def test_a_file_of_version_1_is_still_read():
-    """A file from before the packed weights had a name of their own gives the numbers that its writer noted in it."""
+    """A file from before the packed weights had a name of their own gives the numbers that its
+    writer noted in it.
+    """
     path = FILES / "version_1.safetensors"
     model, noted = quantize.load(path, model=Old()), quantize.read_metadata(path)
     with torch.no_grad():

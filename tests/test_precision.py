@@ -16,29 +16,41 @@ DTYPES = [torch.float16, torch.bfloat16]
 
 def small_net() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 10)).eval()
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 10)
+    ).eval()
 
 
 @pytest.mark.filterwarnings("ignore:kept exact:UserWarning")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ZOO)
 def test_zoo(name, dtype, tmp_path):
-    """Outputs stay close, and the file loaded into a fresh model gives the same bits as the model in memory."""
+    """Outputs stay close, and the file loaded into a fresh model gives the same bits as the model
+    in memory.
+    """
     model, inputs = zoo(name)
     before = copy.deepcopy(model.state_dict())
     half = quantize.to_half(model, dtype)
     output = run(half, inputs)
-    assert cosine(output, run(model, inputs)) > (0.999 if dtype == torch.float16 else 0.98)  # the worst: MobileNetV2, 52 layers
-    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
+    assert cosine(output, run(model, inputs)) > (
+        0.999 if dtype == torch.float16 else 0.98
+    )  # the worst: MobileNetV2, 52 layers
+    assert all(
+        torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True)
+    )
     for suffix in (".pth", ".safetensors"):
         quantize.save(half, tmp_path / f"half{suffix}")
         fresh, _ = zoo(name, seed=1)
-        assert torch.equal(run(quantize.load(tmp_path / f"half{suffix}", model=fresh), inputs), output)
+        assert torch.equal(
+            run(quantize.load(tmp_path / f"half{suffix}", model=fresh), inputs), output
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_state_dict_is_16_bit_and_buffers_are_exact(dtype):
-    """Parameters come out of `state_dict()` in 16 bits, rounded once; running statistics and counters are untouched."""
+    """Parameters come out of `state_dict()` in 16 bits, rounded once; running statistics and
+    counters are untouched.
+    """
     model = small_net()
     state, half = model.state_dict(), quantize.to_half(model, dtype).state_dict()
     parameters = dict(model.named_parameters())
@@ -59,7 +71,9 @@ def test_computes_with_the_rounded_weights(dtype):
 
 @pytest.mark.parametrize("native", [True, False])
 def test_compute_dtype(native, monkeypatch):
-    """No stored bit is lost: fp16 computes in fp32 on a CPU, bf16 in bf16 only where that is native."""
+    """No stored bit is lost: fp16 computes in fp32 on a CPU, bf16 in bf16 only where that is
+    native.
+    """
     monkeypatch.setattr(host, "native_bf16", lambda device="cpu": native)
     assert host.compute_dtype(torch.float16) == torch.float32
     assert host.compute_dtype(torch.bfloat16) == (torch.bfloat16 if native else torch.float32)
@@ -78,7 +92,9 @@ def test_what_fp16_cannot_hold_stays_exact_and_is_named(value):
         model[1].weight.fill_(value)
     with pytest.warns(UserWarning, match=r"1\.weight"):
         half = quantize.to_half(model)
-    torch.testing.assert_close(half.state_dict()["1.weight"], model[1].weight.data, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(
+        half.state_dict()["1.weight"], model[1].weight.data, rtol=0, atol=0, equal_nan=True
+    )
     assert half.state_dict()["0.weight"].dtype == torch.float16
 
 
@@ -96,7 +112,11 @@ def test_tied_weights_stay_tied(tmp_path):
 def test_survives_copy_pickle_and_dtype_changes(dtype):
     """deepcopy, pickling and `.to` keep the storage and the results."""
     half, x = quantize.to_half(small_net(), dtype), torch.randn(1, 3, 8, 8)
-    for twin in (copy.deepcopy(half), pickle.loads(pickle.dumps(half)), copy.deepcopy(half).to("cpu")):
+    for twin in (
+        copy.deepcopy(half),
+        pickle.loads(pickle.dumps(half)),
+        copy.deepcopy(half).to("cpu"),
+    ):
         assert torch.equal(run(twin, x), run(half, x))
         assert twin.state_dict()["4.weight"].dtype == dtype
 
@@ -104,12 +124,16 @@ def test_survives_copy_pickle_and_dtype_changes(dtype):
 @pytest.mark.parametrize("later", [torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_file_repeats_a_later_cast(dtype, later, tmp_path):
-    """What a 16-bit model was cast to afterwards is what its file gives, in layers that cast and in others."""
+    """What a 16-bit model was cast to afterwards is what its file gives, in layers that cast and in
+    others.
+    """
     half, x = quantize.to_half(small_net(), dtype).to(later), torch.ones(1, 3, 8, 8, dtype=later)
     quantize.save(half, tmp_path / "half.safetensors")
     output = run(half, x)
     assert output.dtype == later
-    assert torch.equal(run(quantize.load(tmp_path / "half.safetensors", model=small_net()), x), output)
+    assert torch.equal(
+        run(quantize.load(tmp_path / "half.safetensors", model=small_net()), x), output
+    )
 
 
 @pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")
@@ -132,7 +156,9 @@ def test_torch_encoder_fast_path_still_works(dtype):
 
 
 def test_16_bit_models_are_widened_where_slow(tmp_path):
-    """The layers of a float16 model compute in float32 on a CPU; what it takes and gives stays float16, also from a file."""
+    """The layers of a float16 model compute in float32 on a CPU; what it takes and gives stays
+    float16, also from a file.
+    """
     model, x = small_net(), torch.ones(1, 3, 8, 8)
     half = quantize.to_half(copy.deepcopy(model).half())
     assert half[0]._parameters["weight"].dtype == torch.float32
@@ -147,7 +173,9 @@ def test_16_bit_models_are_widened_where_slow(tmp_path):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("given", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_inputs_and_outputs_keep_their_dtype(given, dtype):
-    """Whatever dtype a model computes in, its 16-bit copy takes and gives that one, and its weights read in it."""
+    """Whatever dtype a model computes in, its 16-bit copy takes and gives that one, and its weights
+    read in it.
+    """
     model, x = small_net().to(given), torch.ones(1, 3, 8, 8, dtype=given)
     half = quantize.to_half(model, dtype)
     assert run(half, x).dtype == given

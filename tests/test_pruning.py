@@ -16,12 +16,22 @@ from hypothesis import strategies as st
 from torch import nn
 
 import quantize
-from quantize import ConvNet, ConvNetConfig, DecoderConfig, DecoderLM, generate, load, quantize_dynamic, save, to_half
+from quantize import (
+    ConvNet,
+    ConvNetConfig,
+    DecoderConfig,
+    DecoderLM,
+    generate,
+    load,
+    quantize_dynamic,
+    save,
+    to_half,
+)
 from quantize.calibration import InputStatistics
-from quantize.distillation import make_student
-from quantize.low_rank import factorize_low_rank
-from quantize.pruning import prune_ln_structured, scores, summary
-from quantize.pruning.budget import share_out
+from quantize.compression.distillation import make_student
+from quantize.compression.low_rank import factorize_low_rank
+from quantize.compression.pruning import prune_ln_structured, scores, summary
+from quantize.compression.pruning.budget import share_out
 
 
 def seeded(build):
@@ -34,7 +44,11 @@ def randn(*shape: int) -> torch.Tensor:
 
 
 def mlp() -> nn.Module:
-    return seeded(lambda: nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 24), nn.ReLU(), nn.Linear(24, 3)))
+    return seeded(
+        lambda: nn.Sequential(
+            nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 24), nn.ReLU(), nn.Linear(24, 3)
+        )
+    )
 
 
 class Branches(nn.Module):
@@ -116,13 +130,20 @@ class Attention(Branches):
 
     def forward(self, x):
         b, t, _ = x.shape
-        q, k, v = self.qkv(x).reshape(b, t, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = (
+            self.qkv(x)
+            .reshape(b, t, 3, self.num_heads, self.head_dim)
+            .permute(2, 0, 3, 1, 4)
+            .unbind(0)
+        )
         scores = (q @ k.transpose(-1, -2) * self.head_dim**-0.5).softmax(-1)
         return self.proj((scores @ v).transpose(1, 2).reshape(b, t, self.num_heads * self.head_dim))
 
 
 class Tied(Branches):
-    """Input and output embedding share a weight; the residual stream has no norm, so it can shrink."""
+    """Input and output embedding share a weight; the residual stream has no norm, so it can
+    shrink.
+    """
 
     def build(self):
         self.embed, self.position = nn.Embedding(20, 16), nn.Parameter(torch.randn(1, 6, 16))
@@ -146,7 +167,9 @@ class WrittenSize(Branches):
 
 
 class Padded(Branches):
-    """Padding along two axes, of which one carries channels: of a linear's outputs, and of a convolution's."""
+    """Padding along two axes, of which one carries channels: of a linear's outputs, and of a
+    convolution's.
+    """
 
     def build(self):
         self.linear, self.conv = nn.Linear(8, 16), nn.Conv2d(3, 16, 3)
@@ -159,7 +182,9 @@ class Padded(Branches):
 
 
 class Blended(Branches):
-    """A parameter meets channels and inputs in one operation: the channels stay, and the search for that ends."""
+    """A parameter meets channels and inputs in one operation: the channels stay, and the search for
+    that ends.
+    """
 
     def build(self):
         self.first, self.second, self.third = nn.Linear(8, 8), nn.Linear(8, 16), nn.Linear(16, 4)
@@ -188,7 +213,10 @@ SMALL = {
     "convnet": (lambda: ConvNet(ConvNetConfig(widths=(16, 32))), randn(2, 1, 8, 8)),
     "padded": (Padded, IMAGES),
     "blended": (Blended, randn(4, 8)),
-    "conv1d": (lambda: nn.Sequential(nn.Conv1d(3, 16, 3, padding=1), nn.GELU(), nn.Conv1d(16, 4, 3)), randn(2, 3, 9)),
+    "conv1d": (
+        lambda: nn.Sequential(nn.Conv1d(3, 16, 3, padding=1), nn.GELU(), nn.Conv1d(16, 4, 3)),
+        randn(2, 3, 9),
+    ),
 }
 
 
@@ -210,7 +238,8 @@ def state(model: nn.Module):
 def untouched(model: nn.Module, before) -> bool:
     after = state(model)
     return after[1] == before[1] and all(
-        a[0] == b[0] and torch.equal(a[1], b[1]) and a[2] == b[2] for a, b in zip(after[0], before[0], strict=True)
+        a[0] == b[0] and torch.equal(a[1], b[1]) and a[2] == b[2]
+        for a, b in zip(after[0], before[0], strict=True)
     )
 
 
@@ -236,7 +265,9 @@ LARGEST = ("mobilenet_v2", "t5", "whisper")
 
 
 @pytest.mark.parametrize("amount", [0.25, 0.5])
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in LARGEST else n for n in ZOO])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in LARGEST else n for n in ZOO]
+)
 def test_zoo(name, amount, tmp_path):
     """Models that others wrote: pruned equals masked, and the file loads into a fresh instance."""
     model, inputs = zoo(name)
@@ -250,14 +281,20 @@ def test_zoo(name, amount, tmp_path):
 
 
 def test_groups():
-    """Tied layers shrink together: the residual stream with its norms, gates with their pairs, heads with their queries."""
+    """Tied layers shrink together: the residual stream with its norms, gates with their pairs,
+    heads with their queries.
+    """
     model, inputs = small("residual")
     (group,) = summary(prune_ln_structured(model, inputs)).pruned
     assert group.layers == ["stem", "conv"] and (group.before, group.after) == (16, 8)
     model, inputs = small("decoder")
     pruned = prune_ln_structured(model, inputs)
     block = pruned.blocks[0]
-    assert (block.attention.q.out_features, block.attention.k.out_features, block.attention.out.in_features) == (16, 8, 16)
+    assert (
+        block.attention.q.out_features,
+        block.attention.k.out_features,
+        block.attention.out.in_features,
+    ) == (16, 8, 16)
     assert block.ffn.gate.out_features == block.ffn.up.out_features == block.ffn.down.in_features
     assert "averages over the channels" in summary(pruned).left["embedding"]
     model, inputs = small("depthwise")
@@ -274,7 +311,9 @@ def test_attributes_follow():
 
 
 def test_written_size_is_left():
-    """Where a size stands in the code, the group stays and the summary says so; asked for by name, it raises."""
+    """Where a size stands in the code, the group stays and the summary says so; asked for by name,
+    it raises.
+    """
     model, inputs = small("written_size")
     pruned = prune_ln_structured(model, inputs)
     assert pruned.first.out_features == 32 and pruned.second.out_features == 8
@@ -293,7 +332,9 @@ def test_keeps_the_largest_norms(n):
 
 
 def test_amounts():
-    """0 changes nothing; a dict prunes what it names, by name or glob; skip leaves a layer's outputs whole."""
+    """0 changes nothing; a dict prunes what it names, by name or glob; skip leaves a layer's
+    outputs whole.
+    """
     model, x = mlp(), randn(4, 8)
     assert torch.equal(prune_ln_structured(model, x, amount=0.0)(x), model(x))
     widths = lambda m: (m[0].out_features, m[2].out_features)  # noqa: E731
@@ -328,7 +369,9 @@ class Stack(Branches):
 
 
 def test_alike_layers_share_what_is_removed():
-    """With calibration, layers of one shape lose more where it costs less, together as much; named one by one, what is said."""
+    """With calibration, layers of one shape lose more where it costs less, together as much; named
+    one by one, what is said.
+    """
     model, x = seeded(Stack), randn(128, 8)
     plain = prune_ln_structured(model, x)
     widths = lambda m: [up.out_features for up in m.ups]  # noqa: E731
@@ -336,16 +379,23 @@ def test_alike_layers_share_what_is_removed():
     shared = prune_ln_structured(model, x, calibration=[x])
     assert size(shared) == size(plain) and min(widths(shared)) == widths(shared)[1] == 8
     assert widths(prune_ln_structured(model, x, calibration=[x], scope="layer")) == [32, 32, 32]
-    by_name = prune_ln_structured(model, x, calibration=[x], amount={f"ups.{i}": 0.5 for i in range(3)})
+    by_name = prune_ln_structured(
+        model, x, calibration=[x], amount={f"ups.{i}": 0.5 for i in range(3)}
+    )
     assert widths(by_name) == [32, 32, 32]
     error = lambda m: (run(m, x) - run(model, x)).square().mean()  # noqa: E731
     assert error(shared) < error(by_name)
 
 
-@given(st.lists(st.lists(st.integers(0, 9), min_size=4, max_size=4), min_size=2, max_size=3), st.integers(1, 6))
+@given(
+    st.lists(st.lists(st.integers(0, 9), min_size=4, max_size=4), min_size=2, max_size=3),
+    st.integers(1, 6),
+)
 @settings(deadline=None, derandomize=True)
 def test_sharing_out_is_optimal_for_convex_costs(slopes, total):
-    """The greedy walk finds the cheapest way to give `total` units where each further unit of a group costs no less."""
+    """The greedy walk finds the cheapest way to give `total` units where each further unit of a
+    group costs no less.
+    """
     costs = [torch.tensor([0.0, *sorted(s)]).cumsum(0) for s in slopes]
     given_ = share_out(costs, total, 1)
     ways = [w for w in itertools.product(range(5), repeat=len(costs)) if sum(w) == total]
@@ -356,8 +406,14 @@ def test_sharing_out_is_optimal_for_convex_costs(slopes, total):
 
 
 def test_reconstruction_costs_are_what_a_refit_leaves():
-    """The cost of removing k units is the least-squares error that remains without them, as the metric weighs it."""
-    x, weight, half = randn(200, 10).double() @ randn(10, 10).double(), randn(4, 10).double(), randn(4, 4).double()
+    """The cost of removing k units is the least-squares error that remains without them, as the
+    metric weighs it.
+    """
+    x, weight, half = (
+        randn(200, 10).double() @ randn(10, 10).double(),
+        randn(4, 10).double(),
+        randn(4, 4).double(),
+    )
     seen = InputStatistics()
     seen.update(x)
     reader = scores.Reader(weight, torch.arange(10).view(5, 2), seen, half.T @ half)
@@ -379,7 +435,9 @@ def test_calibration_is_streamed():
             for i in range(6):
                 batch = randn(32, 8) + i
                 alive.append(weakref.ref(batch))
-                assert sum(ref() is not None for ref in alive) <= 2  # the one in use, until the name is bound again
+                assert (
+                    sum(ref() is not None for ref in alive) <= 2
+                )  # the one in use, until the name is bound again
                 yield batch
 
     prune_ln_structured(model, X, calibration=Batches())
@@ -394,12 +452,16 @@ def test_dead_neurons_go_first(score):
         model[0].weight[::2] *= 10
         model[0].bias[::2] = -1000.0
     loss = (lambda m, batch: m(batch).square().mean()) if score == "taylor" else None
-    pruned = prune_ln_structured(model, x, amount={"0": 0.5}, calibration=[x], score=score, loss=loss)
+    pruned = prune_ln_structured(
+        model, x, amount={"0": 0.5}, calibration=[x], score=score, loss=loss
+    )
     assert_close(pruned(x), model(x))
 
 
 def test_repair_is_exact_for_redundant_channels():
-    """Where removed channels are combinations of kept ones, the refit gives the same function back."""
+    """Where removed channels are combinations of kept ones, the refit gives the same function
+    back.
+    """
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 32), nn.Linear(32, 3)).eval()  # 32 channels of rank 4
     x = randn(64, 4)
@@ -436,7 +498,9 @@ def test_constant_inputs():
 
 
 def test_flags_and_type_stay():
-    """The input keeps its training flags and gradients flags; the result is in eval mode with the same classes."""
+    """The input keeps its training flags and gradients flags; the result is in eval mode with the
+    same classes.
+    """
     model, inputs = small("residual")
     model.train()
     model.stem.weight.requires_grad_(False)
@@ -454,7 +518,9 @@ def test_twice(tmp_path):
     twice = prune_ln_structured(prune_ln_structured(model, inputs), inputs)
     assert twice.num_heads == 1 and twice.qkv.out_features == 24
     save(twice, tmp_path / "twice.safetensors")
-    assert_close(run(load(tmp_path / "twice.safetensors", model=Attention()), inputs), run(twice, inputs))
+    assert_close(
+        run(load(tmp_path / "twice.safetensors", model=Attention()), inputs), run(twice, inputs)
+    )
 
 
 class Dynamic(nn.Module):
@@ -495,7 +561,11 @@ BAD = {
     "taylor without loss": ({"score": "taylor", "calibration": [X]}, ValueError, "loss"),
     "scope": ({"scope": "all"}, ValueError, "all"),
     "scope without data": ({"scope": "alike"}, ValueError, "scope='alike'.*needs calibration"),
-    "weights not finite": ({"amount": {"2": 0.5}, "calibration": [X * 1e38 * 1e38]}, ValueError, "not finite"),
+    "weights not finite": (
+        {"amount": {"2": 0.5}, "calibration": [X * 1e38 * 1e38]},
+        ValueError,
+        "not finite",
+    ),
     "round_to": ({"round_to": 0}, ValueError, "round_to is 0"),
 }
 
@@ -514,11 +584,21 @@ def test_bad_arguments(case):
 @pytest.mark.parametrize(
     ("build", "inputs", "kind", "message"),
     [
-        (lambda: nn.Sequential(nn.LazyLinear(8), nn.Linear(8, 4)), X, ValueError, "'0'.*no shape yet"),
+        (
+            lambda: nn.Sequential(nn.LazyLinear(8), nn.Linear(8, 4)),
+            X,
+            ValueError,
+            "'0'.*no shape yet",
+        ),
         (mlp, randn(4, 9), ValueError, "doesn't run on example_inputs"),
         (mlp, 3, TypeError, "example_inputs"),
         (Dynamic, X, ValueError, "can't be exported"),
-        (lambda: nn.Sequential(nn.Linear(8, 4), nn.LayerNorm(4)), X, ValueError, "nothing in Sequential can be pruned"),
+        (
+            lambda: nn.Sequential(nn.Linear(8, 4), nn.LayerNorm(4)),
+            X,
+            ValueError,
+            "nothing in Sequential can be pruned",
+        ),
         (nn.ReLU, X, ValueError, "nothing in ReLU can be pruned"),
         (lambda: "model", X, TypeError, "nn.Module"),
     ],
@@ -553,7 +633,9 @@ def test_weights_kept_in_buffers_are_cut_too(score):
     model = seeded(FixedFilter)
     options = {"calibration": [X], "loss": lambda m, x: m(x).sum()} if score == "taylor" else {}
     options |= {"score": score, "repair": False}
-    pruned, masked = (prune_ln_structured(model, X, masked=full, **options) for full in (False, True))
+    pruned, masked = (
+        prune_ln_structured(model, X, masked=full, **options) for full in (False, True)
+    )
     assert pruned.fixed.shape == (24, 16) and not pruned.fixed.requires_grad
     assert_close(pruned(X), masked(X))
 
@@ -567,10 +649,16 @@ def test_integer_buffers_are_no_weights():
 
 
 def test_composes_with_low_rank(tmp_path):
-    """Low-rank pairs shrink on their outside and keep their rank; pruned models can be factorized; both save and load."""
+    """Low-rank pairs shrink on their outside and keep their rank; pruned models can be factorized;
+    both save and load.
+    """
 
     def build():
-        return seeded(lambda: nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 64), nn.ReLU(), nn.Linear(64, 48)))
+        return seeded(
+            lambda: nn.Sequential(
+                nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 64), nn.ReLU(), nn.Linear(64, 48)
+            )
+        )
 
     x = randn(64, 64)
     pairs = factorize_low_rank(build(), ratio=0.5)
@@ -587,7 +675,11 @@ def test_composes_with_int8(tmp_path):
     """A pruned and repaired model can be quantized, saved and loaded into a fresh original."""
 
     def build():
-        return seeded(lambda: nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 48)))
+        return seeded(
+            lambda: nn.Sequential(
+                nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 48)
+            )
+        )
 
     x = randn(64, 64)
     pruned = prune_ln_structured(build(), x, calibration=[x])
@@ -617,12 +709,19 @@ class Answer:
 
 
 class Odd(Branches):
-    """Counts its calls, keeps a running mean and an activation, works in place on its input, draws random numbers, has an
-    alias, reads a layer's weight itself, and has a layer that runs only when asked. Returns a dataclass."""
+    """Counts its calls, keeps a running mean and an activation, works in place on its input, draws
+    random numbers, has an alias, reads a layer's weight itself, and has a layer that runs only when
+    asked. Returns a dataclass.
+    """
 
     def build(self):
         self.block = nn.Sequential(nn.Linear(8, 32), nn.ReLU(inplace=True), nn.Linear(32, 24))
-        self.alias, self.read, self.last, self.idle = self.block, nn.Linear(24, 32), nn.Linear(32, 4), nn.Linear(4, 4)
+        self.alias, self.read, self.last, self.idle = (
+            self.block,
+            nn.Linear(24, 32),
+            nn.Linear(32, 4),
+            nn.Linear(4, 4),
+        )
         self.calls, self.history = 0, []
         self.register_buffer("mean", torch.zeros(8))
 
@@ -638,7 +737,9 @@ class Odd(Branches):
 
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_state_stays(calibrated):
-    """A model whose forward changes its state, its inputs and the random state stays as it is; the result starts there."""
+    """A model whose forward changes its state, its inputs and the random state stays as it is; the
+    result starts there.
+    """
     model, batch = Odd().eval(), {"x": randn(16, 8)}
     model(x=batch["x"].clone()).y.sum().backward()
     before, batch_before, random = state(model), batch["x"].clone(), torch.get_rng_state()
@@ -662,7 +763,9 @@ class Experts(Branches):
     """Of two experts, one runs when asked."""
 
     def build(self):
-        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4)) for _ in range(2))
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4)) for _ in range(2)
+        )
 
     def forward(self, x, both=True):
         y = self.experts[0](x)
@@ -670,7 +773,9 @@ class Experts(Branches):
 
 
 def test_what_calibration_never_reaches_is_left():
-    """A layer whose readers no batch runs keeps its channels, by name; only when nothing else is left it is an error."""
+    """A layer whose readers no batch runs keeps its channels, by name; only when nothing else is
+    left it is an error.
+    """
     model, example, batches = Experts(), (X, True), [(X, False)]
     pruned = prune_ln_structured(model, example, calibration=batches)
     assert [e[0].out_features for e in pruned.experts] == [16, 32]
@@ -691,7 +796,9 @@ PARAMETRIZED = {
 @pytest.mark.parametrize("stepped", [False, True])
 @pytest.mark.parametrize("kind", PARAMETRIZED)
 def test_layers_whose_weight_is_computed_are_left(kind, stepped):
-    """Under a parametrization, old or new, a layer stays, by name, with what it reads; other layers are pruned."""
+    """Under a parametrization, old or new, a layer stays, by name, with what it reads; other layers
+    are pruned.
+    """
     model = mlp()
     model[0] = PARAMETRIZED[kind](model[0])
     if stepped:
@@ -699,7 +806,11 @@ def test_layers_whose_weight_is_computed_are_left(kind, stepped):
     pruned = prune_ln_structured(model, X, calibration=[X])
     notes = quantize.summary(pruned)
     assert set(notes.done) == {"2"} and "weight is computed" in notes.left["0"]
-    assert_close(run(pruned, X), run(prune_ln_structured(model, X, calibration=[X], masked=True), X), factor=10)
+    assert_close(
+        run(pruned, X),
+        run(prune_ln_structured(model, X, calibration=[X], masked=True), X),
+        factor=10,
+    )
 
 
 @pytest.mark.parametrize("value", [math.inf, math.nan])
@@ -716,11 +827,15 @@ def test_progress_names_layers():
     """Calibrated pruning says what it does, layer by layer."""
     lines = []
     prune_ln_structured(mlp(), X, calibration=[X], progress=lines.append)
-    assert any("inputs of 2, 4" in line for line in lines) and any("repairing 2" in line for line in lines)
+    assert any("inputs of 2, 4" in line for line in lines) and any(
+        "repairing 2" in line for line in lines
+    )
 
 
 def test_notes():
-    """Every layer with channels is in the notes, as pruned or left, with the distance of the result's outputs."""
+    """Every layer with channels is in the notes, as pruned or left, with the distance of the
+    result's outputs.
+    """
     model, inputs = small("written_size")
     pruned = prune_ln_structured(model, inputs)
     (step,) = quantize.summary(pruned).steps
@@ -730,9 +845,13 @@ def test_notes():
     assert step.distance == pytest.approx(distance.item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["gpt2", pytest.param("llama"), pytest.param("t5", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["gpt2", pytest.param("llama"), pytest.param("t5", marks=pytest.mark.slow)]
+)
 def test_models_with_a_cache(name):
-    """A decoder is pruned as it comes, with its cache on; where all layers agree, its config builds the pruned shapes."""
+    """A decoder is pruned as it comes, with its cache on; where all layers agree, its config builds
+    the pruned shapes.
+    """
     model, inputs = zoo(name)
     model.config.use_cache = True
     feed_forward = {"gpt2": "*.c_fc", "llama": "*", "t5": "*.wi"}[name]
@@ -745,7 +864,9 @@ def test_models_with_a_cache(name):
 
 
 class StepsOfFixedSize(nn.Module):
-    """Keeps a state for generation, as a model of transformers does, of a size that only its config knows."""
+    """Keeps a state for generation, as a model of transformers does, of a size that only its config
+    knows.
+    """
 
     class config:
         use_cache = True
@@ -760,9 +881,13 @@ class StepsOfFixedSize(nn.Module):
         return self.third(self.second(y).relu())
 
 
-@pytest.mark.parametrize("shrink", [prune_ln_structured, lambda m, x: make_student(m, width=0.5, example_inputs=x)])
+@pytest.mark.parametrize(
+    "shrink", [prune_ln_structured, lambda m, x: make_student(m, width=0.5, example_inputs=x)]
+)
 def test_a_cache_of_a_fixed_size_keeps_its_channels(shrink):
-    """What only a call with the cache would show is tried too: the pruned model runs in both ways."""
+    """What only a call with the cache would show is tried too: the pruned model runs in both
+    ways.
+    """
     result = shrink(seeded(StepsOfFixedSize), X)
     assert result(X).shape == (len(X), 4)
     assert (result.first.out_features, result.second.out_features) == (32, 16)

@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-BLOCKS = re.findall(r"```python\n(.*?)```", Path(__file__).parents[1].joinpath("README.md").read_text(), re.DOTALL)
+BLOCKS = re.findall(
+    r"```python\n(.*?)```", Path(__file__).parents[1].joinpath("README.md").read_text(), re.DOTALL
+)
 
 
 class MyNet(nn.Sequential):
@@ -28,8 +30,12 @@ class MyNet(nn.Sequential):
 
 
 @pytest.mark.slow
-def test_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """All examples, in order, with fewer steps of recovery; the last line of each gives what the text promises."""
+def test_examples_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All examples, in order, with fewer steps of recovery; the last line of each gives what the
+    text promises.
+    """
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {"MyNet": MyNet}
     first, second, recipe = BLOCKS

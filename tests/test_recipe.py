@@ -1,4 +1,6 @@
-"""Recipes: the same as calling the functions, stored and read back, refused in wrong orders, prefixes made once."""
+"""Recipes: the same as calling the functions, stored and read back, refused in wrong orders,
+prefixes made once.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ from torch import nn
 
 import quantize
 from quantize import Given, Half, Int4, Int8, LowRank, Prune, Recipe, Recover, Student
-from quantize.recipe import Made, Step, make
+from quantize.compression.recipe import Made, Step, make
 
 
 def network() -> nn.Module:
@@ -40,7 +42,8 @@ def same_bits(a: nn.Module, b: nn.Module) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
 
 
-# ------------------------------------------------------------------------------------ what a recipe does
+# ------------------------------------------------------------------------------------ what a recipe
+# does
 
 
 def by_hand(recipe: Recipe, model: nn.Module) -> nn.Module:
@@ -50,14 +53,18 @@ def by_hand(recipe: Recipe, model: nn.Module) -> nn.Module:
     for step in recipe.steps:
         match step:
             case Prune():
-                result = quantize.prune_ln_structured(result, x[0], amount=step.amount, calibration=x)
+                result = quantize.prune_ln_structured(
+                    result, x[0], amount=step.amount, calibration=x
+                )
             case LowRank():
                 options = {"ratio": step.ratio, "only_faster": step.only_faster}
                 result = quantize.factorize_low_rank(result, calibration=x, **options)
             case Recover():
                 result = quantize.recover(result, model, x, steps=step.steps, seed=3)
             case Student():
-                cut = quantize.make_student(model, width=step.width, example_inputs=x[0], calibration=x)
+                cut = quantize.make_student(
+                    model, width=step.width, example_inputs=x[0], calibration=x
+                )
                 options = {"steps": step.steps, "temperature": 1.0, "seed": 3}
                 result = quantize.distill(cut, model, x, **options)
             case Half():
@@ -151,7 +158,8 @@ def test_trainings_are_told_and_kept_by_name(tmp_path):
         other(network(), resumed)
 
 
-# ------------------------------------------------------------------------------------ names and orders
+# ------------------------------------------------------------------------------------ names and
+# orders
 
 
 def test_names_join_parts_and_keep_the_older_rows():
@@ -248,7 +256,11 @@ def test_joining_is_associative():
         (lambda: Student(1, depth=1.5), ValueError, "Student.depth is 1.5"),
         (lambda: Student(1, depth=0), ValueError, "Student.depth is 0"),
         (lambda: Student(1, width=2), ValueError, "Student.width is 2"),
-        (lambda: Half("float32"), ValueError, "Half.dtype is 'float32'; allowed: 'float16', 'bfloat16'"),
+        (
+            lambda: Half("float32"),
+            ValueError,
+            "Half.dtype is 'float32'; allowed: 'float16', 'bfloat16'",
+        ),
         (lambda: Int8(embeddings=1), ValueError, "Int8.embeddings is 1"),
         (lambda: Int8(prefer="both"), ValueError, "Int8.prefer"),
         (lambda: Int4(48), ValueError, "Int4.group_size is 48"),
@@ -282,14 +294,27 @@ shares = st.floats(0.01, 0.99)
 amounts = st.one_of(shares, st.dictionaries(st.text(max_size=8), shares, min_size=1, max_size=3))
 counts = st.integers(1, 10**6)
 removing = st.one_of(
-    st.builds(Prune, amount=amounts, n=st.one_of(st.floats(0.1, 9), st.just(math.inf)), skip=layer_names),
-    st.builds(LowRank, ratio=amounts, skip=layer_names, only_faster=st.sampled_from([None, True, False])),
+    st.builds(
+        Prune, amount=amounts, n=st.one_of(st.floats(0.1, 9), st.just(math.inf)), skip=layer_names
+    ),
+    st.builds(
+        LowRank, ratio=amounts, skip=layer_names, only_faster=st.sampled_from([None, True, False])
+    ),
 )
-recovering = st.builds(Recover, counts, hidden=layer_names, joined=st.integers(1, 9), temperature=st.floats(0.1, 9))
-students = st.builds(Student, counts, depth=st.one_of(shares, st.integers(1, 9)), width=st.one_of(st.none(), shares))
+recovering = st.builds(
+    Recover, counts, hidden=layer_names, joined=st.integers(1, 9), temperature=st.floats(0.1, 9)
+)
+students = st.builds(
+    Student, counts, depth=st.one_of(shares, st.integers(1, 9)), width=st.one_of(st.none(), shares)
+)
 rounding = st.one_of(
     st.builds(Half, dtype=st.sampled_from(["float16", "bfloat16"]), skip=layer_names),
-    st.builds(Int8, embeddings=st.booleans(), smooth=st.booleans(), prefer=st.sampled_from(["size", "speed"])),
+    st.builds(
+        Int8,
+        embeddings=st.booleans(),
+        smooth=st.booleans(),
+        prefer=st.sampled_from(["size", "speed"]),
+    ),
     st.builds(Int4, group_size=st.sampled_from([32, 64, 128, 256]), skip=layer_names),
 )
 
@@ -338,7 +363,10 @@ def test_a_file_holds_its_recipe(suffix, tmp_path):
         ("[3]", "a step of a recipe is a dict"),
         ('[{"amount": 0.5}]', "a step of a recipe is a dict"),
         ('[{"step": "Melt"}]', "the step 'Melt'; known: Prune, LowRank"),
-        ('[{"step": "Prune", "much": 1}]', "step Prune has the field 'much'; known: amount, n, skip"),
+        (
+            '[{"step": "Prune", "much": 1}]',
+            "step Prune has the field 'much'; known: amount, n, skip",
+        ),
         ('[{"step": "Prune", "amount": "all"}]', "Prune.amount must be a number"),
         ('[{"step": "Prune", "amount": 2}]', "Prune.amount is 2"),
         ('[{"step": "Recover"}]', "step Recover of a recipe.*steps"),
@@ -351,7 +379,8 @@ def test_what_is_no_recipe_is_refused_by_name(text, message):
         Recipe.from_json(text)
 
 
-# ------------------------------------------------------------------------------------ several at once
+# ------------------------------------------------------------------------------------ several at
+# once
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,6 @@
-"""What `recover` and `distill` promise of any model: never worse than given, and no trace but what was learned."""
+"""What `recover` and `distill` promise of any model: never worse than given, and no trace but what
+was learned.
+"""
 
 import copy
 import dataclasses
@@ -15,16 +17,18 @@ from torch.nn.utils import parametrizations, prune
 import quantize
 from quantize import distill, recover, surgery
 from quantize.calibration import call, distance, main_output, watching
-from quantize.distillation import soft_kl
-from quantize.distillation.batches import Numbered
-from quantize.training import Recipe, TrainingError
+from quantize.compression.distillation import soft_kl
+from quantize.compression.distillation.batches import Numbered
+from quantize.training import TrainConfig, TrainingError
 
-WILD = Recipe(steps=8, lr=3.0, muon_lr=1.0, warmup=0, cooldown=0)
+WILD = TrainConfig(steps=8, lr=3.0, muon_lr=1.0, warmup=0, cooldown=0)
 
 
 def net(seed: int = 0) -> nn.Sequential:
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 5)).eval()
+    return nn.Sequential(
+        nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 5)
+    ).eval()
 
 
 def data(count: int = 8, rows: int = 16) -> list[torch.Tensor]:
@@ -44,8 +48,16 @@ def nearby(model: nn.Module, by: float = 0.3) -> nn.Module:
 
 def state(model: nn.Module) -> dict[str, object]:
     """All of a model that could change, as values."""
-    plain = {f"{n}.{k}": repr(v) for n, m in model.named_modules() for k, v in vars(m).items() if not k.startswith("_")}
-    return plain | {name: tensor.detach().clone() for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+    plain = {
+        f"{n}.{k}": repr(v)
+        for n, m in model.named_modules()
+        for k, v in vars(m).items()
+        if not k.startswith("_")
+    }
+    return plain | {
+        name: tensor.detach().clone()
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]
+    }
 
 
 def same(a: dict[str, object], b: dict[str, object]) -> bool:
@@ -53,14 +65,24 @@ def same(a: dict[str, object], b: dict[str, object]) -> bool:
     return a.keys() == b.keys() and all(equal)
 
 
-# ------------------------------------------------------------------------------------------- never worse
+# ------------------------------------------------------------------------------------------- never
+# worse
 
 
-@pytest.mark.parametrize("batches", ["many", "one", "two of few rows", "function", "function that ends"])
+@pytest.mark.parametrize(
+    "batches", ["many", "one", "two of few rows", "function", "function that ends"]
+)
 def test_training_that_leads_astray_gives_back_the_best_state(batches):
-    """At rates a thousand times too high, what comes back is no worse on the batches it is judged by, and says so."""
+    """At rates a thousand times too high, what comes back is no worse on the batches it is judged
+    by, and says so.
+    """
     teacher, given = net(), nearby(net(), 0.02)
-    kinds = {"many": data(), "one": data(1), "two of few rows": data(2, rows=4), "function": lambda step: data()[step % 8]}
+    kinds = {
+        "many": data(),
+        "one": data(1),
+        "two of few rows": data(2, rows=4),
+        "function": lambda step: data()[step % 8],
+    }
     kinds["function that ends"] = data(8).__getitem__
     result = recover(given, teacher, kinds[batches], steps=8, recipe=WILD)
     held = [inputs for inputs, _, _ in Numbered(kinds[batches], paired=False, steps=8).held]
@@ -71,7 +93,9 @@ def test_training_that_leads_astray_gives_back_the_best_state(batches):
 
 
 def test_no_step_worth_it_gives_the_same_bits_back():
-    """A student that is its teacher stays what it is, and the summary says that no step was worth it."""
+    """A student that is its teacher stays what it is, and the summary says that no step was worth
+    it.
+    """
     teacher = net()
     result = recover(copy.deepcopy(teacher), teacher, data(), steps=5, recipe=WILD)
     assert same(dict(result.state_dict()), dict(teacher.state_dict()))
@@ -83,24 +107,37 @@ def test_students_that_answer_like_their_teacher(kind):
     """A lossless compression is recovered without an error: no distance rounds below zero."""
     for seed in range(6):
         teacher, batches = net(seed), data(2, rows=4)
-        result = recover(quantize.factorize_low_rank(teacher, ratio=1.0), teacher, batches, steps=2, kind=kind)
+        result = recover(
+            quantize.factorize_low_rank(teacher, ratio=1.0), teacher, batches, steps=2, kind=kind
+        )
         assert_close(run(result, batches[0]), run(teacher, batches[0]), factor=100)
 
 
 def test_held_out_batches_are_never_trained_on():
     """Whole batches, rows of one, or later steps of a function; every other batch is seen."""
     sequence = Numbered(data(16), paired=False, steps=100)
-    seen, held = {sequence(step)[2] for step in range(100)}, {index for _, _, index in sequence.held}
+    seen, held = (
+        {sequence(step)[2] for step in range(100)},
+        {index for _, _, index in sequence.held},
+    )
     assert len(held) == 2 and seen == set(range(16)) - held
     one = Numbered(data(1, rows=32), paired=False, steps=3)
-    assert torch.equal(torch.cat([one(0)[0], one.held[0][0]]), data(1, rows=32)[0]) and len(one.held[0][0]) == 8
+    assert (
+        torch.equal(torch.cat([one(0)[0], one.held[0][0]]), data(1, rows=32)[0])
+        and len(one.held[0][0]) == 8
+    )
     function = Numbered(lambda step: torch.tensor([step]), paired=False, steps=100)
     assert [int(inputs) for inputs, _, _ in function.held] == [100, 101, 102, 103]
-    loader = Numbered(torch.utils.data.DataLoader(torch.arange(40), batch_size=4), paired=False, steps=9)
-    assert {int(loader(step)[0][0]) for step in range(9)}.isdisjoint(int(inputs[0]) for inputs, _, _ in loader.held)
+    loader = Numbered(
+        torch.utils.data.DataLoader(torch.arange(40), batch_size=4), paired=False, steps=9
+    )
+    assert {int(loader(step)[0][0]) for step in range(9)}.isdisjoint(
+        int(inputs[0]) for inputs, _, _ in loader.held
+    )
 
 
-# ----------------------------------------------------------------------------------------------- state
+# -----------------------------------------------------------------------------------------------
+# state
 
 
 class Stateful(nn.Module):
@@ -124,14 +161,21 @@ class Stateful(nn.Module):
 
 @pytest.mark.parametrize("how", [recover, distill])
 def test_stateful_models_start_from_their_own_state(how):
-    """Both models are as before to the last counter; the result has the student's state, learned statistics apart."""
+    """Both models are as before to the last counter; the result has the student's state, learned
+    statistics apart.
+    """
     teacher, given = Stateful().eval(), nearby(Stateful()).train()
     with torch.no_grad():
         given.norm.running_var.mul_(1.5)
     before = state(teacher), state(given)
     result = how(given, teacher, data(), steps=20)
     assert same(state(teacher), before[0]) and same(state(given), before[1])
-    assert result.count == 0 and result.kept is None and not result.calls.any() and not result.hidden.any()
+    assert (
+        result.count == 0
+        and result.kept is None
+        and not result.calls.any()
+        and not result.hidden.any()
+    )
     assert not torch.equal(result.norm.running_var, given.norm.running_var)
     copied = copy.deepcopy(result)
     for x in data(3):
@@ -155,7 +199,8 @@ def test_resumed_run_has_the_bits_of_a_whole_one_also_after_it_went_astray(tmp_p
     assert quantize.summary(resumed).steps == quantize.summary(whole).steps
 
 
-# ------------------------------------------------------------------------------------------ odd models
+# ------------------------------------------------------------------------------------------ odd
+# models
 
 
 class IndexAdd(nn.Module):
@@ -172,11 +217,14 @@ class IndexAdd(nn.Module):
 
 def test_models_that_autocast_breaks_train_in_float32(monkeypatch):
     """One step is tried; the summary says why bf16 wasn't used, and who asks for it is told."""
-    monkeypatch.setattr("quantize.training.native_bf16", lambda device: True)
+    monkeypatch.setattr("quantize.training.loop.native_bf16", lambda device: True)
     teacher = IndexAdd().eval()
     result = recover(nearby(teacher), teacher, data(), steps=10)
     settings = quantize.summary(result).steps[0].settings
-    assert settings["precision"] == "float32" and "a training step of the student fails" in settings["not_bf16"]
+    assert (
+        settings["precision"] == "float32"
+        and "a training step of the student fails" in settings["not_bf16"]
+    )
     assert distance(result, teacher, data()) < distance(nearby(teacher), teacher, data())
     with pytest.raises(ValueError, match="bf16=True: a training step of the student fails"):
         recover(nearby(teacher), teacher, data(), steps=1, bf16=True)
@@ -238,7 +286,10 @@ ODD = {
     ),
     "dataclass": (Nested, data()),
     "batches of one": (lambda: nn.Sequential(net(), nn.BatchNorm1d(5)).eval(), data(8, rows=1)),
-    "a last batch of one": (lambda: nn.Sequential(net(), nn.BatchNorm1d(5)).eval(), [*data(7), torch.randn(1, 8)]),
+    "a last batch of one": (
+        lambda: nn.Sequential(net(), nn.BatchNorm1d(5)).eval(),
+        [*data(7), torch.randn(1, 8)],
+    ),
     "batches of all sizes": (net, [torch.randn(n, 8) for n in (3, 9, 1, 17, 2, 5)]),
     "frozen": (frozen, data()),
     "weight_norm": (lambda: normed(nn.utils.weight_norm), data()),
@@ -259,12 +310,16 @@ def test_odd_models_are_recovered(name):
     result = recover(given, teacher, batches, steps=6)
     assert same(state(teacher), before[0]) and same(state(given), before[1])
     held = [inputs for inputs, _, _ in Numbered(batches, paired=False, steps=6).held]
-    before, after = (sum(soft_kl(output(m, x), output(teacher, x)).item() for x in held) for m in (given, result))
+    before, after = (
+        sum(soft_kl(output(m, x), output(teacher, x)).item() for x in held) for m in (given, result)
+    )
     assert after <= before
     for parameter, original in zip(result.parameters(), given.parameters(), strict=True):
         assert parameter.grad is None and parameter.requires_grad == original.requires_grad
         assert original.requires_grad or torch.equal(parameter, original)
-    weights = {name: vars(m)["weight"].clone() for name, m in result.named_modules() if "weight" in vars(m)}
+    weights = {
+        name: vars(m)["weight"].clone() for name, m in result.named_modules() if "weight" in vars(m)
+    }
     again = copy.deepcopy(result)
     with torch.no_grad():
         assert str(call(again, batches[0])) == str(call(result, batches[0]))
@@ -319,16 +374,22 @@ def test_models_that_cannot_be_taught_are_refused_by_name():
         recover(Classes(*net()), Classes(*net()), data(), steps=1)
     for packed in (quantize.quantize_dynamic(wide), quantize.quantize_weights(wide, bits=4)):
         with pytest.raises(
-            ValueError, match=r"module '0' \(Int.Linear\) of the student holds integers, which can't be trained"
+            ValueError,
+            match=r"module '0' \(Int.Linear\) of the student holds integers, which can't be "
+            r"trained",
         ):
             recover(packed, wide, data(), steps=1)
     masked = net()
-    masked.register_buffer("mask", torch.ones(2, 2, dtype=torch.uint8))  # an integer buffer alone is no weight
+    masked.register_buffer(
+        "mask", torch.ones(2, 2, dtype=torch.uint8)
+    )  # an integer buffer alone is no weight
     recover(masked, net(), data(), steps=1)
     with pytest.raises(TrainingError, match="nothing to train"):
         recover(net().requires_grad_(False), net(), data(), steps=1)
     pairs = [(x, x[:, 0]) for x in data()]
-    with pytest.raises(ValueError, match=r"give the inputs alone: \[inputs for inputs, _ in loader\]"):
+    with pytest.raises(
+        ValueError, match=r"give the inputs alone: \[inputs for inputs, _ in loader\]"
+    ):
         recover(net(), net(), pairs, steps=1)
     with pytest.raises(ValueError, match="NaN"):
         recover(net(), net(), [torch.full((4, 8), torch.nan)], steps=1)
@@ -336,7 +397,9 @@ def test_models_that_cannot_be_taught_are_refused_by_name():
 
 @pytest.mark.parametrize("name", ["gpt2", "t5"])
 def test_models_of_transformers_need_no_setting(name):
-    """Decoders and encoder-decoders that keep keys and values are shortened, narrowed and taught as they come."""
+    """Decoders and encoder-decoders that keep keys and values are shortened, narrowed and taught as
+    they come.
+    """
     teacher, example = zoo(name)
     teacher.config.use_cache = True
     student = quantize.make_student(teacher, depth=1, width=0.5, example_inputs=example)

@@ -1,4 +1,6 @@
-"""The report: rows from measurements, marks for what got larger, slower or worse, and the files that hold it."""
+"""The report: rows from measurements, marks for what got larger, slower or worse, and the files
+that hold it.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +13,35 @@ import pytest
 from matplotlib import image
 from rich.console import Console
 
-from quantize.measure import Latency, Measurement
-from quantize.report import build_report, build_rows, higher_is_better, print_report, write_report
-from quantize.report.plot import _limits, pareto_plot
+from quantize.measuring.comparison import Latency, Measurement
+from quantize.measuring.plot import _limits, pareto_plot
+from quantize.measuring.report import (
+    build_report,
+    build_rows,
+    higher_is_better,
+    print_report,
+    write_report,
+)
 
-KEYS = "name file bytes bytes_ratio parameters latency_ms speedup metric metric_change load_s peak_rss_mb notes".split()
+KEYS = (
+    "name file bytes bytes_ratio parameters latency_ms speedup metric metric_change load_s "
+    "peak_rss_mb notes"
+).split()
 BASE = Measurement(
-    name="fp32", file="artifacts/model.pth", bytes=8_000_000, parameters=2_000_000, latency_ms=Latency(20.0, 19.0, 23.0),
-    speedup=1.0, metrics={"bits_per_byte": 1.70, "accuracy": 0.66}, load_s=0.05, first_call_ms=30.0, peak_rss_mb=400.0,
-    output_sha256="0", threads=2, allocator="glibc 2.36, default (returns large blocks)",
-)  # fmt: skip
+    name="fp32",
+    file="artifacts/model.pth",
+    bytes=8_000_000,
+    parameters=2_000_000,
+    latency_ms=Latency(20.0, 19.0, 23.0),
+    speedup=1.0,
+    metrics={"bits_per_byte": 1.70, "accuracy": 0.66},
+    load_s=0.05,
+    first_call_ms=30.0,
+    peak_rss_mb=400.0,
+    output_sha256="0",
+    threads=2,
+    allocator="glibc 2.36, default (returns large blocks)",
+)
 
 
 def variant(name: str, **changes) -> Measurement:
@@ -29,7 +50,9 @@ def variant(name: str, **changes) -> Measurement:
 
 MEASUREMENTS = [
     BASE,
-    variant("fp16", bytes=4_010_000, speedup=0.7, metrics={"bits_per_byte": 1.70001, "accuracy": 0.66}),
+    variant(
+        "fp16", bytes=4_010_000, speedup=0.7, metrics={"bits_per_byte": 1.70001, "accuracy": 0.66}
+    ),
     variant(
         "int8",
         bytes=2_100_000,
@@ -37,9 +60,20 @@ MEASUREMENTS = [
         speedup=2.2,
         metrics={"bits_per_byte": 1.704, "accuracy": 0.65},
     ),
-    variant("pruned", bytes=5_000_000, latency_ms=Latency(14.0, 13.8, 16.0), speedup=1.4, metrics={"bits_per_byte": 4.1}),
     variant(
-        "broken", bytes=9_000_000, latency_ms=None, speedup=None, metrics={"bits_per_byte": float("nan")}, notes=("hand-made",)
+        "pruned",
+        bytes=5_000_000,
+        latency_ms=Latency(14.0, 13.8, 16.0),
+        speedup=1.4,
+        metrics={"bits_per_byte": 4.1},
+    ),
+    variant(
+        "broken",
+        bytes=9_000_000,
+        latency_ms=None,
+        speedup=None,
+        metrics={"bits_per_byte": float("nan")},
+        notes=("hand-made",),
     ),
 ]
 
@@ -55,7 +89,9 @@ def test_ratios_and_changes_are_against_the_first_row():
     fp32, _, int8, *_ = build_rows(MEASUREMENTS)
     assert fp32["bytes_ratio"] == 1 and fp32["metric_change"] == 0 and fp32["notes"] == ""
     assert int8["bytes_ratio"] == 2_100_000 / 8_000_000 and int8["speedup"] == 2.2
-    assert int8["metric_change"] == pytest.approx(0.004) and int8["metric"]["also"] == {"accuracy": 0.65}
+    assert int8["metric_change"] == pytest.approx(0.004) and int8["metric"]["also"] == {
+        "accuracy": 0.65
+    }
     assert int8["file"] == "int8.pth"
 
 
@@ -83,9 +119,13 @@ def test_direction_of_a_metric(metric, higher):
     """Accuracy falls when it gets worse, bits per byte rise."""
     assert higher_is_better(metric) is higher
     worse = 0.1 if not higher else -0.1
-    rows = build_rows([variant("a", metrics={metric: 0.5}), variant("b", metrics={metric: 0.5 + worse})])
+    rows = build_rows(
+        [variant("a", metrics={metric: 0.5}), variant("b", metrics={metric: 0.5 + worse})]
+    )
     assert rows[1]["notes"] == "much worse"
-    rows = build_rows([variant("a", metrics={metric: 0.5}), variant("b", metrics={metric: 0.5 - worse})])
+    rows = build_rows(
+        [variant("a", metrics={metric: 0.5}), variant("b", metrics={metric: 0.5 - worse})]
+    )
     assert rows[1]["notes"] == ""
 
 
@@ -104,30 +144,56 @@ def test_direction_of_a_metric(metric, higher):
     ],
 )
 def test_worse_has_degrees(before, after, notes):
-    """By the share of the baseline's value: a thousandth is noise, also of small, negative and zero losses."""
-    rows = build_rows([variant("a", metrics={"loss": before}), variant("b", metrics={"loss": after})])
+    """By the share of the baseline's value: a thousandth is noise, also of small, negative and zero
+    losses.
+    """
+    rows = build_rows(
+        [variant("a", metrics={"loss": before}), variant("b", metrics={"loss": after})]
+    )
     assert rows[1]["notes"] == notes
 
 
 @pytest.mark.parametrize(
     ("count", "after", "notes"),
-    [(359, 0.964, ""), (359, 0.94, "worse"), (100_000, 0.964, "slightly worse"), (None, 0.964, "slightly worse")],
+    [
+        (359, 0.964, ""),
+        (359, 0.94, "worse"),
+        (100_000, 0.964, "slightly worse"),
+        (None, 0.964, "slightly worse"),
+    ],
 )
 def test_noise_of_an_accuracy_is_known_from_its_count(count, after, notes):
     """2 of 359 images are less than a standard error; 600 of 100,000 aren't."""
     also = {} if count is None else {"images": count}
-    rows = build_rows([variant(n, metrics={"accuracy": v, **also}) for n, v in (("a", 0.97), ("b", after))])
+    rows = build_rows(
+        [variant(n, metrics={"accuracy": v, **also}) for n, v in (("a", 0.97), ("b", after))]
+    )
     assert rows[1]["notes"] == notes
 
 
 def test_numbers_say_something(capsys, monkeypatch):
     """No minus before a zero, no loss, size, count, speed or time that is rounded to nothing."""
     monkeypatch.setenv("COLUMNS", "200")
-    small = {"bytes": 272, "parameters": 68, "load_s": 0.00012, "latency_ms": Latency(0.0123, 0.0119, 0.0131)}
+    small = {
+        "bytes": 272,
+        "parameters": 68,
+        "load_s": 0.00012,
+        "latency_ms": Latency(0.0123, 0.0119, 0.0131),
+    }
     base = variant("a", **small, metrics={"loss": 3.21e-5})
-    print_report(build_report([base, variant("b", **small, speedup=0.0042, metrics={"loss": 3.2099999999e-5})]))
+    print_report(
+        build_report(
+            [base, variant("b", **small, speedup=0.0042, metrics={"loss": 3.2099999999e-5})]
+        )
+    )
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("b "))
-    assert "272 B" in line and " 68 " in line and "0.0123" in line and "0.00012" in line and "0.0042" in line
+    assert (
+        "272 B" in line
+        and " 68 " in line
+        and "0.0123" in line
+        and "0.00012" in line
+        and "0.0042" in line
+    )
     assert "0.00003210" in line and "+0.00000000" in line
     same = [variant("a", metrics={"loss": 1.5}), variant("b", metrics={"loss": 1.49999999})]
     print_report(build_report(same))
@@ -147,13 +213,17 @@ def test_a_busy_machine_is_named_under_the_table(tmp_path, capsys):
 
 def test_direction_can_be_given():
     """`higher=True` overrides the guess from the name."""
-    rows = build_rows([variant("a", metrics={"reward": 1.0}), variant("b", metrics={"reward": 2.0})], higher=True)
+    rows = build_rows(
+        [variant("a", metrics={"reward": 1.0}), variant("b", metrics={"reward": 2.0})], higher=True
+    )
     assert rows[1]["notes"] == "" and rows[1]["metric"]["higher_is_better"] is True
 
 
 def test_json_is_strict_and_complete(tmp_path):
     """report.json is machine, data and rows, without NaN, and reads back as what was built."""
-    report = build_report(MEASUREMENTS, data={"seed": 0, "gzip_bits_per_byte": 1.87, "odd": float("inf")})
+    report = build_report(
+        MEASUREMENTS, data={"seed": 0, "gzip_bits_per_byte": 1.87, "odd": float("inf")}
+    )
     write_report(report, tmp_path)
 
     def refuse(constant):
@@ -175,7 +245,9 @@ def test_files_are_replaced_whole(tmp_path):
 
 
 def test_markdown_has_the_machine_above_a_table_of_all_rows(tmp_path):
-    """Machine lines first; each row has as many cells as the header; marks are bold; a bar in a note breaks nothing."""
+    """Machine lines first; each row has as many cells as the header; marks are bold; a bar in a
+    note breaks nothing.
+    """
     report = build_report(MEASUREMENTS, data={"seed": 7}, notes={"int8": "a | b"})
     write_report(report, tmp_path)
     text = (tmp_path / "report.md").read_text()
@@ -187,23 +259,33 @@ def test_markdown_has_the_machine_above_a_table_of_all_rows(tmp_path):
 
 
 def test_facts_are_short_for_people_and_whole_for_machines(tmp_path, capsys, monkeypatch):
-    """Lists as a count, hashes as 12 digits, numbers rounded; in a pipe every column is there. report.json has all of it."""
+    """Lists as a count, hashes as 12 digits, numbers rounded; in a pipe every column is there.
+    report.json has all of it.
+    """
     monkeypatch.delenv("COLUMNS", raising=False)
     facts = {"files": [f"file{i}.py" for i in range(46)], "data_sha256": "0123456789abcdef" * 4}
-    facts |= {"baselines_bits_per_byte": {"gzip -9": 1.90712345, "xz -9e": 1.5190001}, "example_inputs": [4, 128]}
+    facts |= {
+        "baselines_bits_per_byte": {"gzip -9": 1.90712345, "xz -9e": 1.5190001},
+        "example_inputs": [4, 128],
+    }
     report = build_report(MEASUREMENTS, data=facts)
     write_report(report, tmp_path)
     print_report(report)
     printed = capsys.readouterr().out
     assert json.loads((tmp_path / "report.json").read_text())["data"] == facts
     for text in (printed, (tmp_path / "report.md").read_text()):
-        assert "files: 46; data sha256: 0123456789ab; baselines bits per byte: gzip -9 1.907, xz -9e 1.519;" in text
+        assert (
+            "files: 46; data sha256: 0123456789ab; baselines bits per byte: gzip -9 1.907, xz "
+            "-9e 1.519;" in text
+        )
         assert "example inputs: 4 x 128" in text and "p10-p90" in text and "peak MB" in text
 
 
 @pytest.mark.parametrize("width", [60, 80, 100, 160])
 def test_console_table_fits_and_is_plain_when_piped(width):
-    """No line of the table is wider than the window, every row is there, and there are no escape codes in a pipe."""
+    """No line of the table is wider than the window, every row is there, and there are no escape
+    codes in a pipe.
+    """
     out = io.StringIO()
     print_report(build_report(MEASUREMENTS), Console(file=out, width=width))
     text = out.getvalue()
@@ -216,13 +298,25 @@ def test_console_table_fits_and_is_plain_when_piped(width):
 @pytest.mark.parametrize("count", [1, 2, len(MEASUREMENTS)])
 def test_plot_is_an_image_for_any_number_of_rows(count):
     """Also for one row, equal rows, and rows without latency or metric."""
-    png = pareto_plot(build_rows([*MEASUREMENTS[:count], variant("twin"), variant("unmeasured", latency_ms=None, metrics={})]))
+    png = pareto_plot(
+        build_rows(
+            [
+                *MEASUREMENTS[:count],
+                variant("twin"),
+                variant("unmeasured", latency_ms=None, metrics={}),
+            ]
+        )
+    )
     assert image.imread(io.BytesIO(png)).shape[:2] == (780, 1800)
 
 
-@pytest.mark.parametrize("values", [[1.4649, 1.4651, 1.4650], [0.9721, 0.9719], [3.9533, 3.9531], [2.0, 2.0], [0.0, 0.0]])
+@pytest.mark.parametrize(
+    "values", [[1.4649, 1.4651, 1.4650], [0.9721, 0.9719], [3.9533, 3.9531], [2.0, 2.0], [0.0, 0.0]]
+)
 def test_noise_does_not_fill_the_plot(values):
-    """Qualities that differ by a thousandth stand side by side: the axis spans a hundredth of the best at least."""
+    """Qualities that differ by a thousandth stand side by side: the axis spans a hundredth of the
+    best at least.
+    """
     low, high = _limits(values)
     assert low < min(values) and max(values) < high
     assert high - low >= 0.01 * max(values) and max(values) - min(values) <= 0.2 * (high - low)

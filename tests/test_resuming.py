@@ -12,8 +12,8 @@ import pytest
 import torch
 from test_training import RECIPE, batches, digest, network
 
-from quantize.resuming import TrainingError, read_state
 from quantize.training import classification_loss, fit
+from quantize.training.resuming import TrainingError, read_state
 
 
 def resealed(content: bytes) -> bytes:
@@ -30,7 +30,10 @@ def packed(value: object) -> bytes:
 def squeezed(content: bytes) -> bytes:
     """The same archive, compressed: a small file that may unpack to gigabytes."""
     file = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as new:
+    with (
+        zipfile.ZipFile(io.BytesIO(content)) as old,
+        zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as new,
+    ):
         for name in old.namelist():
             new.writestr(name, old.read(name))
     return file.getvalue()
@@ -54,28 +57,44 @@ WRONG_STATES = {
     "run a list": lambda s: packed({**s, "run": [1]}),
     "model a list": lambda s: packed({**s, "model": [1]}),
     "model of others": lambda s: packed({**s, "model": {"x": torch.zeros(1)}}),
-    "tensors of another shape": lambda s: packed({**s, "model": {k: v[None] for k, v in s["model"].items()}}),
-    "tensors of another dtype": lambda s: packed({**s, "model": {k: v.double() for k, v in s["model"].items()}}),
+    "tensors of another shape": lambda s: packed(
+        {**s, "model": {k: v[None] for k, v in s["model"].items()}}
+    ),
+    "tensors of another dtype": lambda s: packed(
+        {**s, "model": {k: v.double() for k, v in s["model"].items()}}
+    ),
     "numbers for tensors": lambda s: packed({**s, "model": dict.fromkeys(s["model"], 1)}),
     "no optimizer": lambda s: packed({**s, "optimizers": []}),
     "optimizers of text": lambda s: packed({**s, "optimizers": ["a", "b"]}),
     "empty optimizers": lambda s: packed({**s, "optimizers": [{}, {}]}),
-    "another rate": lambda s: packed({**s, "optimizers": [_group(o, full_lr=9.0) for o in s["optimizers"]]}),
-    "momentum of another shape": lambda s: packed({**s, "optimizers": [_momentum(o) for o in s["optimizers"]]}),
+    "another rate": lambda s: packed(
+        {**s, "optimizers": [_group(o, full_lr=9.0) for o in s["optimizers"]]}
+    ),
+    "momentum of another shape": lambda s: packed(
+        {**s, "optimizers": [_momentum(o) for o in s["optimizers"]]}
+    ),
 }
 
 
 def _group(optimizer: dict, **changes: object) -> dict:
-    return {**optimizer, "param_groups": [{**group, **changes} for group in optimizer["param_groups"]]}
+    return {
+        **optimizer,
+        "param_groups": [{**group, **changes} for group in optimizer["param_groups"]],
+    }
 
 
 def _momentum(optimizer: dict) -> dict:
-    return {**optimizer, "state": {k: {n: torch.zeros(1, 1, 1) for n in v} for k, v in optimizer["state"].items()}}
+    return {
+        **optimizer,
+        "state": {k: {n: torch.zeros(1, 1, 1) for n in v} for k, v in optimizer["state"].items()},
+    }
 
 
 @pytest.mark.parametrize("name", WRONG_STATES)
 def test_states_of_wrong_content_are_refused_in_one_line(tmp_path, monkeypatch, name):
-    """With a checksum that fits: one TrainingError with the path, nothing run, nothing of the model changed."""
+    """With a checksum that fits: one TrainingError with the path, nothing run, nothing of the model
+    changed.
+    """
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "state"
     fit(network(), batches, classification_loss, RECIPE, checkpoint_path=path)

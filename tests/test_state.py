@@ -45,13 +45,27 @@ class Stateful(nn.Module):
         self.by_name["x"].append(1)
         self.by_name["y"] = x
         self.new = x
-        noise = torch.rand(3) + random.random() + np.random.rand() + torch.rand(3, generator=self.generator)
+        noise = (
+            torch.rand(3)
+            + random.random()
+            + np.random.rand()
+            + torch.rand(3, generator=self.generator)
+        )
         x.add_(1)
-        return self.table(torch.arange(4)).sum() + self.assigned + self.in_place + self.plain + self.count + noise
+        return (
+            self.table(torch.arange(4)).sum()
+            + self.assigned
+            + self.in_place
+            + self.plain
+            + self.count
+            + noise
+        )
 
 
 def test_forward_leaves_no_trace():
-    """After the context, the next output is the one that an untouched copy gives, and every attribute is as before."""
+    """After the context, the next output is the one that an untouched copy gives, and every
+    attribute is as before.
+    """
     model, x = Stateful(), torch.randn(3)
     twin, before = copy.deepcopy(model), x.clone()
     buffers = dict(model.named_buffers())
@@ -62,7 +76,12 @@ def test_forward_leaves_no_trace():
     assert torch.equal(x, before)
     assert torch.equal(torch.get_rng_state(), state[0]) and random.getstate() == state[1]
     assert np.random.get_state()[2] == state[2]
-    assert not hasattr(model, "new") and model.count == 0 and model.memory.steps == 0 and not model.memory.seen
+    assert (
+        not hasattr(model, "new")
+        and model.count == 0
+        and model.memory.steps == 0
+        and not model.memory.seen
+    )
     assert len(model.history) == 1 and list(model.recent) == [1] and model.by_name == {"x": [0]}
     assert all(buffers[name] is buffer for name, buffer in model.named_buffers())
     assert torch.equal(model.table.weight, twin.table.weight)
@@ -87,7 +106,9 @@ def test_what_a_technique_writes_inside_stays():
 
 
 def test_distance_is_relative_and_starts_from_the_present_state():
-    """Two models that differ by a factor of 1.1 are 0.1 apart, at every call, and dropout draws alike in both."""
+    """Two models that differ by a factor of 1.1 are 0.1 apart, at every call, and dropout draws
+    alike in both.
+    """
     first = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Dropout(0.5)).train()
     second = copy.deepcopy(first)
     with torch.no_grad():
@@ -108,7 +129,9 @@ def test_distance_refuses_values_that_are_not_finite():
 
 
 def test_batches_of_pairs_get_a_hint():
-    """A loader of (inputs, labels) doesn't fit a forward of one argument: the error says what to write."""
+    """A loader of (inputs, labels) doesn't fit a forward of one argument: the error says what to
+    write.
+    """
     with pytest.raises(TypeError, match=r"\[inputs for inputs, _ in loader\]"):
         calibration.call(nn.Linear(2, 2), [torch.ones(1, 2), torch.ones(1)])
 
@@ -144,7 +167,9 @@ def test_statistics_of_a_pass_in_training_mode_are_taken_back():
 
 
 def test_gradients_leave_no_history_in_buffers():
-    """A buffer that a forward with gradients writes into is a plain tensor again, so that the model can still be copied."""
+    """A buffer that a forward with gradients writes into is a plain tensor again, so that the model
+    can still be copied.
+    """
 
     class Running(nn.Module):
         def __init__(self):
@@ -159,4 +184,6 @@ def test_gradients_leave_no_history_in_buffers():
     model = Running()
     with calibration.untouched(model):
         calibration.call(model, torch.ones(2, 3))
-    assert model.mean.is_leaf and not model.mean.requires_grad and not copy.deepcopy(model).mean.any()
+    assert (
+        model.mean.is_leaf and not model.mean.requires_grad and not copy.deepcopy(model).mean.any()
+    )

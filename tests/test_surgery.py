@@ -16,7 +16,9 @@ from quantize import surgery
 
 
 class Net(nn.Module):
-    """A bit of everything: a tie, a module in two places, a frozen parameter, a hook, modules in training and in eval mode."""
+    """A bit of everything: a tie, a module in two places, a frozen parameter, a hook, modules in
+    training and in eval mode.
+    """
 
     def __init__(self):
         super().__init__()
@@ -91,18 +93,25 @@ def test_clone_is_equal_and_shares_no_memory(net):
     twin = surgery.clone(net)
     assert twin.state_dict().keys() == net.state_dict().keys()
     for name, tensor in twin.state_dict().items():
-        assert torch.equal(tensor, net.state_dict()[name]) and tensor.data_ptr() != net.state_dict()[name].data_ptr()
+        assert (
+            torch.equal(tensor, net.state_dict()[name])
+            and tensor.data_ptr() != net.state_dict()[name].data_ptr()
+        )
 
 
 def test_clone_keeps_ties_and_shared_modules(net):
-    """What was one tensor, or one module, in the original is one in the copy, and another one than the original's."""
+    """What was one tensor, or one module, in the original is one in the copy, and another one than
+    the original's.
+    """
     twin = surgery.clone(net)
     assert twin.head.weight is twin.embed.weight and twin.head.weight is not net.head.weight
     assert twin.again is twin.body[2]
 
 
 def test_clone_keeps_flags_and_hooks(net):
-    """training, requires_grad and hooks survive in the copy and stay as they were in the original."""
+    """training, requires_grad and hooks survive in the copy and stay as they were in the
+    original.
+    """
     calls = []
     net.body[0].register_forward_hook(lambda *_: calls.append(1))
     net.norm.eval()
@@ -160,10 +169,17 @@ def test_select_matches_subclasses(net):
 
 @pytest.mark.parametrize(
     ("skip", "error", "named"),
-    [(["hed"], ValueError, "'hed'"), ("head", TypeError, "'head'"), ([3], TypeError, "3"), (nn.Linear, TypeError, "Linear")],
+    [
+        (["hed"], ValueError, "'hed'"),
+        ("head", TypeError, "'head'"),
+        ([3], TypeError, "3"),
+        (nn.Linear, TypeError, "Linear"),
+    ],
 )
 def test_skip_refuses_what_means_nothing(net, skip, error, named):
-    """A misspelt name, a bare string or type, a number: an error naming it, never a skip that silently does nothing."""
+    """A misspelt name, a bare string or type, a number: an error naming it, never a skip that
+    silently does nothing.
+    """
     with pytest.raises(error, match=named):
         surgery.select(net, nn.Linear, skip=skip)
 
@@ -195,7 +211,9 @@ def test_replace_by_a_wrapper_around_the_old(net):
 
 
 def test_rebuild_repeats_the_structure(net):
-    """structure(rebuild(fresh, structure(model))) == structure(model), through JSON, and the outputs agree."""
+    """structure(rebuild(fresh, structure(model))) == structure(model), through JSON, and the
+    outputs agree.
+    """
     model = scale(surgery.clone(net), ["body.0", "again"], 3.0)
     edits = surgery.structure(model)
     assert [e["module"] for e in edits] == ["body.0", "body.2"]
@@ -208,9 +226,15 @@ def test_rebuild_repeats_the_structure(net):
 
 
 def test_edits_stack_in_order():
-    """Several edits at one place, equal ones too, the root's too, are repeated in the order they were made."""
+    """Several edits at one place, equal ones too, the root's too, are repeated in the order they
+    were made.
+    """
     model = nn.Linear(3, 3)
-    surgery.resize(model, tensors={"weight": torch.ones(2, 3), "bias": torch.ones(2)}, attributes={"out_features": 2})
+    surgery.resize(
+        model,
+        tensors={"weight": torch.ones(2, 3), "bias": torch.ones(2)},
+        attributes={"out_features": 2},
+    )
     for factor in (2.0, 2.0, 5.0):
         model = scale(model, [""], factor)
     edits = surgery.structure(model)
@@ -223,7 +247,11 @@ def test_edits_stack_in_order():
 def test_edits_inside_a_replaced_module_are_kept(net):
     """An edit of an inner module is repeated before the edit that replaced the module around it."""
     model = surgery.clone(net)
-    surgery.resize(model.body[0], tensors={"weight": torch.zeros(5, 4), "bias": torch.zeros(5)}, attributes={"out_features": 5})
+    surgery.resize(
+        model.body[0],
+        tensors={"weight": torch.zeros(5, 4), "bias": torch.zeros(5)},
+        attributes={"out_features": 5},
+    )
     scale(model, ["body.0"], 2.0)
     merged = merged_for_test(model.body)
     surgery.record(merged, "merged_for_test")
@@ -252,13 +280,18 @@ def test_edits_that_a_replacement_copied_are_not_doubled(net):
 
 
 def test_edits_of_a_wrapped_module_are_repeated_once(net):
-    """A replacement that holds the old module takes its edits over; they aren't listed again inside."""
+    """A replacement that holds the old module takes its edits over; they aren't listed again
+    inside.
+    """
     model = scale(surgery.clone(net), ["head"], 2.0)
     new = wrapped_for_test(model.head)
     surgery.record(new, "wrapped_for_test")
     surgery.replace(model, {model.head: new})
     edits = surgery.structure(model)
-    assert [(e["module"], e["builder"]) for e in edits] == [("head", "scaled_for_test"), ("head", "wrapped_for_test")]
+    assert [(e["module"], e["builder"]) for e in edits] == [
+        ("head", "scaled_for_test"),
+        ("head", "wrapped_for_test"),
+    ]
     twin = surgery.rebuild(Net(), edits)
     assert type(twin.head[0]) is Scaled and surgery.structure(twin) == edits
 
@@ -280,7 +313,9 @@ def test_untouched_model_has_no_record(net):
 
 
 def test_two_builders_of_one_name():
-    """A builder's name is what files refer to: it can't be given twice, but registering again is harmless."""
+    """A builder's name is what files refer to: it can't be given twice, but registering again is
+    harmless.
+    """
     assert surgery.builder(scaled_for_test) is scaled_for_test
 
     def other(module):
@@ -303,7 +338,12 @@ def test_two_builders_of_one_name():
         ("body.1", "scaled_for_test", {"factor": 1}, "'body.1' can't become scaled_for_test"),
         ("body.0", "scaled_for_test", {"module": 1}, "'body.0' can't become"),
         ("body.0", "scaled_for_test", {}, "'body.0' can't become"),
-        ("body.0", "resized", {"shapes": {"w": [1]}, "attributes": {}}, "no parameter or buffer 'w'"),
+        (
+            "body.0",
+            "resized",
+            {"shapes": {"w": [1]}, "attributes": {}},
+            "no parameter or buffer 'w'",
+        ),
         ("body.0", "resized", {"shapes": {"weight": [-1]}, "attributes": {}}, "'body.0' can't"),
         ("body.0", "resized", {"shapes": {"weight": ["a"]}, "attributes": {}}, "'body.0' can't"),
         ("body.0", "resized", {"shapes": [], "attributes": {}}, "'body.0' can't"),
@@ -333,7 +373,9 @@ def test_rebuild_refuses_edits_that_do_not_fit(net, module, builder, arguments, 
     ],
 )
 def test_resized_sets_plain_attributes_only(net, name, value):
-    """A record can't set methods, private state, modules, unknown names, or another kind of value."""
+    """A record can't set methods, private state, modules, unknown names, or another kind of
+    value.
+    """
     before = dict(vars(net))
     with pytest.raises(ValueError, match=name):
         surgery.resized(net, {}, {name: value})
@@ -341,7 +383,8 @@ def test_resized_sets_plain_attributes_only(net, name, value):
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "then"), [("sizes", [3, 4], [3, 4]), ("kind", "x", "x"), ("flag", False, False), ("limit", 4, 4)]
+    ("name", "value", "then"),
+    [("sizes", [3, 4], [3, 4]), ("kind", "x", "x"), ("flag", False, False), ("limit", 4, 4)],
 )
 def test_resized_keeps_the_kind_of_attribute(net, name, value, then):
     """A list stays a list, a tuple a tuple; None may become anything plain."""
@@ -356,19 +399,27 @@ def test_resized_keeps_the_kind_of_attribute(net, name, value, then):
 
 
 def test_resize_keeps_the_parameter_and_its_ties(net):
-    """The Parameter object stays, so that the module it is tied to sees the new tensor; no stale gradient is left."""
+    """The Parameter object stays, so that the module it is tied to sees the new tensor; no stale
+    gradient is left.
+    """
     tied = net.embed.weight
     tied.grad = torch.ones_like(tied)
-    surgery.resize(net.embed, tensors={"weight": torch.zeros(7, 4)}, attributes={"num_embeddings": 7})
+    surgery.resize(
+        net.embed, tensors={"weight": torch.zeros(7, 4)}, attributes={"num_embeddings": 7}
+    )
     assert net.head.weight is tied and net.embed.weight is tied
     assert tied.shape == (7, 4) and tied.grad is None and tied.requires_grad
 
 
 def test_resize_twice_is_one_edit(net):
     """The record has the last shape of each tensor and the last value of each attribute."""
-    surgery.resize(net.body[0], tensors={"weight": torch.zeros(5, 4)}, attributes={"out_features": 5})
+    surgery.resize(
+        net.body[0], tensors={"weight": torch.zeros(5, 4)}, attributes={"out_features": 5}
+    )
     surgery.resize(net.body[0], tensors={"bias": torch.zeros(5)}, attributes={})
-    surgery.resize(net.body[0], tensors={"weight": torch.zeros(5, 3)}, attributes={"in_features": 3})
+    surgery.resize(
+        net.body[0], tensors={"weight": torch.zeros(5, 3)}, attributes={"in_features": 3}
+    )
     (edit,) = surgery.structure(net)
     assert edit["module"] == "body.0" and edit["builder"] == "resized"
     assert edit["arguments"] == {
@@ -387,7 +438,11 @@ def test_resize_repeats_on_a_fresh_model(net):
     fresh = surgery.rebuild(Net(), json.loads(json.dumps(surgery.structure(net))))
     assert fresh.norm.num_features == 3
     assert fresh.norm.running_mean.shape == fresh.norm.weight.shape == (3,)
-    assert fresh.norm.weight.is_meta and fresh.norm.weight.requires_grad and isinstance(fresh.norm.weight, nn.Parameter)
+    assert (
+        fresh.norm.weight.is_meta
+        and fresh.norm.weight.requires_grad
+        and isinstance(fresh.norm.weight, nn.Parameter)
+    )
     assert surgery.structure(fresh) == surgery.structure(net)
 
 
@@ -400,11 +455,17 @@ def test_resize_names_what_is_not_there(net):
 
 
 def test_clone_of_results_is_their_values(net):
-    """A module that keeps a result with a history is copied: the copy keeps the value, a shared one stays shared."""
+    """A module that keeps a result with a history is copied: the copy keeps the value, a shared one
+    stays shared.
+    """
     net.kept = torch.ones(2, requires_grad=True) * 3
     net.twice = net.kept
     copied = surgery.clone(net)
-    assert torch.equal(copied.kept, net.kept) and copied.kept.grad_fn is None and copied.twice is copied.kept
+    assert (
+        torch.equal(copied.kept, net.kept)
+        and copied.kept.grad_fn is None
+        and copied.twice is copied.kept
+    )
 
 
 def test_clone_names_what_cannot_be_copied(net):

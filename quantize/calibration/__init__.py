@@ -1,7 +1,9 @@
-"""Look into any module: run it on batches without a trace, and keep what the techniques need of what its layers see.
+"""Look into any module: run it on batches without a trace, and keep what the techniques need of
+what its layers see.
 
-`inputs` has batches, outputs and the distance between two models; `state` what a forward pass may change; `statistics`
-sums over the inputs of layers; `gradients` how much the output depends on each layer's.
+`inputs` has batches, outputs and the distance between two models; `state` what a forward pass may
+change; `statistics` sums over the inputs of layers; `gradients` how much the output depends on each
+layer's.
 """
 
 from quantize.calibration.gradients import collect_gradients, fisher_loss, gradients_if_any

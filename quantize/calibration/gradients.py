@@ -1,4 +1,6 @@
-"""How much the model's output cares about each direction of a layer's output: second moments of gradients (Fisher)."""
+"""How much the model's output cares about each direction of a layer's output: second moments of
+gradients (Fisher).
+"""
 
 from __future__ import annotations
 
@@ -19,15 +21,20 @@ log = logging.getLogger(__name__)
 def fisher_loss(output: Any, *, categories: bool, generator: torch.Generator) -> torch.Tensor:
     """A scalar whose gradients' second moment is the Fisher information of the model's main output.
 
-    categories: the output is logits, and labels are drawn from the model's own distribution (Martens, arXiv 1412.1193), in
-    nats summed over rows; otherwise values with unit Gaussian noise, so that squared changes of the output count.
+    categories: the output is logits, and labels are drawn from the model's own distribution
+    (Martens, arXiv 1412.1193), in nats summed over rows; otherwise values with unit Gaussian noise,
+    so that squared changes of the output count.
     """
     logits = main_output(output).float()
     if not categories:
-        noise = torch.randn(logits.shape, generator=generator, dtype=torch.float32).to(logits.device)
+        noise = torch.randn(logits.shape, generator=generator, dtype=torch.float32).to(
+            logits.device
+        )
         return (logits * noise).sum()
     logits = logits.reshape(-1, logits.shape[-1])
-    labels = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0].to(logits.device)
+    labels = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0].to(
+        logits.device
+    )
     return F.cross_entropy(logits, labels, reduction="sum")
 
 
@@ -39,11 +46,12 @@ def collect_gradients(
     loss: Callable[[Any, Any], torch.Tensor] | None = None,
     seed: int = 0,
 ) -> dict[str, torch.Tensor]:
-    """E[g g^T], [M, M], of the gradients g with respect to each layer's outputs (rows as in `rows`), over all batches.
+    """E[g g^T], [M, M], of the gradients g with respect to each layer's outputs (rows as in
+    `rows`), over all batches.
 
-    loss(output, batch) is a scalar summed over its rows; by default `fisher_loss`, with categories where the output is named
-    logits or is as wide as a vocabulary embedding. A layer that the loss doesn't depend on is missing from the result. No
-    parameter's `.grad` is touched.
+    loss(output, batch) is a scalar summed over its rows; by default `fisher_loss`, with categories
+    where the output is named logits or is as wide as a vocabulary embedding. A layer that the loss
+    doesn't depend on is missing from the result. No parameter's `.grad` is touched.
     """
     check_batches(batches)
     generator = torch.Generator().manual_seed(seed)
@@ -87,8 +95,12 @@ def collect_gradients(
     return {name: moment / counts[name] for name, moment in moments.items()}
 
 
-def gradients_if_any(model: nn.Module, batches: Iterable[Any], layers: Mapping[str, nn.Module]) -> dict[str, torch.Tensor]:
-    """`collect_gradients` of the default loss, the finite ones; none where the model has no floating output or no gradient."""
+def gradients_if_any(
+    model: nn.Module, batches: Iterable[Any], layers: Mapping[str, nn.Module]
+) -> dict[str, torch.Tensor]:
+    """`collect_gradients` of the default loss, the finite ones; none where the model has no
+    floating output or no gradient.
+    """
     try:
         found = collect_gradients(model, batches, layers)
     except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:

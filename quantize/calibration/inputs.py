@@ -1,7 +1,8 @@
-"""Batches and outputs: run a model on what the user gave, without changing it, and find the tensors in what comes out.
+"""Batches and outputs: run a model on what the user gave, without changing it, and find the tensors
+in what comes out.
 
-A batch is what `torch.export.export` takes as example inputs: a tensor, a tuple of positional arguments, or a dict of keyword
-arguments.
+A batch is what `torch.export.export` takes as example inputs: a tensor, a tuple of positional
+arguments, or a dict of keyword arguments.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ from quantize.calibration.state import untouched
 
 
 def call(model: nn.Module, batch: Any, *, copy: bool = True) -> Any:
-    """Run `model` on a batch: a tensor, a tuple of positional arguments or a dict of keyword arguments.
+    """Run `model` on a batch: a tensor, a tuple of positional arguments or a dict of keyword
+    arguments.
 
-    The model gets copies of the tensors, so that a forward that works in place doesn't change the caller's; `copy=False` is
-    for timing. Raises TypeError, with a hint, where the batch doesn't fit the arguments of the model's forward.
+    The model gets copies of the tensors, so that a forward that works in place doesn't change the
+    caller's; `copy=False` is for timing. Raises TypeError, with a hint, where the batch doesn't fit
+    the arguments of the model's forward.
     """
     given = copied(batch, {}) if copy else batch
     args, kwargs = arguments(given)
@@ -44,7 +47,9 @@ def arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def copied(value: Any, memo: dict[int, torch.Tensor]) -> Any:
-    """`value` with every tensor in it (in tuples, lists and mappings) cloned; one that occurs twice stays one tensor."""
+    """`value` with every tensor in it (in tuples, lists and mappings) cloned; one that occurs twice
+    stays one tensor.
+    """
 
     def copy(tensor: torch.Tensor) -> torch.Tensor:
         if id(tensor) not in memo:
@@ -55,7 +60,9 @@ def copied(value: Any, memo: dict[int, torch.Tensor]) -> Any:
 
 
 def on_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """`value` with `change(tensor)` in the place of every tensor in it: in tuples, named ones too, lists and mappings."""
+    """`value` with `change(tensor)` in the place of every tensor in it: in tuples, named ones too,
+    lists and mappings.
+    """
     if isinstance(value, torch.Tensor):
         return change(value)
     if isinstance(value, Mapping):
@@ -66,8 +73,12 @@ def on_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> An
     return value
 
 
-def _check_arguments(model: nn.Module, args: tuple, kwargs: dict[str, Any], error: TypeError) -> None:
-    """Raise a TypeError that helps if `args` and `kwargs` don't fit the signature of the model's forward."""
+def _check_arguments(
+    model: nn.Module, args: tuple, kwargs: dict[str, Any], error: TypeError
+) -> None:
+    """Raise a TypeError that helps if `args` and `kwargs` don't fit the signature of the model's
+    forward.
+    """
     try:
         signature = inspect.signature(model.forward)
     except (TypeError, ValueError):
@@ -78,18 +89,32 @@ def _check_arguments(model: nn.Module, args: tuple, kwargs: dict[str, Any], erro
         names = ", ".join([type(a).__name__ for a in args] + list(kwargs))
         hint = ""
         if len(args) > 1:
-            hint = "; for a loader of (inputs, labels) give the inputs alone: [inputs for inputs, _ in loader]"
+            hint = (
+                "; for a loader of (inputs, labels) give the inputs alone: [inputs for inputs, _ "
+                "in loader]"
+            )
         raise TypeError(
-            f"{type(model).__name__}.forward{signature} doesn't take a batch of ({names}): {misfit}{hint}"
+            f"{type(model).__name__}.forward{signature} doesn't take a batch of ({names}): "
+            f"{misfit}{hint}"
         ) from error
 
 
 def check_batches(batches: Iterable[Any], name: str = "calibration") -> Iterable[Any]:
-    """Return `batches`; TypeError for an iterator (it could be read only once), ValueError when there is no batch in it."""
-    if isinstance(batches, (torch.Tensor, Mapping, str, nn.Module)) or not isinstance(batches, Iterable):
-        raise TypeError(f"{name} must be a sequence of batches, got {type(batches).__name__}; for one batch write [batch]")
+    """Return `batches`; TypeError for an iterator (it could be read only once), ValueError when
+    there is no batch in it.
+    """
+    if isinstance(batches, (torch.Tensor, Mapping, str, nn.Module)) or not isinstance(
+        batches, Iterable
+    ):
+        raise TypeError(
+            f"{name} must be a sequence of batches, got {type(batches).__name__}; for one batch "
+            f"write [batch]"
+        )
     if iter(batches) is batches:
-        raise TypeError(f"{name} must be re-iterable, got an iterator ({type(batches).__name__}); write list(...)")
+        raise TypeError(
+            f"{name} must be re-iterable, got an iterator ({type(batches).__name__}); write "
+            f"list(...)"
+        )
     if next(iter(batches), None) is None:
         raise ValueError(f"{name} is empty: at least one batch is needed")
     return batches
@@ -97,7 +122,9 @@ def check_batches(batches: Iterable[Any], name: str = "calibration") -> Iterable
 
 @contextmanager
 def watching(hooks: Sequence[Any], *models: nn.Module) -> Iterator[None]:
-    """Models in eval mode inside; afterwards their state and training flags are as before and the hooks gone."""
+    """Models in eval mode inside; afterwards their state and training flags are as before and the
+    hooks gone.
+    """
     try:
         with untouched(*models):
             for model in models:
@@ -110,7 +137,9 @@ def watching(hooks: Sequence[Any], *models: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def without_cache(*models: nn.Module) -> Iterator[None]:
-    """Inside, models of transformers return no keys and values: these serve generation, and no tracer follows them."""
+    """Inside, models of transformers return no keys and values: these serve generation, and no
+    tracer follows them.
+    """
     caching = [config for model in models for config in _caching(model)]
     kept = [config.use_cache for config in caching]
     for config in caching:
@@ -133,7 +162,9 @@ def _caching(model: nn.Module) -> list[Any]:
 
 
 def output_tensors(output: Any) -> list[torch.Tensor]:
-    """The tensors of a model's output in order: in tuples, lists, mappings (ModelOutput too) and dataclasses, nested."""
+    """The tensors of a model's output in order: in tuples, lists, mappings (ModelOutput too) and
+    dataclasses, nested.
+    """
     if isinstance(output, torch.Tensor):
         return [output]
     if isinstance(output, Mapping):
@@ -152,9 +183,11 @@ def output_tensors(output: Any) -> list[torch.Tensor]:
 
 @torch.no_grad()
 def distance(model: nn.Module, original: nn.Module, batches: Iterable[Any]) -> float:
-    """How far the outputs of `model` are from the original's: norm of the difference over norm, all floating tensors.
+    """How far the outputs of `model` are from the original's: norm of the difference over norm, all
+    floating tensors.
 
-    Both run in eval mode from their present state, which is as before afterwards, with the same random numbers.
+    Both run in eval mode from their present state, which is as before afterwards, with the same
+    random numbers.
 
     Args:
         batches: as `call` takes them.
@@ -173,13 +206,17 @@ def distance(model: nn.Module, original: nn.Module, batches: Iterable[Any]) -> f
 
 
 def _floating(output: Any) -> list[torch.Tensor]:
-    return [t.clone() for t in output_tensors(output) if t.is_floating_point()]  # a buffer may be the output
+    return [
+        t.clone() for t in output_tensors(output) if t.is_floating_point()
+    ]  # a buffer may be the output
 
 
 def relative_error(actual: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
-    """Root of the squared error over the squared size, all tensors together, where `expected` is finite.
+    """Root of the squared error over the squared size, all tensors together, where `expected` is
+    finite.
 
-    Raises ValueError for other shapes and for values that are not finite where the expected ones are.
+    Raises ValueError for other shapes and for values that are not finite where the expected ones
+    are.
     """
     shapes = [tuple(t.shape) for t in actual], [tuple(t.shape) for t in expected]
     if shapes[0] != shapes[1]:
@@ -196,13 +233,19 @@ def relative_error(actual: Sequence[torch.Tensor], expected: Sequence[torch.Tens
 
 
 def main_output(output: Any) -> torch.Tensor:
-    """The tensor that a model's output is about: `logits` if it has them, else the first floating tensor in it."""
+    """The tensor that a model's output is about: `logits` if it has them, else the first floating
+    tensor in it.
+    """
     if isinstance(output, torch.Tensor):
         return output
-    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    logits = (
+        output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    )
     if isinstance(logits, torch.Tensor):
         return logits
     for part in output_tensors(output):
         if part.is_floating_point():
             return part
-    raise TypeError(f"the model returns {type(output).__name__}, in which no floating tensor is found")
+    raise TypeError(
+        f"the model returns {type(output).__name__}, in which no floating tensor is found"
+    )

@@ -20,11 +20,13 @@ _SEQUENCES = (list, tuple, set, frozenset, deque)
 
 @contextmanager
 def untouched(*models: nn.Module) -> Iterator[None]:
-    """Inside, run the models as often as you like; afterwards their state and the random state are as before.
+    """Inside, run the models as often as you like; afterwards their state and the random state are
+    as before.
 
-    State is: buffers (assigned anew or changed in place), plain attributes of every module (tensors, numbers, containers and
-    simple objects, to any depth), training flags, weights that a forward renormalizes (`max_norm`), and the generators of
-    torch, numpy and Python. Replaced modules and parameters that somebody writes on purpose stay as written.
+    State is: buffers (assigned anew or changed in place), plain attributes of every module
+    (tensors, numbers, containers and simple objects, to any depth), training flags, weights that a
+    forward renormalizes (`max_norm`), and the generators of torch, numpy and Python. Replaced
+    modules and parameters that somebody writes on purpose stay as written.
     """
     saved = [_State(module) for model in models for module in model.modules()]
     generators = _Generators()
@@ -41,17 +43,25 @@ class _State:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        constant = getattr(type(module), "constant_buffers", False)  # a compressed layer's, too large to copy
+        constant = getattr(
+            type(module), "constant_buffers", False
+        )  # a compressed layer's, too large to copy
         buffers = {} if constant else module._buffers
         self.constant = frozenset(module._buffers) if constant else frozenset()
         self.buffers = {name: _Saved(buffer, {}) for name, buffer in buffers.items()}
         memo: dict[int, _Saved] = {}
         plain = {name: value for name, value in module.__dict__.items() if name not in _NOT_STATE}
         self.attributes = {name: _Saved(value, memo) for name, value in plain.items()}
-        self.weights = [_Saved(p, {}) for p in module._parameters.values() if p is not None and _renormalizes(module)]
+        self.weights = [
+            _Saved(p, {})
+            for p in module._parameters.values()
+            if p is not None and _renormalizes(module)
+        ]
 
     def restore(self) -> None:
-        for name in [n for n in self.module._buffers if n not in self.buffers and n not in self.constant]:
+        for name in [
+            n for n in self.module._buffers if n not in self.buffers and n not in self.constant
+        ]:
             del self.module._buffers[name]
         for name, saved in self.buffers.items():
             self.module._buffers[name] = saved.restored()
@@ -83,7 +93,11 @@ class _Saved:
             self.parts = [_saved(part, memo) for part in value]
         elif isinstance(value, torch.Generator):
             self.parts = value.get_state()
-        elif hasattr(value, "__dict__") and not isinstance(value, _KEPT_WHOLE) and not callable(value):
+        elif (
+            hasattr(value, "__dict__")
+            and not isinstance(value, _KEPT_WHOLE)
+            and not callable(value)
+        ):
             self.parts = {key: _saved(part, memo) for key, part in vars(value).items()}
         self.done = False
 
@@ -128,7 +142,9 @@ def _of_tensor(tensor: torch.Tensor) -> tuple[torch.Tensor, bool] | None:
 
 @torch.no_grad()
 def _restore_tensor(tensor: torch.Tensor, content: torch.Tensor, leaf: bool) -> None:
-    """Give `tensor` its content back where it changed; its version doesn't tell: BatchNorm's kernels don't count theirs up."""
+    """Give `tensor` its content back where it changed; its version doesn't tell: BatchNorm's
+    kernels don't count theirs up.
+    """
     if leaf and not tensor.is_leaf and not tensor._is_view():
         tensor.detach_()  # something with a gradient was written into it
     if tensor.shape != content.shape:

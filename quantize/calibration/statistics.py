@@ -1,7 +1,10 @@
-"""What each layer of a model sees: sums over the rows of its inputs, and the order in which layers run.
+"""What each layer of a model sees: sums over the rows of its inputs, and the order in which layers
+run.
 
-Statistics are sums, so memory is bounded by the width of a layer and not by the data. `collect`: inputs of one model.
-`PairedStatistics`: inputs in a compressed model beside those in the original. `trace_calls`: which layers run when, on what.
+Statistics are sums, so memory is bounded by the width of a layer and not by the data. `collect`:
+inputs of one model.
+`PairedStatistics`: inputs in a compressed model beside those in the original. `trace_calls`: which
+    layers run when, on what.
 """
 
 from __future__ import annotations
@@ -20,32 +23,43 @@ from quantize.calibration.inputs import call, check_batches, watching
 def rows(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """The vectors that `layer`'s weight multiplies, as [N, K].
 
-    Linear: [..., K] flattened. Conv1d, Conv2d of one group: patches of [B, C, (H,) W], K = C * kernel height * kernel width.
+    Linear: [..., K] flattened. Conv1d, Conv2d of one group: patches of [B, C, (H,) W], K = C *
+        kernel height * kernel width.
     """
     if isinstance(layer, (nn.Conv1d, nn.Conv2d)):
         x = x if x.ndim == 2 + len(layer.kernel_size) else x[None]  # an image alone
         if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
-            x = F.pad(x, layer._reversed_padding_repeated_twice, mode=_PAD_MODES[layer.padding_mode])
+            x = F.pad(
+                x, layer._reversed_padding_repeated_twice, mode=_PAD_MODES[layer.padding_mode]
+            )
             padding: Any = (0,) * len(layer.kernel_size)
         else:
             padding = layer.padding
         window = (layer.kernel_size, layer.dilation, padding, layer.stride)
         if isinstance(layer, nn.Conv1d):
-            x, window = x.unsqueeze(-2), tuple((f, *w) for f, w in zip((1, 1, 0, 1), window, strict=True))
+            x, window = (
+                x.unsqueeze(-2),
+                tuple((f, *w) for f, w in zip((1, 1, 0, 1), window, strict=True)),
+            )
         patches = F.unfold(x, *window)  # [B, K, L]
         return patches.transpose(1, 2).reshape(-1, patches.shape[1])
     return x.reshape(-1, x.shape[-1])
 
 
-_PAD_MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "replicate", "circular": "circular"}
+_PAD_MODES = {
+    "zeros": "constant",
+    "reflect": "reflect",
+    "replicate": "replicate",
+    "circular": "circular",
+}
 
 
 @dataclass
 class InputStatistics:
     """Sums over the rows a layer has seen; K is the layer's input width (see `rows`).
 
-    Rows x are summed as x - shift, with the mean of the first ones as the shift: in inputs that hardly vary, sums of squares
-    would leave nothing but rounding errors of the covariance.
+    Rows x are summed as x - shift, with the mean of the first ones as the shift: in inputs that
+    hardly vary, sums of squares would leave nothing but rounding errors of the covariance.
     """
 
     count: int = 0
@@ -61,7 +75,9 @@ class InputStatistics:
         x = exact(x)
         self.count += x.shape[0]
         magnitude = x.abs().amax(0)
-        self.largest = torch.maximum(self.largest, magnitude) if torch.is_tensor(self.largest) else magnitude
+        self.largest = (
+            torch.maximum(self.largest, magnitude) if torch.is_tensor(self.largest) else magnitude
+        )
         x = self.shifted(x)
         self.total = self.total + x.sum(0)
         if outer:
@@ -96,14 +112,18 @@ class InputStatistics:
 
 @dataclass
 class PairedStatistics(InputStatistics):
-    """Inputs x of a layer in the compressed model, and r of the same layer in the original, row by row."""
+    """Inputs x of a layer in the compressed model, and r of the same layer in the original, row by
+    row.
+    """
 
     reference_shift: torch.Tensor | None = None  # [K]
     reference_total: torch.Tensor | float = 0.0  # [K], sum of r - reference_shift
     cross: torch.Tensor | float = 0.0  # [K, K], sum of (r - reference_shift) (x - shift)^T
 
     def update_pair(self, x: torch.Tensor, reference: torch.Tensor) -> None:
-        """Add rows x and r: [N, K] each. Where the two models route rows differently (shapes differ), r counts as x."""
+        """Add rows x and r: [N, K] each. Where the two models route rows differently (shapes
+        differ), r counts as x.
+        """
         if x.numel() == 0:
             return
         if reference.shape != x.shape:
@@ -135,9 +155,13 @@ class PairedStatistics(InputStatistics):
 
 
 def exact(x: torch.Tensor) -> torch.Tensor:
-    """float32, or float64 where squares of x could leave the range of float32 or x is float64 already."""
+    """float32, or float64 where squares of x could leave the range of float32 or x is float64
+    already.
+    """
     x = x.detach()
-    if x.dtype == torch.float64 or (x.dtype != torch.float16 and x.numel() and x.abs().amax() > 1e15):
+    if x.dtype == torch.float64 or (
+        x.dtype != torch.float16 and x.numel() and x.abs().amax() > 1e15
+    ):
         return x.double()
     return x.float()
 
@@ -145,15 +169,20 @@ def exact(x: torch.Tensor) -> torch.Tensor:
 def _on_input(layer: nn.Module, see: Callable[[torch.Tensor], None]) -> Any:
     """Call `see` with the (first) input of `layer` whenever it runs; returns the hook's handle."""
     return layer.register_forward_pre_hook(
-        lambda _, args, kwargs: see(args[0] if args else next(iter(kwargs.values()))), with_kwargs=True
+        lambda _, args, kwargs: see(args[0] if args else next(iter(kwargs.values()))),
+        with_kwargs=True,
     )
 
 
 def check_reached(statistics: Mapping[str, InputStatistics]) -> None:
-    """Raise ValueError naming a layer that no batch has reached, or whose inputs were not finite."""
+    """Raise ValueError naming a layer that no batch has reached, or whose inputs were not
+    finite.
+    """
     for name, seen in statistics.items():
         if seen.count == 0:
-            raise ValueError(f"calibration never reaches layer {name!r}: give batches that use it, or skip it")
+            raise ValueError(
+                f"calibration never reaches layer {name!r}: give batches that use it, or skip it"
+            )
         if not torch.isfinite(seen.largest).all():
             raise ValueError(f"calibration gives layer {name!r} inputs that are not finite")
 
@@ -162,7 +191,8 @@ def check_reached(statistics: Mapping[str, InputStatistics]) -> None:
 def reached(model: nn.Module, batches: Iterable[Any], layers: Mapping[str, nn.Module]) -> set[str]:
     """Those of `layers` (name to module) that some batch runs on at least one row, in eval mode.
 
-    Raises ValueError for a batch that the model doesn't run on, and naming a layer whose inputs are not finite.
+    Raises ValueError for a batch that the model doesn't run on, and naming a layer whose inputs are
+    not finite.
     """
     found: set[str] = set()
 
@@ -179,10 +209,19 @@ def reached(model: nn.Module, batches: Iterable[Any], layers: Mapping[str, nn.Mo
         for number, batch in enumerate(check_batches(batches)):
             try:
                 call(model, batch)
-            except (TypeError, RuntimeError, IndexError, KeyError, AttributeError, AssertionError) as error:
+            except (
+                TypeError,
+                RuntimeError,
+                IndexError,
+                KeyError,
+                AttributeError,
+                AssertionError,
+            ) as error:
                 which = "the first batch" if number == 0 else f"batch {number}"
                 reason = f"{type(error).__name__}: {error}"
-                raise ValueError(f"{type(model).__name__} doesn't run on {which} of calibration: {reason}") from error
+                raise ValueError(
+                    f"{type(model).__name__} doesn't run on {which} of calibration: {reason}"
+                ) from error
     return found
 
 
@@ -190,9 +229,11 @@ def reached(model: nn.Module, batches: Iterable[Any], layers: Mapping[str, nn.Mo
 def collect(
     model: nn.Module, batches: Iterable[Any], layers: Mapping[str, nn.Module], *, outer: bool = True
 ) -> dict[str, InputStatistics]:
-    """Input statistics of each layer of `model` in `layers` (name to module) over all batches, in eval mode.
+    """Input statistics of each layer of `model` in `layers` (name to module) over all batches, in
+    eval mode.
 
-    Raises ValueError for empty batches, for a layer no batch reaches, and for inputs that are not finite (naming the layer).
+    Raises ValueError for empty batches, for a layer no batch reaches, and for inputs that are not
+    finite (naming the layer).
     """
     check_batches(batches)
     statistics = {name: InputStatistics() for name in layers}
@@ -209,16 +250,22 @@ def collect(
 
 @dataclass
 class Calls:
-    """What one batch shows: layers in the order in which they first run, in groups that run one after another on one input."""
+    """What one batch shows: layers in the order in which they first run, in groups that run one
+    after another on one input.
+    """
 
     groups: list[list[str]] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)  # calls of each layer in the pass
-    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # of the input of the first call
+    shapes: dict[str, tuple[int, ...]] = field(
+        default_factory=dict
+    )  # of the input of the first call
 
 
 @torch.no_grad()
 def trace_calls(model: nn.Module, batch: Any, layers: Mapping[str, nn.Module]) -> Calls:
-    """Run `model` on one batch and note when each of `layers` runs; layers that don't run are in no group."""
+    """Run `model` on one batch and note when each of `layers` runs; layers that don't run are in no
+    group.
+    """
     calls, latest = Calls(), []
 
     def see(name: str) -> Callable[[torch.Tensor], None]:

@@ -1,15 +1,18 @@
-"""Save a model to one file and load it back: self-describing, atomic, safe to open, every bit of it checked.
+"""Save a model to one file and load it back: self-describing, atomic, safe to open, every bit of it
+checked.
 
-Two containers hold the same content. A `.pth` is `torch.save` of `{"format", "version", "record", "tensors"}`, a
-`.safetensors` has the record in its header, so `torch.load(path, weights_only=True)` and `safetensors.safe_open` read them
-too. The record is JSON: architecture, structure record (see surgery.py), dtype, shape and SHA-256 of every tensor, which
-names are tied, metadata, versions. All bytes that are not tensor data go into one more SHA-256 (in the zip's comment, or
-first in the header), so no flipped bit and no cut passes, wherever it is.
+Two containers hold the same content. A `.pth` is `torch.save` of `{"format", "version", "record",
+"tensors"}`, a `.safetensors` has the record in its header, so `torch.load(path, weights_only=True)`
+and `safetensors.safe_open` read them too. The record is JSON: architecture, structure record (see
+surgery.py), dtype, shape and SHA-256 of every tensor, which names are tied, metadata, versions. All
+bytes that are not tensor data go into one more SHA-256 (in the zip's comment, or first in the
+header), so no flipped bit and no cut passes, wherever it is.
 
-Loading runs no pickle (see container.py); the pickle is only scanned, so that a file that would run code elsewhere is refused
-here. Names, shapes and dtypes are compared with a model without data before a tensor is read.
+Loading runs no pickle (see container.py); the pickle is only scanned, so that a file that would run
+code elsewhere is refused here. Names, shapes and dtypes are compared with a model without data
+before a tensor is read.
 
-Left out: sharding, encryption, big-endian machines, optimizer state (see training.py).
+Left out: sharding, encryption, big-endian machines, optimizer state (see training/resuming.py).
 """
 
 from quantize.checkpoint.atomic import atomic_write

@@ -18,9 +18,11 @@ except ImportError:  # Windows: temporary files of killed writers stay
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
-    """Give a binary file to write (and read back) that becomes `path` when the block ends, and leaves no trace when it fails.
+    """Give a binary file to write (and read back) that becomes `path` when the block ends, and
+    leaves no trace when it fails.
 
-    Whoever reads `path`, at any moment and after any crash, sees the old content or the new, whole. Raises OSError.
+    Whoever reads `path`, at any moment and after any crash, sees the old content or the new, whole.
+    Raises OSError.
     """
     path = Path(os.path.realpath(path))  # write through a link, don't replace it
     if path.is_dir():
@@ -50,7 +52,9 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
 
 
 def _remove_abandoned(path: Path) -> None:
-    """A killed writer leaves its temporary file behind: the next one removes those that nobody holds."""
+    """A killed writer leaves its temporary file behind: the next one removes those that nobody
+    holds.
+    """
     pattern = re.compile(re.escape(f".{path.name[:200]}.") + r"[0-9a-f]{12}\.tmp")
     with contextlib.suppress(OSError):
         for old in path.parent.iterdir() if fcntl else ():

@@ -1,6 +1,8 @@
-"""A model from a record and tensors: built without data, compared with what the file holds, then filled.
+"""A model from a record and tensors: built without data, compared with what the file holds, then
+filled.
 
-Nothing here takes time or memory beyond a small multiple of the file's own: a config or an edit that asks for more is refused.
+Nothing here takes time or memory beyond a small multiple of the file's own: a config or an edit
+that asks for more is refused.
 """
 
 from __future__ import annotations
@@ -25,7 +27,12 @@ ARCHITECTURES: dict[str, type[nn.Module]] = {}
 
 def live_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """Parameters and buffers themselves, under every name they have."""
-    return dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
+    return dict(
+        [
+            *model.named_parameters(remove_duplicate=False),
+            *model.named_buffers(remove_duplicate=False),
+        ]
+    )
 
 
 def build(record: dict[str, Any]) -> nn.Module:
@@ -33,23 +40,40 @@ def build(record: dict[str, Any]) -> nn.Module:
     name, config = record["architecture"]["name"], record["architecture"]["config"]
     if config is None or name not in ARCHITECTURES:
         name = name[:80]
-        raise CheckpointError(f"holds a {name}, which quantize can't build by itself: pass model={name}(...), a fresh instance")
+        raise CheckpointError(
+            f"holds a {name}, which quantize can't build by itself: pass model={name}(...), a "
+            f"fresh instance"
+        )
     cls = ARCHITECTURES[name]
     config = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
     with torch.device("meta"), Bounded(allowed_tensors(record)):
         return cls(cls.config_class(**config))
 
 
-_FILLING = set("zero_ fill_ normal_ uniform_ copy_ zeros_ ones_ constant_ kaiming_uniform_ xavier_uniform_".split())
-_MAKING = {torch.empty, torch.zeros, torch.ones, torch.full, torch.tensor, torch.arange, torch.empty_strided}
-_FREE = 2000  # tensors that may be made whatever the file holds: a student's teacher has more blocks than are in the file
+_FILLING = set(
+    "zero_ fill_ normal_ uniform_ copy_ zeros_ ones_ constant_ kaiming_uniform_ "
+    "xavier_uniform_".split()
+)
+_MAKING = {
+    torch.empty,
+    torch.zeros,
+    torch.ones,
+    torch.full,
+    torch.tensor,
+    torch.arange,
+    torch.empty_strided,
+}
+# tensors that may be made whatever the file holds: a student's teacher has more blocks than are in
+# the file
+_FREE = 2000
 
 
 class Bounded(TorchFunctionMode):
-    """Stops a build that makes more tensors than the file's can account for: each takes memory even without data.
+    """Stops a build that makes more tensors than the file's can account for: each takes memory even
+    without data.
 
-    Leaves out initialisation: there is no data to initialise, and the meta kernels for it take seconds to import (so does a
-    TorchDispatchMode).
+    Leaves out initialisation: there is no data to initialise, and the meta kernels for it take
+    seconds to import (so does a TorchDispatchMode).
     """
 
     def __init__(self, tensors: int) -> None:
@@ -59,7 +83,10 @@ class Bounded(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         self.calls -= 1
         self.tensors -= func in _MAKING
-        require(self.calls and self.tensors > 0, "its config describes a far larger model than the file holds")
+        require(
+            self.calls and self.tensors > 0,
+            "its config describes a far larger model than the file holds",
+        )
         if getattr(func, "__name__", "") in _FILLING:
             return args[0] if args else kwargs["tensor"]
         return func(*args, **(kwargs or {}))
@@ -76,11 +103,15 @@ def without_data(model: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
-            memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+            memo[id(parameter)] = nn.Parameter(
+                parameter.detach().to("meta"), requires_grad=parameter.requires_grad
+            )
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 kept = name in module._non_persistent_buffers_set and not buffer.is_meta
-                memo[id(buffer)] = buffer.detach().cpu().clone() if kept else buffer.detach().to("meta")
+                memo[id(buffer)] = (
+                    buffer.detach().cpu().clone() if kept else buffer.detach().to("meta")
+                )
     return surgery.deepcopy(model, memo)
 
 
@@ -93,22 +124,33 @@ def contradictions(model: nn.Module, record: dict[str, Any]) -> dict[str, str]:
 
 
 def fit(record: dict[str, Any], model: nn.Module) -> dict[str, torch.dtype]:
-    """Compare names, shapes and kinds of numbers with the file's; returns what dtype each name has in memory.
+    """Compare names, shapes and kinds of numbers with the file's; returns what dtype each name has
+    in memory.
 
-    That is the file's, unless `model.state_dict()` gives the file's dtype itself for a parameter that lives in another one.
+    That is the file's, unless `model.state_dict()` gives the file's dtype itself for a parameter
+    that lives in another one.
     """
     expected, live = model.state_dict(), live_tensors(model)
-    specs = record["tensors"] | {alias: record["tensors"][name] for alias, name in record["aliases"].items()}
+    specs = record["tensors"] | {
+        alias: record["tensors"][name] for alias, name in record["aliases"].items()
+    }
     problems = sorted(islice(_differences(expected, specs), 1000))
     if problems:
-        classes = f"the file holds a {record['architecture']['name'][:80]}, the model is a {type(model).__name__}"
+        classes = (
+            f"the file holds a {record['architecture']['name'][:80]}, the model is a "
+            f"{type(model).__name__}"
+        )
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         hint = _reparametrized(expected.keys() ^ specs.keys())
-        raise CheckpointError(f"another architecture: {classes}; {'; '.join(problems[:3])}{more}{hint}")
+        raise CheckpointError(
+            f"another architecture: {classes}; {'; '.join(problems[:3])}{more}{hint}"
+        )
     dtypes = {}
     for name, tensor in expected.items():
         stored = DTYPES[specs[name]["dtype"]]
-        computes_in_another = name in live and tensor.dtype == stored and not name.endswith("_extra_state")
+        computes_in_another = (
+            name in live and tensor.dtype == stored and not name.endswith("_extra_state")
+        )
         dtypes[name] = live[name].dtype if computes_in_another else stored
     return dtypes
 
@@ -129,11 +171,16 @@ def _differences(expected: Mapping[str, torch.Tensor], specs: Mapping[str, Any])
 
 
 def _reparametrized(names: set[str]) -> str:
-    """A hint if one of two models computes its weights from others (norms of weights, masks) and the other doesn't."""
+    """A hint if one of two models computes its weights from others (norms of weights, masks) and
+    the other doesn't.
+    """
     marks = ("_orig", "_mask", "_g", "_v", "_u", ".original", ".original0", ".original1")
     if not any(name.endswith(marks) for name in names):
         return ""
-    return ". One of them has parametrizations, norms of weights or pruning masks that the other lacks: give it the same"
+    return (
+        ". One of them has parametrizations, norms of weights or pruning masks that the "
+        "other lacks: give it the same"
+    )
 
 
 def _kind(dtype: torch.dtype) -> str:
@@ -145,7 +192,11 @@ def _kind(dtype: torch.dtype) -> str:
 def restride(tensor: torch.Tensor, strides: list[int]) -> torch.Tensor:
     """The same values with their axes in another order in memory."""
     reason = f"strides {str(strides)[:80]} don't fit shape {list(tensor.shape)}"
-    good = type(strides) is list and len(strides) == tensor.ndim and all(type(s) is int for s in strides)
+    good = (
+        type(strides) is list
+        and len(strides) == tensor.ndim
+        and all(type(s) is int for s in strides)
+    )
     require(good and _dense(tensor.shape, strides), reason)
     return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype).copy_(tensor)
 
@@ -163,9 +214,14 @@ def _dense(shape: torch.Size, strides: list[int]) -> bool:
 
 
 def fill(
-    model: nn.Module, tensors: dict[str, torch.Tensor], aliases: dict[str, str], dtypes: dict[str, torch.dtype]
+    model: nn.Module,
+    tensors: dict[str, torch.Tensor],
+    aliases: dict[str, str],
+    dtypes: dict[str, torch.dtype],
 ) -> nn.Module:
-    """Give `model`, in place, the tensors of a file and the ties they had; returns it in eval mode."""
+    """Give `model`, in place, the tensors of a file and the ties they had; returns it in eval
+    mode.
+    """
     state = model.state_dict()  # keeps the module versions that load_state_dict asks for
     for name in list(state):
         state[name] = tensors[aliases.get(name, name)].to(dtypes[name])
@@ -184,18 +240,28 @@ def fill(
 
 
 def assign(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
-    """`model.load_state_dict(state, assign=True)`, in linear time: torch walks over all names for every module of a list."""
+    """`model.load_state_dict(state, assign=True)`, in linear time: torch walks over all names for
+    every module of a list.
+    """
     if type(model).load_state_dict is not nn.Module.load_state_dict:
         model.load_state_dict(state, assign=True)
         return
     faults: tuple[list[str], list[str], list[str]] = ([], [], [])  # missing, unexpected, other
     _assign_below(model, dict(state), "", getattr(state, "_metadata", {}), faults)
-    messages = [*faults[2], *(f"no {n!r}" for n in faults[0]), *(f"{n!r} has no place" for n in faults[1])]
+    messages = [
+        *faults[2],
+        *(f"no {n!r}" for n in faults[0]),
+        *(f"{n!r} has no place" for n in faults[1]),
+    ]
     require(not messages, "; ".join(messages[:3]))
 
 
 def _assign_below(
-    module: nn.Module, state: dict[str, torch.Tensor], prefix: str, metadata: Mapping[str, Any], faults: tuple[list[str], ...]
+    module: nn.Module,
+    state: dict[str, torch.Tensor],
+    prefix: str,
+    metadata: Mapping[str, Any],
+    faults: tuple[list[str], ...],
 ) -> None:
     local = {**metadata.get(prefix[:-1], {}), "assign_to_params_buffers": True}
     module._load_from_state_dict(state, prefix, local, True, *faults)
@@ -210,7 +276,9 @@ def _assign_below(
 
 
 def _compute_weights(model: nn.Module) -> None:
-    """Weights that torch's older norms and masks compute before each call: who reads them earlier must see the file's."""
+    """Weights that torch's older norms and masks compute before each call: who reads them earlier
+    must see the file's.
+    """
     for module in model.modules():
         for hook in module._forward_pre_hooks.values():
             if isinstance(hook, WeightNorm | SpectralNorm | prune.BasePruningMethod):

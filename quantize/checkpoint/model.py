@@ -1,4 +1,6 @@
-"""Models to and from checkpoints: what is stored of a model. How one is made of that again is in building.py."""
+"""Models to and from checkpoints: what is stored of a model. How one is made of that again is in
+building.py.
+"""
 
 from __future__ import annotations
 
@@ -29,10 +31,11 @@ from quantize.checkpoint.opening import SUFFIXES, opened, require
 
 
 def architecture(cls: type[nn.Module]) -> type[nn.Module]:
-    """Decorator for a built-in model class, so that `load(path)` can rebuild it from the file alone.
+    """Decorator for a built-in model class, so that `load(path)` can rebuild it from the file
+    alone.
 
-    `cls(config)` takes an instance of the frozen dataclass `cls.config_class`, keeps it as `.config`, builds on the meta
-    device, and computes no non-persistent buffers.
+    `cls(config)` takes an instance of the frozen dataclass `cls.config_class`, keeps it as
+    `.config`, builds on the meta device, and computes no non-persistent buffers.
     """
     if not dataclasses.is_dataclass(getattr(cls, "config_class", None)):
         raise TypeError(f"{cls.__name__}.config_class must be a dataclass")
@@ -41,19 +44,24 @@ def architecture(cls: type[nn.Module]) -> type[nn.Module]:
 
 
 def save(model: nn.Module, path: str | Path, *, metadata: dict[str, Any] | None = None) -> None:
-    """Write `model` to `path` (`.pth` or `.safetensors`), atomically; the same model gives the same bytes.
+    """Write `model` to `path` (`.pth` or `.safetensors`), atomically; the same model gives the same
+    bytes.
 
-    Stores what `state_dict()` gives, as CPU tensors; parameters (or buffers) that are one tensor under several names once.
-    `metadata` is a dict of JSON values (metrics, the recipe), which `read_metadata` gives back as JSON does (tuples as lists).
+    Stores what `state_dict()` gives, as CPU tensors; parameters (or buffers) that are one tensor
+    under several names once. `metadata` is a dict of JSON values (metrics, the recipe), which
+    `read_metadata` gives back as JSON does (tuples as lists).
 
-    Raises ValueError for another suffix, a tensor that the container can't hold or metadata of more than about 8 MB; TypeError
-    for state that isn't a plain tensor and for metadata that isn't JSON; OSError when the file can't be written.
+    Raises ValueError for another suffix, a tensor that the container can't hold or metadata of more
+    than about 8 MB; TypeError for state that isn't a plain tensor and for metadata that isn't JSON;
+    OSError when the file can't be written.
     """
     path = Path(path)
     if path.suffix not in SUFFIXES:
         raise ValueError(f"a checkpoint's name ends in {' or '.join(SUFFIXES)}, got {str(path)!r}")
     if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
-        raise TypeError(f"model must be an nn.Module and no TorchScript, got {type(model).__name__}")
+        raise TypeError(
+            f"model must be an nn.Module and no TorchScript, got {type(model).__name__}"
+        )
     if metadata is not None and not isinstance(metadata, dict):
         raise TypeError(f"metadata must be a dict, got {type(metadata).__name__}")
     for module in model.modules():
@@ -67,7 +75,10 @@ def save(model: nn.Module, path: str | Path, *, metadata: dict[str, Any] | None 
         "strides": strides,
         "notes": surgery.notes(model),
         "metadata": metadata or {},
-        "versions": {"quantize": importlib.metadata.version("quantize"), "torch": torch.__version__},
+        "versions": {
+            "quantize": importlib.metadata.version("quantize"),
+            "torch": torch.__version__,
+        },
     }
     write(path, record, tensors)
 
@@ -75,14 +86,21 @@ def save(model: nn.Module, path: str | Path, *, metadata: dict[str, Any] | None 
 def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     """The model in the file, on the CPU and in eval mode.
 
-    A built-in model is rebuilt from the file. For any other, pass `model`, a fresh instance of the class that was saved: a copy
-    of it gets the file's structure and tensors and is returned, the instance itself stays as it is.
+    A built-in model is rebuilt from the file. For any other, pass `model`, a fresh instance of the
+    class that was saved: a copy of it gets the file's structure and tensors and is returned, the
+    instance itself stays as it is.
 
-    Raises CheckpointError, with the path and the reason, for a file that is missing, truncated, altered, foreign, newer,
-    unsafe, or of another architecture; TypeError when `model` is no nn.Module.
+    Raises CheckpointError, with the path and the reason, for a file that is missing, truncated,
+    altered, foreign, newer, unsafe, or of another architecture; TypeError when `model` is no
+    nn.Module.
     """
-    if model is not None and (not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule)):
-        raise TypeError(f"model must be an nn.Module and no TorchScript, got {model!r}; to load Net's file, pass model=Net()")
+    if model is not None and (
+        not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule)
+    ):
+        raise TypeError(
+            f"model must be an nn.Module and no TorchScript, got {model!r}; to load Net's file, "
+            f"pass model=Net()"
+        )
     with opened(path) as file:
         record, places = read_header(file, Path(path).suffix)
         notes = _notes(record)
@@ -94,7 +112,9 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         tensors = {}
         for (name, spec), place in zip(record["tensors"].items(), places, strict=True):
             tensor = read_tensor(file, *place, **spec)
-            tensors[name] = restride(tensor, record["strides"][name]) if name in record["strides"] else tensor
+            tensors[name] = (
+                restride(tensor, record["strides"][name]) if name in record["strides"] else tensor
+            )
         filled = fill(empty, tensors, record["aliases"], dtypes)
         for name, reason in contradictions(filled, record).items():
             require(name in odd, f"module {name!r} contradicts itself: {reason}")
@@ -103,23 +123,29 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
 
 
 def read_record(path: str | Path) -> dict[str, Any]:
-    """Everything in the file but the tensors' data, checked: architecture, structure, tensors, aliases, metadata, versions.
+    """Everything in the file but the tensors' data, checked: architecture, structure, tensors,
+    aliases, metadata, versions.
 
-    `record["tensors"]` maps each stored name to its dtype, shape and SHA-256. Raises CheckpointError as `load` does.
+    `record["tensors"]` maps each stored name to its dtype, shape and SHA-256. Raises
+    CheckpointError as `load` does.
     """
     with opened(path) as file:
         return read_header(file, Path(path).suffix)[0]
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
-    """The `metadata` that the file was saved with; reads the header only. Raises CheckpointError as `load` does."""
+    """The `metadata` that the file was saved with; reads the header only. Raises CheckpointError as
+    `load` does.
+    """
     return read_record(path)["metadata"]
 
 
 def summary(model_or_path: nn.Module | str | Path) -> surgery.Summary:
-    """What every technique did to a model and what it left, with the reasons; of a file, read from its header only.
+    """What every technique did to a model and what it left, with the reasons; of a file, read from
+    its header only.
 
-    Raises CheckpointError as `load` does, TypeError for something that is neither a module nor a path.
+    Raises CheckpointError as `load` does, TypeError for something that is neither a module nor a
+    path.
     """
     if isinstance(model_or_path, nn.Module):
         return surgery.Summary.of(surgery.notes(model_or_path))
@@ -130,14 +156,22 @@ def summary(model_or_path: nn.Module | str | Path) -> surgery.Summary:
         return surgery.Summary.of(_notes(record))
 
 
-_STEP = {"technique": str, "done": dict, "left": dict, "distance": (float, int, type(None)), "settings": dict}
+_STEP = {
+    "technique": str,
+    "done": dict,
+    "left": dict,
+    "distance": (float, int, type(None)),
+    "settings": dict,
+}
 
 
 def _notes(record: dict[str, Any]) -> list[dict[str, Any]]:
     steps = record.get("notes", [])  # files of earlier versions have none
     for step in steps:
         require(isinstance(step, dict) and step.keys() == _STEP.keys(), "its notes are damaged")
-        require(all(isinstance(step[key], kind) for key, kind in _STEP.items()), "its notes are damaged")
+        require(
+            all(isinstance(step[key], kind) for key, kind in _STEP.items()), "its notes are damaged"
+        )
         texts = [*step["done"].values(), *step["left"].values()]
         require(all(isinstance(text, str) for text in texts), "its notes are damaged")
     return steps
@@ -154,9 +188,17 @@ def _describe(model: nn.Module) -> dict[str, Any]:
     name = type(model).__name__
     if ARCHITECTURES.get(name) is not type(model):
         return {"name": name, "config": None}
-    lost = [n for m in model.modules() for n in m._non_persistent_buffers_set if m._buffers.get(n) is not None]
+    lost = [
+        n
+        for m in model.modules()
+        for n in m._non_persistent_buffers_set
+        if m._buffers.get(n) is not None
+    ]
     if lost:
-        raise TypeError(f"{name} is registered as built-in but has non-persistent buffers, which a file can't restore: {lost}")
+        raise TypeError(
+            f"{name} is registered as built-in but has non-persistent buffers, which a file "
+            f"can't restore: {lost}"
+        )
     return {"name": name, "config": dataclasses.asdict(model.config)}
 
 
@@ -166,18 +208,27 @@ def _structure(model: nn.Module) -> list[dict[str, Any]]:
     modules = dict(model.named_modules(remove_duplicate=False))
     for edit in edits:
         module = modules.get(edit["module"])  # None: inside of what another edit replaced
-        lost = set() if module is None else module._non_persistent_buffers_set & edit["arguments"].get("shapes", {}).keys()
+        lost = (
+            set()
+            if module is None
+            else module._non_persistent_buffers_set & edit["arguments"].get("shapes", {}).keys()
+        )
         if lost:
             raise TypeError(
-                f"{edit['module']!r} has resized non-persistent buffers, which a file can't restore: {sorted(lost)}"
+                f"{edit['module']!r} has resized non-persistent buffers, which a file can't "
+                f"restore: {sorted(lost)}"
             )
     return edits
 
 
-def _tensors(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str], dict[str, list[int]]]:
-    """What to store: each tensor once, contiguous on the CPU with storage of its own; other names of each; their strides.
+def _tensors(
+    model: nn.Module,
+) -> tuple[dict[str, torch.Tensor], dict[str, str], dict[str, list[int]]]:
+    """What to store: each tensor once, contiguous on the CPU with storage of its own; other names
+    of each; their strides.
 
-    Strides are noted for dense tensors in another order (channels last, a transposed weight): kernels are chosen by them.
+    Strides are noted for dense tensors in another order (channels last, a transposed weight):
+    kernels are chosen by them.
     """
     live = live_tensors(model)
     tensors: dict[str, torch.Tensor] = {}
@@ -195,8 +246,13 @@ def _tensors(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str],
             if owner != name:
                 aliases[name] = owner
                 continue
-        tensor = value.detach().as_subclass(torch.Tensor).cpu().resolve_conj().resolve_neg().contiguous()
-        if tensor.untyped_storage().nbytes() != tensor.nbytes or tensor.untyped_storage()._cdata in storages:
+        tensor = (
+            value.detach().as_subclass(torch.Tensor).cpu().resolve_conj().resolve_neg().contiguous()
+        )
+        if (
+            tensor.untyped_storage().nbytes() != tensor.nbytes
+            or tensor.untyped_storage()._cdata in storages
+        ):
             tensor = tensor.clone()
         storages.add(tensor.untyped_storage()._cdata)
         tensors[name] = tensor
@@ -208,9 +264,16 @@ def _tensors(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str],
 
 def _check_plain(name: str, value: object) -> None:
     if not isinstance(value, torch.Tensor):
-        raise TypeError(f"state_dict() has {name!r} of type {type(value).__name__}; only tensors can be saved")
+        raise TypeError(
+            f"state_dict() has {name!r} of type {type(value).__name__}; only tensors can be saved"
+        )
     if nn.parameter.is_lazy(value):
         raise TypeError(f"{name!r} has no shape yet: run the model once before saving")
-    if value.is_meta or value.layout != torch.strided or value.is_quantized or is_traceable_wrapper_subclass(value):
+    if (
+        value.is_meta
+        or value.layout != torch.strided
+        or value.is_quantized
+        or is_traceable_wrapper_subclass(value)
+    ):
         kind = f"{type(value).__name__}, {value.layout}, {value.dtype}, on {value.device}"
         raise TypeError(f"{name!r} ({kind}) can't be saved: only plain dense tensors with data")

@@ -1,4 +1,6 @@
-"""Open files that somebody else wrote: only regular ones, with every fault of theirs told as one kind of error."""
+"""Open files that somebody else wrote: only regular ones, with every fault of theirs told as one
+kind of error.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 SUFFIXES = (".pth", ".safetensors")
-MAX_VALUES = 700_000  # values in JSON, each of which takes up to 200 bytes once it is parsed; a tensor has 13
+# values in JSON, each of which takes up to 200 bytes once it is parsed; a tensor has 13
+MAX_VALUES = 700_000
 
 
 class CheckpointError(ValueError):
@@ -25,7 +28,9 @@ def require(condition: object, reason: str) -> None:
 
 @contextlib.contextmanager
 def opened(path: str | Path) -> Iterator[BinaryIO]:
-    """The file, for reading; whatever goes wrong in the block is the file's fault and becomes a CheckpointError."""
+    """The file, for reading; whatever goes wrong in the block is the file's fault and becomes a
+    CheckpointError.
+    """
     path = Path(path)
     with blaming(path):
         require(path.suffix in SUFFIXES, f"a checkpoint's name ends in {' or '.join(SUFFIXES)}")
@@ -35,7 +40,9 @@ def opened(path: str | Path) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def blaming(path: Path) -> Iterator[None]:
-    """Whatever goes wrong in the block becomes a CheckpointError with `path` and the reason, in one line."""
+    """Whatever goes wrong in the block becomes a CheckpointError with `path` and the reason, in one
+    line.
+    """
     try:
         yield
     except CheckpointError as error:
@@ -43,7 +50,11 @@ def blaming(path: Path) -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or str(error)
     except Exception as error:  # parsers of hostile bytes raise nearly anything
-        reason = str(error) if type(error) is ValueError else f"can't be loaded ({type(error).__name__}: {error})"
+        reason = (
+            str(error)
+            if type(error) is ValueError
+            else f"can't be loaded ({type(error).__name__}: {error})"
+        )
     else:
         return
     reason = " ".join(reason.split())
@@ -52,8 +63,12 @@ def blaming(path: Path) -> Iterator[None]:
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open a file for reading, never a folder, a device or a pipe, which could block or never end."""
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    """Open a file for reading, never a folder, a device or a pipe, which could block or never
+    end.
+    """
+    descriptor = os.open(
+        path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    )
     mode = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(mode):
         os.close(descriptor)
@@ -63,7 +78,9 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def from_json(text: str | bytes) -> Any:
-    """The value of a JSON text with no key twice and not so many values that they take far more memory than the text."""
+    """The value of a JSON text with no key twice and not so many values that they take far more
+    memory than the text.
+    """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         content = dict(pairs)

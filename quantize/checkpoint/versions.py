@@ -1,6 +1,7 @@
 """Records of files that earlier versions wrote, as this one would write them.
 
-Version 1 called the packed weight of an int8 or 4-bit layer `weight`, and had another name for an attention in parts.
+Version 1 called the packed weight of an int8 or 4-bit layer `weight`, and had another name for an
+attention in parts.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ _PACKED = ("Int8Linear", "Int8Embedding", "Int4Linear")
 
 
 def upgraded(record: dict[str, Any], version: int) -> dict[str, Any]:
-    """The record of a file of that format version with the names of today; tensors keep their order."""
+    """The record of a file of that format version with the names of today; tensors keep their
+    order.
+    """
     if version >= 2:
         return record
     packed = {edit["module"] for edit in record["structure"] if edit["builder"] in _PACKED}
@@ -24,7 +27,10 @@ def upgraded(record: dict[str, Any], version: int) -> dict[str, Any]:
     tensors = {renamed(name): described for name, described in record["tensors"].items()}
     strides = {renamed(name): order for name, order in record["strides"].items()}
     aliases = {renamed(alias): renamed(name) for alias, name in record["aliases"].items()}
-    structure = [{**edit, "builder": _BUILDERS.get(edit["builder"], edit["builder"])} for edit in record["structure"]]
+    structure = [
+        {**edit, "builder": _BUILDERS.get(edit["builder"], edit["builder"])}
+        for edit in record["structure"]
+    ]
     record = {**record, "structure": structure}
     return {**record, "tensors": tensors, "strides": strides, "aliases": aliases}
 

@@ -1,4 +1,5 @@
-"""What the scripts do: `training` trains, compresses, measures; `fusing` and `caching` show one model's file.
+"""What the scripts do: `training` trains, compresses, measures; `fusing` and `caching` show one
+model's file.
 
 `presets` has the models that `train.py` trains and the recipes that it makes of them.
 """

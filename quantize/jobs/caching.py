@@ -22,15 +22,15 @@ from torch import Tensor, nn
 
 from quantize import checkpoint
 from quantize.checkpoint import atomic_write
-from quantize.decoding import for_decoding
-from quantize.generation import decode, generate, generate_stream, prefill
-from quantize.generation.reader import takes_cache
-from quantize.generation.text import Text
+from quantize.compression.int8 import quantize_dynamic
 from quantize.host import machine
-from quantize.int8 import quantize_dynamic
-from quantize.kv_cache import KVCache
+from quantize.measuring.plot import line_chart
 from quantize.models import DecoderLM
-from quantize.report.plot import line_chart
+from quantize.run.decoding import for_decoding
+from quantize.run.generate import decode, generate, generate_stream, prefill
+from quantize.run.generate.reader import takes_cache
+from quantize.run.generate.text import Text
+from quantize.run.kv_cache import KVCache
 
 TIMED_TOKENS = 24  # per length and way; the median is shown
 SLOW_TOKENS = 3  # without a cache, where every token is a pass over the whole text
@@ -143,7 +143,9 @@ def show_cache(
 
 
 def ways_of(model: nn.Module, draft: Draft) -> list[Way]:
-    """With a cache: as it is, with int8 weights, these ready for decoding, an int8 cache, a draft."""
+    """With a cache: as it is, with int8 weights, these ready for decoding, an int8 cache, a
+    draft.
+    """
     ways = [Way("cache", model, "float")]
     if any(type(module) is nn.Linear for module in model.modules()):
         int8 = quantize_dynamic(model)
@@ -158,7 +160,9 @@ def ways_of(model: nn.Module, draft: Draft) -> list[Way]:
 # Measurements.
 
 
-def measure_all(model: nn.Module, ways: Sequence[Way], ids: Tensor, lengths: Sequence[int]) -> list[Row]:
+def measure_all(
+    model: nn.Module, ways: Sequence[Way], ids: Tensor, lengths: Sequence[int]
+) -> list[Row]:
     """Milliseconds per token, one row per way and length of text."""
     rows = []
     for length in lengths:

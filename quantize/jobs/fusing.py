@@ -1,4 +1,6 @@
-"""What `fusion.py` shows: a model's file fused into one that answers the same, and what that gained."""
+"""What `fusion.py` shows: a model's file fused into one that answers the same, and what that
+gained.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +20,14 @@ from torch import nn
 
 from quantize import checkpoint
 from quantize.checkpoint import atomic_write
-from quantize.fusion import BACKENDS, Contender, compare
-from quantize.fusion.backends import open_file
-from quantize.fusion.equality import difference, outputs, race
 from quantize.host import describe_machine, machine
-from quantize.measure import Measurement
-from quantize.measure import compare as measure_files
+from quantize.measuring.comparison import Measurement
+from quantize.measuring.comparison import compare as measure_files
+from quantize.measuring.plot import bar_chart
 from quantize.models import ConvNet, DecoderLM
-from quantize.report.plot import bar_chart
+from quantize.run.fusion import BACKENDS, Contender, compare
+from quantize.run.fusion.backends import open_file
+from quantize.run.fusion.equality import difference, outputs, race
 
 SUFFIXES = {"torchscript": ".pt", "inductor": ".pt2", "onnxruntime": ".onnx", "openvino": ".xml"}
 MOST_NAMES = 8  # of operators, in a line
@@ -35,12 +37,13 @@ Result = dict[str, Any]
 
 
 def fuse_file(path: Path, out: Path, *, backend: str, batch: int, threads: int) -> Result:
-    """Fuse the model in a file, write the result beside a chart and its numbers, and measure both files.
+    """Fuse the model in a file, write the result beside a chart and its numbers, and measure both
+    files.
 
     Args:
         path: a checkpoint of a built-in model.
         out: folder for model_fused.*.
-        backend: one of `quantize.fusion.BACKENDS`, or "auto" for the fastest that is installed.
+        backend: one of `quantize.run.fusion.BACKENDS`, or "auto" for the fastest that is installed.
         batch: rows of the inputs to fuse for; measured at 1 row too.
         threads: of the measuring processes.
 
@@ -93,7 +96,9 @@ def kernel_calls(model: nn.Module, inputs: torch.Tensor) -> Counter[str]:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         outputs(model, inputs)
     events = profile.key_averages()
-    return Counter({e.key: e.count for e in events if "::" in e.key and not e.key.startswith("profiler")})
+    return Counter(
+        {e.key: e.count for e in events if "::" in e.key and not e.key.startswith("profiler")}
+    )
 
 
 def write(fused: nn.Module, folder: Path, backend: str) -> Path:
@@ -117,7 +122,9 @@ def describe(result: Result) -> list[str]:
         lines.append(f"operators after:  {after.total():4}  {_common(after)}")
         lines += [f"  - {note}" for note in result["fused"]]
     calls = result["kernel_calls"]
-    lines.append(f"kernel calls per forward (profiler): {calls['eager']} eager, {calls['fused']} fused")
+    lines.append(
+        f"kernel calls per forward (profiler): {calls['eager']} eager, {calls['fused']} fused"
+    )
     lines += result["notes"]
     backend = result["backend"]
     for title, times in result["latency_ms"].items():
@@ -136,7 +143,9 @@ def describe(result: Result) -> list[str]:
     return lines
 
 
-def _facts(model: nn.Module, best: Contender, inputs: torch.Tensor, path: Path, target: Path) -> Result:
+def _facts(
+    model: nn.Module, best: Contender, inputs: torch.Tensor, path: Path, target: Path
+) -> Result:
     """What is known without a stopwatch."""
     eager, fused = kernel_calls(model, inputs), kernel_calls(best.model, inputs)
     result: Result = {
@@ -188,7 +197,9 @@ def _cold_start(measured: Measurement) -> float:
 
 
 def _engine_cold_start(backend: str, file: Path, inputs: torch.Tensor) -> float:
-    """Seconds from the file of another engine to its first answer, in this process, which knows it."""
+    """Seconds from the file of another engine to its first answer, in this process, which knows
+    it.
+    """
     start = time.perf_counter()
     open_file(backend, file)(inputs)
     return time.perf_counter() - start

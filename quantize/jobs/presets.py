@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from quantize import training
+from quantize.compression.recipe import Half, Int8, LowRank, Prune, Recipe, Recover, Student
 from quantize.models import ConvNetConfig, DecoderConfig
-from quantize.recipe import Half, Int8, LowRank, Prune, Recipe, Recover, Student
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Preset:
     """
 
     model: DecoderConfig | ConvNetConfig
-    training: training.Recipe
+    training: training.TrainConfig
     batch: tuple[int, ...]
     validation: int | None = None
     rounds: int = 7
@@ -32,8 +32,8 @@ class Preset:
 
 _DECODER = DecoderConfig(width=128, layers=6, heads=2, qk_norm=True, max_length=1024)
 _WIDE = DecoderConfig(width=512, layers=8, heads=8, qk_norm=True, max_length=2048)
-_FAST = training.Recipe(steps=30, length=128, batch=4, lr=1e-2, muon_lr=0.02)
-_IMAGES = training.Recipe(steps=60, batch=64)
+_FAST = training.TrainConfig(steps=30, length=128, batch=4, lr=1e-2, muon_lr=0.02)
+_IMAGES = training.TrainConfig(steps=60, batch=64)
 
 PRESETS = {
     "text": {

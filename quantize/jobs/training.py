@@ -1,4 +1,6 @@
-"""The default job: train a baseline, make recipes of it, write a file each, measure them, report."""
+"""The default job: train a baseline, make recipes of it, write a file each, measure them,
+report.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +15,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from quantize import checkpoint, data, training
+from quantize import checkpoint, training
 from quantize.checkpoint import CheckpointError
+from quantize.compression.recipe import Given, Recipe, make
 from quantize.jobs.presets import PRESETS, Preset, recipes
-from quantize.measure import Measurement, MeasurementError, compare, fingerprint
+from quantize.measuring.artifact import MeasurementError, fingerprint
+from quantize.measuring.comparison import Measurement, compare
+from quantize.measuring.report import build_report, write_report
 from quantize.models import ConvNet, DecoderConfig, DecoderLM
-from quantize.recipe import Given, Recipe, make
-from quantize.report import build_report, write_report
 from quantize.script import in_words
+from quantize.training import data
 
 CALIBRATION_BATCHES = 8
 BASELINE = "fp32"
@@ -33,7 +37,7 @@ class Job:
 
     Args:
         preset: the model, its training and how it is measured.
-        data: of `quantize.data.load_text` or `load_images`.
+        data: of `quantize.training.data.load_text` or `load_images`.
         out: folder for everything that is written.
         seed: of weights, data order and trainings.
         resume: whether trainings go on from the states in `out`.

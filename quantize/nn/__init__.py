@@ -1,6 +1,13 @@
-"""What techniques put into a model: layers that store their weight in another form than the one in which it is read."""
+"""What techniques put into a model: layers that store their weight in another form than the one in
+which it is read.
+"""
 
-from quantize.nn.attention import ProjectedAttention, project_attentions, restore_attentions, without_fast_paths
+from quantize.nn.attention import (
+    ProjectedAttention,
+    project_attentions,
+    restore_attentions,
+    without_fast_paths,
+)
 from quantize.nn.protocol import (
     CompressedLayer,
     Operands,

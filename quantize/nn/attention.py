@@ -1,8 +1,10 @@
-"""ProjectedAttention: what `nn.MultiheadAttention` computes, with its four projections as layers of their own.
+"""ProjectedAttention: what `nn.MultiheadAttention` computes, with its four projections as layers of
+their own.
 
-`nn.MultiheadAttention` multiplies by its weights without calling a layer, so a technique has nothing to replace in it.
-`project_attentions` puts this module in its place; the projections are then linear layers like all others. Torch's fused
-encoder layers read weights too: `without_fast_paths` turns them off.
+`nn.MultiheadAttention` multiplies by its weights without calling a layer, so a technique has
+nothing to replace in it. `project_attentions` puts this module in its place; the projections are
+then linear layers like all others. Torch's fused encoder layers read weights too:
+`without_fast_paths` turns them off.
 """
 
 from __future__ import annotations
@@ -20,12 +22,15 @@ from quantize.nn.reading import WeightReading
 
 @surgery.builder
 class ProjectedAttention(nn.Module):
-    """In place of `nn.MultiheadAttention`: same arguments, shapes and results; `q`, `k`, `v` and `out` are layers.
+    """In place of `nn.MultiheadAttention`: same arguments, shapes and results; `q`, `k`, `v` and
+    `out` are layers.
 
     Left out: `bias_k`, `bias_v` and `add_zero_attn` (a module that uses them is not converted).
     """
 
-    def __init__(self, *projections: nn.Module, heads: int, batch_first: bool, dropout: float) -> None:
+    def __init__(
+        self, *projections: nn.Module, heads: int, batch_first: bool, dropout: float
+    ) -> None:
         super().__init__()
         self.q, self.k, self.v, self.out = projections
         self.num_heads = heads
@@ -39,25 +44,42 @@ class ProjectedAttention(nn.Module):
         else:
             weights = (source.q_proj_weight, source.k_proj_weight, source.v_proj_weight)
         biases = (None,) * 3 if source.in_proj_bias is None else source.in_proj_bias.chunk(3)
-        settings = {"heads": source.num_heads, "batch_first": source.batch_first, "dropout": source.dropout}
+        settings = {
+            "heads": source.num_heads,
+            "batch_first": source.batch_first,
+            "dropout": source.dropout,
+        }
         new = cls.rebuild(source, **settings)
         for part, weight, bias in zip((new.q, new.k, new.v), weights, biases, strict=True):
             _fill(part, weight, bias, source.out_proj.weight)
         _fill(new.out, source.out_proj.weight, source.out_proj.bias, source.out_proj.weight)
         surgery.take_place(source, new)
-        surgery.record(new, "ProjectedAttention", **settings)  # the projections' own records follow it
+        surgery.record(
+            new, "ProjectedAttention", **settings
+        )  # the projections' own records follow it
         return new
 
     @classmethod
-    def rebuild(cls, module: nn.Module, heads: int, batch_first: bool, dropout: float) -> ProjectedAttention:
-        """A frame in place of `module`, with empty projections; a file's tensors and the records of projections fill it."""
+    def rebuild(
+        cls, module: nn.Module, heads: int, batch_first: bool, dropout: float
+    ) -> ProjectedAttention:
+        """A frame in place of `module`, with empty projections; a file's tensors and the records of
+        projections fill it.
+        """
         if not isinstance(module, nn.MultiheadAttention):
             raise ValueError(f"expected an nn.MultiheadAttention, found a {type(module).__name__}")
         width, dtype = module.embed_dim, module.out_proj.weight.dtype
         bias = module.in_proj_bias is not None
-        parts = [nn.Linear(k, width, bias, device="meta", dtype=dtype) for k in (width, module.kdim, module.vdim)]
-        parts.append(nn.Linear(width, width, module.out_proj.bias is not None, device="meta", dtype=dtype))
-        return cls(*parts, heads=heads, batch_first=batch_first, dropout=dropout).train(module.training)
+        parts = [
+            nn.Linear(k, width, bias, device="meta", dtype=dtype)
+            for k in (width, module.kdim, module.vdim)
+        ]
+        parts.append(
+            nn.Linear(width, width, module.out_proj.bias is not None, device="meta", dtype=dtype)
+        )
+        return cls(*parts, heads=heads, batch_first=batch_first, dropout=dropout).train(
+            module.training
+        )
 
     def contradiction(self) -> str | None:
         """See `surgery.contradiction`."""
@@ -99,7 +121,9 @@ class ProjectedAttention(nn.Module):
             return None
         weight = self.q.weight
         shape = (3 * self.embed_dim, self.embed_dim)
-        return WeightReading.described(lambda: self._side_by_side("weight"), shape, weight.dtype, weight.device)
+        return WeightReading.described(
+            lambda: self._side_by_side("weight"), shape, weight.dtype, weight.device
+        )
 
     @property
     def in_proj_bias(self) -> Tensor | None:
@@ -107,7 +131,9 @@ class ProjectedAttention(nn.Module):
         bias = self.q.bias
         if bias is None:
             return None
-        return WeightReading.described(lambda: self._side_by_side("bias"), (3 * len(bias),), bias.dtype, bias.device)
+        return WeightReading.described(
+            lambda: self._side_by_side("bias"), (3 * len(bias),), bias.dtype, bias.device
+        )
 
     def _side_by_side(self, name: str) -> Tensor:
         return torch.cat([getattr(part, name).clone() for part in (self.q, self.k, self.v)])
@@ -123,22 +149,32 @@ class ProjectedAttention(nn.Module):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As `nn.MultiheadAttention.forward`. `is_causal` is only a hint there, beside the mask, and is not needed here."""
+        """As `nn.MultiheadAttention.forward`. `is_causal` is only a hint there, beside the mask,
+        and is not needed here.
+        """
         if is_causal and attn_mask is None:
             raise ValueError("is_causal=True needs attn_mask, as in nn.MultiheadAttention")
-        q, k, v = self.q(query), self.k(key), self.v(value)  # before any reshaping: the same tensor is quantized once
+        q, k, v = (
+            self.q(query),
+            self.k(key),
+            self.v(value),
+        )  # before any reshaping: the same tensor is quantized once
         batched = q.dim() == 3
         if not batched:
             q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
         elif not self.batch_first:
             q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
-        q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))  # [B, H, T, D]
+        q, k, v = (
+            t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v)
+        )  # [B, H, T, D]
         mask = self._mask(attn_mask, key_padding_mask, q, k)
         dropout = self.dropout if self.training else 0.0
         weights = None
         if need_weights:
             scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
-            weights = F.dropout((scores if mask is None else scores + mask).softmax(-1), dropout)  # [B, H, T, S]
+            weights = F.dropout(
+                (scores if mask is None else scores + mask).softmax(-1), dropout
+            )  # [B, H, T, S]
             y = weights @ v
             weights = weights.mean(1) if average_attn_weights else weights
         else:
@@ -150,15 +186,25 @@ class ProjectedAttention(nn.Module):
             y, weights = y.squeeze(0), None if weights is None else weights.squeeze(0)
         return self.out(y), weights
 
-    def _mask(self, attn_mask: Tensor | None, padding: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
-        """Both masks (bool: True is hidden; float: added) as one that is added to scores [B, H, T, S]."""
+    def _mask(
+        self, attn_mask: Tensor | None, padding: Tensor | None, q: Tensor, k: Tensor
+    ) -> Tensor | None:
+        """Both masks (bool: True is hidden; float: added) as one that is added to scores [B, H, T,
+        S].
+        """
         masks = []
         if attn_mask is not None:  # [T, S] or [B * H, T, S]
-            masks.append(attn_mask if attn_mask.dim() == 2 else attn_mask.view(q.shape[0], -1, *attn_mask.shape[-2:]))
+            masks.append(
+                attn_mask
+                if attn_mask.dim() == 2
+                else attn_mask.view(q.shape[0], -1, *attn_mask.shape[-2:])
+            )
         if padding is not None:  # [B, S] or [S]
             masks.append(padding.view(q.shape[0], 1, 1, k.shape[2]))
         added = [
-            torch.zeros_like(m, dtype=q.dtype).masked_fill(m, float("-inf")) if m.dtype == torch.bool else m.to(q.dtype)
+            torch.zeros_like(m, dtype=q.dtype).masked_fill(m, float("-inf"))
+            if m.dtype == torch.bool
+            else m.to(q.dtype)
             for m in masks
         ]
         return None if not added else added[0] if len(added) == 1 else added[0] + added[1]
@@ -173,9 +219,11 @@ def _fill(part: nn.Module, weight: Tensor, bias: Tensor | None, like: Tensor) ->
 def project_attentions(
     model: nn.Module, skipped: Callable[[str, nn.Module], bool]
 ) -> tuple[nn.Module, dict[str, nn.MultiheadAttention], dict[str, str]]:
-    """Put a `ProjectedAttention` in the place of every `nn.MultiheadAttention` that can be one, in place.
+    """Put a `ProjectedAttention` in the place of every `nn.MultiheadAttention` that can be one, in
+    place.
 
-    Returns the (possibly new) root, the modules that were replaced, and the reasons why others stayed.
+    Returns the (possibly new) root, the modules that were replaced, and the reasons why others
+    stayed.
     """
     holders = surgery.holders(model)
     replaced: dict[str, nn.MultiheadAttention] = {}
@@ -188,12 +236,16 @@ def project_attentions(
             replaced[name] = module
         else:
             left[name] = reason
-    model = surgery.replace(model, {module: ProjectedAttention.from_attention(module) for module in replaced.values()})
+    model = surgery.replace(
+        model, {module: ProjectedAttention.from_attention(module) for module in replaced.values()}
+    )
     return model, replaced, left
 
 
 def restore_attentions(
-    model: nn.Module, replaced: Mapping[str, nn.MultiheadAttention], kinds: tuple[type[nn.Module], ...]
+    model: nn.Module,
+    replaced: Mapping[str, nn.MultiheadAttention],
+    kinds: tuple[type[nn.Module], ...],
 ) -> nn.Module:
     """Put back the modules of which no projection became one of `kinds`."""
     back = {}
@@ -206,11 +258,15 @@ def restore_attentions(
 
 
 def without_fast_paths(model: nn.Module) -> None:
-    """Turn off, in place, what reads float weights in torch's encoder layers: the flags that they look at first."""
+    """Turn off, in place, what reads float weights in torch's encoder layers: the flags that they
+    look at first.
+    """
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer) and module.activation_relu_or_gelu:
             surgery.resize(module, tensors={}, attributes={"activation_relu_or_gelu": 0})
-        if isinstance(module, nn.TransformerEncoder) and getattr(module, "use_nested_tensor", False):
+        if isinstance(module, nn.TransformerEncoder) and getattr(
+            module, "use_nested_tensor", False
+        ):
             surgery.resize(module, tensors={}, attributes={"use_nested_tensor": False})
 
 
@@ -224,16 +280,28 @@ def _obstacle(
     if any(skipped(f"{name}.{part}".strip("."), child) for part, child in parts):
         return "it or a part of it is named by skip"
     if type(module).forward is not nn.MultiheadAttention.forward or "forward" in module.__dict__:
-        return f"{type(module).__name__} is a subclass of nn.MultiheadAttention with a forward of its own"
+        return (
+            f"{type(module).__name__} is a subclass of nn.MultiheadAttention with a forward "
+            f"of its own"
+        )
     if module.bias_k is not None or module.add_zero_attn:
         return "bias_k, bias_v and add_zero_attn are not handled"
-    if type(module.out_proj).forward is not nn.Linear.forward or "weight" not in module.out_proj._parameters:
-        return f"its out_proj is a {type(module.out_proj).__name__} that computes its weight, or not a plain linear"
+    if (
+        type(module.out_proj).forward is not nn.Linear.forward
+        or "weight" not in module.out_proj._parameters
+    ):
+        return (
+            f"its out_proj is a {type(module.out_proj).__name__} that computes its weight, or "
+            f"not a plain linear"
+        )
     inputs = ("in_proj_weight", "q_proj_weight")
     if all(module._parameters.get(key) is None for key in inputs):
         return "its weights are computed by a hook or a parametrization: make them permanent first"
     if any(len(holders[id(p)]) > 1 for p in module.parameters()):
         return "it shares its weights with another module"
-    if not all(p.is_floating_point() and p.dtype == module.out_proj.weight.dtype for p in module.parameters()):
+    if not all(
+        p.is_floating_point() and p.dtype == module.out_proj.weight.dtype
+        for p in module.parameters()
+    ):
         return "its weights are of several dtypes or no floating numbers"
     return None

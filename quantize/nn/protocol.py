@@ -1,8 +1,9 @@
 """What a compressed layer is, for all techniques and for everybody who reads one.
 
-`layer.weight` reads as the float weight that the layer stands for, in the dtype that the layer had, whoever asks (see
-`reading`). `dense_weight()` is that weight in float32 as it multiplies, `operands()` is what is stored, for native code and
-graphs. What is stored has names of its own, so nobody takes packed bytes for a weight.
+`layer.weight` reads as the float weight that the layer stands for, in the dtype that the layer had,
+whoever asks (see `reading`). `dense_weight()` is that weight in float32 as it multiplies,
+`operands()` is what is stored, for native code and graphs. What is stored has names of its own, so
+nobody takes packed bytes for a weight.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from quantize.surgery import is_transposed
 class Operands:
     """What a linear layer multiplies by, as it is stored.
 
-    weight: float or int8 [out, in], or uint8 [out, in / 2] with two 4-bit values a byte. scale, zero: [out] or
-    [out, in / group]. group: weights of a row that share a scale, 0 where a row does. bias: [out].
+    weight: float or int8 [out, in], or uint8 [out, in / 2] with two 4-bit values a byte. scale,
+    zero: [out] or [out, in / group]. group: weights of a row that share a scale, 0 where a row
+    does. bias: [out].
     """
 
     weight: Tensor
@@ -37,7 +39,8 @@ class CompressedLayer(nn.Module):
     """A layer whose weight is stored in another form than the one in which it is read."""
 
     constant_buffers = True  # no forward changes them
-    transposed: bool = False  # does `weight` read as [in, out], as in the layer that this one replaced (GPT-2's Conv1D)?
+    # does `weight` read as [in, out], as in the layer that this one replaced (GPT-2's Conv1D)?
+    transposed: bool = False
 
     @property
     def trainable(self) -> bool:
@@ -45,7 +48,9 @@ class CompressedLayer(nn.Module):
         return False
 
     def dense_weight(self) -> Tensor:
-        """What the layer multiplies by, float32 [out, in] (a convolution's kernel: [out, in, kh, kw])."""
+        """What the layer multiplies by, float32 [out, in] (a convolution's kernel: [out, in, kh,
+        kw]).
+        """
         raise NotImplementedError
 
     def weight_shape(self) -> tuple[int, ...]:
@@ -58,7 +63,9 @@ class CompressedLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """Reads as the float weight of the layer that this one stands for; to write it is refused."""
+        """Reads as the float weight of the layer that this one stands for; to write it is
+        refused.
+        """
         if torch.jit.is_tracing() or torch.compiler.is_compiling():
             return self._weight()
         dtype, device = self.weight_kind()
@@ -72,7 +79,9 @@ class CompressedLayer(nn.Module):
 
 
 def holds_integers(module: nn.Module) -> bool:
-    """Is it a layer whose weight is stored in integers, by this package, by torch or by another one?"""
+    """Is it a layer whose weight is stored in integers, by this package, by torch or by another
+    one?
+    """
     if isinstance(module, CompressedLayer):
         return not module.trainable
     origin = type(module).__module__.split(".")
@@ -85,8 +94,9 @@ def holds_integers(module: nn.Module) -> bool:
 class PackedLayer(CompressedLayer):
     """A layer that stores integers; for inference.
 
-    `like` is a parameter without elements, and in no `state_dict()`: it carries the dtype that the layer had, follows
-    `.to(dtype)` and moves, and answers `next(model.parameters())`. The tensors named in `exact` keep their dtype in all casts.
+    `like` is a parameter without elements, and in no `state_dict()`: it carries the dtype that the
+    layer had, follows `.to(dtype)` and moves, and answers `next(model.parameters())`. The tensors
+    named in `exact` keep their dtype in all casts.
     """
 
     exact: tuple[str, ...] = ("scale",)
@@ -113,14 +123,20 @@ class PackedLayer(CompressedLayer):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         del destination[prefix + "like"]
 
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, *rest):
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *rest)
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, *rest
+    ):
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, *rest
+        )
         if prefix + "like" in missing_keys:
             missing_keys.remove(prefix + "like")
 
 
 def operands(layer: nn.Module) -> Operands | None:
-    """What a linear layer of one product stores; None for other layers, and for those with a forward of their own."""
+    """What a linear layer of one product stores; None for other layers, and for those with a
+    forward of their own.
+    """
     if type(layer) is nn.Linear and "weight" in layer._parameters:
         return Operands(layer.weight.detach(), layer.bias)
     own = getattr(layer, "operands", None)
@@ -128,7 +144,9 @@ def operands(layer: nn.Module) -> Operands | None:
 
 
 def dense_weight(layer: nn.Module) -> Tensor:
-    """What a linear or convolution multiplies by, float32 [out, in, ...] (float64 for a float64 layer)."""
+    """What a linear or convolution multiplies by, float32 [out, in, ...] (float64 for a float64
+    layer).
+    """
     if isinstance(layer, CompressedLayer):
         return layer.dense_weight()
     weight = layer.weight.t() if is_transposed(layer) else layer.weight

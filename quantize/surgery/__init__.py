@@ -1,8 +1,8 @@
 """Change any module: find modules in a copy, replace or resize them, and write down what was done.
 
-Every technique goes through here. `edit` changes a model, `record` keeps what a file must repeat (the structure record) and
-what a person wants to know (the notes: what was done, what was left, and why), `sizes` tells whether a module agrees with
-its own tensors.
+Every technique goes through here. `edit` changes a model, `record` keeps what a file must repeat
+(the structure record) and what a person wants to know (the notes: what was done, what was left, and
+why), `sizes` tells whether a module agrees with its own tensors.
 """
 
 from quantize.surgery.candidates import (
@@ -29,7 +29,18 @@ from quantize.surgery.edit import (
     skip_filter,
     uncompiled,
 )
-from quantize.surgery.record import Note, Summary, amend, builder, check_count, note, notes, record, shortened, structure
+from quantize.surgery.record import (
+    Note,
+    Summary,
+    amend,
+    builder,
+    check_count,
+    note,
+    notes,
+    record,
+    shortened,
+    structure,
+)
 from quantize.surgery.sizes import contradiction, mismatch
 
 __all__ = [

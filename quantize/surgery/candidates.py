@@ -1,9 +1,11 @@
-"""May a layer be replaced? Facts about every layer of a model, one table for all techniques; each adds what it alone asks.
+"""May a layer be replaced? Facts about every layer of a model, one table for all techniques; each
+adds what it alone asks.
 
-The policies, for all techniques: hooks follow the layer that takes another's place, and so does its training flag
-(`take_place`). A weight that several modules hold is shared by their replacements, or the layer stays and is named. A weight
-that a parametrization computes is read once; one that a hook computes (old weight_norm, spectral_norm, pruning masks) makes
-the layer stay, and so do a forward of its own and a weight that is no floating tensor. A weight that is not finite is an error.
+The policies, for all techniques: hooks follow the layer that takes another's place, and so does its
+training flag (`take_place`). A weight that several modules hold is shared by their replacements, or
+the layer stays and is named. A weight that a parametrization computes is read once; one that a hook
+computes (old weight_norm, spectral_norm, pruning masks) makes the layer stay, and so do a forward
+of its own and a weight that is no floating tensor. A weight that is not finite is an error.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ _PLAIN = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 @dataclass(frozen=True)
 class Facts:
-    """What a technique has to know of a linear layer, an embedding or a convolution before it replaces it."""
+    """What a technique has to know of a linear layer, an embedding or a convolution before it
+    replaces it.
+    """
 
     module: nn.Module
     holders: tuple[str, ...]  # names of all modules that hold its weight, itself among them
@@ -72,7 +76,9 @@ def obstacle(module: nn.Module) -> str | None:
     if "forward" in module.__dict__:
         return "its forward was replaced on the instance"
     base = next((plain for plain in _PLAIN if isinstance(module, plain)), None)
-    stands_in = getattr(kind, "stands_in", False)  # a layer of this package that computes what its base does
+    stands_in = getattr(
+        kind, "stands_in", False
+    )  # a layer of this package that computes what its base does
     if base is not None and kind.forward is not base.forward and not stands_in:
         return f"{kind.__name__} is a subclass of nn.{base.__name__} with a forward of its own"
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
@@ -84,7 +90,10 @@ def _weight_obstacle(module: nn.Module) -> str | None:
     computed = parametrize.is_parametrized(module)
     weight = module._parameters.get("weight")
     if weight is None and not (computed and "weight" in module.parametrizations):
-        return "its weight is computed by a hook (weight_norm, spectral_norm, prune): make it permanent first"
+        return (
+            "its weight is computed by a hook (weight_norm, spectral_norm, prune): make it "
+            "permanent first"
+        )
     if any(name not in ("weight", "bias") for name in module._parameters):
         return "it has parameters besides weight and bias"
     if isinstance(weight, nn.parameter.UninitializedTensorMixin):
@@ -100,7 +109,9 @@ def _weight_obstacle(module: nn.Module) -> str | None:
 
 
 def is_transposed(module: nn.Module) -> bool:
-    """Does its `weight` read as [in, out], like that of transformers' Conv1D (which need not be installed)?"""
+    """Does its `weight` read as [in, out], like that of transformers' Conv1D (which need not be
+    installed)?
+    """
     if type(module).__module__.startswith("quantize."):  # a compressed layer knows what it replaced
         return getattr(module, "transposed", False) or hasattr(module, "nf")
     weight = module._parameters.get("weight")
@@ -113,13 +124,17 @@ def is_transposed(module: nn.Module) -> bool:
 
 
 def check_finite(name: str, module: nn.Module) -> None:
-    """Raise ValueError naming a tensor of `module`, or one that a parametrization computes, that is not finite."""
+    """Raise ValueError naming a tensor of `module`, or one that a parametrization computes, that is
+    not finite.
+    """
     tensors = dict(module._parameters)
     if parametrize.is_parametrized(module):
         tensors |= {kind: getattr(module, kind) for kind in module.parametrizations}
     for kind, tensor in tensors.items():
         if tensor is not None and not torch.isfinite(tensor).all():
-            raise ValueError(f"layer {name!r} has a {kind} that is not finite: NaN or Inf can't be quantized")
+            raise ValueError(
+                f"layer {name!r} has a {kind} that is not finite: NaN or Inf can't be quantized"
+            )
 
 
 def check_initialised(model: nn.Module) -> None:
@@ -127,7 +142,10 @@ def check_initialised(model: nn.Module) -> None:
     for name, module in model.named_modules():
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is not None and nn.parameter.is_lazy(tensor):
-                raise ValueError(f"module {name!r} ({type(module).__name__}) has no shape yet: run the model once")
+                raise ValueError(
+                    f"module {name!r} ({type(module).__name__}) has no shape yet: run the model "
+                    f"once"
+                )
 
 
 def take_place(old: nn.Module, new: nn.Module) -> None:
@@ -139,7 +157,9 @@ def take_place(old: nn.Module, new: nn.Module) -> None:
 
 @torch.no_grad()
 def round_stored(model: nn.Module) -> None:
-    """Round again what a file holds in 16 bits, after a step that changed it: a model in memory is as its file says."""
+    """Round again what a file holds in 16 bits, after a step that changed it: a model in memory is
+    as its file says.
+    """
     for module in model.modules():
         dtype, names = module.__dict__.get("_half", (None, ()))
         for parameter in (module._parameters[name] for name in names):
@@ -148,7 +168,9 @@ def round_stored(model: nn.Module) -> None:
 
 
 def stays_float(model: nn.Module) -> dict[str, int]:
-    """Bytes of floating parameters that modules hold themselves, by name, each tensor once; the largest first."""
+    """Bytes of floating parameters that modules hold themselves, by name, each tensor once; the
+    largest first.
+    """
     seen: set[int] = set()
     sizes: dict[str, int] = {}
     for name, module in model.named_modules():

@@ -1,7 +1,8 @@
 """Find modules in a copy of a model, replace them, give them other shapes.
 
-`clone` (a transform never touches its input), `select` (which modules), `replace` (one tree walk for every swap), `resize` (new
-tensors and attributes on a module that stays what it is). What was done is noted in the structure record (record.py).
+`clone` (a transform never touches its input), `select` (which modules), `replace` (one tree walk
+for every swap), `resize` (new tensors and attributes on a module that stays what it is). What was
+done is noted in the structure record (record.py).
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from quantize.surgery.record import BUILDERS, builder, check_count, edits_of, jo
 from quantize.surgery.sizes import widths
 
 Skip = Sequence[str | type[nn.Module]]
-MAX_NUMBER = 2**16  # an attribute from a file may be so large, or as large as what it replaces or an axis of its module
+# An attribute from a file may be so large, or as large as what it replaces or an axis of it.
+MAX_NUMBER = 2**16
 MAX_LIST = 1000
 
 
@@ -34,21 +36,28 @@ def clone(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     if isinstance(model, torch.jit.ScriptModule):
-        raise TypeError("model is a TorchScript module, which can't be edited: compress the original, then fuse")
+        raise TypeError(
+            "model is a TorchScript module, which can't be edited: compress the original, then fuse"
+        )
     copied = deepcopy(uncompiled(model))
     guard_folders(copied)
     return copied
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
-    """The module inside what `torch.compile(model)` gives, or `model` itself: compile the result again."""
-    if type(model).__name__ == "OptimizedModule" and isinstance(model._modules.get("_orig_mod"), nn.Module):
+    """The module inside what `torch.compile(model)` gives, or `model` itself: compile the result
+    again.
+    """
+    if type(model).__name__ == "OptimizedModule" and isinstance(
+        model._modules.get("_orig_mod"), nn.Module
+    ):
         return model._modules["_orig_mod"]
     return model
 
 
 def deepcopy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
-    """`copy.deepcopy`, also of models that keep results of a computation (activations, normalized weights), as values.
+    """`copy.deepcopy`, also of models that keep results of a computation (activations, normalized
+    weights), as values.
 
     Raises TypeError naming the module that holds something that can't be copied.
     """
@@ -60,7 +69,9 @@ def deepcopy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
 
 
 class _ResultsAsValues(TorchFunctionMode):
-    """Inside, a deep copy of a tensor with a history is one without: `Tensor.__deepcopy__` refuses those."""
+    """Inside, a deep copy of a tensor with a history is one without: `Tensor.__deepcopy__` refuses
+    those.
+    """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is not torch.Tensor.__deepcopy__ or args[0].is_leaf:
@@ -82,11 +93,14 @@ def _uncopiable(model: nn.Module) -> str:
     return type(model).__name__
 
 
-def select(model: nn.Module, types: type[nn.Module] | tuple[type[nn.Module], ...], *, skip: Skip = ()) -> dict[str, nn.Module]:
-    """Modules of the given types (subclasses too) by qualified name, each module once, in the order of `named_modules`.
+def select(
+    model: nn.Module, types: type[nn.Module] | tuple[type[nn.Module], ...], *, skip: Skip = ()
+) -> dict[str, nn.Module]:
+    """Modules of the given types (subclasses too) by qualified name, each module once, in the order
+    of `named_modules`.
 
-    `skip` takes names (of the module or of a module around it), globs over names (`"*.head"`), and module types.
-    Raises ValueError for a name in `skip` that the model doesn't have.
+    `skip` takes names (of the module or of a module around it), globs over names (`"*.head"`), and
+    module types. Raises ValueError for a name in `skip` that the model doesn't have.
     """
     skipped = skip_filter(model, skip)
     return {n: m for n, m in model.named_modules() if isinstance(m, types) and not skipped(n, m)}
@@ -95,31 +109,41 @@ def select(model: nn.Module, types: type[nn.Module] | tuple[type[nn.Module], ...
 def skip_filter(model: nn.Module, skip: Skip) -> Callable[[str, nn.Module], bool]:
     """Predicate over (name, module): is it, or a module around it, named by `skip`?"""
     if isinstance(skip, (str, type)):
-        raise TypeError(f"skip must be a sequence of names and types, got {skip!r}; write skip=({skip!r},)")
+        raise TypeError(
+            f"skip must be a sequence of names and types, got {skip!r}; write skip=({skip!r},)"
+        )
     names = {n for n, _ in model.named_modules(remove_duplicate=False)}
     patterns = [s for s in skip if isinstance(s, str)]
     kinds = tuple(s for s in skip if isinstance(s, type) and issubclass(s, nn.Module))
     for entry in skip:
-        if not isinstance(entry, str) and not (isinstance(entry, type) and issubclass(entry, nn.Module)):
+        if not isinstance(entry, str) and not (
+            isinstance(entry, type) and issubclass(entry, nn.Module)
+        ):
             raise TypeError(f"skip takes names, globs and nn.Module types, got {entry!r}")
         if isinstance(entry, str) and not set(entry) & set("*?[") and entry not in names:
-            raise ValueError(f"skip names {entry!r}, which is not a module of {type(model).__name__}")
-    by_type = {n for n, m in model.named_modules(remove_duplicate=False) if kinds and isinstance(m, kinds)}
+            raise ValueError(
+                f"skip names {entry!r}, which is not a module of {type(model).__name__}"
+            )
+    by_type = {
+        n for n, m in model.named_modules(remove_duplicate=False) if kinds and isinstance(m, kinds)
+    }
 
     def skipped(name: str, module: nn.Module) -> bool:
         parts = name.split(".")
         around = [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
-        return any(a in by_type or any(fnmatch.fnmatchcase(a, p) for p in patterns) for a in around) or (
-            bool(kinds) and isinstance(module, kinds)
-        )
+        return any(
+            a in by_type or any(fnmatch.fnmatchcase(a, p) for p in patterns) for a in around
+        ) or (bool(kinds) and isinstance(module, kinds))
 
     return skipped
 
 
 def replace(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.Module:
-    """Put each value where its key stands in `model`, in place and at every place; returns the (possibly new) root.
+    """Put each value where its key stands in `model`, in place and at every place; returns the
+    (possibly new) root.
 
-    Edits recorded on the old module, or inside it, go over to the new one: they come first when a file repeats them.
+    Edits recorded on the old module, or inside it, go over to the new one: they come first when a
+    file repeats them.
     """
     for old, new in replacements.items():
         if new is not old:
@@ -134,7 +158,9 @@ def replace(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn
 def _inherit(old: nn.Module, new: nn.Module) -> None:
     """Give the edits of `old`, and of all in it, to what stands in its place."""
     own = list(edits_of(old))
-    inherited = [(b, a, join(n, inner)) for n, m in old.named_modules() for b, a, inner in edits_of(m)]
+    inherited = [
+        (b, a, join(n, inner)) for n, m in old.named_modules() for b, a, inner in edits_of(m)
+    ]
     for module in old.modules():  # the new module may hold the old one
         module.__dict__.pop("_structure", None)
     if inherited:
@@ -154,7 +180,9 @@ def rebuild(model: nn.Module, edits: Sequence[Mapping[str, Any]]) -> nn.Module:
         try:
             module = model.get_submodule(name)
         except AttributeError:
-            raise ValueError(f"the model ({type(model).__name__}) has no module {name[:200]!r}") from None
+            raise ValueError(
+                f"the model ({type(model).__name__}) has no module {name[:200]!r}"
+            ) from None
         new = _built(name, module, edit["builder"], edit["arguments"])
         if new is not module:
             places.replace(module, new)
@@ -164,20 +192,30 @@ def rebuild(model: nn.Module, edits: Sequence[Mapping[str, Any]]) -> nn.Module:
     return model
 
 
-def _built(name: str, module: nn.Module, builder_name: str, arguments: Mapping[str, Any]) -> nn.Module:
+def _built(
+    name: str, module: nn.Module, builder_name: str, arguments: Mapping[str, Any]
+) -> nn.Module:
     """What one edit makes of `module`, recorded."""
     if builder_name not in BUILDERS:
-        raise ValueError(f"module {name!r}: unknown kind of edit {builder_name[:200]!r}; known: {sorted(BUILDERS)}")
+        raise ValueError(
+            f"module {name!r}: unknown kind of edit {builder_name[:200]!r}; known: "
+            f"{sorted(BUILDERS)}"
+        )
     before, sizes = list(edits_of(module)), widths(module)
     try:
         new = BUILDERS[builder_name](module, **arguments)
     except (TypeError, ValueError, AttributeError, KeyError, RuntimeError) as error:
-        raise ValueError(f"module {name!r} can't become {builder_name}: {str(error)[:300]}") from error
+        raise ValueError(
+            f"module {name!r} can't become {builder_name}: {str(error)[:300]}"
+        ) from error
     if new is not module:
         take_place(module, new)
         for key, size in widths(new).items():
             if sizes.get(key, size) != size:
-                raise ValueError(f"module {name!r} can't become {builder_name}: {key} is {sizes[key]}, the edit says {size}")
+                raise ValueError(
+                    f"module {name!r} can't become {builder_name}: {key} is {sizes[key]}, the "
+                    f"edit says {size}"
+                )
     if list(edits_of(new)) in ([], before):  # the builder didn't record it itself
         record(new, builder_name, **arguments)
     return new
@@ -210,10 +248,14 @@ class _Places:
 # Resizing: same module class, other shapes.
 
 
-def resize(module: nn.Module, *, tensors: Mapping[str, torch.Tensor], attributes: Mapping[str, Any]) -> None:
-    """Give `module` new tensors (parameters or buffers, by name) and new plain attributes (`out_features=96`), in place.
+def resize(
+    module: nn.Module, *, tensors: Mapping[str, torch.Tensor], attributes: Mapping[str, Any]
+) -> None:
+    """Give `module` new tensors (parameters or buffers, by name) and new plain attributes
+    (`out_features=96`), in place.
 
-    A parameter stays the same object, so that whoever shares it sees the new tensor. The edit is recorded.
+    A parameter stays the same object, so that whoever shares it sees the new tensor. The edit is
+    recorded.
     """
     for name, tensor in tensors.items():
         _set_tensor(module, name, tensor)
@@ -222,7 +264,9 @@ def resize(module: nn.Module, *, tensors: Mapping[str, torch.Tensor], attributes
     shapes = {n: list(t.shape) for n, t in tensors.items()}
     values = {n: list(v) if isinstance(v, tuple) else v for n, v in attributes.items()}
     edits = edits_of(module)
-    if edits and edits[-1][0] == "resized" and not edits[-1][2]:  # one edit for a module cut several times
+    if (
+        edits and edits[-1][0] == "resized" and not edits[-1][2]
+    ):  # one edit for a module cut several times
         earlier = edits[-1][1]
         module.__dict__["_structure"] = edits[:-1]
         shapes, values = {**earlier["shapes"], **shapes}, {**earlier["attributes"], **values}
@@ -230,26 +274,38 @@ def resize(module: nn.Module, *, tensors: Mapping[str, torch.Tensor], attributes
 
 
 @builder
-def resized(module: nn.Module, shapes: Mapping[str, Sequence[int]], attributes: Mapping[str, Any]) -> nn.Module:
-    """Repeat `resize` on a fresh module: tensors of the recorded shapes, without data (on the meta device)."""
+def resized(
+    module: nn.Module, shapes: Mapping[str, Sequence[int]], attributes: Mapping[str, Any]
+) -> nn.Module:
+    """Repeat `resize` on a fresh module: tensors of the recorded shapes, without data (on the meta
+    device).
+    """
     for name, shape in shapes.items():
         old = _get_tensor(module, name)
         _set_tensor(module, name, torch.empty(list(shape), dtype=old.dtype, device="meta"))
-    tensors = [t for t in [*module._parameters.values(), *module._buffers.values()] if t is not None]
+    tensors = [
+        t for t in [*module._parameters.values(), *module._buffers.values()] if t is not None
+    ]
     widest = max((size for t in tensors for size in t.shape), default=0)
     for name, value in attributes.items():
         if not _plausible(getattr(module, name, None), value, widest):
-            raise ValueError(f"attribute {name!r} of {type(module).__name__} can't become {str(value)[:80]}")
+            raise ValueError(
+                f"attribute {name!r} of {type(module).__name__} can't become {str(value)[:80]}"
+            )
         _set_attribute(module, name, tuple(value) if isinstance(value, list) else value)
     return module
 
 
 def _plausible(old: Any, value: Any, widest: int) -> bool:
-    """May a file put `value` in the place of `old` on a module whose tensors are at most `widest` along an axis?"""
+    """May a file put `value` in the place of `old` on a module whose tensors are at most `widest`
+    along an axis?
+    """
     if isinstance(value, list):
         before = old if isinstance(old, (list, tuple)) else ()
         most = max((n for n in before if type(n) is int), default=0)
-        return len(value) <= MAX_LIST and all(_plausible(most if type(v) is int else None, v, widest) for v in value)
+        return len(value) <= MAX_LIST and all(
+            _plausible(most if type(v) is int else None, v, widest) for v in value
+        )
     if isinstance(value, str):
         return len(value) <= MAX_LIST
     if type(value) is float:
@@ -274,21 +330,36 @@ def _set_tensor(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
     elif old.device == tensor.device:
         old.data = tensor.detach()
         old.grad = None
-    else:  # `.data` can't change device; a fresh model's sharing is restored when its tensors are loaded
+    # `.data` can't change device; a fresh model's sharing is restored when its tensors are loaded
+    else:
         module._parameters[name] = nn.Parameter(tensor, requires_grad=old.requires_grad)
 
 
 def _set_attribute(module: nn.Module, name: str, value: Any) -> None:
-    """Only plain values, only over an attribute of the same kind: a file must not be able to set anything else."""
+    """Only plain values, only over an attribute of the same kind: a file must not be able to set
+    anything else.
+    """
     old = getattr(module, name, module)
     if name.startswith("_") or _kind(old) is None:
         raise ValueError(f"{type(module).__name__} has no plain attribute {name!r}")
-    if _kind(value) is None or (old is not None and value is not None and _kind(old) != _kind(value)):
-        raise ValueError(f"attribute {name!r} of {type(module).__name__} is {old!r}, it can't become {value!r}")
+    if _kind(value) is None or (
+        old is not None and value is not None and _kind(old) != _kind(value)
+    ):
+        raise ValueError(
+            f"attribute {name!r} of {type(module).__name__} is {old!r}, it can't become {value!r}"
+        )
     setattr(module, name, list(value) if isinstance(old, list) and value is not None else value)
 
 
 def _kind(value: Any) -> str | None:
     """What sort of plain value this is; None for anything else."""
-    kinds = {bool: "flag", int: "number", float: "number", str: "text", tuple: "list", list: "list", type(None): "nothing"}
+    kinds = {
+        bool: "flag",
+        int: "number",
+        float: "number",
+        str: "text",
+        tuple: "list",
+        list: "list",
+        type(None): "nothing",
+    }
     return next((kind for plain, kind in kinds.items() if isinstance(value, plain)), None)

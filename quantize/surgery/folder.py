@@ -1,7 +1,9 @@
-"""`save_pretrained` of a changed model of transformers: only where the folder would be read back as this model.
+"""`save_pretrained` of a changed model of transformers: only where the folder would be read back as
+this model.
 
-A folder says which class and config a model has, and nothing of what was put into it: packed or factorized weights would be
-read back as missing ones, filled with random numbers. So a changed model is compared with what its config builds first.
+A folder says which class and config a model has, and nothing of what was put into it: packed or
+factorized weights would be read back as missing ones, filled with random numbers. So a changed
+model is compared with what its config builds first.
 """
 
 from __future__ import annotations
@@ -16,31 +18,40 @@ _HARMLESS = {"half"}  # `state_dict()` has the same names and shapes
 
 
 def guard_folders(model: nn.Module) -> None:
-    """Let every module of `model` that has a `save_pretrained` compare itself with its config first."""
+    """Let every module of `model` that has a `save_pretrained` compare itself with its config
+    first.
+    """
     for module in model.modules():
         if callable(getattr(type(module), "save_pretrained", None)):
             module.__dict__["save_pretrained"] = _Guarded(module)
 
 
 class _Guarded:
-    """Stands for `model.save_pretrained`; on the instance, so that it follows copies and pickles and no class is changed."""
+    """Stands for `model.save_pretrained`; on the instance, so that it follows copies and pickles
+    and no class is changed.
+    """
 
     def __init__(self, model: nn.Module):
         self.model = model
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As the model's own `save_pretrained`. Raises ValueError where the folder would be read back as another model."""
+        """As the model's own `save_pretrained`. Raises ValueError where the folder would be read
+        back as another model.
+        """
         reason = _unlike_its_config(self.model)
         if reason is not None:
             raise ValueError(
-                f"a folder can't hold this {type(self.model).__name__}, it would be read back with other weights: {reason}. "
+                f"a folder can't hold this {type(self.model).__name__}, it would be read back "
+                f"with other weights: {reason}. "
                 "Use quantize.save(model, path) and quantize.load(path, model=a fresh instance)"
             )
         return type(self.model).save_pretrained(self.model, *args, **kwargs)
 
 
 def _unlike_its_config(model: nn.Module) -> str | None:
-    """How the tensors of `model` differ from those of a model that its config builds; None if they don't."""
+    """How the tensors of `model` differ from those of a model that its config builds; None if they
+    don't.
+    """
     if _edits(model) <= _HARMLESS:
         return None
     try:
@@ -50,7 +61,9 @@ def _unlike_its_config(model: nn.Module) -> str | None:
         return f"its config builds no model to compare it with ({type(error).__name__}: {error})"
     wanted = {name: tuple(tensor.shape) for name, tensor in built.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    different = [name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)]
+    different = [
+        name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)
+    ]
     if not different:
         return None
     return f"{len(different)} tensors have other names or shapes, {min(different)!r} among them"

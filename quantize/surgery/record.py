@@ -1,9 +1,11 @@
-"""The structure record: which edits turn a fresh model into this one, so that a file can repeat them.
+"""The structure record: which edits turn a fresh model into this one, so that a file can repeat
+them.
 
-Each edit lies on the module it concerns, as the name of a builder and its JSON arguments, so it follows the module through
-`copy.deepcopy` and pickling and needs no model-level state; `structure(model)` reads the record off the tree,
-`rebuild(model, record)` applies it to a fresh instance of the same architecture. Builders are found by name in one table: a
-file can name one, never bring one.
+Each edit lies on the module it concerns, as the name of a builder and its JSON arguments, so it
+follows the module through `copy.deepcopy` and pickling and needs no model-level state;
+`structure(model)` reads the record off the tree, `rebuild(model, record)` applies it to a fresh
+instance of the same architecture. Builders are found by name in one table: a file can name one,
+never bring one.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ BUILDERS: dict[str, Builder] = {}
 
 
 def builder(function: F) -> F:
-    """Decorator: make `function(module, **arguments) -> module` known to the structure record under its name.
+    """Decorator: make `function(module, **arguments) -> module` known to the structure record under
+    its name.
 
     A class is registered by its `rebuild(module, **arguments)` class method.
     """
@@ -35,7 +38,9 @@ def builder(function: F) -> F:
 
 
 def record(module: nn.Module, name: str, **arguments: Any) -> None:
-    """Note on `module` that builder `name` with these JSON arguments makes it from what stands there in a fresh model."""
+    """Note on `module` that builder `name` with these JSON arguments makes it from what stands
+    there in a fresh model.
+    """
     if name not in BUILDERS:
         raise ValueError(f"no builder is named {name!r}; known: {sorted(BUILDERS)}")
     module.__dict__["_structure"] = [*edits_of(module), (name, arguments, "")]
@@ -50,7 +55,9 @@ def amend(module: nn.Module, name: str, **arguments: Any) -> None:
 
 
 def edits_of(module: nn.Module) -> Sequence[tuple[str, dict[str, Any], str]]:
-    """What was recorded on `module`: builder, arguments, and the name, seen from `module`, of the module they apply to."""
+    """What was recorded on `module`: builder, arguments, and the name, seen from `module`, of the
+    module they apply to.
+    """
     return module.__dict__.get("_structure", ())
 
 
@@ -59,7 +66,9 @@ def join(name: str, inner: str) -> str:
 
 
 def structure(model: nn.Module) -> list[dict[str, Any]]:
-    """The edits that turn a fresh instance into `model`: `{"module", "builder", "arguments"}`, outer modules first."""
+    """The edits that turn a fresh instance into `model`: `{"module", "builder", "arguments"}`,
+    outer modules first.
+    """
     return [
         {"module": join(name, inner), "builder": builder_name, "arguments": arguments}
         for name, module in model.named_modules()
@@ -72,7 +81,10 @@ def check_count(edits: Sequence[Mapping[str, Any]]) -> None:
     counts = Counter(edit["module"] for edit in edits)
     for name, count in counts.most_common(1):
         if count > MAX_EDITS:
-            raise ValueError(f"module {name[:200]!r} was edited {count} times; at most {MAX_EDITS} edits of it fit a file")
+            raise ValueError(
+                f"module {name[:200]!r} was edited {count} times; at most {MAX_EDITS} edits of "
+                f"it fit a file"
+            )
 
 
 # Notes: what a technique did to a model and what it left.
@@ -80,9 +92,11 @@ def check_count(edits: Sequence[Mapping[str, Any]]) -> None:
 
 @dataclass(frozen=True)
 class Note:
-    """One step: `done` maps layers to what became of them, `left` maps layers to the reason why they stayed.
+    """One step: `done` maps layers to what became of them, `left` maps layers to the reason why
+    they stayed.
 
-    `distance`: of the step's result from what it was given, on inputs that were at hand; None where there were none.
+    `distance`: of the step's result from what it was given, on inputs that were at hand; None where
+        there were none.
     """
 
     technique: str
@@ -113,7 +127,9 @@ def note(
 
 
 def shortened(reasons: Mapping[str, str], most: int = 4) -> str:
-    """The first reasons why layers stayed, for an error: `name: reason; ...`; "" if there are none."""
+    """The first reasons why layers stayed, for an error: `name: reason; ...`; "" if there are
+    none.
+    """
     shown = "; ".join(f"{name}: {why}" for name, why in list(reasons.items())[:most])
     more = len(reasons) - most
     return f"{shown}; and {more} more" if more > 0 else shown
@@ -147,7 +163,9 @@ class Summary:
 
     @property
     def done(self) -> dict[str, str]:
-        """What became of each layer that a step replaced or resized, all its steps joined with `+`."""
+        """What became of each layer that a step replaced or resized, all its steps joined with
+        `+`.
+        """
         found: dict[str, str] = {}
         for step in self.steps:
             for name, what in step.done.items():
@@ -164,7 +182,9 @@ class Summary:
 
     @property
     def distance(self) -> float | None:
-        """Relative distance of the outputs of the last step that was compared with what it was given."""
+        """Relative distance of the outputs of the last step that was compared with what it was
+        given.
+        """
         known = [step.distance for step in self.steps if step.distance is not None]
         return known[-1] if known else None
 
@@ -173,7 +193,9 @@ class Summary:
         for step in self.steps:
             away = "" if step.distance is None else f", {step.distance:.3g} from what it was given"
             options = "".join(f", {key}={value}" for key, value in step.settings.items())
-            lines.append(f"{step.technique}: {len(step.done)} done, {len(step.left)} left{away}{options}")
+            lines.append(
+                f"{step.technique}: {len(step.done)} done, {len(step.left)} left{away}{options}"
+            )
             lines += [f"  {name or '(the model)'}: {what}" for name, what in step.done.items()]
             lines += [f"  {name or '(the model)'}: left, {why}" for name, why in step.left.items()]
         return "\n".join(lines) or "nothing was done to this model"

@@ -1,8 +1,9 @@
 """Do a module's attributes agree with its tensors?
 
-Layers write down their widths beside the tensors that have them. Files can set both, and compiled code trusts what it is told,
-so whatever comes from a file, or goes to compiled code, is compared here first. A layer of this package says itself what it
-expects, in a method `contradiction`; torch's own layers are described below.
+Layers write down their widths beside the tensors that have them. Files can set both, and compiled
+code trusts what it is told, so whatever comes from a file, or goes to compiled code, is compared
+here first. A layer of this package says itself what it expects, in a method `contradiction`;
+torch's own layers are described below.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ def contradiction(module: nn.Module) -> str | None:
     own = getattr(type(module), "contradiction", None)
     if own is not None:
         return own(module)
-    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # transformers', for GPT-2: [in, out]
+    if type(module).__name__ == "Conv1D" and hasattr(
+        module, "nf"
+    ):  # transformers', for GPT-2: [in, out]
         return _conv1d(module)
     for kind, describe in _KNOWN.items():
         if isinstance(module, kind):
@@ -32,8 +35,12 @@ def contradiction(module: nn.Module) -> str | None:
     return None
 
 
-def mismatch(module: nn.Module, shapes: Mapping[str, Shape], dtypes: Mapping[str, torch.dtype] | None = None) -> str | None:
-    """The first own tensor of `module` that has another shape (or dtype) than it should have, in words."""
+def mismatch(
+    module: nn.Module, shapes: Mapping[str, Shape], dtypes: Mapping[str, torch.dtype] | None = None
+) -> str | None:
+    """The first own tensor of `module` that has another shape (or dtype) than it should have, in
+    words.
+    """
     tensors = {**module._parameters, **module._buffers}
     for name, shape in shapes.items():
         tensor = tensors.get(name)
@@ -48,10 +55,25 @@ def mismatch(module: nn.Module, shapes: Mapping[str, Shape], dtypes: Mapping[str
 
 
 def widths(module: nn.Module) -> dict[str, int]:
-    """The widths that a replacement must have in common with `module`, as far as it has attributes for them."""
-    names = ("in_features", "out_features", "in_channels", "out_channels", "num_embeddings", "embedding_dim")
-    found = {name: getattr(module, name) for name in names if type(getattr(module, name, None)) is int}
-    if type(module).__name__ == "Conv1D" and getattr(module, "weight", None) is not None and module.weight.ndim == 2:
+    """The widths that a replacement must have in common with `module`, as far as it has attributes
+    for them.
+    """
+    names = (
+        "in_features",
+        "out_features",
+        "in_channels",
+        "out_channels",
+        "num_embeddings",
+        "embedding_dim",
+    )
+    found = {
+        name: getattr(module, name) for name in names if type(getattr(module, name, None)) is int
+    }
+    if (
+        type(module).__name__ == "Conv1D"
+        and getattr(module, "weight", None) is not None
+        and module.weight.ndim == 2
+    ):
         found["in_features"], found["out_features"] = module.weight.shape
     return found
 

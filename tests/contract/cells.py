@@ -1,4 +1,6 @@
-"""One cell of the contract: one transform on one model, with all invariants checked on one result."""
+"""One cell of the contract: one transform on one model, with all invariants checked on one
+result.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ from contract import invariants as promise
 from contract.models import batches, build
 from contract.transforms import TRANSFORMS, Transform, noisy
 from quantize import surgery
-from quantize.low_rank.layers import LowRankLinear, Pair
+from quantize.nn.low_rank import LowRankLinear, Pair
 
 # Deep, random and normalized at every layer, or with steps of its own: rounding errors grow.
 ROUGH = {"mobilenet_v2": 5, "resnet": 2, "custom function": 2}
@@ -60,7 +62,9 @@ def _examine(transform: Transform, name: str) -> Cell:
     except Exception as error:
         refusal = error
     cell.add("input model changed", promise.changes(state, promise.state_of(model)))
-    cell.add("caller's inputs changed", promise.changes(given, promise.frozen([inputs, calibration])))
+    cell.add(
+        "caller's inputs changed", promise.changes(given, promise.frozen([inputs, calibration]))
+    )
     cell.add("process changed", promise.changes(world, promise.world()))
     if refusal is not None:
         cell.refusal = f"{type(refusal).__name__}: {refusal}"
@@ -82,7 +86,11 @@ def _run(cell: Cell, transform: Transform, name: str, model: nn.Module, result: 
     if not transform.script:
         cell.add("shares memory", promise.apart(result, model))
         if transform.technique != "fold":
-            modes = promise.in_eval_mode(result) if transform.evaluates else promise.flags_kept(result, model)
+            modes = (
+                promise.in_eval_mode(result)
+                if transform.evaluates
+                else promise.flags_kept(result, model)
+            )
             cell.add("training flags", modes)
             cell.add("hooks", promise.hooks_kept(result, model))
             cell.add("requires_grad", promise.trainable_kept(result, model))
@@ -100,14 +108,25 @@ def _run(cell: Cell, transform: Transform, name: str, model: nn.Module, result: 
         cell.add("close", _no_farther(name, actual, expected, sequence))
     flat = [promise.tensors(answer) for answer in actual]
     for what, copied in copies.items():
-        _compare(cell, what, copied, flat if transform.script else actual, sequence, flat=transform.script)
+        _compare(
+            cell,
+            what,
+            copied,
+            flat if transform.script else actual,
+            sequence,
+            flat=transform.script,
+        )
     if not transform.script:
         _after(cell, result, sequence)
         _dense(cell, dense, actual, sequence)
 
 
-def _no_farther(name: str, actual: list[Any], expected: list[Any], sequence: list[Any]) -> Iterator[str]:
-    """After `recover` the student is no farther from its teacher than before: in its outputs or their distributions."""
+def _no_farther(
+    name: str, actual: list[Any], expected: list[Any], sequence: list[Any]
+) -> Iterator[str]:
+    """After `recover` the student is no farther from its teacher than before: in its outputs or
+    their distributions.
+    """
     before = promise.answers(noisy(build(name)[0]).eval(), sequence)
     rows = zip(before, actual, expected, strict=True)
     for i, (start, end, teacher) in enumerate(rows):
@@ -115,7 +134,9 @@ def _no_farther(name: str, actual: list[Any], expected: list[Any], sequence: lis
         likely = [promise.probabilities(output) for output in (end, start, teacher)]
         shares = promise.distance(likely[0], likely[2]), promise.distance(likely[1], likely[2])
         if all(after > 1.05 * since + 1e-3 for after, since in (outputs, shares)):
-            yield f"call {i + 1} was {outputs[1]:.2g} from its teacher's and became {outputs[0]:.2g}"
+            yield (
+                f"call {i + 1} was {outputs[1]:.2g} from its teacher's and became {outputs[0]:.2g}"
+            )
 
 
 def _try(cell: Cell, kind: str, make: Callable[[], Any]) -> Any:
@@ -162,7 +183,15 @@ def _pickles(model: nn.Module) -> bool:
     return True
 
 
-def _compare(cell: Cell, what: str, copied: nn.Module, actual: list[Any], sequence: list[Any], *, flat: bool = False) -> None:
+def _compare(
+    cell: Cell,
+    what: str,
+    copied: nn.Module,
+    actual: list[Any],
+    sequence: list[Any],
+    *,
+    flat: bool = False,
+) -> None:
     """With `flat`, tensors alone: TorchScript knows fewer containers."""
     try:
         answers = promise.answers(copied, sequence)
@@ -181,7 +210,9 @@ def _after(cell: Cell, result: nn.Module, sequence: list[Any]) -> None:
 
 
 def _dense(cell: Cell, copied: nn.Module | None, actual: list[Any], sequence: list[Any]) -> None:
-    """Low rank: with each pair's product in a dense layer the result gives the same answers, up to rounding."""
+    """Low rank: with each pair's product in a dense layer the result gives the same answers, up to
+    rounding.
+    """
     pairs = [m for m in copied.modules() if isinstance(m, Pair)] if copied is not None else []
     if not pairs:
         return
@@ -193,16 +224,23 @@ def _dense(cell: Cell, copied: nn.Module | None, actual: list[Any], sequence: li
         cell.add("dense product", [f"{type(error).__name__}: {error}"])
         return
     coarse = any(p.dtype in (torch.float16, torch.bfloat16) for p in twin.parameters())
-    cell.add("dense product", promise.close_answers(actual, answers, 0.02 if coarse else 1e-3, forms=True))
+    cell.add(
+        "dense product",
+        promise.close_answers(actual, answers, 0.02 if coarse else 1e-3, forms=True),
+    )
 
 
 def _dense_layer(pair: Pair) -> nn.Module:
     """The ordinary layer that does what a low-rank pair does."""
     weight, bias = pair.dense_weight(), pair.bias
     if isinstance(pair, LowRankLinear):
-        layer: nn.Module = nn.Linear(pair.in_features, pair.out_features, bias is not None, dtype=pair.weight.dtype)
+        layer: nn.Module = nn.Linear(
+            pair.in_features, pair.out_features, bias is not None, dtype=pair.weight.dtype
+        )
     else:
-        options = {name: getattr(pair, name) for name in ("stride", "padding", "dilation", "padding_mode")}
+        options = {
+            name: getattr(pair, name) for name in ("stride", "padding", "dilation", "padding_mode")
+        }
         channels = pair.in_channels, pair.out_channels, pair.kernel_size
         layer = nn.Conv2d(*channels, bias=bias is not None, dtype=pair.weight.dtype, **options)
     layer.weight.copy_(weight)
@@ -213,7 +251,9 @@ def _dense_layer(pair: Pair) -> nn.Module:
     return layer.train(pair.training)
 
 
-def _summary(cell: Cell, transform: Transform, name: str, model: nn.Module, result: nn.Module) -> None:
+def _summary(
+    cell: Cell, transform: Transform, name: str, model: nn.Module, result: nn.Module
+) -> None:
     told = _try(cell, "summary", lambda: quantize.summary(result))
     if told is None:
         return
@@ -224,7 +264,10 @@ def _summary(cell: Cell, transform: Transform, name: str, model: nn.Module, resu
         plain = getattr(model, "_orig_mod", model)  # what is inside of torch.compile's module
         named = {*told.done, *told.left}
         cell.add("summary", [f"layer {n!r} is not named" for n in promise.unnamed(plain, named)])
-        cell.add("summary", [f"no reason for {n!r}" for n, why in told.left.items() if not str(why).strip()])
+        cell.add(
+            "summary",
+            [f"no reason for {n!r}" for n, why in told.left.items() if not str(why).strip()],
+        )
     if transform.runs:
         known = isinstance(told.distance, float) and 0 <= told.distance < float("inf")
         cell.add("summary", [] if known else [f"its distance is {told.distance!r}"])

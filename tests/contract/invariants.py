@@ -1,6 +1,8 @@
-"""What a transform promises, as checks: each gives the list of broken promises, in words, and changes nothing.
+"""What a transform promises, as checks: each gives the list of broken promises, in words, and
+changes nothing.
 
-State is compared bit for bit and object by object: a promise of "as before" is not kept by an equal copy.
+State is compared bit for bit and object by object: a promise of "as before" is not kept by an equal
+copy.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from quantize.checkpoint import CheckpointError
 
 SUFFIXES = (".pth", ".safetensors")
 
-# -------------------------------------------------------------------------------------------- snapshots
+# --------------------------------------------------------------------------------------------
+# snapshots
 
 
 @dataclasses.dataclass
@@ -55,16 +58,27 @@ def frozen(value: Any) -> Any:
 def _bits(tensor: torch.Tensor) -> Bits:
     if nn.parameter.is_lazy(tensor):
         return Bits(tensor, ("lazy", tensor.requires_grad), b"", None)
-    dense = tensor if tensor.layout == torch.strided else tensor.detach().to_dense()  # a kernel's own layout
+    dense = (
+        tensor if tensor.layout == torch.strided else tensor.detach().to_dense()
+    )  # a kernel's own layout
     plain = dense.detach().cpu().contiguous().reshape(-1)
-    about = (type(tensor), tensor.dtype, tuple(tensor.shape), dense.stride(), tensor.requires_grad, str(tensor.device))
+    about = (
+        type(tensor),
+        tensor.dtype,
+        tuple(tensor.shape),
+        dense.stride(),
+        tensor.requires_grad,
+        str(tensor.device),
+    )
     content = plain.view(torch.uint8).numpy().tobytes() if plain.numel() else b""
     gradient = frozen(tensor.grad) if tensor.is_leaf else None
     return Bits(tensor, about, content, gradient)
 
 
 def changes(before: Any, after: Any, path: str = "", *, objects: bool = True) -> Iterator[str]:
-    """Where two frozen values differ. With `objects`, tensors and unknown objects must be the same ones."""
+    """Where two frozen values differ. With `objects`, tensors and unknown objects must be the same
+    ones.
+    """
     if isinstance(before, Bits) and isinstance(after, Bits):
         if before.about != after.about:
             yield f"{path}: {before.about[1:]} became {after.about[1:]}"
@@ -91,7 +105,9 @@ def changes(before: Any, after: Any, path: str = "", *, objects: bool = True) ->
 
 
 def state_of(model: nn.Module) -> dict[str, Any]:
-    """All that hangs on a model: each module's class and `__dict__`, with parameters, buffers, hooks, flags, attributes."""
+    """All that hangs on a model: each module's class and `__dict__`, with parameters, buffers,
+    hooks, flags, attributes.
+    """
     found = {}
     for name, module in model.named_modules(remove_duplicate=False):
         found[name] = {"class": (type, type(module)), **frozen(vars(module))}
@@ -119,7 +135,8 @@ def world() -> dict[str, Any]:
     }
 
 
-# ---------------------------------------------------------------------------------------------- outputs
+# ----------------------------------------------------------------------------------------------
+# outputs
 
 
 def tensors(output: Any) -> list[torch.Tensor]:
@@ -149,13 +166,17 @@ def form(output: Any) -> Any:
 
 
 def probabilities(output: Any) -> list[torch.Tensor]:
-    """The floating tensors as distributions over their last axis, which is what a match of logits compares."""
+    """The floating tensors as distributions over their last axis, which is what a match of logits
+    compares.
+    """
     return [t.float().softmax(-1) for t in tensors(output) if t.is_floating_point() and t.ndim]
 
 
 @torch.no_grad()
 def answers(model: nn.Module, batches: Sequence[Any]) -> list[Any]:
-    """The outputs of one call after another; each call gets inputs of its own and the same random state."""
+    """The outputs of one call after another; each call gets inputs of its own and the same random
+    state.
+    """
     found = []
     with torch.random.fork_rng():
         for i, batch in enumerate(batches):
@@ -172,7 +193,9 @@ def _call(model: nn.Module, batch: Any) -> Any:
 
 
 def distance(actual: Any, expected: Any) -> float:
-    """Norm of the difference over the norm, of all floating tensors together; inf where whole numbers or shapes differ."""
+    """Norm of the difference over the norm, of all floating tensors together; inf where whole
+    numbers or shapes differ.
+    """
     off, size = 0.0, 0.0
     pairs = zip(tensors(actual), tensors(expected), strict=True)
     for a, e in pairs:
@@ -197,8 +220,12 @@ def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
     return bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
-def close_answers(actual: Sequence[Any], expected: Sequence[Any], bound: float | None, *, forms: bool) -> Iterator[str]:
-    """Finite, of the same form (with `forms`) and within `bound` of what is expected, call for call."""
+def close_answers(
+    actual: Sequence[Any], expected: Sequence[Any], bound: float | None, *, forms: bool
+) -> Iterator[str]:
+    """Finite, of the same form (with `forms`) and within `bound` of what is expected, call for
+    call.
+    """
     for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
         if forms and form(a) != form(e):
             yield f"call {i + 1} answers in another form: {form(a)} for {form(e)}"
@@ -213,7 +240,8 @@ def close_answers(actual: Sequence[Any], expected: Sequence[Any], bound: float |
             yield f"call {i + 1} is {off:.2g} from the original; promised is {bound:g}"
 
 
-# ----------------------------------------------------------------------------------------------- copies
+# -----------------------------------------------------------------------------------------------
+# copies
 
 
 def through_pickle(model: nn.Module) -> nn.Module:
@@ -230,16 +258,30 @@ def through_file(model: nn.Module, fresh: nn.Module, path: Path) -> nn.Module:
     return quantize.load(path, model=fresh)
 
 
-# ---------------------------------------------------------------------------------------------- refusals
+# ----------------------------------------------------------------------------------------------
+# refusals
 
 
-SUBJECTS = ("calibration", "batches", "example_inputs", "student", "teacher", "amount", "ratio", "nn.Module")
+SUBJECTS = (
+    "calibration",
+    "batches",
+    "example_inputs",
+    "student",
+    "teacher",
+    "amount",
+    "ratio",
+    "nn.Module",
+)
 
 
 def honest(error: Exception, model: Any = None) -> Iterator[str]:
-    """A refusal is a ValueError or TypeError of this package: short, no stack of somebody else's, and it says who."""
+    """A refusal is a ValueError or TypeError of this package: short, no stack of somebody else's,
+    and it says who.
+    """
     ours = (ValueError, TypeError, CheckpointError)
-    if not isinstance(error, ours) or not (type(error) in ours or type(error).__module__.startswith("quantize")):
+    if not isinstance(error, ours) or not (
+        type(error) in ours or type(error).__module__.startswith("quantize")
+    ):
         yield f"raises {type(error).__name__}: {str(error)[:200]}"
         return
     place = error.__traceback__
@@ -258,24 +300,34 @@ def honest(error: Exception, model: Any = None) -> Iterator[str]:
         yield f"a refusal of {len(message)} characters: {message[:200]}..."
 
 
-# ------------------------------------------------------------------------------------------------ policy
+# ------------------------------------------------------------------------------------------------
+# policy
 
 
 def layers_of(model: nn.Module) -> list[str]:
-    """Modules with a weight of their own that has two dimensions or more: each must be in a summary."""
+    """Modules with a weight of their own that has two dimensions or more: each must be in a
+    summary.
+    """
     found = []
     for name, module in model.named_modules():
         computed = parametrize.is_parametrized(module)
-        if isinstance(module, parametrize.ParametrizationList) or ".parametrizations." in f".{name}.":
+        if (
+            isinstance(module, parametrize.ParametrizationList)
+            or ".parametrizations." in f".{name}."
+        ):
             continue
-        own = [p for p in module._parameters.values() if p is not None and not nn.parameter.is_lazy(p)]
+        own = [
+            p for p in module._parameters.values() if p is not None and not nn.parameter.is_lazy(p)
+        ]
         if computed or any(p.ndim >= 2 and p.is_floating_point() for p in own):
             found.append(name)
     return found
 
 
 def unnamed(model: nn.Module, named: set[str]) -> list[str]:
-    """Layers of `model` that `named` doesn't name: neither themselves nor a module around or inside them."""
+    """Layers of `model` that `named` doesn't name: neither themselves nor a module around or inside
+    them.
+    """
 
     def covered(name: str) -> bool:
         attention = name.rpartition(".")[0]
@@ -283,13 +335,17 @@ def unnamed(model: nn.Module, named: set[str]) -> list[str]:
             return covered(attention)  # it is converted as a whole
         return any(k == name or name.startswith(f"{k}.") or k.startswith(f"{name}.") for k in named)
 
-    attentions = {name for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)}
+    attentions = {
+        name for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)
+    }
     return [name for name in layers_of(model) if not covered(name)]
 
 
 def flags_kept(result: nn.Module, original: nn.Module) -> Iterator[str]:
     """Modules that are still there are in the mode that they were in."""
-    modes = {name: module.training for name, module in original.named_modules(remove_duplicate=False)}
+    modes = {
+        name: module.training for name, module in original.named_modules(remove_duplicate=False)
+    }
     for name, module in result.named_modules(remove_duplicate=False):
         around = name
         while around not in modes:
@@ -316,17 +372,25 @@ HOOKS = (
 
 
 def hooks_kept(result: nn.Module, original: nn.Module) -> Iterator[str]:
-    """The hooks of every module that is still there under its name are the same functions, in the same order."""
+    """The hooks of every module that is still there under its name are the same functions, in the
+    same order.
+    """
     places = dict(result.named_modules(remove_duplicate=False))
     for name, module in original.named_modules():
         for kind in HOOKS:
-            held = [getattr(hook, "__qualname__", str(type(hook))) for hook in getattr(module, kind).values()]
+            held = [
+                getattr(hook, "__qualname__", str(type(hook)))
+                for hook in getattr(module, kind).values()
+            ]
             if held and name not in places:
                 yield f"{name}: gone, with its {kind}"
                 continue
             if not held:
                 continue
-            kept = [getattr(hook, "__qualname__", str(type(hook))) for hook in getattr(places[name], kind).values()]
+            kept = [
+                getattr(hook, "__qualname__", str(type(hook)))
+                for hook in getattr(places[name], kind).values()
+            ]
             if kept != held:
                 yield f"{name}: {kind} {held} became {kept}"
 
@@ -353,5 +417,9 @@ def _all_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         groups = [module._parameters, module._buffers, vars(module)]
         for group in groups:
             for key, value in group.items():
-                if isinstance(value, torch.Tensor) and not nn.parameter.is_lazy(value) and not value.is_meta:
+                if (
+                    isinstance(value, torch.Tensor)
+                    and not nn.parameter.is_lazy(value)
+                    and not value.is_meta
+                ):
                     yield f"{name}.{key}".strip("."), value

@@ -1,7 +1,8 @@
-"""Cells that don't work: those that are refused by name, and (while engineers mend) those that break a promise.
+"""Cells that don't work: those that are refused by name, and (while engineers mend) those that
+break a promise.
 
-A refusal is a row (transforms, models, a part of the message). A cell that is in no table works. A change from one to the
-other fails a test, whichever way it goes.
+A refusal is a row (transforms, models, a part of the message). A cell that is in no table works. A
+change from one to the other fails a test, whichever way it goes.
 """
 
 from __future__ import annotations
@@ -44,7 +45,12 @@ REFUSALS: tuple[tuple[tuple[str, ...], tuple[str, ...], str], ...] = (
 )
 
 REFUSED = {
-    transform: {model: part for transforms, models, part in REFUSALS if transform in transforms for model in models}
+    transform: {
+        model: part
+        for transforms, models, part in REFUSALS
+        if transform in transforms
+        for model in models
+    }
     for transform in EVERY
 }
 
@@ -56,7 +62,11 @@ REFUSED_ORDERS: tuple[tuple[tuple[str, ...], tuple[str, ...], str], ...] = (
     (PACKED, ("pruned calibrated", "student"), "holds integers: prune before quantizing"),
     (PACKED, ("recovered",), "holds integers, which can't be trained"),
     (("fused",), (*EVERY,), "TorchScript module"),
-    (("folded",), ("pruned calibrated", "student"), "is a graph: prune the model that it was made of"),
+    (
+        ("folded",),
+        ("pruned calibrated", "student"),
+        "is a graph: prune the model that it was made of",
+    ),
     (("folded",), FUSION, "is folded already"),
     (("folded",), ("recovered",), "no parameter that requires a gradient"),
     (("folded",), (*HALF, *INT8, *INT4, *LOW_RANK), "Folded has no"),
@@ -69,7 +79,12 @@ NOTHING_LEFT: tuple[tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...], str
     (PACKED, INT8, ("mlp", "conv net"), "no linear layer left to quantize"),
     (PACKED, ("int8",), ("decoder",), "no linear layer left to quantize"),
     (("int8 smooth",), ("int8 smooth",), ("decoder",), "no linear layer left to quantize"),
-    (PACKED, ("int4 calibrated",), ("mlp", "decoder", "conv net"), "no linear layer to store in 4 bits"),
+    (
+        PACKED,
+        ("int4 calibrated",),
+        ("mlp", "decoder", "conv net"),
+        "no linear layer to store in 4 bits",
+    ),
     (PACKED, ("low rank calibrated",), ("mlp", "decoder"), "no layer to factorize"),
 )
 

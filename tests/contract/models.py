@@ -1,7 +1,8 @@
-"""The models of the contract, by name: the zoo that others wrote, our own, torch's own transformers, and the odd ones.
+"""The models of the contract, by name: the zoo that others wrote, our own, torch's own
+transformers, and the odd ones.
 
-`build(name)` gives a model and example inputs, the same for the same seed. A second seed gives a fresh instance with other
-weights, as `quantize.load(path, model=...)` asks for.
+`build(name)` gives a model and example inputs, the same for the same seed. A second seed gives a
+fresh instance with other weights, as `quantize.load(path, model=...)` asks for.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ def _on_rows(cls: Callable[..., nn.Module], *arguments: Any, width: int = 32) ->
     return lambda: (cls(*arguments), _floats(ROWS, width))
 
 
-# ---------------------------------------------------------------------------------------------- the zoo
+# ---------------------------------------------------------------------------------------------- the
+# zoo
 
 
 def _clip() -> Made:
@@ -67,14 +69,17 @@ def _clip() -> Made:
 
 
 def _mamba() -> Made:
-    config = transformers.MambaConfig(vocab_size=96, hidden_size=32, state_size=4, num_hidden_layers=2, use_cache=False)
+    config = transformers.MambaConfig(
+        vocab_size=96, hidden_size=32, state_size=4, num_hidden_layers=2, use_cache=False
+    )
     return transformers.MambaForCausalLM(config), {"input_ids": _ids(6)}
 
 
 _OTHERS: dict[str, Maker] = {"clip": _clip, "mamba": _mamba}
 
 
-# ------------------------------------------------------------------------------------- ours and torch's
+# ------------------------------------------------------------------------------------- ours and
+# torch's
 
 
 def _decoder() -> Made:
@@ -83,7 +88,9 @@ def _decoder() -> Made:
 
 
 def _tied_decoder() -> Made:
-    config = DecoderConfig(vocab_size=96, width=32, layers=2, heads=4, qk_norm=True, tied_head=True, max_length=64)
+    config = DecoderConfig(
+        vocab_size=96, width=32, layers=2, heads=4, qk_norm=True, tied_head=True, max_length=64
+    )
     return DecoderLM(config), _ids()
 
 
@@ -115,11 +122,14 @@ _OWN: dict[str, Maker] = {
 }
 
 
-# --------------------------------------------------------------------------------------------- odd ones
+# --------------------------------------------------------------------------------------------- odd
+# ones
 
 
 def _after_gradients(cls: Callable[..., nn.Module], *arguments: Any) -> Maker:
-    """A model that has run with gradients: computed weights and kept activations are no leaves of the graph."""
+    """A model that has run with gradients: computed weights and kept activations are no leaves of
+    the graph.
+    """
 
     def make() -> Made:
         model, inputs = cls(*arguments), _floats(ROWS, 32)
@@ -164,7 +174,11 @@ def _partly_training() -> Made:
 
 def _many_arguments() -> Made:
     xs = [_floats(ROWS, 32), _floats(ROWS, 32, seed=2)]
-    return calls.ManyArguments(), {"xs": xs, "extra": {"more": _floats(ROWS, 32, seed=3)}, "flag": True}
+    return calls.ManyArguments(), {
+        "xs": xs,
+        "extra": {"more": _floats(ROWS, 32, seed=3)},
+        "flag": True,
+    }
 
 
 def _replaced_forward() -> Made:
@@ -238,7 +252,10 @@ _ODD: dict[str, Maker] = {
     "in-place activation": _on_rows(calls.InPlaceActivation),
     "data dependent": _on_rows(calls.DataDependent),
     "loops": _on_rows(calls.Loops),
-    "keywords only": lambda: (calls.KeywordsOnly(), {"x": _floats(ROWS, 32), "scale": _floats(ROWS, 1, seed=2)}),
+    "keywords only": lambda: (
+        calls.KeywordsOnly(),
+        {"x": _floats(ROWS, 32), "scale": _floats(ROWS, 1, seed=2)},
+    ),
     "many arguments": _many_arguments,
     "dict": _on_rows(calls.AnswersDict),
     "dataclass": _on_rows(calls.AnswersDataclass),
@@ -259,11 +276,16 @@ _ODD: dict[str, Maker] = {
 ODD = (*_OWN, *_ODD)
 FOREIGN = (*ZOO, *_OTHERS)
 MODELS = (*ODD, *FOREIGN)
-STACKED = {*FOREIGN, "decoder", "tied decoder", "nn.Transformer", "nn.TransformerEncoder"} - {"mobilenet_v2", "resnet"}
+STACKED = {*FOREIGN, "decoder", "tied decoder", "nn.Transformer", "nn.TransformerEncoder"} - {
+    "mobilenet_v2",
+    "resnet",
+}
 
 
 def build(name: str, seed: int = 0) -> Made:
-    """A model with the random weights of `seed` and example inputs; in eval mode, but for those about training mode."""
+    """A model with the random weights of `seed` and example inputs; in eval mode, but for those
+    about training mode.
+    """
     if name in ZOO:
         return zoo(name, seed)
     makers = _OWN | _ODD | _OTHERS

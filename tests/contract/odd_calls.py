@@ -1,4 +1,6 @@
-"""Models that are called in unusual ways: in place, by keyword, with control flow, answering in all kinds of containers."""
+"""Models that are called in unusual ways: in place, by keyword, with control flow, answering in all
+kinds of containers.
+"""
 
 from __future__ import annotations
 
@@ -127,7 +129,9 @@ class ListOfLayers(nn.Sequential):
     """A subclass of Sequential that indexes itself."""
 
     def __init__(self):
-        super().__init__(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
+        super().__init__(
+            nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in list(self)[:-1]:
@@ -136,7 +140,9 @@ class ListOfLayers(nn.Sequential):
 
 
 class Delegating(nn.Module):
-    """A wrapper that hands attributes it doesn't have on to the model inside, as DataParallel-like wrappers do."""
+    """A wrapper that hands attributes it doesn't have on to the model inside, as DataParallel-like
+    wrappers do.
+    """
 
     def __init__(self):
         super().__init__()
@@ -171,7 +177,10 @@ class ImageAndFlag(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.first, self.second = nn.Conv2d(3, 32, 3, padding=1), nn.Conv2d(32, 32, 3, stride=2, padding=1)
+        self.first, self.second = (
+            nn.Conv2d(3, 32, 3, padding=1),
+            nn.Conv2d(32, 32, 3, stride=2, padding=1),
+        )
         self.norm = nn.BatchNorm2d(32)
         self.head = nn.Linear(32 * 16, 8)
 

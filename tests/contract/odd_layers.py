@@ -1,7 +1,9 @@
-"""Models whose layers are unusual: under two names, shared, computed, hooked, wrapped, read by somebody else.
+"""Models whose layers are unusual: under two names, shared, computed, hooked, wrapped, read by
+somebody else.
 
-Each class is a small multilayer perceptron or convolution with one peculiarity. All of them are at module level, so that they
-can be pickled; widths are multiples of 32, so that every technique has a layer to act on.
+Each class is a small multilayer perceptron or convolution with one peculiarity. All of them are at
+module level, so that they can be pickled; widths are multiples of 32, so that every technique has a
+layer to act on.
 """
 
 from __future__ import annotations
@@ -18,7 +20,11 @@ class Perceptron(nn.Module):
 
     def __init__(self, width: int = 64):
         super().__init__()
-        self.up, self.mid, self.down = nn.Linear(32, width), nn.Linear(width, width), nn.Linear(width, 8)
+        self.up, self.mid, self.down = (
+            nn.Linear(32, width),
+            nn.Linear(width, width),
+            nn.Linear(width, 8),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(F.relu(self.mid(F.relu(self.up(x)))))
@@ -125,7 +131,9 @@ class ReadsDtype(Perceptron):
 
 
 class ReadsFirst(Perceptron):
-    """Makes a tensor of the dtype and on the device of its first parameter, as many published models do."""
+    """Makes a tensor of the dtype and on the device of its first parameter, as many published
+    models do.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         first = next(self.parameters())
@@ -178,7 +186,9 @@ class Experts(nn.Module):
     def __init__(self):
         super().__init__()
         self.inp, self.router, self.out = nn.Linear(32, 32), nn.Linear(32, 4), nn.Linear(32, 8)
-        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32)) for _ in range(4))
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32)) for _ in range(4)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.inp(x)
@@ -302,7 +312,9 @@ class BareParameter(nn.Module):
         super().__init__()
         self.up = nn.Linear(32, 64)
         self.weight = nn.Parameter(torch.randn(64, 64) / 8)
-        self.scales = nn.ParameterList([nn.Parameter(torch.ones(64)), nn.Parameter(torch.zeros(64))])
+        self.scales = nn.ParameterList(
+            [nn.Parameter(torch.ones(64)), nn.Parameter(torch.zeros(64))]
+        )
         self.down = nn.Linear(64, 8)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -315,7 +327,10 @@ class SparseBag(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.table, self.bag = nn.Embedding(96, 32, sparse=True), nn.EmbeddingBag(96, 32, mode="mean", sparse=True)
+        self.table, self.bag = (
+            nn.Embedding(96, 32, sparse=True),
+            nn.EmbeddingBag(96, 32, mode="mean", sparse=True),
+        )
         self.mix, self.head = nn.Linear(32, 64), nn.Linear(64, 8)
 
     def forward(self, ids: Tensor) -> Tensor:

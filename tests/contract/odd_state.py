@@ -1,4 +1,6 @@
-"""Models with state: buffers, attributes and counters that `forward` changes, hooks, kept activations, random numbers."""
+"""Models with state: buffers, attributes and counters that `forward` changes, hooks, kept
+activations, random numbers.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ from contract.odd_layers import Perceptron
 
 
 class Remembers(Perceptron):
-    """Base of the models that keep a state [4, 64] from call to call; it starts at random values."""
+    """Base of the models that keep a state [4, 64] from call to call; it starts at random
+    values.
+    """
 
     def __init__(self):
         super().__init__()
@@ -180,7 +184,9 @@ def shifted_keywords(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> A
     return (args[0] - 0.1, *args[1:]), kwargs
 
 
-def halved_keywords(_module: nn.Module, _args: Any, _kwargs: dict[str, Any], output: Tensor) -> Tensor:
+def halved_keywords(
+    _module: nn.Module, _args: Any, _kwargs: dict[str, Any], output: Tensor
+) -> Tensor:
     """Forward hook that takes keyword arguments."""
     return output * 0.5
 

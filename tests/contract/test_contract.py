@@ -1,28 +1,36 @@
-"""The definition of a transform: every transform on every model keeps every promise, or refuses by name.
+"""The definition of a transform: every transform on every model keeps every promise, or refuses by
+name.
 
-What is promised is in `invariants.py`; the models are in `models.py`, the transforms in `transforms.py`, and the cells that
-are refused in `known.py`. A transform is what passes here.
+What is promised is in `invariants.py`; the models are in `models.py`, the transforms in
+`transforms.py`, and the cells that are refused in `known.py`. A transform is what passes here.
 
-Every suite runs the transforms that differ most on all odd models, and all transforms on the models of `OFTEN`; the slow tests
-add others' architectures. `CONTRACT=whole uv run pytest tests/contract` runs all 1400 cells, in about six minutes of one core.
+Every suite runs the transforms that differ most on all odd models, and all transforms on the models
+of `OFTEN`; the slow tests add others' architectures. `CONTRACT=whole uv run pytest tests/contract`
+runs all 1400 cells, in about six minutes of one core.
 
 The policy, in plain words:
 
-- The model that goes in comes out as it was: parameters, buffers, plain attributes, counters, training flags, hooks,
-  gradients, classes; also when its forward changes some of these. So do the caller's inputs, and the process: random state,
-  default dtype, threads, grad mode.
-- The result is a new model that shares no memory with the old one. It starts from the old one's state: its first call
-  answers as the old one's first call would, its second call as the second.
-- It is called like the old model and answers in the same containers, shapes and dtypes, whatever dtype its weights have.
-- What only replaces layers (half, int8, int4) leaves every module in the mode (training or eval) that it was in, and what
-  replaces a module is in that module's mode. What runs the model (pruned, low rank, student, distilled, recovered) gives
-  eval mode, as `load` does. `fuse` and `fold` refuse a model in training mode.
-- Hooks stay on their module, and follow it to what replaces it; a layer whose hooks can't follow stays, with the reason.
+- The model that goes in comes out as it was: parameters, buffers, plain attributes, counters,
+  training flags, hooks, gradients, classes; also when its forward changes some of these. So do the
+  caller's inputs, and the process: random state, default dtype, threads, grad mode.
+- The result is a new model that shares no memory with the old one. It starts from the old one's
+  state: its first call answers as the old one's first call would, its second call as the second.
+- It is called like the old model and answers in the same containers, shapes and dtypes, whatever
+  dtype its weights have.
+- What only replaces layers (half, int8, int4) leaves every module in the mode (training or eval)
+  that it was in, and what replaces a module is in that module's mode. What runs the model (pruned,
+  low rank, student, distilled, recovered) gives eval mode, as `load` does. `fuse` and `fold` refuse
+  a model in training mode.
+- Hooks stay on their module, and follow it to what replaces it; a layer whose hooks can't follow
+  stays, with the reason.
 - `requires_grad` stays; gradients are not copied.
-- A copy, by `copy.deepcopy`, by pickle or by way of a file, answers bit for bit as the result does. A file holds what
-  `state_dict` holds: other attributes, non-persistent buffers and hooks are those of the instance that `load` is given.
-- `quantize.summary` names every layer, as done or as left with a reason, and (where inputs were at hand) the distance.
-- A layer under two names is one layer. A layer that somebody else reads reads as the float weight it stands for.
+- A copy, by `copy.deepcopy`, by pickle or by way of a file, answers bit for bit as the result does.
+  A file holds what `state_dict` holds: other attributes, non-persistent buffers and hooks are those
+  of the instance that `load` is given.
+- `quantize.summary` names every layer, as done or as left with a reason, and (where inputs were at
+  hand) the distance.
+- A layer under two names is one layer. A layer that somebody else reads reads as the float weight
+  it stands for.
 - What can't be done is refused with a ValueError or TypeError of one or two sentences.
 """
 
@@ -63,11 +71,15 @@ OFTEN = (
 
 
 def cells() -> Iterator[Any]:
-    """Every cell of this run; slow where a like one runs anyway, xfail where it is known to be broken."""
+    """Every cell of this run; slow where a like one runs anyway, xfail where it is known to be
+    broken.
+    """
     for transform in TRANSFORMS:
         for i, model in enumerate((*ODD, *FOREIGN)):
             cheap = transform in CHEAP
-            always = model in OFTEN or (cheap and model in ODD and (i + CHEAP.index(transform)) % 2 == 0)
+            always = model in OFTEN or (
+                cheap and model in ODD and (i + CHEAP.index(transform)) % 2 == 0
+            )
             often = cheap and model in FOREIGN
             if transform in SLOWER and model in ODD:
                 often = (i + SLOWER.index(transform)) % 3 == 0
@@ -99,4 +111,6 @@ def test_promises(transform: str, model: str):
 
 def told(cell: Cell) -> str:
     """Broken promises, a line each."""
-    return "\n".join(f"{kind}: {problem}" for kind, problems in cell.broken.items() for problem in problems)
+    return "\n".join(
+        f"{kind}: {problem}" for kind, problems in cell.broken.items() for problem in problems
+    )

@@ -1,4 +1,6 @@
-"""Transforms compose: every ordered pair works or is refused by name, on a few models that have a layer for everyone."""
+"""Transforms compose: every ordered pair works or is refused by name, on a few models that have a
+layer for everyone.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,10 @@ PAIRED = (
     "fused",
     "folded",
 )
-COARSE = ("half bf16", "int4 calibrated")  # compute in bfloat16, which another order of operations rounds otherwise
+COARSE = (
+    "half bf16",
+    "int4 calibrated",
+)  # compute in bfloat16, which another order of operations rounds otherwise
 MODELS = ("mlp", "decoder", "conv net")
 
 
@@ -53,7 +58,9 @@ def first(transform: str, model: str) -> nn.Module | None:
 
 
 def pairs() -> Iterator[Any]:
-    """Every ordered pair on the first model, and on all with CONTRACT=whole; those with a compiler are slow."""
+    """Every ordered pair on the first model, and on all with CONTRACT=whole; those with a compiler
+    are slow.
+    """
     whole = os.environ.get("CONTRACT") == "whole"
     for model in MODELS if whole else MODELS[:1]:
         for before in PAIRED:
@@ -63,12 +70,16 @@ def pairs() -> Iterator[Any]:
                     marks.append(pytest.mark.slow)
                 if reason := BROKEN_PAIRS.get((before, after), {}).get(model):
                     marks.append(pytest.mark.xfail(strict=True, reason=reason))
-                yield pytest.param(before, after, model, marks=marks, id=f"{before}-{after}-{model}")
+                yield pytest.param(
+                    before, after, model, marks=marks, id=f"{before}-{after}-{model}"
+                )
 
 
 @pytest.mark.parametrize(("before", "after", "model"), list(pairs()))
 def test_pair(before: str, after: str, model: str, tmp_path: Path):
-    """The second transform takes what the first one made, leaves it as it is, and its result can be copied and saved."""
+    """The second transform takes what the first one made, leaves it as it is, and its result can be
+    copied and saved.
+    """
     broken, refusal = examine(before, after, model, tmp_path)
     assert not broken, "\n".join(broken)
     expected = refused_pair(before, after, model)
@@ -90,7 +101,9 @@ def examine(before: str, after: str, model: str, folder: Path) -> tuple[list[str
         return _examine(before, after, model, given, folder)
 
 
-def _examine(before: str, after: str, model: str, given: nn.Module, folder: Path) -> tuple[list[str], str]:
+def _examine(
+    before: str, after: str, model: str, given: nn.Module, folder: Path
+) -> tuple[list[str], str]:
     _, inputs = build(model)
     transform = TRANSFORMS[after]
     state = None if TRANSFORMS[before].script else promise.state_of(given)
@@ -98,10 +111,16 @@ def _examine(before: str, after: str, model: str, given: nn.Module, folder: Path
         result = transform.apply(given, inputs, batches(inputs))
     except Exception as error:
         return list(promise.honest(error)), f"{type(error).__name__}: {error}"
-    broken = [] if state is None else [f"input: {c}" for c in promise.changes(state, promise.state_of(given))]
+    broken = (
+        []
+        if state is None
+        else [f"input: {c}" for c in promise.changes(state, promise.state_of(given))]
+    )
     sequence = [inputs, *batches(inputs)]
     try:
-        copies = [] if transform.script else _copies(result, model, folder if transform.saved else None)
+        copies = (
+            [] if transform.script else _copies(result, model, folder if transform.saved else None)
+        )
         actual = promise.answers(result, sequence)
     except Exception as error:
         return [*broken, f"{type(error).__name__}: {error}"], ""
@@ -120,7 +139,9 @@ def _examine(before: str, after: str, model: str, given: nn.Module, folder: Path
 def _copies(result: nn.Module, model: str, folder: Path | None) -> list[nn.Module]:
     copies = [copy.deepcopy(result)]
     if folder is not None:
-        copies.append(promise.through_file(result, build(model, seed=1)[0], folder / "model.safetensors"))
+        copies.append(
+            promise.through_file(result, build(model, seed=1)[0], folder / "model.safetensors")
+        )
     return copies
 
 

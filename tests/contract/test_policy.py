@@ -36,13 +36,21 @@ def refusal(transform: str, model: Any, inputs: Any = X, calibration: Any = (X,)
 
 
 @pytest.mark.parametrize("transform", [name for name in NAMES if name != "recovered"])
-@pytest.mark.parametrize("thing", [None, {"weight": X}, lambda x: x, Perceptron], ids=["None", "dict", "function", "class"])
+@pytest.mark.parametrize(
+    "thing",
+    [None, {"weight": X}, lambda x: x, Perceptron],
+    ids=["None", "dict", "function", "class"],
+)
 def test_what_is_no_module_is_refused(transform: str, thing: Any):
-    """A state dict, a function, a class and nothing at all are refused by the type that they have."""
+    """A state dict, a function, a class and nothing at all are refused by the type that they
+    have.
+    """
     assert "nn.Module" in refusal(transform, thing)
 
 
-@pytest.mark.parametrize("transform", [name for name in NAMES if name not in ("fused", "folded", "recovered")])
+@pytest.mark.parametrize(
+    "transform", [name for name in NAMES if name not in ("fused", "folded", "recovered")]
+)
 def test_model_without_layers_is_refused(transform: str):
     """A model in which there is nothing to do is refused by its class and what was looked for."""
     assert "Sequential" in refusal(transform, nn.Sequential(nn.ReLU(), nn.Flatten()))
@@ -50,7 +58,9 @@ def test_model_without_layers_is_refused(transform: str):
 
 @pytest.mark.parametrize("transform", CALIBRATED)
 @pytest.mark.parametrize(
-    ("calibration", "said"), [([], "empty"), (iter([X]), "re-iterable"), (X, "[batch]")], ids=["empty", "iterator", "tensor"]
+    ("calibration", "said"),
+    [([], "empty"), (iter([X]), "re-iterable"), (X, "[batch]")],
+    ids=["empty", "iterator", "tensor"],
 )
 def test_calibration_of_the_wrong_kind_is_refused(transform: str, calibration: Any, said: str):
     """Empty calibration, an iterator and a bare batch are refused, saying what to give."""
@@ -59,7 +69,9 @@ def test_calibration_of_the_wrong_kind_is_refused(transform: str, calibration: A
 
 @pytest.mark.parametrize("transform", [name for name in NAMES if TRANSFORMS[name].runs])
 def test_inputs_that_do_not_fit_are_refused(transform: str):
-    """Inputs of another width are refused by name of the model or the argument, not by torch's message alone."""
+    """Inputs of another width are refused by name of the model or the argument, not by torch's
+    message alone.
+    """
     model, wrong = Perceptron().eval(), torch.randn(4, 31)
     said = refusal(transform, model, wrong, [wrong])
     assert "Perceptron" in said or "example_inputs" in said
@@ -72,7 +84,9 @@ def test_weights_without_data_are_refused(transform: str):
     refusal(transform, model)
 
 
-@pytest.mark.parametrize("transform", [name for name in NAMES if name.startswith(("int", "low", "pruned", "student"))])
+@pytest.mark.parametrize(
+    "transform", [name for name in NAMES if name.startswith(("int", "low", "pruned", "student"))]
+)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_refused(transform: str, value: float):
     """The layer that holds NaN or Inf is named."""
@@ -96,7 +110,14 @@ def test_grad_mode_of_the_caller_does_not_matter(transform: str, mode: Callable[
     plain = TRANSFORMS[transform].apply(model, inputs, batches(inputs))
     with mode():
         result = TRANSFORMS[transform].apply(model, inputs, batches(inputs))
-    assert list(promise.same_answers(promise.answers(result, [inputs]), promise.answers(plain, [inputs]), "result")) == []
+    assert (
+        list(
+            promise.same_answers(
+                promise.answers(result, [inputs]), promise.answers(plain, [inputs]), "result"
+            )
+        )
+        == []
+    )
 
 
 @pytest.mark.parametrize("transform", NAMES)
@@ -116,7 +137,9 @@ def test_default_dtype_of_the_caller_does_not_matter(transform: str):
 
 @pytest.mark.parametrize("transform", [name for name in NAMES if not TRANSFORMS[name].saved])
 def test_what_is_fused_is_not_saved(transform: str, tmp_path: Path):
-    """A fused or folded model is no checkpoint: `save` says what to do instead and writes nothing."""
+    """A fused or folded model is no checkpoint: `save` says what to do instead and writes
+    nothing.
+    """
     model, inputs = build("mlp")
     result = TRANSFORMS[transform].apply(model, inputs, batches(inputs))
     with pytest.raises(TypeError, match=r"TorchScript|quantize\.fuse"):
@@ -148,7 +171,9 @@ def test_summary_of_an_untouched_model_is_empty():
     assert (told.steps, told.done, told.left, told.distance) == ((), {}, {}, None)
 
 
-@pytest.mark.parametrize("transform", [name for name in NAMES if name not in ("fused", "folded", "recovered")])
+@pytest.mark.parametrize(
+    "transform", [name for name in NAMES if name not in ("fused", "folded", "recovered")]
+)
 def test_gradients_are_not_copied(transform: str):
     """A model that was trained gives a result without its gradients."""
     model, inputs = build("gradients")

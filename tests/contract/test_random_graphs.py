@@ -1,4 +1,6 @@
-"""The short version of benchmarks/random_graphs.py: random models, one technique each, against oracles."""
+"""The short version of benchmarks/random_graphs.py: random models, one technique each, against
+oracles.
+"""
 
 from __future__ import annotations
 

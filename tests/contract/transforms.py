@@ -17,7 +17,9 @@ Apply = Callable[[nn.Module, Any, Sequence[Any]], nn.Module]
 
 @dataclass(frozen=True)
 class Transform:
-    """`apply(model, example inputs, batches)` and the largest relative distance of the result's outputs (None: any)."""
+    """`apply(model, example inputs, batches)` and the largest relative distance of the result's
+    outputs (None: any).
+    """
 
     apply: Apply
     bound: float | None
@@ -80,7 +82,9 @@ def noisy(model: nn.Module) -> nn.Module:
     with torch.no_grad():
         for parameter in student.parameters():
             if not nn.parameter.is_lazy(parameter):
-                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32).to(parameter.dtype)
+                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32).to(
+                    parameter.dtype
+                )
                 parameter.mul_(1 + 0.05 * noise)
     return student
 
@@ -108,7 +112,9 @@ TRANSFORMS: dict[str, Transform] = {
     "pruned": Transform(_pruned, None, "pruned", runs=True, evaluates=True),
     "pruned calibrated": Transform(_pruned_calibrated, None, "pruned", runs=True, evaluates=True),
     "low rank": Transform(_low_rank, None, "low rank", evaluates=True),
-    "low rank calibrated": Transform(_low_rank_calibrated, None, "low rank", runs=True, evaluates=True),
+    "low rank calibrated": Transform(
+        _low_rank_calibrated, None, "low rank", runs=True, evaluates=True
+    ),
     "student": Transform(_student, None, "student", runs=True, evaluates=True),
     "recovered": Transform(_recovered, None, "recover", layers=False, runs=True, evaluates=True),
     "fused": Transform(_fused, 1e-4, "fuse", layers=False, runs=True, script=True, saved=False),

@@ -1,0 +1,178 @@
+"""What a student is told, as functions of tensors: nothing here knows of models, hooks or
+training.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def divergences(student: Tensor, teacher: Tensor) -> Tensor:
+    """What each class adds to KL(teacher || student), from log probabilities of any one shape;
+    never below 0.
+
+    With d = log p - log q, p d alone has either sign and its sum rounds below zero where the two
+    agree. The probabilities sum to 1 on both sides, so p d - p + q has the same sum; it is p (d +
+    exp(-d) - 1), which is about p d^2 / 2 for a small d.
+    """
+    p, d = teacher.exp(), teacher - student
+    near = p * (d + torch.expm1(-d))  # exact for a small d; overflows for a large negative one
+    far = (
+        torch.where(p == 0, 0.0, p * d) - p + student.exp()
+    )  # a probability of 0 is fine, also where a logit is -inf
+    return torch.where(d.abs() < 1, near, far).clamp(min=0)
+
+
+class _SoftKL(torch.autograd.Function):
+    """The sum over rows of weight * KL(teacher || student), whose gradient is exactly 0 where the
+    logits are equal.
+
+    One [N, V] tensor is kept for the way back; through `log_softmax` and `kl_div` it would be
+    three.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
+        s, t = student.log_softmax(-1), teacher.log_softmax(-1)
+        rows = divergences(s, t).sum(-1)
+        ctx.save_for_backward(s.exp_().sub_(t.exp_()).mul_(weight[:, None]))
+        return rows @ weight
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.saved_tensors[0] * gradient, None, None
+
+
+def soft_kl(
+    student: Tensor, teacher: Tensor, temperature: float = 1.0, mask: Tensor | None = None
+) -> Tensor:
+    """T^2 KL(softmax(teacher / T) || softmax(student / T)), in nats, a mean over rows: a scalar.
+
+    student, teacher: logits [..., V], computed on in fp32; no gradient goes to the teacher. mask:
+    rows that count, [...] of 0 and 1. T^2 keeps the gradient's size when T grows (Hinton et al.,
+    arXiv 1503.02531).
+    """
+    weight = row_weights(student.shape[:-1], mask, student.device)
+    s, t = (rows_of(x.float()) / temperature for x in (student, teacher.detach()))
+    return _SoftKL.apply(s, t, weight) * temperature**2
+
+
+def remoteness(student: Tensor, teacher: Tensor, kind: str, mask: Tensor | None = None) -> float:
+    """How far the student's answers are from the teacher's, relative to how much the teacher's
+    differ from row to row.
+
+    A ratio of KL divergences (kind "logits") or of squared distances ("values"), never below 0: 0
+    where the answers are equal, 1 for a student that always predicts the teacher's mean output.
+    Where all rows of the teacher are alike, which tells nothing (a batch of one row), the distance
+    is taken relative to log(classes) or to the teacher's mean square.
+
+    Args:
+        student, teacher: outputs [..., V].
+        mask: rows that count, [...] of 0 and 1.
+    """
+    weight = row_weights(student.shape[:-1], mask, student.device)
+    s, t = rows_of(student.detach().float()), rows_of(teacher.detach().float())
+    kept = None if mask is None else mask.flatten()
+    if kind == "logits":
+        t = t.log_softmax(-1)
+        mean = (weight @ t.exp()).log().expand_as(t)
+        distance, spread = soft_kl(s, t, mask=kept), soft_kl(mean, t, mask=kept)
+        size = math.log(t.shape[-1])
+    else:
+        distance, spread = ((x - t).square().mean(-1) @ weight for x in (s, weight @ t))
+        size = (t.square().mean(-1) @ weight).item()
+    scale = spread.item() if spread > 1e-9 * size else size
+    if scale == 0:
+        return 0.0 if distance == 0 else math.inf
+    return (distance / scale).item()
+
+
+def rows_of(outputs: Tensor) -> Tensor:
+    """Outputs [..., V] as rows [N, V]; a vector is one row, a number a row of one."""
+    return outputs.reshape(-1, outputs.shape[-1] if outputs.ndim else 1)
+
+
+def row_weights(shape: torch.Size, mask: Tensor | None, device: torch.device) -> Tensor:
+    """What each row, flattened, counts in a mean over those that `mask` keeps: fp32 [N]."""
+    if mask is None:
+        return torch.full(
+            (shape.numel(),), 1 / max(1, shape.numel()), dtype=torch.float32, device=device
+        )
+    kept = mask.to(device).float().flatten()
+    return kept / kept.sum().clamp(min=1)
+
+
+def top_logits(logits: Tensor, temperature: float, count: int) -> tuple[Tensor, Tensor]:
+    """The likeliest classes of each row: log probabilities at the temperature (fp16) and ids
+    (int32), [..., count] each.
+    """
+    log_p, ids = (logits.float() / temperature).log_softmax(-1).topk(count, dim=-1)
+    return log_p.half(), ids.to(torch.int32)
+
+
+def top_kl(
+    student: Tensor, log_p: Tensor, ids: Tensor, temperature: float, mask: Tensor | None = None
+) -> Tensor:
+    """`soft_kl` to a teacher of which only `top_logits` are known: all other classes count as one.
+
+    By merging classes the divergence can only fall, and it is exact when every class is kept (but
+    for fp16).
+    """
+    s = (student.float() / temperature).log_softmax(-1).gather(-1, ids.long())  # [..., count]
+    t = log_p.float()
+    if ids.shape[-1] < student.shape[-1]:
+        rest_s, rest_t = (1 - x.exp().sum(-1, keepdim=True) for x in (s, t))
+        s = torch.cat([s, rest_s.clamp(min=1e-7).log()], dim=-1)
+        t = torch.cat([t, rest_t.clamp(min=1e-7).log()], dim=-1)
+    p = t.exp()
+    parts = (
+        torch.where(p == 0, 0.0, p * (t - s)) - p + s.exp()
+    )  # as in `divergences`: no sum of them is below 0
+    weight = row_weights(parts.shape[:-1], mask, student.device)
+    return parts.sum(-1).clamp(min=0).flatten() @ weight * temperature**2
+
+
+def hidden_loss(student: Tensor, teacher: Tensor, kind: str, mask: Tensor | None = None) -> Tensor:
+    """How far hidden states [..., C] of equal shape are apart: a scalar, 0 when equal, near 1 when
+    unrelated.
+
+    "mse": squared distance over the teacher's squared length (Romero et al., arXiv 1412.6550; made
+    free of scale, so that one weight suits every layer). "cosine": 1 - cosine, row by row (Sanh et
+    al., arXiv 1910.01108).
+    """
+    s, t = rows_of(student.float()), rows_of(teacher.detach().float())
+    weight = row_weights(student.shape[:-1], mask, student.device)
+    if kind == "cosine":
+        return (1 - F.cosine_similarity(s, t, dim=-1)).clamp(min=0) @ weight
+    return ((s - t).square().mean(-1) @ weight) / (t.square().mean(-1) @ weight).clamp(min=1e-12)
+
+
+def relation_loss(
+    student: Tensor, teacher: Tensor, heads: int, mask: Tensor | None = None
+) -> Tensor:
+    """MiniLM's self-attention relations (Wang et al., arXiv 2012.15828): how positions of one
+    sequence relate, a scalar.
+
+    student, teacher: queries, keys or values [B, T, C], C may differ. Each is split into `heads`
+    parts; the relation of position i to all others is the softmax of the scaled dot products, and
+    the loss the KL divergence of the student's from the teacher's. mask: positions that count, [B,
+    T].
+    """
+
+    def scores(x: Tensor) -> Tensor:
+        b, t, c = x.shape
+        x = x.float().view(b, t, heads, c // heads).transpose(1, 2)  # [B, heads, T, C / heads]
+        s = x @ x.transpose(-1, -2) * (c // heads) ** -0.5
+        return (
+            s
+            if mask is None
+            else s.masked_fill(mask[:, None, None, :] == 0, torch.finfo(s.dtype).min)
+        )
+
+    rows = None if mask is None else mask[:, None, :].expand(-1, heads, -1)
+    return soft_kl(scores(student), scores(teacher.detach()), mask=rows)

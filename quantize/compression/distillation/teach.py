@@ -1,0 +1,303 @@
+"""`distill` teaches a copy of one module to answer like another; `recover` does so for a model that
+was just compressed.
+
+All training is `training.fit`: here is only what it minimizes (objective.py). So a run can be
+killed and resumed, and spread by `torchrun`, as any other. Left out: students that teach each
+other, adversarial and contrastive losses.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from quantize import surgery
+from quantize.calibration import main_output
+from quantize.compression.distillation import match
+from quantize.compression.distillation.batches import Numbered
+from quantize.compression.distillation.best import Best
+from quantize.compression.distillation.cache import TeacherCache
+from quantize.compression.distillation.objective import Objective
+from quantize.compression.distillation.state import recompute_weights
+from quantize.nn import holds_integers
+from quantize.training import Batches, TrainConfig, TrainingError, fit, ranks
+
+LEAST_RATE = 2**-6  # times the rates of training from scratch
+
+
+def distill(
+    student: nn.Module,
+    teacher: nn.Module,
+    batches: Iterable[Any] | Batches,
+    *,
+    steps: int,
+    temperature: float = 2.0,
+    alpha: float | None = None,
+    loss: Callable[[Any, Any], Tensor] | None = None,
+    hidden: match.Names | None = None,
+    hidden_weight: float = 1.0,
+    hidden_kind: str = "mse",
+    relations: match.Names | None = None,
+    relation_weight: float = 1.0,
+    relation_heads: int = 4,
+    select: Callable[[Any], Tensor] = main_output,
+    kind: str = "auto",
+    cache: Path | str | None = None,
+    cache_top: int = 64,
+    recipe: TrainConfig | Callable[[int, float], TrainConfig] | None = None,
+    technique: str = "distill",
+    **fit_options: Any,
+) -> nn.Module:
+    """A trained copy of `student`, in eval mode, that answers more like `teacher`. Neither of the
+    two is changed.
+
+    Minimized is alpha * match + (1 - alpha) * task + hidden_weight * hidden + relation_weight *
+    relations. Some batches are held out (`batches.Numbered`); what comes back is the best state on
+    them, the given one included, and `quantize.summary` says how many steps were worth it.
+
+    Args: batches: re-iterable sequence, gone through again and again, or a function from step to
+        batch. A batch is what both
+            models are called with: a tensor, a tuple of positional or a dict of keyword arguments;
+            with `loss`, a pair of that and the targets. An `attention_mask` [B, T] among keywords
+            leaves padding out.
+        steps: training steps, one batch each.
+        temperature: both models' logits are divided by it; > 0. The higher, the more the unlikely
+            classes count.
+        alpha: share of the match, in [0, 1]; default 0.5 with `loss`, else 1. At 0 the teacher
+            isn't run for it.
+        loss: the task: loss(output, targets) -> scalar, of the model's output as it comes (tensors
+            in fp32). `torch.nn.functional.cross_entropy` will do for a classifier, `mse_loss` for a
+            regression.
+        hidden: modules whose outputs are compared: a dict from names in the student to names in the
+            teacher, or a list of names that are the same in both. Where widths differ, a learned
+            projection stands between; it is dropped at the end.
+        hidden_kind: "mse" (relative to the teacher's mean square) or "cosine".
+        relations: modules with outputs [B, T, C] (projections to queries, keys or values), named as
+            for `hidden`: how positions relate is compared, in `relation_heads` parts, so widths may
+            differ (MiniLM, arXiv 2012.15828).
+        select: picks the tensor to match out of a model's output. Default: `logits`, else the first
+            floating tensor.
+        kind: how outputs are matched. "logits": T^2 KL over the last axis (Hinton et al., arXiv
+            1503.02531). "values": mean squared error. "auto": logits for outputs named so and for
+            bare tensors [N, V] and [B, T, V].
+        cache: folder in which the teacher's `cache_top` likeliest classes are kept, so that it runs
+            once per batch of a fixed sequence. Only for the match of logits.
+        recipe: learning rates and schedule; its `steps`, `batch`, `length` and `short` are not
+            read. Or a function to it from the number of steps and how far the student is from the
+            teacher (`losses.remoteness`, on the first batch); the default is `student_recipe`.
+            Where training leads astray, rates fall (`best.Best`).
+        technique: what the summary calls this.
+        fit_options: `seed`, `bf16`, `checkpoint_path`, `resume`, `identity`, `on_progress`: see
+            `training.fit`.
+
+    The teacher runs in eval and inference mode, in bf16 where the student does. A cheaper teacher
+    is given as one: `quantize_dynamic(teacher)`.
+
+    Raises: ValueError, TypeError: arguments out of range, names that don't exist, outputs that
+        don't match (other vocabularies or
+            classes), empty batches, a batch on which a model doesn't run, an int8 or 16-bit
+            student.
+        TrainingError: nothing to train, no gradient, or a loss that isn't finite; `error.student`
+            is then the student as it was before that step.
+    """
+    _check_modules(student, teacher)
+    _check_steps(steps)
+    if alpha is None:
+        alpha = 1.0 if loss is None else 0.5
+    if not any(p.requires_grad for p in student.parameters()):
+        raise TrainingError(
+            f"the student ({type(student).__name__}) has no parameter that requires a gradient: "
+            f"nothing to train"
+        )
+    hidden = match.pairs_of(hidden, student, teacher, "hidden")
+    relations = match.pairs_of(relations, student, teacher, "relations")
+    numbered = Numbered(batches, paired=loss is not None, steps=steps)
+    copy = surgery.clone(student)
+    objective = Objective(
+        copy,
+        teacher,
+        temperature,
+        alpha,
+        loss,
+        hidden,
+        hidden_weight,
+        hidden_kind,
+        relations,
+        relation_weight,
+        relation_heads,
+        select,
+        kind,
+    )
+    best = Best(
+        objective.trained,
+        lambda: _over_ranks(objective.held_out(numbered.held), copy),
+        steps,
+        numbered.about,
+    )
+    devices = {p.device for p in copy.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=list(devices)), torch.enable_grad(), objective.attached():
+        first = numbered(0)
+        far = _over_ranks(objective.prepare(first), copy)
+        fit_options["bf16"], not_bf16 = objective.precision(first, fit_options.get("bf16"))
+        recipe = (
+            replace(recipe, steps=steps)
+            if isinstance(recipe, TrainConfig)
+            else (recipe or student_recipe)(steps, far)
+        )
+        about = objective.settings()
+        if cache is not None or fit_options.get("checkpoint_path") is not None:
+            about["teacher"] = fingerprint(teacher)
+        if cache is not None:
+            objective.cache = _cache(cache, cache_top, objective, about["teacher"], batches)
+        fit_options["identity"] = {**(fit_options.get("identity") or {}), "distillation": about}
+        try:
+            fit(objective.trained, numbered, objective, recipe, judge=best, **fit_options)
+        except TrainingError as error:
+            objective.take_back_step()
+            error.student = _finished(copy)  # type: ignore[attr-defined]
+            raise
+    result = _finished(copy)
+    settings = {
+        "steps": steps,
+        "worth": best.step,
+        "precision": "bf16" if fit_options["bf16"] else "float32",
+    }
+    if not_bf16:
+        settings["not_bf16"] = not_bf16
+    distance = objective.distance(numbered.held)
+    surgery.note(result, technique, done={"": best.describe()}, distance=distance, **settings)
+    return result
+
+
+def _finished(model: nn.Module) -> nn.Module:
+    """In eval mode, with weights that follow from the parameters as they are, without gradients."""
+    for parameter in model.parameters():
+        parameter.grad = None
+    model.eval()
+    surgery.round_stored(model)
+    recompute_weights(model)
+    return model
+
+
+def recover(
+    model: nn.Module,
+    teacher: nn.Module,
+    batches: Iterable[Any] | Batches,
+    *,
+    steps: int,
+    **options: Any,
+) -> nn.Module:
+    """A copy of a pruned or factorized `model`, in eval mode, that won back quality from `teacher`,
+    which it was made of.
+
+    `distill` at temperature 1, with rates that suit weights which are good already. The copy keeps
+    the smaller layers and their record, so it is saved and loaded as before. `options` are those of
+    `distill`; it raises what `distill` raises.
+    """
+    _check_steps(steps)
+    defaults = {"temperature": 1.0, "recipe": recovery_recipe, "technique": "recover"}
+    return distill(model, teacher, batches, steps=steps, **{**defaults, **options})
+
+
+def recovery_recipe(steps: int, far: float) -> TrainConfig:
+    """Rates for weights that are good already, by the way that the model has to go.
+
+    far: `losses.remoteness` of the model. A small distance grows with the square of what is wrong
+    with the weights, so its root says how long the way is. Rounded to a power of 2, so that a
+    resumed run finds the same.
+    """
+    return _scaled(steps, far**0.5)
+
+
+def student_recipe(steps: int, far: float) -> TrainConfig:
+    """Rates for a smaller model, which has to find answers of its own also where it is near: they
+    fall half as fast.
+    """
+    return _scaled(steps, far**0.25)
+
+
+def _scaled(steps: int, share: float) -> TrainConfig:
+    """The rates of training from scratch, times `share` as a power of 2 within bounds."""
+    scale = 2.0 ** round(math.log2(min(1.0, max(LEAST_RATE, share))))
+    return TrainConfig(
+        steps=steps,
+        lr=3e-3 * scale,
+        muon_lr=0.02 * scale,
+        warmup=min(20, steps // 10),
+        cooldown=0.8,
+    )
+
+
+def _over_ranks(value: float, model: nn.Module) -> float:
+    """The mean over all ranks, whose first batches differ."""
+    _, world = ranks()
+    if world == 1:
+        return value
+    total = torch.tensor(value, dtype=torch.float64, device=next(model.parameters()).device)
+    dist.all_reduce(total)
+    return total.item() / world
+
+
+# -------------------------------------------------------------------------------------------------
+# checks
+
+
+def _check_steps(steps: Any) -> None:
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps is {steps!r}; allowed: an integer >= 1")
+
+
+def _check_modules(student: nn.Module, teacher: nn.Module) -> None:
+    for role, model in (("student", student), ("teacher", teacher)):
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"{role} must be an nn.Module, got {type(model).__name__}")
+        surgery.check_initialised(model)
+        if any(parameter.is_meta for parameter in model.parameters()):
+            raise ValueError(
+                f"the {role} ({type(model).__name__}) has no numbers, only shapes: it is on the "
+                f"meta device"
+            )
+    for name, module in student.named_modules():
+        if holds_integers(module):
+            kind = f"module {name!r} ({type(module).__name__}) of the student holds integers"
+            raise ValueError(f"{kind}, which can't be trained: distil or recover before quantizing")
+        for key, parameter in module._parameters.items():
+            coarse = parameter is not None and parameter.dtype in (torch.float16, torch.bfloat16)
+            if coarse and parameter.requires_grad:
+                kind = (
+                    f"parameter {f'{name}.{key}'.strip('.')!r} of the student is {parameter.dtype}"
+                )
+                raise ValueError(f"{kind}, too coarse for small steps: train in float32, then cast")
+
+
+def _cache(
+    folder: Path | str, count: int, objective: Objective, teacher: str, batches: Any
+) -> TeacherCache:
+    if objective.kind != "logits" or objective.hidden or objective.relations or not objective.alpha:
+        raise ValueError(
+            "cache holds the teacher's likeliest classes: it needs a match of logits, not "
+            "hidden or relations"
+        )
+    if not isinstance(batches, Iterable):
+        raise ValueError("cache needs a fixed sequence of batches, not a function")
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise ValueError(f"cache_top is {count!r}; allowed: an integer >= 1")
+    return TeacherCache(Path(folder), teacher, objective.temperature, count)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 over the names and numbers of `model`, in hex."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        if isinstance(tensor, Tensor):
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

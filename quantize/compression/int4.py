@@ -1,0 +1,118 @@
+"""4-bit weights for decoding one token at a time: which layers get them, and from what calibration.
+
+The layer is `nn/int4.py`. With calibration batches the rounding is GPTQ's, without them each weight
+goes to its nearest value. Left out: activations in integers (that is `int8.py`), other bit widths,
+embeddings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from quantize import calibration as calibrating
+from quantize import surgery
+from quantize.nn import project_attentions, restore_attentions, without_fast_paths
+from quantize.nn.int4 import GROUP_SIZES, Int4Linear
+
+
+def quantize_weights(
+    model: nn.Module,
+    *,
+    bits: int = 4,
+    group_size: int = 32,
+    skip: surgery.Skip = (),
+    calibration: Iterable[Any] | None = None,
+) -> nn.Module:
+    """Copy of `model` whose linear layers store 4-bit weights, for decoding at batch 1.
+
+    Converted: `nn.Linear` (and subclasses that keep its forward), GPT-2 style `Conv1D`, the
+    projections of `nn.MultiheadAttention`.
+
+    `group_size`: 32, 64, 128 or 256 weights share a scale. `calibration` (batches as
+    `calibration.collect` takes) turns on GPTQ rounding. Layers that don't fit stay as they are:
+    `quantize.summary(result)` names them and the reasons.
+
+    Raises ValueError for other bits and group sizes, weights that are not finite, and if no layer
+    fits.
+    """
+    if bits != 4:
+        raise ValueError(f"bits must be 4 (for 8 use quantize_dynamic), got {bits!r}")
+    if group_size not in GROUP_SIZES:
+        raise ValueError(f"group_size must be one of {GROUP_SIZES}, got {group_size!r}")
+    model = surgery.clone(model)
+    skipped = surgery.skip_filter(model, skip)
+    model, attentions, left = project_attentions(model, skipped)
+    chosen, report = _choose(model, skipped, group_size)
+    report |= left
+    if not chosen:
+        detail = surgery.shortened(report) or "it has no nn.Linear"
+        raise ValueError(
+            f"{type(model).__name__} has no linear layer to store in 4 bits ({detail})"
+        )
+    moments: dict[str, Tensor] = {}
+    if calibration is not None:
+        original = surgery.clone(model)
+        layers = {name: fact.module for name, fact in chosen.items()}
+        run = calibrating.reached(model, calibration, layers)
+        statistics = calibrating.collect(
+            model, calibration, {name: layers[name] for name in layers if name in run}
+        )
+        moments = {name: seen.second_moment for name, seen in statistics.items()}
+    replacements = {
+        f.module: Int4Linear.from_linear(f.module, group_size, moments.get(n))
+        for n, f in chosen.items()
+    }
+    for old, new in replacements.items():
+        surgery.take_place(old, new)
+    model = surgery.replace(model, replacements)
+    without_fast_paths(model)
+    model = restore_attentions(model, attentions, (Int4Linear,))
+    distance = None if calibration is None else calibrating.distance(model, original, calibration)
+    model.__dict__["int4_skipped"] = report
+    done = dict.fromkeys(chosen, "int4")
+    if calibration is not None:
+        done |= {
+            name: "int4, rounded to the nearest: no batch reaches it"
+            for name in chosen
+            if name not in moments
+        }
+    surgery.note(model, "int4", done=done, left=report, distance=distance, group_size=group_size)
+    return model
+
+
+def _choose(
+    model: nn.Module, skipped: Callable[[str, nn.Module], bool], group_size: int
+) -> tuple[dict[str, surgery.Facts], dict[str, str]]:
+    """Linear layers that become 4-bit, and why others don't."""
+    chosen: dict[str, surgery.Facts] = {}
+    report: dict[str, str] = {}
+    facts = surgery.facts(model)
+    for name, module in model.named_modules():
+        fact = facts.get(name)
+        if fact is None or not fact.linear:
+            if any(p is not None and p.ndim > 1 for p in module._parameters.values()):
+                report[name] = f"a {type(module).__name__}: only linear layers become 4-bit"
+            continue
+        reason = "named by skip" if skipped(name, module) else _obstacle(name, fact, group_size)
+        if reason is None:
+            surgery.check_finite(name, module)
+            chosen[name] = fact
+        else:
+            report[name] = reason
+    return chosen, report
+
+
+def _obstacle(name: str, fact: surgery.Facts, group_size: int) -> str | None:
+    if fact.obstacle is not None:
+        return fact.obstacle
+    others = [other for other in fact.holders if other != name]
+    if others:
+        return f"it shares its weight with {others[0]}"
+    shape = fact.module.weight.shape
+    outputs, inputs = reversed(shape) if fact.transposed else shape
+    if inputs % group_size or outputs == 0:
+        return f"its {inputs} inputs are no multiple of group_size={group_size}"
+    return None

@@ -1,0 +1,283 @@
+"""quantize_dynamic: which layers of a model become int8, and what is said about the others."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from quantize import calibration as calibrating
+from quantize import surgery
+from quantize.compression import smooth
+from quantize.nn import project_attentions, restore_attentions, without_fast_paths
+from quantize.nn.int8 import Int8Linear
+from quantize.nn.int8_embedding import Int8Embedding
+
+Report = dict[str, str]
+
+
+def quantize_dynamic(
+    model: nn.Module,
+    *,
+    skip: surgery.Skip = (),
+    calibration: Iterable[Any] | None = None,
+    embeddings: bool = False,
+    prefer: str = "size",
+) -> nn.Module:
+    """Copy of `model` whose linear layers store and compute in int8, with the activations quantized
+    as they come.
+
+    Converted: `nn.Linear` (and subclasses that keep its forward), GPT-2 style `Conv1D`,
+    `nn.MultiheadAttention`, and `nn.Embedding` tables that share their weight with a linear layer
+    (a tied head), or all of them with `embeddings=True`. `summary(result)` says what was converted,
+    what was not, and why. `skip`: see `surgery.select`.
+
+    `calibration` (batches as `calibration.collect` takes) tries SmoothQuant, and keeps it if the
+    outputs on these batches come at least a tenth closer to the float model's. `prefer="speed"`
+    leaves layers in float that a stopwatch finds slower in int8 at any of 1, 16 and 256 rows
+    (narrow layers: below a width of about 256, quantizing an input costs more than it saves); then
+    the result depends on the machine.
+
+    The summary says what part of the bytes stays float; a UserWarning does too where that is more
+    than 40 percent.
+
+    Raises ValueError if there is nothing to convert, for weights and calibration inputs that are
+    not finite (naming the layer), and for calibration without batches.
+    """
+    if prefer not in ("size", "speed"):
+        raise ValueError(f"prefer must be 'size' or 'speed', got {prefer!r}")
+    source = surgery.clone(model)
+    skipped = surgery.skip_filter(source, skip)
+    source, attentions, left = project_attentions(source, skipped)
+    new, report = _converted(surgery.clone(source), skipped, embeddings, prefer)
+    settings: dict[str, Any] = {}
+    distance = None
+    if calibration is not None:
+        linears = {n: f.module for n, f in surgery.facts(source).items() if f.linear}
+        calibrating.reached(source, calibration, linears)  # refuses inputs that are not finite
+        expected = smooth.outputs(source, calibration)
+        distance = calibrating.relative_error(smooth.outputs(new, calibration), expected)
+        layers = {
+            n: m
+            for n, m in source.named_modules()
+            if _can_be_smoothed(m) and _became(new, n, Int8Linear)
+        }
+        norms = smooth.smooth(source, layers, calibration)
+        errors = {"plain": distance}
+        if norms:
+            slower = {n: reason for n, reason in report.items() if reason.startswith(_SLOWER)}
+            folded, folded_report = _converted(
+                source, lambda n, m: n in slower or skipped(n, m), embeddings, "size"
+            )
+            errors["smoothed"] = calibrating.relative_error(
+                smooth.outputs(folded, calibration), expected
+            )
+            if errors["smoothed"] < _CLEARLY * errors["plain"]:
+                new, report, distance = folded, folded_report | slower, errors["smoothed"]
+        new.__dict__["int8_calibration"] = {"norms": norms, "errors": errors}
+    new = restore_attentions(new, attentions, (Int8Linear,))
+    new.__dict__["int8_skipped"] = report = report | left
+    told, total = _with_shares(new, report)
+    done = {n: "int8" for n, m in new.named_modules() if isinstance(m, (Int8Linear, Int8Embedding))}
+    if total:
+        settings["stays_float"] = total
+    surgery.note(new, "int8", done=done, left=told, distance=distance, **settings)
+    return new
+
+
+def _with_shares(model: nn.Module, report: Report) -> tuple[Report, str | None]:
+    """The reasons with the part of the model's bytes that each layer has, and in words how much of
+    it stays float.
+    """
+    whole = _bytes(model)
+    sizes = surgery.stays_float(model)
+    shares = {name: sizes.get(name, 0) / whole for name in report} if whole else {}
+    told = {
+        n: f"{why} ({shares[n]:.0%} of the bytes)" if shares.get(n, 0) >= 0.01 else why
+        for n, why in report.items()
+    }
+    total = sum(sizes.values())
+    if not whole or total < 0.01 * whole:
+        return told, None
+    words = f"{total / whole:.0%} of {whole} bytes"
+    if total > _MUCH * whole:
+        most = [name for name in sizes if name in report][:4]
+        reasons = "; ".join(f"{name or '(the model)'}: {told[name]}" for name in most)
+        warnings.warn(f"int8: {words} stay in floating point ({reasons})", stacklevel=3)
+    return told, words
+
+
+_MUCH = 0.4
+
+
+def _converted(
+    model: nn.Module, skipped: Callable[[str, nn.Module], bool], embeddings: bool, prefer: str
+) -> tuple[nn.Module, Report]:
+    """Convert `model` in place; also gives the reasons why layers stayed."""
+    replacements, report = _plan(model, skipped, embeddings, prefer)
+    if not replacements:
+        already = any(isinstance(m, Int8Linear) for m in model.modules())
+        floating = sum(surgery.stays_float(model).values())
+        why = (
+            "it is already quantized"
+            if already
+            else f"{floating} of its {_bytes(model)} bytes stay float"
+        )
+        detail = surgery.shortened(report) or "it has no nn.Linear or Conv1D"
+        raise ValueError(
+            f"{type(model).__name__} has no linear layer left to quantize: {why} ({detail})"
+        )
+    for old, new in replacements.items():
+        surgery.take_place(old, new)
+    model = surgery.replace(model, replacements)
+    without_fast_paths(model)
+    return model, report
+
+
+def _bytes(model: nn.Module) -> int:
+    return sum(
+        tensor.nbytes for tensor in model.state_dict().values() if isinstance(tensor, torch.Tensor)
+    )
+
+
+def _plan(
+    model: nn.Module, skipped: Callable[[str, nn.Module], bool], embeddings: bool, prefer: str
+) -> tuple[dict[nn.Module, nn.Module], Report]:
+    """What becomes what, and why the rest stays."""
+    facts = surgery.facts(model)
+    report: Report = {}
+    replacements: dict[nn.Module, nn.Module] = {}
+    known: dict[tuple[Any, ...], str | None] = {}
+    tables: dict[
+        int, nn.Module
+    ] = {}  # by identity of the float weight: layers that shared it share the int8 one
+    for name, module in model.named_modules():
+        fact = facts.get(name)
+        if fact is not None and (fact.linear or isinstance(module, nn.Embedding)):
+            reason = _reason(name, facts, skipped, embeddings)
+            if reason is None:
+                surgery.check_finite(name, module)
+                new = _convert(fact, tables)
+                if prefer == "speed" and isinstance(module, nn.Linear) and len(fact.holders) < 2:
+                    reason = _slower(module, new, known)
+                if reason is None:
+                    replacements[module] = new
+            if reason is not None:
+                report[name] = reason
+        elif _is_left(module):
+            report[name] = (
+                f"a {type(module).__name__}: only linear layers and embeddings become int8"
+            )
+    return replacements, report
+
+
+def _is_left(module: nn.Module) -> bool:
+    return any(p is not None and p.ndim > 1 for p in module._parameters.values())
+
+
+def _reason(
+    name: str,
+    facts: dict[str, surgery.Facts],
+    skipped: Callable[[str, nn.Module], bool],
+    embeddings: bool,
+) -> str | None:
+    """Why this layer stays in float, or None."""
+    fact = facts[name]
+    if skipped(name, fact.module):
+        return "named by skip"
+    if fact.obstacle is not None:
+        return fact.obstacle
+    others = [other for other in fact.holders if other != name]
+    tied = any(facts[other].linear for other in others if other in facts)
+    if isinstance(fact.module, nn.Embedding) and not (tied or embeddings):
+        return "an embedding: embeddings=True quantizes it"
+    for other in others:
+        held = facts.get(other)
+        follows = (
+            held is not None
+            and (held.linear or isinstance(held.module, nn.Embedding))
+            and held.obstacle is None
+        )
+        if not follows or skipped(other, held.module) or held.transposed != fact.transposed:
+            return f"it shares its weight with {other}, which stays as it is"
+    return None
+
+
+def _can_be_smoothed(module: nn.Module) -> bool:
+    """Is it a linear whose weight can be multiplied in place?"""
+    plain = isinstance(module._parameters.get("weight"), nn.Parameter) and "_half" not in vars(
+        module
+    )
+    return isinstance(module, nn.Linear) and plain
+
+
+def _became(model: nn.Module, name: str, kind: type[nn.Module]) -> bool:
+    return isinstance(model.get_submodule(name), kind)
+
+
+_CLEARLY = 0.9  # smaller gains are not seen again on other data
+_SLOWER = "int8 is slower here"
+
+
+def _slower(
+    layer: nn.Linear, new: Int8Linear, known: dict[tuple[Any, ...], str | None]
+) -> str | None:
+    """Why the float layer stays, if it is the faster one on this machine over 1, 16 or 256 rows.
+    `known`: by shape.
+    """
+    key = (layer.weight.shape, layer.weight.dtype, layer.bias is None)
+    if key not in known:
+        found = []
+        for m in (1, 16, 256):
+            x = torch.randn(m, layer.in_features).to(layer.weight.dtype)
+            slow, fast = _microseconds(layer, x), _microseconds(new, x)
+            if fast > slow:
+                found.append(f"{fast:.0f} us against {slow:.0f} for {m} rows")
+        known[key] = f"{_SLOWER}: {', '.join(found)}" if found else None
+    return known[key]
+
+
+def _microseconds(layer: nn.Module, x: torch.Tensor) -> float:
+    """The median time of a call. Copies take turns, so that the weights are not in the nearest
+    cache, as in a whole model.
+    """
+    size = layer.in_features * layer.out_features * 4
+    copies = [copy.deepcopy(layer) for _ in range(min(32, max(1, (32 << 20) // size)))]
+    times = []
+    for _ in range(max(3, 32 // len(copies))):
+        for one in copies:
+            fresh = x.clone()  # else the second call would find its input quantized
+            start = time.perf_counter()
+            one(fresh)
+            times.append(time.perf_counter() - start)
+    return statistics.median(times[len(copies) :]) * 1e6
+
+
+def summary(model: nn.Module) -> dict[str, str]:
+    """What `quantize_dynamic` did, by module name: `"int8"`, or the reason why the layer stayed as
+    it is.
+    """
+    done = {
+        n: "int8" for n, m in model.named_modules() if isinstance(m, (Int8Linear, Int8Embedding))
+    }
+    return {**done, **model.__dict__.get("int8_skipped", {})}
+
+
+def _convert(fact: surgery.Facts, tables: dict[int, nn.Module]) -> nn.Module:
+    module = fact.module
+    weight = module.weight.t() if fact.transposed else module.weight
+    if isinstance(module, nn.Embedding):
+        new: nn.Module = Int8Embedding.from_weight(weight, module.padding_idx)
+    else:
+        new = Int8Linear.from_weight(weight, module.bias)
+        new.transposed = fact.transposed
+    if "weight" in module._parameters:
+        first = tables.setdefault(id(module._parameters["weight"]), new)
+        new.packed, new.scale = first.packed, first.scale
+    return new

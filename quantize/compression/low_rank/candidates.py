@@ -1,0 +1,124 @@
+"""Which layers of a model can be factorized, and why the others can't."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from quantize import calibration as calibrate
+from quantize import surgery
+from quantize.compression.low_rank import maths
+from quantize.nn import low_rank as pairs
+
+
+def find_layers(
+    model: nn.Module, skip: surgery.Skip
+) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """Layers that can be factorized, by name, and the reasons for those that can't. ValueError if
+    there are none.
+    """
+    for name, module in model.named_modules():
+        if any(nn.parameter.is_lazy(parameter) for parameter in module._parameters.values()):
+            raise ValueError(
+                f"module {name!r} ({type(module).__name__}) has no shape yet: run the model once"
+            )
+    holders = surgery.holders(model)
+    inside = {
+        id(m)
+        for owner in model.modules()
+        if isinstance(owner, nn.MultiheadAttention)
+        for m in owner.modules()
+    }
+    inside |= {
+        id(m)
+        for owner in model.modules()
+        if isinstance(owner, pairs.Pair)
+        for m in owner.children()
+    }
+    out = surgery.skip_filter(model, skip)
+    found: dict[str, nn.Module] = {}
+    reasons: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if pairs.linear_shape(module) is None and not isinstance(module, nn.Conv2d):
+            if _holds_matrices(name, module):
+                reasons[name] = (
+                    f"{type(module).__name__} isn't factorized, only linears and convolutions "
+                    f"in 2-D are"
+                )
+            continue
+        others = [
+            other
+            for other in holders.get(id(module._parameters.get("weight")), ())
+            if other != name
+        ]
+        obstacle = (
+            "skipped by name"
+            if out(name, module)
+            else _obstacle(module, others, id(module) in inside)
+        )
+        if obstacle:
+            reasons[name] = obstacle
+        else:
+            found[name] = module
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no layer to factorize: looked for nn.Linear, nn.Conv2d "
+            f"of one group and Conv1D; "
+            f"left out: {surgery.shortened(reasons) or 'none'}"
+        )
+    return found, reasons
+
+
+def _holds_matrices(name: str, module: nn.Module) -> bool:
+    """Has a module weights that a pair might stand for, had this technique one for its kind?"""
+    if ".parametrizations." in f".{name}.":
+        return False
+    return any(p is not None and p.ndim > 1 for p in module._parameters.values())
+
+
+def _obstacle(module: nn.Module, others: Sequence[str], inside: bool) -> str | None:
+    if inside:
+        return "its owner reads the weight directly"
+    if parametrize.is_parametrized(module):
+        return "its weight is computed by a parametrization: make it permanent first"
+    general = surgery.obstacle(module)
+    if general is not None:
+        return general
+    if isinstance(module, nn.Conv2d) and module.groups > 1:
+        return f"a convolution of {module.groups} groups"
+    if others:
+        return f"shares its weight with {others[0]!r}"
+    if not maths.candidate_ranks(*pairs.matrix(module).shape, 1):
+        return "no rank makes it smaller"
+    return None
+
+
+def reached(
+    model: nn.Module, batches: Iterable[Any], layers: Mapping[str, nn.Module]
+) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """Those of `layers` that calibration reaches, and the reasons for those that it doesn't.
+    ValueError if it reaches none.
+    """
+    run = calibrate.reached(model, batches, {name: model.get_submodule(name) for name in layers})
+    if not run:
+        raise ValueError(
+            f"calibration never reaches layer {next(iter(layers))!r}, nor any other that can be "
+            f"factorized"
+        )
+    idle = "calibration never reaches it, or other code computes with its weight"
+    used = {name: layer for name, layer in layers.items() if name in run}
+    return used, {name: idle for name in layers if name not in run}
+
+
+def check_weights(layers: Mapping[str, nn.Module]) -> None:
+    for name, layer in layers.items():
+        if layer.weight.is_meta:
+            raise ValueError(
+                f"layer {name!r} has no numbers, only shapes: its weight is on the meta device"
+            )
+        if not all(torch.isfinite(p).all() for p in layer._parameters.values() if p is not None):
+            raise ValueError(f"layer {name!r} has weights that are not finite")

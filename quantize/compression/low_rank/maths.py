@@ -1,0 +1,330 @@
+"""The mathematics of low-rank factorization, on tensors alone, in float64.
+
+A layer computes y = W x + b, with W [M, K]. Its inputs have the second moment S = E[x x^T] [K, K];
+the gradients of what the model is for, with respect to y, have the second moment G = E[g g^T] [M,
+M]. Replacing W by W' costs about
+
+    loss = E[(g . (W - W') x)^2] ~ ||R^T (W - W') L||_F^2     with S = L L^T, G = R R^T
+
+(independence of g and x as in K-FAC, Martens & Grosse, arXiv 1503.05671; with G = 1 it is the
+squared error of the outputs: DRONE, Chen et al., NeurIPS 2021; SVD-LLM, Wang et al., arXiv
+2403.07378). The best W' of rank r is the SVD of R^T W L cut at r and un-whitened, and its loss is
+the sum of the squared singular values that were cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+INPUT_RIDGE = 1e-6  # times the mean of the diagonal; keeps rank-deficient moments invertible
+GRADIENT_RIDGE = 1e-2  # larger: a direction that moved no output in calibration may still matter
+CROSS_RIDGE = (
+    1e-4  # how strongly a compensated weight is held to the original where there is little data
+)
+
+
+class Factors(NamedTuple):
+    """W' = second @ first."""
+
+    first: Tensor  # [r, K]
+    second: Tensor  # [M, r]
+    # [min(M, K)], singular values of the whitened weight, falling; loss = sum of squares from r on
+    spectrum: Tensor
+
+
+def cholesky(moment: Tensor, ridge: float) -> Tensor:
+    """Lower triangular L [K, K] in float64, L L^T = moment + ridge * mean(diagonal) * 1, for any
+    moment [K, K] of real data.
+
+    The ridge grows tenfold until the factor exists (rank-deficient or tiny moments). Raises
+    ValueError if not finite.
+    """
+    moment = moment.double()
+    if not torch.isfinite(moment).all():
+        raise ValueError(f"second moment of shape {tuple(moment.shape)} is not finite")
+    scale = _scale(moment)
+    moment = moment / scale
+    eye = torch.eye(len(moment), dtype=torch.float64, device=moment.device)
+    while True:
+        factor, failed = torch.linalg.cholesky_ex(moment + ridge * eye)
+        if not failed:
+            return factor * scale.sqrt()
+        ridge = max(10 * ridge, 1e-12)
+
+
+def _scale(moment: Tensor) -> Tensor:
+    """Mean of the diagonal, or 1 for a moment of nothing but zeros."""
+    mean = moment.double().diagonal().mean()
+    return torch.where(mean > torch.finfo(torch.float64).tiny, mean, 1.0)
+
+
+def whitened_svd(
+    weight: Tensor,
+    second_moment: Tensor | None = None,
+    gradient_moment: Tensor | None = None,
+    *,
+    rank: int | None = None,
+    ridge: float = INPUT_RIDGE,
+    gradient_ridge: float = GRADIENT_RIDGE,
+) -> Factors:
+    """Best factors of weight [M, K] under second_moment [K, K] of its inputs and gradient_moment
+    [M, M] at its outputs.
+
+    Without moments: the plain SVD. rank None: full rank, which reproduces the weight. The two
+    factors' norms are balanced component by component. All results are float64. Raises ValueError
+    for shapes that don't fit, a rank outside [1, min(M, K)], or values that are not finite.
+    """
+    m, k = weight.shape
+    for name, moment, width in (
+        ("second_moment", second_moment, k),
+        ("gradient_moment", gradient_moment, m),
+    ):
+        if moment is not None and moment.shape != (width, width):
+            raise ValueError(
+                f"{name} has shape {tuple(moment.shape)}, the weight {tuple(weight.shape)} "
+                f"needs {(width, width)}"
+            )
+    if not torch.isfinite(weight).all():
+        raise ValueError(f"weight of shape {tuple(weight.shape)} is not finite")
+    rank = min(m, k) if rank is None else rank
+    if not 1 <= rank <= min(m, k):
+        raise ValueError(
+            f"rank {rank} is outside [1, {min(m, k)}] for a weight of shape {tuple(weight.shape)}"
+        )
+    weight = weight.double()
+    left, right, outer, whitened = _whiten(
+        weight, second_moment, gradient_moment, ridge, gradient_ridge
+    )
+    # Eigenvectors of the smaller Gram matrix: much faster than an SVD, and at full rank the
+    # projection is exact.
+    if m <= k:
+        values, vectors = torch.linalg.eigh(whitened @ whitened.T)
+        basis = vectors.flip(1)[:, :rank]  # U [M, r]
+        first = basis.T @ left  # U^T R^T W
+        second = (
+            basis if outer is None else torch.linalg.solve_triangular(outer.T, basis, upper=True)
+        )  # R^-T U
+    else:
+        values, vectors = torch.linalg.eigh(whitened.T @ whitened)
+        basis = vectors.flip(1)[:, :rank]  # V [K, r]
+        second = weight @ (basis if right is None else right @ basis)  # W L V
+        first = (
+            basis.T
+            if right is None
+            else torch.linalg.solve_triangular(right.T, basis, upper=True).T
+        )  # V^T L^-1
+    first, second = _balance(first, second)
+    return Factors(first, second, values.flip(0).clamp_min(0).sqrt())
+
+
+def whitened_spectrum(
+    weight: Tensor,
+    second_moment: Tensor | None = None,
+    gradient_moment: Tensor | None = None,
+    *,
+    ridge: float = INPUT_RIDGE,
+    gradient_ridge: float = GRADIENT_RIDGE,
+) -> Tensor:
+    """The `spectrum` of `whitened_svd` alone."""
+    *_, whitened = _whiten(weight.double(), second_moment, gradient_moment, ridge, gradient_ridge)
+    gram = (
+        whitened @ whitened.T if whitened.shape[0] <= whitened.shape[1] else whitened.T @ whitened
+    )
+    return torch.linalg.eigvalsh(gram).flip(0).clamp_min(0).sqrt()
+
+
+def _whiten(
+    weight: Tensor,
+    second_moment: Tensor | None,
+    gradient_moment: Tensor | None,
+    ridge: float,
+    gradient_ridge: float,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    """R^T W, L, R, R^T W L; None for a moment that isn't given."""
+    right = None if second_moment is None else cholesky(second_moment, ridge)
+    outer = None if gradient_moment is None else cholesky(gradient_moment, gradient_ridge)
+    left = weight if outer is None else outer.T @ weight
+    return left, right, outer, left if right is None else left @ right
+
+
+def _balance(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Same product, with equal norms of row i of first and column i of second."""
+    a, b = first.norm(dim=1), second.norm(dim=0)
+    scale = torch.where((a > 0) & (b > 0), (b / a.clamp_min(1e-300)).sqrt(), 1.0)
+    return first * scale[:, None], second / scale
+
+
+def compensate(
+    weight: Tensor,
+    second_moment: Tensor,
+    cross_moment: Tensor,
+    error_moment: Tensor | None = None,
+    *,
+    ridge: float = CROSS_RIDGE,
+) -> Tensor:
+    """The weight that, on the compressed model's inputs x, comes closest to W r + e, r being the
+    original model's inputs.
+
+    weight [M, K]; second_moment E[x x^T], cross_moment E[r x^T], both [K, K]; error_moment E[e x^T]
+    [M, K], e being what the layer is to add beside its own output. It is (W E[r x^T] + E[e x^T])
+    E[x x^T]^-1, held to W by the ridge. Where nothing was compressed before the layer (x = r, e =
+    0), it is W. float64.
+    """
+    scale = _scale(second_moment)  # inputs of any size: 1e-20 and 1e20 alike
+    pull = ridge * torch.eye(len(second_moment), dtype=torch.float64, device=second_moment.device)
+    factor = cholesky(second_moment.double() / scale, ridge)
+    target = weight.double() @ (cross_moment.double() / scale + pull)
+    if error_moment is not None:
+        target = target + error_moment.double() / scale
+    return torch.cholesky_solve(target.T, factor).T
+
+
+# Ranks.
+
+
+def candidate_ranks(m: int, k: int, unit: int) -> list[int]:
+    """Multiples of `unit` at which two factors of an [m, k] matrix hold fewer numbers than the
+    matrix.
+    """
+    return [r for r in range(unit, min(m, k) + 1, unit) if r * (m + k) < m * k]
+
+
+def rank_for_energy(spectrum: Tensor, energy: float) -> int:
+    """Smallest rank whose components hold the share `energy` of the sum of squares."""
+    squares = spectrum.double() ** 2
+    if squares.sum() == 0:
+        return 1
+    share = squares.cumsum(0) / squares.sum()
+    return min(int((share < energy - 1e-12).sum()) + 1, len(spectrum))
+
+
+class Choice(NamedTuple):
+    """One way to store a layer: `rank` None is the layer as it is."""
+
+    parameters: int
+    loss: float
+    rank: int | None
+
+
+def choices(spectrum: Tensor, shape: tuple[int, int], ranks: Sequence[int]) -> list[Choice]:
+    """The ways to store a layer of `shape` at these ranks, and as it is, by rising size, with what
+    each loses.
+    """
+    m, k = shape
+    squares = spectrum.double() ** 2
+    tail = torch.cat([squares.flip(0).cumsum(0).flip(0), squares.new_zeros(1)])
+    return [Choice(r * (m + k), tail[r].item(), r) for r in sorted(ranks)] + [
+        Choice(m * k, 0.0, None)
+    ]
+
+
+def allocate(layers: Mapping[str, Sequence[Choice]], budget: int) -> dict[str, int | None]:
+    """The choice per layer that loses least in sum within `budget` parameters.
+
+    Greedy on loss per parameter over the lower convex hull of each layer's choices, the optimum up
+    to one step; what is left then goes where it still saves most. Layers start at their smallest
+    choice; the result is above the budget only if those already are.
+    """
+    chosen, steps = {}, []
+    for name, options in layers.items():
+        hull = _lower_hull(options)
+        chosen[name] = hull[0]
+        for a, b in pairwise(hull):
+            steps.append(((a.loss - b.loss) / (b.parameters - a.parameters), len(steps), name, b))
+    left = budget - sum(choice.parameters for choice in chosen.values())
+    stopped = set()
+    for _, _, name, choice in sorted(steps, key=lambda step: (-step[0], step[1])):
+        more = choice.parameters - chosen[name].parameters
+        if name in stopped or more > left:
+            stopped.add(
+                name
+            )  # its later steps build on this one; smaller steps of others may still fit
+            continue
+        left -= more
+        chosen[name] = choice
+    while True:
+        better = [
+            (chosen[name].loss - choice.loss, name, choice)
+            for name, options in layers.items()
+            for choice in options
+            if 0 < choice.parameters - chosen[name].parameters <= left
+            and choice.loss < chosen[name].loss
+        ]
+        if not better:
+            return {name: choice.rank for name, choice in chosen.items()}
+        _, name, choice = max(better, key=lambda option: option[0])
+        left -= choice.parameters - chosen[name].parameters
+        chosen[name] = choice
+
+
+def _lower_hull(options: Sequence[Choice]) -> list[Choice]:
+    """The options, by rising size, that no mix of two others beats."""
+    hull: list[Choice] = []
+    for c in options:
+        while len(hull) >= 2:
+            a, b = hull[-2], hull[-1]
+            if (a.loss - b.loss) * (c.parameters - b.parameters) > (b.loss - c.loss) * (
+                b.parameters - a.parameters
+            ):
+                break
+            hull.pop()
+        hull.append(c)
+    return hull
+
+
+# Convolutions split in space.
+
+
+def spatial_factors(
+    weight: Tensor,
+    second_moment: Tensor | None = None,
+    gradient_moment: Tensor | None = None,
+    *,
+    rank: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A kernel [M, C, kh, kw] as kh x 1 to `rank` channels, then 1 x kw.
+
+    Returns first [r, C, kh, 1], second [M, r, 1, kw] and their product, a matrix [M, C * kh * kw]
+    like the weight that multiplies `calibration.rows`; second_moment is of those rows. The columns
+    are found by a whitened SVD that ignores how neighbouring columns of a patch go together (no
+    closed form knows it); the second layer is then the exact least-squares fit to the weight under
+    the whole moment. float64.
+    """
+    m, c, kh, kw = weight.shape
+    weight = weight.double()
+    eye = torch.eye(kw, dtype=torch.float64, device=weight.device)
+    by_column = weight.permute(0, 3, 1, 2).reshape(m * kw, c * kh)
+    columns = None
+    if second_moment is not None:
+        columns = (
+            second_moment.double().reshape(c * kh, kw, c * kh, kw).diagonal(dim1=1, dim2=3).mean(-1)
+        )
+    outputs = None if gradient_moment is None else torch.kron(gradient_moment.double(), eye)
+    first, second, _ = whitened_svd(
+        by_column, columns, outputs, rank=rank
+    )  # [r, C * kh], [M * kw, r]
+    second = second.reshape(m, kw, rank).transpose(1, 2).reshape(m, rank * kw)
+    patches = torch.kron(
+        first, eye
+    )  # [r * kw, C * kh * kw]: what the second layer sees, from what the kernel sees
+    if second_moment is not None:
+        whitener = cholesky(second_moment, INPUT_RIDGE)
+        seen, wanted = patches @ whitener, weight.flatten(1) @ whitener
+        factor = cholesky(seen @ seen.T, 1e-10)
+        second = torch.cholesky_solve(seen @ wanted.T, factor).T
+    return first.reshape(rank, c, kh, 1), second.reshape(m, rank, 1, kw), second @ patches
+
+
+def weighted_error(
+    error: Tensor, second_moment: Tensor | None, gradient_moment: Tensor | None
+) -> float:
+    """||R^T error L||_F^2 for error [M, K]: the loss that `whitened_svd` minimises."""
+    *_, whitened = _whiten(
+        error.double(), second_moment, gradient_moment, INPUT_RIDGE, GRADIENT_RIDGE
+    )
+    return whitened.square().sum().item()

@@ -1,0 +1,84 @@
+"""Up to which size a pair is no slower than the layer it replaces, by timing on this machine.
+
+Coarse on purpose: a few sizes are tried, and a pair may take a little longer, so that the result
+says something of the machine and not of the moment. Layers that take as long as a call does anyhow
+say nothing about either.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from quantize.calibration import untouched
+from quantize.nn import low_rank as pairs
+
+SHARES = (0.8, 0.65, 0.5, 0.35, 0.2)  # of the layer's parameters, tried in this order
+TOLERANCE = 1.03
+# seconds that a layer takes before it is worth timing; a call of torch from Python takes 5 to 10 us
+LONG_ENOUGH = 1e-4
+MOST_NUMBERS = (
+    2**20
+)  # in an input: more of them change the time, but not which of the two is faster
+
+_KNOWN: dict[tuple, float | None] = {}
+
+
+@torch.no_grad()
+def quick_share(layer: nn.Module, input_shape: Sequence[int], *, always: bool) -> float | None:
+    """The largest of `SHARES` at which a pair takes no longer than `layer` on random inputs of this
+    shape; 0 if none does.
+
+    None if the layer is too quick to tell, unless `always`. Remembered per kind of layer, shape and
+    number of threads.
+    """
+    weight = layer.weight
+    settings = [getattr(layer, n, None) for n in ("stride", "padding", "dilation")]
+    kind = (type(layer), tuple(weight.shape), weight.dtype, str(settings))
+    key = (*kind, tuple(input_shape), always, torch.get_num_threads())
+    if key not in _KNOWN:
+        with untouched(layer):  # the random state too
+            x = _inputs(layer, input_shape)
+            _KNOWN[key] = None
+            if always or _seconds([layer], x)[0] >= LONG_ENOUGH:
+                shares = (s for s in SHARES if _no_slower(_random_pair(layer, s), layer, x))
+                _KNOWN[key] = next(shares, 0.0)
+    return _KNOWN[key]
+
+
+def _inputs(layer: nn.Module, shape: Sequence[int]) -> torch.Tensor:
+    """Random inputs of this shape, or of fewer rows (images)."""
+    if isinstance(layer, nn.Conv2d):
+        first, rest = shape[0] if len(shape) == 4 else 1, tuple(shape[-3:])
+    else:
+        first, rest = math.prod(shape[:-1]), (shape[-1],)
+    rows = max(1, min(first, MOST_NUMBERS // max(1, math.prod(rest))))
+    return torch.randn(rows, *rest).to(layer.weight.dtype)
+
+
+def _random_pair(layer: nn.Module, share: float) -> nn.Module:
+    m, k = pairs.matrix(layer).shape
+    rank = max(1, math.floor(share * m * k / (m + k)))
+    return pairs.pair(layer, torch.randn(rank, k), torch.randn(m, rank), layer.bias)
+
+
+def _no_slower(candidate: nn.Module, layer: nn.Module, x: torch.Tensor) -> bool:
+    pair, original = _seconds([candidate, layer], x)
+    return pair <= TOLERANCE * original
+
+
+def _seconds(modules: Sequence[nn.Module], x: torch.Tensor, *, repeats: int = 15) -> list[float]:
+    """Medians of alternating runs, so that a change of the machine's load hits all."""
+    times: list[list[float]] = [[] for _ in modules]
+    for turn in range(repeats + 2):
+        for module, taken in zip(modules, times, strict=True):
+            start = time.perf_counter()
+            module(x)
+            if turn >= 2:  # the first ones warm caches up
+                taken.append(time.perf_counter() - start)
+    return [statistics.median(taken) for taken in times]

@@ -1,0 +1,90 @@
+"""How many units of each group stay: what was asked for, rounded; shared out between groups by what
+their removal costs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from quantize.compression.pruning.groups import Group
+
+LEAST = 1 / 8  # of a group's units stay, whatever the others can spare
+
+
+def round_step(group: Group, round_to: int | None) -> int:
+    """Units are kept in multiples of this, so that widths are multiples of the rounding."""
+    width = group.units * group.unit_size()
+    if round_to is None:
+        round_to = max((r for r in (16, 8, 4, 2, 1) if r * 8 <= width), default=1)
+    return (
+        -(-round_to // math.gcd(round_to, group.unit_size())) if group.unit_size() < round_to else 1
+    )
+
+
+def units_kept(group: Group, amount: float, round_to: int | None) -> int:
+    """How many units stay: near (1 - amount) of them, a multiple of the rounding, never none."""
+    step = round_step(group, round_to)
+    keep = (
+        max(step, round(group.units * (1 - amount) / step + 1e-9) * step) if amount else group.units
+    )
+    return min(group.units, max(1, keep))
+
+
+def units_kept_globally(
+    groups: Sequence[Group], values: Sequence[torch.Tensor], round_to: int | None
+) -> list[int]:
+    """Units kept per group when the least important of all groups go first; a tenth of every group
+    stays at least.
+    """
+    relative = [v / (v[v.isfinite()] ** 2).mean().sqrt().clamp(min=1e-30) for v in values]
+    everything = torch.cat(relative)
+    total = sum(g.units * g.amount for g in groups)
+    limit = everything.sort().values[min(len(everything) - 1, int(total))]
+    keeps = []
+    for group, value in zip(groups, relative, strict=True):
+        lost = min(int((value < limit).sum()) / group.units, 0.9) if group.amount else 0.0
+        keeps.append(units_kept(group, lost, round_to))
+    return keeps
+
+
+def alike(groups: Sequence[Group]) -> list[list[int]]:
+    """Groups, by number, that may give to each other: asked for together, with as many units of as
+    many parameters each.
+    """
+    found: dict[tuple, list[int]] = {}
+    for i, group in enumerate(groups):
+        kind = (group.asked, group.units, group.unit_size(), len(group.outputs), group.parameters)
+        found.setdefault(kind, []).append(i)
+    return list(found.values())
+
+
+def deepest(group: Group, round_to: int | None) -> int:
+    """The most units that sharing out may take from a group."""
+    step = round_step(group, round_to)
+    return group.units - min(
+        group.units, max(1, step, math.ceil(group.units * LEAST / step) * step)
+    )
+
+
+def share_out(costs: Sequence[torch.Tensor], total: int, step: int) -> list[int]:
+    """How many units each group gives, in multiples of `step` and `total` together, for the least
+    sum of costs.
+
+    costs[i][k] is what it costs to remove k units from group i. A greedy walk along the lower
+    convex hull of every curve, so that a cheap stretch behind an expensive one is seen.
+    """
+    given = [0] * len(costs)
+    while (left := total - sum(given)) >= step:
+        best: tuple[float, int, int] | None = None
+        for i, cost in enumerate(costs):
+            for k in range(given[i] + step, min(len(cost) - 1, given[i] + left) + 1, step):
+                slope = float(cost[k] - cost[given[i]]) / (k - given[i])
+                if best is None or slope < best[0]:
+                    best = (slope, i, k)
+        if best is None:
+            break
+        given[best[1]] = best[2]
+    return given

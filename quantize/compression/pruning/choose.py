@@ -1,0 +1,382 @@
+"""Check the arguments, choose the groups and the units that go.
+
+`amount` and `skip` name layers by their output channels; scores say which units of a group matter
+least.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from quantize import surgery
+from quantize.calibration import collect, gradients_if_any, reached
+from quantize.compression.pruning import budget, scores
+from quantize.compression.pruning.cut import owners
+from quantize.compression.pruning.groups import Group
+from quantize.compression.pruning.labels import Key
+from quantize.compression.pruning.repair import as_matrix, matrix_rows
+from quantize.nn import holds_integers
+
+SCORES = ("magnitude", "activation", "reconstruction", "taylor")
+MOMENTS = 2**27  # entries of second moments held at once while scoring (0.5 GB)
+
+
+# Arguments.
+
+
+def check_amount(amount: Any) -> dict[str, float]:
+    given = dict(amount) if isinstance(amount, Mapping) else {"*": amount}
+    if not given:
+        raise ValueError("amount is an empty dict: name at least one layer")
+    for name, value in given.items():
+        where = "amount" if not isinstance(amount, Mapping) else f"amount[{name!r}]"
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{where} must be a number in [0, 1), got {value!r}")
+        if not 0 <= value < 1:
+            raise ValueError(
+                f"{where} is {value}; allowed: [0, 1), the fraction of channels removed"
+            )
+        if not isinstance(name, str):
+            raise TypeError(f"amount takes layer names, got {name!r}")
+    return given
+
+
+def check_options(
+    n: Any, score: Any, scope: Any, round_to: Any, loss: Any, calibration: Any, skip: Any
+) -> None:
+    if isinstance(n, bool) or not isinstance(n, (int, float)):
+        raise TypeError(f"n must be a number > 0, got {n!r}")
+    if not n > 0:
+        raise ValueError(f"n is {n}; allowed: > 0, math.inf included")
+    if score is not None and score not in SCORES:
+        raise ValueError(f"score is {score!r}; allowed: {SCORES}")
+    if score not in (None, "magnitude") and calibration is None:
+        raise ValueError(f"score={score!r} needs calibration batches")
+    if (score == "taylor") != (loss is not None):
+        raise ValueError(
+            "score='taylor' and loss go together: give loss=function(model, batch) -> scalar, "
+            "or another score"
+        )
+    if scope not in (None, "layer", "alike", "global"):
+        raise ValueError(f"scope is {scope!r}; allowed: 'layer', 'alike', 'global'")
+    if scope == "alike" and (calibration is None or score not in (None, "reconstruction")):
+        raise ValueError(
+            "scope='alike' shares out by the costs of reconstruction: it needs calibration "
+            "batches and that score"
+        )
+    if scope == "global" and score == "reconstruction":
+        raise ValueError(
+            "score='reconstruction' ranks within a layer; with scope='global' use 'activation'"
+        )
+    if round_to is not None and (
+        isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1
+    ):
+        raise ValueError(f"round_to is {round_to!r}; allowed: an integer >= 1, or None")
+
+
+def refuse_unfit(model: nn.Module) -> None:
+    """Raise ValueError naming a module that is quantized, or whose tensors have no shape yet."""
+    for name, module in model.named_modules():
+        for tensor in [*module._parameters.values(), *module._buffers.values()]:
+            if nn.parameter.is_lazy(tensor):
+                raise ValueError(
+                    f"module {name!r} ({type(module).__name__}) has no shape yet: run the model "
+                    f"once"
+                )
+        if isinstance(module, torch.fx.GraphModule):
+            raise ValueError(
+                f"module {name!r} of {type(model).__name__} is a graph: prune the model that it "
+                f"was made of"
+            )
+        if holds_integers(module):
+            raise ValueError(
+                f"module {name!r} ({type(module).__name__}) holds integers: prune before quantizing"
+            )
+
+
+# Which groups, and how much of each.
+
+
+def layers_of(model: nn.Module, group: Group) -> list[str]:
+    return [place for name, _ in group.outputs for place, _, _ in owners(model, name)[:1]]
+
+
+def choose(
+    model: nn.Module,
+    groups: list[Group],
+    stuck: dict[Key, str],
+    amounts: dict[str, float],
+    skip: surgery.Skip,
+) -> tuple[list[Group], dict[str, str]]:
+    """Groups to prune (with their `amount` set), and the layers left whole with the reason."""
+    skipped = surgery.skip_filter(model, skip)
+    left = {place: why for (name, _), why in stuck.items() for place, _, _ in owners(model, name)}
+    layers = {
+        i: [p for name, _ in g.outputs for p, _, _ in owners(model, name)]
+        for i, g in enumerate(groups)
+    }
+    free: dict[int, Group] = {}
+    for i, group in enumerate(groups):
+        if any(skipped(p, model.get_submodule(p)) for p in layers[i]):
+            left.update(dict.fromkeys(layers[i], "it or a layer tied to it is in skip"))
+        elif any(_is_rank(model, p) for p in layers[i]):
+            left.update(dict.fromkeys(layers[i], "its outputs are the rank of a low-rank pair"))
+        else:
+            free[i] = group
+    chosen: dict[int, float] = {}
+    asked: dict[int, str] = {}
+    names = {n for n, _ in model.named_modules()}
+    for pattern, value in amounts.items():
+        if pattern == "*":
+            rest = [i for i in free if i not in chosen]
+            chosen.update(dict.fromkeys(rest, value))
+            asked.update(dict.fromkeys(rest, pattern))
+            continue
+        matched = {n for n in names if n and _around(n, pattern)}
+        if not matched:
+            raise ValueError(
+                f"amount names {pattern!r}, which is not a module of {type(model).__name__}"
+            )
+        hit = [i for i in free if matched & set(layers[i])]
+        if not hit:
+            whys = {left[n] for n in sorted(matched) if n in left}
+            raise ValueError(
+                f"amount names {pattern!r}, which can't be pruned: "
+                f"{'; '.join(whys) or 'it has no output channels'}"
+            )
+        for i in hit:
+            asked.setdefault(i, pattern)
+            if chosen.setdefault(i, value) != value and set(amounts) - {"*"}:
+                raise ValueError(
+                    f"amount gives {chosen[i]} and {value} to {layers[i]}, whose channels go "
+                    f"together"
+                )
+    if not chosen:
+        raise ValueError(f"nothing in {type(model).__name__} can be pruned: {reasons(left)}")
+    for i, value in chosen.items():
+        free[i].amount, free[i].asked = value, asked[i]
+    return [free[i] for i in sorted(chosen)], left
+
+
+def _around(name: str, pattern: str) -> bool:
+    """Does the pattern name this module or one around it?"""
+    parts = name.split(".")
+    return any(fnmatch.fnmatchcase(".".join(parts[:i]), pattern) for i in range(1, len(parts) + 1))
+
+
+def _is_rank(model: nn.Module, place: str) -> bool:
+    parent, _, local = place.rpartition(".")
+    return local == "first" and type(model.get_submodule(parent)).__name__.startswith("LowRank")
+
+
+def reasons(left: dict[str, str]) -> str:
+    shown = [f"{name!r}: {why}" for name, why in left.items()][:4]
+    return (
+        "; ".join(shown)
+        or "no layer has output channels that another layer reads (looked for linears, "
+        "convolutions, embeddings)"
+    )
+
+
+def refuse_infinite(model: nn.Module, groups: Iterable[Group]) -> None:
+    """Raise ValueError naming a layer whose weights are to be scored or cut and are not finite."""
+    for group in groups:
+        for name, _ in group.places:
+            place, tensor, _ = owners(model, name)[0]
+            value = getattr(tensor, name.rpartition(".")[2])
+            if value.is_floating_point() and not torch.isfinite(value).all():
+                raise ValueError(f"layer {place!r} has weights that are not finite")
+
+
+def savable(model: nn.Module, groups: list[Group], left: dict[str, str]) -> list[Group]:
+    """The groups without those that go through a buffer that no file holds: it would come back at
+    its old size.
+    """
+    unsaved = set()
+    for place, module in model.named_modules():
+        unsaved.update(f"{place}.{key}".strip(".") for key in module._non_persistent_buffers_set)
+    kept = []
+    for group in groups:
+        through = sorted({name for name, _ in group.places} & unsaved)
+        if through:
+            why = f"its channels go through the buffer {through[0]!r}, which no file holds"
+            left.update(dict.fromkeys(layers_of(model, group), why))
+        else:
+            kept.append(group)
+    return kept
+
+
+def find_readers(
+    model: nn.Module, groups: list[Group], calibration: Iterable[Any], left: dict[str, str]
+) -> list[Group]:
+    """Fill in `readers` of every group, and return the groups without those whose readers
+    calibration never reaches.
+    """
+    every: dict[str, nn.Module] = {}
+    for group in groups:
+        group.readers = _readers(model, group)
+        every.update({place: module for place, module, _ in group.readers})
+    run = reached(model, calibration, every)
+    used = []
+    for group in groups:
+        known = [reader for reader in group.readers if reader[0] in run]
+        if group.readers and not known:
+            why = f"calibration never reaches layer {group.readers[0][0]!r}, which reads it"
+            left.update(dict.fromkeys(layers_of(model, group), why))
+        else:
+            group.readers = known
+            used.append(group)
+    return used
+
+
+def remove(
+    model: nn.Module,
+    wanted: list[Group],
+    rule: str,
+    scope: str,
+    n: float,
+    round_to: int | None,
+    calibration: Iterable[Any] | None,
+    loss: Any,
+    left: dict[str, str],
+    say: Callable[[str], None],
+) -> None:
+    """Fill in `removed` of every group."""
+    keeps = [budget.units_kept(g, g.amount, round_to) for g in wanted]
+    if rule == "magnitude":
+        values = [scores.magnitude(model, g, n) for g in wanted]
+    elif rule == "taylor":
+        values = scores.taylor(surgery.clone(model), wanted, calibration, loss)  # type: ignore[arg-type]
+    elif rule == "activation":
+        values = _by_readers(
+            model, wanted, calibration, lambda g, rs: scores.activation_aware(rs, n), say
+        )
+    else:
+        values, keeps = _reconstruction(model, wanted, keeps, scope, round_to, calibration, say)
+    for i, group in enumerate(wanted):
+        if values[i] is None:  # nothing that mixes channels reads them where we can look
+            values[i] = scores.magnitude(model, group, n)
+    if scope == "global":
+        keeps = budget.units_kept_globally(wanted, values, round_to)
+    for group, value, keep in zip(wanted, values, keeps, strict=True):
+        if not torch.isfinite(value[value != math.inf]).all():
+            raise ValueError(f"the scores of layer {layers_of(model, group)[0]!r} are not finite")
+        order = value.argsort(stable=True)
+        group.removed = order[: group.units - keep].sort().values
+        if group.amount and not len(group.removed):
+            size = f"{group.units} units of {group.unit_size()} channels"
+            left.update(
+                dict.fromkeys(
+                    layers_of(model, group), f"removing {group.amount:g} of {size} rounds to none"
+                )
+            )
+
+
+def _reconstruction(
+    model: nn.Module,
+    groups: list[Group],
+    keeps: list[int],
+    scope: str,
+    round_to: int | None,
+    calibration: Any,
+    say: Callable[[str], None],
+) -> tuple[list[Any], list[int]]:
+    """Scores of each group (None where no layer reads it), and the units kept: with scope "alike",
+    groups of one shape that were asked for together give by what it costs, as many as they would
+    give one by one.
+    """
+    families = (
+        [f for f in budget.alike(groups) if len(f) > 1 and groups[f[0]].amount]
+        if scope == "alike"
+        else []
+    )
+    depths = [g.units - k for g, k in zip(groups, keeps, strict=True)]
+    for i in (i for family in families for i in family):
+        depths[i] = max(depths[i], budget.deepest(groups[i], round_to))
+    places = {
+        place: module
+        for g in groups
+        for place, module, _ in g.readers
+        if not isinstance(module, nn.Conv1d)
+    }
+    say(f"gradients at {len(places)} layers")
+    metrics = gradients_if_any(model, calibration, places)
+    depth = {id(g): d for g, d in zip(groups, depths, strict=True)}
+    ranked = _by_readers(
+        model,
+        groups,
+        calibration,
+        lambda g, rs: scores.reconstruction(rs, depth[id(g)]),
+        say,
+        metrics,
+    )
+    measured = [all(place in metrics for place, _, _ in g.readers) for g in groups]
+    for family in families:
+        if all(ranked[i] is not None and measured[i] for i in family):
+            total = sum(groups[i].units - keeps[i] for i in family)
+            step = budget.round_step(groups[family[0]], round_to)
+            given = budget.share_out([ranked[i][1] for i in family], total, step)
+            if sum(given) == total:
+                keeps = [
+                    groups[i].units - given[family.index(i)] if i in family else k
+                    for i, k in enumerate(keeps)
+                ]
+    return [None if r is None else r[0] for r in ranked], keeps
+
+
+def _by_readers(
+    model: nn.Module,
+    groups: list[Group],
+    calibration: Iterable[Any] | None,
+    score: Callable[[Group, list[scores.Reader]], Any],
+    say: Callable[[str], None],
+    metrics: dict[str, torch.Tensor] | None = None,
+) -> list[Any]:
+    """What `score` says of each group from the layers that read it; None for a group that none
+    reads.
+    """
+    values: list[Any] = []
+    for chunk in _chunks(groups):
+        layers = {place: module for group in chunk for place, module, _ in group.readers}
+        if layers:
+            say(f"inputs of {', '.join(layers)}")
+        seen = collect(model, calibration, layers) if layers else {}
+        for group in chunk:
+            readers = []
+            for place, module, key in group.readers:
+                columns = matrix_rows(module, group.places[key]).flatten(1)
+                metric = (metrics or {}).get(place)
+                readers.append(scores.Reader(as_matrix(module), columns, seen[place], metric))  # type: ignore[arg-type]
+            values.append(score(group, readers) if readers else None)
+    return values
+
+
+def _readers(model: nn.Module, group: Group) -> list[tuple[str, nn.Module, Key]]:
+    """Layers that sum over the group's channels and can be refitted."""
+    found = []
+    for key in group.inputs:
+        for place, module, local in owners(model, key[0]):
+            if local == "weight" and as_matrix(module) is not None and place == group.inputs[key]:
+                found.append((place, module, key))
+    return found
+
+
+def _chunks(groups: list[Group]) -> Iterable[list[Group]]:
+    """Runs of groups whose second moments fit in memory together."""
+    run: list[Group] = []
+    held = 0
+    for group in groups:
+        size = sum(as_matrix(m).shape[1] ** 2 for _, m, _ in group.readers)  # type: ignore[union-attr]
+        if run and held + size > MOMENTS:
+            yield run
+            run, held = [], 0
+        run.append(group)
+        held += size
+    if run:
+        yield run

@@ -1,0 +1,242 @@
+"""Take the removed channels out of a copy of the model, or write zeros there (the masked twin)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from quantize import surgery
+from quantize.calibration import output_tensors
+from quantize.compression.pruning.groups import Group
+from quantize.compression.pruning.labels import Key, Value, varying
+from quantize.compression.pruning.rules import SHAPED
+from quantize.compression.pruning.trace import Trace
+
+HEAD_COUNTS = ("head", "group")  # an attribute of such a name counts heads ...
+NOT_COUNTS = ("dim", "size", "per")  # ... unless it says that it is a width
+
+
+def kept_indices(trace: Trace, groups: Iterable[Group]) -> dict[Key, torch.Tensor]:
+    """Indices that stay along every dimension that loses some."""
+    removed: dict[Key, list[torch.Tensor]] = {}
+    for group in groups:
+        for key, places in group.places.items():
+            if len(group.removed):
+                removed.setdefault(key, []).append(places[group.removed].flatten())
+    kept = {}
+    for (name, dim), gone in removed.items():
+        stays = torch.ones(trace.labels.shapes[name][dim], dtype=torch.bool)
+        stays[torch.cat(gone)] = False
+        kept[name, dim] = stays.nonzero().flatten()
+    return kept
+
+
+def owners(model: nn.Module, name: str) -> list[tuple[str, nn.Module, str]]:
+    """Every place of a (possibly shared) tensor: the module's name, the module, the tensor's name
+    in it.
+    """
+    path, _, local = name.rpartition(".")
+    tensor = stored(model.get_submodule(path), local)
+    return [
+        (place, module, key)
+        for place, module in model.named_modules()
+        for key, held in [*module._parameters.items(), *module._buffers.items()]
+        if held is tensor
+    ]
+
+
+def stored(module: nn.Module, name: str) -> torch.Tensor:
+    """A parameter or buffer as it is stored: a 16-bit layer's weight reads in another dtype."""
+    tensor = module._parameters.get(name)
+    return module._buffers[name] if tensor is None else tensor
+
+
+def cut(
+    model: nn.Module, kept: dict[Key, torch.Tensor], edits: dict[str, dict[str, Any]]
+) -> nn.Module:
+    """Shrink `model` in place: keep these indices, then set these plain attributes (module name to
+    attribute to value).
+    """
+    cuts: dict[str, dict[int, torch.Tensor]] = {}
+    for (name, dim), indices in kept.items():
+        cuts.setdefault(name, {})[dim] = indices
+    tensors: dict[str, dict[str, torch.Tensor]] = {}
+    places: dict[str, nn.Module] = {}
+    for name, dims in cuts.items():
+        found = owners(model, name)
+        tensor = stored(found[0][1], found[0][2]).detach()
+        for dim, indices in dims.items():
+            tensor = tensor.index_select(dim, indices.to(tensor.device))
+        for place, module, local in found:
+            tensors.setdefault(place, {})[local] = tensor.contiguous()
+            places[place] = module
+    for place, new in tensors.items():
+        sizes = _sizes(places[place], new)
+        surgery.resize(places[place], tensors=new, attributes=sizes)
+        parent, _, local = place.rpartition(".")
+        pair = model.get_submodule(parent)
+        side = {"first": "in_", "second": "out_"}.get(local)
+        if side is not None and hasattr(
+            pair, "dense_weight"
+        ):  # a low-rank pair notes the widths of its two layers
+            surgery.resize(
+                pair, tensors={}, attributes={k: v for k, v in sizes.items() if k.startswith(side)}
+            )
+    for place, attributes in edits.items():
+        surgery.resize(model.get_submodule(place), tensors={}, attributes=attributes)
+    return model
+
+
+def _sizes(module: nn.Module, new: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """The attributes in which layers write down their widths, for new tensors."""
+    weight = new.get("weight")
+    attributes: dict[str, Any] = {}
+    if hasattr(module, "num_features"):
+        attributes["num_features"] = len(next(iter(new.values())))
+    if weight is None:
+        return {k: v for k, v in attributes.items() if getattr(module, k) != v}
+    if hasattr(module, "in_features") and hasattr(module, "out_features") and weight.ndim == 2:
+        attributes |= {"out_features": weight.shape[0], "in_features": weight.shape[1]}
+    elif isinstance(module, nn.modules.conv._ConvNd):
+        outputs, inputs = weight.shape[:2]
+        if module.transposed:
+            outputs, inputs = inputs, outputs
+        groups = (
+            module.groups if module.groups == 1 else outputs * module.groups // module.out_channels
+        )
+        attributes |= {"out_channels": outputs, "in_channels": inputs * groups, "groups": groups}
+    elif isinstance(module, nn.GroupNorm):
+        attributes |= {
+            "num_channels": len(weight),
+            "num_groups": len(weight) * module.num_groups // module.num_channels,
+        }
+    elif hasattr(module, "embedding_dim") and weight.ndim == 2:
+        attributes["embedding_dim"] = weight.shape[1]
+    elif hasattr(module, "nf") and weight.ndim == 2:  # GPT-2's Conv1D, [in, out]
+        attributes |= {
+            k: v
+            for k, v in (("nf", weight.shape[1]), ("nx", weight.shape[0]))
+            if hasattr(module, k)
+        }
+    elif isinstance(module, nn.PReLU):
+        attributes["num_parameters"] = len(weight)
+    return {k: v for k, v in attributes.items() if getattr(module, k) != v}
+
+
+def stale_attributes(trace: Trace, groups: Iterable[Group], model: nn.Module) -> tuple[dict, dict]:
+    """Plain ints of modules that counted what is now fewer: those that surely count heads, and all
+    that might matter.
+
+    A model that writes `x.view(b, t, self.num_heads, self.head_dim)` needs `num_heads` changed.
+    Which attribute fed a view can't be seen in the graph, so those of the module that made the view
+    are matched by value, and the result is verified.
+    """
+    gone = torch.zeros(trace.labels.count, dtype=torch.bool)
+    for group in groups:
+        for key, places in group.places.items():
+            gone[trace.labels.keys[key][places[group.removed].flatten()]] = True
+    changes: dict[str, dict[int, set[int]]] = {}
+    for node, value in trace.values.items():
+        name = getattr(getattr(node.target, "overloadpacket", None), "__name__", "")
+        if name not in SHAPED:
+            continue
+        for v in [*trace.tensors(node.args), *([value] if isinstance(value, Value) else value)]:
+            for old, new in _resized(v, gone):
+                changes.setdefault(trace.place(node), {}).setdefault(old, set()).add(new)
+    sure: dict[str, dict[str, int]] = {}
+    might: dict[str, dict[str, int]] = {}
+    for place, sizes in changes.items():
+        for name, held in vars(model.get_submodule(place)).items():
+            if name.startswith("_") or type(held) is not int or len(sizes.get(held, ())) != 1:
+                continue
+            new = next(iter(sizes[held]))
+            might.setdefault(place, {})[name] = new
+            if any(w in name for w in HEAD_COUNTS) and not any(w in name for w in NOT_COUNTS):
+                sure.setdefault(place, {})[name] = new
+    return sure, might
+
+
+def _resized(value: Value, gone: torch.Tensor) -> list[tuple[int, int]]:
+    """Old and new size of each dimension that shrinks."""
+    if value.labels is None:
+        return []
+    lost = (value.labels >= 0) & gone[value.labels.clamp(min=0)]
+    if not lost.any():
+        return []
+    sizes = []
+    for dim in varying(value.labels):
+        other = [d for d in range(lost.ndim) if d != dim]
+        left = int((~(lost.all(dim=other) if other else lost)).sum())
+        if left != lost.shape[dim]:
+            sizes.append((lost.shape[dim], left))
+    return sizes
+
+
+def mask(
+    trace: Trace, original: nn.Module, pruned: nn.Module, kept: dict[Key, torch.Tensor]
+) -> nn.Module:
+    """Copy of `original` holding the pruned model's values where channels stay, and zeros where
+    they were removed.
+
+    Zeros go where a layer makes or reads the removed channels and into norms' scales; elsewhere
+    (running statistics, operands of divisions) the removed channels keep their values, which no
+    longer matter.
+    """
+    twin = surgery.clone(original)
+    cuts: dict[str, dict[int, torch.Tensor]] = {}
+    for (name, dim), indices in kept.items():
+        cuts.setdefault(name, {})[dim] = indices
+    with torch.no_grad():
+        for name, small in [*pruned.named_parameters(), *pruned.named_buffers()]:
+            path, _, local = name.rpartition(".")
+            full = stored(twin.get_submodule(path), local)
+            grid = []
+            for dim, size in enumerate(full.shape):
+                indices = cuts.get(name, {}).get(dim, torch.arange(size))
+                shape = [-1 if d == dim else 1 for d in range(full.ndim)]
+                grid.append(indices.view(shape).to(full.device))
+                if name in cuts and dim in cuts[name] and not local.startswith("running_"):
+                    gone = torch.ones(size, dtype=torch.bool)
+                    gone[indices] = False
+                    zeroed = full.ndim > 1 or local in ("weight", "bias")
+                    if zeroed:
+                        full.index_fill_(dim, gone.nonzero().flatten().to(full.device), 0)
+            if full.shape == small.shape:
+                full.copy_(small)
+            else:
+                full[tuple(grid)] = small
+    return twin
+
+
+def same_outputs(a: Any, b: Any, tolerance: float) -> bool:
+    """Do two nested outputs hold the same tensors, relative to the largest value of each? Without
+    tensors: no.
+    """
+    left, right = output_tensors(a), output_tensors(b)
+    if not left or len(left) != len(right):
+        return False
+    return all(_same(x, y, tolerance) for x, y in zip(left, right, strict=True))
+
+
+def _same(x: torch.Tensor, y: torch.Tensor, tolerance: float) -> bool:
+    """Alike in shape and type; floating values close, infinities and NaN at the same places.
+    Integers may follow roundings.
+    """
+    if x.shape != y.shape or x.dtype != y.dtype:
+        return False
+    if x.is_complex():
+        x, y = torch.view_as_real(x.resolve_conj()), torch.view_as_real(y.resolve_conj())
+    if not x.is_floating_point():
+        return True
+    finite = torch.isfinite(y)
+    if not torch.equal(torch.isfinite(x), finite):
+        return False
+    if not torch.equal(x[~finite].nan_to_num(), y[~finite].nan_to_num()):
+        return False
+    x, y = x[finite].double(), y[finite].double()
+    if not x.numel():
+        return True
+    return (x - y).abs().max().item() <= tolerance * max(y.abs().max().item(), 1e-6)

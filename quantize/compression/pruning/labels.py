@@ -1,0 +1,212 @@
+"""Labels: which elements of a tensor disappear together when a channel is removed.
+
+Every index along a parameter's dimension is a label. A traced value carries an int64 tensor of
+labels with as many dimensions as the value, each of full size or of size 1 (the label doesn't
+change along it); -1 means: never removed. Moving data (view, permute, cat, split) is the same move
+done to the labels; arithmetic that meets two labels ties them (an edge); what can't be followed
+pins them, with the reason. The connected labels that are not pinned are what pruning can remove.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+Key = tuple[str, int]  # a dimension of a parameter or buffer: its name and the dimension
+
+
+@dataclass(frozen=True)
+class Value:
+    """What is known of one tensor in the graph. `source`: a parameter's name and the moves made to
+    it since.
+    """
+
+    shape: tuple[int, ...]
+    labels: torch.Tensor | None = None
+    source: tuple[str, tuple[Callable[[torch.Tensor], torch.Tensor], ...]] | None = None
+
+
+def varying(labels: torch.Tensor | None) -> set[int]:
+    """Dimensions along which the labels change."""
+    return set() if labels is None else {d for d, size in enumerate(labels.shape) if size > 1}
+
+
+def compress(index: torch.Tensor) -> torch.Tensor:
+    """Narrow to size 1 every dimension along which nothing changes."""
+    for d in range(index.ndim):
+        first = index.narrow(d, 0, 1) if index.shape[d] else index
+        if index.shape[d] > 1 and (index.stride(d) == 0 or bool((index == first).all())):
+            index = first
+    return index
+
+
+class Labels:
+    """The labels of all parameters of a model, the ties between them and the pins on them."""
+
+    def __init__(self, shapes: dict[str, torch.Size]):
+        self.shapes = shapes  # parameters and buffers by name
+        self.keys: dict[Key, torch.Tensor] = {}  # labels along each dimension in use
+        self.outputs: dict[
+            Key, str
+        ] = {}  # dimensions that are some layer's output channels, and the operation
+        self.inputs: dict[
+            Key, str
+        ] = {}  # dimensions that are summed over, and the module whose forward does it
+        self.count = 0
+        self.edges: list[torch.Tensor] = []  # [N, 2] each
+        self.pins: list[tuple[torch.Tensor, str]] = []
+        self.ragged: list[torch.Tensor] = []  # labels that change along two dimensions or more
+
+    def along(self, name: str, dim: int) -> torch.Tensor:
+        """Labels [size] along a dimension of a parameter, made on first use."""
+        if (name, dim) not in self.keys:
+            size = self.shapes[name][dim]
+            self.keys[name, dim] = torch.arange(self.count, self.count + size)
+            self.count += size
+        return self.keys[name, dim]
+
+    def tie(self, a: torch.Tensor, b: torch.Tensor, why: str) -> None:
+        """a and b, of one shape, name the same elements: they go together; one without a label pins
+        the other.
+        """
+        a, b = torch.broadcast_tensors(a, b)
+        both = (a >= 0) & (b >= 0)
+        self.edges.append(torch.stack((a[both], b[both]), 1).unique(dim=0))
+        self.pin(torch.cat((a[~both].flatten(), b[~both].flatten())), why)
+
+    def pin(self, labels: torch.Tensor | None, why: str) -> None:
+        """These are never removed."""
+        if labels is not None and (labels := labels[labels >= 0]).numel():
+            self.pins.append((labels.unique(), why))
+
+    def collapse(self, labels: torch.Tensor, dim: int, why: str) -> torch.Tensor | None:
+        """The operation needs `dim` whole: tie along it when the labels also change elsewhere, else
+        pin.
+        """
+        if labels.shape[dim] == 1:
+            return labels
+        if varying(labels) == {dim}:
+            self.pin(labels, why)
+            return None
+        merged = labels.amax(dim, keepdim=True)
+        self.tie(labels, merged, why)
+        return merged
+
+    def collapse_all(self, value: Value, dims: Sequence[int], why: str) -> torch.Tensor | None:
+        """Collapse several dimensions (negative ones count from the end)."""
+        labels = value.labels
+        for dim in sorted({d % len(value.shape) for d in dims}):
+            if labels is not None:
+                labels = self.collapse(labels, dim, why)
+        return labels
+
+    def axes(self, value: Value) -> dict[int, torch.Tensor]:
+        """For a moved parameter: index into each of its dimensions, at every element of the
+        value.
+        """
+        if value.source is None:
+            return {}
+        name, moves = value.source
+        shape, found = self.shapes[name], {}
+        for dim, size in enumerate(shape):
+            index = (
+                torch.arange(size)
+                .view([-1 if d == dim else 1 for d in range(len(shape))])
+                .expand(shape)
+            )
+            for move in moves:
+                index = move(index)
+            found[dim] = compress(index)
+        return found
+
+    def weight(self, value: Value) -> tuple[str, list[int]] | None:
+        """A parameter's name and which of its dimensions stands at each dimension of the value, if
+        only permuted.
+        """
+        order: list[int] = [-1] * len(value.shape)
+        for dim, index in self.axes(value).items():
+            size = self.shapes[value.source[0]][dim]  # type: ignore[index]
+            places = [d for d in range(len(value.shape)) if value.shape[d] == size and order[d] < 0]
+            places = [
+                d
+                for d in places
+                if varying(index) <= {d} and torch.equal(index.flatten(), torch.arange(size))
+            ]
+            if not places:
+                return None
+            order[places[0]] = dim
+        return None if value.source is None or -1 in order else (value.source[0], order)
+
+    def settle(self, shape: Sequence[int], labels: torch.Tensor | None, why: str = "") -> Value:
+        """Make a value; a label on a whole tensor means that one channel was picked out by number,
+        which pins it.
+        """
+        if labels is not None:
+            labels = compress(labels)
+            if not varying(labels):
+                self.pin(labels, why)
+                labels = None
+        if len(varying(labels)) > 1:
+            self.ragged.append(labels)  # type: ignore[arg-type]
+        return Value(tuple(shape), labels)
+
+    def elementwise(self, values: Sequence[Value], shape: Sequence[int], why: str) -> Value:
+        """Operands that meet element by element, broadcast to `shape`."""
+        n = len(shape)
+        sizes = [(1,) * (n - len(v.shape)) + tuple(v.shape) for v in values]
+        labels = [
+            None if v.labels is None else v.labels.view((1,) * (n - len(v.shape)) + v.labels.shape)
+            for v in values
+        ]
+        if len(values) == 1 and values[0].source and tuple(values[0].shape) == tuple(shape):
+            return values[0]
+        named: set[int] = set()
+        while self._make_room(values, sizes, labels, named, why):
+            pass
+        present = [x for x in labels if x is not None]
+        if not present:
+            return Value(tuple(shape))
+        result = present[0]
+        for other in present[1:]:
+            self.tie(result, other, why)
+            result = torch.maximum(*torch.broadcast_tensors(result, other))
+        return self.settle(shape, result, why)
+
+    def _make_room(
+        self, values: Sequence[Value], sizes: list, labels: list, named: set[int], why: str
+    ) -> bool:
+        """One step towards operands that all shrink alike: label a parameter, or collapse what
+        another needs whole.
+
+        A parameter is labelled once (`named`), and no other step makes labels vary along more
+        dimensions: the steps end.
+        """
+        moving = set().union(*(varying(x) for x in labels))
+        for i, value in enumerate(values):
+            full = {d for d in moving if sizes[i][d] > 1}
+            missing = full - varying(labels[i])
+            if not missing:
+                continue
+            if labels[i] is None and value.source and full == moving and i not in named:
+                named.add(i)
+                labels[i] = self._label_parameter(value, len(sizes[i]), full)
+                if labels[i] is not None:
+                    return True
+            for j, other in enumerate(labels):
+                clash = missing & varying(other)
+                if clash and j != i:
+                    labels[j] = self.collapse(other, min(clash), why)
+                    return True
+        return False
+
+    def _label_parameter(self, value: Value, n: int, dims: set[int]) -> torch.Tensor | None:
+        """Labels of a parameter that meets labelled data along `dims` (of the n dimensions it is
+        broadcast to).
+        """
+        for dim, index in self.axes(value).items():
+            index = index.reshape((1,) * (n - index.ndim) + index.shape)
+            if varying(index) == dims:
+                return self.along(value.source[0], dim)[index]  # type: ignore[index]
+        return None

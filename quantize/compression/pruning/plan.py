@@ -1,0 +1,94 @@
+"""Which layers are refitted after a cut, in which order, and which of them together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from quantize.compression.pruning.cut import owners
+from quantize.compression.pruning.labels import Key
+from quantize.compression.pruning.repair import Step, as_matrix
+from quantize.compression.pruning.trace import Trace, operation
+
+LAYERS = ("linear", "addmm", "conv1d", "conv2d", "matmul")
+# a whole layer with more than so many outputs per input (a vocabulary's) is not refitted: it has
+# too little to gain
+WIDE = 8
+
+
+def repair_steps(trace: Trace, model: nn.Module, kept: dict[Key, torch.Tensor]) -> list[Step]:
+    """What to repair, in the order of the graph: the first layer whose inputs shrank and all layers
+    after it that can be refitted, and BatchNorms. Layers that read the same tensor one after
+    another are one step.
+    """
+    shrunk: set[str] = set()
+    for name, dim in kept:
+        places = owners(model, name)
+        if (
+            len(places) == 1
+            and places[0][0] == trace.labels.inputs.get((name, dim))
+            and as_matrix(places[0][1]) is not None
+        ):
+            shrunk.add(places[0][0])
+    outputs = {name: kept.get((name, dim)) for name, dim in trace.labels.outputs}
+    steps: dict[str, Step] = {}  # by the name of the layer
+    sources: dict[str, Any] = {}  # what it reads, if that may be shared
+    for node in trace.values:
+        place = trace.place(node)
+        if node.op != "call_function" or not place:
+            continue
+        base, module = operation(node), model.get_submodule(place)
+        if place in steps:
+            steps[place].calls += base in (*LAYERS, "batch_norm")
+        elif base in LAYERS and (place in shrunk or (steps and _alone(model, place))):
+            steps[place] = Step({place: outputs.get(f"{place}.weight")}, stream=_adds(node))
+            if module._parameters["weight"].ndim == 2:
+                sources[place] = node.args[1 if base == "addmm" else 0]
+        elif base == "batch_norm" and steps and isinstance(module, nn.modules.batchnorm._BatchNorm):
+            if module.track_running_stats:
+                steps[place] = Step({place: kept.get((f"{place}.running_mean", 0))})
+    joined: list[Step] = []
+    last: tuple[Any, bool] | None = None  # what the last step reads, and whether it has a bias
+    for place, step in steps.items():
+        step.stream = step.stream and step.calls == 1
+        shared = step.calls == 1 and not step.stream and place in sources
+        this = (
+            (sources[place], model.get_submodule(place)._parameters.get("bias") is not None)
+            if shared
+            else None
+        )
+        if this is not None and this == last:
+            joined[-1].layers.update(step.layers)
+        else:
+            joined.append(step)
+        last = this
+    return joined
+
+
+def _adds(node: torch.fx.Node) -> bool:
+    """Is the output, as it is, added to something of its shape?"""
+    users = list(node.users)
+    while len(users) == 1 and operation(users[0]) in (
+        "dropout",
+        "dropout_",
+        "contiguous",
+        "alias",
+        "view",
+    ):
+        users = list(users[0].users)
+    if len(users) != 1 or operation(users[0]) not in ("add", "add_"):
+        return False
+    operands = [a for a in users[0].args if isinstance(a, torch.fx.Node)]
+    return len(operands) == 2 and operands[0].meta["val"].shape == operands[1].meta["val"].shape
+
+
+def _alone(model: nn.Module, place: str) -> bool:
+    """Can this layer be refitted, does nobody else hold its weight, and is it no vocabulary?"""
+    matrix = as_matrix(model.get_submodule(place))
+    return (
+        matrix is not None
+        and len(owners(model, f"{place}.weight")) == 1
+        and matrix.shape[0] <= WIDE * matrix.shape[1]
+    )

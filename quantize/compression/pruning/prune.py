@@ -1,0 +1,354 @@
+"""`prune_ln_structured`: remove channels, neurons and heads from a copy of any model.
+
+Trace (labels.py, trace.py), group (groups.py), score (scores.py), cut (cut.py), repair (repair.py).
+A cut is believed only after the pruned model gave the same outputs as its masked twin; groups for
+which it doesn't (a size is written into the model's code) stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from quantize import surgery
+from quantize.calibration import (
+    call,
+    check_batches,
+    distance,
+    keeps_cache,
+    main_output,
+    output_tensors,
+    watching,
+    without_cache,
+)
+from quantize.compression.pruning.choose import (
+    check_amount,
+    check_options,
+    choose,
+    find_readers,
+    layers_of,
+    reasons,
+    refuse_infinite,
+    refuse_unfit,
+    remove,
+    savable,
+)
+from quantize.compression.pruning.config import follow_config
+from quantize.compression.pruning.cut import (
+    cut,
+    kept_indices,
+    mask,
+    owners,
+    same_outputs,
+    stale_attributes,
+)
+from quantize.compression.pruning.groups import Group, find_groups
+from quantize.compression.pruning.labels import Key
+from quantize.compression.pruning.plan import repair_steps
+from quantize.compression.pruning.repair import repair_layers
+from quantize.compression.pruning.trace import Trace, export
+
+
+@dataclass
+class Pruned:
+    """One group: the layers whose outputs shrank, and units before and after (a unit is `size`
+    channels).
+    """
+
+    layers: list[str]
+    before: int
+    after: int
+    size: int
+
+
+@dataclass
+class Summary:
+    """What pruning did: groups cut, and layers left whole with the reason."""
+
+    pruned: list[Pruned] = field(default_factory=list)
+    left: dict[str, str] = field(default_factory=dict)
+    parameters_before: int = 0
+    parameters_after: int = 0
+
+    def __str__(self) -> str:
+        lines = [f"parameters {self.parameters_before} -> {self.parameters_after}"]
+        lines += [
+            f"{', '.join(p.layers)}: {p.before * p.size} -> {p.after * p.size} channels"
+            for p in self.pruned
+        ]
+        return "\n".join(lines + [f"{name}: left whole, {why}" for name, why in self.left.items()])
+
+
+def summary(model: nn.Module) -> Summary:
+    """What `prune_ln_structured` did to make `model`; ValueError for a model it didn't make."""
+    found = model.__dict__.get("_pruning")
+    if found is None:
+        raise ValueError(
+            f"{type(model).__name__} was not made by prune_ln_structured in this process"
+        )
+    return found
+
+
+def prune_ln_structured(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    amount: float | Mapping[str, float] = 0.5,
+    n: float = 2,
+    calibration: Iterable[Any] | None = None,
+    skip: surgery.Skip = (),
+    masked: bool = False,
+    score: str | None = None,
+    scope: str | None = None,
+    round_to: int | None = None,
+    repair: bool = True,
+    loss: Callable[[nn.Module, Any], torch.Tensor] | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> nn.Module:
+    """Smaller dense copy of `model`: output channels, hidden neurons and attention heads removed,
+    in eval mode.
+
+    Channels that are tied go together (residual adds, norms, gates, grouped convolutions, heads
+    with their queries, keys and values), and whoever reads them follows. Inputs and outputs of the
+    model keep their shapes. Layers stay what they are, with fewer channels. What can't be followed
+    or can't go (channels that a LayerNorm averages over) stays whole: `summary(model)` names it
+    with the reason.
+
+    Args: example_inputs: a tensor, a tuple of positional or a dict of keyword arguments; the model
+        is traced on them. amount: fraction of channels removed, in [0, 1); or a dict to it from the
+        name of a layer whose output channels are
+            removed (or a glob, or a module around layers): then only those are pruned.
+        n: order of the norm, > 0 (1, 2, math.inf, ...).
+        calibration: re-iterable batches, each like `example_inputs`. With them channels are scored
+            by what they feed forward, and the layers that read them are refitted by least squares
+            to give what they gave before.
+        skip: names, globs or types of layers whose output channels stay.
+        masked: return the full-sized twin with zeros in the removed places; it computes the same.
+        score: "magnitude" (default without calibration), "activation", "reconstruction" (default
+            with it), or "taylor" (needs `loss`).
+        scope: "layer" removes `amount` of every group (default without calibration). "alike"
+            (default with it) removes that share of all groups of one shape together (the
+            feed-forward layers of a transformer, say), more where it costs less, so the model gets
+            just as small; layers that `amount` names one by one lose what it says of them. "global"
+            removes that share of all units, the least important first.
+        round_to: kept widths are multiples of this (default: 16, or less for layers narrower than
+            128).
+        repair: with calibration, refit the readers of pruned channels and re-estimate BatchNorm
+            statistics.
+        loss: for "taylor", a function (model, batch) -> scalar.
+        progress: called with a line for people before each piece of work, with the layer's name.
+
+    Raises: ValueError: for values out of range, names that match nothing or can't be pruned, inputs
+        that don't run, a model that
+            can't be exported, calibration that doesn't run or isn't finite, and when nothing in the
+            model can be pruned.
+        TypeError: for arguments of the wrong type.
+
+    Norm criterion: Li et al., arXiv 1608.08710, as in `torch.nn.utils.prune.ln_structured`.
+    """
+    amounts = check_amount(amount)
+    check_options(n, score, scope, round_to, loss, calibration, skip)
+    if calibration is not None:
+        check_batches(calibration)
+    say = progress or (lambda line: None)
+    work = surgery.clone(model).eval()
+    refuse_unfit(work)
+    say(f"tracing {type(work).__name__}")
+    trace = Trace(export(surgery.clone(work), example_inputs), work)
+    groups, stuck = find_groups(trace.labels)
+    wanted, left = choose(work, groups, stuck, amounts, skip)
+    wanted = savable(work, wanted, left)
+    refuse_infinite(work, wanted)
+    if calibration is not None:
+        wanted = find_readers(work, wanted, calibration, left)
+    by_calibration = "activation" if scope == "global" else "reconstruction"
+    rule = score or ("magnitude" if calibration is None else by_calibration)
+    scope = scope or ("alike" if rule == "reconstruction" else "layer")
+    remove(work, wanted, rule, scope, n, round_to, calibration, loss, left, say)
+    wanted = [g for g in wanted if len(g.removed)]
+    if amounts and not wanted and any(a > 0 for a in amounts.values()):
+        raise ValueError(f"nothing was removed from {type(work).__name__}: {reasons(left)}")
+    small, wanted = _verified(
+        trace, work, wanted, example_inputs, left, explicit="*" not in amounts, say=say
+    )
+    kept = kept_indices(trace, wanted)
+    if calibration is not None and repair and wanted:
+        repair_layers(work, small, repair_steps(trace, work, kept), calibration, say)
+    follow_config(small, _sizes(trace, wanted, kept), lambda: _two_calls(small, example_inputs))
+    result = mask(trace, work, small, kept) if masked else small
+    surgery.round_stored(result)
+    _write_down(result, small, work, trace, wanted, left, example_inputs)
+    return result
+
+
+# Cutting, with proof.
+
+
+def _attempt(trace: Trace, model: nn.Module, groups: list[Group], inputs: Any) -> nn.Module | None:
+    """A pruned copy, if it computes what its masked twin computes."""
+    kept = kept_indices(trace, groups)
+    sure, might = stale_attributes(trace, groups, model)
+    expected = None
+    exact = all(p.dtype in (torch.float32, torch.float64) for p in model.parameters())
+    for i, edits in enumerate((sure, might, {})):
+        if i and edits == (sure, might)[i - 1]:
+            continue
+        small = cut(surgery.clone(model), kept, edits)
+        try:
+            if expected is None:
+                expected = _two_calls(mask(trace, model, small, kept), inputs)
+            if same_outputs(_two_calls(small, inputs), expected, 1e-3 if exact else 3e-2):
+                return small
+        except Exception:  # whatever the model's code raises: these channels can't go
+            continue
+    return None
+
+
+@torch.no_grad()
+def _two_calls(model: nn.Module, inputs: Any) -> list[list[torch.Tensor]]:
+    """The outputs of two calls one after the other, from the model's state, which is as before
+    afterwards.
+
+    Where a model of transformers keeps a cache for generation, also its answer with that: its sizes
+    may come from the config.
+    """
+    with watching((), model), without_cache(model):
+        torch.manual_seed(0)
+        answers = [[t.clone() for t in output_tensors(call(model, inputs))] for _ in range(2)]
+    if not keeps_cache(model):
+        return answers
+    with watching((), model):
+        torch.manual_seed(0)
+        return [*answers, [main_output(call(model, inputs)).clone()]]
+
+
+def _verified(
+    trace: Trace,
+    model: nn.Module,
+    wanted: list[Group],
+    inputs: Any,
+    left: dict[str, str],
+    *,
+    explicit: bool,
+    say: Callable[[str], None],
+) -> tuple[nn.Module, list[Group]]:
+    """A pruned copy and its groups; those that can't be cut are noted in `left` (or raise, if asked
+    for by name).
+    """
+    if not wanted:
+        return surgery.clone(model), []
+    say(f"cutting {len(wanted)} groups of layers")
+    done = _attempt(trace, model, wanted, inputs)
+    if done is not None:
+        return done, wanted
+    good: list[Group] = []
+    for group in wanted:
+        layers = layers_of(model, group)
+        say(f"cutting {', '.join(layers)}")
+        small = _attempt(trace, model, [*good, group], inputs)
+        if small is not None:
+            good.append(group)
+            done = small
+        else:
+            why = (
+                "the smaller model fails: its code has a size written in, or computes otherwise "
+                "on fewer channels"
+            )
+            left.update(dict.fromkeys(layers, why))
+    if done is None or (explicit and len(good) < len(wanted)):
+        raise ValueError(
+            f"nothing in {type(model).__name__} can be pruned as asked: {reasons(left)}"
+        )
+    return done, good
+
+
+# What was done.
+
+
+def _write_down(
+    result: nn.Module,
+    small: nn.Module,
+    model: nn.Module,
+    trace: Trace,
+    groups: list[Group],
+    left: dict[str, str],
+    inputs: Any,
+) -> None:
+    """Run the result once, and note what was done, what was left, and how far its outputs are from
+    the original's.
+    """
+    kept = kept_indices(trace, groups)
+    sizes = {"parameters_before": _parameters(model), "parameters_after": _parameters(small)}
+    done = _done(trace, model, kept)
+    left = _left(trace, model, done, left)
+    pruned = [
+        Pruned(layers_of(model, g), g.units, g.units - len(g.removed), g.unit_size())
+        for g in groups
+    ]
+    result.__dict__["_pruning"] = Summary(pruned, left, **sizes)
+    try:
+        with without_cache(result, model):
+            away = distance(result, model, [inputs])
+    except ValueError as error:
+        raise ValueError(f"the pruned {type(model).__name__} can't be used: {error}") from error
+    surgery.note(result, "pruned", done=done, left=left, distance=away, **sizes)
+
+
+def _parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def _sizes(
+    trace: Trace, groups: list[Group], kept: dict[Key, torch.Tensor]
+) -> set[tuple[int, int]]:
+    """Sizes before and after: of dimensions that were cut, and of how many units (heads) they
+    hold.
+    """
+    sizes = {
+        (trace.labels.shapes[name][dim], len(indices)) for (name, dim), indices in kept.items()
+    }
+    for group in groups:
+        after = group.units - len(group.removed)
+        for places in group.places.values():
+            times = max(1, places.shape[1] // group.unit_size())  # several queries go with a key
+            sizes.add((group.units * times, after * times))
+    return sizes
+
+
+def _done(trace: Trace, model: nn.Module, kept: dict[Key, torch.Tensor]) -> dict[str, str]:
+    """What became of each layer that gives fewer channels."""
+    done = {}
+    for name, dim in trace.labels.outputs:
+        if (name, dim) in kept:
+            place = owners(model, name)[0][0]
+            done[place] = f"{trace.labels.shapes[name][dim]} -> {len(kept[name, dim])} channels"
+    return done
+
+
+def _left(
+    trace: Trace, model: nn.Module, done: dict[str, str], left: dict[str, str]
+) -> dict[str, str]:
+    """Every layer that gives as many channels as before, and the reason."""
+    ran = {trace.place(node) for node in trace.values if node.op == "call_function"}
+    found = {}
+    for name, module in model.named_modules():
+        if name in done or not _has_channels(name, module):
+            continue
+        why = left.get(name) or trace.computed.get(name)
+        if why is None and name not in ran:
+            why = "example_inputs never reach it"
+        found[name] = why or "its channels weren't asked for, or can't be followed"
+    return found
+
+
+def _has_channels(name: str, module: nn.Module) -> bool:
+    if ".parametrizations." in f".{name}.":
+        return False
+    layers = (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd)
+    return isinstance(module, layers) or any(
+        p is not None and p.ndim > 1 for p in module._parameters.values()
+    )

@@ -1,0 +1,177 @@
+"""Steps that remove parts of a model or round its weights, each around one public function."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from quantize.compression.half import to_half
+from quantize.compression.int4 import quantize_weights
+from quantize.compression.int8 import quantize_dynamic
+from quantize.compression.low_rank import factorize_low_rank
+from quantize.compression.pruning import prune_ln_structured
+from quantize.compression.recipe import checks
+from quantize.compression.recipe.value import Given, Step
+from quantize.nn.half import HALF_DTYPES
+from quantize.nn.int4 import GROUP_SIZES
+
+Share = float | Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Prune(Step):
+    """`prune_ln_structured`: remove channels, neurons and heads.
+
+    Args:
+        amount: fraction removed, in [0, 1), or a dict to it from names and globs of layers.
+        n: order of the norm, > 0.
+        skip: names and globs of layers that stay.
+    """
+
+    amount: Share = field(default=0.5, hash=False)
+    n: float = 2.0
+    skip: Sequence[str] = ()
+    removes = True
+    part = "pruned"
+
+    def __post_init__(self) -> None:
+        amount = checks.shares(self, "amount", lambda value: 0 <= value < 1, "[0, 1)")
+        n = checks.number(self, "n", lambda value: value > 0, "> 0")
+        self._set(amount=amount, n=n, skip=checks.names(self, "skip"))
+
+    def __call__(self, model: nn.Module, given: Given) -> nn.Module:
+        """A smaller copy of `model`; raises what `prune_ln_structured` raises."""
+        if given.example_inputs is None:
+            raise ValueError("Prune needs example_inputs")
+        return prune_ln_structured(
+            model,
+            given.example_inputs,
+            amount=self.amount,
+            n=self.n,
+            skip=self.skip,
+            calibration=given.calibration,
+            progress=given.progress,
+        )
+
+
+@dataclass(frozen=True)
+class LowRank(Step):
+    """`factorize_low_rank`: a layer becomes a pair of thin ones.
+
+    Args:
+        ratio: fraction of the parameters kept, in (0, 1], or a dict to it from names and globs.
+        skip: names and globs of layers that stay.
+        only_faster: whether a stopwatch decides where to factorize; None: where it can.
+    """
+
+    ratio: Share = field(default=0.5, hash=False)
+    skip: Sequence[str] = ()
+    only_faster: bool | None = None
+    removes = True
+    part = "low_rank"
+
+    def __post_init__(self) -> None:
+        ratio = checks.shares(self, "ratio", lambda value: 0 < value <= 1, "(0, 1]")
+        self._set(ratio=ratio, skip=checks.names(self, "skip"))
+        checks.choice(self, "only_faster", (None, True, False))
+
+    def __call__(self, model: nn.Module, given: Given) -> nn.Module:
+        """A smaller copy of `model`; raises what `factorize_low_rank` raises."""
+        return factorize_low_rank(
+            model,
+            ratio=self.ratio,
+            skip=self.skip,
+            only_faster=self.only_faster,
+            calibration=given.calibration,
+            progress=given.progress,
+        )
+
+
+@dataclass(frozen=True)
+class Half(Step):
+    """`to_half`: parameters in 16 bits.
+
+    Args:
+        dtype: "float16" or "bfloat16".
+        skip: names and globs of layers that stay.
+    """
+
+    dtype: str = "float16"
+    skip: Sequence[str] = ()
+    rounds = True
+
+    def __post_init__(self) -> None:
+        checks.choice(self, "dtype", tuple(HALF_DTYPES))
+        self._set(skip=checks.names(self, "skip"))
+
+    @property
+    def part(self) -> str:
+        return {"float16": "fp16", "bfloat16": "bf16"}[self.dtype]
+
+    def __call__(self, model: nn.Module, given: Given) -> nn.Module:
+        """A copy of `model` in 16 bits; raises what `to_half` raises."""
+        return to_half(model, HALF_DTYPES[self.dtype], skip=self.skip)
+
+
+@dataclass(frozen=True)
+class Int8(Step):
+    """`quantize_dynamic`: linear layers in int8.
+
+    Args:
+        embeddings: whether tables become int8 too.
+        smooth: whether to try SmoothQuant on the calibration batches.
+        prefer: "size", or "speed": a stopwatch keeps layers in float that int8 makes slower.
+        skip: names and globs of layers that stay.
+    """
+
+    embeddings: bool = False
+    smooth: bool = False
+    prefer: str = "size"
+    skip: Sequence[str] = ()
+    rounds = True
+    part = "int8"
+
+    def __post_init__(self) -> None:
+        checks.choice(self, "embeddings", (True, False))
+        checks.choice(self, "smooth", (True, False))
+        checks.choice(self, "prefer", ("size", "speed"))
+        self._set(skip=checks.names(self, "skip"))
+
+    def __call__(self, model: nn.Module, given: Given) -> nn.Module:
+        """A copy of `model` in int8; raises what `quantize_dynamic` raises."""
+        if self.smooth and given.calibration is None:
+            raise ValueError("Int8(smooth=True) needs calibration")
+        return quantize_dynamic(
+            model,
+            embeddings=self.embeddings,
+            prefer=self.prefer,
+            skip=self.skip,
+            calibration=given.calibration if self.smooth else None,
+        )
+
+
+@dataclass(frozen=True)
+class Int4(Step):
+    """`quantize_weights`: linear layers in 4 bits, rounded by GPTQ where there is calibration.
+
+    Args:
+        group_size: weights that share a scale: 32, 64, 128 or 256.
+        skip: names and globs of layers that stay.
+    """
+
+    group_size: int = 32
+    skip: Sequence[str] = ()
+    rounds = True
+    part = "int4"
+
+    def __post_init__(self) -> None:
+        checks.choice(self, "group_size", tuple(GROUP_SIZES))
+        self._set(skip=checks.names(self, "skip"))
+
+    def __call__(self, model: nn.Module, given: Given) -> nn.Module:
+        """A copy of `model` in int4; raises what `quantize_weights` raises."""
+        return quantize_weights(
+            model, group_size=self.group_size, skip=self.skip, calibration=given.calibration
+        )

@@ -1,0 +1,114 @@
+"""SmoothQuant (Xiao et al., arXiv 2211.10438): move outliers of the activations into the weights,
+before both are quantized.
+
+Some channels of a norm's output are many times larger than the rest, and a row's scale must cover
+them. Dividing the norm's weight by f and multiplying the columns of the linears behind it by f
+changes nothing in floating point, costs nothing when the model runs, and evens the channels out.
+
+Nothing is assumed of the model: which linears read which norm is seen in a run (the same tensor
+goes out of one and into the others), and a fold stays only if the float model still gives its
+outputs. Left out: folding into a linear before the layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from quantize import calibration as calibrating
+
+STRENGTH = 0.5  # how much of the imbalance moves into the weights; the paper's middle value
+
+
+def smooth(model: nn.Module, layers: Mapping[str, nn.Linear], batches: Iterable[Any]) -> list[str]:
+    """Fold, in place, what can be folded into the norms before `layers`; returns the names of the
+    norms that were changed.
+    """
+    example = next(iter(batches))
+    groups = _groups(model, set(layers.values()), example)
+    names = {layer: name for name, layer in layers.items()}
+    statistics = calibrating.collect(
+        model, batches, {names[g[0]]: g[0] for g in groups.values()}, outer=False
+    )
+    expected = outputs(model, [example])
+    changed = []
+    for name, group in groups.items():
+        norm = model.get_submodule(name)
+        largest = statistics[names[group[0]]].largest
+        weights = torch.stack(
+            [layer.weight.detach().abs().amax(0).float() for layer in group]
+        ).amax(0)
+        factor = largest.clamp_min(1e-5) ** STRENGTH / weights.clamp_min(1e-5) ** (1 - STRENGTH)
+        tensors = [p for p in (norm.weight, getattr(norm, "bias", None)) if p is not None]
+        before = [(p, p.detach().clone()) for p in (*tensors, *(layer.weight for layer in group))]
+        with torch.no_grad():
+            for p in tensors:
+                p.div_(factor)
+            for layer in group:
+                layer.weight.mul_(factor)
+        if calibrating.relative_error(outputs(model, [example]), expected) < 1e-3:
+            changed.append(name)
+        # somebody else reads the norm's output too (a residual connection), or it isn't a plain
+        # factor
+        else:
+            with torch.no_grad():
+                for p, old in before:
+                    p.copy_(old)
+    return changed
+
+
+def outputs(model: nn.Module, batches: Iterable[Any]) -> list[torch.Tensor]:
+    """All floating point tensors that the model returns for the batches, in eval mode; the model's
+    state stays.
+    """
+    found: list[torch.Tensor] = []
+    with calibrating.watching((), model), torch.no_grad():
+        for batch in batches:
+            tensors = calibrating.output_tensors(calibrating.call(model, batch))
+            found += [t.clone() for t in tensors if t.is_floating_point()]
+    return found
+
+
+def _groups(model: nn.Module, layers: set[nn.Module], example: Any) -> dict[str, list[nn.Linear]]:
+    """By the norm's name: the layers that take a norm's output as it is, for norms with a weight as
+    wide as the layer.
+    """
+    produced: dict[
+        int, tuple[str, torch.Tensor]
+    ] = {}  # the tensor is held, so that its identity can't be used again
+    groups: dict[str, list[nn.Linear]] = {}
+    owners: dict[nn.Module, str] = {}
+
+    def after(name: str):
+        def hook(module, args, output):
+            if isinstance(output, torch.Tensor):
+                produced[id(output)] = (name, output)
+
+        return hook
+
+    def before(layer, args):
+        name = produced.get(id(args[0]), (None,))[0] if args else None
+        if (
+            name is not None
+            and owners.setdefault(layer, name) == name
+            and layer not in groups.setdefault(name, [])
+        ):
+            groups[name].append(layer)
+
+    hooks = [layer.register_forward_pre_hook(before) for layer in layers]
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if "norm" in type(module).__name__.lower() and weight is not None and weight.ndim == 1:
+            hooks.append(module.register_forward_hook(after(name)))
+    try:
+        outputs(model, [example])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    widths = {n: model.get_submodule(n).weight.shape[0] for n in groups}
+    return {
+        n: g for n, g in groups.items() if g and all(layer.in_features == widths[n] for layer in g)
+    }

@@ -1,0 +1,281 @@
+"""One artifact in the process that measures it: load it, time it, evaluate it, say what it holds.
+
+`Artifact` is what both sides use: a worker process wraps one (see `process.py`), and the calling
+process uses one directly for a model in memory. TorchScript files are known by their content,
+everything else goes through `quantize.checkpoint.load`.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+import time
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from quantize import surgery
+from quantize.calibration import call
+from quantize.checkpoint import CheckpointError, load
+from quantize.host import peak_rss_mb
+from quantize.models import MLP, ConvNet, DecoderLM
+
+_WARM_UP_CALLS, _WARM_UP_SECONDS = (
+    3,
+    0.2,
+)  # TorchScript still rewrites its graph in the second and third call
+
+
+class MeasurementError(RuntimeError):
+    """A measurement that could not be made: a model that fails on the inputs, a process that died
+    or ran out of time.
+    """
+
+
+class Artifact:
+    """A file or a model in memory, with what it is to be called with. Methods are run in the order
+    they stand here.
+
+    `model` is what `quantize.load(path, model=...)` takes for an architecture that isn't built in:
+    a fresh instance, or a function that makes one.
+    """
+
+    def __init__(
+        self,
+        source: str | Path | nn.Module | Callable[..., Any],
+        example_inputs: Any,
+        *,
+        evaluate: Callable[[Any], Any] | None = None,
+        model: nn.Module | Callable[[], nn.Module] | None = None,
+    ):
+        self.path = Path(source) if isinstance(source, (str, Path)) else None
+        self.module: Any = None if self.path else source
+        self.name = str(self.path) if self.path else type(source).__name__
+        self.example_inputs, self._evaluate, self._fresh = example_inputs, evaluate, model
+
+    def load(self) -> dict[str, Any]:
+        """Make the model usable; `bytes`, `parameters`, and `load_s` for a file (its bytes may be
+        in the page cache).
+        """
+        load_s = None
+        if self.path:
+            fresh = self._fresh
+            if fresh is not None:
+                fresh = copy.deepcopy(fresh) if isinstance(fresh, nn.Module) else fresh()
+            start = time.perf_counter()
+            self.module = load_artifact(self.path, fresh)
+            load_s = time.perf_counter() - start
+            size = self.path.stat().st_size
+        else:
+            if isinstance(self.module, nn.Module) and not isinstance(
+                self.module, torch.jit.ScriptModule
+            ):
+                self.module = surgery.clone(
+                    self.module
+                ).eval()  # eval mode and packed weights must not reach the caller's
+            size = sum(t.numel() * t.element_size() for t in stored_tensors(self.module))
+        if self.example_inputs is None:
+            self.example_inputs = default_inputs(self.module)
+        parameters = sum(t.numel() for t in stored_tensors(self.module))
+        return {
+            "bytes": size,
+            "parameters": parameters,
+            "load_s": load_s,
+            "callable": self.example_inputs is not None,
+        }
+
+    def warm_up(self) -> dict[str, Any]:
+        """First calls; `first_call_ms` and `output_sha256`, the digest of the output (see
+        `fingerprint`).
+        """
+        start = time.perf_counter()
+        digest = self._guard(
+            "calling it with example_inputs", lambda: fingerprint(self.module, self.example_inputs)
+        )
+        first = time.perf_counter() - start
+        calls = 1
+        while calls < _WARM_UP_CALLS or time.perf_counter() - start < _WARM_UP_SECONDS:
+            self._run()
+            calls += 1
+        return {"first_call_ms": first * 1e3, "output_sha256": digest}
+
+    def burst(self, seconds: float) -> list[float]:
+        """Latencies in ms of calls made back to back for about `seconds`, at least one, after one
+        that isn't counted.
+
+        The uncounted call brings the model back into the caches after another artifact had its
+        turn.
+        """
+        self._run()
+        samples: list[float] = []
+        start = time.perf_counter()
+        while not samples or time.perf_counter() - start < seconds:
+            before = time.perf_counter()
+            self._run()
+            samples.append((time.perf_counter() - before) * 1e3)
+        return samples
+
+    def evaluate(self) -> dict[str, float]:
+        """The caller's metric on the loaded model, by name; the first one is the one that a report
+        shows.
+        """
+        if self._evaluate is None:
+            return {}
+        evaluate = self._evaluate
+        with torch.no_grad():
+            return as_metrics(self._guard("evaluate", lambda: evaluate(self.module)))
+
+    def peak_rss_mb(self) -> float | None:
+        """Most memory this process has had resident, in MiB."""
+        return peak_rss_mb()
+
+    def _run(self) -> None:
+        with torch.no_grad():
+            call(self.module, self.example_inputs, copy=False)
+
+    def _guard(self, doing: str, function: Callable[[], Any]) -> Any:
+        try:
+            return function()
+        except (
+            Exception
+        ) as error:  # whatever somebody's model raises, the message must say which artifact it was
+            reason = " ".join(str(error).split())[:300]
+            raise MeasurementError(
+                f"{self.name}: {doing} failed: {type(error).__name__}: {reason}"
+            ) from error
+
+
+def load_artifact(path: Path, model: nn.Module | None = None) -> Any:
+    """The model in a checkpoint or TorchScript file, in eval mode. Raises CheckpointError naming
+    the path and the reason.
+    """
+    check_there(path)
+    if _is_torchscript(path):
+        try:
+            with (
+                warnings.catch_warnings()
+            ):  # torch.jit is deprecated; files in it are still what people serve
+                warnings.simplefilter("ignore", FutureWarning)
+                return torch.jit.load(str(path), map_location="cpu").eval()
+        except Exception as error:
+            raise CheckpointError(
+                f"{path}: TorchScript can't load it: {' '.join(str(error).split())[:200]}"
+            ) from error
+    return load(path, model=model) if model is not None else load(path)
+
+
+def check_there(path: Path) -> None:
+    """Raises CheckpointError if there is no such file."""
+    if not path.is_file():
+        raise CheckpointError(f"{path}: {'is not a file' if path.exists() else 'no such file'}")
+
+
+def _is_torchscript(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError):
+        return False  # not a zip: load() says what is wrong with it
+
+
+def stored_tensors(model: Any) -> Iterator[torch.Tensor]:
+    """The tensors that a model file has to hold: parameters and weights kept in buffers, each once.
+
+    Buffers of torch's own layers (a BatchNorm's running statistics) are not counted, nor are
+    non-persistent ones. The constants into which a frozen TorchScript module turns its parameters
+    are.
+    """
+    if not isinstance(model, nn.Module):
+        return
+    seen: dict[
+        tuple[int, int], torch.Tensor
+    ] = {}  # the tensors too, or an id could come back as another one's
+    for tensor in _tensors(model):
+        address = tensor.data_ptr() if tensor.layout == torch.strided else 0
+        key = (address or id(tensor), tensor.numel())
+        if key not in seen and tensor.numel():
+            seen[key] = tensor
+            yield tensor
+
+
+def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
+    for module in model.modules():
+        yield from module.parameters(recurse=False)
+        if not type(module).__module__.startswith("torch.nn."):
+            hidden = getattr(module, "_non_persistent_buffers_set", ())
+            yield from (b for n, b in module.named_buffers(recurse=False) if n not in hidden)
+    if isinstance(model, torch.jit.ScriptModule):
+        graph = model.inlined_graph  # its nodes live only as long as it does
+        for node in graph.findAllNodes("prim::Constant"):
+            if node.hasAttribute("value") and node.kindOf("value") == "t":
+                yield node.t("value")
+
+
+def default_inputs(model: Any) -> Any:
+    """One example for a built-in model (256 tokens, a 28x28 image, a vector), what
+    `model.example_inputs()` says, or None.
+    """
+    generator = torch.Generator().manual_seed(0)
+    if isinstance(model, DecoderLM):
+        return torch.randint(
+            model.config.vocab_size, (1, min(256, model.config.max_length)), generator=generator
+        )
+    if isinstance(model, ConvNet):
+        return torch.randn(1, model.config.in_channels, 28, 28, generator=generator)
+    if isinstance(model, MLP):
+        return torch.randn(1, model.config.in_features, generator=generator)
+    make = getattr(model, "example_inputs", None)
+    return make() if callable(make) else None
+
+
+def as_metrics(result: Any) -> dict[str, float]:
+    """What `evaluate` returned, as name -> value: a number (named "metric"), a (name, value) pair,
+    or a mapping.
+    """
+    if isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], str):
+        result = dict([result])
+    elif not isinstance(result, Mapping):
+        result = {"metric": result}
+    try:
+        metrics = {str(name): float(value) for name, value in result.items()}
+    except (TypeError, ValueError, RuntimeError):
+        metrics = {}
+    if not metrics:
+        raise TypeError(
+            f"evaluate must return a number, a (name, number) pair or a dict of them, got "
+            f"{result!r:.100}"
+        )
+    return metrics
+
+
+def fingerprint(model: Any, example_inputs: Any) -> str:
+    """SHA-256 of the dtypes, shapes and bytes of all output tensors: equal for two models only if
+    they agree bit for bit.
+
+    The same weights give the same bits on one machine with one thread count; another count may sum
+    in another order.
+    """
+    with torch.no_grad():
+        leaves = pytree.tree_leaves(call(model, example_inputs))
+    digest = hashlib.sha256()
+    for leaf in leaves:
+        if isinstance(leaf, torch.Tensor):
+            digest.update(f"{leaf.dtype}{tuple(leaf.shape)}".encode())
+            digest.update(
+                leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+            )
+        else:
+            digest.update(repr(leaf).encode())
+    return digest.hexdigest()
+
+
+def finite(value: float | None) -> float | None:
+    """None for nan and infinities, which JSON doesn't have."""
+    return value if value is not None and math.isfinite(value) else None

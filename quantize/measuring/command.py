@@ -1,0 +1,130 @@
+"""Measure one artifact in a fresh process and print one JSON line.
+
+    python -m quantize measure artifacts/int8.pth
+    python -m quantize measure artifacts/int8.pth --baseline artifacts/model.pth
+    python -m quantize measure net.pth --model mypackage.net:Net --inputs batch.safetensors \\
+        --evaluate mypackage.test:accuracy
+
+Standard output carries that line and nothing else; what models and libraries print goes to standard
+error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import safetensors.torch
+import torch
+
+from quantize.host import default_threads
+from quantize.measuring.artifact import finite
+from quantize.measuring.comparison import measure
+from quantize.measuring.streams import reserved_stdout
+from quantize.script import Parser, exit_code
+
+_PROG = "quantize measure"
+
+
+def main(argv: Sequence[str] | None = None, *, out: BinaryIO | None = None) -> int:
+    """Run the command line; returns its exit code: 0, 2 after a user's mistake, 130 after Ctrl-C.
+
+    Args:
+        argv: the arguments; None: those of the process.
+        out: where the JSON line goes; None: standard output.
+    """
+
+    def work() -> None:
+        arguments = _flags().parse_args(argv)
+        with reserved_stdout() as stdout:
+            line = _line(arguments)
+            stream = out or stdout
+            stream.write(line)
+            stream.flush()
+
+    return exit_code(_PROG, work, "stopped")
+
+
+def _flags() -> Parser:
+    parser = Parser(_PROG, __doc__)
+    inputs_help = "example inputs: one array as .npy, or .safetensors named as arguments"
+    model_help = "module:callable that makes a fresh instance of a foreign architecture"
+    baseline_help = "artifact to compare with: timed in turns, each in its own process"
+    evaluate_help = "module:function, called with the loaded model; returns the metric"
+    parser.add_argument("file", type=Path, help="artifact to measure")
+    parser.flag("--baseline", baseline_help, type=Path)
+    parser.flag("--inputs", inputs_help, type=Path)
+    parser.flag("--evaluate", evaluate_help)
+    parser.flag("--model", model_help)
+    parser.flag("--threads", "torch threads", type=int, default=default_threads())
+    parser.flag("--rounds", "timed bursts", type=int, default=7)
+    parser.flag("--burst-seconds", "length of a burst", type=float, default=0.2)
+    allocator_help = "leave malloc as it is"
+    parser.add_argument("--default-allocator", action="store_true", help=allocator_help)
+    return parser
+
+
+def _line(arguments: argparse.Namespace) -> bytes:
+    result = measure(
+        arguments.file,
+        read_inputs(arguments.inputs) if arguments.inputs else None,
+        baseline=arguments.baseline,
+        evaluate=_imported(arguments.evaluate),
+        model=_imported(arguments.model),
+        threads=arguments.threads,
+        rounds=arguments.rounds,
+        burst_seconds=arguments.burst_seconds,
+        keep=not arguments.default_allocator,
+    )
+    values = _strict({**dataclasses.asdict(result), "machine": result.machine()})
+    return json.dumps(values, allow_nan=False).encode() + b"\n"
+
+
+def read_inputs(path: Path) -> Any:
+    """Example inputs from a file: `.npy` is one tensor; `.safetensors` keyword arguments, or
+    positional ones named 0, 1, ...
+    """
+    try:
+        if path.suffix == ".npy":
+            return torch.from_numpy(np.load(path, allow_pickle=False))
+        if path.suffix == ".safetensors":
+            tensors = safetensors.torch.load_file(path)
+            positions = [str(i) for i in range(len(tensors))]
+            return (
+                tuple(tensors[p] for p in positions) if set(tensors) == set(positions) else tensors
+            )
+    except Exception as error:  # numpy and safetensors raise a dozen kinds
+        raise ValueError(f"--inputs {path} can't be read: {error}") from error
+    raise ValueError(f"--inputs must be a .npy or .safetensors file, got {path}")
+
+
+def _imported(spec: str | None) -> Callable[..., Any] | None:
+    """`module:name` -> the object; modules of the current folder too."""
+    if spec is None:
+        return None
+    module, _, name = spec.partition(":")
+    try:
+        found: Any = importlib.import_module(module)
+        for part in name.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{spec!r} must be module:name of something importable: {error}"
+        ) from error
+    if not callable(found):
+        raise ValueError(f"{spec!r} is not callable but {type(found).__name__}")
+    return found
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, float):
+        return finite(value)
+    if isinstance(value, dict):
+        return {k: _strict(v) for k, v in value.items()}
+    return [_strict(v) for v in value] if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,263 @@
+"""The charts of reports and scripts, as PNG bytes, in one style.
+
+`pareto_plot` shows file size and latency against quality, up and left is better in both panels.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.transforms import Bbox
+
+_COLORS = {"baseline": "#222222", "front": "#0a6ebd", "other": "#8a8f98"}
+_LEAST_SHOWN = 0.01  # of the best quality: differences within the noise must not fill the panel
+_OFF_SCALE = (
+    6.0  # a point this many times farther from the best than the median point is drawn on the edge
+)
+
+
+def pareto_plot(rows: Sequence[dict[str, Any]]) -> bytes:
+    """PNG bytes. Rows without a metric are left out; what is far worse than the rest stands on the
+    lower edge.
+    """
+    figure, (left, right) = _panels(2, (12, 5.2), sharey=True)
+    canvas = FigureCanvasAgg(figure)
+    shown = [r for r in rows if r["metric"]["value"] is not None]
+    metric = shown[0]["metric"] if shown else {"name": "metric", "higher_is_better": True}
+    sign = 1 if metric["higher_is_better"] else -1
+    floor, ceiling = _limits([sign * r["metric"]["value"] for r in shown])
+
+    sizes = [(r, r["bytes"] / 1e6, None) for r in shown]
+    latencies = [(r, r["latency_ms"]["median"], r["latency_ms"]) for r in shown if r["latency_ms"]]
+    panels = (
+        (left, sizes, "file size, MB"),
+        (right, latencies, "latency, ms (bars: 10th to 90th percentile)"),
+    )
+    labels = []
+    for axes, points, title in panels:
+        axes.set_ylim(*sorted((sign * floor, sign * ceiling)))
+        if sign < 0:
+            axes.invert_yaxis()  # better is up
+        axes.set_xlabel(title)
+        axes.ticklabel_format(axis="y", style="plain", useOffset=False)
+        labels.append(_draw(axes, points, sign, floor, rows[0]["name"]))
+    better = "higher" if sign > 0 else "lower"
+    left.set_ylabel(f"{metric['name'].replace('_', ' ')}, {better} is better (better is up)")
+    figure.suptitle(
+        "Up and left is better; the line joins what no other file beats in both cost and quality",
+        fontsize=11,
+    )
+    canvas.draw()  # the layout is known from here on, and labels can look for room
+    for (axes, _, _), points in zip(panels, labels, strict=True):
+        _name(axes, canvas.get_renderer(), points)
+    return _png(figure)
+
+
+def bar_chart(panels: Mapping[str, Mapping[str, float]], label: str) -> bytes:
+    """Bars of values by name, a panel per title; the first bar of each is the baseline.
+
+    Args:
+        panels: title -> name -> value.
+        label: what the values are, with their unit.
+
+    Returns:
+        PNG bytes.
+    """
+    figure, all_axes = _panels(len(panels), (4.5 * len(panels), 3.2))
+    for axes, (title, values) in zip(all_axes, panels.items(), strict=True):
+        colors = [_COLORS["baseline"]] + [_COLORS["front"]] * (len(values) - 1)
+        bars = axes.barh(list(values), list(values.values()), color=colors)
+        axes.bar_label(bars, fmt="%.3g", padding=3)
+        axes.set(title=title, xlabel=label, xlim=(0, 1.2 * max(values.values())))
+        axes.grid(visible=False, axis="y")
+        axes.invert_yaxis()
+    return _png(figure)
+
+
+def line_chart(lines: Mapping[str, Mapping[int, float]], x_label: str, y_label: str) -> bytes:
+    """Lines through points on two logarithmic axes, with plain numbers beside them.
+
+    Args:
+        lines: name -> x -> y, both above 0.
+        x_label: what x is.
+        y_label: what y is, with its unit.
+
+    Returns:
+        PNG bytes.
+    """
+    figure, (axes,) = _panels(1, (8, 5))
+    for name, points in lines.items():
+        axes.plot(list(points), list(points.values()), "o-", label=name)
+    axes.set(xscale="log", yscale="log", xlabel=x_label, ylabel=y_label)
+    places: set[int] = set()
+    for points in lines.values():
+        places.update(points)
+    axes.set_xticks(sorted(places), [str(x) for x in sorted(places)])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=20))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))  # 0.5, not 5 x 10^-1
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.legend(frameon=False)
+    return _png(figure)
+
+
+def _panels(count: int, size: tuple[float, float], **options: Any) -> tuple[Figure, list[Axes]]:
+    """A figure with `count` axes side by side, in the style of all charts."""
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = list(figure.subplots(1, count, squeeze=False, **options)[0])
+    for axes in panels:
+        axes.grid(alpha=0.25, linewidth=0.7)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, panels
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    return buffer.getvalue()
+
+
+def _limits(qualities: list[float]) -> tuple[float, float]:
+    """Lowest and highest quality to show, with margins; points far below the rest are not given
+    room.
+    """
+    if not qualities:
+        return 0.0, 1.0
+    best = max(qualities)
+    distances = sorted(best - q for q in qualities)
+    nonzero = [d for d in distances if d > 0] or [abs(best) * 0.01 or 1.0]
+    typical = nonzero[(len(nonzero) - 1) // 2]
+    depth = max([d for d in nonzero if d <= _OFF_SCALE * typical] or nonzero[:1])
+    depth = max(depth, _LEAST_SHOWN * abs(best))
+    return best - 1.25 * depth, best + 0.2 * depth
+
+
+@dataclass(frozen=True)
+class _Point:
+    x: float
+    y: float
+    low: float  # ends of the bar; x twice for none
+    high: float
+    text: str
+
+
+def _draw(axes: Axes, points: list, sign: int, floor: float, baseline: str) -> list[_Point]:
+    """Markers, bars and the line along the front; where the names are to go."""
+    edge = floor + 0.04 * abs(np.subtract(*axes.get_ylim()))
+    front = _front([(x, sign * row["metric"]["value"]) for row, x, _ in points])
+    drawn, line = [], []
+    for i, (row, x, spread) in enumerate(points):
+        value = row["metric"]["value"]
+        off = sign * value < floor
+        y = sign * edge if off else value
+        low, high = (spread["p10"], spread["p90"]) if spread else (x, x)
+        color = _COLORS[
+            "baseline" if row["name"] == baseline else "front" if i in front else "other"
+        ]
+        marker = "v" if off else "s" if row["name"] == baseline else "o"
+        axes.plot([low, high], [y, y], color=color, linewidth=1.2, alpha=0.6, clip_on=False)
+        axes.plot([x], [y], marker, color=color, markersize=7, clip_on=False, zorder=3)
+        drawn.append(
+            _Point(x, y, low, high, f"{row['name']} ({value:.3g})" if off else row["name"])
+        )
+        if i in front and not off:
+            line.append((x, y))
+    line.sort()
+    axes.plot(
+        [x for x, _ in line],
+        [y for _, y in line],
+        color=_COLORS["front"],
+        linewidth=1.0,
+        alpha=0.5,
+        zorder=1,
+    )
+    axes.set_xlim(0, max([p.high for p in drawn], default=1.0) * 1.12)
+    return drawn
+
+
+def _front(points: list[tuple[float, float]]) -> set[int]:
+    """Indices of the points (cost, quality) that no other beats: not in one without losing in the
+    other.
+    """
+    return {
+        i
+        for i, (x, q) in enumerate(points)
+        if not any(a <= x and b >= q and (a < x or b > q) for a, b in points)
+    }
+
+
+def _name(axes: Axes, renderer: Any, points: list[_Point]) -> None:
+    """Write each name near its point, at the first place where it covers no other name, marker, bar
+    or edge.
+    """
+
+    def box(x0: float, x1: float, y: float) -> Bbox:
+        (left, middle), (right, _) = axes.transData.transform([(x0, y), (x1, y)])
+        return Bbox.from_extents(left - 6, middle - 6, right + 6, middle + 6)
+
+    taken = [box(p.low, p.high, p.y) for p in points]
+    frame = axes.get_window_extent(renderer).padded(12)
+    for point in points:
+        candidates = []
+        for dx, dy in _OFFSETS:
+            near_end = (
+                point.high
+                if dx > 0 and abs(dy) < 8
+                else point.low
+                if dx < 0 and abs(dy) < 8
+                else point.x
+            )
+            label = axes.annotate(
+                point.text,
+                (near_end, point.y),
+                (dx, dy),
+                textcoords="offset points",
+                fontsize=9,
+                va="center",
+                zorder=4,
+                ha="left" if dx > 0 else "right" if dx < 0 else "center",
+                bbox={"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 0.6},
+                arrowprops={"arrowstyle": "-", "color": _COLORS["other"], "linewidth": 0.6}
+                if abs(dy) > 14
+                else None,
+            )
+            label.update_positions(renderer)
+            place = Text.get_window_extent(
+                label, renderer
+            )  # the text's alone, without the line to the point
+            inside = (
+                frame.x0 <= place.x0
+                and place.x1 <= frame.x1
+                and frame.y0 <= place.y0
+                and place.y1 <= frame.y1
+            )
+            cost = sum(place.overlaps(other) for other in taken) + (0 if inside else 3)
+            candidates.append((cost, len(candidates), label, place))
+            if cost == 0:
+                break
+        best = min(candidates, key=lambda c: c[:2])
+        for candidate in candidates:
+            if candidate is not best:
+                candidate[2].remove()
+        taken.append(best[3])
+
+
+# Where a name may stand, in points from its marker: beside it, above, below, then farther away with
+# a line to it.
+_OFFSETS = [(9, 0), (-9, 0), (0, 12), (0, -12), (9, 12), (9, -12), (-9, 12), (-9, -12)] + [
+    (dx, dy)
+    for step in (22, 34, 46, 58, 72, 90)
+    for dy in (step, -step)
+    for dx in (10, -10, 40, -40, 0)
+]

@@ -1,0 +1,1 @@
+"""How a model is run: fused, decoding token by token, with its keys and values kept."""

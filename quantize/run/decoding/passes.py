@@ -1,0 +1,130 @@
+"""The passes of a `DecoderLM` that native code runs for it, checked before each one against what
+the model is by then.
+
+Nothing is kept on the model, nor anywhere else once the object is gone: looking at a model and
+noting its pointers takes a few milliseconds, less than one token takes without it. No weight is
+copied, so weights that change in place are read as they are.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from quantize.models import DecoderLM
+from quantize.run.decoding.native import MOST_ROWS, NOT_YET, Step, is_plain, obstacle
+from quantize.run.kv_cache import KVCache
+
+# Tokens times layers after which 3 s of compiling are paid back, at half a millisecond saved in
+# each layer.
+WORTH_COMPILING = 6000
+# tokens times layers that this process decoded without native code, for want of a compiled library
+_run_without = 0
+
+
+class NativePasses:
+    """Logits of a pass over a few tokens after a cached text, or None for a pass that is left to
+    the model.
+
+    `reason` says why the model runs its passes itself; None while native code does, or before it
+    was asked.
+
+    Args: model: whose passes to run. tokens: how many the caller means to decode. None compiles
+        step.cpp where it isn't kept from before; a number does so
+            only once this process has decoded enough without it (WORTH_COMPILING).
+        narrow: read float32 weights that hold float16 values from a float16 copy.
+    """
+
+    def __init__(self, model: DecoderLM, *, tokens: int | None = None, narrow: bool = False):
+        self.model, self.narrow = model, narrow
+        self.compile_now = (
+            tokens is None or _run_without + tokens * len(model.blocks) >= WORTH_COMPILING
+        )
+        self.reason: str | None = None
+        self._looked: tuple[_Watch, Step | None] | None = None
+
+    def __call__(self, ids: Tensor, cache: object, logits_to_keep: int) -> Tensor | None:
+        global _run_without
+        if (
+            type(cache) is not KVCache
+            or not cache.length
+            or ids.numel() > MOST_ROWS
+            or is_watched()
+        ):
+            return None
+        looked = self._looked
+        if looked is None or not looked[0].same():
+            looked = self._look()
+        step = looked[1]
+        if step is not None:
+            return step(ids, cache, logits_to_keep)
+        if self.reason == NOT_YET:
+            _run_without += ids.shape[-1] * len(cache.shapes)
+        return None
+
+    def _look(self) -> tuple[_Watch, Step | None]:
+        """See what the model is now, and make the native step for it if there can be one."""
+        watch = _Watch(self.model)
+        self.reason = obstacle(self.model, compile_now=self.compile_now)
+        step = None if self.reason else Step(self.model, narrow=self.narrow)
+        self._looked = looked = watch, step  # together: other threads may use this object
+        return looked
+
+
+def is_watched() -> bool:
+    """Whether this pass has to consist of operators and module calls: somebody casts, records or
+    counts them.
+    """
+    return (
+        torch.is_autocast_enabled("cpu")
+        or torch.jit.is_tracing()
+        or torch.compiler.is_compiling()
+        or is_in_torch_dispatch_mode()
+        or bool(torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks)
+    )
+
+
+class _Watch:
+    """Notices when a model isn't what it was: its modules, its tensors, their values (in place),
+    hooks, attributes added.
+    """
+
+    def __init__(self, model: nn.Module):
+        modules = self.modules = list(model.modules())
+        self.model, self.config = model, getattr(model, "config", None)
+        self.attributes = [module.__dict__ for module in modules]
+        self.contents = [d for m in modules for d in (m._modules, m._parameters, m._buffers) if d]
+        self.hooks = [d for m in modules for d in (m._forward_hooks, m._forward_pre_hooks)]
+        self.members = list(_members(self.contents))
+        self.tensors = [member for member in self.members if is_plain(member)]
+        self.counted = [tensor for tensor in self.tensors if not tensor.is_inference()]
+        self.state = self._state()
+
+    def same(self) -> bool:
+        """Whether nothing has changed since this object was made."""
+        members = list(_members(self.contents))
+        same_members = len(members) == len(self.members) and all(
+            map(operator.is_, members, self.members)
+        )
+        return same_members and self.model.config is self.config and self._state() == self.state
+
+    def _state(self) -> tuple[list, ...]:
+        kinds = list(map(type, self.modules))
+        attributes = list(map(len, self.attributes))  # one more is a `forward` of a module's own
+        hooks = list(map(len, self.hooks))
+        pointers = list(map(Tensor.data_ptr, self.tensors))
+        versions = list(map(_VERSION, self.counted))
+        return kinds, attributes, hooks, pointers, versions
+
+
+_VERSION = operator.attrgetter("_version")
+
+
+def _members(contents: Iterable[dict]) -> Iterable[object]:
+    return chain.from_iterable(map(dict.values, contents))

@@ -1,0 +1,297 @@
+"""Is a fused model still the model? Compare it with eager, call after call, and on inputs of other
+sizes.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from quantize import surgery
+from quantize.calibration import call, relative_error, untouched
+from quantize.run.fusion.graph import Program
+from quantize.run.fusion.nested import Spec, duplicate, flatten, unflatten
+from quantize.run.fusion.sizes import holds, other_sizes, violating
+from quantize.run.fusion.state import Answers, Call, answers, one_call
+
+_PAUSE_S, _BURST_S = 0.01, 0.05
+# of the largest value; a model that differs from its float64 twin by more isn't rounded, it's
+# another
+_ROUNDING_AT_MOST = 1e-2
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+def outputs(model: Callable[..., Any], inputs: Any) -> list[torch.Tensor]:
+    """The model's output tensors, in the order a fused file gives them; neither inputs nor random
+    state are changed.
+    """
+    tensors, spec = flatten(inputs, "example_inputs")
+    return one_call(model, spec, tensors).outputs
+
+
+def difference(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
+    """Largest difference relative to the largest expected value, the worst over all tensors; inf
+    for other shapes.
+
+    Where both are the same infinity or both are NaN they don't differ.
+    """
+    if len(actual) != len(expected):
+        return float("inf")
+    worst = 0.0
+    for a, e in zip(actual, expected, strict=True):
+        if a.shape != e.shape or a.dtype != e.dtype:
+            return float("inf")
+        if torch.equal(a, e):
+            continue
+        a, e = a.detach().double(), e.detach().double()
+        finite = torch.isfinite(e)
+        if not torch.equal(torch.isfinite(a), finite) or not torch.equal(
+            a[~finite].nan_to_num(), e[~finite].nan_to_num()
+        ):
+            return float("inf")
+        if finite.any():
+            scale = e[finite].abs().max().clamp_min(1e-6)
+            worst = max(worst, ((a - e)[finite].abs().max() / scale).item())
+    return worst
+
+
+def tolerance(expected: list[torch.Tensor], model: nn.Module) -> float:
+    """Allowed difference for the coarsest floating dtype among outputs and weights."""
+    dtypes = {t.dtype for t in [*expected, *model.parameters(), *model.buffers()]}
+    return max([TOLERANCE[d] for d in dtypes if d in TOLERANCE] or [0.0])
+
+
+def rounding(model: nn.Module, inputs: Any, expected: list[torch.Tensor]) -> float:
+    """How far the model's own outputs are from those it gives in float64; 0 if it can't run in
+    float64.
+    """
+    try:
+        tensors, spec = flatten(inputs, "example_inputs")
+        wide = unflatten(spec, [t.double() if t.is_floating_point() else t for t in tensors])
+        exact = outputs(surgery.clone(model).double(), wide)
+    except Exception:  # a model may insist on a dtype in any way
+        return 0.0
+    return difference([e.to(o.dtype) for e, o in zip(exact, expected, strict=True)], expected)
+
+
+class Checker:
+    """Compares fused models with `model` on `seen`, what it answered, and, with `sizes`, on inputs
+    of other sizes.
+
+    Args of its calls: `fused`, and `rewind`, which puts the state of `fused` back to where the
+    model's is.
+    """
+
+    def __init__(
+        self, model: nn.Module, example_inputs: Any, seen: Answers, *, sizes: bool = True
+    ) -> None:
+        self.model, self.example_inputs, self.seen = model, example_inputs, seen
+        self.cases = (
+            [flatten(inputs, "inputs")[0] for inputs in other_sizes(example_inputs)]
+            if sizes
+            else []
+        )
+        self.allowed = tolerance(seen.calls[0].outputs, model)
+        self.distance = 0.0  # of the last one: norm of the difference over norm
+        self.rounded = False
+        self.whims = 0.0
+        self.others: dict[int, Call | None] = {}  # the model's answers at other sizes
+        self.large = sum(t.numel() for t in seen.calls[0].outputs) > 1 << 22
+
+    @property
+    def later(self) -> float:
+        """Allowed at later calls and at other sizes, where numbers round otherwise; a coarse dtype
+        allows enough already.
+        """
+        return max(self.allowed, min(10 * self.allowed, 0.05))
+
+    def __call__(
+        self, fused: Callable[..., Any], rewind: Callable[[], None] = lambda: None
+    ) -> float:
+        """Largest relative difference on the example inputs.
+
+        Raises ValueError if it is beyond the tolerance there (1e-5 in float32, or 4 times the
+        model's own rounding error), or if a later call, an input afterwards or the answer at
+        another size differs by more than 10 times that (at most 0.05). A fused model that refuses
+        another size passes: refusing is not wrong.
+        """
+        try:
+            worst = self._calls(fused)
+            rewind()
+            for i, tensors in enumerate(self.cases):
+                off = self._other(fused, i)
+                rewind()
+                if off > self.later:
+                    shapes = [tuple(t.shape) for t in tensors]
+                    raise ValueError(
+                        f"with inputs of shapes {shapes} the fused model differs from eager by "
+                        f"{off:.2g}"
+                    )
+            return worst
+        finally:
+            rewind()
+
+    def _calls(self, fused: Callable[..., Any]) -> float:
+        # Not copied before the last call: no call may change what an earlier one returned.
+        found = []
+        for expected in self.seen.calls:
+            try:
+                found.append(one_call(fused, self.seen.spec, expected.inputs, copy=False))
+            except Exception as error:  # an engine raises what it likes
+                raise ValueError(
+                    f"the fused model fails at call {len(found) + 1}: {last_line(error)}"
+                ) from error
+        pairs = list(zip(found, self.seen.calls, strict=True))
+        first = difference(found[0].outputs, self.seen.calls[0].outputs)
+        if first > self.allowed and not self.rounded:
+            # a deep network may turn the last bit of a weight into more than that: how far off is
+            # eager itself?
+            self.rounded = True
+            self.whims = self._whims()
+            if self.whims <= self.allowed:
+                self.allowed = max(self.allowed, min(4 * self._rounding(), _ROUNDING_AT_MOST))
+        if self.whims > self.allowed:
+            raise ValueError(
+                f"eager itself differs by {self.whims:.2g} when it is called again with the "
+                f"same inputs, state and random "
+                "numbers: its forward reads something that isn't in the model (a global "
+                "variable, the clock)"
+            )
+        if first > self.allowed:
+            raise ValueError(
+                f"the fused model differs from eager by {first:.2g} of the largest value; "
+                f"allowed is {self.allowed:.0e}"
+            )
+        for i, (actual, expected) in enumerate(pairs):
+            self._inputs_alike(actual, expected)
+            off = difference(actual.outputs, expected.outputs)
+            if off > self.later or actual.constants != expected.constants:
+                state = (
+                    f"; its forward changes {', '.join(self.seen.changed[:3])}"
+                    if self.seen.changed
+                    else ""
+                )
+                raise ValueError(
+                    f"at call {i + 1}, on other values, the fused model differs from eager by "
+                    f"{off:.2g}{state}"
+                )
+        parts = [
+            [t for t in c.outputs if t.is_floating_point()] for c in (found[0], self.seen.calls[0])
+        ]
+        self.distance = relative_error(*parts)
+        return first
+
+    def _rounding(self) -> float:
+        with untouched(self.model):
+            return rounding(self.model, self.example_inputs, self.seen.calls[0].outputs)
+
+    def _whims(self) -> float:
+        """How far the model is from itself, called again with the same inputs from the same
+        state.
+        """
+        expected = self.seen.calls[0]
+        with untouched(self.model):
+            again = one_call(self.model, self.seen.spec, expected.inputs)
+        return difference(again.outputs, expected.outputs)
+
+    def _inputs_alike(self, actual: Call, expected: Call) -> None:
+        off = difference(actual.after, expected.after)
+        if off > self.later:
+            written = difference(expected.after, expected.inputs) > 0
+            what = (
+                "its forward changes its inputs in place, which"
+                if written
+                else "an input is changed in place, which eager"
+            )
+            raise ValueError(
+                f"{what} the fused model doesn't repeat (they differ by {off:.2g} afterwards)"
+            )
+
+    def _other(self, fused: Callable[..., Any], case: int) -> float:
+        """Difference at inputs of other sizes; 0 where one of the two refuses them: refusing is not
+        wrong.
+        """
+        tensors, spec = self.cases[case], self.seen.spec
+        if case not in self.others:
+            with untouched(self.model):
+                self.others[case] = _tried(self.model, spec, tensors)
+        expected = self.others[case]
+        if self.large:
+            self.others.clear()
+        actual = None if expected is None else _tried(fused, spec, tensors)
+        if expected is None or actual is None:
+            return 0.0
+        same = actual.constants == expected.constants
+        return difference(actual.outputs, expected.outputs) if same else float("inf")
+
+    def settle(self, program: Program, fused: Callable[..., Any]) -> None:
+        """Keep those doubtful conditions of `program` that matter: where they don't hold, `fused`
+        answers wrongly.
+        """
+        if not program.doubtful:
+            return
+        self.cases += violating(program, flatten(self.example_inputs, "example_inputs")[0])
+        for case, tensors in enumerate(self.cases):
+            shapes = [t.shape for t in tensors]
+            broken = [c for c in program.doubtful if not holds(c, shapes)]
+            fits = all(holds(c, shapes) for c in program.conditions)
+            if broken and fits and self._other(fused, case) > self.later:
+                program.conditions += broken
+            program.rewind()
+
+
+def last_line(error: BaseException) -> str:
+    """Kind and reason of an error; TorchScript puts the reason at the end of its own traceback."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__
+
+
+def _tried(model: Callable[..., Any], spec: Spec, tensors: list[torch.Tensor]) -> Call | None:
+    try:
+        return one_call(model, spec, tensors)
+    except Exception:  # a model may refuse a size in whatever way it likes
+        return None
+
+
+def check(
+    fused: Callable[..., Any], model: nn.Module, example_inputs: Any, *, sizes: bool = True
+) -> float:
+    """Compare one fused model, as `Checker` does."""
+    return Checker(model, example_inputs, answers(model, example_inputs), sizes=sizes)(fused)
+
+
+@torch.no_grad()
+def race(
+    models: Mapping[str, Callable[..., Any]], inputs: Any, *, seconds: float = 0.4, warm_up: int = 2
+) -> dict[str, float]:
+    """Median milliseconds per call of each model, for about `seconds` each and 5 calls at least.
+
+    The models take turns in bursts. Between two bursts is a pause, because the threads of an engine
+    go on spinning for a while after its call and take the cores from the next one; the first call
+    of a burst wakes the engine's own and doesn't count.
+    """
+    times: dict[str, list[float]] = {name: [] for name in models}
+    tensors, spec = flatten(inputs, "inputs")
+    own = unflatten(spec, duplicate(tensors))  # a model may write into them
+    with torch.random.fork_rng(devices=[]):
+        for _ in range(warm_up):
+            for model in models.values():
+                call(model, own, copy=False)
+        while min(map(len, times.values())) < 5 or sum(
+            map(sum, times.values())
+        ) < 1000 * seconds * len(times):
+            for name, model in models.items():
+                time.sleep(_PAUSE_S)
+                call(model, own, copy=False)
+                burst: list[float] = []
+                while len(burst) < 2 or sum(burst) < 1000 * _BURST_S:
+                    start = time.perf_counter()
+                    call(model, own, copy=False)
+                    burst.append(1000 * (time.perf_counter() - start))
+                times[name] += burst
+    return {name: statistics.median(values) for name, values in times.items()}

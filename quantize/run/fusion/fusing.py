@@ -1,0 +1,197 @@
+"""Fusion: the fastest equal model. `fold` runs our own passes, `fuse` hands the result to a back
+end and gives its file.
+
+The model becomes a graph of operators (graph.py), which loses what inference doesn't need
+(passes.py, folding.py), gets cheaper operators for the same values (cheaper.py), oneDNN kernels
+that do a convolution or linear layer, its activation and the residual add in one go (kernels.py),
+and results in memory that nobody reads any more (memory.py). torchscript.py writes the graph out as
+TorchScript, folded.py runs it in Python, backends.py gives it to other engines. Each result is
+compared with the model before it is returned (equality.py), and of several ways the fastest is
+taken (planning.py).
+
+Left out: training, kernels for GPUs, and models that decide on the data which way to go, unless
+TorchScript can compile them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from quantize.calibration import untouched
+from quantize.run.fusion import backends, torchscript
+from quantize.run.fusion.equality import Checker, difference, outputs, race
+from quantize.run.fusion.export import capture
+from quantize.run.fusion.graph import CaptureError, check_inputs
+from quantize.run.fusion.nested import flatten
+from quantize.run.fusion.passes import simplify
+from quantize.run.fusion.planning import Plan, fold, note, plan
+from quantize.run.fusion.state import answers, refuse_values
+
+__all__ = ["BACKENDS", "CaptureError", "Contender", "Plan", "compare", "fold", "fuse", "plan"]
+
+BACKENDS = ("torchscript", "inductor", "onnxruntime", "openvino")
+
+
+@dataclass
+class Contender:
+    """One back end in `compare`."""
+
+    backend: str
+    model: nn.Module | None = None
+    latency_ms: float | None = None  # median per call
+    difference: float | None = None  # largest, relative to the largest output value
+    reason: str = ""  # why it is out
+    plan: Plan | None = None  # what the passes did (TorchScript)
+
+    def rewind(self) -> None:
+        """Put the fused model's state back to where the model's is."""
+        if self.plan is not None:
+            self.plan.program.rewind()
+
+
+def fuse(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    backend: str = "torchscript",
+    progress: Callable[[str], None] | None = None,
+) -> nn.Module:
+    """A fused version of an eval-mode model: called like the model, equal to it call after call,
+    with `.save(path)`.
+
+    Sizes that the model leaves free (batch, length) stay free; another value of a size that it
+    fixes is refused when called. State in tensors (a buffer that the forward changes) is carried
+    from call to call and starts where the model's stands; the model itself, its state and the
+    example inputs stay as they are. The result returns what the model returns.
+
+    Args: example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments,
+        on the model's device. backend: `"torchscript"` gives a `torch.jit.ScriptModule` whose file
+        (`.pt`) needs nothing of this package; loaded from
+            the file, an output that is a dataclass or a dict is a dict of tensors without its None
+            fields, its nested parts under dotted names, and a named tuple is a tuple. `"inductor"`
+            (`.pt2`), `"onnxruntime"` (`.onnx`) and `"openvino"` (`.xml` and `.bin`) need their
+            packages; their files take and return flat tensors. `"auto"` builds all that are
+            present, lets them race on the example inputs and takes the fastest that agrees with the
+            model.
+        progress: called with a line for people before each stage; a model of some size takes
+            minutes.
+
+    Raises: ValueError: a model or submodule in training mode, inputs on another device, control
+        flow that depends on data (unless
+            TorchScript can compile it), state that can't be carried (numbers, lists), a result that
+            differs from the model, and a back end that is unknown or absent.
+        TypeError: inputs or outputs that aren't made of tensors.
+    """
+    if backend not in (*BACKENDS, "auto"):
+        raise ValueError(f"backend is {backend!r}; allowed: auto, {', '.join(BACKENDS)}")
+    check_inputs(model, example_inputs)
+    say = progress or (lambda line: None)
+    if backend == "auto":
+        rows = compare(model, example_inputs, progress=progress)
+        contenders = [c for c in rows if c.model is not None and c.backend != "eager"]
+        if not contenders:
+            reasons = "; ".join(f"{r.backend}: {r.reason}" for r in rows if r.reason)
+            raise ValueError(f"no back end can take {type(model).__name__}: {reasons}")
+        return min(contenders, key=lambda c: c.latency_ms).model
+    if backend == "torchscript":
+        return _torchscript(model, example_inputs, say)[0]
+    return _external(model, example_inputs, backend, say)
+
+
+def _external(
+    model: nn.Module, example_inputs: Any, backend: str, say: Callable[[str], None]
+) -> nn.Module:
+    if reason := backends.missing(backend):
+        raise ValueError(reason)
+    say("running the model")
+    seen = answers(model, example_inputs)
+    refuse_values(model, seen)
+    say("exporting the model to a graph")
+    program = capture(model, example_inputs, seen.changed)
+    if program.state or program.writes_inputs:
+        what = ", ".join(program.state) or "its inputs"
+        raise ValueError(
+            f"back end {backend!r} can't take this model: its forward changes {what} in place"
+        )
+    simple, tensors = program.copy(), flatten(example_inputs, "example_inputs")[0]
+    simplify(simple)
+    say(f"building: {backend}")
+    try:
+        fused = backends.build(simple, backend, tensors)
+    # its compiler knows what the model's authors wrote, and perhaps not what the passes made of it
+    except ValueError:
+        fused = backends.build(program, backend, tensors)
+    say(f"comparing with the model: {backend}")
+    checker = Checker(model, example_inputs, seen, sizes=False)
+    checker(fused)
+    note(fused, model, "fuse", checker.distance, backend=backend)
+    return fused
+
+
+def _torchscript(
+    model: nn.Module, example_inputs: Any, say: Callable[[str], None]
+) -> tuple[nn.Module, Plan | None]:
+    if not torchscript.available():
+        raise ValueError("this torch has no TorchScript: use backend='auto' or 'inductor'")
+    try:
+        made = plan(model, example_inputs, progress=say)
+        note(made.fused, model, "fuse", made.distance, backend="torchscript", way=made.way)
+        return made.fused, made
+    except CaptureError as error:
+        reason = str(error)
+    seen = answers(model, example_inputs)
+    if seen.written:
+        names = ", ".join(seen.written[:3])
+        raise ValueError(
+            f"{type(model).__name__} can't be fused: its forward changes {names}, and {reason}"
+        )
+    say("compiling the model's own Python as TorchScript")
+    fused = torchscript.without_export(model, example_inputs, reason=reason)
+    say("comparing with the model")
+    checker = Checker(model, example_inputs, seen)
+    checker(fused)
+    note(fused, model, "fuse", checker.distance, backend="torchscript", way="without export")
+    return fused, None
+
+
+def compare(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    names: Sequence[str] = BACKENDS,
+    progress: Callable[[str], None] | None = None,
+) -> list[Contender]:
+    """Eager and every back end of `names`, each checked against eager and timed in turns; absent
+    ones say why.
+    """
+    check_inputs(model, example_inputs)
+    say = progress or (lambda line: None)
+    rows = [Contender("eager", model, difference=0.0)]
+    for name in names:
+        row = Contender(name)
+        rows.append(row)
+        try:
+            if name == "torchscript":
+                row.model, row.plan = _torchscript(model, example_inputs, say)
+            else:
+                row.model = fuse(model, example_inputs, backend=name, progress=progress)
+            with untouched(model):
+                row.difference = difference(
+                    outputs(row.model, example_inputs), outputs(model, example_inputs)
+                )
+            row.rewind()
+        except (ValueError, TypeError) as error:
+            row.model, row.reason = None, str(error)
+    say("timing")
+    with untouched(model):
+        times = race(
+            {r.backend: r.model for r in rows if r.model is not None}, example_inputs, seconds=1.0
+        )
+    for row in rows:
+        row.latency_ms = times.get(row.backend)
+        row.rewind()
+    return rows

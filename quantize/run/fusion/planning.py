@@ -1,0 +1,150 @@
+"""`plan` and `fold`: run the passes, build the result in a few ways, keep the fastest that is equal
+to the model.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from quantize import surgery
+from quantize.run.fusion import kernels, passes, torchscript
+from quantize.run.fusion.equality import Checker, race
+from quantize.run.fusion.export import capture
+from quantize.run.fusion.folded import Folded
+from quantize.run.fusion.graph import CaptureError, Program, check_inputs
+from quantize.run.fusion.memory import reuse_memory, separate_outputs
+from quantize.run.fusion.state import answers, refuse_values
+
+EXPORTED, SIMPLE, KERNELS, MERGED = (
+    "as exported",
+    "simplified",
+    "kernels",
+    "kernels, merged linears",
+)
+
+
+@dataclass
+class Plan:
+    """What the passes make of a model."""
+
+    fused: nn.Module  # the fastest way, built and checked
+    way: str  # its name
+    program: Program  # and its graph
+    before: Counter[str]  # operators per call by kind, as exported
+    notes: list[str]  # what was done, for people
+    distance: float  # from the model on the example inputs: norm of the difference over norm
+
+    @property
+    def after(self) -> Counter[str]:
+        """Operators per call by kind, as fused."""
+        return self.program.operators()
+
+
+def ways_of(program: Program) -> dict[str, Program]:
+    """The programs to choose from, by name, from least to most rewritten.
+
+    A program that writes into memory as it runs (its state, its inputs) stays as it was exported.
+    """
+    simple = program.copy()
+    if not passes.simplify(simple):
+        program.notes.append("it writes into memory as it runs: its operators stay as they are")
+        return {EXPORTED: program}
+    ways = {EXPORTED: program, SIMPLE: simple}
+    if kernels.available():
+        ways[KERNELS] = simple.copy()
+        kernels.use_kernels(ways[KERNELS])
+        reuse_memory(ways[KERNELS])
+        merged = simple.copy()
+        if passes.merge_linears(merged):
+            kernels.use_kernels(merged)
+            reuse_memory(merged)
+            ways[MERGED] = merged
+    for way in ways.values():
+        separate_outputs(way, program)
+    return ways
+
+
+def plan(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    build: Callable[[Program], nn.Module] = torchscript.compile,
+    progress: Callable[[str], None] | None = None,
+) -> Plan:
+    """Build every way, check each against the model, let those that agree race. Raises ValueError
+    if none agrees.
+
+    progress: called with a line for people before each stage.
+    """
+    say = progress or (lambda line: None)
+    say("running the model")
+    seen = answers(model, example_inputs)
+    refuse_values(model, seen)
+    say("exporting the model to a graph")
+    program = capture(model, example_inputs, seen.changed)
+    say(f"rewriting a graph of {program.operators().total()} operators")
+    checker = Checker(model, example_inputs, seen)
+    checker.settle(program, Folded(program))
+    ways = ways_of(program)
+    built: dict[str, nn.Module] = {}
+    problems: dict[str, Exception] = {}
+    distances: dict[str, float] = {}
+    for name in [*list(ways)[1:], EXPORTED]:
+        if name == EXPORTED and built:
+            break  # only when the passes changed the numbers too much
+        try:
+            say(f"building: {name}")
+            candidate = build(ways[name])
+            say(f"comparing with the model: {name}")
+            checker(candidate, program.rewind)
+            distances[name] = checker.distance
+            built[name] = candidate
+        except (ValueError, RuntimeError) as error:
+            problems[name] = error
+    if not built:
+        raise problems[EXPORTED]
+    best, *others = built
+    notes = []
+    if others:
+        say("timing")
+        times = race(built, example_inputs)
+        best = min(times, key=times.__getitem__)
+        notes.append("timed: " + ", ".join(f"{n} {t:.3f} ms" for n, t in times.items()))
+    notes = [*ways[best].notes, *notes]
+    notes += [f"left out: {name}: {str(error).splitlines()[0]}" for name, error in problems.items()]
+    return Plan(built[best], best, ways[best], program.operators(), notes, distances[best])
+
+
+def fold(
+    model: nn.Module, example_inputs: Any, *, progress: Callable[[str], None] | None = None
+) -> nn.Module:
+    """Our own passes only: an ordinary module, called like the model and returning what it returns,
+    with fewer operators.
+
+    Arguments and what is raised: as for `quantize.fuse`, and ValueError for a model that
+    `torch.export` can't follow. The result can be copied, but not pickled or saved; for a file,
+    `quantize.fuse` the model.
+    """
+    check_inputs(model, example_inputs)
+    try:
+        made = plan(model, example_inputs, build=Folded, progress=progress)
+    except CaptureError as error:
+        answers(model, example_inputs)  # a model that doesn't run at all says so itself
+        raise CaptureError(f"{type(model).__name__} can't be folded: {error}") from error
+    note(made.fused, model, "fold", made.distance, way=made.way)
+    return made.fused
+
+
+def note(
+    fused: nn.Module, model: nn.Module, technique: str, distance: float, **settings: Any
+) -> None:
+    """Write the model's notes on the fused one, and the fusing after them."""
+    for step in surgery.notes(model):
+        where = {key: step[key] for key in ("done", "left", "distance")}
+        surgery.note(fused, step["technique"], **where, **step["settings"])
+    surgery.note(fused, technique, distance=distance, **settings)

@@ -1,0 +1,244 @@
+"""A model that reads tokens: through a cache, each once, or without one, all of them again for
+every new token.
+
+Both readers have the same three calls, so that the loop above them, drafts included, doesn't know
+which it has: `read` the tokens that follow, `truncate` to take some back, `length` of what was
+read.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantize.models import DecoderLM
+from quantize.run.decoding import DecodingLM
+from quantize.run.decoding.passes import NativePasses
+from quantize.run.kv_cache import KVCache
+
+CHUNK = (
+    512  # positions per pass while reading a prompt: bounds the memory of scores and activations
+)
+
+
+def prefill(model: nn.Module, ids: Tensor, cache: KVCache, *, chunk: int = CHUNK) -> Tensor:
+    """Read prompt ids [B, T] into `cache`, `chunk` positions per pass; returns logits [B, V] of the
+    last position.
+    """
+    if not isinstance(chunk, int) or chunk < 1:
+        raise ValueError(f"chunk is {chunk!r}; allowed: an integer >= 1")
+    if ids.dim() != 2 or ids.shape[1] == 0:
+        raise ValueError(f"ids must be [B, T] with T >= 1, got {tuple(ids.shape)}")
+    for piece in ids.split(chunk, dim=1):
+        logits = _call(model, piece, cache=cache, last=1)
+    return logits[:, -1]
+
+
+def decode(model: nn.Module, token: Tensor, cache: KVCache) -> Tensor:
+    """Read one token per row [B] into `cache`; returns logits [B, V]."""
+    return _call(model, token[:, None], cache=cache, last=1)[:, -1]
+
+
+def takes_cache(model: nn.Module) -> bool:
+    """Whether `model` can use a `KVCache`: its forward takes a `cache` and its attention modules
+    say their shape.
+    """
+    return "cache" in _parameters(model) and any(hasattr(m, "cache_shape") for m in model.modules())
+
+
+def check_continues(model: nn.Module) -> None:
+    """Raises TypeError for a model that doesn't continue a text from its token ids alone."""
+    kind = type(model).__name__
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) or isinstance(
+        model, nn.Transformer
+    ):
+        raise TypeError(
+            f"{kind} is an encoder-decoder, which generate doesn't support: it continues a text "
+            f"with a model that maps "
+            f"ids [B, T] to logits [B, T, V]; use {kind}'s own generate, if it has one"
+        )
+    missing = _required(model)
+    if missing:
+        raise TypeError(f"the forward of {kind} needs more than token ids: {', '.join(missing)}")
+
+
+def vocabulary_size(model: nn.Module) -> int | None:
+    """Number of token ids, from the config or the largest embedding; None if there is neither."""
+    size = getattr(getattr(model, "config", None), "vocab_size", None)
+    sizes = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)]
+    return size if isinstance(size, int) else max(sizes, default=None)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    tensors = [*model.parameters(), *model.buffers()]
+    return tensors[0].device if tensors else torch.device("cpu")
+
+
+class CachedReader:
+    """Reads through a cache. What was read is noted on the cache, so that a later text with the
+    same beginning reuses it.
+
+    A `DecoderLM` in eval mode is read natively where it can be (see `decoding.passes`). tokens: how
+    many will be decoded.
+    """
+
+    def __init__(self, model: nn.Module, cache: KVCache, *, tokens: int):
+        self.model, self.cache = model, cache
+        self.passes: NativePasses | None = None
+        if isinstance(model, DecoderLM) and not any(module.training for module in model.modules()):
+            self.passes = NativePasses(model, tokens=tokens)
+
+    @property
+    def reason(self) -> str | None:
+        """Why the model runs its passes by itself; None if native code runs them, or will when they
+        come.
+        """
+        if self.passes is not None:
+            return self.passes.reason
+        if isinstance(self.model, DecodingLM):
+            return self.model.reason if self.model.backend != "native" else None
+        kind = type(self.model).__name__
+        return (
+            f"{kind} is in training mode"
+            if isinstance(self.model, DecoderLM)
+            else f"{kind} isn't a DecoderLM"
+        )
+
+    @property
+    def length(self) -> int:
+        return self.cache.length
+
+    def check(self, batch: int) -> None:
+        """Raises ValueError if the cache belongs to another model or batch, or holds text that
+        wasn't noted.
+        """
+        cache = self.cache
+        shapes = [m.cache_shape[:2] for m in self.model.modules() if hasattr(m, "cache_shape")]
+        if shapes != cache.shapes:
+            raise ValueError(
+                f"the cache was made for another model: its layers hold {cache.shapes} (heads, "
+                f"width), not {shapes}"
+            )
+        if cache.batch != batch:
+            raise ValueError(
+                f"the cache holds {cache.batch} rows and the prompt has {batch}: call "
+                f"cache.reset(batch={batch})"
+            )
+        if cache.length and (cache.owner is None or cache.owner() is not self.model):
+            raise ValueError(
+                f"the cache holds {cache.length} positions that this model didn't write: call "
+                f"cache.reset()"
+            )
+        if cache.length and (cache.tokens is None or cache.tokens.shape[1] != cache.length):
+            raise ValueError(
+                f"the cache holds {cache.length} positions that `generate` didn't write: call "
+                f"cache.reset()"
+            )
+
+    def resume(self, ids: Tensor) -> Tensor:
+        """Keep what the cache holds of `ids` [B, T] and drop the rest; returns what is left to
+        read, at least one position.
+        """
+        cache = self.cache
+        if cache.length:
+            reach = min(cache.length, ids.shape[1] - 1)
+            same = (cache.tokens[:, :reach] == ids[:, :reach]).all(0)
+            cache.truncate(int(same.cumprod(0).sum()))
+        return ids[:, cache.length :]
+
+    def read(self, ids: Tensor, *, last: int) -> Tensor:
+        """Logits [B, last, V] after reading ids [B, n] >= last."""
+        held = self.cache.tokens if self.cache.length else None
+        logits = None if self.passes is None else self.passes(ids, self.cache, last)
+        if logits is None and ids.shape[1] > CHUNK and last == 1:
+            logits = prefill(self.model, ids, self.cache)[:, None]
+        elif logits is None:
+            logits = _call(self.model, ids, cache=self.cache, last=last)
+        self.cache.owner = weakref.ref(self.model)
+        self.cache.tokens = ids if held is None else torch.cat((held, ids), dim=1)
+        return logits[:, -last:]
+
+    def truncate(self, length: int) -> None:
+        self.cache.truncate(length)
+
+
+class PlainReader:
+    """Computes everything again for each new token.
+
+    Rows of different length are padded on the right, which causal models, the only ones that make
+    sense here, never look at.
+    """
+
+    reason = "there is no cache"  # see CachedReader
+
+    def __init__(self, model: nn.Module, pad: Tensor | None):
+        self.model, self.pad = model, pad
+        self.ids: Tensor | None = None
+
+    @property
+    def length(self) -> int:
+        return 0 if self.ids is None else self.ids.shape[1]
+
+    def read(self, ids: Tensor, *, last: int) -> Tensor:
+        self.ids = ids if self.ids is None else torch.cat((self.ids, ids), dim=1)
+        if self.pad is None:
+            return _call(self.model, self.ids, last=last)[:, -last:]
+        pad = self.pad.to(ids.device)[:, None]
+        slots = torch.arange(self.length, device=ids.device)
+        rolled = self.ids.gather(1, (slots + pad) % self.length)  # padding moves to the right
+        logits = _call(self.model, rolled)
+        wanted = slots[-last:] - pad  # [B, last]
+        return logits.gather(1, wanted[..., None].expand(-1, -1, logits.shape[-1]))
+
+    def truncate(self, length: int) -> None:
+        self.ids = self.ids[:, :length]
+
+
+def _parameters(model: nn.Module) -> frozenset[str]:
+    """Names of the arguments of the model's forward."""
+    forward = model.forward
+    return _names(getattr(forward, "__func__", forward))
+
+
+def _required(model: nn.Module) -> list[str]:
+    """Names of the arguments without a default, after the first, that a forward asks for."""
+    try:
+        parameters = list(inspect.signature(model.forward).parameters.values())
+    except (TypeError, ValueError):
+        return []
+    gathers = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    needed = [p.name for p in parameters[1:] if p.default is p.empty and p.kind not in gathers]
+    return [name for name in needed if name not in ("cache", "logits_to_keep", "use_cache")]
+
+
+@functools.lru_cache(maxsize=64)  # asked for with every token, and slow to find
+def _names(function: Callable[..., Any]) -> frozenset[str]:
+    try:
+        return frozenset(inspect.signature(function).parameters)
+    except (TypeError, ValueError):  # TorchScript methods have none
+        return frozenset()
+
+
+def _call(model: nn.Module, ids: Tensor, *, cache: KVCache | None = None, last: int = 0) -> Tensor:
+    """Logits of a pass; `last` > 0 asks models that can for those of the last positions only."""
+    known, options = _parameters(model), {}
+    if cache is not None:
+        options["cache"] = cache
+    if last and "logits_to_keep" in known:
+        options["logits_to_keep"] = last
+    if "use_cache" in known:
+        options["use_cache"] = False
+    output = model(ids, **options)
+    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[0] != ids.shape[0]:
+        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(output).__name__
+        raise TypeError(
+            f"{type(model).__name__} must map ids [B, T] to logits [B, T, V], got {found}"
+        )
+    return logits
