@@ -21,7 +21,7 @@ from quantize import jobs, script, training
 from quantize.compression.recipe import Recipe
 from quantize.jobs.presets import PRESETS, VARIANTS, recipes
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

@@ -452,7 +452,7 @@ def child(*arguments, launcher=()):
     command = [sys.executable, *launcher, str(script), *map(str, arguments)]
     environment = {
         **os.environ,
-        "PYTHONPATH": str(Path(__file__).parents[1]),
+        "PYTHONPATH": str(Path(__file__).parents[2]),
         "OMP_NUM_THREADS": "1",
     }
     return subprocess.Popen(

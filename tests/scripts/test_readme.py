@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 BLOCKS = re.findall(
-    r"```python\n(.*?)```", Path(__file__).parents[1].joinpath("README.md").read_text(), re.DOTALL
+    r"```python\n(.*?)```", Path(__file__).parents[2].joinpath("README.md").read_text(), re.DOTALL
 )
 
 

@@ -553,7 +553,7 @@ def test_a_folder_without_a_tokenizer_is_named(tmp_path):
 @pytest.fixture
 def script(monkeypatch):
     """The script `kv_cache.py` as a module."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[3]))
     return importlib.import_module("kv_cache")
 
 

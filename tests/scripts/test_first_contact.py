@@ -17,7 +17,7 @@ from quantize.jobs import caching
 from quantize.script import in_words
 from quantize.training import Progress, ProgressPrinter
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def raised(action) -> Exception:
