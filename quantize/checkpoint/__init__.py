@@ -15,7 +15,7 @@ before a tensor is read.
 Left out: sharding, encryption, big-endian machines, optimizer state (see training/resuming.py).
 """
 
-from quantize.checkpoint.atomic import atomic_write
+from quantize.atomic import atomic_write
 from quantize.checkpoint.building import Bounded, assign
 from quantize.checkpoint.model import architecture, load, read_metadata, read_record, save, summary
 from quantize.checkpoint.opening import CheckpointError, blaming

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from quantize.checkpoint.atomic import atomic_write
+from quantize.atomic import atomic_write
 from quantize.checkpoint.opening import CheckpointError, from_json, require
 from quantize.checkpoint.versions import upgraded
 

@@ -197,7 +197,7 @@ def test_killed_writer_is_cleaned_up_after(tmp_path):
         "with m.atomic_write(sys.argv[2]) as f:\n    f.write(b'half'); f.flush(); "
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    source = Path(sys.modules["quantize.checkpoint.atomic"].__file__)
+    source = Path(sys.modules["quantize.atomic"].__file__)
     assert subprocess.run([sys.executable, "-c", code, source, path]).returncode == -9
     assert path.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 2
     with atomic_write(path) as outer:

@@ -166,7 +166,7 @@ class Step:
     """
 
     def __init__(self, model: DecoderLM, *, narrow: bool = True):
-        self.model, self.run, self.narrow = model, library().decode, narrow
+        self.model, self.run, self.narrow = model, library().functions, narrow
         self.most_threads = usable_cores()  # one beyond the quota stops, and all others wait for it
         self.kept: list[object] = []  # what the pointers point to
         config = model.config

@@ -15,9 +15,10 @@ from quantize.compression.int4 import quantize_weights
 from quantize.compression.int8 import quantize_dynamic
 from quantize.compression.low_rank import factorize_low_rank
 from quantize.models import MLP, DecoderConfig, DecoderLM, MLPConfig
+from quantize.native import build
 from quantize.nn.int4 import Int4Linear
 from quantize.nn.int8 import Int8Linear
-from quantize.run.decoding import DecodingLM, build, for_decoding
+from quantize.run.decoding import DecodingLM, for_decoding
 from quantize.run.decoding.torchscript import merge_linears
 from quantize.run.generate import generate, generate_stream
 from quantize.run.kv_cache import KVCache
@@ -33,7 +34,7 @@ KINDS = {
 }
 
 
-NATIVE = pytest.mark.skipif(build._compiler() is None, reason="needs a C++ compiler")
+NATIVE = pytest.mark.skipif(build.compiler() is None, reason="needs a C++ compiler")
 BACKENDS = [pytest.param("native", marks=NATIVE), "torchscript"]
 
 

@@ -22,17 +22,19 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import quantize
 from quantize.models import DecoderConfig, DecoderLM
-from quantize.run.decoding import build, native, passes
+from quantize.native import build
+from quantize.run.decoding import native, passes
+from quantize.run.decoding.build import STEP
 from quantize.run.generate import generate, generate_stream
 from quantize.run.kv_cache import KVCache
 
-pytestmark = pytest.mark.skipif(build._compiler() is None, reason="needs a C++ compiler")
+pytestmark = pytest.mark.skipif(build.compiler() is None, reason="needs a C++ compiler")
 PROMPT = torch.tensor([[1, 2, 3, 4, 5]])
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _compiled() -> None:
-    build.library()
+    build.library(STEP)
 
 
 def decoder(seed: int = 0, **changes: object) -> DecoderLM:
@@ -438,8 +440,8 @@ def test_compiling_waits_until_it_pays(monkeypatch, tmp_path):
     once.
     """
     compiled, content = [], b"not a library"
-    monkeypatch.setattr(build, "_outcome", None)
-    monkeypatch.setattr(build, "_compile", lambda command: compiled.append(1) or content)
+    monkeypatch.setattr(build, "_outcomes", {})
+    monkeypatch.setattr(build, "_compile", lambda code, command: compiled.append(1) or content)
     monkeypatch.setattr(passes, "_run_without", 0)
     monkeypatch.setattr(passes, "WORTH_COMPILING", 100)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

@@ -16,10 +16,12 @@ import pytest
 import torch
 
 from quantize.models import DecoderConfig, DecoderLM
-from quantize.run.decoding import build, for_decoding
+from quantize.native import build, cache
+from quantize.run.decoding import for_decoding, structs
+from quantize.run.decoding.build import STEP
 from quantize.run.generate import generate
 
-pytestmark = pytest.mark.skipif(build._compiler() is None, reason="needs a C++ compiler")
+pytestmark = pytest.mark.skipif(build.compiler() is None, reason="needs a C++ compiler")
 
 
 def decoder() -> DecoderLM:
@@ -32,13 +34,11 @@ def decoder() -> DecoderLM:
 @pytest.fixture(scope="module")
 def content() -> bytes:
     """The compiled library, taken from the user's cache where it lies there."""
-    if build.library().note is None:
-        path, folder = build._open_folder()
+    if build.library(STEP).note is None:
+        path, folder = cache.open_folder()
         os.close(folder)
-        return (path / f"step-{build._key(tuple(build._compiler()))}.so").read_bytes()[
-            : -build.DIGEST_BYTES
-        ]
-    return build._compile(build._compiler())
+        return (path / build.file_name(STEP, build.compiler())).read_bytes()[: -cache.DIGEST_BYTES]
+    return build._compile(STEP, build.compiler())
 
 
 class Compiler:
@@ -47,7 +47,7 @@ class Compiler:
     def __init__(self, content: bytes):
         self.content, self.calls = content, 0
 
-    def __call__(self, command: list[str]) -> bytes:
+    def __call__(self, code: build.Code, command: list[str]) -> bytes:
         self.calls += 1
         time.sleep(0.2)
         return self.content
@@ -60,15 +60,15 @@ def compiler(content: bytes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     """
     stand_in = Compiler(content)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(build, "_outcome", None)
+    monkeypatch.setattr(build, "_outcomes", {})
     monkeypatch.setattr(build, "_compile", stand_in)
     return stand_in
 
 
 def load(monkeypatch: pytest.MonkeyPatch, **options: bool) -> build.Library | None:
     """What a new process would get."""
-    monkeypatch.setattr(build, "_outcome", None)
-    return build.library(**options)
+    monkeypatch.setattr(build, "_outcomes", {})
+    return build.library(STEP, **options)
 
 
 def kept_file(folder: Path) -> Path:
@@ -85,7 +85,7 @@ def test_one_file_is_kept_and_used_again(compiler, monkeypatch, tmp_path):
         assert load(monkeypatch).note is None
     finally:
         os.umask(before)
-    assert load(monkeypatch).decode and compiler.calls == 1
+    assert load(monkeypatch).functions and compiler.calls == 1
     assert kept_file(tmp_path).stat().st_mode & 0o777 == 0o600
     assert (tmp_path / "quantize").stat().st_mode & 0o777 == 0o700
 
@@ -131,8 +131,8 @@ def test_a_file_that_is_not_this_users_alone_is_not_read(
     if kind == "writable by others":
         path.chmod(0o666)
     if kind == "of another user":
-        monkeypatch.setattr(build, "_fault", _other_user_for_files)
-    assert load(monkeypatch).decode and compiler.calls == 2
+        monkeypatch.setattr(cache, "fault", _other_user_for_files)
+    assert load(monkeypatch).functions and compiler.calls == 2
     assert path.is_file() and not path.is_symlink()
 
 
@@ -148,7 +148,7 @@ def test_a_folder_that_others_may_write_to_is_not_used(mode, compiler, monkeypat
     file = kept_file(tmp_path).stat()
     found = load(monkeypatch)
     assert (
-        found.decode
+        found.functions
         and f"may be written by others (mode {mode:o})" in found.note
         and compiler.calls == 2
     )
@@ -188,13 +188,11 @@ def test_where_nothing_can_be_kept(compiler, monkeypatch, tmp_path):
 
 def test_libraries_of_another_version_are_refused(content, monkeypatch, compiler):
     """Structs of other sizes, and a library without the function."""
-    monkeypatch.setattr(
-        "quantize.run.decoding.structs.STRUCTS", build.decode_function.__globals__["STRUCTS"][::-1]
-    )
+    monkeypatch.setattr(structs, "STRUCTS", structs.STRUCTS[::-1])
     with pytest.raises(OSError, match="structs of"):
         load(monkeypatch)
     with pytest.raises(OSError, match="lacks a symbol"):
-        build.decode_function(__import__("ctypes").CDLL(None))
+        structs.decode_function(__import__("ctypes").CDLL(None))
 
 
 def test_threads_and_processes_share_one_compilation(compiler, monkeypatch, tmp_path):
@@ -202,21 +200,23 @@ def test_threads_and_processes_share_one_compilation(compiler, monkeypatch, tmp_
     of the folder.
     """
     libraries = []
-    threads = [threading.Thread(target=lambda: libraries.append(build.library())) for _ in range(8)]
+    threads = [
+        threading.Thread(target=lambda: libraries.append(build.library(STEP))) for _ in range(8)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert len(set(map(id, libraries))) == 1 and compiler.calls == 1
     kept_file(tmp_path).unlink()
-    path, folder = build._open_folder()
-    with build._one_builder(folder):  # another process compiles
-        monkeypatch.setattr(build, "_outcome", None)
-        waiting = threading.Thread(target=build.library)
+    path, folder = cache.open_folder()
+    with cache.one_builder(folder, build.COMPILER_S):  # another process compiles
+        monkeypatch.setattr(build, "_outcomes", {})
+        waiting = threading.Thread(target=build.library, args=(STEP,))
         waiting.start()
         time.sleep(0.3)
-        name = f"step-{build._key(tuple(build._compiler()))}.so"
-        assert waiting.is_alive() and build._keep(compiler.content, path / name) is None
+        name = build.file_name(STEP, build.compiler())
+        assert waiting.is_alive() and cache.keep(compiler.content, path / name) is None
     os.close(folder)
     waiting.join()
     assert compiler.calls == 1
@@ -245,7 +245,7 @@ def test_a_compiler_that_hangs_or_fails(script, reason, monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", str(program))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(build, "COMPILER_S", 1.0)
-    monkeypatch.setattr(build, "_outcome", None)
+    monkeypatch.setattr(build, "_outcomes", {})
     for _ in range(2):
         fast = for_decoding(decoder())
         assert fast.backend == "torchscript" and reason in fast.reason
@@ -258,7 +258,7 @@ def test_a_compiler_that_hangs_or_fails(script, reason, monkeypatch, tmp_path):
 
 def test_without_a_compiler(monkeypatch):
     """Then TorchScript runs, unless native was asked for; `generate` runs the model as it is."""
-    monkeypatch.setattr(build, "_outcome", None)
+    monkeypatch.setattr(build, "_outcomes", {})
     monkeypatch.setattr(build.shutil, "which", lambda name: None)
     fast = for_decoding(decoder())
     assert fast.backend == "torchscript" and "no C++ compiler" in fast.reason
