@@ -20,6 +20,7 @@ from quantize.compression.recipe import (
 )
 from quantize.measuring.comparison import Measurement, measure
 from quantize.models import MLP, ConvNet, ConvNetConfig, DecoderConfig, DecoderLM, MLPConfig
+from quantize.models.opening import open_model, save_folder
 from quantize.run.decoding import for_decoding
 from quantize.run.fusion import fold, fuse
 from quantize.run.generate import generate, generate_stream
@@ -57,12 +58,14 @@ __all__ = [
     "load",
     "make_student",
     "measure",
+    "open_model",
     "prune_ln_structured",
     "quantize_dynamic",
     "quantize_weights",
     "read_metadata",
     "recover",
     "save",
+    "save_folder",
     "summary",
     "to_half",
 ]

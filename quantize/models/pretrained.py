@@ -105,7 +105,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises CheckpointError for a file that is missing, isn't JSON, or asks for sizes that no tensor
     has; ValueError, naming key and value, for what isn't supported.
     """
-    raw = _read_json(folder / "config.json")
+    raw = read_json(folder / "config.json")
     family = raw.get("model_type")
     if family not in FAMILIES:
         raise ValueError(f"model_type is {family!r}; supported: {', '.join(FAMILIES)}")
@@ -133,7 +133,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     head_dim = raw.get("head_dim") or (128 if family == "qwen3" else raw["hidden_size"] // heads)
     theta, frequencies, scale = _rope(raw, head_dim)
     generation = folder / "generation_config.json"
-    ends = _read_json(generation).get("eos_token_id") if generation.is_file() else None
+    ends = read_json(generation).get("eos_token_id") if generation.is_file() else None
     return {
         "vocab_size": raw["vocab_size"],
         "width": raw["hidden_size"],
@@ -280,7 +280,7 @@ def _files(folder: Path) -> dict[Path, set[str] | None]:
             )
         return {folder / "model.safetensors": None}
     files: dict[Path, set[str] | None] = {}
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: has no weight_map")
     for name, shard in weight_map.items():
@@ -310,7 +310,8 @@ def our_name(name: str) -> str:
     return name
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises CheckpointError, naming the path, for anything else."""
     with blaming(path):
         with open_regular(path) as file:
             text = file.read(MAX_JSON + 1)

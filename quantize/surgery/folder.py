@@ -38,7 +38,7 @@ class _Guarded:
         """As the model's own `save_pretrained`. Raises ValueError where the folder would be read
         back as another model.
         """
-        reason = _unlike_its_config(self.model)
+        reason = unlike_its_config(self.model)
         if reason is not None:
             raise ValueError(
                 f"a folder can't hold this {type(self.model).__name__}, it would be read back "
@@ -48,7 +48,7 @@ class _Guarded:
         return type(self.model).save_pretrained(self.model, *args, **kwargs)
 
 
-def _unlike_its_config(model: nn.Module) -> str | None:
+def unlike_its_config(model: nn.Module) -> str | None:
     """How the tensors of `model` differ from those of a model that its config builds; None if they
     don't.
     """
