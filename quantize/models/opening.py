@@ -129,7 +129,11 @@ def _open_published(folder: Path) -> nn.Module:
         raise CheckpointError(f"{folder}: transformers has no {str(names[0])[:80]!r}")
     with blaming(folder), _quiet(transformers):
         opened, info = cls.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False, output_loading_info=True
+            folder,
+            local_files_only=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # told by name below
+            output_loading_info=True,
         )
         _refuse_gaps(info)
     return opened.eval()
@@ -137,10 +141,15 @@ def _open_published(folder: Path) -> nn.Module:
 
 def _refuse_gaps(info: dict[str, Any]) -> None:
     """Raise CheckpointError where weights were missing and would be random numbers."""
-    for kind, words in (("missing_keys", "are missing"), ("mismatched_keys", "have other shapes")):
-        names = sorted(str(name) for name in info.get(kind) or ())
-        if names:
-            raise CheckpointError(f"{len(names)} weights {words}, {names[0]!r} among them")
+    missing = sorted(info.get("missing_keys") or ())
+    if missing:
+        raise CheckpointError(f"the weights of {missing[0]!r} are missing ({len(missing)} in all)")
+    mismatched = sorted(info.get("mismatched_keys") or ())
+    if mismatched:
+        name, found, wanted = mismatched[0]
+        raise CheckpointError(
+            f"{name!r} has shape {list(found)}, where config.json asks for {list(wanted)}"
+        )
 
 
 def _from_config(folder: Path, class_name: str) -> nn.Module:

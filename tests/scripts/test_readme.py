@@ -1,4 +1,4 @@
-"""The Python in the README runs as it stands there."""
+"""The Python in the README and in docs/ runs as it stands there."""
 
 from __future__ import annotations
 
@@ -7,11 +7,28 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
-BLOCKS = re.findall(
-    r"```python\n(.*?)```", Path(__file__).parents[2].joinpath("README.md").read_text(), re.DOTALL
-)
+import quantize
+
+ROOT = Path(__file__).parents[2]
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+}
+
+
+def blocks(page: str) -> list[str]:
+    """The Python of a page, with fewer steps of recovery."""
+    found = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    shorter = {"steps=200": "steps=2", "Recover(200)": "Recover(2)", "Recover(160)": "Recover(2)"}
+    for long, short in shorter.items():
+        found = [block.replace(long, short) for block in found]
+    return found
 
 
 class MyNet(nn.Sequential):
@@ -25,25 +42,61 @@ class MyNet(nn.Sequential):
             nn.Conv2d(32, 64, 3, stride=4),
             nn.ReLU(),
             nn.Flatten(),
+            nn.Linear(1024, 1024),
+            nn.ReLU(),
             nn.Linear(1024, 10),
         )
 
 
-@pytest.mark.slow
-def test_examples_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """All examples, in order, with fewer steps of recovery; the last line of each gives what the
-    text promises.
-    """
+@pytest.fixture
+def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
+    """What the reader has: a class, two folders of published models, a metric."""
     monkeypatch.chdir(tmp_path)
-    names: dict[str, object] = {"MyNet": MyNet}
-    first, second, recipe = BLOCKS
-    assert "steps=200" in first and "Recover(200)" in recipe
-    exec(first.replace("steps=200", "steps=2"), names)
-    assert "speedup" in capsys.readouterr().out and (tmp_path / "small.safetensors").exists()
-    exec(second, names)
+    torch.manual_seed(0)
+    bert = transformers.BertForSequenceClassification(transformers.BertConfig(**SIZES))
+    bert.save_pretrained("my_bert")
+    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES))
+    llama.save_pretrained("SmolLM2-135M")
+    inputs = {"input_ids": torch.arange(32).view(2, 16)}
+    return {"MyNet": MyNet, "inputs": inputs, "accuracy": lambda model: {"accuracy": 0.5}}
+
+
+@pytest.mark.slow
+def test_examples_of_the_readme_run(names, capsys):
+    """All examples, in order; each gives what the text promises."""
+    folder, network, language, cache, recipe = blocks("README.md")
+    exec(folder, names)
+    assert "speedup" in capsys.readouterr().out
+    output = names["again"](**names["inputs"]).logits
+    assert torch.equal(output, names["small"](**names["inputs"]).logits)
+    exec(network, names)
+    printed = capsys.readouterr().out
+    assert "speedup" in printed and "pruned: " in printed and "int8: " in printed
+    image = torch.randn(1, 3, 64, 64)
+    assert torch.equal(names["again"](image), names["small"](image))
+    batches = names["batches"]
+    exec(language, names)
+    assert names["ids"].shape == (1, 67)
+    exec(cache, names)
     assert names["ids"].shape == (1, 19)
-    exec(recipe.replace("Recover(200)", "Recover(2)"), names)
+    names |= {"model": MyNet().eval(), "batches": batches}
+    exec(recipe, names)
     assert "recover: " in capsys.readouterr().out
+    assert names["recipe"].name == "pruned+recovered+int8"
+
+
+@pytest.mark.slow
+def test_examples_of_the_page_for_newcomers_run(names):
+    """Each takes the place of what another tool does, on a model that has something for all."""
+    batches = [torch.randn(2, 3, 64, 64) for _ in range(2)]
+    names |= {
+        "quantize": quantize,
+        "torch": torch,
+        "model": MyNet().eval(),
+        "batches": batches,
+        "inputs": batches[0],
+    }
+    for block in blocks("docs/coming_from.md"):
+        exec(block, names)
+    assert Path("fused.pt").is_file()
     assert names["recipe"].name == "pruned+recovered+int8"
