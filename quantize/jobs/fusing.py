@@ -24,14 +24,12 @@ from quantize.host import describe_machine, machine
 from quantize.measuring.comparison import Measurement
 from quantize.measuring.comparison import compare as measure_files
 from quantize.measuring.plot import bar_chart
-from quantize.models import ConvNet, DecoderLM
 from quantize.run.fusion import BACKENDS, Contender, compare
 from quantize.run.fusion.backends import open_file
 from quantize.run.fusion.equality import difference, outputs, race
 
 SUFFIXES = {"torchscript": ".pt", "inductor": ".pt2", "onnxruntime": ".onnx", "openvino": ".xml"}
 MOST_NAMES = 8  # of operators, in a line
-MOST_TOKENS = 128
 
 Result = dict[str, Any]
 
@@ -58,35 +56,23 @@ def fuse_file(path: Path, out: Path, *, backend: str, batch: int, threads: int) 
     model = checkpoint.load(path)
     say = partial(print, "fusing:", file=sys.stderr, flush=True)
     names = BACKENDS if backend == "auto" else (backend,)
-    rows = compare(model, example(model, batch), names=names, progress=say)
+    rows = compare(model, model.example_inputs(batch), names=names, progress=say)
     present = [row for row in rows[1:] if row.model is not None]
     if not present:
         raise ValueError("; ".join(row.reason for row in rows[1:]))
     best = min(present, key=lambda row: row.latency_ms)
     target = write(best.model, out, best.backend)
-    result = _facts(model, best, example(model, batch), path, target)
+    result = _facts(model, best, model.example_inputs(batch), path, target)
     result["left_out"] = {row.backend: row.reason for row in rows if row.reason}
     contenders = {row.backend: row.model for row in rows if row.model is not None}
     for size in sorted({1, batch}):
-        inputs = example(model, size)
+        inputs = model.example_inputs(size)
         _measure(result, contenders, inputs, path, target, threads)
     with atomic_write(target.with_suffix(".png")) as file:
         file.write(bar_chart(result["latency_ms"], "ms per call"))
     with atomic_write(target.with_suffix(".json")) as file:
         file.write((json.dumps(result, indent=2) + "\n").encode())
     return result
-
-
-def example(model: nn.Module, batch: int) -> torch.Tensor:
-    """Random inputs: ids [B, 128], images [B, C, 28, 28] or vectors [B, in_features]."""
-    generator = torch.Generator().manual_seed(0)
-    config = model.config
-    if isinstance(model, DecoderLM):
-        shape = (batch, min(MOST_TOKENS, config.max_length))
-        return torch.randint(0, config.vocab_size, shape, generator=generator)
-    if isinstance(model, ConvNet):
-        return torch.rand(batch, config.in_channels, 28, 28, generator=generator)
-    return torch.rand(batch, config.in_features, generator=generator)
 
 
 def kernel_calls(model: nn.Module, inputs: torch.Tensor) -> Counter[str]:

@@ -25,7 +25,6 @@ from quantize import surgery
 from quantize.calibration import call
 from quantize.checkpoint import CheckpointError, load
 from quantize.host import peak_rss_mb
-from quantize.models import MLP, ConvNet, DecoderLM
 
 _WARM_UP_CALLS, _WARM_UP_SECONDS = (
     3,
@@ -82,7 +81,8 @@ class Artifact:
                 ).eval()  # eval mode and packed weights must not reach the caller's
             size = sum(t.numel() * t.element_size() for t in stored_tensors(self.module))
         if self.example_inputs is None:
-            self.example_inputs = default_inputs(self.module)
+            make = getattr(self.module, "example_inputs", None)
+            self.example_inputs = make() if callable(make) else None
         parameters = sum(t.numel() for t in stored_tensors(self.module))
         return {
             "bytes": size,
@@ -216,23 +216,6 @@ def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
         for node in graph.findAllNodes("prim::Constant"):
             if node.hasAttribute("value") and node.kindOf("value") == "t":
                 yield node.t("value")
-
-
-def default_inputs(model: Any) -> Any:
-    """One example for a built-in model (256 tokens, a 28x28 image, a vector), what
-    `model.example_inputs()` says, or None.
-    """
-    generator = torch.Generator().manual_seed(0)
-    if isinstance(model, DecoderLM):
-        return torch.randint(
-            model.config.vocab_size, (1, min(256, model.config.max_length)), generator=generator
-        )
-    if isinstance(model, ConvNet):
-        return torch.randn(1, model.config.in_channels, 28, 28, generator=generator)
-    if isinstance(model, MLP):
-        return torch.randn(1, model.config.in_features, generator=generator)
-    make = getattr(model, "example_inputs", None)
-    return make() if callable(make) else None
 
 
 def as_metrics(result: Any) -> dict[str, float]:

@@ -206,6 +206,12 @@ class DecoderLM(nn.Module):
             model.head.weight = model.embedding.weight
         return model.eval()
 
+    def example_inputs(self, batch: int = 1) -> Tensor:
+        """Random ids [batch, T], always the same; T is 256, or the longest context if less."""
+        length = min(256, self.config.max_length)
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(self.config.vocab_size, (batch, length), generator=generator)
+
     def rope_frequencies(self) -> Tensor:
         """Radians per position of each pair of dimensions, fp32 [head_dim / 2]."""
         config = self.config

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -58,6 +59,11 @@ class ConvNet(nn.Module):
         self.blocks = nn.Sequential(*blocks)
         self.head = nn.Linear(channels, config.classes)
 
+    def example_inputs(self, batch: int = 1) -> Tensor:
+        """Random images [batch, C, 28, 28], always the same."""
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(batch, self.config.in_channels, 28, 28, generator=generator)
+
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.blocks(self.stem(images)).mean(dim=(2, 3)))
 
@@ -79,6 +85,11 @@ class MLP(nn.Module):
             layers += [nn.Linear(narrow, wide), nn.ReLU()]
         self.layers = nn.Sequential(*layers)
         self.head = nn.Linear(widths[-1], config.classes)
+
+    def example_inputs(self, batch: int = 1) -> Tensor:
+        """Random vectors [batch, in_features], always the same."""
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(batch, self.config.in_features, generator=generator)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.layers(x.flatten(1)))

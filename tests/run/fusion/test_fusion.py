@@ -427,7 +427,6 @@ def test_script_fuses_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[
     import json
 
     import fusion
-    from quantize.jobs.fusing import example
 
     model = seeded(quantize.ConvNet(quantize.ConvNetConfig(widths=(8, 16))))
     quantize.save(model, tmp_path / "model.pth")
@@ -441,7 +440,7 @@ def test_script_fuses_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[
     report = json.loads((tmp_path / "model_fused.json").read_text())
     assert report["kernel_calls"]["fused"] < report["kernel_calls"]["eager"]
     assert max(report["difference"].values()) <= 1e-5
-    x = example(model, 2)
+    x = model.example_inputs(2)
     assert_close(
         torchscript.load(str(tmp_path / "model_fused.pt"))(x), first_tensor(call(model, x))
     )
