@@ -5,20 +5,20 @@ and same compute time.
     uv run python benchmarks/distillation.py --task digits --threads 1
     uv run python benchmarks/distillation.py --task text --teacher artifacts/model.pth --threads 1
 
-Students, all of the architecture that `make_student` gives, a quarter of the teacher:
-  scratch            the task's loss, from random weights logits             distilled, from the
-  same random weights logits + hidden    the same, and the hidden states after each block (text) or
-  stage (digits) matched start              the task's loss, from the teacher's weights
-  (`make_student`) start + logits     distilled, from the teacher's weights start + hidden     the
-  same, and the hidden states matched scratch, longer    the task's loss, from random weights, for
-  the steps that fit into the time of `start + logits`
+Students, all of the architecture that `make_student` gives, a quarter of the teacher: scratch
+  the task's loss, from random weights logits             distilled, from the same random weights
+  logits + hidden    the same, and the hidden states after each block (text) or stage (digits)
+  matched start              the task's loss, from the teacher's weights (`make_student`) start +
+  logits     distilled, from the teacher's weights start + hidden     the same, and the hidden
+  states matched scratch, longer    the task's loss, from random weights, for the steps that fit
+  into the time of `start + logits`
 All see the same batches in the same order. Those that start from the teacher use the default rates
 of `distill`, those from random weights the rates at which the teacher was trained. What a step
-costs, the teacher's forward included, is measured once before training: the variants take turns, a
-few steps each, in seconds of CPU time of this process (with one thread that is the time it would
-take on an idle core), and the median counts. Rows are appended to
-benchmarks/results/distillation.csv; those that are there already aren't run again. The plot lies
-beside it.
+costs, the teacher's forward included, is
+measured once before training: the variants take turns, a few steps each, in seconds of CPU time of
+this process (with one thread that is the time it would take on an idle core), and the median
+counts. Rows are appended to benchmarks/results/distillation.csv; those that are there already
+aren't run again. The plot lies beside it.
 """
 
 from __future__ import annotations

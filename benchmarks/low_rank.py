@@ -10,7 +10,7 @@ Three ways at the same budget, on the block linears:
   whitened by the second moment of the inputs in the original model (DRONE, SVD-LLM) ours
   quantize.factorize_low_rank
 The wide decoder has random weights: it is large enough for arithmetic to decide, and has no quality
-to lose.
+    to lose.
 
 Each row is measured on the saved file in a fresh process, on text that was held out of training;
 calibration text is training text. Rows go to benchmarks/results/low_rank.csv and low_rank_wide.csv,

@@ -9,7 +9,7 @@ writes in place, chance, control flow). The oracles:
 
 - pruned: the full-sized twin with zeros in the removed places;
 - low rank, int8, int4: the original with each layer's weight replaced by the dense weight that the
-  layer stands for;
+    layer stands for;
 - half: the original with rounded parameters;
 - fused: the original;
 - each of them saved and loaded: the result in memory, bit for bit.
@@ -17,8 +17,8 @@ writes in place, chance, control flow). The oracles:
 Allowed is what the original itself does when its weights are off by as much as the technique
 rounds: a graph that turns the last bit of a weight into another answer can't be told from a wrong
 one. Models run several calls, from their first state. Printed are counts of ok, refused (by
-message), crash, hang and silent difference; the exit code is 1 if there is one of the last three.
-Left out: speed, back ends other than TorchScript.
+message), crash, hang and silent difference; the exit code is 1 if there is one of the
+last three. Left out: speed, back ends other than TorchScript.
 """
 
 from __future__ import annotations

@@ -162,10 +162,10 @@ def cpu_quota(groups: str, mount: Path = Path("/sys/fs/cgroup")) -> float:
     """Seconds of CPU time per second that control groups (versions 1 and 2) allow; infinite where
     none sets a limit.
 
-    Args: groups: the text of /proc/self/cgroup, a line `number:controllers:path` per hierarchy. The
-        group itself and all above
-            it are asked; in a container the path is often another machine's, and only the root is
-            there.
+    Args:
+        groups: the text of /proc/self/cgroup, a line `number:controllers:path` per hierarchy. The
+            group itself and all above it are asked; in a container the path is often another
+            machine's, and only the root is there.
         mount: folder of the hierarchies.
     """
     quotas = [math.inf]

@@ -140,7 +140,8 @@ def in_words(error: BaseException) -> str:
     Args:
         error: what was raised, its message of any length.
 
-    Returns: `"artifacts: exists and is not a folder"` instead of `"[Errno 17] File exists:
+    Returns:
+        `"artifacts: exists and is not a folder"` instead of `"[Errno 17] File exists:
         'artifacts'"`; never an empty line.
     """
     message = " ".join(str(error).split())

@@ -40,9 +40,10 @@ def to_half(
         dtype: torch.float16 or torch.bfloat16.
         skip: see `surgery.select`.
 
-    Raises: TypeError: for something that is no nn.Module. ValueError: for another dtype, a model
-        without floating-point parameters, one that is stored in 16 bits already, and a
-            name in `skip` that the model doesn't have.
+    Raises:
+        TypeError: for something that is no nn.Module.
+        ValueError: for another dtype, a model without floating-point parameters, one that is stored
+            in 16 bits already, and a name in `skip` that the model doesn't have.
     """
     if dtype not in HALF_DTYPES.values():
         raise ValueError(f"dtype must be one of {', '.join(HALF_DTYPES)}, got {dtype_name(dtype)}")

@@ -1,9 +1,8 @@
 """Measure an artifact: its size, latency, memory and quality, from the file, loaded again in a
 fresh process.
 
-    quantize.measure("artifacts/int8.pth", inputs, baseline="artifacts/model.pth",
-    evaluate=partial(accuracy, data)) python -m quantize measure artifacts/int8.pth        # one
-    JSON line
+    quantize.measure("int8.pth", inputs, baseline="model.pth", evaluate=partial(accuracy, data))
+    python -m quantize measure artifacts/int8.pth        # one JSON line
 
 Every artifact has a process of its own (`process.py` says how fresh it is). All are alive side by
 side and take turns (A B C A B C ...), one computing at a time, so that a machine that gets slower

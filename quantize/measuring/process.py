@@ -210,9 +210,11 @@ class Worker:
     """A child process that holds one artifact; the same methods as `Artifact`. Close it, or use it
     as a context manager.
 
-    Args: path: the artifact's file; None for a model that is in `things` as `source`. things: what
-        `payload` made of the caller's inputs and functions. timeout_s: for each answer, from the
-        request on; the start has `_START_S` seconds of its own.
+    Args:
+        path: the artifact's file; None for a model that is in `things` as `source`.
+        things: what `payload` made of the caller's inputs and functions.
+        timeout_s: for each answer, from the request on; the start has `_START_S` seconds of its
+            own.
     """
 
     def __init__(

@@ -1,8 +1,9 @@
 """Turn measurements into a report: JSON for machines, Markdown and a plot for people, a table on
 the console.
 
-    report = build_report(compare({"fp32": "model.pth", "int8": "int8.pth"}, inputs, evaluate=...),
-    data={"seed": 0}) write_report(report, "artifacts")      # report.json, report.md, pareto.png
+    measured = compare({"fp32": "model.pth", "int8": "int8.pth"}, inputs, evaluate=...)
+    report = build_report(measured, data={"seed": 0})
+    write_report(report, "artifacts")      # report.json, report.md, pareto.png
     print_report(report)
 
 The first measurement is the baseline of every ratio and change. A row that is larger, slower or

@@ -1,8 +1,8 @@
 """The arithmetic of a dynamic int8 linear layer, on tensors.
 
-    a[m] = max_k |x[m, k]| / 127                       one activation scale per row (token), found
-    when the row arrives q[m, k] = round_half_even(x[m, k] / a[m]) y[m, n] = (float32(sum_k q[m, k]
-    w[n, k]) * s[n]) * a[m] + b[n]
+    a[m] = max_k |x[m, k]| / 127        one activation scale per row (token), when the row arrives
+    q[m, k] = round_half_even(x[m, k] / a[m])
+    y[m, n] = (float32(sum_k q[m, k] w[n, k]) * s[n]) * a[m] + b[n]
 
 The sum is exact in 32-bit integers, and everything else is one IEEE operation at a time in a fixed
 order, so every way of computing it gives the same bits: a row's result depends neither on the other

@@ -43,9 +43,10 @@ def make_student(
 ) -> nn.Module:
     """A smaller copy of `teacher` in eval mode, to be distilled.
 
-    Args: depth: blocks that stay in each stack of like blocks (encoder, decoder, each stage of a
-        convolutional network): a number
-            >= 1 of them, or a fraction in (0, 1). Evenly spaced, the first always among them.
+    Args:
+        depth: blocks that stay in each stack of like blocks (encoder, decoder, each stage of a
+            convolutional network): a number >= 1 of them, or a fraction in (0, 1). Evenly spaced,
+            the first always among them.
         width: fraction in (0, 1] of channels, neurons and heads that stay, chosen by
             `prune_ln_structured`.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments; the student
@@ -54,9 +55,9 @@ def make_student(
             chosen by what they do, and layers are refitted.
         skip: names, globs or types of layers whose channels stay.
 
-    Raises: ValueError: for values out of range, if neither is given, inputs that don't run, a
-        teacher without a stack from which
-            blocks can go, and what `prune_ln_structured` raises.
+    Raises:
+        ValueError: for values out of range, if neither is given, inputs that don't run, a teacher
+            without a stack from which blocks can go, and what `prune_ln_structured` raises.
         TypeError: for arguments of the wrong type.
     """
     if depth is None and width is None:

@@ -63,11 +63,11 @@ def distill(
     relations. Some batches are held out (`batches.Numbered`); what comes back is the best state on
     them, the given one included, and `quantize.summary` says how many steps were worth it.
 
-    Args: batches: re-iterable sequence, gone through again and again, or a function from step to
-        batch. A batch is what both
-            models are called with: a tensor, a tuple of positional or a dict of keyword arguments;
-            with `loss`, a pair of that and the targets. An `attention_mask` [B, T] among keywords
-            leaves padding out.
+    Args:
+        batches: re-iterable sequence, gone through again and again, or a function from step to
+            batch. A batch is what both models are called with: a tensor, a tuple of positional or a
+            dict of keyword arguments; with `loss`, a pair of that and the targets. An
+            `attention_mask` [B, T] among keywords leaves padding out.
         steps: training steps, one batch each.
         temperature: both models' logits are divided by it; > 0. The higher, the more the unlikely
             classes count.
@@ -101,10 +101,10 @@ def distill(
     The teacher runs in eval and inference mode, in bf16 where the student does. A cheaper teacher
     is given as one: `quantize_dynamic(teacher)`.
 
-    Raises: ValueError, TypeError: arguments out of range, names that don't exist, outputs that
-        don't match (other vocabularies or
-            classes), empty batches, a batch on which a model doesn't run, an int8 or 16-bit
-            student.
+    Raises:
+        ValueError, TypeError: arguments out of range, names that don't exist, outputs that don't
+            match (other vocabularies or classes), empty batches, a batch on which a model doesn't
+            run, an int8 or 16-bit student.
         TrainingError: nothing to train, no gradient, or a loss that isn't finite; `error.student`
             is then the student as it was before that step.
     """

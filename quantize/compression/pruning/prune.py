@@ -118,10 +118,12 @@ def prune_ln_structured(
     or can't go (channels that a LayerNorm averages over) stays whole: `summary(model)` names it
     with the reason.
 
-    Args: example_inputs: a tensor, a tuple of positional or a dict of keyword arguments; the model
-        is traced on them. amount: fraction of channels removed, in [0, 1); or a dict to it from the
-        name of a layer whose output channels are
-            removed (or a glob, or a module around layers): then only those are pruned.
+    Args:
+        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments; the model is
+            traced on them.
+        amount: fraction of channels removed, in [0, 1); or a dict to it from the name of a layer
+            whose output channels are removed (or a glob, or a module around layers): then only
+            those are pruned.
         n: order of the norm, > 0 (1, 2, math.inf, ...).
         calibration: re-iterable batches, each like `example_inputs`. With them channels are scored
             by what they feed forward, and the layers that read them are refitted by least squares
@@ -142,10 +144,10 @@ def prune_ln_structured(
         loss: for "taylor", a function (model, batch) -> scalar.
         progress: called with a line for people before each piece of work, with the layer's name.
 
-    Raises: ValueError: for values out of range, names that match nothing or can't be pruned, inputs
-        that don't run, a model that
-            can't be exported, calibration that doesn't run or isn't finite, and when nothing in the
-            model can be pruned.
+    Raises:
+        ValueError: for values out of range, names that match nothing or can't be pruned, inputs
+            that don't run, a model that can't be exported, calibration that doesn't run or isn't
+            finite, and when nothing in the model can be pruned.
         TypeError: for arguments of the wrong type.
 
     Norm criterion: Li et al., arXiv 1608.08710, as in `torch.nn.utils.prune.ln_structured`.

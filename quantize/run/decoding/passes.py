@@ -35,9 +35,11 @@ class NativePasses:
     `reason` says why the model runs its passes itself; None while native code does, or before it
     was asked.
 
-    Args: model: whose passes to run. tokens: how many the caller means to decode. None compiles
-        step.cpp where it isn't kept from before; a number does so
-            only once this process has decoded enough without it (WORTH_COMPILING).
+    Args:
+        model: whose passes to run.
+        tokens: how many the caller means to decode. None compiles step.cpp where it isn't kept from
+            before; a number does so only once this process has decoded enough without it
+            (WORTH_COMPILING).
         narrow: read float32 weights that hold float16 values from a float16 copy.
     """
 

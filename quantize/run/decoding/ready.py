@@ -43,11 +43,14 @@ def for_decoding(model: DecoderLM, *, backend: str | None = None) -> DecodingLM:
             takes native where there is a compiler and every layer is of a kind that it knows, else
             torchscript.
 
-    Returns: A model in eval mode; its `.backend` and `.reason` say which back end and why. With
-        native, the reason says why compiled code isn't kept for the next process, or is None.
+    Returns:
+        A model in eval mode; its `.backend` and `.reason` say which back end and why. With native,
+        the reason says why compiled code isn't kept for the next process, or is None.
 
-    Raises: TypeError: something else than a `DecoderLM`. ValueError: another back end, native where
-        it can't run, or a model whose layers don't fit each other.
+    Raises:
+        TypeError: something else than a `DecoderLM`.
+        ValueError: another back end, native where it can't run, or a model whose layers don't fit
+            each other.
     """
     if not isinstance(model, DecoderLM):
         raise TypeError(f"for_decoding takes a DecoderLM, got {type(model).__name__}")

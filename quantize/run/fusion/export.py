@@ -67,11 +67,13 @@ class Flat(nn.Module):
 def capture(model: nn.Module, example_inputs: Any, changed: Sequence[str] = ()) -> Program:
     """Export a copy of `model` with every size that can vary left free; the model stays as it is.
 
-    Args: changed: names of the attributes that a forward changes, as `state.answers` gives them:
-        tensors among them are carried.
+    Args:
+        changed: names of the attributes that a forward changes, as `state.answers` gives them:
+            tensors among them are carried.
 
-    Raises: CaptureError: `torch.export` can't follow the model, or its state can't be carried; the
-        message says why.
+    Raises:
+        CaptureError: `torch.export` can't follow the model, or its state can't be carried; the
+            message says why.
     """
     named, keyword = named_arguments(model, example_inputs)
     tensors, spec = flatten(named, "example_inputs")

@@ -68,22 +68,24 @@ def fuse(
     from call to call and starts where the model's stands; the model itself, its state and the
     example inputs stay as they are. The result returns what the model returns.
 
-    Args: example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments,
-        on the model's device. backend: `"torchscript"` gives a `torch.jit.ScriptModule` whose file
-        (`.pt`) needs nothing of this package; loaded from
-            the file, an output that is a dataclass or a dict is a dict of tensors without its None
-            fields, its nested parts under dotted names, and a named tuple is a tuple. `"inductor"`
-            (`.pt2`), `"onnxruntime"` (`.onnx`) and `"openvino"` (`.xml` and `.bin`) need their
-            packages; their files take and return flat tensors. `"auto"` builds all that are
-            present, lets them race on the example inputs and takes the fastest that agrees with the
-            model.
+    Args:
+        example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments, on
+            the model's device.
+        backend: `"torchscript"` gives a `torch.jit.ScriptModule` whose file (`.pt`) needs nothing
+            of this package; loaded from the file, an output that is a dataclass or a dict is a dict
+            of tensors without its None fields, its nested parts under dotted names, and a named
+            tuple is a tuple. `"inductor"` (`.pt2`), `"onnxruntime"` (`.onnx`) and `"openvino"`
+            (`.xml` and `.bin`) need their packages; their files take and return flat tensors.
+            `"auto"` builds all that are present, lets them race on the example inputs and takes the
+            fastest that agrees with the model.
         progress: called with a line for people before each stage; a model of some size takes
             minutes.
 
-    Raises: ValueError: a model or submodule in training mode, inputs on another device, control
-        flow that depends on data (unless
-            TorchScript can compile it), state that can't be carried (numbers, lists), a result that
-            differs from the model, and a back end that is unknown or absent.
+    Raises:
+        ValueError: a model or submodule in training mode, inputs on another device, control flow
+            that depends on data (unless TorchScript can compile it), state that can't be carried
+            (numbers, lists), a result that differs from the model, and a back end that is unknown
+            or absent.
         TypeError: inputs or outputs that aren't made of tensors.
     """
     if backend not in (*BACKENDS, "auto"):
