@@ -2,8 +2,8 @@
 what its layers see.
 
 `inputs` has batches, outputs and the distance between two models; `state` what a forward pass may
-change; `statistics` sums over the inputs of layers; `gradients` how much the output depends on each
-layer's.
+change; `observe` single calls of layers; `statistics` sums over their inputs; `gradients` how much
+the output depends on each layer's; `refit` least squares.
 """
 
 from quantize.calibration.gradients import collect_gradients, fisher_loss, gradients_if_any
@@ -21,6 +21,8 @@ from quantize.calibration.inputs import (
     watching,
     without_cache,
 )
+from quantize.calibration.observe import Call, Watch, find_streams, side_by_side
+from quantize.calibration.refit import Regression, compensate, least_squares
 from quantize.calibration.state import untouched
 from quantize.calibration.statistics import (
     Calls,
@@ -35,27 +37,34 @@ from quantize.calibration.statistics import (
 )
 
 __all__ = [
+    "Call",
     "Calls",
     "InputStatistics",
     "PairedStatistics",
+    "Regression",
+    "Watch",
     "arguments",
     "call",
     "check_batches",
     "check_reached",
     "collect",
     "collect_gradients",
+    "compensate",
     "copied",
     "distance",
     "exact",
+    "find_streams",
     "fisher_loss",
     "gradients_if_any",
     "keeps_cache",
+    "least_squares",
     "main_output",
     "on_tensors",
     "output_tensors",
     "reached",
     "relative_error",
     "rows",
+    "side_by_side",
     "trace_calls",
     "untouched",
     "watching",

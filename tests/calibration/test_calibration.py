@@ -8,7 +8,7 @@ from helpers import assert_close, zoo
 from torch import nn
 
 from quantize import calibration
-from quantize.compression.low_rank import errors
+from quantize.compression.low_rank import residuals
 
 
 class TwoInputs(nn.Module):
@@ -133,7 +133,7 @@ def test_pairs_match_row_by_row(model, batches):
     """
     torch.manual_seed(2)
     changed = TwoInputs()
-    seen = errors.collect(changed, model, batches, ["c"], set(), last=None)["c"]
+    seen = residuals.collect(changed, model, batches, ["c"], set(), calls=None)["c"]
     x = torch.cat([torch.relu(changed.a(b) + changed.b(b)).reshape(-1, 5) for b in batches])
     r = torch.cat([torch.relu(model.a(b) + model.b(b)).reshape(-1, 5) for b in batches])
     assert_close(seen.cross_moment, r.T @ x / len(x))
@@ -146,8 +146,9 @@ def test_a_pass_may_end_at_the_last_layer(model, batches):
     model.rare.register_forward_pre_hook(
         lambda *_: pytest.fail("ran a layer after the last one watched")
     )
-    whole = errors.collect(model, model, batches, ["a", "b"], set(), last=None)
-    ended = errors.collect(model, model, [(b, True) for b in batches], ["a", "b"], set(), last="b")
+    whole = residuals.collect(model, model, batches, ["a", "b"], set(), calls=None)
+    both = [(b, True) for b in batches]
+    ended = residuals.collect(model, model, both, ["a", "b"], set(), calls=2)
     for name in whole:
         assert_close(ended[name].cross_moment, whole[name].cross_moment)
 

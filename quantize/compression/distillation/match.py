@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantize.calibration import main_output
+from quantize.calibration import least_squares, main_output
 from quantize.compression.distillation.losses import hidden_loss, relation_loss
 
 Names = Mapping[str, str] | Sequence[str]
@@ -122,11 +122,10 @@ class Projections(nn.ModuleDict):
         s, t = student.detach().float(), teacher.detach().float()
         gram = s.T @ s
         ridge = 1e-2 * gram.diagonal().mean().clamp(min=1e-12)
-        weight = torch.linalg.solve(
-            gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=s.device), s.T @ t
-        )  # [C, D]
+        nothing = s.new_zeros(t.shape[1], s.shape[1])
+        weight = least_squares(gram, t.T @ s, nothing, ridge)  # [D, C]
         linear = nn.Linear(s.shape[1], t.shape[1], bias=False, device=s.device, dtype=s.dtype)
-        linear.weight.data.copy_(weight.T)
+        linear.weight.data.copy_(weight)
         self[_key(name)] = linear
 
     def project(self, name: str, x: Tensor) -> Tensor:

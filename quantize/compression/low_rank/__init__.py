@@ -1,13 +1,13 @@
 """Low-rank factorization: a linear or convolution becomes two smaller ones, fitted to the data that
 runs through it.
 
-`maths` has the formulas, `layers` the pair that replaces a layer, `budget` the ranks, `errors` what
-the compressed model gets wrong before a layer, `factorize` the walk over a model. Left out: scripts
-per architecture; any `nn.Module` is taken as it is. Left out too: one input factor for q, k, v and
-one for gate, up. On the decoder that train.py trains it lost 0.030 bits per byte instead of 0.031
-at a ratio of 0.8, and 0.321 instead of 0.317 at 0.5. And, after timing: factors of which a block is
-the identity, W = P [1; C] B, which hold rank^2 numbers less for the same function. Putting the
-outputs in order costs more than that saves (128 x 128, 2048 rows, 2 threads, half of the
+`maths` has the formulas, `layers` the pair that replaces a layer, `budget` the ranks, `residuals`
+what the compressed model gets wrong before a layer, `factorize` the walk over a model. Left out:
+scripts per architecture; any `nn.Module` is taken as it is. Left out too: one input factor for q,
+k, v and one for gate, up. On the decoder that train.py trains it lost 0.030 bits per byte instead
+of 0.031 at a ratio of 0.8, and 0.321 instead of 0.317 at 0.5. And, after timing: factors of which a
+block is the identity, W = P [1; C] B, which hold rank^2 numbers less for the same function. Putting
+the outputs in order costs more than that saves (128 x 128, 2048 rows, 2 threads, half of the
 parameters: layer 0.37 ms, pair 0.25, identity form 0.78); in the order that needs no gather the
 rows of C were 8 to 23 long instead of 3 to 5, and rounding errors of int8 or fp16 grow by that.
 """

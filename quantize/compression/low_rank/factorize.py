@@ -22,7 +22,7 @@ from torch import nn
 from quantize import calibration as calibrate
 from quantize import surgery
 from quantize.compression.low_rank import budget as budgets
-from quantize.compression.low_rank import errors, maths
+from quantize.compression.low_rank import maths, residuals
 from quantize.compression.low_rank.candidates import check_weights, find_layers, reached
 from quantize.compression.low_rank.notes import write_down
 from quantize.nn import low_rank as pairs
@@ -253,13 +253,13 @@ def _fit(
     groups = [*calls.groups, *([late] if late else [])]
     while groups and all(ranks[name] is None for name in groups[0]):
         del groups[0]
-    streams = errors.find_streams(model, batch, originals) if groups else set()
+    streams = calibrate.find_streams(model, batch, originals) if groups else set()
     once = all(count == 1 for count in calls.counts.values()) and not late
     groups = _merge(groups, max_passes)
     for number, group in enumerate(groups, 1):
         say(f"fitting {', '.join(group)} ({number}/{len(groups)})")
-        seen = errors.collect(
-            result, model, batches, group, streams, last=group[-1] if once else None
+        seen = residuals.collect(
+            result, model, batches, group, streams, calls=len(group) if once else None
         )
         lacking = {name: originals[name] for name in group if name not in moments and ranks[name]}
         gradients = {**moments, **_gradients(model, batches, lacking, loss)}
@@ -281,7 +281,7 @@ def _fit(
 def _fit_layer(
     result: nn.Module,
     layer: nn.Module,
-    seen: errors.Seen,
+    seen: residuals.Seen,
     gradient: torch.Tensor | None,
     rank: int | None,
     split: str,
@@ -296,7 +296,7 @@ def _fit_layer(
         )
     else:
         moment, cross, error = seen.second_moment, seen.cross_moment, seen.error_moment
-    product = maths.compensate(weight, moment, cross, error)
+    product = calibrate.compensate(weight, moment, cross, error)
     if rank is not None:
         first, second, product, split = _factors(layer, product, moment, gradient, rank, split)
     bias = None

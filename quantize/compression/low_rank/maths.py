@@ -23,9 +23,6 @@ from torch import Tensor
 
 INPUT_RIDGE = 1e-6  # times the mean of the diagonal; keeps rank-deficient moments invertible
 GRADIENT_RIDGE = 1e-2  # larger: a direction that moved no output in calibration may still matter
-CROSS_RIDGE = (
-    1e-4  # how strongly a compensated weight is held to the original where there is little data
-)
 
 
 class Factors(NamedTuple):
@@ -157,31 +154,6 @@ def _balance(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     a, b = first.norm(dim=1), second.norm(dim=0)
     scale = torch.where((a > 0) & (b > 0), (b / a.clamp_min(1e-300)).sqrt(), 1.0)
     return first * scale[:, None], second / scale
-
-
-def compensate(
-    weight: Tensor,
-    second_moment: Tensor,
-    cross_moment: Tensor,
-    error_moment: Tensor | None = None,
-    *,
-    ridge: float = CROSS_RIDGE,
-) -> Tensor:
-    """The weight that, on the compressed model's inputs x, comes closest to W r + e, r being the
-    original model's inputs.
-
-    weight [M, K]; second_moment E[x x^T], cross_moment E[r x^T], both [K, K]; error_moment E[e x^T]
-    [M, K], e being what the layer is to add beside its own output. It is (W E[r x^T] + E[e x^T])
-    E[x x^T]^-1, held to W by the ridge. Where nothing was compressed before the layer (x = r, e =
-    0), it is W. float64.
-    """
-    scale = _scale(second_moment)  # inputs of any size: 1e-20 and 1e20 alike
-    pull = ridge * torch.eye(len(second_moment), dtype=torch.float64, device=second_moment.device)
-    factor = cholesky(second_moment.double() / scale, ridge)
-    target = weight.double() @ (cross_moment.double() / scale + pull)
-    if error_moment is not None:
-        target = target + error_moment.double() / scale
-    return torch.cholesky_solve(target.T, factor).T
 
 
 # Ranks.

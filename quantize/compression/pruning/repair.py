@@ -10,15 +10,13 @@ ones give. Memory is bounded by the square of a layer's input width.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
-from quantize.calibration import call, exact, rows, watching, without_cache
+from quantize.calibration import Call, Regression, exact, rows, side_by_side
 
 
 @dataclass
@@ -33,10 +31,6 @@ class Step:
     layers: dict[str, torch.Tensor | None]
     calls: int = 1
     stream: bool = False
-
-
-class _Reached(BaseException):
-    """The layer under repair has seen its input; the rest of the forward pass isn't needed."""
 
 
 def as_matrix(module: nn.Module) -> torch.Tensor | None:
@@ -71,150 +65,6 @@ def _write(module: nn.Module, matrix: torch.Tensor, bias: torch.Tensor | None) -
         module._parameters["bias"].data.copy_(bias)
 
 
-@dataclass
-class Seen:
-    """One call of a layer: its input and output, the tensor that the model goes on with, and what
-    was then added to that.
-    """
-
-    given: torch.Tensor
-    output: torch.Tensor
-    passed_on: torch.Tensor
-    stream: torch.Tensor | None = None
-
-
-class _Additions(TorchFunctionMode):
-    """Ends the pass where the watched output is added to something, and keeps that."""
-
-    def __init__(self, seen: list[Seen]):
-        super().__init__()
-        self.seen = seen
-
-    def __torch_function__(
-        self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
-        if self.seen and len(args) > 1 and getattr(function, "__name__", "") in ADDITIONS:
-            output = self.seen[-1].passed_on
-            for ours, other in ((args[0], args[1]), (args[1], args[0])):
-                tensors = isinstance(ours, torch.Tensor) and isinstance(other, torch.Tensor)
-                if (
-                    tensors
-                    and ours.shape == other.shape == output.shape
-                    and ours.data_ptr() == output.data_ptr()
-                ):
-                    self.seen[-1].stream = other.clone()
-                    raise _Reached
-        return function(*args, **(kwargs or {}))
-
-
-ADDITIONS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
-
-
-def _see(
-    model: nn.Module, names: Sequence[str], batch: Any, calls: int, *, stream: bool = False
-) -> list[Seen]:
-    """The calls of some layers in one pass over a batch; it ends after the last one (with `stream`,
-    after the addition).
-    """
-    seen: list[Seen] = []
-
-    def hook(_: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> None:
-        given = args[0] if args else next(iter(kwargs.values()))
-        seen.append(
-            Seen(given.clone(), output.clone(), output)
-        )  # clones: what follows may write into them
-        if len(seen) == calls and not stream:
-            raise _Reached
-
-    handles = [
-        model.get_submodule(name).register_forward_hook(hook, with_kwargs=True) for name in names
-    ]
-    with (
-        watching(handles, model),
-        without_cache(model),
-        _Additions(seen) if stream else nullcontext(),
-    ):
-        try:
-            call(model, batch)
-        except _Reached:
-            pass
-    return seen
-
-
-RIDGES = (
-    1e-7,
-    1e-5,
-    1e-4,
-    1e-3,
-    1e-2,
-    1e-1,
-    1.0,
-    1e3,
-)  # times the mean input power; the last leaves the weight as it was
-
-
-@dataclass
-class Moments:
-    """Sums over rows of inputs x [K] (a 1 appended where there is a bias) and targets y [out]."""
-
-    count: int = 0
-    outer: torch.Tensor | float = 0.0  # [K, K], sum of x x^T
-    cross: torch.Tensor | float = 0.0  # [out, K], sum of y x^T
-
-    def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        x, y = (
-            x.to(torch.promote_types(x.dtype, y.dtype)),
-            y.to(torch.promote_types(x.dtype, y.dtype)),
-        )
-        self.count += len(x)
-        self.outer = self.outer + (x.T @ x).double()
-        self.cross = self.cross + (y.T @ x).double()
-
-    def __add__(self, other: Moments) -> Moments:
-        return Moments(self.count + other.count, self.outer + other.outer, self.cross + other.cross)
-
-    def error(self, weight: torch.Tensor) -> float:
-        """Sum over rows of |y - W x|^2, up to the part that doesn't depend on W."""
-        return float(((weight @ self.outer) * weight).sum() - 2 * (weight * self.cross).sum())
-
-
-def solve(moments: Moments, start: torch.Tensor, ridge: float, *, bias: bool) -> torch.Tensor:
-    """argmin over W [out, K] of E|y - W x|^2 + ridge * mean(E x^2) * |W - start|^2; the bias, if
-    any, is not pulled.
-
-    The pull goes to `start` and not to zero, so directions that calibration never shows keep the
-    weights they had.
-    """
-    moment, cross = moments.outer / moments.count, moments.cross / moments.count
-    power = moment.diagonal()[:-1] if bias else moment.diagonal()
-    pull = torch.full_like(moment.diagonal(), ridge * float(power.mean().clamp(min=1e-12)))
-    if bias:
-        pull[-1] = 1e-12
-    gap = (cross - start @ moment).T
-    factor, failed = torch.linalg.cholesky_ex(moment + torch.diag(pull))
-    change = (
-        torch.cholesky_solve(gap, factor)
-        if not failed
-        else torch.linalg.lstsq(moment + torch.diag(pull), gap).solution
-    )
-    return start + change.T
-
-
-def fit_weight(halves: tuple[Moments, Moments], start: torch.Tensor, *, bias: bool) -> torch.Tensor:
-    """Ridge regression on both halves of the rows, with the ridge that does best on one half when
-    fitted on the other.
-    """
-    first, second = halves
-    if min(first.count, second.count) == 0:
-        return solve(first + second, start, 1e-2, bias=bias)
-    errors = {
-        ridge: second.error(solve(first, start, ridge, bias=bias))
-        + first.error(solve(second, start, ridge, bias=bias))
-        for ridge in RIDGES
-    }
-    return solve(first + second, start, min(errors, key=errors.__getitem__), bias=bias)
-
-
 def refit(original: nn.Module, pruned: nn.Module, step: Step, batches: Iterable[Any]) -> None:
     """Refit layers of `pruned` to the outputs (those kept) of the same layers of `original`.
 
@@ -223,57 +73,48 @@ def refit(original: nn.Module, pruned: nn.Module, step: Step, batches: Iterable[
     """
     layers = {name: pruned.get_submodule(name) for name in step.layers}
     first = next(iter(layers.values()))
-    biased = first._parameters.get("bias") is not None
-    starts = []
-    for layer in layers.values():
-        start = as_matrix(layer).double()  # type: ignore[union-attr]
-        starts.append(
-            torch.cat([start, layer._parameters["bias"].detach().double()[:, None]], 1)
-            if biased
-            else start
-        )
+    regression = Regression(bias=first._parameters.get("bias") is not None)
     calls = len(layers) if len(layers) > 1 else step.calls
-    halves = (Moments(), Moments())
-    for batch in batches:
-        before = _see(original, list(layers), batch, calls, stream=step.stream)
-        after = _see(pruned, list(layers), batch, calls, stream=step.stream)
+    streams = step.layers if step.stream else ()
+    walk = side_by_side((original, pruned), step.layers, batches, streams=streams, calls=calls)
+    for before, after in walk:
         if len(before) != len(after) or (len(layers) > 1 and len(before) != calls):
             continue  # the batch takes other ways through the two models
         for i in range(0, len(before), len(layers)):
-            x = exact(rows(first, after[i].given))  # [N, K]
-            targets = []
-            for whole, part, outputs in zip(
-                before[i:], after[i:], step.layers.values(), strict=False
-            ):
-                y = _outputs(first, whole.output, outputs)
-                both = (
-                    whole.stream is not None
-                    and part.stream is not None
-                    and whole.stream.shape == part.stream.shape
-                )
-                if both and outputs is None:
-                    y = y + _outputs(first, whole.stream - part.stream, None)
-                targets.append(y)
-            y = torch.cat(targets, 1)  # [N, out]
-            if len(y) != len(x):
-                continue  # the two models route other rows here
-            if biased:
-                x = torch.cat([x, x.new_ones(len(x), 1)], 1)
-            middle = len(x) // 2
-            halves[0].add(x[:middle], y[:middle])
-            halves[1].add(x[middle:], y[middle:])
-    total = halves[0] + halves[1]
-    if total.count == 0:
+            together = slice(i, i + len(layers))
+            x = exact(rows(first, after[i].input))  # [N, K]
+            y = _targets(first, step, before[together], after[together])  # [N, out]
+            if len(y) == len(x):  # else the two models route other rows here
+                regression.add(x, y)
+    if regression.count == 0:
         return
-    if not (torch.isfinite(total.outer).all() and torch.isfinite(total.cross).all()):
+    if not regression.finite():
         raise ValueError(
             f"calibration gives layer {next(iter(layers))!r} inputs or outputs that are not finite"
         )
-    weights = fit_weight(halves, torch.cat(starts), bias=biased).split(
-        [len(start) for start in starts]
-    )
-    for layer, weight in zip(layers.values(), weights, strict=True):
-        _write(layer, *((weight[:, :-1], weight[:, -1]) if biased else (weight, None)))
+    starts = [as_matrix(layer) for layer in layers.values()]
+    sizes = [len(start) for start in starts]
+    weight, bias = regression.fit(torch.cat(starts))
+    weights = weight.split(sizes)
+    biases = [None] * len(sizes) if bias is None else bias.split(sizes)
+    for layer, its_weight, its_bias in zip(layers.values(), weights, biases, strict=True):
+        _write(layer, its_weight, its_bias)
+
+
+def _targets(
+    layer: nn.Module, step: Step, before: Sequence[Call], after: Sequence[Call]
+) -> torch.Tensor:
+    """What layers that read one tensor are to give together, [N, out]; all are of the kind of
+    `layer`.
+    """
+    targets = []
+    for whole, part, kept in zip(before, after, step.layers.values(), strict=True):
+        y = _outputs(layer, whole.output, kept)
+        streams = whole.stream is not None and part.stream is not None
+        if streams and kept is None and whole.stream.shape == part.stream.shape:
+            y = y + _outputs(layer, whole.stream - part.stream, None)
+        targets.append(y)
+    return torch.cat(targets, 1)
 
 
 def _outputs(layer: nn.Module, output: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
@@ -299,30 +140,44 @@ def reestimate(
     et al., arXiv 2211.08403); where they are not (a frozen norm), the difference stays what it was.
     """
     norm = pruned.get_submodule(name)
-    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-    for model, kept in ((original, outputs), (pruned, None)):
-        count, total, square = (
-            0,
-            torch.zeros((), dtype=torch.float64),
-            torch.zeros((), dtype=torch.float64),
-        )
-        for batch in batches:
-            for call_ in _see(model, [name], batch, calls):
-                x = call_.given
-                x = x.movedim(1, -1).reshape(-1, x.shape[1]).double()
-                x = x if kept is None else x[:, kept]
-                count, total, square = count + len(x), total + x.sum(0), square + (x * x).sum(0)
-        if count < 2:
-            return
-        mean = total / count
-        seen.append((mean, (square / count - mean**2).clamp(min=0)))
-    (old_mean, old_variance), (new_mean, new_variance) = seen
-    ratio = torch.where(
-        old_variance > 1e-12, new_variance / old_variance.clamp(min=1e-12), 1.0
-    ).clamp(1e-3, 1e3)
-    shift = (old_mean - norm.running_mean.double()) * ratio.sqrt()
-    norm.running_mean.copy_(new_mean - shift)
+    old, new = _Spread(), _Spread()
+    for before, after in side_by_side((original, pruned), [name], batches, calls=calls):
+        for call in before:
+            old.add(call.input, outputs)
+        for call in after:
+            new.add(call.input, None)
+    if min(old.count, new.count) < 2:
+        return
+    known = old.variance > 1e-12
+    ratio = torch.where(known, new.variance / old.variance.clamp(min=1e-12), 1.0).clamp(1e-3, 1e3)
+    shift = (old.mean - norm.running_mean.double()) * ratio.sqrt()
+    norm.running_mean.copy_(new.mean - shift)
     norm.running_var.copy_(((norm.running_var.double() + norm.eps) * ratio - norm.eps).clamp(min=0))
+
+
+@dataclass
+class _Spread:
+    """Sums over the values of each channel."""
+
+    count: int = 0
+    total: torch.Tensor | float = 0.0  # [C]
+    square: torch.Tensor | float = 0.0  # [C]
+
+    def add(self, x: torch.Tensor, channels: torch.Tensor | None) -> None:
+        """Add x [B, C, ...], of some of the channels."""
+        x = x.movedim(1, -1).reshape(-1, x.shape[1]).double()
+        x = x if channels is None else x[:, channels]
+        self.count += len(x)
+        self.total = self.total + x.sum(0)
+        self.square = self.square + x.square().sum(0)
+
+    @property
+    def mean(self) -> torch.Tensor:
+        return self.total / self.count
+
+    @property
+    def variance(self) -> torch.Tensor:
+        return (self.square / self.count - self.mean**2).clamp(min=0)
 
 
 @torch.no_grad()

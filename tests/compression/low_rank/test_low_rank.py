@@ -16,7 +16,8 @@ from torch import nn
 
 import quantize
 from quantize import surgery
-from quantize.compression.low_rank import errors, factorize_low_rank, maths, summary, timing
+from quantize.calibration import compensate, find_streams
+from quantize.compression.low_rank import factorize_low_rank, maths, summary, timing
 from quantize.nn.int8 import Int8Linear
 from quantize.nn.low_rank import LowRankConv2d, LowRankLinear
 
@@ -155,9 +156,9 @@ def test_compensation_repairs_a_linear_distortion():
     weight, r = torch.randn(5, 8).double(), torch.randn(300, 8).double()
     distort = torch.eye(8).double() + 0.1 * torch.randn(8, 8).double()
     x = r @ distort.T
-    fixed = maths.compensate(weight, x.T @ x / 300, r.T @ x / 300, ridge=1e-12)
+    fixed = compensate(weight, x.T @ x / 300, r.T @ x / 300, ridge=1e-12)
     assert_close(fixed, weight @ torch.linalg.inv(distort), dtype=torch.float32)
-    assert_close(maths.compensate(weight, r.T @ r, r.T @ r), weight)
+    assert_close(compensate(weight, r.T @ r, r.T @ r), weight)
 
 
 def test_compensation_adds_what_is_asked_for():
@@ -169,7 +170,9 @@ def test_compensation_adds_what_is_asked_for():
     )
     s = r.T @ r / 300
     assert_close(
-        maths.compensate(weight, s, s, more @ s, ridge=1e-12), weight + more, dtype=torch.float32
+        compensate(weight, s, s, more @ s, ridge=1e-12),
+        weight + more,
+        dtype=torch.float32,
     )
 
 
@@ -456,7 +459,7 @@ def test_streams_are_found():
 
     model = Parts().train()
     names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
-    assert errors.find_streams(model, torch.randn(3, 8), names) == {"plain", "dropped"}
+    assert find_streams(model, torch.randn(3, 8), names) == {"plain", "dropped"}
     assert model.training and not any(m._forward_hooks for m in model.modules())
 
 
@@ -468,7 +471,7 @@ def test_streams_of_foreign_models_are_found(name, ends):
     """In models that others wrote, the layers that write into the residual stream are known."""
     model, inputs = zoo(name)
     layers = {n: m for n, m in model.named_modules() if type(m).__name__ in ("Linear", "Conv1D")}
-    found = errors.find_streams(model, inputs, layers)
+    found = find_streams(model, inputs, layers)
     assert {n for n in layers if n.endswith(ends) and "pooler" not in n} <= found
     assert not any(n.endswith(("q_proj", "up_proj", "query", "c_attn", "c_fc")) for n in found)
 
@@ -716,7 +719,7 @@ def test_a_layer_that_joins_a_stream_at_its_second_call():
             return y + self.layer(y)
 
     model = Twice()
-    assert errors.find_streams(model, data(64)[0], ["layer"]) == set()
+    assert find_streams(model, data(64)[0], ["layer"]) == set()
     assert list(pairs_in(factorize_low_rank(model, calibration=data(64)))) == ["layer"]
 
 

@@ -1,0 +1,187 @@
+"""The calls of some layers in a forward pass: the input and output of each, and the residual stream
+that its output joins.
+
+A layer joins a stream where its output, as it is, is added to a tensor of its shape that doesn't
+come from it. Layers whose output is first normed or scaled join none: what went wrong in the stream
+can't be undone before that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from quantize.calibration.inputs import call, watching, without_cache
+
+ADDITIONS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
+
+
+@dataclass(eq=False)
+class Call:
+    """One call of a layer. The tensors are copies: what runs later may write into the model's own.
+
+    stream: what the output was then added to, of the output's shape; None where nothing is known
+        of that.
+    """
+
+    name: str
+    input: torch.Tensor
+    output: torch.Tensor
+    stream: torch.Tensor | None = None
+
+
+class _Seen(BaseException):
+    """Ends a forward pass whose remaining layers nobody watches."""
+
+
+@dataclass(eq=False)
+class _Waiting:
+    """A call whose output may yet be added to something.
+
+    output: the tensor that the model goes on with. leaf: in a strict watch, a leaf in the output's
+        place: what has a gradient with respect to it depends on the output.
+    """
+
+    call: Call
+    output: torch.Tensor
+    leaf: torch.Tensor | None
+
+
+class Watch(TorchFunctionMode):
+    """Notes the calls of layers in passes over a model.
+
+    Args:
+        model: what `run` runs, in the mode that it is in.
+        names: modules of it; each takes its input first and gives one tensor.
+        streams: those of `names` whose streams are noted too.
+        calls: number of calls after which a pass may end; None for whole passes.
+        strict: what was computed from the output itself is no stream (GELU's x + 0.04 x^3). To
+            know, passes run with gradients.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        names: Iterable[str],
+        streams: Collection[str] = (),
+        *,
+        calls: int | None = None,
+        strict: bool = False,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.names = list(names)
+        self.streams = set(streams)
+        self.expected = calls
+        self.strict = strict
+        self.calls: list[Call] = []
+        self.waiting: list[_Waiting] = []
+
+    def run(self, batch: Any, run: Callable[[nn.Module, Any], Any] = call) -> list[Call]:
+        """The calls in the order in which they ended, in one pass over `batch`."""
+        self.calls, self.waiting = [], []
+        with ExitStack() as stack:
+            for name in self.names:
+                layer = self.model.get_submodule(name)
+                handle = layer.register_forward_hook(self._hook(name), with_kwargs=True)
+                stack.callback(handle.remove)
+            if self.streams:
+                stack.enter_context(self)
+            try:
+                run(self.model, batch)
+            except _Seen:
+                pass
+        return self.calls
+
+    def _hook(self, name: str) -> Callable[..., torch.Tensor]:
+        def note(_: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> torch.Tensor:
+            given = args[0] if args else next(iter(kwargs.values()))
+            leaf = output.detach().requires_grad_() if self.strict else None
+            output = output if leaf is None else leaf.clone()
+            seen = Call(name, given.detach().clone(), output.detach().clone())
+            self.calls.append(seen)
+            if name in self.streams:
+                self.waiting.append(_Waiting(seen, output, leaf))
+            self._end_if_done()
+            return output
+
+        return note
+
+    def _end_if_done(self) -> None:
+        if len(self.calls) == self.expected and not self.waiting:
+            raise _Seen
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        name = getattr(function, "__name__", "")
+        if self.waiting and name in ADDITIONS and len(args) == 2 and not kwargs:
+            self._note_addition(*args)
+            self._end_if_done()
+        return function(*args, **(kwargs or {}))
+
+    def _note_addition(self, left: Any, right: Any) -> None:
+        if not (isinstance(left, torch.Tensor) and isinstance(right, torch.Tensor)):
+            return
+        if left.shape != right.shape:
+            return
+        for ours, other in ((left, right), (right, left)):
+            for waiting in self.waiting:
+                if not _is_same(waiting.output, ours) or _is_same(waiting.output, other):
+                    continue
+                if not (self.strict and _depends(other, waiting.leaf)):
+                    waiting.call.stream = other.detach().clone()
+                    self.waiting.remove(waiting)
+                break
+
+
+def _is_same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """One tensor, or views of it of one shape (dropout in eval mode gives such)."""
+    return a.shape == b.shape and a.stride() == b.stride() and a.data_ptr() == b.data_ptr()
+
+
+def _depends(y: torch.Tensor, x: torch.Tensor | None) -> bool:
+    if not y.requires_grad:
+        return False
+    try:
+        gradient = torch.autograd.grad(y.sum(), x, retain_graph=True, allow_unused=True)[0]
+    # something was computed in place after it was used: only what lies between the two is asked for
+    except RuntimeError:
+        return True
+    return gradient is not None
+
+
+@torch.enable_grad()
+def find_streams(model: nn.Module, batch: Any, names: Collection[str]) -> set[str]:
+    """Those of the layers `names` whose output joins a stream whenever the layer runs, in eval
+    mode.
+    """
+    with watching((), model):
+        calls = Watch(model, names, names, strict=True).run(batch)
+    alone = {call.name for call in calls if call.stream is None}
+    return {call.name for call in calls} - alone
+
+
+@torch.no_grad()
+def side_by_side(
+    models: Sequence[nn.Module],
+    names: Collection[str],
+    batches: Iterable[Any],
+    *,
+    streams: Collection[str] = (),
+    calls: int | None = None,
+) -> Iterator[list[list[Call]]]:
+    """For each batch, the calls of the layers `names` in each of the models; see `Watch`."""
+    watches = [Watch(model, names, streams, calls=calls) for model in models]
+    for batch in batches:
+        passes = []
+        for watch in watches:
+            with watching((), watch.model), without_cache(watch.model):
+                passes.append(watch.run(batch))
+        yield passes

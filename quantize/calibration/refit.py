@@ -1,0 +1,197 @@
+"""Least squares: the weight with which a layer gives what it is to give, from its present inputs.
+
+Every fit is held to a weight that is known already (the layer's own, or zero), so directions that
+calibration never shows keep what they had.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# candidates of `Regression`, times the mean input power; the last leaves the weight as it was
+RIDGES = (1e-7, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 1e3)
+# taken where there is nothing to try the candidates on
+PLAIN_RIDGE = 1e-2
+# the candidates are compared by so many random mixtures of the outputs
+MIXTURES = 128
+# how strongly a compensated weight is held to the original where there is little data
+CROSS_RIDGE = 1e-4
+
+
+def least_squares(moment: Tensor, cross: Tensor, start: Tensor, ridge: float | Tensor) -> Tensor:
+    """argmin over W [M, K] of E|y - W x|^2 + ridge * |W - start|^2.
+
+    Args:
+        moment: E[x x^T], [K, K]. With covariances here and in `cross`, W goes with a bias.
+        cross: E[y x^T], [M, K].
+        start: the weight that W is held to, [M, K].
+        ridge: how strongly.
+    """
+    gap = (cross - start @ moment).T
+    matrix = moment + ridge * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    if failed:
+        return start + torch.linalg.lstsq(matrix, gap).solution.T
+    return start + torch.cholesky_solve(gap, factor).T
+
+
+def compensate(
+    weight: Tensor,
+    second_moment: Tensor,
+    cross_moment: Tensor,
+    error_moment: Tensor | None = None,
+    *,
+    ridge: float = CROSS_RIDGE,
+) -> Tensor:
+    """The weight that, on the compressed model's inputs x, comes closest to W r + e, r being the
+    original model's inputs. Where nothing was compressed before the layer (x = r, e = 0), it is W.
+
+    Args:
+        weight: W, [M, K].
+        second_moment: E[x x^T], [K, K].
+        cross_moment: E[r x^T], [K, K].
+        error_moment: E[e x^T], [M, K], e being what the layer is to add beside its own output.
+        ridge: how strongly it is held to W, times the mean input power.
+
+    Returns:
+        [M, K], float64.
+    """
+    weight, second_moment = weight.double(), second_moment.double()
+    power = second_moment.diagonal().mean()
+    scale = torch.where(power > torch.finfo(power.dtype).tiny, power, 1.0)  # of any size
+    target = weight @ (cross_moment.double() / scale)
+    if error_moment is not None:
+        target = target + error_moment.double() / scale
+    return least_squares(second_moment / scale, target, weight, ridge)
+
+
+@dataclass
+class Moments:
+    """Sums over rows of inputs x [K] and targets y [M], both less a shift; float64."""
+
+    count: int = 0
+    x: Tensor | float = 0.0  # [K], sum of x
+    y: Tensor | float = 0.0  # [M], sum of y
+    outer: Tensor | float = 0.0  # [K, K], sum of x x^T
+    cross: Tensor | float = 0.0  # [M, K], sum of y x^T
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        self.count += len(x)
+        self.x = self.x + x.sum(0, dtype=torch.float64)
+        self.y = self.y + y.sum(0, dtype=torch.float64)
+        self.outer = self.outer + (x.T @ x).double()
+        self.cross = self.cross + (y.T @ x).double()
+
+    def __add__(self, other: Moments) -> Moments:
+        return Moments(
+            self.count + other.count,
+            self.x + other.x,
+            self.y + other.y,
+            self.outer + other.outer,
+            self.cross + other.cross,
+        )
+
+    @property
+    def means(self) -> tuple[Tensor, Tensor]:
+        return self.x / self.count, self.y / self.count
+
+    def second(self, *, centred: bool) -> tuple[Tensor, Tensor]:
+        """E[x x^T] and E[y x^T]; covariances if `centred`."""
+        outer, cross = self.outer / self.count, self.cross / self.count
+        if not centred:
+            return outer, cross
+        x, y = self.means
+        return outer - torch.outer(x, x), cross - torch.outer(y, x)
+
+
+class Regression:
+    """Ridge regression of targets y [M] on inputs x [K], given in parts.
+
+    The ridge is the one of `RIDGES` that does best on either half of the rows when fitted on the
+    other.
+
+    Args:
+        bias: whether a constant is fitted too; it is held to nothing.
+    """
+
+    def __init__(self, *, bias: bool) -> None:
+        self.bias = bias
+        self.halves = (Moments(), Moments())
+        self.shift: tuple[Tensor, Tensor] | None = None
+        self.power: Tensor | float = 0.0  # sum of x^2
+
+    @property
+    def count(self) -> int:
+        """Rows given so far."""
+        return self.halves[0].count + self.halves[1].count
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Rows x [N, K] and y [N, M]; the first half of them goes to one half of the data."""
+        dtype = torch.promote_types(x.dtype, y.dtype)
+        x, y = x.to(dtype), y.to(dtype)
+        self.power = self.power + x.double().square().sum()
+        if self.bias:  # sums about the mean lose no digits to it
+            self.shift = self.shift or (x.mean(0), y.mean(0))
+            x, y = x - self.shift[0], y - self.shift[1]
+        middle = len(x) // 2
+        self.halves[0].add(x[:middle], y[:middle])
+        self.halves[1].add(x[middle:], y[middle:])
+
+    def finite(self) -> bool:
+        total = self.halves[0] + self.halves[1]
+        return bool(torch.isfinite(total.outer).all() and torch.isfinite(total.cross).all())
+
+    def fit(self, start: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The weight [M, K], held to `start`, and the bias [M] if there is one; float64."""
+        total = self.halves[0] + self.halves[1]
+        start = start.double()
+        power = float(self.power) / (self.count * start.shape[1])
+        ridge = self._best_ridge(start) * max(power, 1e-12)
+        weight = least_squares(*total.second(centred=self.bias), start, ridge)
+        if not self.bias:
+            return weight, None
+        x, y = total.means
+        x, y = x + self.shift[0].double(), y + self.shift[1].double()
+        return weight, y - weight @ x
+
+    def _best_ridge(self, start: Tensor) -> float:
+        first, second = self.halves
+        if min(first.count, second.count) == 0:
+            return PLAIN_RIDGE
+        mix = _mixtures(len(start)).to(start.device)
+        mixed = [self._mixed(half, mix) for half in self.halves]
+        start = mix @ start
+        power = max(float(self.power) / (self.count * start.shape[1]), 1e-12)
+        errors = {}
+        for ridge in RIDGES:
+            there = self._error(*mixed, start, ridge * power)
+            back = self._error(*mixed[::-1], start, ridge * power)
+            errors[ridge] = there + back
+        return min(errors, key=errors.__getitem__)
+
+    def _mixed(self, moments: Moments, mix: Tensor) -> tuple[int, Tensor, Tensor, Tensor, Tensor]:
+        outer, cross = moments.second(centred=self.bias)
+        x, y = moments.means
+        return moments.count, outer, mix @ cross, x, mix @ y
+
+    def _error(self, known: tuple, unseen: tuple, start: Tensor, ridge: float) -> float:
+        """Squared error over the rows of `unseen` of a fit on `known`, up to a constant."""
+        _, outer, cross, x, y = known
+        weight = least_squares(outer, cross, start, ridge)
+        count, outer, cross, x_unseen, y_unseen = unseen
+        error = ((weight @ outer) * weight).sum() - 2 * (weight * cross).sum()
+        if self.bias:
+            error = error + (y_unseen - y - weight @ (x_unseen - x)).square().sum()
+        return count * float(error)
+
+
+def _mixtures(outputs: int) -> Tensor:
+    """[MIXTURES, outputs], of expected Gram matrix 1; the identity where that is smaller."""
+    if outputs <= MIXTURES:
+        return torch.eye(outputs, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.randn(MIXTURES, outputs, generator=generator, dtype=torch.float64)
+    return mix / MIXTURES**0.5
