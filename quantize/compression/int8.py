@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import statistics
-import time
 import warnings
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from quantize import calibration as calibrating
-from quantize import surgery
+from quantize import clock, surgery
 from quantize.compression import smooth
 from quantize.nn import project_attentions, restore_attentions, without_fast_paths
 from quantize.nn.int8 import Int8Linear
@@ -249,14 +250,13 @@ def _microseconds(layer: nn.Module, x: torch.Tensor) -> float:
     """
     size = layer.in_features * layer.out_features * 4
     copies = [copy.deepcopy(layer) for _ in range(min(32, max(1, (32 << 20) // size)))]
-    times = []
-    for _ in range(max(3, 32 // len(copies))):
-        for one in copies:
-            fresh = x.clone()  # else the second call would find its input quantized
-            start = time.perf_counter()
-            one(fresh)
-            times.append(time.perf_counter() - start)
-    return statistics.median(times[len(copies) :]) * 1e6
+    inputs = itertools.cycle([x, x.clone()])  # else the second call would find its input quantized
+
+    def call(one: nn.Module) -> None:
+        one(next(inputs))
+
+    calls = [partial(call, one) for one in copies]
+    return 1e6 * statistics.median(clock.race(calls, least=max(2, 31 // len(copies))))
 
 
 def summary(model: nn.Module) -> dict[str, str]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from quantize import checkpoint
+from quantize import checkpoint, clock
 from quantize.checkpoint import atomic_write
 from quantize.compression.int8 import quantize_dynamic
 from quantize.host import machine
@@ -86,13 +85,17 @@ def show_text(model: nn.Module, text: Text, prompt: str, **options: Any) -> None
         options: of `generate_stream`.
     """
     ids = torch.tensor([text.encode(prompt)], dtype=torch.int64)
-    printer, started = text.printer(), time.perf_counter()
+    printer = text.printer()
     stream = generate_stream(model, ids, **options)
     print(prompt, end="", flush=True)
-    for token in stream:
-        print(printer(int(token)), end="", flush=True)
+
+    def show() -> None:
+        for token in stream:
+            print(printer(int(token)), end="", flush=True)
+
+    _, seconds = clock.timed(show)
     read = ids.shape[1]
-    new, seconds = stream.ids.shape[1] - read, time.perf_counter() - started
+    new = stream.ids.shape[1] - read
     print(f"\n\n[{read} tokens read, {new} written in {seconds:.2f} s]\n")
 
 
@@ -200,21 +203,16 @@ def _speculative(way: Way, ids: Tensor) -> Row:
     new = 2 * TIMED_TOKENS + 1
     stream = generate_stream(way.model, ids, max_new_tokens=new, draft=way.draft, stop_tokens=())
     next(stream)  # the prompt is read
-    started = time.perf_counter()
-    count = sum(1 for _ in stream)
-    mean = 1000 * (time.perf_counter() - started) / count
-    return {"ms_per_token": mean, "guesses_right": stream.accepted / max(1, stream.drafted)}
+    count, seconds = clock.timed(lambda: sum(1 for _ in stream))
+    return {
+        "ms_per_token": 1000 * seconds / count,
+        "guesses_right": stream.accepted / max(1, stream.drafted),
+    }
 
 
 def _timed(step: Callable[[], object], count: int) -> Row:
-    times = []
-    with torch.no_grad():
-        step()
-        for _ in range(count):
-            started = time.perf_counter()
-            step()
-            times.append(1000 * (time.perf_counter() - started))
-    return {"ms_per_token": statistics.median(times)}
+    (median,) = clock.race([step], least=count)
+    return {"ms_per_token": 1000 * median}
 
 
 def check_all(ways: Sequence[Way], ids: Tensor, new: int) -> list[Row]:

@@ -9,7 +9,6 @@ import os
 import shutil
 import sys
 import tempfile
-import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from quantize import checkpoint
+from quantize import checkpoint, clock
 from quantize.checkpoint import atomic_write
 from quantize.host import describe_machine, machine
 from quantize.measuring.comparison import Measurement
@@ -186,9 +185,7 @@ def _engine_cold_start(backend: str, file: Path, inputs: torch.Tensor) -> float:
     """Seconds from the file of another engine to its first answer, in this process, which knows
     it.
     """
-    start = time.perf_counter()
-    open_file(backend, file)(inputs)
-    return time.perf_counter() - start
+    return clock.timed(lambda: open_file(backend, file)(inputs))[1]
 
 
 def _common(counts: Counter[str]) -> str:

@@ -10,10 +10,10 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-import time
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +21,13 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from quantize import surgery
+from quantize import clock, surgery
 from quantize.calibration import call
 from quantize.checkpoint import CheckpointError, load
 from quantize.host import peak_rss_mb
 
-_WARM_UP_CALLS, _WARM_UP_SECONDS = (
-    3,
-    0.2,
-)  # TorchScript still rewrites its graph in the second and third call
+# After the first call: TorchScript still rewrites its graph in the second and third one.
+_WARM_UP_CALLS, _WARM_UP_SECONDS = 2, 0.2
 
 
 class MeasurementError(RuntimeError):
@@ -68,9 +66,7 @@ class Artifact:
             fresh = self._fresh
             if fresh is not None:
                 fresh = copy.deepcopy(fresh) if isinstance(fresh, nn.Module) else fresh()
-            start = time.perf_counter()
-            self.module = load_artifact(self.path, fresh)
-            load_s = time.perf_counter() - start
+            self.module, load_s = clock.timed(partial(load_artifact, self.path, fresh))
             size = self.path.stat().st_size
         else:
             if isinstance(self.module, nn.Module) and not isinstance(
@@ -95,32 +91,15 @@ class Artifact:
         """First calls; `first_call_ms` and `output_sha256`, the digest of the output (see
         `fingerprint`).
         """
-        start = time.perf_counter()
-        digest = self._guard(
-            "calling it with example_inputs", lambda: fingerprint(self.module, self.example_inputs)
-        )
-        first = time.perf_counter() - start
-        calls = 1
-        while calls < _WARM_UP_CALLS or time.perf_counter() - start < _WARM_UP_SECONDS:
-            self._run()
-            calls += 1
-        return {"first_call_ms": first * 1e3, "output_sha256": digest}
+        first = partial(fingerprint, self.module, self.example_inputs)
+        digest, seconds = clock.timed(partial(self._guard, "calling it with example_inputs", first))
+        left = max(_WARM_UP_SECONDS - seconds, 0.0)
+        clock.race([self._run], least=_WARM_UP_CALLS, seconds=left, warm_up=0)
+        return {"first_call_ms": seconds * 1e3, "output_sha256": digest}
 
     def burst(self, seconds: float) -> list[float]:
-        """Latencies in ms of calls made back to back for about `seconds`, at least one, after one
-        that isn't counted.
-
-        The uncounted call brings the model back into the caches after another artifact had its
-        turn.
-        """
-        self._run()
-        samples: list[float] = []
-        start = time.perf_counter()
-        while not samples or time.perf_counter() - start < seconds:
-            before = time.perf_counter()
-            self._run()
-            samples.append((time.perf_counter() - before) * 1e3)
-        return samples
+        """Latencies in ms of calls made back to back for about `seconds`: see `clock.burst`."""
+        return [1e3 * taken for taken in clock.burst(self._run, seconds)]
 
     def evaluate(self) -> dict[str, float]:
         """The caller's metric on the loaded model, by name; the first one is the one that a report
@@ -137,8 +116,7 @@ class Artifact:
         return peak_rss_mb()
 
     def _run(self) -> None:
-        with torch.no_grad():
-            call(self.module, self.example_inputs, copy=False)
+        call(self.module, self.example_inputs, copy=False)
 
     def _guard(self, doing: str, function: Callable[[], Any]) -> Any:
         try:

@@ -22,15 +22,16 @@ stopwatch:
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import threading
-import time
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from quantize import clock
 
 Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.dtype], torch.Tensor]
 
@@ -303,19 +304,21 @@ def _fastest(m: int, n: int, k: int) -> Kernel:
     q[0], weight[0], weight[-1] = 127, 127, -127
     scale = torch.rand(n, generator=generator, dtype=torch.float32)
     handicap = {int_mm: 1.0, onednn: 1.25} if m < 256 else {int_mm: 1.25, onednn: 1.0}
-    expected, exact = reference(q, weight, scale, torch.float32), {}
+    arguments = (q, weight, scale, torch.float32)
+    expected, exact = reference(*arguments), []
     for candidate in handicap:
         with contextlib.suppress(RuntimeError):  # an operation this build or CPU doesn't have
-            if torch.equal(candidate(q, weight, scale, torch.float32), expected):
-                exact[candidate] = math.inf
-    exact[reference], handicap[reference] = math.inf, 3.0
-    repeats = 20 if m < 64 else 4
-    for candidate in list(exact) * repeats:  # in turns
-        start = time.perf_counter()
-        candidate(q, weight, scale, torch.float32)
-        exact[candidate] = min(
-            exact[candidate], (time.perf_counter() - start) * handicap[candidate]
-        )
-        if candidate is reference and len(exact) > 1 and exact[reference] > 4 * min(exact.values()):
-            break  # it is no match: don't spend more time on it
-    return min(exact, key=exact.__getitem__)
+            if torch.equal(candidate(*arguments), expected):
+                exact.append(candidate)
+    handicap[reference] = 3.0
+    exact.append(reference)
+
+    def costs(kernels: list[Kernel], least: int) -> dict[Kernel, float]:
+        calls = [partial(kernel, *arguments) for kernel in kernels]
+        seconds = clock.race(calls, least=least, warm_up=0)
+        return {k: handicap[k] * s for k, s in zip(kernels, seconds, strict=True)}
+
+    once = costs(exact, 1)
+    hopeful = [kernel for kernel in exact if once[kernel] <= 4 * min(once.values())]
+    found = costs(hopeful, 20 if m < 64 else 4) if len(hopeful) > 1 else once
+    return min(found, key=found.__getitem__)

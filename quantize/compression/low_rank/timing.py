@@ -8,13 +8,13 @@ say nothing about either.
 from __future__ import annotations
 
 import math
-import statistics
-import time
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import nn
 
+from quantize import clock
 from quantize.calibration import untouched
 from quantize.nn import low_rank as pairs
 
@@ -72,13 +72,5 @@ def _no_slower(candidate: nn.Module, layer: nn.Module, x: torch.Tensor) -> bool:
     return pair <= TOLERANCE * original
 
 
-def _seconds(modules: Sequence[nn.Module], x: torch.Tensor, *, repeats: int = 15) -> list[float]:
-    """Medians of alternating runs, so that a change of the machine's load hits all."""
-    times: list[list[float]] = [[] for _ in modules]
-    for turn in range(repeats + 2):
-        for module, taken in zip(modules, times, strict=True):
-            start = time.perf_counter()
-            module(x)
-            if turn >= 2:  # the first ones warm caches up
-                taken.append(time.perf_counter() - start)
-    return [statistics.median(taken) for taken in times]
+def _seconds(modules: Sequence[nn.Module], x: torch.Tensor) -> list[float]:
+    return clock.race([partial(module, x) for module in modules], least=15, warm_up=2)

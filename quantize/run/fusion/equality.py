@@ -4,22 +4,21 @@ sizes.
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from quantize import surgery
+from quantize import clock, surgery
 from quantize.calibration import call, relative_error, untouched
 from quantize.run.fusion.graph import Program
 from quantize.run.fusion.nested import Spec, duplicate, flatten, unflatten
 from quantize.run.fusion.sizes import holds, other_sizes, violating
 from quantize.run.fusion.state import Answers, Call, answers, one_call
 
-_PAUSE_S, _BURST_S = 0.01, 0.05
+_BURST_S = 0.05
 # of the largest value; a model that differs from its float64 twin by more isn't rounded, it's
 # another
 _ROUNDING_AT_MOST = 1e-2
@@ -265,33 +264,16 @@ def check(
     return Checker(model, example_inputs, answers(model, example_inputs), sizes=sizes)(fused)
 
 
-@torch.no_grad()
 def race(
     models: Mapping[str, Callable[..., Any]], inputs: Any, *, seconds: float = 0.4, warm_up: int = 2
 ) -> dict[str, float]:
     """Median milliseconds per call of each model, for about `seconds` each and 5 calls at least.
 
-    The models take turns in bursts. Between two bursts is a pause, because the threads of an engine
-    go on spinning for a while after its call and take the cores from the next one; the first call
-    of a burst wakes the engine's own and doesn't count.
+    They take turns in bursts: see `clock.race`.
     """
-    times: dict[str, list[float]] = {name: [] for name in models}
     tensors, spec = flatten(inputs, "inputs")
     own = unflatten(spec, duplicate(tensors))  # a model may write into them
+    calls = [partial(call, model, own, copy=False) for model in models.values()]
     with torch.random.fork_rng(devices=[]):
-        for _ in range(warm_up):
-            for model in models.values():
-                call(model, own, copy=False)
-        while min(map(len, times.values())) < 5 or sum(
-            map(sum, times.values())
-        ) < 1000 * seconds * len(times):
-            for name, model in models.items():
-                time.sleep(_PAUSE_S)
-                call(model, own, copy=False)
-                burst: list[float] = []
-                while len(burst) < 2 or sum(burst) < 1000 * _BURST_S:
-                    start = time.perf_counter()
-                    call(model, own, copy=False)
-                    burst.append(1000 * (time.perf_counter() - start))
-                times[name] += burst
-    return {name: statistics.median(values) for name, values in times.items()}
+        medians = clock.race(calls, seconds=seconds, burst_s=_BURST_S, warm_up=warm_up)
+    return {name: 1000 * median for name, median in zip(models, medians, strict=True)}
