@@ -28,7 +28,7 @@ import torch
 
 from quantize import script, training
 from quantize.jobs import PRESETS, VARIANTS, prepare
-from quantize.measuring.report import print_report
+from quantize.measuring.table import print_report
 
 
 def flags() -> script.Parser:

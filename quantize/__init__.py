@@ -18,7 +18,8 @@ from quantize.compression.recipe import (
     Recover,
     Student,
 )
-from quantize.measuring.comparison import Measurement, measure
+from quantize.measuring.comparison import measure
+from quantize.measuring.result import Measurement
 from quantize.models import MLP, ConvNet, ConvNetConfig, DecoderConfig, DecoderLM, MLPConfig
 from quantize.models.opening import open_model, save_folder
 from quantize.run.decoding import for_decoding

@@ -20,9 +20,9 @@ from torch import nn
 from quantize import checkpoint, clock
 from quantize.checkpoint import atomic_write
 from quantize.host import describe_machine, machine
-from quantize.measuring.comparison import Measurement
 from quantize.measuring.comparison import compare as measure_files
 from quantize.measuring.plot import bar_chart
+from quantize.measuring.result import Measurement
 from quantize.run.fusion import BACKENDS, Contender, compare
 from quantize.run.fusion.backends import open_file
 from quantize.run.fusion.equality import difference, outputs, race

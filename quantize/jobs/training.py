@@ -20,8 +20,9 @@ from quantize.checkpoint import CheckpointError
 from quantize.compression.recipe import Given, Recipe, make
 from quantize.jobs.presets import PRESETS, Preset, recipes
 from quantize.measuring.artifact import MeasurementError, fingerprint
-from quantize.measuring.comparison import Measurement, compare
+from quantize.measuring.comparison import compare
 from quantize.measuring.report import build_report, write_report
+from quantize.measuring.result import Measurement
 from quantize.models import ConvNet, DecoderConfig, DecoderLM
 from quantize.script import in_words
 from quantize.training import data

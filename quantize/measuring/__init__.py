@@ -2,17 +2,15 @@
 down.
 """
 
-from quantize.measuring.artifact import MeasurementError, fingerprint
-from quantize.measuring.comparison import Latency, Measurement, compare, measure
-from quantize.measuring.report import (
-    build_report,
-    build_rows,
-    higher_is_better,
-    print_report,
-    write_report,
-)
+from quantize.measuring.artifact import Build, MeasurementError, fingerprint
+from quantize.measuring.comparison import compare, measure
+from quantize.measuring.report import build_report, write_report
+from quantize.measuring.result import Latency, Measurement
+from quantize.measuring.rows import build_rows, higher_is_better
+from quantize.measuring.table import print_report
 
 __all__ = [
+    "Build",
     "Latency",
     "Measurement",
     "MeasurementError",

@@ -13,6 +13,7 @@ import math
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,26 @@ class MeasurementError(RuntimeError):
     """
 
 
+@dataclass(frozen=True)
+class Build:
+    """An artifact that the fresh process builds: another engine, or a model too large to send.
+
+    Args:
+        make: called without arguments in the fresh process, or with `file` if there is one; returns
+            what is called on the inputs: a module, or any function around an engine's session. It
+            is sent by cloudpickle, so it may be a lambda or a `functools.partial` of the running
+            script.
+        file: what `make` opens, whose size is measured; None: the size is that of the tensors of
+            the module that `make` returns, and unknown if it is no module.
+    """
+
+    make: Callable[..., Callable[..., Any]]
+    file: str | Path | None = None
+
+    def __call__(self) -> Callable[..., Any]:
+        return self.make() if self.file is None else self.make(Path(self.file))
+
+
 class Artifact:
     """A file or a model in memory, with what it is to be called with. Methods are run in the order
     they stand here.
@@ -46,46 +67,48 @@ class Artifact:
 
     def __init__(
         self,
-        source: str | Path | nn.Module | Callable[..., Any],
+        source: str | Path | nn.Module | Callable[..., Any] | Build,
         example_inputs: Any,
         *,
         evaluate: Callable[[Any], Any] | None = None,
         model: nn.Module | Callable[[], nn.Module] | None = None,
     ):
         self.path = Path(source) if isinstance(source, (str, Path)) else None
-        self.module: Any = None if self.path else source
-        self.name = str(self.path) if self.path else type(source).__name__
+        self.build = source if isinstance(source, Build) else None
+        self.file = Path(source.file) if self.build and source.file else self.path
+        self.in_memory = not (self.path or self.build)
+        self.module: Any = source if self.in_memory else None
+        self.name = str(self.file) if self.file else type(source).__name__
         self.example_inputs, self._evaluate, self._fresh = example_inputs, evaluate, model
 
     def load(self) -> dict[str, Any]:
-        """Make the model usable; `bytes`, `parameters`, and `load_s` for a file (its bytes may be
-        in the page cache).
+        """Make the model usable; `bytes`, `parameters`, and `load_s` for what isn't in memory (its
+        file may be in the page cache).
         """
         load_s = None
         if self.path:
-            fresh = self._fresh
-            if fresh is not None:
-                fresh = copy.deepcopy(fresh) if isinstance(fresh, nn.Module) else fresh()
-            self.module, load_s = clock.timed(partial(load_artifact, self.path, fresh))
-            size = self.path.stat().st_size
-        else:
-            if isinstance(self.module, nn.Module) and not isinstance(
-                self.module, torch.jit.ScriptModule
-            ):
-                self.module = surgery.clone(
-                    self.module
-                ).eval()  # eval mode and packed weights must not reach the caller's
-            size = sum(t.numel() * t.element_size() for t in stored_tensors(self.module))
+            self.module, load_s = clock.timed(partial(load_artifact, self.path, self._instance()))
+        elif self.build:
+            self.module, load_s = clock.timed(partial(self._guard, "building it", self.build))
+            if isinstance(self.module, nn.Module):
+                self.module.eval()
+        elif isinstance(self.module, nn.Module) and not isinstance(
+            self.module, torch.jit.ScriptModule
+        ):  # eval mode and packed weights must not reach the caller's
+            self.module = surgery.clone(self.module).eval()
         if self.example_inputs is None:
             make = getattr(self.module, "example_inputs", None)
             self.example_inputs = make() if callable(make) else None
-        parameters = sum(t.numel() for t in stored_tensors(self.module))
         return {
-            "bytes": size,
-            "parameters": parameters,
+            **_size(self.module, self.file),
             "load_s": load_s,
             "callable": self.example_inputs is not None,
         }
+
+    def _instance(self) -> nn.Module | None:
+        if isinstance(self._fresh, nn.Module):
+            return copy.deepcopy(self._fresh)
+        return self._fresh() if self._fresh else None
 
     def warm_up(self) -> dict[str, Any]:
         """First calls; `first_call_ms` and `output_sha256`, the digest of the output (see
@@ -121,13 +144,22 @@ class Artifact:
     def _guard(self, doing: str, function: Callable[[], Any]) -> Any:
         try:
             return function()
-        except (
-            Exception
-        ) as error:  # whatever somebody's model raises, the message must say which artifact it was
+        except Exception as error:  # of somebody's model; the message must say whose it was
             reason = " ".join(str(error).split())[:300]
             raise MeasurementError(
                 f"{self.name}: {doing} failed: {type(error).__name__}: {reason}"
             ) from error
+
+
+def _size(model: Any, file: Path | None) -> dict[str, int | None]:
+    """`bytes` of the file or of the model's tensors, and its `parameters`; None for what isn't
+    known of an engine.
+    """
+    stored = list(stored_tensors(model))
+    known = isinstance(model, nn.Module)
+    parameters = sum(t.numel() for t in stored) if known else None
+    size = sum(t.numel() * t.element_size() for t in stored) if known else None
+    return {"bytes": file.stat().st_size if file else size, "parameters": parameters}
 
 
 def load_artifact(path: Path, model: nn.Module | None = None) -> Any:
@@ -137,9 +169,8 @@ def load_artifact(path: Path, model: nn.Module | None = None) -> Any:
     check_there(path)
     if _is_torchscript(path):
         try:
-            with (
-                warnings.catch_warnings()
-            ):  # torch.jit is deprecated; files in it are still what people serve
+            with warnings.catch_warnings():
+                # torch.jit is deprecated; files in it are still what people serve
                 warnings.simplefilter("ignore", FutureWarning)
                 return torch.jit.load(str(path), map_location="cpu").eval()
         except Exception as error:
@@ -172,9 +203,8 @@ def stored_tensors(model: Any) -> Iterator[torch.Tensor]:
     """
     if not isinstance(model, nn.Module):
         return
-    seen: dict[
-        tuple[int, int], torch.Tensor
-    ] = {}  # the tensors too, or an id could come back as another one's
+    # the tensors too, or an id could come back as another one's
+    seen: dict[tuple[int, int], torch.Tensor] = {}
     for tensor in _tensors(model):
         address = tensor.data_ptr() if tensor.layout == torch.strided else 0
         key = (address or id(tensor), tensor.numel())

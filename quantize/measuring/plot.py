@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.text import Text
+from matplotlib.text import Annotation, Text
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from matplotlib.transforms import Bbox
 
@@ -162,10 +162,12 @@ def _draw(axes: Axes, points: list, sign: int, floor: float, baseline: str) -> l
         off = sign * value < floor
         y = sign * edge if off else value
         low, high = (spread["p10"], spread["p90"]) if spread else (x, x)
-        color = _COLORS[
-            "baseline" if row["name"] == baseline else "front" if i in front else "other"
-        ]
-        marker = "v" if off else "s" if row["name"] == baseline else "o"
+        kind = "front" if i in front else "other"
+        marker = "o"
+        if row["name"] == baseline:
+            kind, marker = "baseline", "s"
+        marker = "v" if off else marker
+        color = _COLORS[kind]
         axes.plot([low, high], [y, y], color=color, linewidth=1.2, alpha=0.6, clip_on=False)
         axes.plot([x], [y], marker, color=color, markersize=7, clip_on=False, zorder=3)
         drawn.append(
@@ -201,63 +203,67 @@ def _name(axes: Axes, renderer: Any, points: list[_Point]) -> None:
     """Write each name near its point, at the first place where it covers no other name, marker, bar
     or edge.
     """
-
-    def box(x0: float, x1: float, y: float) -> Bbox:
-        (left, middle), (right, _) = axes.transData.transform([(x0, y), (x1, y)])
-        return Bbox.from_extents(left - 6, middle - 6, right + 6, middle + 6)
-
-    taken = [box(p.low, p.high, p.y) for p in points]
+    taken = [_box(axes, point) for point in points]
     frame = axes.get_window_extent(renderer).padded(12)
     for point in points:
-        candidates = []
-        for dx, dy in _OFFSETS:
-            near_end = (
-                point.high
-                if dx > 0 and abs(dy) < 8
-                else point.low
-                if dx < 0 and abs(dy) < 8
-                else point.x
-            )
-            label = axes.annotate(
-                point.text,
-                (near_end, point.y),
-                (dx, dy),
-                textcoords="offset points",
-                fontsize=9,
-                va="center",
-                zorder=4,
-                ha="left" if dx > 0 else "right" if dx < 0 else "center",
-                bbox={"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 0.6},
-                arrowprops={"arrowstyle": "-", "color": _COLORS["other"], "linewidth": 0.6}
-                if abs(dy) > 14
-                else None,
-            )
+        best: tuple[int, Annotation, Bbox] | None = None
+        for offset in _OFFSETS:
+            label = _label(axes, point, offset)
             label.update_positions(renderer)
-            place = Text.get_window_extent(
-                label, renderer
-            )  # the text's alone, without the line to the point
-            inside = (
-                frame.x0 <= place.x0
-                and place.x1 <= frame.x1
-                and frame.y0 <= place.y0
-                and place.y1 <= frame.y1
-            )
-            cost = sum(place.overlaps(other) for other in taken) + (0 if inside else 3)
-            candidates.append((cost, len(candidates), label, place))
+            place = Text.get_window_extent(label, renderer)  # without the line to the point
+            cost = sum(place.overlaps(other) for other in taken)
+            cost += 0 if _inside(place, frame) else 3
+            if best is not None and cost >= best[0]:
+                label.remove()
+                continue
+            if best is not None:
+                best[1].remove()
+            best = (cost, label, place)
             if cost == 0:
                 break
-        best = min(candidates, key=lambda c: c[:2])
-        for candidate in candidates:
-            if candidate is not best:
-                candidate[2].remove()
-        taken.append(best[3])
+        if best is not None:
+            taken.append(best[2])
 
 
+def _box(axes: Axes, point: _Point) -> Bbox:
+    """What a point and its bar cover, in pixels."""
+    ends = [(point.low, point.y), (point.high, point.y)]
+    (left, middle), (right, _) = axes.transData.transform(ends)
+    return Bbox.from_extents(left - 6, middle - 6, right + 6, middle + 6)
+
+
+def _inside(place: Bbox, frame: Bbox) -> bool:
+    across = frame.x0 <= place.x0 and place.x1 <= frame.x1
+    return across and frame.y0 <= place.y0 and place.y1 <= frame.y1
+
+
+def _label(axes: Axes, point: _Point, offset: tuple[int, int]) -> Annotation:
+    """The point's name so many points away from it, or from the near end of its bar; with a line
+    where that is far.
+    """
+    dx, dy = offset
+    x = point.x
+    if abs(dy) < 8:
+        x = point.high if dx > 0 else point.low
+    arrow = {"arrowstyle": "-", "color": _COLORS["other"], "linewidth": 0.6}
+    return axes.annotate(
+        point.text,
+        (x, point.y),
+        offset,
+        textcoords="offset points",
+        fontsize=9,
+        va="center",
+        zorder=4,
+        ha=_ALIGNED[(dx > 0) - (dx < 0)],
+        bbox={"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 0.6},
+        arrowprops=arrow if abs(dy) > 14 else None,
+    )
+
+
+_ALIGNED = {1: "left", 0: "center", -1: "right"}  # by the direction in which a name stands
 # Where a name may stand, in points from its marker: beside it, above, below, then farther away with
 # a line to it.
-_OFFSETS = [(9, 0), (-9, 0), (0, 12), (0, -12), (9, 12), (9, -12), (-9, 12), (-9, -12)] + [
-    (dx, dy)
-    for step in (22, 34, 46, 58, 72, 90)
-    for dy in (step, -step)
-    for dx in (10, -10, 40, -40, 0)
-]
+_OFFSETS = [(9, 0), (-9, 0), (0, 12), (0, -12), (9, 12), (9, -12), (-9, 12), (-9, -12)]
+for _step in (22, 34, 46, 58, 72, 90):
+    for _dy in (_step, -_step):
+        _OFFSETS += [(_dx, _dy) for _dx in (10, -10, 40, -40, 0)]

@@ -23,20 +23,17 @@ from quantize.checkpoint import CheckpointError, save
 from quantize.host import keep_allocations
 from quantize.measuring.artifact import (
     Artifact,
+    Build,
     MeasurementError,
     as_metrics,
     fingerprint,
     stored_tensors,
 )
-from quantize.measuring.comparison import (
-    Measurement,
-    _take_turns,
-    _Turn,
-    compare,
-    latency_of,
-    measure,
-)
-from quantize.measuring.process import Nursery, Worker, pack, pack_inputs, payload
+from quantize.measuring.comparison import compare, measure
+from quantize.measuring.nursery import Nursery
+from quantize.measuring.process import Worker, pack, pack_inputs, payload
+from quantize.measuring.result import Measurement, latency_of
+from quantize.measuring.turns import Turn, take_turns
 from quantize.models import MLP, MLPConfig
 
 QUICK = {"threads": 1, "rounds": 2, "burst_seconds": 0.0}
@@ -170,7 +167,7 @@ def test_both_ways_of_starting(files, monkeypatch, start):
 
 def test_a_nursery_that_dies_is_named(files, tmp_path, monkeypatch):
     """Its last words are in the message."""
-    monkeypatch.setattr(sys.modules[Worker.__module__], "_PACKAGE_PARENT", str(tmp_path))
+    monkeypatch.setattr(sys.modules[Nursery.__module__], "_PACKAGE_PARENT", str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", "")
     (tmp_path / "quantize").mkdir()
     (tmp_path / "quantize" / "__init__.py").write_text("raise ImportError('no torch here')")
@@ -258,6 +255,76 @@ def test_a_model_in_memory_is_not_touched(files):
     assert "in memory" in m.notes[0]
 
 
+class Numpy:
+    """A second engine: reads a weight from a file and multiplies in NumPy."""
+
+    def __init__(self, file):
+        self.weight, self.pid = np.load(file), os.getpid()
+
+    def __call__(self, x):
+        return torch.from_numpy(x.numpy() @ self.weight)
+
+
+@pytest.mark.slow
+def test_another_engine_is_built_in_its_own_process(files, tmp_path):
+    """Beside a file: the size of the file that it opens, its load time, its outputs, its metric; it
+    has no parameters that are known.
+    """
+    weight = torch.linspace(-1, 1, 64).reshape(16, 4)
+    np.save(tmp_path / "weight.npy", weight.numpy())
+    artifacts = {"mlp": files["mlp"], "numpy": Build(Numpy, tmp_path / "weight.npy")}
+    pids = lambda model: {"pid": getattr(model, "pid", 0)}  # noqa: E731
+    base, other = compare(artifacts, INPUTS, evaluate=pids, **QUICK)
+    assert base.metrics == {"pid": 0} and other.metrics["pid"] not in (0, os.getpid())
+    assert other.output_sha256 == fingerprint(Numpy(tmp_path / "weight.npy"), INPUTS)
+    assert other.file == str(tmp_path / "weight.npy") and other.notes == ()
+    assert (other.bytes, other.parameters) == ((tmp_path / "weight.npy").stat().st_size, None)
+    assert other.load_s > 0 and other.peak_rss_mb > 50
+    assert other.speedup == base.latency_ms.median / other.latency_ms.median
+
+
+@pytest.mark.slow
+def test_a_module_can_be_built_too():
+    """In eval mode; without a file its size is that of its tensors, without a module unknown."""
+    builds = [Build(lambda: nn.Sequential(nn.Linear(16, 4), nn.Dropout(0.5))), Build(lambda: abs)]
+    model, function = compare(builds, INPUTS, evaluate=lambda m: getattr(m, "training", 2), **QUICK)
+    assert (model.parameters, model.bytes, model.metrics["metric"]) == (68, 272, 0)
+    assert (function.parameters, function.bytes, function.metrics["metric"]) == (None, None, 2)
+    assert [model.name, function.name] == ["Build", "Build (2)"] and model.notes == ()
+
+
+def no_engine():
+    raise ImportError("no such engine")
+
+
+@pytest.mark.slow
+def test_one_that_fails_can_be_left_out(files):
+    """With its reason, wherever it fails; the others are measured, and the baseline's error is
+    raised as ever.
+    """
+    artifacts = {
+        "base": files["mlp"], "absent": Build(no_engine), "other": files["script"],
+        "narrow": nn.Linear(3, 3), "unscored": nn.Identity(),
+    }  # fmt: skip
+    options = {"keep_going": True, **QUICK}
+    base, absent, other, narrow, unscored = compare(artifacts, INPUTS, evaluate=score, **options)
+    assert base.failed is None and other.failed is None and other.speedup > 0
+    assert "building it failed: ImportError: no such engine" in absent.failed
+    assert "calling it with example_inputs failed" in narrow.failed
+    assert "evaluate failed: RuntimeError: no score" in unscored.failed
+    assert (absent.latency_ms, absent.bytes, absent.metrics, absent.notes) == (None, None, {}, ())
+    with pytest.raises(MeasurementError, match="no such engine"):
+        compare({"absent": Build(no_engine), "base": files["mlp"]}, INPUTS, **options)
+    with pytest.raises(MeasurementError, match="no such engine"):
+        compare({"base": files["mlp"], "absent": Build(no_engine)}, INPUTS, **QUICK)
+
+
+def score(model):
+    if isinstance(model, nn.Identity):
+        raise RuntimeError("no score")
+    return 1.0
+
+
 def test_without_inputs_a_built_in_model_is_still_timed(files):
     """The built-in models know what they take; others are measured without latency, and it is
     said.
@@ -318,12 +385,17 @@ def test_bad_arguments_are_refused(files, tmp_path):
         measure(files["mlp"], INPUTS, timeout_s=-1)
     with pytest.raises(ValueError, match="burst_seconds"):
         measure(files["mlp"], INPUTS, burst_seconds=float("nan"))
-    with pytest.raises(TypeError, match="artifact '7' must be a path or a model, got int"):
+    message = "artifact '7' must be a path, a model or a Build of a function, got int"
+    with pytest.raises(TypeError, match=message):
         compare({"7": 7}, INPUTS)
+    with pytest.raises(TypeError, match=message):
+        compare({"7": Build(7)}, INPUTS)
     with pytest.raises(ValueError, match="artifacts is empty"):
         compare([], INPUTS)
     with pytest.raises(CheckpointError, match="no such file"):
         measure(tmp_path / "missing.pth", INPUTS)
+    with pytest.raises(CheckpointError, match="no such file"):
+        measure(Build(np.load, tmp_path / "missing.npy"), INPUTS)
 
 
 def test_files_of_one_name_stay_apart(files, tmp_path):
@@ -384,13 +456,14 @@ def test_each_round_weighs_the_same(bursts, expected):
     """However many calls fitted into it: one fast round among three is a third."""
     found = latency_of(bursts)
     assert (found.median, found.p10, found.p90) == expected
+    assert found.calls == sum(map(len, bursts))
 
 
 class Timed:
     """Stands for an artifact whose calls take what is written down."""
 
     def __init__(self, bursts):
-        self.bursts, self.path = list(bursts), None
+        self.bursts, self.file = list(bursts), None
 
     def load(self):
         return {"bytes": 1, "parameters": 1, "load_s": None, "callable": True}
@@ -406,8 +479,8 @@ class Timed:
 
 
 def _measured(artifacts: list[Timed], rounds: int) -> list[Measurement]:
-    turns = [_Turn(str(i), artifact, artifact, fresh=False) for i, artifact in enumerate(artifacts)]
-    return _take_turns(turns, 1, rounds, 0.0, lambda line: None)
+    turns = [Turn(str(i), artifact, artifact, fresh=False) for i, artifact in enumerate(artifacts)]
+    return take_turns(turns, rounds, 0.0, lambda line: None, threads=1)
 
 
 @pytest.mark.parametrize(

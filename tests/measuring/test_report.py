@@ -13,15 +13,11 @@ import pytest
 from matplotlib import image
 from rich.console import Console
 
-from quantize.measuring.comparison import Latency, Measurement
 from quantize.measuring.plot import _limits, pareto_plot
-from quantize.measuring.report import (
-    build_report,
-    build_rows,
-    higher_is_better,
-    print_report,
-    write_report,
-)
+from quantize.measuring.report import build_report, write_report
+from quantize.measuring.result import Latency, Measurement
+from quantize.measuring.rows import build_rows, higher_is_better
+from quantize.measuring.table import markdown, print_report
 
 KEYS = (
     "name file bytes bytes_ratio parameters latency_ms speedup metric metric_change load_s "
@@ -102,6 +98,17 @@ def test_what_got_larger_slower_or_worse_is_marked():
     assert int8["notes"] == "slightly worse"
     assert pruned["notes"] == "much worse; not retrained"
     assert broken["notes"] == "larger; worse: bits_per_byte is nan; hand-made"
+
+
+def test_what_failed_has_a_row_that_says_why():
+    """And no numbers; an engine of unknown size has the others."""
+    failed = variant("engine", bytes=None, latency_ms=None, metrics={}, failed="no such engine")
+    unknown = variant("other", bytes=None, parameters=None, speedup=2.0)
+    row, other = build_rows([BASE, failed, unknown])[1:]
+    assert row["notes"] == "failed: no such engine"
+    assert {row[key] for key in ("bytes", "bytes_ratio", "latency_ms", "speedup")} == {None}
+    assert other["bytes_ratio"] is None and other["speedup"] == 2.0 and other["notes"] == ""
+    assert "**failed: no such engine**" in markdown(build_report([BASE, failed]))
 
 
 @pytest.mark.parametrize(

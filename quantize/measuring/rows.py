@@ -1,0 +1,159 @@
+"""The rows of a report: ratios and changes against the first measurement, the baseline, and marks
+for what is larger, slower or worse than it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quantize.measuring.result import Measurement
+
+# A metric is better when higher if one of these is a word of its name; loss, bits_per_byte, error,
+# ... are better lower.
+_HIGHER = set(
+    "accuracy acc top1 top5 f1 score cosine similarity auc precision recall bleu rouge map "
+    "iou".split()
+)
+_SLOWER_BELOW = 0.98  # one model against itself, interleaved, came out at 0.99 and 1.01
+# A change for the worse by more than this share of the baseline's value has this name; less is
+# noise.
+GRADES = {0.1: "much worse", 0.01: "worse", 0.001: "slightly worse"}
+# Metrics that say how many examples a share was taken of.
+_COUNTS = ("examples", "images", "samples", "count", "n")
+
+_PERCENTILES = ("median", "p10", "p90")
+MARKS = ("failed", "larger", "slower", *GRADES.values())
+
+Row = dict[str, Any]
+Report = dict[str, Any]
+
+
+def higher_is_better(metric: str) -> bool:
+    """Whether a metric of this name is better when higher ("accuracy") or lower ("bits_per_byte",
+    "loss").
+    """
+    words = metric.lower().replace("-", "_").split("_")
+    return any(word in _HIGHER for word in words)
+
+
+def build_rows(
+    measurements: Sequence[Measurement],
+    *,
+    notes: Mapping[str, str] | None = None,
+    higher: bool | None = None,
+) -> list[Row]:
+    """One row per measurement; the first one is the baseline.
+
+    Args:
+        measurements: of `compare`.
+        notes: added to a row, by name.
+        higher: whether the metric is better when higher; None: its name tells.
+
+    Returns:
+        Dicts of name, file (without its folder), bytes, bytes_ratio, parameters, latency_ms
+        {median, p10, p90}, speedup, metric {name, value, higher_is_better, also},
+        metric_change (value minus the baseline's), load_s, peak_rss_mb, notes. What wasn't
+        measured, or isn't finite, is None.
+    """
+    if not measurements:
+        raise ValueError("measurements is empty: a report needs at least one row, the baseline")
+    unknown = set(notes or ()) - {m.name for m in measurements}
+    if unknown:
+        raise ValueError(
+            f"notes for rows that aren't there: {sorted(unknown)}; rows: "
+            f"{[m.name for m in measurements]}"
+        )
+    baseline = measurements[0]
+    rows: list[Row] = []
+    for m in measurements:
+        if m.failed is None:
+            rows.append(_row(m, baseline, (notes or {}).get(m.name), higher))
+        else:
+            rows.append(failed_row(m.name, m.failed, rows[0]))
+    return rows
+
+
+def _row(m: Measurement, baseline: Measurement, note: str | None, higher: bool | None) -> Row:
+    name, value = next(iter(m.metrics.items()), (None, None))
+    higher = higher_is_better(name) if higher is None and name else higher
+    before = baseline.metrics.get(name) if name else None
+    change = value - before if value is not None and before is not None else None
+    ratio = m.bytes / baseline.bytes if baseline.bytes and m.bytes is not None else None
+    latency = m.latency_ms and {key: getattr(m.latency_ms, key) for key in _PERCENTILES}
+    marks = []
+    if ratio is not None and ratio > 1:
+        marks.append("larger")
+    if m.speedup is not None and m.speedup < _SLOWER_BELOW:
+        marks.append("slower")
+    if value is not None and not math.isfinite(value):
+        marks.append(f"worse: {name} is {value}")
+    elif change is not None:
+        loss = -change if higher else change
+        noise = _noise(before, value, m.metrics) if higher else 0.0
+        marks += _grade(before, loss, noise)
+    return strict(
+        {
+            "name": m.name,
+            "file": Path(m.file).name if m.file else None,
+            "bytes": m.bytes,
+            "bytes_ratio": ratio,
+            "parameters": m.parameters,
+            "latency_ms": latency,
+            "speedup": m.speedup,
+            "metric": {
+                "name": name,
+                "value": value,
+                "higher_is_better": higher,
+                "also": dict(list(m.metrics.items())[1:]),
+            },
+            "metric_change": change,
+            "load_s": m.load_s,
+            "peak_rss_mb": m.peak_rss_mb,
+            "notes": "; ".join(filter(None, [*marks, note, *m.notes])),
+        }
+    )
+
+
+def failed_row(name: str, reason: str, baseline: Row) -> Row:
+    """The row of what couldn't be made or measured: the reason, and no numbers."""
+    metric = {**baseline["metric"], "value": None, "also": {}}
+    return {**dict.fromkeys(baseline), "name": name, "metric": metric, "notes": f"failed: {reason}"}
+
+
+def _grade(before: float, loss: float, noise: float) -> list[str]:
+    """How much worse than `before` a metric is that has lost `loss`; nothing for noise.
+
+    Without the scores of single examples noise is a convention: a thousandth of the value, and at
+    least `noise`.
+    """
+    if loss <= noise:
+        return []
+    share = loss / abs(before) if before else math.inf
+    return [name for least, name in GRADES.items() if share > least][:1]
+
+
+def _noise(before: float, value: float, metrics: Mapping[str, float]) -> float:
+    """The standard error of a share (accuracy) of as many examples as the metrics say; 0 where they
+    don't.
+    """
+    count = next((metrics[name] for name in _COUNTS if metrics.get(name)), 0)
+    mean = (before + value) / 2
+    return math.sqrt(mean * (1 - mean) / count) if count and 0 <= mean <= 1 else 0.0
+
+
+def strict(value: Any) -> Any:
+    """JSON values: non-finite numbers become None, paths and other objects text."""
+    if isinstance(value, torch.Tensor):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {str(k): strict(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [strict(v) for v in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if isinstance(value, (int, str, type(None))) else str(value)
