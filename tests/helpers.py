@@ -1,5 +1,5 @@
-"""What the tests share: one closeness check with a tolerance per dtype, and a zoo of models that
-others wrote.
+"""What the tests share: one closeness check with a tolerance per dtype, random inputs and small
+models from a seed, and a zoo of models that others wrote.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+
+from quantize.models import DecoderConfig, DecoderLM
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
@@ -46,6 +48,57 @@ def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
     )
 
 
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Normal random numbers, the same for the same seed."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def tokens(*shape: int, vocabulary: int = 61, seed: int = 0) -> torch.Tensor:
+    """Random token ids below `vocabulary`, the same for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(vocabulary, shape, generator=generator)
+
+
+def seeded(build: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
+    """The model that `build` makes with weights drawn from `seed`, in eval mode."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return build().eval()
+
+
+def linear(inputs: int, outputs: int, bias: bool = True, seed: int = 0) -> nn.Module:
+    """A linear layer with weights from a seed."""
+    return seeded(lambda: nn.Linear(inputs, outputs, bias=bias), seed)
+
+
+def mlp(first: int, hidden: int, last: int) -> nn.Sequential:
+    """Two linear layers with GELU between them."""
+    layers = linear(first, hidden), nn.GELU(), linear(hidden, last, seed=1)
+    return nn.Sequential(*layers).eval()
+
+
+def decoder(seed: int = 0, noise: float = 0.3, **changes: Any) -> DecoderLM:
+    """A tiny decoder with `noise` on all its weights, so that tokens differ."""
+    config = {
+        "vocab_size": 61,
+        "width": 32,
+        "layers": 2,
+        "heads": 4,
+        "kv_heads": 2,
+        "ffn_width": 48,
+        "max_length": 64,
+    }
+
+    def build() -> DecoderLM:
+        model = DecoderLM(DecoderConfig(**config | changes))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(noise * torch.randn_like(parameter))
+        return model
+
+    return seeded(build, seed)
+
+
 def call(model: Callable[..., Any], inputs: Any) -> Any:
     """Run a model on example inputs: a tensor, a tuple of positional or a dict of keyword
     arguments.
@@ -80,11 +133,7 @@ _IDS = {"input_ids": torch.arange(24).reshape(2, 12) * 3 % 96}
 
 
 def _pixels(channels: int, size: int) -> dict[str, torch.Tensor]:
-    return {
-        "pixel_values": torch.randn(
-            2, channels, size, size, generator=torch.Generator().manual_seed(0)
-        )
-    }
+    return {"pixel_values": randn(2, channels, size, size)}
 
 
 def _t5() -> tuple[nn.Module, dict[str, torch.Tensor]]:
@@ -124,9 +173,8 @@ def _whisper() -> tuple[nn.Module, dict[str, torch.Tensor]]:
         begin_suppress_tokens=None,
         use_cache=False,
     )
-    features = torch.randn(2, 16, 40, generator=torch.Generator().manual_seed(0))
     return transformers.WhisperForConditionalGeneration(config), {
-        "input_features": features,
+        "input_features": randn(2, 16, 40),
         "decoder_input_ids": _IDS["input_ids"][:, :6],
     }
 

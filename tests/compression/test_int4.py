@@ -10,25 +10,12 @@ import pickle
 import helpers
 import pytest
 import torch
+from helpers import linear, mlp, randn
 from torch import nn
 
 import quantize
 from quantize import quantize_weights, surgery
 from quantize.nn import int4
-
-
-def randn(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def linear(k: int, n: int, bias: bool = True) -> nn.Linear:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return nn.Linear(k, n, bias=bias).eval()
-
-
-def mlp() -> nn.Sequential:
-    return nn.Sequential(linear(64, 96), nn.GELU(), linear(96, 16)).eval()
 
 
 def test_each_weight_is_within_half_a_step():
@@ -79,12 +66,12 @@ def test_transform_follows_the_model_and_its_record():
     """Outputs stay close, the input stays what it was, and the record rebuilds the same bits on a
     fresh model.
     """
-    model, x = mlp(), randn(2, 64)
+    model, x = mlp(64, 96, 16), randn(2, 64)
     before = copy.deepcopy(model.state_dict())
     small = quantize_weights(model, calibration=[randn(64, 64, seed=1)])
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert helpers.cosine(small(x), model(x)) > 0.98
-    fresh = surgery.rebuild(mlp(), surgery.structure(small))
+    fresh = surgery.rebuild(mlp(64, 96, 16), surgery.structure(small))
     fresh.load_state_dict({k: v.clone() for k, v in small.state_dict().items()}, assign=True)
     assert torch.equal(fresh(x), small(x))
     assert torch.equal(pickle.loads(pickle.dumps(small))(x), small(x))
@@ -102,7 +89,7 @@ def test_a_change_in_place_reaches_the_kernel():
 
 def test_traced_and_exported():
     """torch.jit.trace and torch.export run at another batch size, and give the widened product."""
-    model, x = quantize_weights(mlp()), randn(20, 64)
+    model, x = quantize_weights(mlp(64, 96, 16)), randn(20, 64)
     traced = torch.jit.trace(model, randn(3, 64), check_trace=False)
     exported = torch.export.export(
         model, (randn(3, 64),), dynamic_shapes=({0: torch.export.Dim("batch")},)
@@ -123,14 +110,14 @@ def test_the_quick_widening_is_the_weight(group_size):
 def test_what_does_not_fit_is_named():
     """Other bits, odd groups, widths that no group divides, and models with nothing to do."""
     with pytest.raises(ValueError, match="bits must be 4"):
-        quantize_weights(mlp(), bits=3)
+        quantize_weights(mlp(64, 96, 16), bits=3)
     with pytest.raises(ValueError, match="group_size must be one of"):
-        quantize_weights(mlp(), group_size=48)
-    small = quantize_weights(mlp(), group_size=64)
+        quantize_weights(mlp(64, 96, 16), group_size=48)
+    small = quantize_weights(mlp(64, 96, 16), group_size=64)
     assert "no multiple of group_size=64" in small.int4_skipped["2"]
     with pytest.raises(ValueError, match="no linear layer"):
         quantize_weights(nn.Sequential(nn.ReLU()))
-    bad = mlp()
+    bad = mlp(64, 96, 16)
     with torch.no_grad():
         bad[0].weight[0, 0] = float("inf")
     with pytest.raises(ValueError, match="'0' has a weight that is not finite"):

@@ -11,6 +11,7 @@ import threading
 import helpers
 import pytest
 import torch
+from helpers import linear, mlp, randn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -29,20 +30,6 @@ def exact(x: torch.Tensor, layer: Int8Linear) -> torch.Tensor:
     y = (rows / row_scale).round() @ layer.packed.double().t() * layer.scale.double() * row_scale
     y = y if layer.bias is None else y + layer.bias.double()
     return y.reshape(*x.shape[:-1], -1)
-
-
-def linear(k: int, n: int, bias: bool = True, seed: int = 0) -> nn.Linear:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return nn.Linear(k, n, bias=bias).eval()
-
-
-def mlp() -> nn.Sequential:
-    return nn.Sequential(linear(24, 40), nn.GELU(), linear(40, 8, seed=1)).eval()
-
-
-def randn(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def layer_of(k: int, n: int, bias: bool = True) -> Int8Linear:
@@ -281,7 +268,7 @@ def test_traced_and_exported_layers_stay_int8():
     """torch.jit.trace and torch.export give the same bits at another batch size, with the int8
     product inside.
     """
-    model, x = int8.quantize_dynamic(mlp()), randn(5, 24)
+    model, x = int8.quantize_dynamic(mlp(24, 40, 8)), randn(5, 24)
     traced = torch.jit.trace(model, randn(3, 24, seed=1))
     assert "_int_mm" in str(traced.inlined_graph)
     assert torch.equal(traced(x), model(x))
@@ -331,7 +318,7 @@ def test_tied_head_and_table_share_one_int8_weight():
 
 def test_skip_and_summary():
     """A skipped layer stays what it was, and the summary says why."""
-    model = mlp()
+    model = mlp(24, 40, 8)
     small = int8.quantize_dynamic(model, skip=("2",))
     assert type(small[2]) is nn.Linear
     assert int8.summary(small) == {"0": "int8", "2": "named by skip"}
@@ -353,14 +340,14 @@ def test_what_cannot_be_quantized_is_named():
     with pytest.raises(ValueError, match="no linear layer left"):
         int8.quantize_dynamic(nn.Sequential(nn.ReLU()))
     with pytest.raises(ValueError, match="already quantized"):
-        int8.quantize_dynamic(int8.quantize_dynamic(mlp()))
-    bad = mlp()
+        int8.quantize_dynamic(int8.quantize_dynamic(mlp(24, 40, 8)))
+    bad = mlp(24, 40, 8)
     with torch.no_grad():
         bad[2].weight[0, 0] = float("nan")
     with pytest.raises(ValueError, match="'2' has a weight that is not finite"):
         int8.quantize_dynamic(bad)
     with pytest.raises(ValueError, match="head"):
-        int8.quantize_dynamic(mlp(), skip=("head",))
+        int8.quantize_dynamic(mlp(24, 40, 8), skip=("head",))
     with pytest.raises(TypeError, match=r"nn\.Module"):
         int8.quantize_dynamic([1])
 
@@ -523,7 +510,7 @@ class Overflow(nn.Module):
 @pytest.mark.parametrize("place", ["input", "inside"])
 def test_calibration_that_is_not_finite_is_refused(place: str):
     """NaN in a batch, or made inside the model, names the layer that gets it."""
-    model = mlp()
+    model = mlp(24, 40, 8)
     batch = randn(4, 24)
     if place == "input":
         batch[1, 3] = float("nan")
@@ -557,7 +544,7 @@ def test_calibration_measures_the_distance():
     """With batches at hand the summary has the relative distance of the outputs that anybody finds
     on them.
     """
-    model, x = mlp(), randn(16, 24)
+    model, x = mlp(24, 40, 8), randn(16, 24)
     small = int8.quantize_dynamic(model, calibration=[x])
     with torch.no_grad():
         expected = ((small(x) - model(x)).double().norm() / model(x).double().norm()).item()

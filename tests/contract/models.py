@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import transformers
-from helpers import ZOO, zoo
+from helpers import ZOO, randn, zoo
 from torch import nn
 
 from contract import odd_calls as calls
@@ -28,17 +28,13 @@ Maker = Callable[[], Made]
 ROWS = 4
 
 
-def _floats(*shape: int, seed: int = 1) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
 def _ids(length: int = 12, vocabulary: int = 96) -> torch.Tensor:
     return (torch.arange(2 * length).reshape(2, length) * 5 + 1) % vocabulary
 
 
 def _on_rows(cls: Callable[..., nn.Module], *arguments: Any, width: int = 32) -> Maker:
     """A maker of `cls(*arguments)` that is called with one tensor [ROWS, width]."""
-    return lambda: (cls(*arguments), _floats(ROWS, width))
+    return lambda: (cls(*arguments), randn(ROWS, width, seed=1))
 
 
 # ---------------------------------------------------------------------------------------------- the
@@ -64,7 +60,7 @@ def _clip() -> Made:
         "patch_size": 8,
     }
     config = transformers.CLIPConfig(text_config=text, vision_config=sight, projection_dim=32)
-    inputs = {"input_ids": _ids(8), "pixel_values": _floats(2, 3, 16, 16)}
+    inputs = {"input_ids": _ids(8), "pixel_values": randn(2, 3, 16, 16, seed=1)}
     return transformers.CLIPModel(config), inputs
 
 
@@ -95,21 +91,21 @@ def _tied_decoder() -> Made:
 
 
 def _conv_net() -> Made:
-    return ConvNet(ConvNetConfig(widths=(32, 64))), _floats(ROWS, 1, 8, 8)
+    return ConvNet(ConvNetConfig(widths=(32, 64))), randn(ROWS, 1, 8, 8, seed=1)
 
 
 def _mlp() -> Made:
-    return MLP(MLPConfig(in_features=32, hidden=(64, 64))), _floats(ROWS, 32)
+    return MLP(MLPConfig(in_features=32, hidden=(64, 64))), randn(ROWS, 32, seed=1)
 
 
 def _transformer() -> Made:
     model = nn.Transformer(32, 4, 2, 2, 64, batch_first=True)
-    return model, (_floats(2, 6, 32), _floats(2, 5, 32, seed=2))
+    return model, (randn(2, 6, 32, seed=1), randn(2, 5, 32, seed=2))
 
 
 def _encoder() -> Made:
     layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
-    return nn.TransformerEncoder(layer, 2), _floats(2, 6, 32)
+    return nn.TransformerEncoder(layer, 2), randn(2, 6, 32, seed=1)
 
 
 _OWN: dict[str, Maker] = {
@@ -132,7 +128,7 @@ def _after_gradients(cls: Callable[..., nn.Module], *arguments: Any) -> Maker:
     """
 
     def make() -> Made:
-        model, inputs = cls(*arguments), _floats(ROWS, 32)
+        model, inputs = cls(*arguments), randn(ROWS, 32, seed=1)
         with torch.enable_grad():
             model(inputs).sum().backward()
         return model, inputs
@@ -141,11 +137,11 @@ def _after_gradients(cls: Callable[..., nn.Module], *arguments: Any) -> Maker:
 
 
 def _in_dtype(dtype: torch.dtype) -> Maker:
-    return lambda: (layers.Perceptron().to(dtype), _floats(ROWS, 32).to(dtype))
+    return lambda: (layers.Perceptron().to(dtype), randn(ROWS, 32, seed=1).to(dtype))
 
 
 def _lazy() -> Made:
-    return nn.Sequential(nn.LazyLinear(64), nn.ReLU(), nn.LazyLinear(8)), _floats(ROWS, 32)
+    return nn.Sequential(nn.LazyLinear(64), nn.ReLU(), nn.LazyLinear(8)), randn(ROWS, 32, seed=1)
 
 
 def _lazy_after_a_run() -> Made:
@@ -155,28 +151,28 @@ def _lazy_after_a_run() -> Made:
 
 
 def _compiled() -> Made:
-    return torch.compile(layers.Perceptron(), backend="eager"), _floats(ROWS, 32)
+    return torch.compile(layers.Perceptron(), backend="eager"), randn(ROWS, 32, seed=1)
 
 
 def _compiled_in_place() -> Made:
     model = layers.Perceptron()
     model.compile(backend="eager")
-    return model, _floats(ROWS, 32)
+    return model, randn(ROWS, 32, seed=1)
 
 
 def _training() -> Made:
-    return state.Regularized(), _floats(ROWS, 32)
+    return state.Regularized(), randn(ROWS, 32, seed=1)
 
 
 def _partly_training() -> Made:
-    return state.PartlyFrozenNorm(), _floats(ROWS, 32)
+    return state.PartlyFrozenNorm(), randn(ROWS, 32, seed=1)
 
 
 def _many_arguments() -> Made:
-    xs = [_floats(ROWS, 32), _floats(ROWS, 32, seed=2)]
+    xs = [randn(ROWS, 32, seed=1), randn(ROWS, 32, seed=2)]
     return calls.ManyArguments(), {
         "xs": xs,
-        "extra": {"more": _floats(ROWS, 32, seed=3)},
+        "extra": {"more": randn(ROWS, 32, seed=3)},
         "flag": True,
     }
 
@@ -185,7 +181,7 @@ def _replaced_forward() -> Made:
     model = layers.Perceptron()
     model.up = nn.Sequential(model.up, nn.ReLU(), nn.Linear(64, 64))
     model.mid.forward = functools.partial(layers.OwnLinear.forward, model.mid)
-    return model, _floats(ROWS, 32)
+    return model, randn(ROWS, 32, seed=1)
 
 
 _ODD: dict[str, Maker] = {
@@ -209,13 +205,13 @@ _ODD: dict[str, Maker] = {
     "cosine head": _on_rows(layers.CosineHead),
     "lora": _on_rows(layers.Adapted, layers.LowRankAdapter),
     "merging lora": _on_rows(layers.Adapted, layers.MergingAdapter),
-    "experts": lambda: (layers.Experts(), _floats(16, 32)),
-    "dense experts": lambda: (layers.DenseExperts(), _floats(16, 32)),
+    "experts": lambda: (layers.Experts(), randn(16, 32, seed=1)),
+    "dense experts": lambda: (layers.DenseExperts(), randn(16, 32, seed=1)),
     "conv1d of gpt2": _on_rows(layers.Gpt2Layer),
-    "lstm": lambda: (layers.Recurrent(nn.LSTM), _floats(ROWS, 6, 32)),
-    "gru": lambda: (layers.Recurrent(nn.GRU, True), _floats(ROWS, 6, 32)),
-    "group norm": lambda: (layers.GroupNormed(), _floats(ROWS, 3, 8, 8)),
-    "sound": lambda: (layers.Sound(), _floats(ROWS, 4, 32)),
+    "lstm": lambda: (layers.Recurrent(nn.LSTM), randn(ROWS, 6, 32, seed=1)),
+    "gru": lambda: (layers.Recurrent(nn.GRU, True), randn(ROWS, 6, 32, seed=1)),
+    "group norm": lambda: (layers.GroupNormed(), randn(ROWS, 3, 8, 8, seed=1)),
+    "sound": lambda: (layers.Sound(), randn(ROWS, 4, 32, seed=1)),
     "custom function": _on_rows(layers.CustomFunction),
     "own linear": _on_rows(layers.HasOwnLinear),
     "bare parameter": _on_rows(layers.BareParameter),
@@ -225,8 +221,8 @@ _ODD: dict[str, Maker] = {
     "gradients": _on_rows(layers.WithGradients),
     "replaced forward": _replaced_forward,
     "bare linear": _on_rows(nn.Linear, 32, 64),
-    "bare attention": lambda: (calls.SelfAttention(), _floats(2, 6, 32)),
-    "convolutions": lambda: (calls.ImageAndFlag(), _floats(ROWS, 3, 8, 8)),
+    "bare attention": lambda: (calls.SelfAttention(), randn(2, 6, 32, seed=1)),
+    "convolutions": lambda: (calls.ImageAndFlag(), randn(ROWS, 3, 8, 8, seed=1)),
     "assigns buffer": _on_rows(state.AssignsBuffer),
     "changes buffer": _on_rows(state.ChangesBuffer),
     "running mean": _on_rows(state.RunningMean),
@@ -254,7 +250,7 @@ _ODD: dict[str, Maker] = {
     "loops": _on_rows(calls.Loops),
     "keywords only": lambda: (
         calls.KeywordsOnly(),
-        {"x": _floats(ROWS, 32), "scale": _floats(ROWS, 1, seed=2)},
+        {"x": randn(ROWS, 32, seed=1), "scale": randn(ROWS, 1, seed=2)},
     ),
     "many arguments": _many_arguments,
     "dict": _on_rows(calls.AnswersDict),

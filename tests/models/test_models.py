@@ -4,7 +4,7 @@ from dataclasses import asdict
 import pytest
 import torch
 import transformers
-from helpers import assert_close
+from helpers import assert_close, tokens
 from torch.export import Dim, export
 
 from quantize.models import (
@@ -32,10 +32,6 @@ def decoder(**changes):
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return model
-
-
-def ids(*shape):
-    return torch.randint(61, shape, generator=torch.Generator().manual_seed(1))
 
 
 REFERENCES = {
@@ -100,9 +96,9 @@ def test_decoder_matches_transformers(family, tied):
             name = name.replace(theirs, ours)
         weights[name] = value
     model.load_state_dict(weights)
-    tokens = ids(2, 37)
+    text = tokens(2, 37)
     with torch.no_grad():
-        assert (model(tokens) - reference(tokens).logits).abs().max() < 1e-4
+        assert (model(text) - reference(text).logits).abs().max() < 1e-4
 
 
 def test_rope_depends_on_distance_only():
@@ -135,22 +131,22 @@ def test_attention_in_blocks_equals_torch(block):
 def test_traced_bfloat16_decoder_holds_for_every_length():
     """What is traced or exported at one length attends rightly at another, longer than a block."""
     model = decoder().bfloat16().requires_grad_(False)
-    traced = torch.jit.trace(model, (ids(1, 12),), check_trace=False)
+    traced = torch.jit.trace(model, (tokens(1, 12),), check_trace=False)
     shapes = ({0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC},)
-    exported = torch.export.export(model, (ids(2, 12),), dynamic_shapes=shapes).module()
-    tokens = ids(1, 200)
-    expected = model.float()(tokens)
+    exported = torch.export.export(model, (tokens(2, 12),), dynamic_shapes=shapes).module()
+    text = tokens(1, 200)
+    expected = model.float()(text)
     model.bfloat16()
-    for actual in (traced(tokens), exported(tokens)):
+    for actual in (traced(text), exported(text)):
         assert (actual.float() - expected).abs().max() < 0.05 * expected.abs().max()
 
 
 def test_decoder_is_causal():
     """Changing a token changes no logits before it."""
-    model, tokens = decoder(), ids(1, 12)
-    changed = tokens.clone()
+    model, text = decoder(), tokens(1, 12)
+    changed = text.clone()
     changed[0, 7] = (changed[0, 7] + 1) % 61
-    before, after = model(tokens), model(changed)
+    before, after = model(text), model(changed)
     assert torch.equal(before[:, :7], after[:, :7])
     assert not torch.allclose(before[:, 7], after[:, 7])
 
@@ -158,12 +154,12 @@ def test_decoder_is_causal():
 @pytest.mark.parametrize("chunk", [1, 3, 5])
 def test_a_cache_changes_nothing(chunk):
     """Fed in pieces through a cache, the decoder gives the logits of the whole sequence."""
-    model, tokens, pieces = decoder(), ids(2, 15), []
+    model, text, pieces = decoder(), tokens(2, 15), []
     cache = KVCache.for_model(model, batch=2)
     with torch.no_grad():
         for start in range(0, 15, chunk):
-            pieces.append(model(tokens[:, start : start + chunk], cache))
-        assert (torch.cat(pieces, 1) - model(tokens)).abs().max() < 1e-4
+            pieces.append(model(text[:, start : start + chunk], cache))
+        assert (torch.cat(pieces, 1) - model(text)).abs().max() < 1e-4
 
 
 def test_tied_head_is_one_tensor():
@@ -179,7 +175,7 @@ def test_tied_head_is_one_tensor():
 
 def test_a_new_decoder_predicts_evenly():
     """Before training, an untied decoder gives every token the same probability."""
-    logits = DecoderLM(DecoderConfig(**TINY))(ids(1, 4))
+    logits = DecoderLM(DecoderConfig(**TINY))(tokens(1, 4))
     assert torch.equal(logits, torch.zeros(1, 4, 61))
 
 
@@ -240,13 +236,13 @@ def test_decoder_exports_and_traces_with_free_batch_and_length(kind):
         warnings.simplefilter("error", torch.jit.TracerWarning)
         warnings.simplefilter("ignore", FutureWarning)
         exported = export(
-            model, (ids(2, 9),), dynamic_shapes=({0: Dim("batch"), 1: Dim("length")},)
+            model, (tokens(2, 9),), dynamic_shapes=({0: Dim("batch"), 1: Dim("length")},)
         ).module()
-        traced = torch.jit.trace(model, (ids(2, 9),))
+        traced = torch.jit.trace(model, (tokens(2, 9),))
         for shape in ((3, 20), (1, 5)):
-            expected = model(ids(*shape))
-            assert (exported(ids(*shape)) - expected).abs().max() < 1e-5
-            assert (traced(ids(*shape)) - expected).abs().max() < 1e-5
+            expected = model(tokens(*shape))
+            assert (exported(tokens(*shape)) - expected).abs().max() < 1e-5
+            assert (traced(tokens(*shape)) - expected).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize(

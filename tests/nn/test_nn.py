@@ -12,6 +12,7 @@ from pathlib import Path
 import helpers
 import pytest
 import torch
+from helpers import randn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -20,14 +21,6 @@ from quantize.compression.int4 import quantize_weights
 from quantize.nn import WeightReading
 
 FILES = Path(__file__).with_name("files")
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=seeded(seed))
 
 
 class Net(nn.Module):

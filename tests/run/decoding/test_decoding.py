@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import copy
 import pickle
+from functools import partial
 
+import helpers
 import pytest
 import torch
-from helpers import assert_close, cosine, run
+from helpers import assert_close, cosine, run, tokens
 from torch import nn
 
 from quantize.compression.half import to_half
 from quantize.compression.int4 import quantize_weights
 from quantize.compression.int8 import quantize_dynamic
 from quantize.compression.low_rank import factorize_low_rank
-from quantize.models import MLP, DecoderConfig, DecoderLM, MLPConfig
+from quantize.models import MLP, MLPConfig
 from quantize.native import build
 from quantize.nn.int4 import Int4Linear
 from quantize.nn.int8 import Int8Linear
@@ -23,6 +25,7 @@ from quantize.run.decoding.torchscript import merge_linears
 from quantize.run.generate import generate, generate_stream
 from quantize.run.kv_cache import KVCache
 
+decoder = partial(helpers.decoder, noise=0.2)
 KINDS = {
     "fp32": lambda m: m,
     "fp16": to_half,
@@ -36,28 +39,6 @@ KINDS = {
 
 NATIVE = pytest.mark.skipif(build.compiler() is None, reason="needs a C++ compiler")
 BACKENDS = [pytest.param("native", marks=NATIVE), "torchscript"]
-
-
-def decoder(**changes) -> DecoderLM:
-    shape = {
-        "vocab_size": 61,
-        "width": 32,
-        "layers": 2,
-        "heads": 4,
-        "kv_heads": 2,
-        "ffn_width": 48,
-        "max_length": 64,
-    }
-    torch.manual_seed(0)
-    model = DecoderLM(DecoderConfig(**shape | changes)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return model
-
-
-def tokens(*shape: int) -> torch.Tensor:
-    return torch.randint(61, shape, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -12,7 +12,9 @@ import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
+import helpers
 import pytest
 import torch
 from helpers import assert_close
@@ -21,13 +23,14 @@ from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
 import quantize
-from quantize.models import DecoderConfig, DecoderLM
+from quantize.models import DecoderLM
 from quantize.native import build
 from quantize.run.decoding import native, passes
 from quantize.run.decoding.build import STEP
 from quantize.run.generate import generate, generate_stream
 from quantize.run.kv_cache import KVCache
 
+decoder = partial(helpers.decoder, noise=0.2)
 pytestmark = pytest.mark.skipif(build.compiler() is None, reason="needs a C++ compiler")
 PROMPT = torch.tensor([[1, 2, 3, 4, 5]])
 
@@ -35,24 +38,6 @@ PROMPT = torch.tensor([[1, 2, 3, 4, 5]])
 @pytest.fixture(scope="module", autouse=True)
 def _compiled() -> None:
     build.library(STEP)
-
-
-def decoder(seed: int = 0, **changes: object) -> DecoderLM:
-    shape = {
-        "vocab_size": 61,
-        "width": 32,
-        "layers": 2,
-        "heads": 4,
-        "kv_heads": 2,
-        "ffn_width": 48,
-        "max_length": 64,
-    }
-    torch.manual_seed(seed)
-    model = DecoderLM(DecoderConfig(**shape | changes)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return model
 
 
 def eager(model: nn.Module, prompt: object = PROMPT, **options: object) -> torch.Tensor:

@@ -13,7 +13,7 @@ from quantize.run.fusion.equality import difference, outputs
 from quantize.run.fusion.sizes import other_sizes
 
 
-def seeded(model: nn.Module, seed: int = 0) -> nn.Module:
+def randomized(model: nn.Module, seed: int = 0) -> nn.Module:
     """Random weights and BatchNorm statistics, in eval mode."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -23,10 +23,6 @@ def seeded(model: nn.Module, seed: int = 0) -> nn.Module:
                 if name.endswith("running_var"):
                     tensor.abs_().add_(0.5)
     return model.eval()
-
-
-def rand(*shape: int, seed: int = 1) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 class Image(nn.Module):

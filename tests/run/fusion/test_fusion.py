@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from fusion_models import Image, rand, same_at_other_sizes, seeded
-from helpers import ZOO, assert_close, call, first_tensor, run, zoo
+from fusion_models import Image, randomized, same_at_other_sizes
+from helpers import ZOO, assert_close, call, first_tensor, randn, run, zoo
 from torch import nn
 
 import quantize
@@ -55,17 +55,17 @@ def test_zoo_is_equal_at_every_size(name: str, tmp_path: Path) -> None:
 
 def test_extreme_values_pass_through() -> None:
     """Zeros, tiny and huge inputs give what eager gives."""
-    model = seeded(Image())
-    fused = fuse(model, rand(2, 3, 16, 16))
+    model = randomized(Image())
+    fused = fuse(model, randn(2, 3, 16, 16))
     for scale in (0.0, 1e-30, 1e6, 1e30):
-        x = rand(2, 3, 16, 16) * scale
+        x = randn(2, 3, 16, 16) * scale
         assert difference(outputs(fused, x), outputs(model, x)) <= 4e-5
 
 
 @pytest.mark.slow
 def test_file_needs_only_torch(tmp_path: Path) -> None:
     """A process that never imports this package loads the file and gets the same numbers."""
-    model, x = seeded(Image()), rand(2, 3, 16, 16)
+    model, x = randomized(Image()), randn(2, 3, 16, 16)
     fuse(model, x).save(tmp_path / "fused.pt")
     torch.save((x, model(x)), tmp_path / "expected.pt")
     code = (
@@ -87,7 +87,7 @@ def test_file_needs_only_torch(tmp_path: Path) -> None:
 
 def test_loaded_file_can_be_saved_again(tmp_path: Path) -> None:
     """Packed weights come back from a second generation of the file."""
-    model, x = seeded(Image()), rand(2, 3, 16, 16)
+    model, x = randomized(Image()), randn(2, 3, 16, 16)
     fuse(model, x).save(tmp_path / "a.pt")
     torchscript.load(str(tmp_path / "a.pt")).save(tmp_path / "b.pt")
     assert torch.equal(
@@ -122,8 +122,8 @@ def test_fused_models_return_the_model_own_types(tmp_path: Path) -> None:
     without None.
     """
     model, inputs = (
-        seeded(Structured()),
-        {"x": rand(2, 4), "pair": (rand(2, 4), rand(2, 4)), "flag": True},
+        randomized(Structured()),
+        {"x": randn(2, 4), "pair": (randn(2, 4), randn(2, 4)), "flag": True},
     )
     fused = fuse(model, inputs)
     expected = model(**inputs)
@@ -142,7 +142,7 @@ def test_fused_models_return_the_model_own_types(tmp_path: Path) -> None:
 
 def test_fold_returns_what_the_model_returns() -> None:
     """An ordinary module with the model's own output type."""
-    model, inputs = seeded(Structured()), (rand(2, 4), (rand(2, 4), rand(2, 4)))
+    model, inputs = randomized(Structured()), (randn(2, 4), (randn(2, 4), randn(2, 4)))
     folded = fold(model, inputs)
     result = folded(*inputs)
     assert isinstance(folded, nn.Module) and isinstance(result, Answer) and result.loss is None
@@ -157,7 +157,7 @@ def test_containers_come_back_as_they_were(kind: type) -> None:
         def forward(self, x: torch.Tensor) -> Any:
             return {"a": x + 1, "b": x * 2} if kind is dict else kind((x + 1, x * 2))
 
-    x = rand(3, 2)
+    x = randn(3, 2)
     result = fuse(Net().eval(), (x,))(x)
     assert type(result) is kind
     assert difference(outputs(lambda _: result, x), [x + 1, x * 2]) == 0
@@ -174,7 +174,7 @@ def test_fixed_sizes_are_refused_by_name_and_free_ones_are_free() -> None:
                 x = x + i
             return x
 
-    fused = fuse(Net().eval(), rand(1, 3))
+    fused = fuse(Net().eval(), randn(1, 3))
     assert torch.equal(fused(torch.zeros(5, 3)), torch.full((5, 3), 3.0))
     with pytest.raises(torch.jit.Error, match="dimension 1 must be 3"):
         fused(torch.zeros(1, 4))
@@ -214,7 +214,7 @@ def test_models_that_read_more_than_themselves_are_refused(transform: Any) -> No
     is.
     """
     with pytest.raises(ValueError, match="reads something that isn't in the model"):
-        transform(Counting(8, 8).eval(), rand(2, 8))
+        transform(Counting(8, 8).eval(), randn(2, 8))
 
 
 def test_control_flow_on_data_is_refused_or_compiled() -> None:
@@ -222,7 +222,7 @@ def test_control_flow_on_data_is_refused_or_compiled() -> None:
     data.
     """
     with pytest.raises(ValueError, match=r"Deciding.*data-dependent control flow"):
-        fuse(Deciding().eval(), rand(3))
+        fuse(Deciding().eval(), randn(3))
     fused = fuse(Choosing().eval(), torch.ones(3))
     assert torch.equal(fused(-torch.ones(3)), -torch.ones(3) - 1)
 
@@ -230,10 +230,10 @@ def test_control_flow_on_data_is_refused_or_compiled() -> None:
 @pytest.mark.parametrize(
     ("model", "inputs", "error", "message"),
     [
-        (nn.Linear(2, 2), rand(1, 2), ValueError, r"training mode.*model\.eval"),
+        (nn.Linear(2, 2), randn(1, 2), ValueError, r"training mode.*model\.eval"),
         (
             nn.Sequential(nn.Linear(2, 2), nn.Dropout().train()),
-            rand(1, 2),
+            randn(1, 2),
             ValueError,
             "'1' .Dropout. is in training mode",
         ),
@@ -245,8 +245,8 @@ def test_control_flow_on_data_is_refused_or_compiled() -> None:
         ),
         (nn.Linear(2, 2).eval(), (), ValueError, "no tensor"),
         (nn.Linear(2, 2).eval(), object(), TypeError, "example_inputs.* object"),
-        (Caching().eval(), rand(2), (TypeError, ValueError), "SomeCache.*use_cache=False"),
-        ("model", rand(2), TypeError, "nn.Module"),
+        (Caching().eval(), randn(2), (TypeError, ValueError), "SomeCache.*use_cache=False"),
+        ("model", randn(2), TypeError, "nn.Module"),
     ],
 )
 def test_bad_input_is_named(model: Any, inputs: Any, error: Any, message: str) -> None:
@@ -259,7 +259,7 @@ def test_bad_input_is_named(model: Any, inputs: Any, error: Any, message: str) -
 
 def test_unknown_and_absent_back_ends_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """A misspelt back end, and one whose package isn't there."""
-    model, x = seeded(Image()), rand(1, 3, 8, 8)
+    model, x = randomized(Image()), randn(1, 3, 8, 8)
     with pytest.raises(ValueError, match="'tensorrt'; allowed: auto, torchscript"):
         fuse(model, x, backend="tensorrt")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
@@ -271,7 +271,7 @@ def test_unknown_and_absent_back_ends_are_named(monkeypatch: pytest.MonkeyPatch)
 def test_a_torch_without_torchscript_is_survived(monkeypatch: pytest.MonkeyPatch) -> None:
     """`auto` goes on with the other back ends and says why TorchScript is out."""
     monkeypatch.setattr(torchscript, "available", lambda: False)
-    model, x = seeded(Image()), rand(1, 3, 8, 8)
+    model, x = randomized(Image()), randn(1, 3, 8, 8)
     with pytest.raises(ValueError, match="no TorchScript: use backend='auto'"):
         fuse(model, x)
     monkeypatch.setattr(
@@ -289,7 +289,7 @@ def test_a_torch_without_torchscript_is_survived(monkeypatch: pytest.MonkeyPatch
 
 def test_model_and_random_state_are_untouched() -> None:
     """Fusing changes neither weights, flags, hooks nor torch's random state."""
-    model, x = seeded(Image()), rand(2, 3, 16, 16)
+    model, x = randomized(Image()), randn(2, 3, 16, 16)
     before, state = copy.deepcopy(model.state_dict()), torch.random.get_rng_state()
     flags = [p.requires_grad for p in model.parameters()]
     fuse(model, x)
@@ -305,16 +305,16 @@ def test_model_and_random_state_are_untouched() -> None:
 
 def test_hooks_are_fused_too() -> None:
     """A forward hook that changes the output changes the fused output."""
-    model = seeded(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
+    model = randomized(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
     model[0].register_forward_hook(lambda module, args, output: output * 3)
-    x = rand(2, 4)
+    x = randn(2, 4)
     assert_close(fuse(model, x)(x), model(x))
 
 
 def test_tied_weights_are_stored_once(tmp_path: Path) -> None:
     """A head tied to the embedding doesn't double the file."""
     config = quantize.DecoderConfig(vocab_size=512, width=64, layers=1, heads=2, tied_head=True)
-    model, ids = seeded(quantize.DecoderLM(config)), torch.arange(24).reshape(2, 12)
+    model, ids = randomized(quantize.DecoderLM(config)), torch.arange(24).reshape(2, 12)
     fuse(model, ids).save(tmp_path / "fused.pt")
     tensors = sum(p.numel() * p.element_size() for p in model.parameters())
     assert (tmp_path / "fused.pt").stat().st_size < tensors + 60_000
@@ -324,8 +324,8 @@ def test_int8_stays_int8() -> None:
     """A quantized model's fused file multiplies in int8, by what the profiler sees, and gives the
     same answers.
     """
-    model = seeded(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32)))
-    x = rand(4, 64)
+    model = randomized(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32)))
+    x = randn(4, 64)
     int8 = quantize.quantize_dynamic(model)
     fused = fuse(int8, x)
     assert_close(fused(x), int8(x))
@@ -342,8 +342,8 @@ def test_int8_stays_int8() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_models_stay_half_in_the_file(dtype: torch.dtype, tmp_path: Path) -> None:
     """16-bit weights are stored in 16 bits, whatever they are computed in."""
-    model = seeded(nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 64)))
-    half, x = quantize.to_half(model, dtype), rand(4, 256)
+    model = randomized(nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 64)))
+    half, x = quantize.to_half(model, dtype), randn(4, 256)
     fuse(half, x).save(tmp_path / "fused.pt")
     assert_close(torchscript.load(str(tmp_path / "fused.pt"))(x), half(x), dtype=dtype)
     assert (tmp_path / "fused.pt").stat().st_size < 0.6 * sum(
@@ -355,7 +355,7 @@ def test_folded_models_stay_in_memory(tmp_path: Path) -> None:
     """Saving says that `fuse` gives a file; a file that names the builder of earlier versions is
     refused; copies work.
     """
-    model, x = seeded(Image()), rand(2, 3, 16, 16)
+    model, x = randomized(Image()), randn(2, 3, 16, 16)
     folded = fold(model, x)
     assert torch.equal(copy.deepcopy(folded)(x), folded(x))
     for held in (folded, nn.Sequential(folded)):
@@ -371,7 +371,7 @@ def test_folded_models_stay_in_memory(tmp_path: Path) -> None:
 
 def test_weights_packed_for_a_folded_model_follow_changes() -> None:
     """A changed weight is seen, although the kernel reads a packed copy."""
-    model, x = seeded(nn.Sequential(nn.Linear(4, 4))), rand(2, 4)
+    model, x = randomized(nn.Sequential(nn.Linear(4, 4))), randn(2, 4)
     folded = fold(model, x)
     before = folded(x)
     with torch.no_grad():
@@ -384,7 +384,7 @@ def test_notes_of_the_model_and_of_fusing_go_with_the_result() -> None:
     """The summary of a fused or folded model has the steps before it, and how far the fused one is
     from the model.
     """
-    model, x = quantize.to_half(seeded(Image())), rand(1, 3, 16, 16)
+    model, x = quantize.to_half(randomized(Image())), randn(1, 3, 16, 16)
     for made, technique in ((fold(model, x), "fold"), (copy.deepcopy(fuse(model, x)), "fuse")):
         steps = quantize.summary(made).steps
         assert [s.technique for s in steps][-1] == technique and len(steps) == len(
@@ -428,7 +428,7 @@ def test_script_fuses_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[
 
     import fusion
 
-    model = seeded(quantize.ConvNet(quantize.ConvNetConfig(widths=(8, 16))))
+    model = randomized(quantize.ConvNet(quantize.ConvNetConfig(widths=(8, 16))))
     quantize.save(model, tmp_path / "model.pth")
     assert fusion.main(["--out", str(tmp_path), "--batch", "2"]) == 0
     assert {p.name for p in tmp_path.iterdir()} == {

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from fusion_models import Image, rand, seeded
-from helpers import assert_close
+from fusion_models import Image, randomized
+from helpers import assert_close, randn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -30,7 +30,7 @@ def test_activation_joins_the_convolution(
     """Each activation runs inside the kernel of the convolution before it; after the residual add,
     only ReLU has one.
     """
-    model, x = seeded(Image(activation)), rand(2, 3, 16, 16)
+    model, x = randomized(Image(activation)), randn(2, 3, 16, 16)
     made = plan(model, x)
     assert_close(made.fused(x), model(x), factor=4)
     assert (
@@ -57,12 +57,12 @@ def test_scaled_output_is_the_layer_then_the_affine_map(
 ) -> None:
     """`scaled_output` equals running the convolution and then scaling and shifting its channels."""
     inputs, out = groups * per_in, groups * per_out
-    weight = rand(*((inputs, per_out) if transposed else (out, per_in)), 2, 2).double()
-    b = rand(out, seed=2).double() if bias else None
+    weight = randn(*((inputs, per_out) if transposed else (out, per_in)), 2, 2).double()
+    b = randn(out, seed=2).double() if bias else None
     scale, shift, x = (
-        rand(out, seed=3).double(),
-        rand(out, seed=4).double(),
-        rand(2, inputs, 4, 4, seed=5).double(),
+        randn(out, seed=3).double(),
+        randn(out, seed=4).double(),
+        randn(2, inputs, 4, 4, seed=5).double(),
     )
     conv = F.conv_transpose2d if transposed else F.conv2d
     expected = conv(x, weight, b, groups=groups) * scale[:, None, None] + shift[:, None, None]
@@ -82,10 +82,10 @@ def test_scaled_input_is_the_affine_map_then_the_layer(
     groups: int, per_in: int, per_out: int, bias: bool
 ) -> None:
     """`scaled_input` equals scaling and shifting the channels of the input first."""
-    weight = rand(groups * per_out, per_in, 2, 2).double()
-    b = rand(groups * per_out, seed=2).double() if bias else None
-    scale, shift = rand(groups * per_in, seed=3).double(), rand(groups * per_in, seed=4).double()
-    x = rand(2, groups * per_in, 4, 4, seed=5).double()
+    weight = randn(groups * per_out, per_in, 2, 2).double()
+    b = randn(groups * per_out, seed=2).double() if bias else None
+    scale, shift = randn(groups * per_in, seed=3).double(), randn(groups * per_in, seed=4).double()
+    x = randn(2, groups * per_in, 4, 4, seed=5).double()
     expected = F.conv2d(x * scale[:, None, None] + shift[:, None, None], weight, b, groups=groups)
     assert_close(
         F.conv2d(x, *folding.scaled_input(weight, b, scale, shift, groups=groups), groups=groups),
@@ -125,7 +125,7 @@ NORMED = {
 def test_batch_norm_disappears(name: str) -> None:
     """BatchNorm folds into the layer before it, or after it, with equal results."""
     model, size = NORMED[name]
-    model, x = seeded(copy.deepcopy(model)), rand(*size)
+    model, x = randomized(copy.deepcopy(model)), randn(*size)
     made = plan(model, x)
     assert_close(made.fused(x), model(x))
     assert not any("norm" in op for op in made.after)
@@ -146,7 +146,7 @@ def test_batch_norm_stays_where_folding_would_be_wrong(model: nn.Module) -> None
     """Norm before a padded convolution, and norm by the batch's own statistics, are kept and
     equal.
     """
-    model, x = seeded(copy.deepcopy(model)), rand(2, 4, 5, 5)
+    model, x = randomized(copy.deepcopy(model)), randn(2, 4, 5, 5)
     made = plan(model, x)
     assert_close(made.fused(x), model(x))
     assert any("norm" in op for op in made.after)
@@ -166,7 +166,7 @@ class Branch(nn.Module):
 
 def test_shared_intermediate_results_stay_what_they_were() -> None:
     """A convolution with two readers, one of them in place, isn't changed for one of them."""
-    model, x = seeded(Branch()), rand(2, 3, 4, 4)
+    model, x = randomized(Branch()), randn(2, 3, 4, 4)
     assert_close(fuse(model, x)(x), model(x))
 
 
@@ -174,9 +174,11 @@ def test_shared_intermediate_results_stay_what_they_were() -> None:
 @pytest.mark.parametrize("stride", [1, 2])
 def test_padding_moves_into_the_convolution(pad: tuple[int, ...], stride: int) -> None:
     """Explicit zero padding, even or uneven, becomes part of the convolution after it."""
-    model = seeded(nn.Sequential(nn.ZeroPad2d(pad), nn.Conv2d(3, 4, 3, stride=stride, padding=1)))
+    model = randomized(
+        nn.Sequential(nn.ZeroPad2d(pad), nn.Conv2d(3, 4, 3, stride=stride, padding=1))
+    )
     for size in (8, 9):
-        x = rand(2, 3, size, size)
+        x = randn(2, 3, size, size)
         made = plan(model, x)
         assert_close(made.fused(x), model(x))
         assert not any("pad" in op.split(".")[1] for op in made.after)
@@ -196,11 +198,11 @@ def test_padding_by_name_becomes_numbers(
     word: str, kernel: int, dilation: int, conv: type, norm: type, size: tuple[int, ...]
 ) -> None:
     """`padding="same"`, also where it is uneven, and `"valid"`: the norm folds all the same."""
-    model = seeded(
+    model = randomized(
         nn.Sequential(conv(4, 6, kernel, dilation=dilation, padding=word, groups=2), norm(6))
     )
-    made = plan(model, rand(*size))
-    assert_close(made.fused(rand(*size, seed=2)), model(rand(*size, seed=2)))
+    made = plan(model, randn(*size))
+    assert_close(made.fused(randn(*size, seed=2)), model(randn(*size, seed=2)))
     assert not any("norm" in op or "pad" in op.split(".")[1] for op in made.after)
 
 
@@ -223,9 +225,9 @@ def test_layers_on_one_pixel_become_linear(gate: nn.Module) -> None:
     """Squeeze and excitation runs as two linear layers with their activations inside, without
     copies between them.
     """
-    model, x = seeded(Gated(gate)), rand(2, 4, 6, 6)
+    model, x = randomized(Gated(gate)), randn(2, 4, 6, 6)
     made = plan(model, x)
-    assert_close(made.fused(rand(5, 4, 7, 3)), model(rand(5, 4, 7, 3)))
+    assert_close(made.fused(randn(5, 4, 7, 3)), model(randn(5, 4, 7, 3)))
     assert (
         made.after["mkldnn._linear_pointwise"] == 2
         and made.after["mkldnn._convolution_pointwise"] == 1
@@ -251,21 +253,24 @@ def test_rms_norms_take_one_reduction() -> None:
     """RMSNorm, built in or spelt out, becomes one reduction; its scale goes into the linear layer;
     extremes agree.
     """
-    model = seeded(Normed())
-    made = plan(model, rand(3, 5, 16))
+    model = randomized(Normed())
+    made = plan(model, randn(3, 5, 16))
     assert made.after["aten.linalg_vector_norm"] == 2 and not any(
         "rms_norm" in op or "pow" in op for op in made.after
     )
     assert any("2 norm and layer scales folded" in note for note in made.notes)
     for scale in (0.0, 1e-30, 1e-4, 1.0, 1e6, 1e30):
-        x = rand(2, 7, 16) * scale
+        x = randn(2, 7, 16) * scale
         assert difference(outputs(made.fused, x), outputs(model, x)) <= 1e-5
 
 
 def test_small_linear_layers_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer that is computed faster than a packed kernel starts keeps its operator."""
     monkeypatch.setattr(kernels, "SMALL", 1 << 19)
-    model, x = seeded(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4096))), rand(4, 64)
+    model, x = (
+        randomized(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4096))),
+        randn(4, 64),
+    )
     after = plan(model, x).after
     assert after["aten.linear"] == 1 and after["mkldnn._linear_pointwise"] == 1
 
@@ -288,7 +293,7 @@ def test_projections_merge_and_scales_fold() -> None:
     """Three projections of one input become one linear layer; norm and layer scales go into the
     weights.
     """
-    model, x = seeded(Projections()), rand(2, 5, 16)
+    model, x = randomized(Projections()), randn(2, 5, 16)
     made = plan(model, x)
     assert_close(made.fused(x), model(x))
     assert sum(n for op, n in made.after.items() if "linear" in op) == 2
@@ -316,7 +321,7 @@ def test_written_out_activations_are_recognised() -> None:
             x = self.b(x)
             return x * torch.sigmoid(x)
 
-    model, x = seeded(Net()), rand(3, 8)
+    model, x = randomized(Net()), randn(3, 8)
     made = plan(model, x)
     assert_close(made.fused(x), model(x))
     assert set(made.after) == {"mkldnn._linear_pointwise"}
@@ -324,8 +329,8 @@ def test_written_out_activations_are_recognised() -> None:
 
 def test_constants_are_computed_once_and_small() -> None:
     """What depends on weights only (here a weight norm) is computed at fusing time."""
-    model = seeded(nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(6, 5))))
-    x = rand(3, 6)
+    model = randomized(nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(6, 5))))
+    x = randn(3, 6)
     made = plan(model, x)
     assert_close(made.fused(x), model(x))
     assert set(made.after) == {"mkldnn._linear_pointwise"}
@@ -334,7 +339,7 @@ def test_constants_are_computed_once_and_small() -> None:
 def test_without_packed_kernels_the_passes_still_help(monkeypatch: pytest.MonkeyPatch) -> None:
     """A build without oneDNN gets the simplified graph."""
     monkeypatch.setattr(kernels, "available", lambda: False)
-    model, x = seeded(Image()), rand(2, 3, 16, 16)
+    model, x = randomized(Image()), randn(2, 3, 16, 16)
     made = plan(model, x)
     assert made.way == "simplified" and "aten.batch_norm" not in made.after
     assert_close(made.fused(x), model(x))
@@ -383,7 +388,7 @@ def test_only_dead_values_are_overwritten(which: str, reused: int) -> None:
     """Results go into memory that nothing reads later: not an input's, not one that a view of it or
     the output still shows.
     """
-    model, x = seeded(Reuse(which)), rand(2, 4, 5, 5)
+    model, x = randomized(Reuse(which)), randn(2, 4, 5, 5)
     made, before = plan(model, x), x.clone()
     for _ in range(2):
         for y, expected in zip(

@@ -8,40 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_close, zoo
+from helpers import assert_close, decoder, tokens, zoo
 from torch import nn
 
 from quantize.checkpoint import save
-from quantize.models import DecoderConfig, DecoderLM
 from quantize.run.generate import decode, generate, generate_stream, prefill
 from quantize.run.generate.sampling import Sampling, distribution, draw
 from quantize.run.generate.text import Text
 from quantize.run.kv_cache import KVCache
 
 VOCABULARY = 61
-
-
-def decoder(seed: int = 0, **changes) -> DecoderLM:
-    """A tiny decoder with no zero weights, so that tokens differ."""
-    shape = {
-        "vocab_size": VOCABULARY,
-        "width": 32,
-        "layers": 2,
-        "heads": 4,
-        "kv_heads": 2,
-        "ffn_width": 48,
-        "max_length": 64,
-    }
-    torch.manual_seed(seed)
-    model = DecoderLM(DecoderConfig(**shape | changes)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    return model
-
-
-def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(VOCABULARY, shape, generator=torch.Generator().manual_seed(seed))
 
 
 def by_hand(model, ids: torch.Tensor, new: int) -> torch.Tensor:

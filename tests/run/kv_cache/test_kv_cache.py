@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from helpers import assert_close, run, zoo
+from helpers import assert_close, run, tokens, zoo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -21,7 +21,7 @@ from quantize.run.kv_cache.functions import (
     rotate,
 )
 
-VOCABULARY = 50
+VOCABULARY = 61
 
 
 class Decoder(nn.Module):
@@ -50,10 +50,6 @@ class Decoder(nn.Module):
                 x = x + self.cross[i](x, cache, **memory)
             x = x + torch.tanh(ffn(x))
         return self.head(x)
-
-
-def tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
 def in_pieces(model, ids, cache, sizes=None, **memory):
