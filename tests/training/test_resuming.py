@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_training import RECIPE, batches, digest, network
+from training_models import RECIPE, batches, digest, network
 
 from quantize.training import classification_loss, fit
 from quantize.training.resuming import TrainingError, read_state

@@ -1,0 +1,14 @@
+"""Decoding in native code, compiled before a test begins."""
+
+from __future__ import annotations
+
+import pytest
+
+from quantize.native import build
+from quantize.run.decoding.build import STEP
+
+
+@pytest.fixture(scope="session")
+def compiled() -> None:
+    """The decoding step lies in the user's cache folder and is loaded."""
+    build.library(STEP)

@@ -1,0 +1,84 @@
+"""Native decoding on caches of others, forked ones, padded ones."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from decoding_models import PROMPT, decoder
+from helpers import assert_close
+
+import quantize
+from quantize.native import build
+from quantize.run.decoding import native
+from quantize.run.kv_cache import KVCache
+
+pytestmark = [
+    pytest.mark.skipif(build.compiler() is None, reason="needs a C++ compiler"),
+    pytest.mark.usefixtures("compiled"),
+]
+
+
+def test_a_cache_of_another_model_is_refused():
+    """By its own error, before native code writes into it: fewer layers, other heads, another
+    width, more rows.
+    """
+    fast = quantize.for_decoding(decoder(), backend="native")
+    with torch.no_grad():
+        for other in (decoder(layers=1), decoder(kv_heads=1), decoder(head_dim=16)):
+            cache = KVCache.for_model(other)
+            other(PROMPT, cache)
+            with pytest.raises(ValueError, match="another model"):
+                fast(PROMPT[:, :1], cache)
+        cache = KVCache.for_model(fast, batch=2)
+        fast(PROMPT.expand(2, -1), cache)
+        with pytest.raises(ValueError, match="don't fit a cache made for 2 rows"):
+            fast(PROMPT[:, :1], cache)
+
+
+def test_a_forked_cache_is_written_on_its_own_memory():
+    """Copies of one row that share memory are taken apart before native code writes, whoever writes
+    first.
+    """
+    model = decoder()
+    fast, cache = quantize.for_decoding(model, backend="native"), KVCache.for_model(model)
+    with torch.no_grad():
+        model(PROMPT, cache)
+        twin, expected = cache.fork(3), KVCache.for_model(model, batch=3)
+        model(PROMPT.expand(3, -1), expected)
+        fast(PROMPT[:, :1], cache)
+        tokens = torch.tensor([[7], [8], [9]])
+        assert_close(fast(tokens, twin), model(tokens, expected))
+        assert twin.length == 6
+
+
+def test_padding_longer_than_the_text_is_left_to_the_model():
+    """A row that is nothing but padding sees itself there; natively it would see nothing."""
+    model = decoder()
+    fast = quantize.for_decoding(model, backend="native")
+    pad, texts = torch.tensor([4, 0]), PROMPT.expand(2, -1)
+    caches = [KVCache.for_model(model, batch=2) for _ in range(2)]
+    with torch.no_grad():
+        for cache in caches:
+            cache.reset(batch=2, pad=pad)
+        for i in range(5):
+            got, expected = (
+                m(texts[:, i : i + 1], c) for m, c in zip((fast, model), caches, strict=True)
+            )
+            assert_close(got, expected)
+
+
+def test_step_checks_every_tensor_of_the_cache():
+    """A tensor of another dtype or shape is never handed to C++ as what it isn't."""
+    model = decoder()
+    step = native.Step(model)
+    for spoil in (
+        lambda layer: layer.tensors.update(k=layer.tensors["k"].double()),
+        lambda layer: layer.tensors.update(v=layer.tensors["v"][:, :1]),
+        lambda layer: layer.tensors.pop("v"),
+        lambda layer: setattr(layer, "first", -3),
+    ):
+        cache = KVCache.for_model(model, block=64)
+        with torch.no_grad():
+            model(PROMPT, cache)
+        spoil(cache._layers[1])
+        assert step(PROMPT[:, :1], cache, 1) is None

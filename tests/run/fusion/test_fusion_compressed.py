@@ -1,0 +1,129 @@
+"""Fusing leaves the model as it is, and keeps what compression made of it."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from fusion_models import Image, randomized
+from helpers import assert_close, randn
+from torch import nn
+
+import quantize
+from quantize.run.fusion import fold, fuse, torchscript
+
+pytestmark = [
+    pytest.mark.usefixtures("no_clock"),
+    pytest.mark.filterwarnings(
+        "error:.*torch.jit.*:FutureWarning", "error:.*torch.jit.*:DeprecationWarning"
+    ),
+]
+
+
+# The model stays as it is; compressed models.
+def test_model_and_random_state_are_untouched() -> None:
+    """Fusing changes neither weights, flags, hooks nor torch's random state."""
+    model, x = randomized(Image()), randn(2, 3, 16, 16)
+    before, state = copy.deepcopy(model.state_dict()), torch.random.get_rng_state()
+    flags = [p.requires_grad for p in model.parameters()]
+    fuse(model, x)
+    fold(model, x)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert all(
+        torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True)
+    )
+    assert flags == [p.requires_grad for p in model.parameters()] and not any(
+        m.training for m in model.modules()
+    )
+
+
+def test_hooks_are_fused_too() -> None:
+    """A forward hook that changes the output changes the fused output."""
+    model = randomized(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
+    model[0].register_forward_hook(lambda module, args, output: output * 3)
+    x = randn(2, 4)
+    assert_close(fuse(model, x)(x), model(x))
+
+
+def test_tied_weights_are_stored_once(tmp_path: Path) -> None:
+    """A head tied to the embedding doesn't double the file."""
+    config = quantize.DecoderConfig(vocab_size=512, width=64, layers=1, heads=2, tied_head=True)
+    model, ids = randomized(quantize.DecoderLM(config)), torch.arange(24).reshape(2, 12)
+    fuse(model, ids).save(tmp_path / "fused.pt")
+    tensors = sum(p.numel() * p.element_size() for p in model.parameters())
+    assert (tmp_path / "fused.pt").stat().st_size < tensors + 60_000
+
+
+def test_int8_stays_int8() -> None:
+    """A quantized model's fused file multiplies in int8, by what the profiler sees, and gives the
+    same answers.
+    """
+    model = randomized(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32)))
+    x = randn(4, 64)
+    int8 = quantize.quantize_dynamic(model)
+    fused = fuse(int8, x)
+    assert_close(fused(x), int8(x))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        fused(x)
+    ran = {e.key for e in profile.key_averages()}
+    assert any("int_mm" in k or "qlinear" in k for k in ran) and not ran & {
+        "aten::linear",
+        "aten::addmm",
+        "aten::mm",
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_models_stay_half_in_the_file(dtype: torch.dtype, tmp_path: Path) -> None:
+    """16-bit weights are stored in 16 bits, whatever they are computed in."""
+    model = randomized(nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 64)))
+    half, x = quantize.to_half(model, dtype), randn(4, 256)
+    fuse(half, x).save(tmp_path / "fused.pt")
+    assert_close(torchscript.load(str(tmp_path / "fused.pt"))(x), half(x), dtype=dtype)
+    assert (tmp_path / "fused.pt").stat().st_size < 0.6 * sum(
+        p.numel() * 4 for p in model.parameters()
+    )
+
+
+def test_folded_models_stay_in_memory(tmp_path: Path) -> None:
+    """Saving says that `fuse` gives a file; a file that names the builder of earlier versions is
+    refused; copies work.
+    """
+    model, x = randomized(Image()), randn(2, 3, 16, 16)
+    folded = fold(model, x)
+    assert torch.equal(copy.deepcopy(folded)(x), folded(x))
+    for held in (folded, nn.Sequential(folded)):
+        with pytest.raises(TypeError, match=r"fold.*quantize\.fuse"):
+            quantize.save(held, tmp_path / "folded.pth")
+    model.__dict__["_structure"] = [
+        ("folded", {"edits": [], "inputs": {}, "keyword": False, "way": "simplified"}, "")
+    ]
+    quantize.save(model, tmp_path / "old.pth")
+    with pytest.raises(quantize.CheckpointError, match="'folded'"):
+        quantize.load(tmp_path / "old.pth", model=Image())
+
+
+def test_weights_packed_for_a_folded_model_follow_changes() -> None:
+    """A changed weight is seen, although the kernel reads a packed copy."""
+    model, x = randomized(nn.Sequential(nn.Linear(4, 4))), randn(2, 4)
+    folded = fold(model, x)
+    before = folded(x)
+    with torch.no_grad():
+        for tensor in folded.buffers():
+            tensor.mul_(2)
+    assert_close(folded(x), before * 2)
+
+
+def test_notes_of_the_model_and_of_fusing_go_with_the_result() -> None:
+    """The summary of a fused or folded model has the steps before it, and how far the fused one is
+    from the model.
+    """
+    model, x = quantize.to_half(randomized(Image())), randn(1, 3, 16, 16)
+    for made, technique in ((fold(model, x), "fold"), (copy.deepcopy(fuse(model, x)), "fuse")):
+        steps = quantize.summary(made).steps
+        assert [s.technique for s in steps][-1] == technique and len(steps) == len(
+            quantize.summary(model).steps
+        ) + 1
+        assert steps[-1].distance <= 1e-2

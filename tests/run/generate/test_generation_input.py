@@ -1,0 +1,99 @@
+"""What `generate` refuses by name, before any work."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import decoder, tokens, zoo
+from torch import nn
+
+from quantize.run.generate import generate, generate_stream
+
+
+class Pair(nn.Module):
+    """Scores two texts."""
+
+    def forward(self, ids, other):
+        return ids + other
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (
+            lambda: zoo("t5")[0],
+            "T5ForConditionalGeneration is an encoder-decoder, which generate doesn't support",
+        ),
+        (
+            lambda: zoo("whisper")[0],
+            "WhisperForConditionalGeneration is an encoder-decoder, which generate doesn't support",
+        ),
+        (
+            lambda: nn.Transformer(8, 2, 1, 1, 8, batch_first=True),
+            "Transformer is an encoder-decoder",
+        ),
+        (Pair, "the forward of Pair needs more than token ids: other"),
+    ],
+)
+def test_models_that_do_not_continue_a_text_are_refused_by_name(model, message):
+    """As the model and as a draft, before any work."""
+    with pytest.raises(TypeError, match=message):
+        generate(model(), tokens(1, 3), max_new_tokens=4)
+    with pytest.raises(TypeError, match=message):
+        generate(decoder(), tokens(1, 3), max_new_tokens=4, draft=model())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompt": torch.zeros(1, 0, dtype=torch.long)}, r"prompt must be \[B, T\]"),
+        ({"prompt": torch.zeros(3, dtype=torch.long)}, r"prompt must be \[B, T\]"),
+        ({"prompt": []}, "prompt is an empty list"),
+        ({"prompt": [[1, 2], []]}, "prompt 1 must be a 1-D list"),
+        ({"prompt": torch.tensor([[1, 61]])}, "prompt holds token id 61; allowed: 0 to 60"),
+        ({"prompt": torch.tensor([[1, -1]])}, "prompt holds token id -1"),
+        ({"prompt": tokens(1, 62)}, r"62 prompt tokens \+ 4 new ones pass the limit of 64"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"max_new_tokens": True}, "max_new_tokens is True"),
+        ({"max_new_tokens": 1.5}, "max_new_tokens is 1.5"),
+        ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"top_k": 5}, "top_k can't do anything at temperature 0"),
+        ({"temperature": 1.0, "top_k": 0}, "top_k is 0"),
+        ({"temperature": 1.0, "top_p": 1.1}, "top_p is 1.1"),
+        ({"temperature": 1.0, "min_p": 1.0}, "min_p is 1.0"),
+        ({"repetition_penalty": 0}, "repetition_penalty is 0"),
+        ({"temperature": 1.0, "seed": [1, 2]}, "seed is .*one for each of 1 rows"),
+        ({"stop_tokens": [61]}, "stop_tokens holds 61"),
+        ({"stop_strings": ["a"]}, "stop_strings need to_text"),
+        ({"stop_strings": [""], "to_text": str}, "stop_strings is"),
+        ({"draft": "book"}, "draft is 'book'"),
+        ({"draft": decoder(vocab_size=60)}, "the draft has 60 token ids and the model 61"),
+        ({"draft_tokens": 3}, "draft_tokens is 3, but there is no draft"),
+        ({"draft": "lookup", "draft_tokens": 0}, "draft_tokens is 0"),
+    ],
+)
+def test_bad_input_is_named(changes, message):
+    """Whatever is wrong is named with its value before any work, from `generate` and from the
+    stream's first call.
+    """
+    model = decoder()
+    model.register_forward_pre_hook(lambda *_: pytest.fail("work was done"))
+    arguments = {"prompt": tokens(1, 5), "max_new_tokens": 4} | changes
+    for function in (generate, generate_stream):
+        with pytest.raises(ValueError, match=message):
+            function(model, **arguments)
+
+
+def test_wrong_types_are_named():
+    """So are wrong types."""
+    model = decoder()
+    for prompt in (torch.zeros(1, 3), "text", None):
+        with pytest.raises(TypeError, match="prompt must"):
+            generate(model, prompt, max_new_tokens=3)
+    with pytest.raises(TypeError, match="generate has no argument named temprature"):
+        generate(decoder(), tokens(1, 3), max_new_tokens=4, temprature=1.0)
+    with pytest.raises(TypeError, match="cache must be"):
+        generate(model, tokens(1, 3), max_new_tokens=3, cache="yes")
+    with pytest.raises(TypeError, match=r"Identity must map ids \[B, T\] to logits"):
+        generate(nn.Identity(), tokens(1, 3), max_new_tokens=3)
