@@ -39,7 +39,7 @@ def work(numbers: range, size: int, home: Path) -> None:
     hostile.SIZE = size
     torch.set_num_threads(1)
     os.chdir(home)
-    hostile.use(hostile._models()["plain"])  # compiles what it needs
+    hostile.use(hostile.models()["plain"])  # compiles what it needs
     for number in numbers:
         kind, path = hostile.make(number, home)
         files = path.iterdir() if path.is_dir() else [path]
