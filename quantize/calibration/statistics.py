@@ -109,6 +109,12 @@ class InputStatistics:
         """E[x x^T], [K, K], float64."""
         return self.covariance + torch.outer(self.mean, self.mean)
 
+    @property
+    def power(self) -> torch.Tensor:
+        """E[x^2], [K], float64."""
+        variance = self.outer.diagonal().double() / self.count - self.from_shift**2
+        return variance + self.mean**2
+
 
 @dataclass
 class PairedStatistics(InputStatistics):

@@ -42,9 +42,13 @@ def _weight(model: nn.Module, name: str) -> torch.Tensor:
 
 @dataclass
 class Reader:
-    """A layer that sums over a group's channels: what scoring needs of it."""
+    """A layer that sums over a group's channels: what scoring needs of it.
 
-    weight: torch.Tensor  # [out, K]
+    A convolution of many taps may be given by whole channels: its taps stand among the rows of
+    `weight`, as [out, taps, K] flattened, and `seen` has its channels in place of its patches.
+    """
+
+    weight: torch.Tensor  # [out * taps, K]
     places: torch.Tensor  # the columns that belong to each unit, [units, S]
     seen: InputStatistics  # of its inputs
     metric: torch.Tensor | None = None  # E[g g^T] of the model's output by its outputs, [out, out]
@@ -59,7 +63,7 @@ def activation_aware(readers: list[Reader], n: float) -> torch.Tensor:
     """
     total: torch.Tensor | float = 0.0
     for reader in readers:
-        power = reader.seen.second_moment.diagonal().double().clamp(min=0)
+        power = reader.seen.power.clamp(min=0)
         strength = power * channel_norms(reader.weight, n, 1) ** 2  # [K]
         total = total + strength[reader.places].sum(1) / strength.sum().clamp(min=1e-30)
     return torch.sqrt(torch.as_tensor(total))
@@ -82,54 +86,95 @@ def reconstruction(
     units, [remove + 1].
     """
     known = all(reader.metric is not None for reader in readers)
-    state = []
-    for reader in readers:
-        moment, weight = reader.seen.second_moment.double(), reader.weight.double()
-        moment = moment + torch.eye(len(moment), dtype=moment.dtype) * (
-            ridge * moment.diagonal().mean() + 1e-12
-        )
-        if known:
-            weight = root(reader.metric) @ weight * reader.seen.count**0.5  # type: ignore[arg-type]
-        else:
-            weight = weight / ((weight @ moment) * weight).sum().clamp(min=1e-30).sqrt()
-        state.append([weight, torch.cholesky_inverse(torch.linalg.cholesky(moment)), reader.places])
+    eliminations = [_elimination(reader, remove, ridge, known=known) for reader in readers]
     units = len(readers[0].places)
     score = torch.full((units,), math.inf, dtype=torch.float64)
     alive = torch.ones(units, dtype=torch.bool)
     step = max(1, -(-remove // rounds))
-    cost = torch.zeros(units, dtype=torch.float64)
     costs = [torch.zeros(1, dtype=torch.float64)]
     for done in range(0, remove, step):
-        cost = torch.zeros(units, dtype=torch.float64)
-        candidates = alive.nonzero().flatten()
-        for weight, inverse, places in state:
-            rows = places[candidates]  # [U, S]
-            block = inverse[rows[:, :, None], rows[:, None, :]]  # [U, S, S]
-            columns = weight[:, rows].permute(1, 2, 0)  # [U, S, out]
-            cost[candidates] += (columns * torch.linalg.solve(block, columns)).sum((1, 2))
-        cost[~alive] = math.inf
+        cost = _total_cost(eliminations, alive)
         gone = cost.argsort()[: min(step, remove - done)]
         score[gone] = torch.arange(done, done + len(gone), dtype=torch.float64)
         alive[gone] = False
-        paid = 0.0
-        for entry in state:
-            weight, inverse, places = entry
-            rows = places[gone].flatten()
-            block = inverse[rows][:, rows]
-            paid += float((weight[:, rows].T * torch.linalg.solve(block, weight[:, rows].T)).sum())
-            solved = torch.linalg.solve(block, inverse[rows])  # [R, K]
-            entry[0] = weight - weight[:, rows] @ solved
-            entry[1] = inverse - inverse[:, rows] @ solved
-            entry[1][rows] = 0
-            entry[1][:, rows] = 0
-            entry[1][rows, rows] = 1
-            entry[0][:, rows] = 0
-        costs.append(
-            costs[-1][-1]
-            + max(paid, 0.0) * torch.arange(1, len(gone) + 1, dtype=torch.float64) / len(gone)
-        )
-    score[alive] = remove + torch.where(cost.isfinite(), cost, 0.0)[alive]
+        paid = max(sum(part.remove(gone) for part in eliminations), 0.0)
+        share = torch.arange(1, len(gone) + 1, dtype=torch.float64) / len(gone)
+        costs.append(costs[-1][-1] + paid * share)
+    if alive.any():
+        cost = _total_cost(eliminations, alive)[alive]
+        score[alive] = remove + torch.where(cost.isfinite(), cost, 0.0)
     return score, torch.cat(costs)
+
+
+def _total_cost(eliminations: list[Elimination], alive: torch.Tensor) -> torch.Tensor:
+    """What each unit that is left would cost next, [units]; infinity for the others."""
+    total = torch.full((len(alive),), math.inf, dtype=torch.float64)
+    units = alive.nonzero().flatten()
+    total[units] = sum(part.costs(units) for part in eliminations)
+    return total
+
+
+def _elimination(reader: Reader, remove: int, ridge: float, *, known: bool) -> Elimination:
+    """The start of an elimination of up to `remove` units; output errors in the unit of costs."""
+    moment, weight = reader.seen.second_moment.double(), reader.weight.double()
+    moment.diagonal().add_(ridge * moment.diagonal().mean() + 1e-12)
+    if known:
+        half = root(reader.metric)  # type: ignore[arg-type]
+        by_output = weight.reshape(len(half), -1)  # [out, taps * K]
+        weight = (half @ by_output).view(weight.shape) * reader.seen.count**0.5
+    else:
+        weight = weight / ((weight @ moment) * weight).sum().clamp(min=1e-30).sqrt()
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(moment))
+    return Elimination(weight, inverse, reader.places, remove)
+
+
+class Elimination:
+    """A layer's weight and the inverse second moment of its inputs while units of inputs go, each
+    time with the rest refitted by least squares.
+
+    Removing units is a block Cholesky factorization of the inverse, with the units that go next as
+    pivots. It looks to the left: rows of the inverse are brought up to date when they become the
+    pivot, and only the blocks on the diagonal always are. So it takes O(K n^2) for n columns
+    removed, and the inverse is only read. One factorization, in float64, gives the inverse; the
+    elimination runs in float32, as the ridge bounds the condition of what it works on.
+    """
+
+    def __init__(
+        self, weight: torch.Tensor, inverse: torch.Tensor, places: torch.Tensor, most: int
+    ) -> None:
+        units, size = places.shape
+        columns = places.flatten()  # those of no unit have done their part in the inverse
+        self.units, self.size = units, size
+        self.inverse = inverse[columns][:, columns].float()  # [K, K], K = units * size
+        self.weight = weight.T[columns].float()  # [K, out]
+        self.factor = self.inverse.new_empty(most * size, len(columns))  # [columns removed, K]
+        self.removed = 0  # rows of the factor in use
+        square = self.inverse.view(units, size, units, size)
+        self.blocks = square.diagonal(dim1=0, dim2=2).permute(2, 0, 1).double()  # [units, S, S]
+
+    def costs(self, units: torch.Tensor) -> torch.Tensor:
+        """tr(W_u inv(inv(H)_uu) W_u^T) of each of these units, [units]."""
+        weights = self.weight.view(self.units, self.size, -1)[units]  # [U, S, out]
+        if self.size == 1:
+            return weights.square().sum((1, 2)).double() / self.blocks[units, 0, 0]
+        grams = (weights @ weights.mT).double()  # [U, S, S]
+        solved = torch.linalg.solve(self.blocks[units], grams)
+        return solved.diagonal(dim1=1, dim2=2).sum(1)
+
+    def remove(self, units: torch.Tensor) -> float:
+        """Remove units together, and return what that costs."""
+        rows = (units[:, None] * self.size + torch.arange(self.size)).flatten()  # [R]
+        factor = self.factor[: self.removed]
+        pivot = self.inverse[rows].addmm_(factor[:, rows].T, factor, alpha=-1)  # [R, K]
+        corner = torch.linalg.cholesky(pivot[:, rows].double()).float()
+        panel = torch.linalg.solve_triangular(corner, pivot, upper=False)  # [R, K]
+        moved = torch.linalg.solve_triangular(corner, self.weight[rows], upper=False)  # [R, out]
+        self.weight.addmm_(panel.T, moved, alpha=-1)
+        self.factor[self.removed : self.removed + len(rows)] = panel
+        self.removed += len(rows)
+        by_unit = panel.T.reshape(self.units, self.size, -1)  # [units, S, R]
+        self.blocks -= (by_unit @ by_unit.mT).double()
+        return float(moved.double().square().sum())
 
 
 def root(metric: torch.Tensor) -> torch.Tensor:
