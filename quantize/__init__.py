@@ -18,6 +18,7 @@ from quantize.compression.recipe import (
     Recover,
     Student,
 )
+from quantize.compression.search import Result, compress
 from quantize.measuring.comparison import measure
 from quantize.measuring.result import Measurement
 from quantize.models import MLP, ConvNet, ConvNetConfig, DecoderConfig, DecoderLM, MLPConfig
@@ -48,7 +49,9 @@ __all__ = [
     "Prune",
     "Recipe",
     "Recover",
+    "Result",
     "Student",
+    "compress",
     "distill",
     "factorize_low_rank",
     "fold",

@@ -94,7 +94,7 @@ def _row(m: Measurement, baseline: Measurement, note: str | None, higher: bool |
         marks.append(f"worse: {name} is {value}")
     elif change is not None:
         loss = -change if higher else change
-        noise = _noise(before, value, m.metrics) if higher else 0.0
+        noise = sampling_noise(before, value, m.metrics) if higher else 0.0
         marks += _grade(before, loss, noise)
     return strict(
         {
@@ -137,7 +137,7 @@ def _grade(before: float, loss: float, noise: float) -> list[str]:
     return [name for least, name in GRADES.items() if share > least][:1]
 
 
-def _noise(before: float, value: float, metrics: Mapping[str, float]) -> float:
+def sampling_noise(before: float, value: float, metrics: Mapping[str, float]) -> float:
     """The standard error of a share (accuracy) of as many examples as the metrics say; 0 where they
     don't.
     """

@@ -26,6 +26,7 @@ def blocks(page: str) -> list[str]:
     """The Python of a page, with fewer steps of recovery."""
     found = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     shorter = {"steps=200": "steps=2", "Recover(200)": "Recover(2)", "Recover(160)": "Recover(2)"}
+    shorter["minutes=5"] = "minutes=0.02"
     for long, short in shorter.items():
         found = [block.replace(long, short) for block in found]
     return found
@@ -64,7 +65,7 @@ def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
 @pytest.mark.slow
 def test_examples_of_the_readme_run(names, capsys):
     """All examples, in order; each gives what the text promises."""
-    folder, network, language, cache, recipe = blocks("README.md")
+    folder, network, language, cache, recipe, search = blocks("README.md")
     exec(folder, names)
     assert "speedup" in capsys.readouterr().out
     output = names["again"](**names["inputs"]).logits
@@ -83,6 +84,8 @@ def test_examples_of_the_readme_run(names, capsys):
     exec(recipe, names)
     assert "recover: " in capsys.readouterr().out
     assert names["recipe"].name == "pruned+recovered+int8"
+    exec(search, names)
+    assert names["result"].file.is_file() and names["result"].rows[0]["name"] == "original"
 
 
 @pytest.mark.slow

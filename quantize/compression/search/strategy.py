@@ -1,0 +1,83 @@
+"""Which recipe to try next, from what the ones before gave."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from quantize.compression.recipe import Half, Int4, Int8, LowRank, Prune, Recipe, Recover
+from quantize.host import native_bf16
+
+SHARES = (0.25, 0.5, 0.125, 0.375, 0.625, 0.75)  # removed, in the order in which they are tried
+FINEST = 0.04  # two shares that are nearer are not told apart
+PRUNED, FACTORIZED = "pruned", "low_rank"
+
+
+def whole(small_wanted: bool) -> Iterator[Recipe]:
+    """Recipes that keep every channel: other weights for the same layers.
+
+    Args:
+        small_wanted: whether bytes or memory are asked for.
+    """
+    if native_bf16("cpu"):
+        yield Recipe((Half("bfloat16"),))
+    elif small_wanted:
+        yield Recipe((Half("float16"),))
+    yield Recipe((Int8(prefer="speed"),))
+    yield Recipe((Int8(embeddings=small_wanted),))
+    yield Recipe((Int8(embeddings=small_wanted, smooth=True),))
+    if small_wanted:
+        yield Recipe((Int4(),))
+
+
+def reduced(share: float, kind: str, tail: Recipe | None) -> Recipe:
+    """A recipe that takes `share` of a model away, then what `tail` does.
+
+    Args:
+        share: of channels (kind "pruned") or of parameters ("low_rank").
+        kind: which technique.
+        tail: one of `whole`, or None.
+    """
+    step = Prune(share) if kind == PRUNED else LowRank(1 - share)
+    recipe = Recipe((step,))
+    return recipe if tail is None else recipe >> tail
+
+
+def between(tried: Mapping[float, bool]) -> float | None:
+    """The share to try next for one technique: halfway between the largest that was good enough
+    and the smallest that was not; None where these are near.
+
+    Args:
+        tried: whether each share was within the loss.
+    """
+    good = max((share for share, fits in tried.items() if fits), default=0.0)
+    bad = min((share for share, fits in tried.items() if not fits and share > good), default=0.95)
+    middle = round((good + bad) / 2, 3)
+    return middle if bad - good > FINEST else None
+
+
+def recovered(recipe: Recipe, steps: int) -> Recipe:
+    """`recipe` with a training between what removes and what rounds."""
+    removing = [step for step in recipe.steps if step.removes]
+    rounding = [step for step in recipe.steps if step.rounds]
+    return Recipe((*removing, Recover(steps), *rounding))
+
+
+def best(rows: Sequence[Mapping[str, Any]], *, fastest: bool) -> list[Mapping[str, Any]]:
+    """Rows that keep the budget, the preferred one first.
+
+    Args:
+        rows: of all points.
+        fastest: whether speed is what counts, since nothing but a loss was asked for; else the
+            least loss does.
+    """
+    fitting = [row for row in rows if row["fits"]]
+    return sorted(fitting, key=_by_speed if fastest else _by_loss)
+
+
+def _by_loss(row: Mapping[str, Any]) -> tuple[float, float]:
+    return max(row["loss"], row["loss_noise"]), -(row["speedup"] or 0.0)
+
+
+def _by_speed(row: Mapping[str, Any]) -> tuple[float, float]:
+    return -(row["speedup"] or 0.0), row["bytes"]
