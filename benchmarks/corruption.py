@@ -8,20 +8,18 @@ Writes one row per container, model and kind of damage to benchmarks/results/cor
 
 from __future__ import annotations
 
-import argparse
-import csv
 import random
 import tempfile
-import time
+from itertools import product
 from pathlib import Path
 
+import rows
 import torch
 
 import quantize
+from quantize import clock
 from quantize.checkpoint import CheckpointError, load, save
 from quantize.models import DecoderConfig, DecoderLM
-
-RESULTS = Path(__file__).parent / "results" / "corruption.csv"
 
 
 def flip(content: bytes, draw: random.Random) -> bytes:
@@ -47,22 +45,11 @@ def noticed(path: Path) -> bool:
     return False
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--trials",
-        type=int,
-        default=1000,
-        help="per container, model, damage (default: %(default)s)",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
-    parser.add_argument(
-        "--output", type=Path, default=RESULTS, help="CSV file (default: %(default)s)"
-    )
-    arguments = parser.parse_args(argv)
-
+def main() -> None:
+    parser = rows.Parser(__doc__, "corruption.csv")
+    parser.flag("--trials", "of each container, model and damage", 1000)
+    parser.flag("--seed", "of models and damage", 0)
+    arguments = parser.parse()
     torch.manual_seed(arguments.seed)
     draw = random.Random(arguments.seed)
     baseline = DecoderLM(DecoderConfig(width=32, layers=1, heads=2, tied_head=True)).eval()
@@ -71,36 +58,26 @@ def main(argv: list[str] | None = None) -> None:
         "fp16": quantize.to_half(baseline),
         "int8": quantize.quantize_dynamic(baseline),
     }
-    rows = []
+    found = []
     with tempfile.TemporaryDirectory() as folder:
-        for suffix in (".pth", ".safetensors"):
-            for name, model in models.items():
-                path = Path(folder) / f"{name}{suffix}"
-                save(model, path)
-                content = path.read_bytes()
-                for damage in (flip, truncate):
-                    start = time.perf_counter()
+        for suffix, name in product((".pth", ".safetensors"), models):
+            path = Path(folder) / f"{name}{suffix}"
+            save(models[name], path)
+            content = path.read_bytes()
+            for damage in (flip, truncate):
+
+                def trials(path=path, content=content, damage=damage) -> int:
                     caught = 0
                     for _ in range(arguments.trials):
                         path.write_bytes(damage(content, draw))
                         caught += noticed(path)
-                    seconds = time.perf_counter() - start
-                    rows.append(
-                        {
-                            "container": suffix,
-                            "model": name,
-                            "file_bytes": len(content),
-                            "damage": damage.__name__,
-                            "trials": arguments.trials,
-                            "caught": caught,
-                            "seconds": round(seconds, 2),
-                        }
-                    )
-                    print(*rows[-1].values(), sep="\t", flush=True)
-    with arguments.output.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+                    return caught
+
+                caught, seconds = clock.timed(trials)
+                row = {"container": suffix, "model": name, "file_bytes": len(content)}
+                row |= {"damage": damage.__name__, "trials": arguments.trials}
+                found.append(row | {"caught": caught, "seconds": seconds})
+    rows.write(arguments.out, found)
 
 
 if __name__ == "__main__":

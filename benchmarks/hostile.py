@@ -11,8 +11,6 @@ must not. Needs Linux (/proc) for the memory.
 from __future__ import annotations
 
 import argparse
-import collections
-import csv
 import json
 import os
 import subprocess
@@ -20,53 +18,54 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import ModuleType
 
-ROOT = Path(__file__).parent.parent
-RESULTS = Path(__file__).parent / "results" / "hostile.csv"
+import rows
+
+from quantize.checkpoint import CheckpointError
+
+TESTS = Path(__file__).parent.parent / "tests"
 SECONDS, MEGABYTES = 10, 200
+OUTCOMES = ("loaded", "refused")
 
 
 def work(numbers: range, size: int, home: Path) -> None:
-    """Load these files one after the other and print a line for each; whoever reads sees where it
-    stops.
+    """Load these files one after the other and print two lines for each; whoever reads sees where
+    it stops.
     """
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(TESTS))
     import hostile
-    import torch
-
-    from quantize.checkpoint import CheckpointError
 
     hostile.SIZE = size
-    torch.set_num_threads(1)
     os.chdir(home)
     hostile.use(hostile.models()["plain"])  # compiles what it needs
     for number in numbers:
         kind, path = hostile.make(number, home)
-        files = path.iterdir() if path.is_dir() else [path]
-        own = sum(file.stat().st_size for file in files)
         print(json.dumps({"number": number, "kind": kind}), flush=True)
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-        before, start, model = peak(), time.process_time(), None
-        try:
-            model = hostile.load(path)
-            outcome = "loaded"
-        except CheckpointError:
-            outcome = "refused"
-        except Exception as error:
-            outcome = f"raised {type(error).__name__}"
-        seconds, megabytes = time.process_time() - start, (peak() - before - own) / 1e6
+        print(json.dumps(examine(hostile, path)), flush=True)
+
+
+def examine(hostile: ModuleType, path: Path) -> rows.Row:
+    """What became of a file or folder."""
+    files = path.iterdir() if path.is_dir() else [path]
+    own = sum(file.stat().st_size for file in files)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before, start, model = peak(), time.process_time(), None
+    try:
+        model = hostile.load(path)
+        outcome = "loaded"
+    except CheckpointError:
+        outcome = "refused"
+    except Exception as error:
+        outcome = f"raised {type(error).__name__}"
+    seconds, megabytes = time.process_time() - start, (peak() - before - own) / 1e6
+    try:
         if model is not None:
-            try:
-                hostile.use(model)
-            except Exception as error:
-                outcome = f"loaded, then {type(error).__name__}"
-        ran = (home / hostile.MARK).exists()
-        print(
-            json.dumps(
-                {"outcome": outcome, "seconds": seconds, "megabytes": megabytes, "ran": ran}
-            ),
-            flush=True,
-        )
+            hostile.use(model)
+    except Exception as error:
+        outcome = f"raised {type(error).__name__}, loaded"
+    ran = Path(hostile.MARK).exists()
+    return {"outcome": outcome, "seconds": seconds, "megabytes": megabytes, "ran": ran}
 
 
 def peak() -> int:
@@ -74,87 +73,57 @@ def peak() -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
-def collect(files: int, size: int) -> list[dict]:
+def collect(arguments: argparse.Namespace) -> list[rows.Row]:
     """One row per file, from a worker process that is started again where a file killed it."""
-    rows: list[dict] = []
-    while len(rows) < files:
-        command = [
-            sys.executable,
-            __file__,
-            "--worker",
-            str(len(rows)),
-            "--files",
-            str(files),
-            "--size",
-            str(size),
-        ]
+    found: list[rows.Row] = []
+    while len(found) < arguments.files:
+        command = [sys.executable, __file__, "--threads", "1", "--worker", str(len(found))]
+        command += ["--files", str(arguments.files), "--size", str(arguments.size)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=3600)
         lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
         if not lines:
             raise RuntimeError(done.stderr[-1000:])
         starts, ends = lines[::2], lines[1::2]
-        rows += [start | end for start, end in zip(starts, ends, strict=False)]
         if len(ends) < len(starts):
-            rows.append(
-                starts[-1]
-                | {
-                    "outcome": f"died ({done.returncode})",
-                    "seconds": 0,
-                    "megabytes": 0,
-                    "ran": False,
-                }
-            )
-    return rows
+            died = {"outcome": f"died ({done.returncode})", "ran": False}
+            ends.append(died | {"seconds": 0, "megabytes": 0})
+        found += [start | end for start, end in zip(starts, ends, strict=True)]
+    return found
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--files", type=int, default=1400, help="how many (default: %(default)s)")
-    parser.add_argument(
-        "--size", type=int, default=4_000_000, help="bytes of bulk files (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--output", type=Path, default=RESULTS, help="CSV file (default: %(default)s)"
-    )
+def row(kind: str, found: list[rows.Row]) -> rows.Row:
+    """The counts of a kind of file."""
+    mine = [each for each in found if each["kind"] == kind]
+    outcomes = [each["outcome"] for each in mine]
+    counts = {outcome: outcomes.count(outcome) for outcome in OUTCOMES}
+    return {
+        "kind": kind,
+        "files": len(mine),
+        **counts,
+        "slowest_s": max(each["seconds"] for each in mine),
+        "most_mb": max(each["megabytes"] for each in mine),
+        "other": len(mine) - sum(counts.values()),
+        "ran_code": sum(each["ran"] for each in mine),
+    }
+
+
+def main() -> None:
+    parser = rows.Parser(__doc__, "hostile.csv")
+    parser.flag("--files", "how many", 1400)
+    parser.flag("--size", "bytes of bulk files", 4_000_000)
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse()
     if arguments.worker is not None:
         with tempfile.TemporaryDirectory() as home:
             work(range(arguments.worker, arguments.files), arguments.size, Path(home))
         return
-
-    rows = collect(arguments.files, arguments.size)
-    table = []
-    for kind in dict.fromkeys(row["kind"] for row in rows):
-        mine = [row for row in rows if row["kind"] == kind]
-        counts = collections.Counter(row["outcome"].split(" (")[0].split(", ")[0] for row in mine)
-        worst = {
-            "slowest_s": max(r["seconds"] for r in mine),
-            "most_mb": max(r["megabytes"] for r in mine),
-        }
-        worst = {name: round(value, 2) for name, value in worst.items()}
-        ran = sum(row["ran"] for row in mine)
-        table.append(
-            {
-                "kind": kind,
-                "files": len(mine),
-                "refused": counts["refused"],
-                "loaded": counts["loaded"],
-            }
-            | worst
-        )
-        table[-1] |= {"other": len(mine) - counts["refused"] - counts["loaded"], "ran_code": ran}
-        print(*table[-1].items(), flush=True)
-    with arguments.output.open("w", newline="") as file:
-        writer = csv.DictWriter(file, table[0].keys(), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(table)
-    wrong = [r for r in rows if r["ran"] or r["seconds"] > SECONDS or r["megabytes"] > MEGABYTES]
-    wrong += [r for r in rows if not r["outcome"].startswith(("loaded", "refused"))]
-    for row in wrong:
-        print("WRONG", row)
+    found = collect(arguments)
+    kinds = dict.fromkeys(each["kind"] for each in found)
+    rows.write(arguments.out, [row(kind, found) for kind in kinds])
+    wrong = [r for r in found if r["ran"] or r["outcome"] not in OUTCOMES]
+    wrong += [r for r in found if r["seconds"] > SECONDS or r["megabytes"] > MEGABYTES]
+    for each in wrong:
+        print("WRONG", each)
     sys.exit(bool(wrong))
 
 

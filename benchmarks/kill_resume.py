@@ -12,7 +12,6 @@ each finished run must have the same weights, bit for bit, as the uninterrupted 
 from __future__ import annotations
 
 import argparse
-import csv
 import hashlib
 import random
 import signal
@@ -22,6 +21,7 @@ import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import rows
 import torch
 
 from quantize import training
@@ -43,16 +43,11 @@ def train(state: Path | None) -> str:
     def started(at: training.Progress) -> None:
         print("step", at.step, flush=True)
 
-    settings = {
-        "checkpoint_path": state,
-        "checkpoint_seconds": 0.02,
-        "resume": True,
-        "on_progress": started,
-    }
-    training.fit(model, batches, training.next_token_loss, recipe, **settings)
-    return hashlib.sha256(
-        b"".join(tensor.numpy().tobytes() for tensor in model.state_dict().values())
-    ).hexdigest()
+    settings = {"checkpoint_path": state, "checkpoint_seconds": 0.02, "resume": True}
+    loss = training.next_token_loss
+    training.fit(model, batches, loss, recipe, on_progress=started, **settings)
+    content = b"".join(tensor.numpy().tobytes() for tensor in model.state_dict().values())
+    return hashlib.sha256(content).hexdigest()
 
 
 def run_and_kill(state: Path, seconds: float | None) -> tuple[str, str | None]:
@@ -77,63 +72,43 @@ def run_and_kill(state: Path, seconds: float | None) -> tuple[str, str | None]:
     return "finished", output.split()[-1]
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--kills", type=int, default=50, help="how many kills (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="seed of the moments (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path(__file__).parent / "results" / "kill_resume.csv"
-    )
-    parser.add_argument(
-        "--train", type=Path, help=argparse.SUPPRESS
-    )  # what this script starts as a child
-    arguments = parser.parse_args(argv)
+def runs(state: Path, kills: int, chance: random.Random, expected: str) -> list[rows.Row]:
+    """A row per run, until so many were killed and one more has finished."""
+    found: list[rows.Row] = []
+    killed = 0
+    while killed < kills or state.exists():
+        # four in five die while they train, the rest while they start; once enough are killed, let
+        # one finish
+        seconds = chance.uniform(0, 1.5) if chance.random() < 0.8 else -chance.uniform(0.5, 4)
+        outcome, digest = run_and_kill(state, seconds if killed < kills else None)
+        step = read_state(state)["step"] if state.exists() else 0  # raises if it is not whole
+        row = {"run": len(found), "outcome": outcome, "killed_after_s": seconds}
+        found.append(row | {"step_on_disk": step, "weights_equal": ""})
+        killed += outcome == "killed"
+        if digest is not None:
+            found[-1]["weights_equal"] = digest == expected
+            state.unlink()
+        print(found[-1], flush=True)
+        if digest not in (None, expected):
+            raise SystemExit(f"finished with other weights: {digest}")
+    return found
+
+
+def main() -> None:
+    parser = rows.Parser(__doc__, "kill_resume.csv")
+    parser.flag("--kills", "how many", 50)
+    parser.flag("--seed", "of the moments", 0)
+    parser.add_argument("--train", type=Path, help=argparse.SUPPRESS)  # started as a child
+    arguments = parser.parse()
     if arguments.train:
         print(train(arguments.train))
         return
-    chance = random.Random(arguments.seed)
     expected = train(None)
     print("uninterrupted:", expected)
-    rows, kills, finished = [], 0, 0
+    chance = random.Random(arguments.seed)
     with TemporaryDirectory() as folder:
         state = Path(folder) / "train.state"
-        while kills < arguments.kills or state.exists():
-            # four in five die while they train, the rest while they start; once enough are killed,
-            # let one finish
-            seconds = chance.uniform(0, 1.5) if chance.random() < 0.8 else -chance.uniform(0.5, 4)
-            outcome, digest = run_and_kill(state, seconds if kills < arguments.kills else None)
-            step = read_state(state)["step"] if state.exists() else 0  # raises if it is not whole
-            rows.append(
-                [
-                    len(rows),
-                    outcome,
-                    f"{seconds:.3f}",
-                    step,
-                    "" if digest is None else digest == expected,
-                ]
-            )
-            print(*rows[-1], flush=True)
-            kills += outcome == "killed"
-            if outcome == "finished":
-                if digest != expected:
-                    raise SystemExit(f"finished with other weights: {digest}")
-                finished += 1
-                state.unlink()
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    with arguments.out.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["run", "outcome", "killed_after_s", "step_on_disk", "weights_equal"])
-        writer.writerows(rows)
-    print(
-        f"{kills} kills, {finished} finished runs, all with the uninterrupted run's weights -> "
-        f"{arguments.out}"
-    )
+        rows.write(arguments.out, runs(state, arguments.kills, chance, expected))
 
 
 if __name__ == "__main__":

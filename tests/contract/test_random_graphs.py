@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.random_graphs import TECHNIQUES, examine
+from contract.oracles import TECHNIQUES, examine
 
 NAMES = tuple(TECHNIQUES)
 
