@@ -143,7 +143,10 @@ def tensors(output: Any) -> list[torch.Tensor]:
     """All tensors of an output, in order."""
     if isinstance(output, torch.Tensor):
         return [output]
-    return [tensor for part in _parts(output) for tensor in tensors(part)]
+    found = []
+    for part in _parts(output):
+        found += tensors(part)
+    return found
 
 
 def _parts(output: Any) -> Sequence[Any]:

@@ -44,15 +44,10 @@ REFUSALS: tuple[tuple[tuple[str, ...], tuple[str, ...], str], ...] = (
     (("recovered",), ("float16", "bfloat16"), "too coarse for small steps"),
 )
 
-REFUSED = {
-    transform: {
-        model: part
-        for transforms, models, part in REFUSALS
-        if transform in transforms
-        for model in models
-    }
-    for transform in EVERY
-}
+REFUSED: dict[str, dict[str, str]] = {transform: {} for transform in EVERY}
+for transforms, models, part in REFUSALS:
+    for transform in transforms:
+        REFUSED[transform] |= dict.fromkeys(models, part)
 
 # Orders in which two transforms are not applied, whatever the model, and a part of the message.
 PACKED = ("int8", "int8 smooth", "int4 calibrated")

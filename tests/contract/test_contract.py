@@ -4,8 +4,8 @@ name.
 What is promised is in `invariants.py`; the models are in `models.py`, the transforms in
 `transforms.py`, and the cells that are refused in `known.py`. A transform is what passes here.
 
-Every suite runs the transforms that differ most on all odd models, and all transforms on the models
-of `OFTEN`; the slow tests add others' architectures. `CONTRACT=whole uv run pytest tests/contract`
+Every suite runs all transforms on the models of `OFTEN` and every model with some transform (see
+`share`); the slow tests are the costlier ones. `CONTRACT=whole uv run pytest tests/contract`
 runs all 1400 cells, in about six minutes of one core.
 
 The policy, in plain words:
@@ -70,22 +70,33 @@ OFTEN = (
 )  # models with which every suite runs all transforms
 
 
-def cells() -> Iterator[Any]:
-    """Every cell of this run; slow where a like one runs anyway, xfail where it is known to be
-    broken.
+def share(transform: str, model: str) -> str:
+    """What a run takes a cell for: "always", "slow" (not with -m "not slow"), or "" (only whole).
+
+    Odd models meet two of the cheap transforms in every run, and one of the slower ones where slow
+    tests run, which give others' architectures one of the cheap ones.
     """
+    if model in OFTEN:
+        return "always"
+    if transform in CHEAP:
+        place = CHEAP.index(transform)
+        if model in ODD:
+            return "always" if (list(ODD).index(model) + place) % 2 == 0 else ""
+        return "slow" if (list(FOREIGN).index(model) + place) % len(CHEAP) == 0 else ""
+    if transform in SLOWER and model in ODD:
+        turn = list(ODD).index(model) + SLOWER.index(transform)
+        return "slow" if turn % len(SLOWER) == 0 else ""
+    return ""
+
+
+def cells() -> Iterator[Any]:
+    """Every cell of this run, xfail where it is known to be broken."""
     for transform in TRANSFORMS:
-        for i, model in enumerate((*ODD, *FOREIGN)):
-            cheap = transform in CHEAP
-            always = model in OFTEN or (
-                cheap and model in ODD and (i + CHEAP.index(transform)) % 2 == 0
-            )
-            often = cheap and model in FOREIGN
-            if transform in SLOWER and model in ODD:
-                often = (i + SLOWER.index(transform)) % 3 == 0
-            if not (always or often or WHOLE):
+        for model in (*ODD, *FOREIGN):
+            taken = share(transform, model)
+            if not (taken or WHOLE):
                 continue
-            marks = [] if always else [pytest.mark.slow]
+            marks = [] if taken == "always" else [pytest.mark.slow]
             if reason := BROKEN.get(transform, {}).get(model):
                 marks.append(pytest.mark.xfail(strict=True, reason=reason))
             yield pytest.param(transform, model, marks=marks, id=f"{transform}-{model}")
@@ -111,6 +122,7 @@ def test_promises(transform: str, model: str):
 
 def told(cell: Cell) -> str:
     """Broken promises, a line each."""
-    return "\n".join(
-        f"{kind}: {problem}" for kind, problems in cell.broken.items() for problem in problems
-    )
+    lines = []
+    for kind, problems in cell.broken.items():
+        lines += [f"{kind}: {problem}" for problem in problems]
+    return "\n".join(lines)

@@ -118,9 +118,9 @@ def _examine(
     )
     sequence = [inputs, *batches(inputs)]
     try:
-        copies = (
-            [] if transform.script else _copies(result, model, folder if transform.saved else None)
-        )
+        copies = []
+        if not transform.script:
+            copies = _copies(result, model, folder if transform.saved else None)
         actual = promise.answers(result, sequence)
     except Exception as error:
         return [*broken, f"{type(error).__name__}: {error}"], ""
