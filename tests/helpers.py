@@ -4,6 +4,7 @@ models from a seed, and a zoo of models that others wrote.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -46,6 +47,18 @@ def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
         .mean()
         .item()
     )
+
+
+def in_a_fork(work: Callable[[], int]) -> int:
+    """The exit code that `work` gives in a forked process; 255 where it raises."""
+    child = os.fork()
+    if child == 0:
+        code = 255
+        try:
+            code = work()
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
