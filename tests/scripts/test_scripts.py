@@ -24,16 +24,33 @@ from quantize.jobs.presets import PRESETS, VARIANTS, recipes
 ROOT = Path(__file__).parents[2]
 
 
+one_worker = pytest.mark.xdist_group("text run")  # those who read the folder of `text_run`
+
+
+def quick(patch: pytest.MonkeyPatch) -> None:
+    """Let the tiny presets time each file once."""
+    for presets in PRESETS.values():
+        patch.setitem(presets, "tiny", replace(presets["tiny"], rounds=1))
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    """Files are measured briefly."""
+    quick(monkeypatch)
+
+
 @pytest.fixture(scope="module")
 def text_run(tmp_path_factory) -> Path:
     """The folder that a tiny text run wrote."""
     out = tmp_path_factory.mktemp("text")
-    assert (
-        train.main(["--preset", "tiny", "--steps", "12", "--threads", "1", "--out", str(out)]) == 0
-    )
+    arguments = ["--preset", "tiny", "--steps", "12", "--threads", "1", "--out", str(out)]
+    with pytest.MonkeyPatch.context() as patch:
+        quick(patch)
+        assert train.main(arguments) == 0
     return out
 
 
+@one_worker
 @pytest.mark.slow
 def test_text_run_reports_every_file(text_run):
     """A row for the baseline and each variant; sizes are those of the files; fp16 halves and int8
@@ -56,6 +73,7 @@ def test_text_run_reports_every_file(text_run):
     assert (text_run / "pareto.png").read_bytes().startswith(b"\x89PNG")
 
 
+@one_worker
 @pytest.mark.slow
 def test_metric_is_that_of_the_file(text_run):
     """The number in the report is what evaluating the loaded file gives."""
@@ -237,10 +255,8 @@ def test_ctrl_c_leaves_whole_files_and_says_how_to_go_on(tmp_path):
 def short(monkeypatch):
     """A tiny preset that trains in two steps."""
     tiny = PRESETS["text"]["tiny"]
-    short = replace(tiny.training, steps=2, length=32)
-    monkeypatch.setitem(
-        PRESETS["text"], "tiny", replace(tiny, training=short, validation=256, rounds=1)
-    )
+    recipe = replace(tiny.training, steps=2, length=32)
+    monkeypatch.setitem(PRESETS["text"], "tiny", replace(tiny, training=recipe, validation=256))
 
 
 @pytest.mark.slow
@@ -256,6 +272,7 @@ def test_fusion_trains_what_it_needs(short, tmp_path, monkeypatch):
     } <= written and "int8.pth" not in written
     assert not (tmp_path / "report.json").exists()
     monkeypatch.setattr(fusion, "train_baseline", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr("quantize.jobs.fusing.BACKENDS", ("torchscript", "onnxruntime", "openvino"))
     quantize.save(quantize.MLP(quantize.MLPConfig(hidden=(8,))), tmp_path / "mlp.pth")
     options = [
         "--model",
@@ -314,6 +331,7 @@ def test_a_stopped_training_stops_the_script_that_needed_it(tmp_path, monkeypatc
         )
 
 
+@one_worker
 @pytest.mark.slow
 def test_resume_ends_with_the_same_weights(tmp_path, text_run, monkeypatch):
     """Stopped in the middle and resumed, the baseline is the uninterrupted run's, bit for bit."""
@@ -341,7 +359,7 @@ def test_resume_ends_with_the_same_weights(tmp_path, text_run, monkeypatch):
     monkeypatch.setattr(training, "next_token_loss", interrupted)
     assert train.main(arguments) == 130
     assert not (tmp_path / "model.pth").exists()
-    monkeypatch.undo()
+    monkeypatch.setattr(training, "next_token_loss", real)
     assert train.main([*arguments, "--resume"]) == 0
     expected = quantize.load(text_run / "model.pth").state_dict()
     for name, tensor in quantize.load(tmp_path / "model.pth").state_dict().items():
@@ -482,6 +500,7 @@ def test_exit_codes_are_one_table(capsys):
     assert (script.DONE, script.MISTAKE, script.STOPPED) == (0, 2, 130)
 
 
+@one_worker
 @pytest.mark.slow
 def test_files_hold_the_recipes_that_made_them(text_run):
     """What is read back from a variant's file is the recipe of its row; the baseline has none."""

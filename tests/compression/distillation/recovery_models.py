@@ -30,12 +30,10 @@ def nearby(model: nn.Module, by: float = 0.3) -> nn.Module:
 
 def state(model: nn.Module) -> dict[str, object]:
     """All of a model that could change, as values."""
-    plain = {
-        f"{n}.{k}": repr(v)
-        for n, m in model.named_modules()
-        for k, v in vars(m).items()
-        if not k.startswith("_")
-    }
+    plain = {}
+    for prefix, module in model.named_modules():
+        public = {name: value for name, value in vars(module).items() if name[0] != "_"}
+        plain |= {f"{prefix}.{name}": repr(value) for name, value in public.items()}
     return plain | {
         name: tensor.detach().clone()
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]
