@@ -2,8 +2,9 @@
 what its layers see.
 
 `inputs` has batches, outputs and the distance between two models; `state` what a forward pass may
-change; `observe` single calls of layers; `statistics` sums over their inputs; `gradients` how much
-the output depends on each layer's; `refit` least squares.
+change; `observe` single calls of layers, `replay` those of two models side by side; `statistics`
+sums over their inputs; `gradients` how much the output depends on each layer's; `refit` least
+squares.
 """
 
 from quantize.calibration.gradients import collect_gradients, fisher_loss, gradients_if_any
@@ -21,8 +22,9 @@ from quantize.calibration.inputs import (
     watching,
     without_cache,
 )
-from quantize.calibration.observe import Call, Watch, find_streams, side_by_side
+from quantize.calibration.observe import Call, Watch, find_streams
 from quantize.calibration.refit import Regression, compensate, least_squares
+from quantize.calibration.replay import Pace, Walk
 from quantize.calibration.state import untouched
 from quantize.calibration.statistics import (
     Calls,
@@ -40,8 +42,10 @@ __all__ = [
     "Call",
     "Calls",
     "InputStatistics",
+    "Pace",
     "PairedStatistics",
     "Regression",
+    "Walk",
     "Watch",
     "arguments",
     "call",
@@ -64,7 +68,6 @@ __all__ = [
     "reached",
     "relative_error",
     "rows",
-    "side_by_side",
     "trace_calls",
     "untouched",
     "watching",

@@ -8,7 +8,7 @@ can't be undone before that.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from quantize.calibration.inputs import call, watching, without_cache
+from quantize.calibration.inputs import call, watching
 
 ADDITIONS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
 
@@ -166,22 +166,3 @@ def find_streams(model: nn.Module, batch: Any, names: Collection[str]) -> set[st
         calls = Watch(model, names, names, strict=True).run(batch)
     alone = {call.name for call in calls if call.stream is None}
     return {call.name for call in calls} - alone
-
-
-@torch.no_grad()
-def side_by_side(
-    models: Sequence[nn.Module],
-    names: Collection[str],
-    batches: Iterable[Any],
-    *,
-    streams: Collection[str] = (),
-    calls: int | None = None,
-) -> Iterator[list[list[Call]]]:
-    """For each batch, the calls of the layers `names` in each of the models; see `Watch`."""
-    watches = [Watch(model, names, streams, calls=calls) for model in models]
-    for batch in batches:
-        passes = []
-        for watch in watches:
-            with watching((), watch.model), without_cache(watch.model):
-                passes.append(watch.run(batch))
-        yield passes

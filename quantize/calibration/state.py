@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import nn
 # Structure, hooks and records of a module: techniques may change them inside.
 _NOT_STATE = (frozenset(nn.Module().__dict__) - {"training"}) | {"_structure", "_notes"}
 _KEPT_WHOLE = (type, nn.Module, torch.dtype, torch.device)
+_NUMBERS = (bool, int, float, str)
 _SEQUENCES = (list, tuple, set, frozenset, deque)
 
 
@@ -38,6 +39,24 @@ def untouched(*models: nn.Module) -> Iterator[None]:
         generators.restore()
 
 
+def changed(model: nn.Module, run: Callable[[], Any]) -> set[str]:
+    """Names of the modules whose state `run` changes; all is as before afterwards.
+
+    Random numbers of torch's own generator count as the root's state, those of numpy and Python as
+    everyone's.
+    """
+    saved = {name: _State(module) for name, module in model.named_modules()}
+    with untouched(model):
+        before = _Generators()
+        run()
+        names = {name for name, state in saved.items() if state.changed()}
+        if before.torch_moved():
+            names.add("")
+        if before.others_moved():
+            names.update(saved)
+    return names
+
+
 class _State:
     """What a forward pass of one module may change."""
 
@@ -57,6 +76,13 @@ class _State:
             for p in module._parameters.values()
             if p is not None and _renormalizes(module)
         ]
+
+    def changed(self) -> bool:
+        buffers = {n: b for n, b in self.module._buffers.items() if n not in self.constant}
+        plain = {n: v for n, v in self.module.__dict__.items() if n not in _NOT_STATE}
+        if _differ(self.buffers, buffers) or _differ(self.attributes, plain):
+            return True
+        return any(saved.changed() for saved in self.weights)
 
     def restore(self) -> None:
         for name in [
@@ -100,6 +126,21 @@ class _Saved:
         ):
             self.parts = {key: _saved(part, memo) for key, part in vars(value).items()}
         self.done = False
+        self.compared = False
+
+    def changed(self) -> bool:
+        """Has the content of the value changed?"""
+        if self.compared or self.parts is None:
+            return False
+        self.compared = True
+        value, parts = self.value, self.parts
+        if isinstance(value, torch.Tensor):
+            return value.shape != parts[0].shape or not torch.equal(value, parts[0])
+        if isinstance(value, torch.Generator):
+            return not torch.equal(value.get_state(), parts)
+        if isinstance(value, _SEQUENCES):
+            return _differ(dict(enumerate(parts)), dict(enumerate(value)))
+        return _differ(parts, value if isinstance(value, dict) else vars(value))
 
     def restored(self) -> Any:
         if self.done or self.parts is None:
@@ -120,6 +161,18 @@ class _Saved:
         else:
             _refill(vars(value), parts)
         return value
+
+
+def _differ(saved: dict[Any, _Saved], now: dict[Any, Any]) -> bool:
+    """Have names come or gone, or values, or what is in them?"""
+    if saved.keys() != now.keys():
+        return True
+    for name, before in saved.items():
+        value = now[name]
+        equal = isinstance(value, _NUMBERS) and type(value) is type(before.value)
+        if value is not before.value and not (equal and value == before.value):
+            return True
+    return any(before.changed() for before in saved.values())
 
 
 def _saved(value: Any, memo: dict[int, _Saved]) -> _Saved:
@@ -166,6 +219,18 @@ class _Generators:
         self.python = random.getstate()
         numpy = sys.modules.get("numpy")
         self.numpy = None if numpy is None else numpy.random.get_state()
+
+    def torch_moved(self) -> bool:
+        return not torch.equal(torch.get_rng_state(), self.torch)
+
+    def others_moved(self) -> bool:
+        if random.getstate() != self.python:
+            return True
+        if self.numpy is None:
+            return False
+        # name, keys, position, and a normal number in store
+        now = sys.modules["numpy"].random.get_state()
+        return now[2:] != self.numpy[2:] or any(now[1] != self.numpy[1])
 
     def restore(self) -> None:
         torch.set_rng_state(self.torch)

@@ -133,7 +133,8 @@ def test_pairs_match_row_by_row(model, batches):
     """
     torch.manual_seed(2)
     changed = TwoInputs()
-    seen = residuals.collect(changed, model, batches, ["c"], set(), calls=None)["c"]
+    walk = calibration.Walk(model, batches, ["c"])
+    seen = residuals.collect(walk, changed, model, ["c"], set())["c"]
     x = torch.cat([torch.relu(changed.a(b) + changed.b(b)).reshape(-1, 5) for b in batches])
     r = torch.cat([torch.relu(model.a(b) + model.b(b)).reshape(-1, 5) for b in batches])
     assert_close(seen.cross_moment, r.T @ x / len(x))
@@ -141,16 +142,17 @@ def test_pairs_match_row_by_row(model, batches):
     assert_close(seen.reference_mean, r.mean(0))
 
 
-def test_a_pass_may_end_at_the_last_layer(model, batches):
-    """Stopping after `last` gives the same statistics, and nothing after it runs."""
-    model.rare.register_forward_pre_hook(
-        lambda *_: pytest.fail("ran a layer after the last one watched")
-    )
-    whole = residuals.collect(model, model, batches, ["a", "b"], set(), calls=None)
+def test_a_pass_ends_at_the_last_layer(model, batches):
+    """Nothing after the layers that are shown runs, and they are shown as in whole passes."""
     both = [(b, True) for b in batches]
-    ended = residuals.collect(model, model, both, ["a", "b"], set(), calls=2)
+    whole = calibration.collect(model, both, {"a": model.a, "b": model.b})
+    walk = calibration.Walk(model, both, ["a", "b"])
+    late = lambda *_: pytest.fail("ran a layer after the last one watched")  # noqa: E731
+    model.rare.register_forward_pre_hook(late)
+    ended = residuals.collect(walk, model, model, ["a", "b"], set())
     for name in whole:
-        assert_close(ended[name].cross_moment, whole[name].cross_moment)
+        assert_close(ended[name].second_moment, whole[name].second_moment)
+        assert_close(ended[name].cross_moment, whole[name].second_moment)
 
 
 def test_calls_are_grouped_by_shared_input(model, batches):

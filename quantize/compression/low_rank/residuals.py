@@ -4,15 +4,14 @@ the original one.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
 from quantize import calibration as calibrate
-from quantize.calibration.observe import Call, side_by_side
+from quantize.calibration import Call, Walk
 
 
 @dataclass
@@ -52,34 +51,31 @@ class Seen(calibrate.PairedStatistics):
 
 
 def collect(
+    walk: Walk,
     model: nn.Module,
     reference: nn.Module,
-    batches: Iterable[Any],
     names: Collection[str],
     streams: set[str],
-    *,
-    calls: int | None,
 ) -> dict[str, Seen]:
     """What the layers `names` see in `model`, paired with the same layers in `reference`, row by
     row.
 
     Args:
+        walk: of the reference, at these layers.
         streams: see `calibration.find_streams`.
-        calls: of all of them in a pass; None where that isn't known.
 
     Returns:
         By name, without layers that no batch reaches in `model`, or whose inputs there aren't
         finite.
     """
     seen = {name: Seen() for name in names}
-    streams = streams.intersection(names)
-    walk = side_by_side((model, reference), names, batches, streams=streams, calls=calls)
-    for passes in walk:
+    for theirs, ours in walk.show((reference, model), names, streams.intersection(names)):
         for name in names:
-            ours, theirs = ([call for call in run if call.name == name] for run in passes)
-            if len(ours) != len(theirs):
-                theirs = ours  # the two models take other ways on this batch
-            for call, other in zip(ours, theirs, strict=True):
+            calls = [call for call in ours if call.name == name]
+            others = [call for call in theirs if call.name == name]
+            if len(calls) != len(others):
+                others = calls  # the two models take other ways on this batch
+            for call, other in zip(calls, others, strict=True):
                 _add(seen[name], model.get_submodule(name), call, other)
     return {name: s for name, s in seen.items() if s.count and torch.isfinite(s.largest).all()}
 

@@ -1,10 +1,10 @@
 """Make the layers that read pruned channels give what they gave before, from calibration inputs,
 without training.
 
-Layer by layer in the order of the graph: run the original and the pruned model on every batch, keep
-moments of the pruned layer's inputs and their product with the original layer's outputs, solve a
-ridge regression, write the new weight and bias. Later layers see what the earlier, already repaired
-ones give. Memory is bounded by the square of a layer's input width.
+Layer by layer in the order of the graph: keep moments of the pruned layer's inputs and their
+product with the original layer's outputs, solve a ridge regression, write the new weight and bias.
+Later layers see what the earlier, already repaired ones give. Memory is bounded by the square of a
+layer's input width.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from quantize.calibration import Call, Regression, exact, rows, side_by_side
+from quantize.calibration import Call, Pace, Regression, Walk, exact, rows
 
 
 @dataclass
@@ -65,7 +65,7 @@ def _write(module: nn.Module, matrix: torch.Tensor, bias: torch.Tensor | None) -
         module._parameters["bias"].data.copy_(bias)
 
 
-def refit(original: nn.Module, pruned: nn.Module, step: Step, batches: Iterable[Any]) -> None:
+def refit(walk: Walk, original: nn.Module, pruned: nn.Module, step: Step) -> None:
     """Refit layers of `pruned` to the outputs (those kept) of the same layers of `original`.
 
     In a stream, what is fitted is the sum: the layer also makes up for what the stream lost further
@@ -74,11 +74,10 @@ def refit(original: nn.Module, pruned: nn.Module, step: Step, batches: Iterable[
     layers = {name: pruned.get_submodule(name) for name in step.layers}
     first = next(iter(layers.values()))
     regression = Regression(bias=first._parameters.get("bias") is not None)
-    calls = len(layers) if len(layers) > 1 else step.calls
     streams = step.layers if step.stream else ()
-    walk = side_by_side((original, pruned), step.layers, batches, streams=streams, calls=calls)
-    for before, after in walk:
-        if len(before) != len(after) or (len(layers) > 1 and len(before) != calls):
+    for before, after in walk.show((original, pruned), step.layers, streams):
+        names = [call.name for call in before]
+        if names != [call.name for call in after] or (len(layers) > 1 and names != list(layers)):
             continue  # the batch takes other ways through the two models
         for i in range(0, len(before), len(layers)):
             together = slice(i, i + len(layers))
@@ -126,12 +125,11 @@ def _outputs(layer: nn.Module, output: torch.Tensor, kept: torch.Tensor | None) 
 
 
 def reestimate(
+    walk: Walk,
     original: nn.Module,
     pruned: nn.Module,
     name: str,
     outputs: torch.Tensor | None,
-    batches: Iterable[Any],
-    calls: int,
 ) -> None:
     """Shift and scale a BatchNorm's running statistics so that each channel's output has the mean
     and variance it had.
@@ -141,7 +139,7 @@ def reestimate(
     """
     norm = pruned.get_submodule(name)
     old, new = _Spread(), _Spread()
-    for before, after in side_by_side((original, pruned), [name], batches, calls=calls):
+    for before, after in walk.show((original, pruned), [name]):
         for call in before:
             old.add(call.input, outputs)
         for call in after:
@@ -189,10 +187,14 @@ def repair_layers(
     say: Callable[[str], None],
 ) -> None:
     """Refit or re-estimate, in place, the layers named in `steps`, in that order."""
-    for number, step in enumerate(steps, 1):
+    layers = [name for step in steps for name in step.layers]
+    walk = Walk(original, batches, layers)
+    pace = Pace(len(steps))
+    for step in steps:
+        say(pace.next(f"repairing {', '.join(step.layers)}"))
         name, outputs = next(iter(step.layers.items()))
-        say(f"repairing {', '.join(step.layers)} ({number}/{len(steps)})")
         if isinstance(pruned.get_submodule(name), nn.modules.batchnorm._BatchNorm):
-            reestimate(original, pruned, name, outputs, batches, step.calls)
+            reestimate(walk, original, pruned, name, outputs)
         else:
-            refit(original, pruned, step, batches)
+            refit(walk, original, pruned, step)
+        walk.finish(step.layers)

@@ -1,0 +1,167 @@
+"""Two models side by side, layer after layer, at the cost of a few passes and not of one per layer.
+
+`Walk` shows what the layers of an original and of a copy that is being changed are given and give,
+some layers at a time, in the order in which they run. What runs before the first layer that may
+still change is final: each module that has ended by then is kept as its output, and later passes
+take that instead of running the module (see `passes`). Of these outputs only those stay that a
+later pass can still read.
+
+In the first batch, the original's layers must get bit for bit what they got in a whole pass; where
+they don't, every pass runs from the input.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import time
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+
+from quantize.calibration.inputs import call, check_batches, watching, without_cache
+from quantize.calibration.observe import Call, Watch
+from quantize.calibration.passes import Missing, Pass, Ran, Store, impure_modules, routed_through
+from quantize.calibration.state import changed
+
+MEMORY = 1 << 29  # bytes of kept outputs that stay in memory
+
+
+class Walk:
+    """Shows layers of two models side by side; see above.
+
+    Args:
+        original: the first of the two models of every call; it stays as it is.
+        batches: re-iterable calibration batches.
+        layers: those that will be shown, and may be changed in the other model.
+        memory: bytes of kept outputs that stay in memory.
+        replay: False runs every pass from the input.
+    """
+
+    def __init__(
+        self,
+        original: nn.Module,
+        batches: Iterable[Any],
+        layers: Iterable[str],
+        *,
+        memory: int = MEMORY,
+        replay: bool = True,
+    ) -> None:
+        self.batches = check_batches(batches)
+        self.layers = list(dict.fromkeys(layers))
+        self.changing = set(self.layers)
+        self.store = Store(memory)
+        self.replay = replay
+        self.counts: list[Counter] = []  # of the original's calls, by batch
+        self.given: list[tuple[str, bytes]] = []  # to the original's layers in the first batch
+        self.stateful: set[str] = set()
+        self._look(original)
+        self.impure = impure_modules(original, self.stateful)
+        self.kept: list[dict[int, Ran]] = [{}, {}]  # of the two models, by batch
+        self.running: list[Pass] = []
+
+    @torch.no_grad()
+    def _look(self, original: nn.Module) -> None:
+        """Whole passes over the original."""
+
+        def count(name: str, _: nn.Module, args: tuple, kwargs: dict) -> None:
+            self.counts[-1][name] += 1
+            if len(self.counts) == 1:
+                x = args[0] if args else next(iter(kwargs.values()))
+                self.given.append((name, _digest(x)))
+
+        hooks = []
+        for name in self.layers:
+            layer, hook = original.get_submodule(name), functools.partial(count, name)
+            hooks.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+        with watching(hooks, original), without_cache(original):
+            for batch in self.batches:
+                self.counts.append(Counter())
+                self.stateful |= changed(original, functools.partial(call, original, batch))
+
+    def finish(self, names: Iterable[str]) -> None:
+        """These layers change no more."""
+        self.changing.difference_update(names)
+
+    @torch.no_grad()
+    def show(
+        self, models: Sequence[nn.Module], names: Collection[str], streams: Collection[str] = ()
+    ) -> Iterator[list[list[Call]]]:
+        """For each batch that reaches the layers `names`, their calls in each of the two models.
+
+        streams: those of `names` of which it is also noted what their outputs are added to.
+        """
+        distinct = list({id(model): model for model in models}.values())
+        with ExitStack() as stack:
+            for model in distinct:
+                stack.enter_context(routed_through(self.running, model, self.layers))
+            stack.enter_context(without_cache(*distinct))
+            if not self.stateful:
+                stack.enter_context(watching((), *distinct))
+            for number, batch in enumerate(self.batches):
+                expected = sum(self.counts[number][name] for name in names)
+                if not expected:
+                    continue
+                watches = [Watch(model, names, streams, calls=expected) for model in models]
+                yield [self._run(i, watches[i], number, batch) for i in (0, 1)]
+
+    def _run(self, which: int, watch: Watch, number: int, batch: Any) -> list[Call]:
+        """The calls in one pass over one of the models."""
+
+        def run(model: nn.Module, batch: Any) -> None:
+            with ExitStack() as stack:
+                if self.stateful:
+                    stack.enter_context(watching((), model))
+                stack.enter_context(self.running[0])
+                call(model, batch)
+
+        root = self.kept[which].setdefault(number, Ran())
+        while True:
+            changing = self.changing if which else ()  # the original doesn't change
+            self.running[:] = [Pass(root, self.store, watch.names, changing, self.impure)]
+            self.running[0].final = self.replay
+            try:
+                calls = watch.run(batch, run)
+            except Missing:
+                pass
+            else:
+                if which or number or not self.replay or self._as_before(calls):
+                    return calls
+            self.replay = False
+            for kept in self.kept:
+                kept.clear()
+            root = Ran()
+
+    def _as_before(self, calls: Sequence[Call]) -> bool:
+        """Did the original's layers get what they got in a whole pass over the first batch?"""
+        names = {call.name for call in calls}
+        given = [digest for name, digest in self.given if name in names]
+        return given[: len(calls)] == [_digest(call.input) for call in calls]
+
+
+def _digest(x: torch.Tensor) -> bytes:
+    x = x.detach().to_dense() if x.layout != torch.strided else x.detach()
+    content = x.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return hashlib.blake2b(content, digest_size=16).digest()
+
+
+class Pace:
+    """Lines of progress through steps of about the same work, with the time left."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+        self.begun = 0
+        self.start = time.monotonic()
+
+    def next(self, what: str) -> str:
+        """The line for the step that begins now."""
+        line = f"{what} ({self.begun + 1}/{self.steps})"
+        if self.begun:
+            taken = (time.monotonic() - self.start) / self.begun
+            line += f", {taken * (self.steps - self.begun):.0f} s left"
+        self.begun += 1
+        return line
