@@ -38,7 +38,7 @@ def train(state: Path | None) -> str:
     torch.manual_seed(0)
     model = DecoderLM(DecoderConfig(width=64, layers=2, heads=2))
     batches = TextBatches(load_text().train, batch=2, length=128)
-    recipe = training.Recipe(steps=STEPS, batch=2, length=128)
+    recipe = training.TrainConfig(steps=STEPS, batch=2, length=128)
 
     def started(at: training.Progress) -> None:
         print("step", at.step, flush=True)

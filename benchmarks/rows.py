@@ -92,7 +92,8 @@ def write(path: Path, rows: Sequence[Row], key: Sequence[str] = ()) -> None:
     with atomic_write(path) as file:
         file.write(text.getvalue().encode())
     for row in new:
-        print(*(f"{name}={value}" for name, value in row.items()), flush=True)
+        shown = [f"{name}={value}" for name, value in row.items() if value is not None]
+        print(*shown, flush=True)
 
 
 def _rounded(value: Any) -> Any:

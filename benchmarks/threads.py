@@ -4,12 +4,11 @@
     uv run python benchmarks/threads.py --loads 0 --rounds 2
 
 A thread of libgomp that comes to a barrier looks GOMP_SPINCOUNT times for the others before it
-sleeps: 300,000 times if nobody says otherwise. Every setting (spin count, number of threads) has
-processes of its own, because libgomp reads the count when torch is imported. The processes take
-turns, one computing at a time, without other load and with as many endless loops beside them as
---loads says. The work is what this package's scripts do: a forward pass of the default decoder over
-8 x 256 tokens and over one token, a training step, decoding in C++ (int8), and a convolutional
-network on one image.
+sleeps: 300,000 times if nobody says otherwise. libgomp reads the count when torch is imported, so
+every setting (spin count, number of threads) has a process of its own in each round. One computes
+at a time, without other load and with as many endless loops beside it as --loads says. The work is
+what this package's scripts do: a forward pass of the default decoder over 8 x 256 tokens and over
+one token, a training step, decoding in C++ (int8), and a convolutional network on one image.
 
 Rows go to benchmarks/results/threads.csv: milliseconds per call (median and 90th percentile), the
 CPU milliseconds that all threads of the process spent on it, and `over_best`, the time over that of
@@ -19,102 +18,66 @@ which is printed at the end.
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager
 from itertools import product
-from pathlib import Path
-from unittest import mock
 
 import rows
 import torch
 
-from quantize import ConvNet, ConvNetConfig, DecoderConfig, DecoderLM, KVCache, quantize_dynamic
+from quantize import (
+    ConvNet,
+    ConvNetConfig,
+    DecoderConfig,
+    DecoderLM,
+    KVCache,
+    clock,
+    quantize_dynamic,
+)
 from quantize.host import usable_cores
-from quantize.measuring import Build
-from quantize.measuring.nursery import Nursery
-from quantize.measuring.process import Worker, pack, payload
 from quantize.measuring.result import latency_of
 from quantize.run.decoding import for_decoding
 from quantize.training import next_token_loss
 
 DECODER = DecoderConfig(width=128, layers=6, heads=2, qk_norm=True, max_length=1024)  # train.py's
-WORKS = ("forward 8 x 256", "forward 1 x 1", "image", "decode 32 tokens", "training step")
 DEFAULT = "300000"  # libgomp's own
 COUNTS = ["0", "300", "1000", "3000", "10000", "100000", DEFAULT]
 LOOP = "while True: pass"
-TICK_MS = 1000 / os.sysconf("SC_CLK_TCK")
 
 
-def work(name: str) -> Callable[[torch.Tensor], object]:
-    """What is timed, called on ids [8, 256]; made in the process that measures."""
+def works() -> dict[str, Callable[[], object]]:
+    """What is timed, by name."""
     torch.manual_seed(0)
-    decoder = DecoderLM(DECODER)
-    if name == "training step":
-        return lambda ids: train_step(decoder, ids)
-    if name == "image":
-        net = ConvNet(ConvNetConfig(widths=(64, 128), blocks=2)).eval()
-        image = torch.rand(1, net.config.in_channels, 28, 28)
-        return lambda _: net(image)
-    if name == "decode 32 tokens":
-        ready = for_decoding(quantize_dynamic(decoder.eval()))
-        return lambda ids: decode_32(ready, ids[:1])
-    decoder.eval()
-    return decoder if name == "forward 8 x 256" else lambda ids: decoder(ids[:1, :1])
-
-
-def decode_32(decoder: torch.nn.Module, ids: torch.Tensor) -> None:
-    cache = KVCache.for_model(decoder, limit=64)
-    decoder(ids[:, :32], cache)
-    for _ in range(32):
-        decoder(ids[:, :1], cache)
-
-
-@torch.enable_grad()
-def train_step(decoder: torch.nn.Module, ids: torch.Tensor) -> None:
-    next_token_loss(decoder, (ids, ids)).backward()
-    decoder.zero_grad()
-
-
-@dataclass
-class Setting:
-    """A spin count and a number of threads, with a process per work."""
-
-    count: str
-    threads: int
-    workers: dict[str, Worker]
-
-    def run(self, name: str, seconds: float) -> tuple[list[float], float]:
-        """Milliseconds of each call, and the CPU milliseconds of all of them."""
-        worker = self.workers[name]
-        before = cpu_ms(worker.pid)
-        times = worker.burst(seconds)
-        return times, cpu_ms(worker.pid) - before
-
-
-def cpu_ms(pid: int) -> float:
-    """CPU milliseconds of a process so far."""
-    after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return TICK_MS * (int(after_name[11]) + int(after_name[12]))  # user, system
-
-
-def start(stack: ExitStack, count: str, threads: int) -> Setting:
-    """The processes of a setting, warmed up; `stack` ends them."""
-    with mock.patch.dict(os.environ, {"GOMP_SPINCOUNT": count}):
-        nursery = stack.enter_context(Nursery(threads=threads))
+    decoder, learner = DecoderLM(DECODER).eval(), DecoderLM(DECODER)
+    net = ConvNet(ConvNetConfig(widths=(64, 128), blocks=2)).eval()
     ids = torch.randint(0, DECODER.vocab_size, (8, 256))
-    workers = {}
-    for name in WORKS:
-        things = {"example_inputs": pack(ids), "source": pack(Build(lambda n=name: work(n)))}
-        options = {"name": name, "keep": True, "timeout_s": 600.0}
-        worker = stack.enter_context(Worker(nursery, None, payload(**things), **options))
-        worker.load()
-        worker.warm_up()
-        workers[name] = worker
-    return Setting(count, threads, workers)
+    image = torch.rand(1, net.config.in_channels, 28, 28)
+    ready = for_decoding(quantize_dynamic(decoder))
+
+    def decode() -> None:
+        cache = KVCache.for_model(ready, limit=64)
+        ready(ids[:1, :32], cache)
+        for _ in range(32):
+            ready(ids[:1, :1], cache)
+
+    @torch.enable_grad()
+    def train() -> None:
+        next_token_loss(learner, (ids, ids)).backward()
+        learner.zero_grad()
+
+    return {
+        "forward 8 x 256": lambda: decoder(ids),
+        "forward 1 x 1": lambda: decoder(ids[:1, :1]),
+        "image": lambda: net(image),
+        "decode 32 tokens": decode,
+        "training step": train,
+    }
 
 
 @contextmanager
@@ -129,49 +92,70 @@ def load(count: int) -> Iterator[None]:
             loop.wait()
 
 
-def compare(
-    settings: list[Setting], loops: int, name: str, rounds: int, seconds: float
-) -> list[rows.Row]:
-    """A row per setting, of one work under one load."""
-    turns = []
-    with load(loops):
-        for _ in range(rounds):
-            turns.append([setting.run(name, seconds) for setting in settings])
-    found = []
-    for setting, runs in zip(settings, zip(*turns, strict=True), strict=True):
-        time = latency_of([times for times, _ in runs])
-        row = {"load": loops, "work": name}
-        row |= {"threads": setting.threads, "spin_count": setting.count}
-        row |= {"ms": time.median, "p90": time.p90}
-        # of one more call a turn: the first one isn't counted
-        busy = sum(ms for _, ms in runs) / (time.calls + rounds)
-        found.append(row | {"cpu_ms": busy})
-    best = min(row["ms"] for row in found)
-    about = {name: value for name, value in rows.host().items() if name != "threads"}
-    return [row | {"over_best": row["ms"] / best} | about for row in found]
+def work(loads: list[int], seconds: float) -> Iterator[rows.Row]:
+    """Times of every work under every load: ms of each call, CPU ms of a call."""
+    known = works()
+    clock.race(list(known.values()), least=1)
+    for loops in loads:
+        with load(loops):
+            for name, call in known.items():
+                before = time.process_time()
+                times = [1e3 * taken for taken in clock.burst(call, seconds)]
+                calls = 1 + len(times)  # the first one isn't in `times`
+                cpu_ms = 1e3 * (time.process_time() - before) / calls
+                yield {"load": loops, "work": name, "times": times, "cpu_ms": cpu_ms}
+
+
+def measure(count: str, threads: int, arguments: argparse.Namespace) -> list[rows.Row]:
+    """What `work` gives in a process with this spin count."""
+    names = ("OMP_WAIT_POLICY", "KMP_BLOCKTIME", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+    environment["GOMP_SPINCOUNT"] = count
+    command = [sys.executable, __file__, "--worker", "--threads", str(threads)]
+    command += ["--seconds", str(arguments.seconds), "--loads", *map(str, arguments.loads)]
+    done = subprocess.run(command, env=environment, check=True, stdout=-1, text=True)
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def main() -> None:
     parser = rows.Parser(__doc__, "threads.csv")
     parser.flag("--counts", "spin counts", COUNTS)
     parser.flag("--loads", "endless loops beside us", [0, 8])
-    parser.flag("--rounds", "turns of each setting", 5)
-    parser.flag("--seconds", "length of a turn", 0.5)
+    parser.flag("--rounds", "processes of each setting", 5)
+    parser.flag("--seconds", "for each work, load and round", 0.5)
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse()
-    found: list[rows.Row] = []
-    with ExitStack() as stack:
-        settings = [start(stack, count, usable_cores()) for count in arguments.counts]
-        settings.append(start(stack, DEFAULT, 1))
-        for loops, name in product(arguments.loads, WORKS):
-            found += compare(settings, loops, name, arguments.rounds, arguments.seconds)
-            rows.write(arguments.out, found)
-    print("worst over_best, by threads and count:")
-    worst: dict[tuple[int, str], float] = {}
+    if arguments.worker:
+        for row in work(arguments.loads, arguments.seconds):
+            print(json.dumps(row), flush=True)
+        return
+    settings = [*product(arguments.counts, [usable_cores()]), (DEFAULT, 1)]
+    runs: dict[tuple, list[rows.Row]] = {}
+    for _, (count, threads) in product(range(arguments.rounds), settings):
+        for run in measure(count, threads, arguments):
+            runs.setdefault((run["load"], run["work"], threads, count), []).append(run)
+    rows.write(arguments.out, compared(runs))
+
+
+def compared(runs: dict[tuple, list[rows.Row]]) -> list[rows.Row]:
+    """A row per load, work and setting, beside the best setting of that load and work; prints the
+    worst `over_best` of each setting.
+    """
+    about = {name: value for name, value in rows.host().items() if name != "threads"}
+    found, best, worst = [], {}, {}
+    for (loops, name, threads, count), mine in runs.items():
+        latency = latency_of([run["times"] for run in mine])
+        busy = sum(run["cpu_ms"] for run in mine) / len(mine)
+        row = {"load": loops, "work": name, "threads": threads, "spin_count": count}
+        found.append(row | {"ms": latency.median, "p90": latency.p90, "cpu_ms": busy})
+        best[loops, name] = min(latency.median, best.get((loops, name), latency.median))
     for row in found:
-        key = (row["threads"], row["spin_count"])
-        worst[key] = max(worst.get(key, 1.0), row["over_best"])
-    for (threads, count), value in worst.items():
-        print(f"{threads}\t{count}\t{value:.2f}")
+        row["over_best"] = row["ms"] / best[row["load"], row["work"]]
+        setting = (row["threads"], row["spin_count"])
+        worst[setting] = max(row["over_best"], worst.get(setting, 1.0))
+    for (threads, count), over in worst.items():
+        print(f"worst over_best, {threads} threads, count {count}: {over:.2f}")
+    return [row | about for row in found]
 
 
 if __name__ == "__main__":

@@ -107,11 +107,6 @@ class Worker:
             self.close()
             raise
 
-    @property
-    def pid(self) -> int:
-        """The child's process id."""
-        return self._process.pid
-
     def load(self) -> dict[str, Any]:
         return self._ask("load", self.timeout_s)
 
