@@ -221,26 +221,19 @@ class Job:
         print(f"train.py: {name} failed: {self.failed[name]}", file=sys.stderr, flush=True)
 
     def _measured(self, names: Sequence[str]) -> list[Measurement]:
-        """The files side by side; where one of them makes that fail, the others."""
-        say = partial(print, "measuring:", file=sys.stderr, flush=True)
-        options = {"rounds": self.preset.rounds, "progress": say}
-        try:
-            return self._compared(names, **options)
-        except (CheckpointError, MeasurementError):
-            left = [BASELINE]
-            for name in names[1:]:
-                try:
-                    self._compared([name], rounds=1, burst_seconds=0.0)
-                    left.append(name)
-                except (CheckpointError, MeasurementError) as error:
-                    self._fail(name, error)
-            if len(left) == len(names):
-                raise
-        return self._compared(left, **options)
-
-    def _compared(self, names: Sequence[str], **options: Any) -> list[Measurement]:
-        files = {name: self.file(name) for name in names}
-        return compare(files, self.example, evaluate=self.evaluate, **options)
+        """The files side by side; one that can't be measured has a reason in `failed` instead."""
+        found = compare(
+            {name: self.file(name) for name in names},
+            self.example,
+            evaluate=self.evaluate,
+            rounds=self.preset.rounds,
+            keep_going=True,
+            progress=partial(print, "measuring:", file=sys.stderr, flush=True),
+        )
+        for one in found:
+            if one.failed is not None:
+                self._fail(one.name, MeasurementError(one.failed))
+        return [one for one in found if one.failed is None]
 
 
 def prepare(

@@ -95,6 +95,8 @@ def compare(
         TypeError, ValueError: arguments out of range.
     """
     sources = _named(artifacts)
+    for source in list(sources.values())[: 1 if keep_going else None]:
+        _check_there(source)
     threads = default_threads() if threads is None else threads
     _check(threads, rounds, burst_seconds, timeout_s)
     say = progress or (lambda line: None)
@@ -136,26 +138,29 @@ def _named(artifacts: Mapping[str, Source] | Sequence[Source]) -> dict[str, Sour
     if not named:
         raise ValueError("artifacts is empty: nothing to measure")
     for name, source in named.items():
-        _check_source(name, source)
+        what = source.make if isinstance(source, Build) else source
+        if not isinstance(what, (str, Path)) and not callable(what):
+            raise TypeError(
+                f"artifact {name!r} must be a path, a model or a Build of a function, got "
+                f"{type(what).__name__}"
+            )
     return named
 
 
 def _stem(source: Source) -> str:
-    file = source.file if isinstance(source, Build) else source
-    return Path(file).stem if isinstance(file, (str, Path)) else type(source).__name__
+    file = _file(source)
+    return type(source).__name__ if file is None else file.stem
 
 
-def _check_source(name: str, source: Source) -> None:
-    """Raises CheckpointError for a missing file, TypeError for what can't be measured."""
+def _file(source: Source) -> Path | None:
     file = source.file if isinstance(source, Build) else source
-    if isinstance(file, (str, Path)):
-        check_there(Path(file))
-    what = source.make if isinstance(source, Build) else source
-    if not isinstance(what, (str, Path)) and not callable(what):
-        raise TypeError(
-            f"artifact {name!r} must be a path, a model or a Build of a function, got "
-            f"{type(what).__name__}"
-        )
+    return Path(file) if isinstance(file, (str, Path)) else None
+
+
+def _check_there(source: Source) -> None:
+    file = _file(source)
+    if file is not None:
+        check_there(file)
 
 
 @contextmanager

@@ -298,20 +298,22 @@ def no_engine():
 
 
 @pytest.mark.slow
-def test_one_that_fails_can_be_left_out(files):
+def test_one_that_fails_can_be_left_out(files, tmp_path):
     """With its reason, wherever it fails; the others are measured, and the baseline's error is
     raised as ever.
     """
     artifacts = {
         "base": files["mlp"], "absent": Build(no_engine), "other": files["script"],
-        "narrow": nn.Linear(3, 3), "unscored": nn.Identity(),
+        "narrow": nn.Linear(3, 3), "unscored": nn.Identity(), "gone": tmp_path / "gone.pth",
     }  # fmt: skip
     options = {"keep_going": True, **QUICK}
-    base, absent, other, narrow, unscored = compare(artifacts, INPUTS, evaluate=score, **options)
+    found = compare(artifacts, INPUTS, evaluate=score, **options)
+    base, absent, other, narrow, unscored, gone = found
     assert base.failed is None and other.failed is None and other.speedup > 0
     assert "building it failed: ImportError: no such engine" in absent.failed
     assert "calling it with example_inputs failed" in narrow.failed
     assert "evaluate failed: RuntimeError: no score" in unscored.failed
+    assert gone.failed == f"{tmp_path / 'gone.pth'}: no such file"
     assert (absent.latency_ms, absent.bytes, absent.metrics, absent.notes) == (None, None, {}, ())
     with pytest.raises(MeasurementError, match="no such engine"):
         compare({"absent": Build(no_engine), "base": files["mlp"]}, INPUTS, **options)
