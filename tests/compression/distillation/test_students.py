@@ -69,7 +69,9 @@ def test_a_new_student_with_batch_norms_starts_from_projections_that_fit():
     assert student[1].num_batches_tracked == 0
 
 
-@pytest.mark.parametrize("name", DEEP)
+@pytest.mark.parametrize(
+    "name", [n if n in ("bert", "llama") else pytest.param(n, marks=pytest.mark.slow) for n in DEEP]
+)
 def test_two_block_student_comes_nearer_in_30_steps(name):
     """A student of the first and last of four blocks answers more like its teacher after 30
     steps.

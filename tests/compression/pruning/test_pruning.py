@@ -264,10 +264,15 @@ def test_pruned_equals_masked(name, calibrated):
 LARGEST = ("mobilenet_v2", "t5", "whisper")
 
 
-@pytest.mark.parametrize("amount", [0.25, 0.5])
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow) if n in LARGEST else n for n in ZOO]
-)
+def zoo_cases():
+    """Every model at two amounts; without the slow tests the smaller ones at one."""
+    for name in ZOO:
+        marks = [pytest.mark.slow] if name in LARGEST else []
+        yield pytest.param(name, 0.25, marks=pytest.mark.slow)
+        yield pytest.param(name, 0.5, marks=marks)
+
+
+@pytest.mark.parametrize(("name", "amount"), list(zoo_cases()))
 def test_zoo(name, amount, tmp_path):
     """Models that others wrote: pruned equals masked, and the file loads into a fresh instance."""
     model, inputs = zoo(name)
