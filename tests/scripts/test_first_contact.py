@@ -7,17 +7,15 @@ import math
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from helpers import ROOT
 from matplotlib.figure import Figure
 
 import train
 from quantize.jobs import caching
 from quantize.script import in_words
 from quantize.training import Progress, ProgressPrinter
-
-ROOT = Path(__file__).parents[2]
 
 
 def raised(action) -> Exception:

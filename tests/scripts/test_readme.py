@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from helpers import ROOT
 from torch import nn
 
 import quantize
 
-ROOT = Path(__file__).parents[2]
 SIZES = {
     "vocab_size": 64,
     "hidden_size": 64,

@@ -1,0 +1,94 @@
+"""The scripts as processes: ranks, Ctrl-C, one folder for many."""
+
+import os
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from helpers import ROOT
+
+import quantize
+from quantize import jobs
+
+
+def test_many_ranks_prepare_the_same_folder(tmp_path):
+    """Processes that check one folder at the same time don't get into each other's way."""
+    out = tmp_path / "out"
+    with ThreadPoolExecutor(16) as pool:
+        prepared = pool.map(lambda _: jobs.prepare("tiny", task="image", out=out), range(48))
+        assert len(list(prepared)) == 48
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def command(*arguments: str) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+def test_two_ranks_train_and_report(tmp_path):
+    """The README's torchrun line, twice into one folder: the same weights each time."""
+    launcher = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "train.py",
+        "--threads",
+        "1",
+    ]
+    options = [
+        "--task",
+        "image",
+        "--preset",
+        "tiny",
+        "--steps",
+        "2",
+        "--variants",
+        "fp32",
+        "--out",
+        str(tmp_path),
+    ]
+    digests = set()
+    for _ in range(2):
+        process = command(*launcher, *options)
+        _, err = process.communicate(timeout=240)
+        assert process.returncode == 0, err
+        digests.add(str(quantize.load(tmp_path / "model.pth").state_dict()))
+    assert len(digests) == 1
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_whole_files_and_says_how_to_go_on(tmp_path):
+    """Exit code 130, one line that names --resume, only a whole training state in the folder."""
+    process = command(
+        "train.py",
+        "--task",
+        "image",
+        "--preset",
+        "tiny",
+        "--steps",
+        "100000",
+        "--out",
+        str(tmp_path),
+    )
+    for line in process.stderr:
+        if line.startswith("fp32: step"):
+            break
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert (
+        err.strip().splitlines()[-1].startswith("train.py: stopped; the same command with --resume")
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["fp32.state"]
