@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import quantize
-from quantize.run.fusion import backends, fuse, torchscript
+from quantize.run.fusion import fuse, torchscript
 from quantize.run.fusion.equality import difference, outputs
 
 pytestmark = pytest.mark.usefixtures("no_clock")
@@ -120,7 +120,11 @@ def _mobilevit() -> nn.Module:
 
 
 _TEXT = {"vocab_size": 96, "max_position_embeddings": 64}
+
+
 _IDS = torch.arange(24).reshape(2, 12) * 3 % 96
+
+
 _MASK = torch.ones_like(_IDS).index_fill_(1, torch.tensor([10, 11]), 0)
 
 
@@ -212,6 +216,8 @@ FOREIGN: dict[str, tuple[Callable[[], nn.Module], Any]] = {
     "recurrent": (Recurrent, torch.arange(14).reshape(2, 7)),
     "separable": (Separable, torch.randn(2, 2, 9, generator=torch.Generator().manual_seed(0))),
 }
+
+
 QUICK = ("separable", "regnet")
 
 
@@ -243,8 +249,6 @@ def test_foreign_architectures_are_equal_at_every_size(name: str) -> None:
 
 
 # Compressed models.
-
-
 def compressed(kind: str) -> tuple[nn.Module, Any]:
     """A small BERT in one of this package's forms."""
     model, inputs = zoo("bert")
@@ -289,32 +293,6 @@ def test_compressed_models_fuse_and_stay_compressed(kind: str, tmp_path: Path) -
         layers = sum(type(m).__name__ == "Int8Linear" for m in model.modules())
         assert ran.get("aten::_int_mm", 0) + ran.get("onednn::qlinear_pointwise", 0) >= layers
         assert not {"aten::linear", "aten::addmm", "mkldnn::_linear_pointwise"} & ran.keys()
-
-
-# Other back ends, where they are installed.
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("backend", ["inductor", "onnxruntime", "openvino"])
-def test_other_back_ends_answer_like_eager(backend: str, tmp_path: Path) -> None:
-    """The module gives what the model gives at another batch size too; its file gives the same
-    tensors in order.
-    """
-    if reason := backends.missing(backend):
-        pytest.skip(reason)
-    model, inputs = zoo("mobilenet_v2")
-    fused = fuse(model, inputs, backend=backend)
-    for batch in (2, 3):
-        pixels = torch.randn(
-            batch, *inputs["pixel_values"].shape[1:], generator=torch.Generator().manual_seed(batch)
-        )
-        expected = outputs(model, {"pixel_values": pixels})
-        assert difference(outputs(fused, {"pixel_values": pixels}), expected) <= 2e-5
-    file = tmp_path / {"inductor": "m.pt2", "onnxruntime": "m.onnx", "openvino": "m.xml"}[backend]
-    fused.save(file)
-    answer = [torch.as_tensor(t) for t in backends.open_file(backend, file)(inputs["pixel_values"])]
-    assert difference(answer, outputs(model, inputs)) <= 2e-5
-    assert type(fused(**inputs)) is type(model(**inputs))
 
 
 def test_inputs_of_the_wrong_form_are_refused() -> None:
