@@ -21,7 +21,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from random_steps import ANY, BOTH, IMAGE, NORMED, ODD, SEQUENCE, Apply, Stateful, layer
+from random_modules import Stateful
+from random_steps import ANY, BOTH, IMAGE, NORMED, ODD, SEQUENCE, Apply, layer
 from torch import nn
 from transformers.utils import ModelOutput
 
