@@ -344,21 +344,3 @@ class TransposedView(Perceptron):
         super().__init__()
         self.mid.weight = nn.Parameter(torch.randn(64, 64).t() / 8)
         self.mid.bias = nn.Parameter(torch.zeros(128)[::2])
-
-
-class Frozen(Perceptron):
-    """The first layers don't train."""
-
-    def __init__(self):
-        super().__init__()
-        self.up.requires_grad_(False)
-        self.mid.weight.requires_grad_(False)
-
-
-class WithGradients(Perceptron):
-    """Parameters that hold gradients of a training step."""
-
-    def __init__(self):
-        super().__init__()
-        with torch.enable_grad():
-            super().forward(torch.ones(2, 32)).sum().backward()

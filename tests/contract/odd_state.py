@@ -225,3 +225,21 @@ class Hooked(Perceptron):
         elif kind == "root":
             self.register_forward_hook(doubled)
             self.register_forward_pre_hook(shifted)
+
+
+class Frozen(Perceptron):
+    """The first layers don't train."""
+
+    def __init__(self):
+        super().__init__()
+        self.up.requires_grad_(False)
+        self.mid.weight.requires_grad_(False)
+
+
+class WithGradients(Perceptron):
+    """Parameters that hold gradients of a training step."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.enable_grad():
+            super().forward(torch.ones(2, 32)).sum().backward()
