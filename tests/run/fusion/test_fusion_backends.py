@@ -14,7 +14,6 @@ from quantize.run.fusion.equality import difference, outputs
 pytestmark = pytest.mark.usefixtures("no_clock")
 
 
-# Other back ends, where they are installed.
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["inductor", "onnxruntime", "openvino"])
 def test_other_back_ends_answer_like_eager(backend: str, tmp_path: Path) -> None:
