@@ -1,22 +1,20 @@
-"""The arithmetic of a dynamic int8 linear layer, on tensors.
+"""The arithmetic of a dynamic int8 linear layer, on tensors, and the choice of its kernel.
 
-    a[m] = max_k |x[m, k]| / 127        one activation scale per row (token), when the row arrives
-    q[m, k] = round_half_even(x[m, k] / a[m])
-    y[m, n] = (float32(sum_k q[m, k] w[n, k]) * s[n]) * a[m] + b[n]
+    low[m], high[m] = min and max over k of x[m, k] and 0     found when the row arrives
+    step[m]  = high[m] / 255 - low[m] / 255                   the row's range in 255 steps
+    zero[m]  = round(-low[m] / step[m])                       what stands for 0, in 0..255
+    q[m, k]  = round(x[m, k] / step[m]) + zero[m]             in 0..255
+    y[m, n]  = float32(sum_k (q[m, k] - zero[m]) w[n, k]) * s[n] * step[m] + b[n]
 
-The sum is exact in 32-bit integers, and everything else is one IEEE operation at a time in a fixed
-order, so every way of computing it gives the same bits: a row's result depends neither on the other
-rows of the batch, nor on the CPU, nor on the kernel. That is why the kernel can be chosen by a
-stopwatch:
+Divisions by 255 and by a step are products with the rounded inverse; halves round to even. The sum
+is exact in integers, and everything else is one float32 operation at a time in this order, rounded
+to x's dtype in the end. So every way of computing it gives the same bits: a row's result depends
+neither on the other rows of the batch, nor on the CPU, nor on the kernel. That is why the kernel
+can be chosen by a stopwatch:
 
-- `int_mm`: `torch._int_mm`. It reads the plain weight and has the least overhead: for few rows, and
-  inside a traced graph.
-- `onednn`: `onednn.qlinear_pointwise` on a packed copy of the weight; it multiplies by s on the way
-  out: for many rows. Its activations are unsigned, q + 128: with signed ones some CPUs fall into a
-  loop that takes minutes.
-- `reference`: float32 products, exact because they are cut so that no partial sum passes 2^24. It
-  also is what runs where the other two are wrong (oneDNN saturates 16-bit sums on CPUs without
-  VNNI) or slow, and on CUDA.
+- `native`: all of it in one call of compiled C++ (see `quantize.native.int8`).
+- `int_mm`, `onednn`, `reference`: stock operations around one of the products in `int8_products`.
+  A graph that leaves this process (torch.export, TorchScript) is made of them.
 """
 
 from __future__ import annotations
@@ -27,22 +25,31 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import NamedTuple
 
 import torch
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch import Tensor
 
 from quantize import clock
+from quantize.native import int8 as native_int8
+from quantize.nn import int8_products as products
+from quantize.nn.int8_products import PRODUCTS, int_mm
 
-Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.dtype], torch.Tensor]
+# x [..., K], int8 weight [N, K], float32 scale [N], bias [N] or None to y [..., N] in x's dtype
+Kernel = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
 
 SWITCH = "QUANTIZE_INT8_KERNEL"
-_SMALLEST = 1e-30  # scale of a row of zeros
-_UP = (
-    1 + 2**-8
-)  # more than bfloat16 can round a scale down by: the largest value still fits into 127 steps
-_EXACT_WIDTH = 1024  # 1024 * 127 * 127 < 2^24
+_SMALLEST = 1e-30  # step of a row of zeros
 _MANY = 1024  # rows above which a kernel's rank no longer changes
 _CHUNK = 1 << 17  # activations quantized at a time, so that the steps find them in the cache
+
+
+class Rows(NamedTuple):
+    """Rows in 8 bits: x is about (q + shift) * step."""
+
+    q: Tensor  # int8 [M, K]; 128 less than in the module's header
+    step: Tensor  # float32 [M, 1]
+    shift: Tensor  # int32 [M, 1]
 
 
 def quantize_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -60,150 +67,70 @@ def quantize_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return q.contiguous(), scale
 
 
-def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`[M, K]` of a float dtype to int8 `[M, K]` and the scale of each row `[M, 1]`: bfloat16 for
-    bfloat16 rows, else float32.
+def quantize_rows(x: Tensor) -> Rows:
+    """`[M, K]` of a float dtype in 8 bits, as the module's header says.
 
-    A row with a NaN gets a NaN scale, one with an infinity an infinite scale: their outputs are not
-    finite either.
+    A row with a NaN or an infinity gets a step of NaN: no output of it is finite.
     """
-    row_scale = x.abs().amax(-1, keepdim=True)
-    if row_scale.dtype is not torch.float32:
-        row_scale = row_scale.float()
-    row_scale.mul_(1 / 127).clamp_min_(_SMALLEST)
-    if x.dtype is torch.bfloat16:
-        row_scale = row_scale.mul_(_UP).bfloat16()
-        return (x / row_scale.float()).round_().to(torch.int8), row_scale
-    return (x / row_scale).round_().to(torch.int8), row_scale
+    x = x.float()
+    low, high = torch.aminmax(x, dim=-1, keepdim=True)
+    low, high = low.clamp_max(0), high.clamp_min(0)
+    step = high * (1 / 255) - low * (1 / 255)
+    step = (step + (step - step)).clamp_min(_SMALLEST)  # infinity becomes NaN
+    inverse = step.reciprocal()
+    shift = (low * inverse).round() + 128
+    q = (x * inverse).round_().sub_(shift).clamp_(-128, 127).to(torch.int8)
+    return Rows(q, step, shift.to(torch.int32))
 
 
-def _quantize_many_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _quantize_many_rows(x: Tensor) -> Rows:
     """`quantize_rows`, a cache-sized piece at a time."""
-    m, k = x.shape
-    q = torch.empty(m, k, dtype=torch.int8, device=x.device)
-    row_scale = torch.empty(m, 1, dtype=torch.float32, device=x.device)
-    step = min(m, max(16, _CHUNK // k))
-    scratch = torch.empty(step, k, dtype=torch.float32, device=x.device)
-    for i in range(0, m, step):
-        part, scaled, s = x[i : i + step], scratch[: min(step, m - i)], row_scale[i : i + step]
-        if part.dtype is not torch.float32:
-            part = scaled.copy_(part)
-        torch.maximum(part.amax(-1, keepdim=True), part.amin(-1, keepdim=True).neg_(), out=s)
-        s.mul_(1 / 127).clamp_min_(_SMALLEST)
-        if x.dtype is torch.bfloat16:
-            s.copy_(s.mul_(_UP).bfloat16())
-        q[i : i + step] = torch.div(part, s, out=scaled).round_()
-    return q, row_scale.bfloat16() if x.dtype is torch.bfloat16 else row_scale
+    step = max(16, _CHUNK // x.shape[1])
+    q, steps, shifts = zip(*map(quantize_rows, x.split(step)), strict=True)
+    return Rows(torch.cat(q), torch.cat(steps), torch.cat(shifts))
 
 
-# Kernels: int8 `[M, K]`, int8 weight `[N, K]`, float32 scale `[N]` to the scaled sums `[M, N]`,
-# float32 or rounded to bfloat16.
+# Kernels.
 
 
-def int_mm(
-    q: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = torch.float32
-) -> torch.Tensor:
-    return torch.mul(torch._int_mm(q, weight.t()), scale).to(dtype)
+def _dequantize(total: Tensor, rows: Rows, scale: Tensor, bias: Tensor | None) -> Tensor:
+    y = torch.mul(total, scale).mul_(rows.step)
+    return y if bias is None else y.add_(bias.float())
 
 
-def onednn(
-    q: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = torch.float32
-) -> torch.Tensor:
-    packed, zero_points = _pack(weight)
-    unsigned = q.view(torch.uint8).bitwise_xor(128)
-    return torch.ops.onednn.qlinear_pointwise(
-        unsigned, 1.0, 128, packed, scale, zero_points, None, 1.0, 0, dtype, "none", [], ""
-    )
+def _stock(
+    product: products.Product, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None
+) -> Tensor:
+    rows = _rows_of(x)
+    total = product(rows.q, weight).addcmul_(rows.shift, products.sums(weight))
+    y = _dequantize(total, rows, scale, bias)
+    return y.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
 
 
-def reference(
-    q: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = torch.float32
-) -> torch.Tensor:
-    total = torch.zeros(q.shape[0], weight.shape[0], dtype=torch.int32, device=q.device)
-    for k in range(0, q.shape[1], _EXACT_WIDTH):
-        part = q[:, k : k + _EXACT_WIDTH].float() @ weight[:, k : k + _EXACT_WIDTH].float().t()
-        total += part.to(torch.int32)
-    return torch.mul(total, scale).to(dtype)
-
-
-_packs = (
-    WeakTensorKeyDictionary()
-)  # outside the modules: a copy, a move or a file can't carry a stale one along
-_packs_lock = threading.Lock()
-
-
-def _pack(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The weight in oneDNN's layout, kept until the tensor dies or changes."""
-    state = (weight._version, weight.data_ptr())
-    with _packs_lock:
-        found = _packs.get(weight)
-        if found is None or found[0] != state:
-            packed = torch.ops.onednn.qlinear_prepack(weight, None)
-            found = _packs[weight] = (
-                state,
-                packed,
-                torch.zeros(weight.shape[0], dtype=torch.int64),
-            )
-    return found[1:]
-
-
-# torch.compile's own code reads `int_mm`'s 32-bit sums from memory: on many rows oneDNN's bfloat16
-# ones take less time in all. A graph that leaves this process (torch.export, TorchScript) holds
-# stock operations only.
-_MANY_TO_CALL = 64
-_library = torch.library.Library("quantize", "DEF")
-_library.define("int8_sums(Tensor q, Tensor weight, Tensor scale, ScalarType dtype) -> Tensor")
-
-
-@torch.library.impl(_library, "int8_sums", "CPU")
-def _int8_sums(
-    q: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype
-) -> torch.Tensor:
-    return _choose(q, weight)(q, weight, scale, dtype)
-
-
-@torch.library.register_fake("quantize::int8_sums")
-def _fake_int8_sums(
-    q: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype
-) -> torch.Tensor:
-    return q.new_empty(q.shape[0], weight.shape[0], dtype=dtype)
-
-
-# The layer.
-
-
-def linear(
-    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
-) -> torch.Tensor:
-    """x `[..., K]` of a float dtype, int8 weight `[N, K]`, float32 scale `[N]`, bias `[N]`; result
-    `[..., N]` in x's dtype.
+def native(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """One call of compiled C++; stock operations for tensors that it can't read. Raises OSError
+    where there is no compiled code.
     """
-    between = torch.bfloat16 if x.dtype is torch.bfloat16 else torch.float32
-    if torch.jit.is_tracing() or torch.compiler.is_compiling():
-        q, row_scale = quantize_rows(x.detach().reshape(-1, weight.shape[1]))
-        stays_here = (
-            torch.compiler.is_dynamo_compiling()
-            and not torch.compiler.is_exporting()
-            and x.device.type == "cpu"
-        )
-        sums = (
-            torch.ops.quantize.int8_sums if stays_here and q.shape[0] >= _MANY_TO_CALL else int_mm
-        )
-        y = sums(q, weight, scale, between) * row_scale
-        y = y if bias is None else y + bias
-        return y.to(x.dtype).reshape(*x.shape[:-1], weight.shape[0])
-    if x.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            f"the last axis of the input is {x.shape[-1]}, but the layer takes "
-            f"{weight.shape[1]} features"
-        )
-    q, row_scale = _rows_of(x)
-    y = _choose(q, weight)(q, weight, scale, between).mul_(row_scale)
-    if bias is not None:
-        y.add_(bias)
-    if x.dtype is not between:
-        y = y.to(x.dtype)
-    return y.view(*x.shape[:-1], weight.shape[0])
+    if native_int8.takes(x) and not weight.is_inference():
+        if x.dtype in native_int8.KINDS:
+            return native_int8.linear(x, weight, scale, bias)
+        if x.dtype is torch.float64:
+            return native_int8.linear(x.float(), weight, scale, bias).double()
+    return _choose(x, weight, STOCK)(x, weight, scale, bias)
+
+
+def in_graph(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, sums: Tensor) -> Tensor:
+    """Stock operations, for a graph that is recorded. sums: int32 `[N]`, of each output's
+    weights.
+    """
+    rows = quantize_rows(x.detach().reshape(-1, weight.shape[1]))
+    total = int_mm(rows.q, weight).add(rows.shift * sums)
+    y = _dequantize(total, rows, scale, bias)
+    return y.to(x.dtype).reshape(*x.shape[:-1], weight.shape[0])
+
+
+STOCK: dict[str, Kernel] = {name: partial(_stock, product) for name, product in PRODUCTS.items()}
+KERNELS: dict[str, Kernel] = {"native": native, **STOCK}
 
 
 class _Last(threading.local):
@@ -211,43 +138,75 @@ class _Last(threading.local):
     take the same one.
     """
 
-    x: Callable[[], torch.Tensor | None] = staticmethod(lambda: None)
+    x: Callable[[], Tensor | None] = staticmethod(lambda: None)
     version: int = -1
-    rows: tuple[torch.Tensor, torch.Tensor] | None = None
+    rows: Rows | None = None
 
 
 _last = _Last()
 
 
-def _rows_of(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _rows_of(x: Tensor) -> Rows:
     """`quantize_rows` of x `[..., K]`, remembered until the next tensor comes or this one
     changes.
     """
     counted = not x.is_inference()  # under inference_mode nobody counts changes
-    if counted and _last.x() is x and _last.version == x._version:
+    if counted and _last.x() is x and _last.version == x._version and _last.rows is not None:
         return _last.rows
     if not x.is_floating_point():
         raise TypeError(f"the input must be a floating point tensor, got {x.dtype}")
     rows = (x.detach() if x.requires_grad else x).reshape(-1, x.shape[-1])
-    if rows.dtype is torch.float64:
-        rows = rows.float()
     found = (_quantize_many_rows if rows.numel() > _CHUNK else quantize_rows)(rows)
     if counted:
         _last.x, _last.version, _last.rows = weakref.ref(x), x._version, found
     return found
 
 
+# The layer.
+
+
+def linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """x `[..., K]` of a float dtype, int8 weight `[N, K]`, float32 scale `[N]`, bias `[N]`; result
+    `[..., N]` in x's dtype.
+    """
+    if torch.jit.is_tracing() or torch.compiler.is_compiling():
+        leaves = torch.compiler.is_exporting() or not torch.compiler.is_dynamo_compiling()
+        if leaves or x.device.type != "cpu":
+            return in_graph(x, weight, scale, bias, weight.sum(1, dtype=torch.int32))
+        return torch.ops.quantize.int8_linear(x.detach(), weight, scale, bias)
+    return _eager(x, weight, scale, bias)
+
+
+def _eager(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    if x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"the last axis of the input is {x.shape[-1]}, but the layer takes "
+            f"{weight.shape[1]} features"
+        )
+    return _choose(x, weight, KERNELS)(x, weight, scale, bias)
+
+
+_library = torch.library.Library("quantize", "DEF")
+_library.define("int8_linear(Tensor x, Tensor weight, Tensor scale, Tensor? bias) -> Tensor")
+_library.impl("int8_linear", _eager, "CPU")
+
+
+@torch.library.register_fake("quantize::int8_linear")
+def _fake_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
 # Which kernel.
 
-_KERNELS: dict[str, Kernel] = {"int_mm": int_mm, "onednn": onednn, "reference": reference}
 _forced: str | None = os.environ.get(SWITCH) or None
-_chosen: dict[tuple[int, int, int], Kernel] = {}
+# By rows (a power of two), outputs, inputs, and whether native code is among the candidates.
+_chosen: dict[tuple[int, int, int, bool], Kernel] = {}
 
 
 @contextlib.contextmanager
 def kernel(name: str) -> Iterator[None]:
-    """Force a kernel (`"int_mm"`, `"onednn"` or `"reference"`) for the whole process inside a
-    `with` block.
+    """Force a kernel (`"native"`, `"int_mm"`, `"onednn"` or `"reference"`) for the whole process
+    inside a `with` block.
 
     The environment variable QUANTIZE_INT8_KERNEL does the same for a whole run.
     """
@@ -261,64 +220,70 @@ def kernel(name: str) -> Iterator[None]:
 
 
 def _named(name: str) -> Kernel:
-    if name not in _KERNELS:
-        raise ValueError(f"{SWITCH} must be one of {', '.join(_KERNELS)}, got {name!r}")
-    return _KERNELS[name]
+    if name not in KERNELS:
+        raise ValueError(f"{SWITCH} must be one of {', '.join(KERNELS)}, got {name!r}")
+    return KERNELS[name]
 
 
-def _choose(q: torch.Tensor, weight: torch.Tensor) -> Kernel:
+def _choose(x: Tensor, weight: Tensor, kernels: dict[str, Kernel]) -> Kernel:
     """The kernel for this shape, found by a trial when the shape first comes."""
-    if _forced:
+    if _forced and (_named(_forced) is not native or kernels is KERNELS):
         return _named(_forced)
-    if (
-        type(q) is not torch.Tensor
-    ):  # a stand-in without values, which some tracer sends through the model
-        return int_mm
     n, k = weight.shape
-    key = (min(q.shape[0], _MANY).bit_length(), n, k)
+    rows = x.numel() // k if k else 0
+    key = (min(rows, _MANY).bit_length(), n, k, kernels is KERNELS)
     found = _chosen.get(key)
-    if found is None:
-        if q.device.type != "cpu":  # CUDA's _int_mm takes only some shapes
-            return reference
-        found = _chosen[key] = _fastest(min(q.shape[0], _MANY), min(n, 1024), k)
-    if (
-        found is onednn and weight.is_inference()
-    ):  # its changes can't be seen, so it can't have a packed copy
-        return int_mm
+    if found is not native:
+        if kernels is KERNELS and not native_int8.takes(x):
+            return _choose(x, weight, STOCK)
+        if x.device.type != "cpu" or rows * n == 0 or k > products.MOST_INPUTS:
+            return STOCK["reference"]  # CUDA's _int_mm takes only some shapes
+        if torch._C._are_functorch_transforms_active():
+            return STOCK["reference"]
+        if type(x) not in (Tensor, torch.nn.Parameter) or torch._C._len_torch_dispatch_stack():
+            return STOCK["int_mm"]  # a tracer sends it through, and nothing can be tried
+        if found is None:
+            found = _chosen[key] = _fastest(min(rows, _MANY), min(n, 1024), k, kernels)
+    if found is STOCK["onednn"] and weight.is_inference():
+        return STOCK["int_mm"]  # changes of the weight can't be seen: it can't have a packed copy
     return found
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
-def _fastest(m: int, n: int, k: int) -> Kernel:
+def _fastest(m: int, n: int, k: int, kernels: dict[str, Kernel]) -> Kernel:
     """The fastest kernel among those that are exact on the hardest numbers: sums where 16-bit
     accumulators saturate.
 
     A clock on a busy machine lies, so a kernel must win clearly against the one that should be
     faster.
     """
-    if 0 in (m, n, k):
-        return reference
     generator = torch.Generator().manual_seed(0)
-    q = torch.randint(-127, 128, (m, k), dtype=torch.int8, generator=generator)
-    weight = torch.randint(-127, 128, (n, k), dtype=torch.int8, generator=generator)
-    q[0], weight[0], weight[-1] = 127, 127, -127
+    x = torch.randn(m, k, dtype=torch.float32, generator=generator)
     scale = torch.rand(n, generator=generator, dtype=torch.float32)
-    handicap = {int_mm: 1.0, onednn: 1.25} if m < 256 else {int_mm: 1.25, onednn: 1.0}
-    arguments = (q, weight, scale, torch.float32)
-    expected, exact = reference(*arguments), []
-    for candidate in handicap:
-        with contextlib.suppress(RuntimeError):  # an operation this build or CPU doesn't have
-            if torch.equal(candidate(*arguments), expected):
-                exact.append(candidate)
-    handicap[reference] = 3.0
-    exact.append(reference)
+    common = torch.randn(n, k, dtype=torch.float32, generator=generator)
+    common = common.mul_(40).clamp_(-127, 127).to(torch.int8)
+    hard = common.clone()
+    x[0], hard[0], hard[-1] = 1, 127, -127
+    expected = STOCK["reference"](x, hard, scale, None)
+    exact: dict[str, Kernel] = {}
+    for name, candidate in kernels.items():
+        with contextlib.suppress(RuntimeError, OSError):  # what this build or machine doesn't have
+            if torch.equal(candidate(x, hard, scale, None), expected):
+                exact[name] = candidate
+    usual = "int_mm" if m < 256 else "onednn"
+    handicap = {"native" if "native" in exact else usual: 1.0, "reference": 3.0}
 
-    def costs(kernels: list[Kernel], least: int) -> dict[Kernel, float]:
-        calls = [partial(kernel, *arguments) for kernel in kernels]
+    def costs(names: list[str], least: int) -> dict[str, float]:
+        calls = [partial(_call_anew, exact[name], x, common, scale) for name in names]
         seconds = clock.race(calls, least=least, warm_up=0)
-        return {k: handicap[k] * s for k, s in zip(kernels, seconds, strict=True)}
+        return {n: handicap.get(n, 1.25) * s for n, s in zip(names, seconds, strict=True)}
 
-    once = costs(exact, 1)
-    hopeful = [kernel for kernel in exact if once[kernel] <= 4 * min(once.values())]
+    once = costs(list(exact), 1)
+    hopeful = [name for name in exact if once[name] <= 4 * min(once.values())]
     found = costs(hopeful, 20 if m < 64 else 4) if len(hopeful) > 1 else once
-    return min(found, key=found.__getitem__)
+    return exact[min(found, key=found.__getitem__)]
+
+
+def _call_anew(candidate: Kernel, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    return candidate(x.view_as(x), weight, scale, None)  # another tensor, quantized again

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import helpers
 import pytest
 import torch
@@ -11,15 +13,22 @@ from hypothesis import strategies as st
 from int8_models import layer_of
 from torch import nn
 
+from quantize.native import build
 from quantize.nn import int8_kernels as kernels
 from quantize.nn.int8 import Int8Linear
+
+# Native code needs a compiler.
+KERNELS = list(kernels.KERNELS if build.compiler() else kernels.STOCK)
 
 
 def exact(x: torch.Tensor, layer: Int8Linear) -> torch.Tensor:
     """The layer in float64 from the definition, the activation quantized by row to 8 bits."""
     rows = x.reshape(-1, x.shape[-1]).double()
-    row_scale = rows.abs().amax(1, keepdim=True).clamp_min(1e-30) / 127
-    y = (rows / row_scale).round() @ layer.packed.double().t() * layer.scale.double() * row_scale
+    low, high = rows.amin(1, keepdim=True).clamp_max(0), rows.amax(1, keepdim=True).clamp_min(0)
+    step = ((high - low) / 255).clamp_min(1e-30)
+    zero = (-low / step).round()
+    q = ((rows / step).round() + zero).clamp(0, 255) - zero
+    y = q @ layer.packed.double().t() * layer.scale.double() * step
     y = y if layer.bias is None else y + layer.bias.double()
     return y.reshape(*x.shape[:-1], -1)
 
@@ -33,7 +42,8 @@ def test_layer_follows_its_definition(m: int, k: int, n: int, bias: bool):
     """
     layer, x = layer_of(k, n, bias), randn(m, k)
     difference = (layer(x).double() - exact(x, layer)).abs()
-    one_step = layer.scale.double() * 127 * (x.abs().amax(1, keepdim=True).double() / 127)
+    both = torch.cat((x, torch.zeros(m, 1)), 1).double()
+    one_step = layer.scale.double() * 127 * (both.amax(1) - both.amin(1))[:, None] / 255
     assert (difference <= one_step + 1e-6).all()
     assert (difference <= 1e-5).double().mean() > 0.9
 
@@ -48,15 +58,20 @@ def test_kernels_agree_to_the_bit(shape: tuple[int, int, int]):
     m, k, n = shape
     layer, x = layer_of(k, n), randn(m, k)
     chosen = layer(x)
-    for name in ("reference", "int_mm", "onednn"):
+    for name in KERNELS:
         with kernels.kernel(name):
             assert torch.equal(layer(x), chosen), name
 
 
 def test_largest_sums_do_not_saturate():
-    """All weights and activations at 127, the case that 16-bit accumulators get wrong, is exact."""
+    """All weights at 127 and all activations at 255 steps, the case that 16-bit accumulators get
+    wrong, is exact.
+    """
     layer = Int8Linear(torch.full((8, 256), 127, dtype=torch.int8), torch.ones(8))
-    assert torch.equal(layer(torch.full((4, 256), 127.0)), torch.full((4, 8), 127.0 * 127 * 256))
+    expected = torch.full((4, 8), 127.0 * 255 * 256)
+    for name in KERNELS:
+        with kernels.kernel(name):
+            assert torch.equal(layer(torch.full((4, 256), 255.0)), expected), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -150,9 +165,8 @@ def test_many_rows_are_quantized_like_few():
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         x = randn(900, 300).to(dtype)
         x[5] = 0
-        q, scale = kernels.quantize_rows(x)
-        many_q, many_scale = kernels._quantize_many_rows(x)
-        assert torch.equal(q, many_q) and torch.equal(scale, many_scale)
+        rows, many = kernels.quantize_rows(x), kernels._quantize_many_rows(x)
+        assert all(map(torch.equal, rows, many))
 
 
 def test_a_remembered_input_is_forgotten_when_it_changes():
@@ -190,10 +204,12 @@ def test_a_wrong_switch_is_named(monkeypatch: pytest.MonkeyPatch):
         layer_of(8, 8)(randn(2, 8))
 
 
-def test_a_kernel_that_saturates_is_not_chosen(monkeypatch: pytest.MonkeyPatch):
+def test_a_kernel_that_saturates_is_not_chosen():
     """Where oneDNN's sums saturate, as on CPUs without VNNI, the exact reference runs."""
-    monkeypatch.setattr(
-        kernels, "int_mm", lambda q, w, s, dtype: (q.float() @ w.float().t()).clamp(max=32767) * s
-    )
-    monkeypatch.setattr(kernels, "onednn", kernels.int_mm)
-    assert kernels._fastest(4, 8, 256) is kernels.reference
+
+    def saturating(q: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return (q.float() @ weight.float().t()).clamp(max=32767).to(torch.int32)
+
+    wrong = partial(kernels._stock, saturating)
+    candidates = {"int_mm": wrong, "onednn": wrong, "reference": kernels.STOCK["reference"]}
+    assert kernels._fastest(4, 8, 256, candidates) is kernels.STOCK["reference"]

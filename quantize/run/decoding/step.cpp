@@ -61,28 +61,60 @@ inline float largest(const float *x, int64_t n) {
     return most + nan;
 }
 
+struct Range {
+    float low, high;
+};
+
+// The least and the largest of all values and 0; NaN if there is a NaN.
+inline Range range_of(const float *x, int64_t n) {
+    float low = 0, high = 0, nan = 0;
+#pragma omp simd reduction(min : low) reduction(max : high) reduction(+ : nan)
+    for (int64_t i = 0; i < n; i++) {
+        low = x[i] < low ? x[i] : low;
+        high = x[i] > high ? x[i] : high;
+        nan += x[i] * 0;
+    }
+    return {low + nan, high + nan};
+}
+
+// A rounded product, which the compiler can't join with the operation that takes it.
+inline float alone(float x) {
+    asm("" : "+m"(x));
+    return x;
+}
+
 // ------------------------------------------------------------------------------------- rows that enter a product
 
 struct Input {  // rows of activations in each form that a kind of weight multiplies
     std::vector<float> value, brain;      // as they are; rounded to bf16
-    std::vector<uint8_t> q;               // int8 and 128
+    std::vector<uint8_t> q;               // 8 bits
     std::vector<float> scale;             // of q, per row
+    std::vector<int32_t> zero;            // what stands for 0 in q, per row
     std::vector<int8_t> upper, lower;     // of 16 bits, per 64: even places of the first 32 and of the second, then odd ones
     std::vector<float> fine_scale, sum;   // of the 16 bits and of value, per 32
 
     Input(int64_t rows, int64_t most)
-        : value(rows * most), brain(rows * most), q(rows * most), scale(rows), upper(rows * (most + 63)), lower(rows * (most + 63)),
+        : value(rows * most), brain(rows * most), q(rows * most), scale(rows), zero(rows), upper(rows * (most + 63)), lower(rows * (most + 63)),
           fine_scale(rows * block_width(most + 32)), sum(rows * block_width(most + 32)) {}
 
     void prepare(int64_t row, int64_t width, int64_t kinds) {  // `value` of the row is written: make the other forms
         const float *x = &value[row * width];
         if (kinds >> BF16 & 1)
             for (int64_t i = 0; i < width; i++) brain[row * width + i] = widen(to_brain(x[i]));
-        if (kinds >> INT8 & 1) {  // as int8.kernels.quantize_rows does it for float32, bit for bit
-            float s = largest(x, width) * (1.0f / 127);
-            s = s < 1e-30f ? 1e-30f : s;
-            for (int64_t i = 0; i < width; i++) q[row * width + i] = uint8_t(int32_t(nearbyintf(x[i] / s)) + 128);
+        if (kinds >> INT8 & 1) {  // as nn/int8_kernels.py says, bit for bit
+            const Range range = range_of(x, width);
+            const float part = alone(range.high * (1.0f / 255)), other = alone(range.low * (1.0f / 255));
+            float s = part - other;
+            s = s - s == 0 ? s < 1e-30f ? 1e-30f : s : NAN;
+            const float inverse = 1 / s;
+            const int32_t at = s == s ? int32_t(nearbyintf(-range.low * inverse)) : 0;
+            for (int64_t i = 0; i < width; i++) {
+                int32_t v = s == s ? int32_t(nearbyintf(x[i] * inverse)) + at : 0;
+                v = v < 0 ? 0 : v;
+                q[row * width + i] = uint8_t(v > 255 ? 255 : v);
+            }
             scale[row] = s;
+            zero[row] = at;
         }
         if (kinds >> INT4 & 1)
             for (int64_t i = 0; i < width; i += 32) {
@@ -121,16 +153,16 @@ template <int M, class W> inline void dot(const W *w, const float *x, int64_t n,
         for (int m = 0; m < M; m++) y[m] += widen(w[i]) * x[m * n + i];
 }
 
-// x: biased by 128, which is taken off by the sum of the weights.
-template <int M> inline void dot_int8(const int8_t *w, const uint8_t *x, int64_t n, int32_t *y) {
+// zero: of each row, what stands for 0 in x.
+template <int M> inline void dot_int8(const int8_t *w, const uint8_t *x, const int32_t *zero, int64_t n, int32_t *y) {
     constexpr int64_t STEP = Exact::STEP;
-    alignas(64) uint8_t bias[STEP];
-    memset(bias, 128, STEP);
+    alignas(64) uint8_t ones[STEP];
+    memset(ones, 1, STEP);
     Exact total[M], all;
     int64_t i = 0;
     for (; i + STEP <= n; i += STEP) {
         for (int m = 0; m < M; m++) total[m].add(w + i, x + m * n + i);
-        all.add(w + i, bias);
+        all.add(w + i, ones);
     }
     if (i < n) {  // the rest, filled up with zeros
         alignas(64) int8_t w_end[STEP] = {};
@@ -140,9 +172,10 @@ template <int M> inline void dot_int8(const int8_t *w, const uint8_t *x, int64_t
             memcpy(x_end, x + m * n + i, n - i);
             total[m].add(w_end, x_end);
         }
-        all.add(w_end, bias);
+        all.add(w_end, ones);
     }
-    for (int m = 0; m < M; m++) y[m] = total[m].sum() - all.sum();
+    const int32_t weights = all.sum();
+    for (int m = 0; m < M; m++) y[m] = total[m].sum() - zero[m] * weights;
 }
 
 // (code - 8) * scale + zero: the products with the codes, and per group what is the same for all codes.
@@ -185,8 +218,8 @@ template <int M> inline void one_output(const Linear &a, const Input &in, int64_
     case BF16: dot<M>((const Brain *)a.weight + output * n, &in.brain[row * n], n, y); break;
     case INT8: {
         int32_t sum[M];
-        dot_int8<M>((const int8_t *)a.weight + output * n, &in.q[row * n], n, sum);
-        for (int m = 0; m < M; m++) y[m] = float(sum[m]) * ((const float *)a.scale)[output] * in.scale[row + m];
+        dot_int8<M>((const int8_t *)a.weight + output * n, &in.q[row * n], &in.zero[row], n, sum);
+        for (int m = 0; m < M; m++) y[m] = alone(float(sum[m]) * ((const float *)a.scale)[output] * in.scale[row + m]);
         break;
     }
     default: {

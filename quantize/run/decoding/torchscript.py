@@ -9,7 +9,6 @@ another dtype than the model's) are left to the model.
 from __future__ import annotations
 
 import copy
-import math
 import threading
 from collections.abc import Callable, Sequence
 
@@ -21,6 +20,8 @@ from quantize.models import Attention, DecoderLM, FeedForward, apply_rope
 from quantize.nn.half import HalfLinear
 from quantize.nn.int4 import Int4Linear
 from quantize.nn.int8 import Int8Linear
+from quantize.nn.int8_kernels import in_graph
+from quantize.nn.int8_products import sum_weights
 from quantize.run.fusion import torchscript
 from quantize.run.kv_cache import KVCache
 from quantize.run.kv_cache.functions import attention
@@ -168,6 +169,8 @@ class _OneRow(nn.Module):
     def __init__(self, layer: Int8Linear | Int4Linear):
         super().__init__()
         self.layer = layer
+        if isinstance(layer, Int8Linear):
+            self.register_buffer("sums", sum_weights(layer.packed))
         if isinstance(layer, Int4Linear):
             packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(layer.values().int(), 1)
             self.register_buffer("packed", packed)
@@ -179,21 +182,13 @@ class _OneRow(nn.Module):
         layer = self.layer
         if not (torch.jit.is_tracing()):
             return layer(x)
+        if isinstance(layer, Int8Linear):
+            return in_graph(x, layer.packed, layer.scale, layer.bias, self.sums)
         rows = x.reshape(-1, layer.in_features)
-        if isinstance(layer, Int4Linear):
-            y = torch.ops.aten._weight_int4pack_mm_for_cpu(
-                rows.bfloat16(), self.packed, layer.group_size, self.grid
-            )
-            y = y.to(x.dtype)
-        else:  # the arithmetic of quantize.nn.int8_kernels, bit for bit
-            largest = torch.linalg.vector_norm(rows, math.inf, dim=-1, keepdim=True).float()
-            row_scale = largest.mul_(1 / 127).clamp_min_(1e-30)
-            q = torch.div(rows, row_scale).round_().to(torch.int8)
-            y = (
-                torch.mul(torch._int_mm(q, layer.packed.t()), layer.scale)
-                .mul_(row_scale)
-                .to(x.dtype)
-            )
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(
+            rows.bfloat16(), self.packed, layer.group_size, self.grid
+        )
+        y = y.to(x.dtype)
         y = y if layer.bias is None else y + layer.bias.to(y.dtype)
         return y.view(*x.shape[:-1], layer.out_features)
 

@@ -1,0 +1,47 @@
+"""Instruction sets that the kernels are compiled for, and which of them this machine has.
+
+Each level has all that the levels before it have. QUANTIZE_ISA caps the level, to see what other
+machines compute (the same bits) and how fast.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+
+import torch
+
+SWITCH = "QUANTIZE_ISA"
+
+# By level: the compiler's flags, and the names of `torch.cpu.get_capabilities` that it needs.
+_AVX2 = ("-mavx2", "-mfma", "-mf16c")
+_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
+_VNNI = (*_AVX512, "-mavx512vnni")
+_AMX = (*_VNNI, "-mamx-tile", "-mamx-int8")
+FLAGS = {"generic": (), "avx2": _AVX2, "avx512": _AVX512, "vnni": _VNNI, "amx": _AMX}
+_NEEDS = {
+    "generic": (),
+    "avx2": ("avx2", "fma3", "f16c"),
+    "avx512": ("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl"),
+    "vnni": ("avx512_vnni",),
+    "amx": ("amx_tile", "amx_int8"),
+}
+
+
+def levels() -> list[str]:
+    """The levels that this machine has, the best last, up to the one that QUANTIZE_ISA names.
+
+    Raises: ValueError: QUANTIZE_ISA names no level.
+    """
+    most = os.environ.get(SWITCH) or "amx"
+    if most not in FLAGS:
+        raise ValueError(f"{SWITCH} must be one of {', '.join(FLAGS)}, got {most!r}")
+    has = torch.cpu.get_capabilities() if platform.machine() in ("x86_64", "AMD64") else {}
+    found = []
+    for level, needed in _NEEDS.items():
+        if not all(has.get(name) for name in needed):
+            break
+        found.append(level)
+        if level == most:
+            break
+    return found
