@@ -6,8 +6,8 @@ still change is final: each module that has ended by then is kept as its output,
 take that instead of running the module (see `passes`). Of these outputs only those stay that a
 later pass can still read.
 
-In the first batch, the original's layers must get bit for bit what they got in a whole pass; where
-they don't, every pass runs from the input.
+In the first batch, the original's layers must get bit for bit what they got in a whole pass, and
+batches must be the same each time; where they aren't, every pass runs from the input.
 """
 
 from __future__ import annotations
@@ -23,7 +23,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from quantize.calibration.inputs import call, check_batches, watching, without_cache
+from quantize.calibration.inputs import (
+    call,
+    check_batches,
+    output_tensors,
+    watching,
+    without_cache,
+)
 from quantize.calibration.observe import Call, Watch
 from quantize.calibration.passes import Missing, Pass, Ran, Store, impure_modules, routed_through
 from quantize.calibration.state import changed
@@ -58,6 +64,7 @@ class Walk:
         self.replay = replay
         self.counts: list[Counter] = []  # of the original's calls, by batch
         self.given: list[tuple[str, bytes]] = []  # to the original's layers in the first batch
+        self.contents: list[list[bytes]] = []  # of batches that may be others each time
         self.stateful: set[str] = set()
         self._look(original)
         self.impure = impure_modules(original, self.stateful)
@@ -81,6 +88,7 @@ class Walk:
         with watching(hooks, original), without_cache(original):
             for batch in self.batches:
                 self.counts.append(Counter())
+                self.contents.append(self._content(batch))
                 self.stateful |= changed(original, functools.partial(call, original, batch))
 
     def finish(self, names: Iterable[str]) -> None:
@@ -103,11 +111,29 @@ class Walk:
             if not self.stateful:
                 stack.enter_context(watching((), *distinct))
             for number, batch in enumerate(self.batches):
-                expected = sum(self.counts[number][name] for name in names)
-                if not expected:
+                expected = self._expected(number, batch, names)
+                if expected == 0:
                     continue
                 watches = [Watch(model, names, streams, calls=expected) for model in models]
                 yield [self._run(i, watches[i], number, batch) for i in (0, 1)]
+
+    def _content(self, batch: Any) -> list[bytes]:
+        """What tells a batch from others; nothing where batches are kept in memory."""
+        fixed = isinstance(self.batches, (list, tuple))
+        return [] if fixed else [_digest(tensor) for tensor in output_tensors(batch)]
+
+    def _expected(self, number: int, batch: Any, names: Collection[str]) -> int | None:
+        """How often layers run in a batch; None where it isn't the one that was looked at."""
+        if number < len(self.contents) and self.contents[number] == self._content(batch):
+            return sum(self.counts[number][name] for name in names)
+        self._start_again()
+        return None
+
+    def _start_again(self) -> None:
+        """From now on, every pass runs from the input."""
+        self.replay = False
+        for kept in self.kept:
+            kept.clear()
 
     def _run(self, which: int, watch: Watch, number: int, batch: Any) -> list[Call]:
         """The calls in one pass over one of the models."""
@@ -131,9 +157,7 @@ class Walk:
             else:
                 if which or number or not self.replay or self._as_before(calls):
                     return calls
-            self.replay = False
-            for kept in self.kept:
-                kept.clear()
+            self._start_again()
             root = Ran()
 
     def _as_before(self, calls: Sequence[Call]) -> bool:

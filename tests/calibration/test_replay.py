@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -195,6 +196,38 @@ def test_a_model_that_does_not_repeat_itself_runs_from_the_input():
     walk = Walk(model, [torch.randn(4, 8)], ["0", "2"])
     list(walk.show((model, model), ["0"]))
     assert not walk.replay and not walk.store.used
+
+
+class Shuffled:
+    """Gives its batches in another order each time."""
+
+    def __init__(self, batches: list[torch.Tensor]) -> None:
+        self.batches, self.times = batches, 0
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        self.times += 1
+        shift = self.times % len(self.batches)
+        return iter(self.batches[shift:] + self.batches[:shift])
+
+
+def test_batches_that_come_in_another_order_are_run_as_they_come():
+    """What was kept of one batch is never taken for another."""
+    torch.manual_seed(0)
+    model, batches = Deep(3).eval(), Shuffled([torch.randn(4, 8) for _ in range(3)])
+    changed = copy.deepcopy(model)
+    names = layers_of(model)
+    walk = Walk(model, batches, names)
+    for name in names:
+        shown = list(walk.show((model, changed), [name]))
+        last = batches.times % 3
+        for batch, passes in zip(
+            batches.batches[last:] + batches.batches[:last], shown, strict=True
+        ):
+            for root, calls in zip((model, changed), passes, strict=True):
+                assert equal(calls, from_the_input(root, [name], batch, set()))
+        alter(changed, name)
+        walk.finish([name])
+    assert not walk.replay
 
 
 @pytest.mark.parametrize("stateful", [False, True])
