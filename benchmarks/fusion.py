@@ -7,7 +7,8 @@ engines.
 Models have random weights (speed doesn't depend on them) and BatchNorm statistics of random inputs.
 Each engine runs in a process of its own, and they take turns (`quantize.measuring.compare`); the
 number is the median per call, `difference` how far the output is from eager's, as a share of the
-largest value. Peers (`peers.py`) have all sizes fixed; ours keeps batch and length free. Rows go to
+largest value, `load_s` the seconds from the file or the model to the first answer. Peers
+(`peers.py`) have all sizes fixed; ours keeps batch and length free. Rows go to
 benchmarks/results/fusion.csv, one per model, batch and engine, slower ones included; a new run of a
 model, batch and engine replaces its row. The chart lies beside it.
 """

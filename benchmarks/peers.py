@@ -67,14 +67,27 @@ class Case:
 # torch itself, and what this package makes of a model in a call.
 
 
+@dataclass
+class Changed:
+    """What a function makes of the model. The model is built while the process that measures
+    starts, so that its making is not in `load_s`.
+    """
+
+    case: Case
+    change: Callable[[nn.Module], Any]
+    model: nn.Module | None = None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        warnings.simplefilter("ignore")
+        self.__dict__.update(state, model=state["case"].build())
+
+    def __call__(self) -> Callable[..., Any]:
+        return self.change(self.model or self.case.build())
+
+
 def eager(case: Case, change: Callable[[nn.Module], Any] = lambda model: model) -> Build:
     """The model, changed by a function in the process that measures."""
-    return Build(partial(_changed, case, change))
-
-
-def _changed(case: Case, change: Callable[[nn.Module], Any]) -> Callable[..., Any]:
-    warnings.simplefilter("ignore")
-    return change(case.build())
+    return Build(Changed(case, change))
 
 
 def channels_last(model: nn.Module) -> nn.Module:
@@ -227,7 +240,8 @@ def side_by_side(
         if one.latency_ms is not None:
             percentiles = {f"{name}_ms": getattr(one.latency_ms, name) for name in ("p10", "p90")}
             row |= {"latency_ms": one.latency_ms.median, **percentiles, "speedup": one.speedup}
-            row |= {"calls": one.latency_ms.calls, "load_s": one.load_s}
+            ready_s = one.load_s + one.first_call_ms / 1000
+            row |= {"calls": one.latency_ms.calls, "load_s": ready_s}
         found.append((one.name, row | one.metrics | rows.host(one)))
     return found
 
