@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
-# Dozens of tests start a Python that imports torch: compiled modules are kept for the next one, also
-# where the environment says otherwise.
+# Dozens of tests start a Python that imports torch: compiled modules are kept for the next one,
+# also where the environment says otherwise.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 
