@@ -2,9 +2,9 @@
 what its layers see.
 
 `inputs` has batches, outputs and the distance between two models; `state` what a forward pass may
-change; `observe` single calls of layers, `replay` those of two models side by side; `statistics`
-sums over their inputs; `gradients` how much the output depends on each layer's; `refit` least
-squares.
+change; `observe` single calls of layers, `replay` those of two models side by side; `patches` the
+rows that their weights multiply; `statistics` sums over those; `gradients` how much the output
+depends on each layer's; `refit` least squares.
 """
 
 from quantize.calibration.gradients import collect_gradients, fisher_loss, gradients_if_any
@@ -23,6 +23,7 @@ from quantize.calibration.inputs import (
     without_cache,
 )
 from quantize.calibration.observe import Call, Watch, find_streams
+from quantize.calibration.patches import exact, rows
 from quantize.calibration.refit import Regression, compensate, least_squares
 from quantize.calibration.replay import Pace, Walk
 from quantize.calibration.state import untouched
@@ -32,9 +33,7 @@ from quantize.calibration.statistics import (
     PairedStatistics,
     check_reached,
     collect,
-    exact,
     reached,
-    rows,
     trace_calls,
 )
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from quantize.calibration.inputs import call, check_batches, main_output, watching
-from quantize.calibration.statistics import exact
+from quantize.calibration.patches import exact, gram
 
 log = logging.getLogger(__name__)
 
@@ -87,10 +87,11 @@ def collect_gradients(
             for (name, _), gradient in zip(outputs, gradients, strict=True):
                 if gradient is None:
                     continue
-                if isinstance(layers[name], nn.Conv2d):
-                    gradient = gradient.movedim(-3, -1)  # [B, M, H, W] to [B, H, W, M]
+                if isinstance(layers[name], (nn.Conv1d, nn.Conv2d)):
+                    channel = -1 - len(layers[name].kernel_size)
+                    gradient = gradient.movedim(channel, -1)  # [B, M, H, W] to [B, H, W, M]
                 g = exact(gradient).reshape(-1, gradient.shape[-1])
-                moments[name] = moments.get(name, 0) + g.T @ g
+                moments[name] = moments.get(name, 0) + gram(g)
                 counts[name] = counts.get(name, 0) + g.shape[0]
     return {name: moment / counts[name] for name, moment in moments.items()}
 

@@ -9,49 +9,15 @@ inputs of one model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from quantize.calibration.inputs import call, check_batches, watching
-
-
-def rows(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """The vectors that `layer`'s weight multiplies, as [N, K].
-
-    Linear: [..., K] flattened. Conv1d, Conv2d of one group: patches of [B, C, (H,) W], K = C *
-        kernel height * kernel width.
-    """
-    if isinstance(layer, (nn.Conv1d, nn.Conv2d)):
-        x = x if x.ndim == 2 + len(layer.kernel_size) else x[None]  # an image alone
-        if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
-            x = F.pad(
-                x, layer._reversed_padding_repeated_twice, mode=_PAD_MODES[layer.padding_mode]
-            )
-            padding: Any = (0,) * len(layer.kernel_size)
-        else:
-            padding = layer.padding
-        window = (layer.kernel_size, layer.dilation, padding, layer.stride)
-        if isinstance(layer, nn.Conv1d):
-            x, window = (
-                x.unsqueeze(-2),
-                tuple((f, *w) for f, w in zip((1, 1, 0, 1), window, strict=True)),
-            )
-        patches = F.unfold(x, *window)  # [B, K, L]
-        return patches.transpose(1, 2).reshape(-1, patches.shape[1])
-    return x.reshape(-1, x.shape[-1])
-
-
-_PAD_MODES = {
-    "zeros": "constant",
-    "reflect": "reflect",
-    "replicate": "replicate",
-    "circular": "circular",
-}
+from quantize.calibration.patches import channel_rows, exact, gram, rows, sample
 
 
 @dataclass
@@ -68,20 +34,33 @@ class InputStatistics:
     outer: torch.Tensor | float = 0.0  # [K, K], sum of (x - shift) (x - shift)^T
     largest: torch.Tensor | float = 0.0  # [K], max of |x|
 
-    def update(self, x: torch.Tensor, *, outer: bool = True) -> None:
-        """Add rows x: [N, K]."""
+    def update(
+        self,
+        x: torch.Tensor,
+        count: int | None = None,
+        *,
+        outer: bool = True,
+        product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+    ) -> None:
+        """Add rows x [N, K] as a sample of `count` rows (default: all of them).
+
+        product: gives x^T x of rows minus a shift, from both.
+        """
         if x.numel() == 0:
             return
         x = exact(x)
-        self.count += x.shape[0]
+        count = x.shape[0] if count is None else count
+        times = count / x.shape[0]
+        self.count += count
         magnitude = x.abs().amax(0)
         self.largest = (
             torch.maximum(self.largest, magnitude) if torch.is_tensor(self.largest) else magnitude
         )
         x = self.shifted(x)
-        self.total = self.total + x.sum(0)
+        self.total = self.total + times * x.sum(0)
         if outer:
-            self.outer = self.outer + x.T @ x
+            square = gram(x) if product is None else product(x, self.shift)
+            self.outer = self.outer + (square if times == 1 else times * square)
 
     def shifted(self, x: torch.Tensor) -> torch.Tensor:
         """Rows x - shift, [N, K]."""
@@ -160,18 +139,6 @@ class PairedStatistics(InputStatistics):
         return self.cross_covariance + torch.outer(self.reference_mean, self.mean)
 
 
-def exact(x: torch.Tensor) -> torch.Tensor:
-    """float32, or float64 where squares of x could leave the range of float32 or x is float64
-    already.
-    """
-    x = x.detach()
-    if x.dtype == torch.float64 or (
-        x.dtype != torch.float16 and x.numel() and x.abs().amax() > 1e15
-    ):
-        return x.double()
-    return x.float()
-
-
 def _on_input(layer: nn.Module, see: Callable[[torch.Tensor], None]) -> Any:
     """Call `see` with the (first) input of `layer` whenever it runs; returns the hook's handle."""
     return layer.register_forward_pre_hook(
@@ -233,25 +200,70 @@ def reached(model: nn.Module, batches: Iterable[Any], layers: Mapping[str, nn.Mo
 
 @torch.no_grad()
 def collect(
-    model: nn.Module, batches: Iterable[Any], layers: Mapping[str, nn.Module], *, outer: bool = True
+    model: nn.Module,
+    batches: Iterable[Any],
+    layers: Mapping[str, nn.Module],
+    *,
+    outer: bool = True,
+    by_channel: Collection[str] = (),
 ) -> dict[str, InputStatistics]:
     """Input statistics of each layer of `model` in `layers` (name to module) over all batches, in
     eval mode.
+
+    outer: second moments too. They are of patches from a grid over a convolution's outputs where a
+    call has more than `PATCHES_PER_COLUMN` patches for each of their columns. by_channel:
+    convolutions whose rows are the channels at each position, not patches.
 
     Raises ValueError for empty batches, for a layer no batch reaches, and for inputs that are not
     finite (naming the layer).
     """
     check_batches(batches)
     statistics = {name: InputStatistics() for name in layers}
+    shared = _SharedProduct()
 
     def see(name: str, layer: nn.Module) -> Callable[[torch.Tensor], None]:
-        return lambda x: statistics[name].update(rows(layer, x), outer=outer)
+        seen = statistics[name]
+
+        def note(x: torch.Tensor) -> None:
+            if not outer:
+                seen.update(rows(layer, x), outer=False)
+            elif name in by_channel:
+                seen.update(channel_rows(layer, x))
+            elif isinstance(layer, (nn.Conv1d, nn.Conv2d)):
+                seen.update(*sample(layer, x))
+            else:
+                shared.see(x)
+                seen.update(rows(layer, x), product=shared.of)
+
+        return note
 
     with watching([_on_input(layer, see(name, layer)) for name, layer in layers.items()], model):
         for batch in batches:
             call(model, batch)
     check_reached(statistics)
     return statistics
+
+
+class _SharedProduct:
+    """The product of the rows of one input, for layers that read it one after another."""
+
+    def __init__(self) -> None:
+        self.given: torch.Tensor | None = None
+        self.version = 0
+        self.shift: torch.Tensor | None = None
+        self.product: torch.Tensor | None = None
+
+    def see(self, given: torch.Tensor) -> None:
+        """The input of the layer that runs now."""
+        version = -1 if given.is_inference() else given._version
+        if self.given is not given or self.version != version or version < 0:
+            self.given, self.version, self.product = given, version, None
+
+    def of(self, x: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+        """`gram` of x, the rows of that input minus `shift`."""
+        if self.product is None or not torch.equal(shift, self.shift):
+            self.shift, self.product = shift, gram(x)
+        return self.product
 
 
 @dataclass

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from helpers import assert_close, zoo
 from torch import nn
 
 from quantize import calibration
+from quantize.calibration.patches import FEWEST_PATCHES, gram, rows, sample
 from quantize.compression.low_rank import residuals
 
 
@@ -46,6 +49,81 @@ def test_moments_are_means_over_all_rows(model, batches):
     assert_close(seen.mean, x.mean(0), dtype=torch.float32)
     assert_close(seen.second_moment, x.T @ x / len(x), dtype=torch.float32)
     assert_close(seen.largest, x.abs().amax(0), dtype=torch.float32)
+
+
+def test_layers_on_one_input_share_its_product(model, batches, monkeypatch):
+    """The second moment of a tensor is computed once a call, whoever reads it, and is each reader's
+    own afterwards.
+    """
+    products = []
+
+    def counted(x):
+        products.append(x)
+        return gram(x)
+
+    monkeypatch.setattr("quantize.calibration.statistics.gram", counted)
+    layers = {name: getattr(model, name) for name in "abc"}
+    seen = calibration.collect(model, batches, layers)
+    assert len(products) == 2 * len(batches)
+    alone = calibration.collect(model, batches, {"b": model.b})["b"]
+    assert torch.equal(seen["b"].second_moment, alone.second_moment)
+    seen["a"].update(batches[0].reshape(-1, 6))
+    assert torch.equal(seen["b"].second_moment, alone.second_moment)
+
+
+def test_an_input_that_changed_in_place_is_not_shared():
+    """Two layers read one tensor, which is written to in between."""
+
+    class InPlace(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 2), nn.Linear(6, 2)
+
+        def forward(self, x):
+            y = self.a(x)
+            x.abs_()
+            return y + self.b(x)
+
+    model, x = InPlace(), torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
+    seen = calibration.collect(model, [x], {"a": model.a, "b": model.b})
+    for name, given in (("a", x.double()), ("b", x.abs().double())):
+        assert_close(seen[name].second_moment, given.T @ given / 8, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("width", [7, 1024, 1500])
+def test_gram_is_the_product_with_itself(width):
+    """Whatever the width, and symmetric to the last bit where half of it is a copy."""
+    x = torch.randn(9, width, generator=torch.Generator().manual_seed(1))
+    product = gram(x)
+    assert_close(product, x.double().T @ x.double(), dtype=torch.float32)
+    assert torch.equal(product, product.T)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Conv2d(2, 4, 3, padding=1), (4, 2, 40, 40)),
+        (nn.Conv2d(2, 4, 3, stride=2, dilation=2, padding="valid"), (8, 2, 60, 50)),
+        (nn.Conv1d(3, 4, 5, padding="same", padding_mode="circular"), (3, 900)),
+    ],
+)
+def test_many_patches_are_sampled_from_a_grid(layer, shape):
+    """The sample is of patches at every so many outputs, and counts for all of them."""
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+    outputs = layer(x)
+    patches, count = sample(layer, x)
+    spatial = len(layer.kernel_size)
+    assert count == outputs.numel() // layer.out_channels
+    assert len(patches) <= max(FEWEST_PATCHES, 2 * patches.shape[1])
+    every = next(e for e in itertools.count(1) if len(rows(layer, x, every=e)) == len(patches))
+    grid = outputs[(..., *[slice(None, None, every)] * spatial)]
+    channel = grid.ndim - 1 - spatial
+    expected = grid.movedim(channel, -1).reshape(-1, layer.out_channels)
+    assert_close(patches @ layer.weight.flatten(1).T + layer.bias, expected, factor=10)
+    seen = calibration.collect(layer, [x], {"": layer})[""]
+    assert seen.count == count
+    mean = patches.double().T @ patches.double() / len(patches)
+    assert_close(seen.second_moment, mean, dtype=torch.float32)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ least.
 from __future__ import annotations
 
 import fnmatch
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -15,16 +16,15 @@ import torch
 from torch import nn
 
 from quantize import surgery
-from quantize.calibration import collect, gradients_if_any, reached
+from quantize.calibration import gradients_if_any
 from quantize.compression.pruning import budget, scores
-from quantize.compression.pruning.cut import owners
+from quantize.compression.pruning.cut import layers_of, owners
 from quantize.compression.pruning.groups import Group
 from quantize.compression.pruning.labels import Key
-from quantize.compression.pruning.repair import as_matrix, matrix_rows
+from quantize.compression.pruning.readers import by_readers
 from quantize.nn import holds_integers
 
 SCORES = ("magnitude", "activation", "reconstruction", "taylor")
-MOMENTS = 2**27  # entries of second moments held at once while scoring (0.5 GB)
 
 
 # Arguments.
@@ -101,10 +101,6 @@ def refuse_unfit(model: nn.Module) -> None:
 
 
 # Which groups, and how much of each.
-
-
-def layers_of(model: nn.Module, group: Group) -> list[str]:
-    return [place for name, _ in group.outputs for place, _, _ in owners(model, name)[:1]]
 
 
 def choose(
@@ -212,29 +208,6 @@ def savable(model: nn.Module, groups: list[Group], left: dict[str, str]) -> list
     return kept
 
 
-def find_readers(
-    model: nn.Module, groups: list[Group], calibration: Iterable[Any], left: dict[str, str]
-) -> list[Group]:
-    """Fill in `readers` of every group, and return the groups without those whose readers
-    calibration never reaches.
-    """
-    every: dict[str, nn.Module] = {}
-    for group in groups:
-        group.readers = _readers(model, group)
-        every.update({place: module for place, module, _ in group.readers})
-    run = reached(model, calibration, every)
-    used = []
-    for group in groups:
-        known = [reader for reader in group.readers if reader[0] in run]
-        if group.readers and not known:
-            why = f"calibration never reaches layer {group.readers[0][0]!r}, which reads it"
-            left.update(dict.fromkeys(layers_of(model, group), why))
-        else:
-            group.readers = known
-            used.append(group)
-    return used
-
-
 def remove(
     model: nn.Module,
     wanted: list[Group],
@@ -254,7 +227,7 @@ def remove(
     elif rule == "taylor":
         values = scores.taylor(surgery.clone(model), wanted, calibration, loss)  # type: ignore[arg-type]
     elif rule == "activation":
-        values = _by_readers(
+        values = by_readers(
             model, wanted, calibration, lambda g, rs: scores.activation_aware(rs, n), say
         )
     else:
@@ -291,24 +264,19 @@ def _reconstruction(
     groups of one shape that were asked for together give by what it costs, as many as they would
     give one by one.
     """
-    families = (
-        [f for f in budget.alike(groups) if len(f) > 1 and groups[f[0]].amount]
-        if scope == "alike"
-        else []
-    )
+    families: list[list[int]] = []
+    if scope == "alike":
+        families = [f for f in budget.alike(groups) if len(f) > 1 and groups[f[0]].amount]
     depths = [g.units - k for g, k in zip(groups, keeps, strict=True)]
-    for i in (i for family in families for i in family):
+    for i in itertools.chain.from_iterable(families):
         depths[i] = max(depths[i], budget.deepest(groups[i], round_to))
-    places = {
-        place: module
-        for g in groups
-        for place, module, _ in g.readers
-        if not isinstance(module, nn.Conv1d)
-    }
+    places: dict[str, nn.Module] = {}
+    for group in groups:
+        places.update({place: module for place, module, _ in group.readers})
     say(f"gradients at {len(places)} layers")
     metrics = gradients_if_any(model, calibration, places)
     depth = {id(g): d for g, d in zip(groups, depths, strict=True)}
-    ranked = _by_readers(
+    ranked = by_readers(
         model,
         groups,
         calibration,
@@ -318,65 +286,12 @@ def _reconstruction(
     )
     measured = [all(place in metrics for place, _, _ in g.readers) for g in groups]
     for family in families:
-        if all(ranked[i] is not None and measured[i] for i in family):
-            total = sum(groups[i].units - keeps[i] for i in family)
-            step = budget.round_step(groups[family[0]], round_to)
-            given = budget.share_out([ranked[i][1] for i in family], total, step)
-            if sum(given) == total:
-                keeps = [
-                    groups[i].units - given[family.index(i)] if i in family else k
-                    for i, k in enumerate(keeps)
-                ]
+        if not all(ranked[i] is not None and measured[i] for i in family):
+            continue
+        total = sum(groups[i].units - keeps[i] for i in family)
+        step = budget.round_step(groups[family[0]], round_to)
+        given = budget.share_out([ranked[i][1] for i in family], total, step)
+        if sum(given) == total:
+            for i, removed in zip(family, given, strict=True):
+                keeps[i] = groups[i].units - removed
     return [None if r is None else r[0] for r in ranked], keeps
-
-
-def _by_readers(
-    model: nn.Module,
-    groups: list[Group],
-    calibration: Iterable[Any] | None,
-    score: Callable[[Group, list[scores.Reader]], Any],
-    say: Callable[[str], None],
-    metrics: dict[str, torch.Tensor] | None = None,
-) -> list[Any]:
-    """What `score` says of each group from the layers that read it; None for a group that none
-    reads.
-    """
-    values: list[Any] = []
-    for chunk in _chunks(groups):
-        layers = {place: module for group in chunk for place, module, _ in group.readers}
-        if layers:
-            say(f"inputs of {', '.join(layers)}")
-        seen = collect(model, calibration, layers) if layers else {}
-        for group in chunk:
-            readers = []
-            for place, module, key in group.readers:
-                columns = matrix_rows(module, group.places[key]).flatten(1)
-                metric = (metrics or {}).get(place)
-                readers.append(scores.Reader(as_matrix(module), columns, seen[place], metric))  # type: ignore[arg-type]
-            values.append(score(group, readers) if readers else None)
-    return values
-
-
-def _readers(model: nn.Module, group: Group) -> list[tuple[str, nn.Module, Key]]:
-    """Layers that sum over the group's channels and can be refitted."""
-    found = []
-    for key in group.inputs:
-        for place, module, local in owners(model, key[0]):
-            if local == "weight" and as_matrix(module) is not None and place == group.inputs[key]:
-                found.append((place, module, key))
-    return found
-
-
-def _chunks(groups: list[Group]) -> Iterable[list[Group]]:
-    """Runs of groups whose second moments fit in memory together."""
-    run: list[Group] = []
-    held = 0
-    for group in groups:
-        size = sum(as_matrix(m).shape[1] ** 2 for _, m, _ in group.readers)  # type: ignore[union-attr]
-        if run and held + size > MOMENTS:
-            yield run
-            run, held = [], 0
-        run.append(group)
-        held += size
-    if run:
-        yield run

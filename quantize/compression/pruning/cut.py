@@ -48,6 +48,11 @@ def owners(model: nn.Module, name: str) -> list[tuple[str, nn.Module, str]]:
     ]
 
 
+def layers_of(model: nn.Module, group: Group) -> list[str]:
+    """The layers whose outputs a group cuts, by the first of their names."""
+    return [place for name, _ in group.outputs for place, _, _ in owners(model, name)[:1]]
+
+
 def stored(module: nn.Module, name: str) -> torch.Tensor:
     """A parameter or buffer as it is stored: a 16-bit layer's weight reads in another dtype."""
     tensor = module._parameters.get(name)

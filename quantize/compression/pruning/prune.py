@@ -29,8 +29,6 @@ from quantize.compression.pruning.choose import (
     check_amount,
     check_options,
     choose,
-    find_readers,
-    layers_of,
     reasons,
     refuse_infinite,
     refuse_unfit,
@@ -41,6 +39,7 @@ from quantize.compression.pruning.config import follow_config
 from quantize.compression.pruning.cut import (
     cut,
     kept_indices,
+    layers_of,
     mask,
     owners,
     same_outputs,
@@ -49,6 +48,7 @@ from quantize.compression.pruning.cut import (
 from quantize.compression.pruning.groups import Group, find_groups
 from quantize.compression.pruning.labels import Key
 from quantize.compression.pruning.plan import repair_steps
+from quantize.compression.pruning.readers import find_readers
 from quantize.compression.pruning.repair import repair_layers
 from quantize.compression.pruning.trace import Trace, export
 

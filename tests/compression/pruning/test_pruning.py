@@ -431,6 +431,59 @@ def test_reconstruction_costs_are_what_a_refit_leaves():
         assert_close(costs[k], (rest @ half.T).square().sum(), dtype=torch.float32, factor=100)
 
 
+@pytest.mark.parametrize("size", [1, 3])
+def test_units_go_in_the_order_of_the_plain_elimination(size):
+    """Block by block, the factorization gives the order and the costs of inverting what is left
+    after each removal.
+    """
+    units, step = 40, 2
+    x = randn(300, units * size).double() @ randn(units * size, units * size).double()
+    weight = randn(6, units * size).double()
+    seen = InputStatistics()
+    seen.update(x)
+    reader = scores.Reader(weight, torch.arange(units * size).view(units, size), seen)
+    score, costs = scores.reconstruction([reader], 30, ridge=1e-3, rounds=15)
+    moment = seen.second_moment
+    moment = moment + 1e-3 * moment.diagonal().mean() * torch.eye(len(moment), dtype=x.dtype)
+    scale = ((weight @ moment) * weight).sum()
+    stays = torch.ones(units, dtype=torch.bool)
+
+    def cost_of(gone: torch.Tensor) -> float:
+        kept = ~gone.repeat_interleave(size)
+        cross = weight @ moment[:, kept]
+        fitted = torch.linalg.solve(moment[kept][:, kept], cross.T).T
+        return float(((weight @ moment) * weight).sum() - (fitted * cross).sum()) / float(scale)
+
+    for done in range(0, 30, step):
+        tried = torch.full((units,), math.inf, dtype=torch.float64)
+        for unit in stays.nonzero().flatten():
+            gone = ~stays
+            gone[unit] = True
+            tried[unit] = cost_of(gone)
+        chosen = tried.argsort()[:step]
+        assert set(chosen.tolist()) == set(score.argsort()[done : done + step].tolist())
+        stays[chosen] = False
+        assert costs[done + step] == pytest.approx(cost_of(~stays), rel=1e-4)
+
+
+def test_wide_convolutions_are_scored_by_whole_channels(monkeypatch):
+    """Channels that are multiples of others cost nothing: half of them go, and nothing changes."""
+    torch.manual_seed(0)
+    layers = [nn.Conv1d(2, 16, 5), nn.ReLU(), nn.Conv1d(16, 4, 7), nn.ReLU(), nn.Conv1d(4, 3, 1)]
+    model, x = nn.Sequential(*layers).eval(), randn(4, 2, 64)
+    with torch.no_grad():
+        model[0].weight[8:] = 0.5 * model[0].weight[:8]
+        model[0].bias[8:] = 0.5 * model[0].bias[:8]
+    monkeypatch.setattr("quantize.compression.pruning.readers.WIDEST", 20)
+    lines: list[str] = []
+    pruned = prune_ln_structured(
+        model, x, amount={"0": 0.5}, calibration=[x], round_to=1, progress=lines.append
+    )
+    assert pruned[2].in_channels == 8
+    assert cosine(pruned(x), model(x)) > 1 - 1e-6
+    assert any("by whole channels" in line and line.endswith(": 2") for line in lines)
+
+
 def test_calibration_is_streamed():
     """One batch at a time is alive, and what is kept of them has the size of the layers."""
     model, alive = mlp(), []

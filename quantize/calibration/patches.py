@@ -1,0 +1,99 @@
+"""The rows that a layer's weight multiplies, from the input of one call, and products of rows."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+def rows(layer: nn.Module, x: torch.Tensor, *, every: int = 1) -> torch.Tensor:
+    """The vectors that `layer`'s weight multiplies, as [N, K].
+
+    Linear: [..., K] flattened. Conv1d, Conv2d of one group: patches of [B, C, (H,) W], K = C *
+        kernel height * kernel width; with `every`, only those at every so many outputs along
+        each spatial axis.
+    """
+    if isinstance(layer, (nn.Conv1d, nn.Conv2d)):
+        x = x if x.ndim == 2 + len(layer.kernel_size) else x[None]  # an image alone
+        if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+            x = F.pad(
+                x, layer._reversed_padding_repeated_twice, mode=_PAD_MODES[layer.padding_mode]
+            )
+            padding: Any = (0,) * len(layer.kernel_size)
+        else:
+            padding = layer.padding
+        stride = tuple(step * every for step in layer.stride)
+        window = (layer.kernel_size, layer.dilation, padding, stride)
+        if isinstance(layer, nn.Conv1d):
+            x, window = (
+                x.unsqueeze(-2),
+                tuple((f, *w) for f, w in zip((1, 1, 0, 1), window, strict=True)),
+            )
+        patches = F.unfold(x, *window)  # [B, K, L]
+        return patches.transpose(1, 2).reshape(-1, patches.shape[1])
+    return x.reshape(-1, x.shape[-1])
+
+
+def channel_rows(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """The channels of a convolution's input at each position, as [N, C]."""
+    x = x if x.ndim == 2 + len(layer.kernel_size) else x[None]
+    return x.movedim(1, -1).reshape(-1, x.shape[1])
+
+
+def gram(x: torch.Tensor) -> torch.Tensor:
+    """x^T x, [K, K], of rows x [N, K]; the lower half of wide ones is copied from the upper."""
+    width = x.shape[1]
+    if width < 2 * _STRIP:
+        return x.T @ x
+    product = x.new_empty(width, width)
+    for start in range(0, width, _STRIP):
+        stop = start + _STRIP
+        strip = x[:, start:stop].T @ x[:, start:]
+        product[start:stop, start:] = strip
+        product[stop:, start:stop] = strip[:, _STRIP:].T
+    return product
+
+
+_STRIP = 512  # columns of one product
+# Patches of a convolution's input lie close together and say much the same. Those of one call that
+# are summed: so many for each column of their second moment, and never fewer than the second.
+PATCHES_PER_COLUMN = 2
+FEWEST_PATCHES = 1024
+_PAD_MODES = {
+    "zeros": "constant",
+    "reflect": "reflect",
+    "replicate": "replicate",
+    "circular": "circular",
+}
+
+
+def sample(layer: nn.Conv1d | nn.Conv2d, x: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Patches of a convolution [N, K] from a grid over its outputs, and how many outputs it has."""
+    spatial = len(layer.kernel_size)
+    images = math.prod(x.shape[: -spatial - 1])
+    padding = layer._reversed_padding_repeated_twice[::-1]
+    count = images
+    for axis, size in enumerate(x.shape[-spatial:]):
+        padded = size + padding[2 * axis] + padding[2 * axis + 1]
+        reach = layer.dilation[axis] * (layer.kernel_size[axis] - 1)
+        count *= (padded - reach - 1) // layer.stride[axis] + 1
+    columns = layer.weight[0].numel()
+    most = max(FEWEST_PATCHES, PATCHES_PER_COLUMN * columns)
+    every = math.ceil((count / most) ** (1 / spatial))
+    return rows(layer, x, every=max(1, every)), count
+
+
+def exact(x: torch.Tensor) -> torch.Tensor:
+    """float32, or float64 where squares of x could leave the range of float32 or x is float64
+    already.
+    """
+    x = x.detach()
+    if x.dtype == torch.float64 or (
+        x.dtype != torch.float16 and x.numel() and x.abs().amax() > 1e15
+    ):
+        return x.double()
+    return x.float()
