@@ -42,8 +42,7 @@ def cholesky(moment: Tensor, ridge: float) -> Tensor:
     ValueError if not finite.
     """
     moment = moment.double()
-    if not torch.isfinite(moment).all():
-        raise ValueError(f"second moment of shape {tuple(moment.shape)} is not finite")
+    _check_finite(moment)
     scale = _scale(moment)
     moment = moment / scale
     eye = torch.eye(len(moment), dtype=torch.float64, device=moment.device)
@@ -94,27 +93,19 @@ def whitened_svd(
             f"rank {rank} is outside [1, {min(m, k)}] for a weight of shape {tuple(weight.shape)}"
         )
     weight = weight.double()
-    left, right, outer, whitened = _whiten(
+    gram, factor, shaped = _whitened_gram(
         weight, second_moment, gradient_moment, ridge, gradient_ridge
     )
     # Eigenvectors of the smaller Gram matrix: much faster than an SVD, and at full rank the
     # projection is exact.
-    if m <= k:
-        values, vectors = torch.linalg.eigh(whitened @ whitened.T)
-        basis = vectors.flip(1)[:, :rank]  # U [M, r]
-        first = basis.T @ left  # U^T R^T W
-        second = (
-            basis if outer is None else torch.linalg.solve_triangular(outer.T, basis, upper=True)
-        )  # R^-T U
-    else:
-        values, vectors = torch.linalg.eigh(whitened.T @ whitened)
-        basis = vectors.flip(1)[:, :rank]  # V [K, r]
-        second = weight @ (basis if right is None else right @ basis)  # W L V
-        first = (
-            basis.T
-            if right is None
-            else torch.linalg.solve_triangular(right.T, basis, upper=True).T
-        )  # V^T L^-1
+    values, vectors = torch.linalg.eigh(gram)
+    basis = vectors.flip(1)[:, :rank]
+    if m <= k:  # U [M, r]
+        first = basis.T @ shaped  # U^T R^T W
+        second = basis if factor is None else _solve(factor, basis)  # R^-T U
+    else:  # V [K, r]
+        second = shaped @ basis  # W L V
+        first = (basis if factor is None else _solve(factor, basis)).T  # V^T L^-1
     first, second = _balance(first, second)
     return Factors(first, second, values.flip(0).clamp_min(0).sqrt())
 
@@ -128,25 +119,50 @@ def whitened_spectrum(
     gradient_ridge: float = GRADIENT_RIDGE,
 ) -> Tensor:
     """The `spectrum` of `whitened_svd` alone."""
-    *_, whitened = _whiten(weight.double(), second_moment, gradient_moment, ridge, gradient_ridge)
-    gram = (
-        whitened @ whitened.T if whitened.shape[0] <= whitened.shape[1] else whitened.T @ whitened
+    gram, *_ = _whitened_gram(
+        weight.double(), second_moment, gradient_moment, ridge, gradient_ridge
     )
     return torch.linalg.eigvalsh(gram).flip(0).clamp_min(0).sqrt()
 
 
-def _whiten(
+def _whitened_gram(
     weight: Tensor,
     second_moment: Tensor | None,
     gradient_moment: Tensor | None,
     ridge: float,
     gradient_ridge: float,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
-    """R^T W, L, R, R^T W L; None for a moment that isn't given."""
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Gram matrix of R^T W L on its smaller side, the Cholesky factor of that side (None where it
+    has no moment), and the weight times that factor.
+
+    The moment of the larger side, whose factorization would cost most, only multiplies.
+    """
+    m, k = weight.shape
+    if m <= k:
+        outer = None if gradient_moment is None else cholesky(gradient_moment, gradient_ridge)
+        left = weight if outer is None else outer.T @ weight  # R^T W
+        return _times(left, second_moment, ridge) @ left.T, outer, left
     right = None if second_moment is None else cholesky(second_moment, ridge)
-    outer = None if gradient_moment is None else cholesky(gradient_moment, gradient_ridge)
-    left = weight if outer is None else outer.T @ weight
-    return left, right, outer, left if right is None else left @ right
+    seen = weight if right is None else weight @ right  # W L
+    return _times(seen.T, gradient_moment, gradient_ridge) @ seen, right, seen
+
+
+def _times(rows: Tensor, moment: Tensor | None, ridge: float) -> Tensor:
+    """rows [N, K] times moment [K, K] + ridge * mean(diagonal) * 1; the rows where none."""
+    if moment is None:
+        return rows
+    _check_finite(moment)
+    return torch.addmm(rows, rows, moment.double(), beta=float(ridge * _scale(moment)))
+
+
+def _solve(factor: Tensor, basis: Tensor) -> Tensor:
+    """factor^-T basis, for a lower triangular factor."""
+    return torch.linalg.solve_triangular(factor.T, basis, upper=True)
+
+
+def _check_finite(moment: Tensor) -> None:
+    if not torch.isfinite(moment).all():
+        raise ValueError(f"second moment of shape {tuple(moment.shape)} is not finite")
 
 
 def _balance(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
@@ -285,10 +301,9 @@ def spatial_factors(
         first, eye
     )  # [r * kw, C * kh * kw]: what the second layer sees, from what the kernel sees
     if second_moment is not None:
-        whitener = cholesky(second_moment, INPUT_RIDGE)
-        seen, wanted = patches @ whitener, weight.flatten(1) @ whitener
-        factor = cholesky(seen @ seen.T, 1e-10)
-        second = torch.cholesky_solve(seen @ wanted.T, factor).T
+        seen = _times(patches, second_moment, INPUT_RIDGE)
+        factor = cholesky(seen @ patches.T, 1e-10)
+        second = torch.cholesky_solve(seen @ weight.flatten(1).T, factor).T
     return first.reshape(rank, c, kh, 1), second.reshape(m, rank, 1, kw), second @ patches
 
 
@@ -296,7 +311,7 @@ def weighted_error(
     error: Tensor, second_moment: Tensor | None, gradient_moment: Tensor | None
 ) -> float:
     """||R^T error L||_F^2 for error [M, K]: the loss that `whitened_svd` minimises."""
-    *_, whitened = _whiten(
-        error.double(), second_moment, gradient_moment, INPUT_RIDGE, GRADIENT_RIDGE
-    )
-    return whitened.square().sum().item()
+    error = error.double()
+    by_input = _times(error, second_moment, INPUT_RIDGE)
+    by_output = _times(error.T, gradient_moment, GRADIENT_RIDGE).T
+    return (by_input * by_output).sum().item()
