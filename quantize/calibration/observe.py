@@ -26,13 +26,14 @@ ADDITIONS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
 class Call:
     """One call of a layer. The tensors are copies: what runs later may write into the model's own.
 
+    output: None where it isn't asked for.
     stream: what the output was then added to, of the output's shape; None where nothing is known
         of that.
     """
 
     name: str
     input: torch.Tensor
-    output: torch.Tensor
+    output: torch.Tensor | None
     stream: torch.Tensor | None = None
 
 
@@ -61,6 +62,7 @@ class Watch(TorchFunctionMode):
         names: modules of it; each takes its input first and gives one tensor.
         streams: those of `names` whose streams are noted too.
         calls: number of calls after which a pass may end; None for whole passes.
+        outputs: False notes inputs and streams alone, and a pass may end before the last layer.
         strict: what was computed from the output itself is no stream (GELU's x + 0.04 x^3). To
             know, passes run with gradients.
     """
@@ -72,6 +74,7 @@ class Watch(TorchFunctionMode):
         streams: Collection[str] = (),
         *,
         calls: int | None = None,
+        outputs: bool = True,
         strict: bool = False,
     ) -> None:
         super().__init__()
@@ -79,6 +82,7 @@ class Watch(TorchFunctionMode):
         self.names = list(names)
         self.streams = set(streams)
         self.expected = calls
+        self.outputs = outputs
         self.strict = strict
         self.calls: list[Call] = []
         self.waiting: list[_Waiting] = []
@@ -89,7 +93,10 @@ class Watch(TorchFunctionMode):
         with ExitStack() as stack:
             for name in self.names:
                 layer = self.model.get_submodule(name)
-                handle = layer.register_forward_hook(self._hook(name), with_kwargs=True)
+                if self.outputs or name in self.streams:
+                    handle = layer.register_forward_hook(self._hook(name), with_kwargs=True)
+                else:
+                    handle = layer.register_forward_pre_hook(self._early(name), with_kwargs=True)
                 stack.callback(handle.remove)
             if self.streams:
                 stack.enter_context(self)
@@ -101,15 +108,22 @@ class Watch(TorchFunctionMode):
 
     def _hook(self, name: str) -> Callable[..., torch.Tensor]:
         def note(_: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> torch.Tensor:
-            given = args[0] if args else next(iter(kwargs.values()))
             leaf = output.detach().requires_grad_() if self.strict else None
             output = output if leaf is None else leaf.clone()
-            seen = Call(name, given.detach().clone(), output.detach().clone())
+            copy = output.detach().clone() if self.outputs else None
+            seen = Call(name, _input(args, kwargs), copy)
             self.calls.append(seen)
             if name in self.streams:
                 self.waiting.append(_Waiting(seen, output, leaf))
             self._end_if_done()
             return output
+
+        return note
+
+    def _early(self, name: str) -> Callable[..., None]:
+        def note(_: nn.Module, args: tuple, kwargs: dict) -> None:
+            self.calls.append(Call(name, _input(args, kwargs), None))
+            self._end_if_done()
 
         return note
 
@@ -139,6 +153,11 @@ class Watch(TorchFunctionMode):
                     waiting.call.stream = other.detach().clone()
                     self.waiting.remove(waiting)
                 break
+
+
+def _input(args: tuple, kwargs: dict) -> torch.Tensor:
+    given = args[0] if args else next(iter(kwargs.values()))
+    return given.detach().clone()
 
 
 def _is_same(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -99,7 +99,8 @@ class Walk:
     def show(
         self, models: Sequence[nn.Module], names: Collection[str], streams: Collection[str] = ()
     ) -> Iterator[list[list[Call]]]:
-        """For each batch that reaches the layers `names`, their calls in each of the two models.
+        """For each batch that reaches the layers `names`, their calls in each of the two models;
+        outputs are those of the original alone.
 
         streams: those of `names` of which it is also noted what their outputs are added to.
         """
@@ -114,8 +115,11 @@ class Walk:
                 expected = self._expected(number, batch, names)
                 if expected == 0:
                     continue
-                watches = [Watch(model, names, streams, calls=expected) for model in models]
-                yield [self._run(i, watches[i], number, batch) for i in (0, 1)]
+                passes = []
+                for which, model in enumerate(models):
+                    watch = Watch(model, names, streams, calls=expected, outputs=not which)
+                    passes.append(self._run(which, watch, number, batch))
+                yield passes
 
     def _content(self, batch: Any) -> list[bytes]:
         """What tells a batch from others; nothing where batches are kept in memory."""
