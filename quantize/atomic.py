@@ -8,12 +8,13 @@ import re
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 try:
-    import fcntl
+    import fcntl as _fcntl
 except ImportError:  # Windows: temporary files of killed writers stay
-    fcntl = None
+    _fcntl = None
+fcntl: Any = _fcntl
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from torch import nn
 from quantize.calibration.state import untouched
 
 
-def call(model: nn.Module, batch: Any, *, copy: bool = True) -> Any:
+def call(model: Callable[..., Any], batch: Any, *, copy: bool = True) -> Any:
     """Run `model` on a batch: a tensor, a tuple of positional arguments or a dict of keyword
     arguments.
 
@@ -73,9 +73,7 @@ def on_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> An
     return value
 
 
-def _check_arguments(
-    model: nn.Module, args: tuple, kwargs: dict[str, Any], error: TypeError
-) -> None:
+def _check_arguments(model: Any, args: tuple, kwargs: dict[str, Any], error: TypeError) -> None:
     """Raise a TypeError that helps if `args` and `kwargs` don't fit the signature of the model's
     forward.
     """

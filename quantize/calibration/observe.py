@@ -166,7 +166,7 @@ def _is_same(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _depends(y: torch.Tensor, x: torch.Tensor | None) -> bool:
-    if not y.requires_grad:
+    if x is None or not y.requires_grad:
         return False
     try:
         gradient = torch.autograd.grad(y.sum(), x, retain_graph=True, allow_unused=True)[0]

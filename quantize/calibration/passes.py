@@ -25,13 +25,14 @@ from quantize.calibration.inputs import on_tensors
 
 _PLAIN = (type(None), bool, int, float, complex, str, torch.dtype, torch.device, slice)
 # what may be asked of a tensor whose values are gone
+_Tensor: Any = torch.Tensor  # at run time its attributes are descriptors
 _METADATA = {
-    torch.Tensor.shape.__get__,
-    torch.Tensor.ndim.__get__,
-    torch.Tensor.dtype.__get__,
-    torch.Tensor.device.__get__,
-    torch.Tensor.layout.__get__,
-    torch.Tensor.requires_grad.__get__,
+    _Tensor.shape.__get__,
+    _Tensor.ndim.__get__,
+    _Tensor.dtype.__get__,
+    _Tensor.device.__get__,
+    _Tensor.layout.__get__,
+    _Tensor.requires_grad.__get__,
     torch.Tensor.size,
     torch.Tensor.dim,
     torch.Tensor.is_floating_point,
@@ -270,7 +271,7 @@ def routed_through(
             if not name or isinstance(module, torch.jit.ScriptModule):
                 continue
             own = module.__dict__.get("forward")
-            restore = module.__dict__.pop if own is None else module.__dict__.__setitem__
+            restore: Callable = module.__dict__.pop if own is None else module.__dict__.__setitem__
             stack.callback(restore, "forward", own)
             module.__dict__["forward"] = route(name, module.forward)
         for name in layers:

@@ -7,6 +7,7 @@ calibration never shows keep what they had.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,10 +74,10 @@ class Moments:
     """Sums over rows of inputs x [K] and targets y [M], both less a shift; float64."""
 
     count: int = 0
-    x: Tensor | float = 0.0  # [K], sum of x
-    y: Tensor | float = 0.0  # [M], sum of y
-    outer: Tensor | float = 0.0  # [K, K], sum of x x^T
-    cross: Tensor | float = 0.0  # [M, K], sum of y x^T
+    x: Any = 0.0  # [K], sum of x
+    y: Any = 0.0  # [M], sum of y
+    outer: Any = 0.0  # [K, K], sum of x x^T
+    cross: Any = 0.0  # [M, K], sum of y x^T
 
     def add(self, x: Tensor, y: Tensor) -> None:
         self.count += len(x)
@@ -154,7 +155,8 @@ class Regression:
         if not self.bias:
             return weight, None
         x, y = total.means
-        x, y = x + self.shift[0].double(), y + self.shift[1].double()
+        if self.shift is not None:
+            x, y = x + self.shift[0].double(), y + self.shift[1].double()
         return weight, y - weight @ x
 
     def _best_ridge(self, start: Tensor) -> float:
@@ -167,8 +169,8 @@ class Regression:
         power = max(float(self.power) / (self.count * start.shape[1]), 1e-12)
         errors = {}
         for ridge in RIDGES:
-            there = self._error(*mixed, start, ridge * power)
-            back = self._error(*mixed[::-1], start, ridge * power)
+            there = self._error(mixed[0], mixed[1], start, ridge * power)
+            back = self._error(mixed[1], mixed[0], start, ridge * power)
             errors[ridge] = there + back
         return min(errors, key=errors.__getitem__)
 

@@ -173,7 +173,7 @@ class Walk:
 
 def _digest(x: torch.Tensor) -> bytes:
     x = x.detach().to_dense() if x.layout != torch.strided else x.detach()
-    content = x.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    content = x.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
     return hashlib.blake2b(content, digest_size=16).digest()
 
 

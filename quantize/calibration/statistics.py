@@ -29,10 +29,10 @@ class InputStatistics:
     """
 
     count: int = 0
-    shift: torch.Tensor | None = None  # [K]
-    total: torch.Tensor | float = 0.0  # [K], sum of x - shift
-    outer: torch.Tensor | float = 0.0  # [K, K], sum of (x - shift) (x - shift)^T
-    largest: torch.Tensor | float = 0.0  # [K], max of |x|
+    shift: Any = None  # [K]; like all sums here, a tensor from the first update on
+    total: Any = 0.0  # [K], sum of x - shift
+    outer: Any = 0.0  # [K, K], sum of (x - shift) (x - shift)^T
+    largest: Any = 0.0  # [K], max of |x|
 
     def update(
         self,
@@ -101,9 +101,9 @@ class PairedStatistics(InputStatistics):
     row.
     """
 
-    reference_shift: torch.Tensor | None = None  # [K]
-    reference_total: torch.Tensor | float = 0.0  # [K], sum of r - reference_shift
-    cross: torch.Tensor | float = 0.0  # [K, K], sum of (r - reference_shift) (x - shift)^T
+    reference_shift: Any = None  # [K]
+    reference_total: Any = 0.0  # [K], sum of r - reference_shift
+    cross: Any = 0.0  # [K, K], sum of (r - reference_shift) (x - shift)^T
 
     def update_pair(self, x: torch.Tensor, reference: torch.Tensor) -> None:
         """Add rows x and r: [N, K] each. Where the two models route rows differently (shapes

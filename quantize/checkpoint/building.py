@@ -44,7 +44,7 @@ def build(record: dict[str, Any]) -> nn.Module:
             f"holds a {name}, which quantize can't build by itself: pass model={name}(...), a "
             f"fresh instance"
         )
-    cls = ARCHITECTURES[name]
+    cls: Any = ARCHITECTURES[name]
     config = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
     with torch.device("meta"), Bounded(allowed_tensors(record)):
         return cls(cls.config_class(**config))
@@ -88,7 +88,7 @@ class Bounded(TorchFunctionMode):
             "its config describes a far larger model than the file holds",
         )
         if getattr(func, "__name__", "") in _FILLING:
-            return args[0] if args else kwargs["tensor"]
+            return args[0] if args else (kwargs or {})["tensor"]
         return func(*args, **(kwargs or {}))
 
 

@@ -141,9 +141,10 @@ def _locate_pth(file: BinaryIO) -> Located:
     head = scan_pickle(file.read(stop - start))
     require(head[:3] == ["format", FORMAT, "version"] and len(head) == 6, _FOREIGN_PICKLE)
     record = _parse_record(head[3], head[5])
-    found = [places.get(f"data/{i}") for i in range(len(record["tensors"]))]
+    count = len(record["tensors"])
+    found = [places[f"data/{i}"] for i in range(count) if f"data/{i}" in places]
     require(
-        None not in found and f"data/{len(found)}" not in places,
+        len(found) == count and f"data/{count}" not in places,
         "the number of tensors differs from the record's",
     )
     seal = size - len(_SEAL)
@@ -153,6 +154,9 @@ def _locate_pth(file: BinaryIO) -> Located:
         "truncated, or written by something else than quantize.save",
     )
     return record, found, seal
+
+
+_end_record: Any = zipfile._EndRecData  # type: ignore[attr-defined]  # private: not in the stubs
 
 
 def zip_entries(file: BinaryIO) -> dict[str, tuple[int, int]]:
@@ -170,7 +174,7 @@ def zip_entries(file: BinaryIO) -> dict[str, tuple[int, int]]:
         start[:4] == b"PK\x03\x04",
         "no zip archive (a legacy torch file, a bare pickle, or something else)",
     )
-    ending = zipfile._EndRecData(file)
+    ending = _end_record(file)
     require(
         ending and ending[5] <= MAX_HEADER // 2,
         "truncated, or a zip directory of more entries than fit",
@@ -222,7 +226,7 @@ def scan_pickle(
         if name not in opcodes or left < 0:
             raise CheckpointError(f"{_FOREIGN_PICKLE} (its pickle has opcode {name})")
         if name == "GLOBAL" and argument not in calls:
-            raise CheckpointError(f"{_FOREIGN_PICKLE} (its pickle calls {argument[:80]!r})")
+            raise CheckpointError(f"{_FOREIGN_PICKLE} (its pickle calls {str(argument)[:80]!r})")
         if len(head) < 6 and argument is not None and name != "PROTO" and "PUT" not in name:
             head.append(argument)
     require(end == len(data) - 1, "not written by quantize.save: bytes after the pickle's end")
@@ -326,7 +330,7 @@ def _digest(file: BinaryIO, places: list[tuple[int, int]], seal: int) -> bytes:
     return total.hexdigest().encode()
 
 
-def _parse_record(version: object, text: object) -> dict[str, Any]:
+def _parse_record(version: Any, text: Any) -> dict[str, Any]:
     require(type(version) is int and type(text) is str, "not written by quantize.save")
     newer = (
         f"written by a newer quantize (format version {version}; this one reads up to "
@@ -386,7 +390,11 @@ def _to_json(content: Any) -> str:
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _read_into(file: Any, tensor: torch.Tensor) -> int:
+    return file.readinto(_bytes(tensor))
 
 
 def _sha256(tensor: torch.Tensor) -> str:
@@ -403,6 +411,6 @@ def read_tensor(
     )
     tensor = torch.empty(shape, dtype=DTYPES[dtype])
     file.seek(start)
-    require(file.readinto(_bytes(tensor)) == stop - start, "truncated")
+    require(_read_into(file, tensor) == stop - start, "truncated")
     require(_sha256(tensor) == sha256, f"altered: the SHA-256 of a tensor of shape {shape} differs")
     return tensor

@@ -7,7 +7,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -29,8 +29,10 @@ from quantize.checkpoint.building import (
 from quantize.checkpoint.container import read_header, read_tensor, write
 from quantize.checkpoint.opening import SUFFIXES, opened, require
 
+Architecture = TypeVar("Architecture", bound=type[nn.Module])
 
-def architecture(cls: type[nn.Module]) -> type[nn.Module]:
+
+def architecture(cls: Architecture) -> Architecture:
     """Decorator for a built-in model class, so that `load(path)` can rebuild it from the file
     alone.
 
@@ -199,7 +201,8 @@ def _describe(model: nn.Module) -> dict[str, Any]:
             f"{name} is registered as built-in but has non-persistent buffers, which a file "
             f"can't restore: {lost}"
         )
-    return {"name": name, "config": dataclasses.asdict(model.config)}
+    config: Any = model.config
+    return {"name": name, "config": dataclasses.asdict(config)}
 
 
 def _structure(model: nn.Module) -> list[dict[str, Any]]:

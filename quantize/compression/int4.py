@@ -111,8 +111,8 @@ def _obstacle(name: str, fact: surgery.Facts, group_size: int) -> str | None:
     others = [other for other in fact.holders if other != name]
     if others:
         return f"it shares its weight with {others[0]}"
-    shape = fact.module.weight.shape
-    outputs, inputs = reversed(shape) if fact.transposed else shape
+    weight: Any = fact.module.weight
+    outputs, inputs = (weight.t() if fact.transposed else weight).shape
     if inputs % group_size or outputs == 0:
         return f"its {inputs} inputs are no multiple of group_size={group_size}"
     return None

@@ -6,7 +6,7 @@ import copy
 import itertools
 import statistics
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -64,11 +64,7 @@ def quantize_dynamic(
         calibrating.reached(source, calibration, linears)  # refuses inputs that are not finite
         expected = smooth.outputs(source, calibration)
         distance = calibrating.relative_error(smooth.outputs(new, calibration), expected)
-        layers = {
-            n: m
-            for n, m in source.named_modules()
-            if _can_be_smoothed(m) and _became(new, n, Int8Linear)
-        }
+        layers = {n: m for n, m in _smoothable(source) if _became(new, n, Int8Linear)}
         norms = smooth.smooth(source, layers, calibration)
         errors = {"plain": distance}
         if norms:
@@ -200,22 +196,17 @@ def _reason(
         return "an embedding: embeddings=True quantizes it"
     for other in others:
         held = facts.get(other)
-        follows = (
-            held is not None
-            and (held.linear or isinstance(held.module, nn.Embedding))
-            and held.obstacle is None
-        )
-        if not follows or skipped(other, held.module) or held.transposed != fact.transposed:
+        if held is None or not _follows(held, fact) or skipped(other, held.module):
             return f"it shares its weight with {other}, which stays as it is"
     return None
 
 
-def _can_be_smoothed(module: nn.Module) -> bool:
-    """Is it a linear whose weight can be multiplied in place?"""
-    plain = isinstance(module._parameters.get("weight"), nn.Parameter) and "_half" not in vars(
-        module
-    )
-    return isinstance(module, nn.Linear) and plain
+def _smoothable(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """Linears whose weight can be multiplied in place."""
+    for name, module in model.named_modules():
+        stored = isinstance(module._parameters.get("weight"), nn.Parameter)
+        if isinstance(module, nn.Linear) and stored and "_half" not in vars(module):
+            yield name, module
 
 
 def _became(model: nn.Module, name: str, kind: type[nn.Module]) -> bool:
@@ -244,7 +235,7 @@ def _slower(
     return known[key]
 
 
-def _microseconds(layer: nn.Module, x: torch.Tensor) -> float:
+def _microseconds(layer: Any, x: torch.Tensor) -> float:
     """The median time of a call. Copies take turns, so that the weights are not in the nearest
     cache, as in a whole model.
     """
@@ -269,11 +260,17 @@ def summary(model: nn.Module) -> dict[str, str]:
     return {**done, **model.__dict__.get("int8_skipped", {})}
 
 
-def _convert(fact: surgery.Facts, tables: dict[int, nn.Module]) -> nn.Module:
-    module = fact.module
+def _follows(held: surgery.Facts, fact: surgery.Facts) -> bool:
+    """Can the layer that holds the same weight be converted too, and to the same integers?"""
+    kind = held.linear or isinstance(held.module, nn.Embedding)
+    return kind and held.obstacle is None and held.transposed == fact.transposed
+
+
+def _convert(fact: surgery.Facts, tables: dict[int, Any]) -> Any:
+    module: Any = fact.module
     weight = module.weight.t() if fact.transposed else module.weight
     if isinstance(module, nn.Embedding):
-        new: nn.Module = Int8Embedding.from_weight(weight, module.padding_idx)
+        new: Any = Int8Embedding.from_weight(weight, module.padding_idx)
     else:
         new = Int8Linear.from_weight(weight, module.bias)
         new.transposed = fact.transposed

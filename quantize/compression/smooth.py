@@ -36,8 +36,8 @@ def smooth(model: nn.Module, layers: Mapping[str, nn.Linear], batches: Iterable[
     expected = outputs(model, [example])
     changed = []
     for name, group in groups.items():
-        norm = model.get_submodule(name)
-        largest = statistics[names[group[0]]].largest
+        norm: Any = model.get_submodule(name)
+        largest: Any = statistics[names[group[0]]].largest
         weights = torch.stack(
             [layer.weight.detach().abs().amax(0).float() for layer in group]
         ).amax(0)
@@ -108,7 +108,7 @@ def _groups(model: nn.Module, layers: set[nn.Module], example: Any) -> dict[str,
     finally:
         for hook in hooks:
             hook.remove()
-    widths = {n: model.get_submodule(n).weight.shape[0] for n in groups}
+    widths = {n: len(model.get_parameter(f"{n}.weight")) for n in groups}
     return {
         n: g for n, g in groups.items() if g and all(layer.in_features == widths[n] for layer in g)
     }

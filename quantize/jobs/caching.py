@@ -151,7 +151,7 @@ def ways_of(model: nn.Module, draft: Draft) -> list[Way]:
     """
     ways = [Way("cache", model, "float")]
     if any(type(module) is nn.Linear for module in model.modules()):
-        int8 = quantize_dynamic(model)
+        int8: Any = quantize_dynamic(model)
         ways.append(Way("cache + int8 weights", int8, "int8"))
         if isinstance(model, DecoderLM):
             ways.append(Way("the same, for_decoding", for_decoding(int8), "ready"))
@@ -219,14 +219,14 @@ def check_all(ways: Sequence[Way], ids: Tensor, new: int) -> list[Row]:
     """How many tokens each way has in common with the same weights without a cache, and how far off
     its logits are."""
     rows = []
-    expected: dict[str, Tensor] = {}
+    expected: dict[str, Any] = {}
     common = {"max_new_tokens": new, "stop_tokens": ()}
     for way in ways:
         if way.weights not in expected:
             expected[way.weights] = generate(way.model, ids, cache=False, **common)
         whole = expected[way.weights]
         options = {} if way.cache is None else {"cache": way.cache}
-        found = generate(way.model, ids, draft=way.draft, **options, **common)
+        found: Any = generate(way.model, ids, draft=way.draft, **options, **common)
         same = (found == whole)[:, ids.shape[1] :].cumprod(1).sum().item()
         off = _logits_off(way, whole)
         rows.append({"way": way.name, "same_tokens": same, "of": new, "logits_off": off})

@@ -5,6 +5,7 @@ gained.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import sys
@@ -52,14 +53,14 @@ def fuse_file(path: Path, out: Path, *, backend: str, batch: int, threads: int) 
         CheckpointError, MeasurementError: a file can't be read or measured.
         OSError: a file can't be written.
     """
-    model = checkpoint.load(path)
+    model: Any = checkpoint.load(path)
     say = partial(print, "fusing:", file=sys.stderr, flush=True)
     names = BACKENDS if backend == "auto" else (backend,)
     rows = compare(model, model.example_inputs(batch), names=names, progress=say)
     present = [row for row in rows[1:] if row.model is not None]
     if not present:
         raise ValueError("; ".join(row.reason for row in rows[1:]))
-    best = min(present, key=lambda row: row.latency_ms)
+    best = min(present, key=lambda row: row.latency_ms or math.inf)
     target = write(best.model, out, best.backend)
     result = _facts(model, best, model.example_inputs(batch), path, target)
     result["left_out"] = {row.backend: row.reason for row in rows if row.reason}
@@ -74,7 +75,7 @@ def fuse_file(path: Path, out: Path, *, backend: str, batch: int, threads: int) 
     return result
 
 
-def kernel_calls(model: nn.Module, inputs: torch.Tensor) -> Counter[str]:
+def kernel_calls(model: Any, inputs: torch.Tensor) -> Counter[str]:
     """Operators that run during one forward pass, by name, as the profiler sees them."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it complains of the GPU that isn't there
     outputs(model, inputs)
@@ -86,7 +87,7 @@ def kernel_calls(model: nn.Module, inputs: torch.Tensor) -> Counter[str]:
     )
 
 
-def write(fused: nn.Module, folder: Path, backend: str) -> Path:
+def write(fused: Any, folder: Path, backend: str) -> Path:
     """Save elsewhere first: each file that stands in `folder` is replaced whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     name = "model_fused" + SUFFIXES[backend]
@@ -169,7 +170,8 @@ def _measure(
     if backend == "torchscript":
         files = {"eager": path, backend: target}
         for measured in measure_files(files, inputs, threads=threads):
-            times[measured.name] = measured.latency_ms.median
+            if measured.latency_ms is not None:
+                times[measured.name] = measured.latency_ms.median
             result["cold_start_s"][measured.name] = _cold_start(measured)
             result["notes"] += [f"{title}, {measured.name}: {note}" for note in measured.notes]
     elif not result["cold_start_s"]:

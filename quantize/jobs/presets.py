@@ -93,16 +93,16 @@ def recipes(preset: Preset) -> dict[str, Recipe]:
     recover_more = replace(recover, joined=2)
     student = Student(steps, depth=preset.depth, width=0.5)
     made = (
-        Recipe([Half("float16")]),
-        Recipe([Half("bfloat16")]),
-        Recipe([int8]),
-        Recipe([prune]),
+        Recipe((Half("float16"),)),
+        Recipe((Half("bfloat16"),)),
+        Recipe((int8,)),
+        Recipe((prune,)),
         prune >> recover,
         prune >> recover >> int8,
-        Recipe([low_rank]),
+        Recipe((low_rank,)),
         low_rank >> recover_more,
         low_rank >> recover_more >> int8,
-        Recipe([student]),
+        Recipe((student,)),
         student >> int8,
     )
     return {recipe.name: recipe for recipe in made}

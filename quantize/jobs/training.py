@@ -48,7 +48,7 @@ class Job:
     """
 
     preset: Preset
-    data: data.TextData | data.ImageData
+    data: Any  # TextData or ImageData, as the preset's model takes
     out: Path
     seed: int = 0
     resume: bool = False

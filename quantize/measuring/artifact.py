@@ -75,7 +75,8 @@ class Artifact:
     ):
         self.path = Path(source) if isinstance(source, (str, Path)) else None
         self.build = source if isinstance(source, Build) else None
-        self.file = Path(source.file) if self.build and source.file else self.path
+        built = self.build.file if self.build else None
+        self.file = Path(built) if built else self.path
         self.in_memory = not (self.path or self.build)
         self.module: Any = source if self.in_memory else None
         self.name = str(self.file) if self.file else type(source).__name__
@@ -220,7 +221,7 @@ def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
             hidden = getattr(module, "_non_persistent_buffers_set", ())
             yield from (b for n, b in module.named_buffers(recurse=False) if n not in hidden)
     if isinstance(model, torch.jit.ScriptModule):
-        graph = model.inlined_graph  # its nodes live only as long as it does
+        graph: Any = model.inlined_graph  # its nodes live only as long as it does
         for node in graph.findAllNodes("prim::Constant"):
             if node.hasAttribute("value") and node.kindOf("value") == "t":
                 yield node.t("value")

@@ -92,7 +92,7 @@ def _row(m: Measurement, baseline: Measurement, note: str | None, higher: bool |
         marks.append("slower")
     if value is not None and not math.isfinite(value):
         marks.append(f"worse: {name} is {value}")
-    elif change is not None:
+    elif before is not None and value is not None and change is not None:
         loss = -change if higher else change
         noise = sampling_noise(before, value, m.metrics) if higher else 0.0
         marks += _grade(before, loss, noise)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -45,7 +46,12 @@ def _require_count(config: object, *names: str) -> None:
 
 def _is_number(value: object) -> bool:
     """Is it one that float32 can hold?"""
-    return type(value) in (int, float) and -MAX_NUMBER <= value <= MAX_NUMBER
+    if type(value) is not int and type(value) is not float:
+        return False
+    return -MAX_NUMBER <= value <= MAX_NUMBER
+
+
+_FILLED: Any = None  # not given: `__post_init__` puts a number in its place
 
 
 @dataclass(frozen=True)
@@ -61,9 +67,9 @@ class DecoderConfig:
     width: int = 128
     layers: int = 6
     heads: int = 4
-    kv_heads: int | None = None
-    head_dim: int | None = None
-    ffn_width: int | None = None
+    kv_heads: int = _FILLED
+    head_dim: int = _FILLED
+    ffn_width: int = _FILLED
     max_length: int = 4096  # longest context the model claims to be good for, in tokens
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
@@ -103,10 +109,9 @@ class DecoderConfig:
             if isinstance(getattr(self, name), list):  # as JSON returns it
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         one_each = isinstance(self.window, tuple)
-        windows = self.window if one_each else (self.window,)
-        fits = all(w is None or _is_count(w) for w in windows) and len(windows) == (
-            self.layers if one_each else 1
-        )
+        windows = self.window if isinstance(self.window, tuple) else (self.window,)
+        known = all(w is None or _is_count(w) for w in windows)
+        fits = known and len(windows) == (self.layers if one_each else 1)
         _require(self, "window", f"None, an integer >= 1, or {self.layers} of these", fits)
         pairs = self.rope_frequencies
         fits = (

@@ -27,11 +27,13 @@ class Cache(Protocol):
 
     def positions(self, new: int, device: torch.device | None = None) -> Tensor:
         """Positions of the next `new` tokens, [T] or [B, T]."""
+        ...
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Keep k, v [B, KV, T, D] of one layer; causal attention of q [B, H, T, D] over all kept,
         [B, H, T, D].
         """
+        ...
 
 
 class RMSNorm(nn.RMSNorm):
@@ -49,7 +51,8 @@ class Attention(nn.Module):
     def __init__(self, config: DecoderConfig, layer: int):
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
-        self.window = config.window[layer] if isinstance(config.window, tuple) else config.window
+        window = config.window
+        self.window = window if window is None or isinstance(window, int) else window[layer]
         wide, narrow = config.heads * config.head_dim, config.kv_heads * config.head_dim
         self.q = nn.Linear(config.width, wide, bias=config.qkv_bias)
         self.k = nn.Linear(config.width, narrow, bias=config.qkv_bias)
@@ -142,11 +145,11 @@ class DecoderLM(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         nn.init.normal_(self.embedding.weight, std=0.02 if self.config.tied_head else 1.0)
-        for block in (
-            self.blocks
-        ):  # every block starts as the identity: deep stacks then train at high rates
-            nn.init.zeros_(block.attention.out.weight)
-            nn.init.zeros_(block.ffn.down.weight)
+        # Every block starts as the identity: deep stacks then train at high rates.
+        for block in self.modules():
+            if isinstance(block, DecoderBlock):
+                nn.init.zeros_(block.attention.out.weight)
+                nn.init.zeros_(block.ffn.down.weight)
         if not self.config.tied_head:
             nn.init.zeros_(self.head.weight)
 

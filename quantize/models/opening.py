@@ -114,7 +114,7 @@ def _open_published(folder: Path) -> nn.Module:
     config = read_json(folder / "config.json")
     family = config.get("model_type")
     unsupported: ValueError | None = None
-    if config.get("architectures") == [FAMILIES.get(family)]:
+    if config.get("architectures") == [FAMILIES.get(str(family))]:
         try:
             return DecoderLM.from_pretrained(folder)
         except ValueError as error:  # damaged, or it asks for what DecoderLM doesn't do
@@ -144,7 +144,7 @@ def _refuse_gaps(info: dict[str, Any]) -> None:
     missing = sorted(info.get("missing_keys") or ())
     if missing:
         raise CheckpointError(f"the weights of {missing[0]!r} are missing ({len(missing)} in all)")
-    mismatched = sorted(info.get("mismatched_keys") or ())
+    mismatched: list[Any] = sorted(info.get("mismatched_keys") or ())
     if mismatched:
         name, found, wanted = mismatched[0]
         raise CheckpointError(
@@ -223,8 +223,8 @@ def save_folder(model: nn.Module, path: str | Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write_folder(model: nn.Module, folder: Path) -> None:
-    config = getattr(model, "config", None)
+def _write_folder(model: Any, folder: Path) -> None:
+    config: Any = getattr(model, "config", None)
     of_transformers = callable(getattr(config, "save_pretrained", None))
     if of_transformers and unlike_its_config(model) is None:
         with _quiet(_transformers()):

@@ -279,7 +279,7 @@ def _files(folder: Path) -> dict[Path, set[str] | None]:
                 f"{folder}: has neither model.safetensors nor model.safetensors.index.json"
             )
         return {folder / "model.safetensors": None}
-    files: dict[Path, set[str] | None] = {}
+    files: dict[Path, Any] = {}
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: has no weight_map")

@@ -16,6 +16,7 @@ from quantize.nn.protocol import (
     dtype_name,
     dtype_named,
     holds_integers,
+    is_traced,
     operands,
 )
 from quantize.nn.reading import WeightReading
@@ -31,6 +32,7 @@ __all__ = [
     "dtype_name",
     "dtype_named",
     "holds_integers",
+    "is_traced",
     "is_transposed",
     "operands",
     "project_attentions",

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,11 @@ class ProjectedAttention(nn.Module):
 
     Left out: `bias_k`, `bias_v` and `add_zero_attn` (a module that uses them is not converted).
     """
+
+    q: Any  # the projections: linear layers, or what a technique put in their place
+    k: Any
+    v: Any
+    out: Any
 
     def __init__(
         self, *projections: nn.Module, heads: int, batch_first: bool, dropout: float

@@ -21,14 +21,14 @@ from torch.nn import functional as F
 
 from quantize import surgery
 from quantize.host import compute_dtype
-from quantize.nn import Operands, WeightReading, dtype_name, dtype_named, is_transposed
+from quantize.nn import Operands, WeightReading, dtype_name, dtype_named, is_traced, is_transposed
 
 HALF_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @surgery.builder
 def half(
-    module: nn.Module, dtype: str, names: list[str], casts: bool, computed: str | None = None
+    module: Any, dtype: str, names: list[str], casts: bool, computed: str | None = None
 ) -> nn.Module:
     """Make `state_dict()` give the named parameters of `module` in 16 bits and, if it casts,
     compute in the dtype for it.
@@ -54,7 +54,7 @@ def half(
     return module
 
 
-def _give_half(module: nn.Module, state: dict[str, Tensor], prefix: str, _metadata: object) -> None:
+def _give_half(module: Any, state: dict[str, Tensor], prefix: str, _metadata: object) -> None:
     dtype, names = module._half
     computed = {module._parameters[name].dtype for name in names}
     if len(computed) == 1 and not isinstance(
@@ -68,15 +68,21 @@ def _give_half(module: nn.Module, state: dict[str, Tensor], prefix: str, _metada
             state[key] = state[key].to(dtype)
 
 
-class _Casting:
+class _Casting(nn.Module):
     """Mixed into a layer: parameters in the compute dtype; input, output and what others read in
     the dtype `_reads`.
     """
 
     stands_in = True
+    _half: tuple[torch.dtype, tuple[str, ...]]  # what the file keeps: dtype, names of parameters
+    _reads: torch.dtype
+
+    def _multiply(self, x: Tensor, weight: Tensor, bias: Any) -> Tensor:
+        raise NotImplementedError
 
     def forward(self, input: Tensor) -> Tensor:
-        weight, bias = self._parameters["weight"], self._parameters["bias"]
+        parameters: Any = self._parameters
+        weight, bias = parameters["weight"], parameters["bias"]
         return self._multiply(input.to(weight.dtype), weight, bias).to(self._reads)
 
     @property
@@ -89,10 +95,10 @@ class _Casting:
 
     def _reading(self, name: str) -> Any:
         """The parameter as the layer that this one was had it."""
-        stored = self._parameters[name]
+        stored: Any = self._parameters[name]
         if stored is None or stored.dtype == self._reads:
             return stored
-        if torch.jit.is_tracing() or torch.compiler.is_compiling():
+        if is_traced():
             return stored.to(self._reads)
         return WeightReading.described(
             lambda: stored.to(self._reads),
@@ -103,7 +109,8 @@ class _Casting:
         )
 
     def operands(self) -> Operands:
-        return Operands(self._parameters["weight"].detach(), self._parameters["bias"])
+        parameters: Any = self._parameters
+        return Operands(parameters["weight"].detach(), parameters["bias"])
 
     def _settle(self) -> None:
         for parameter in self.parameters(recurse=False):
@@ -124,28 +131,28 @@ class HalfLinear(_Casting, nn.Linear):
     dtype that the layer had.
     """
 
-    def _multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def _multiply(self, x: Tensor, weight: Tensor, bias: Any) -> Tensor:
         return F.linear(x, weight, bias)
 
 
-class HalfConv1D(_Casting, nn.Module):
+class HalfConv1D(_Casting):
     """GPT-2's linear layer, weight [in, out], stored in 16 bits."""
 
-    def _multiply(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def _multiply(self, x: Tensor, weight: Tensor, bias: Any) -> Tensor:
         return F.linear(x, weight.t(), bias)
 
 
 class HalfConv1d(_Casting, nn.Conv1d):
     """`nn.Conv1d` on weights stored in 16 bits."""
 
-    def _multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def _multiply(self, x: Tensor, weight: Tensor, bias: Any) -> Tensor:
         return self._conv_forward(x, weight, bias)
 
 
 class HalfConv2d(_Casting, nn.Conv2d):
     """`nn.Conv2d` on weights stored in 16 bits."""
 
-    def _multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def _multiply(self, x: Tensor, weight: Tensor, bias: Any) -> Tensor:
         return self._conv_forward(x, weight, bias)
 
 

@@ -15,6 +15,7 @@ Without them, each weight goes to its nearest value. Left out: activations in in
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ from quantize.nn import (
     PackedLayer,
     dtype_name,
     dtype_named,
+    is_traced,
     is_transposed,
 )
 
@@ -114,6 +116,10 @@ class Int4Linear(PackedLayer):
     """
 
     exact = ("scale", "zero")
+    packed: Tensor
+    scale: Tensor
+    zero: Tensor
+    bias: Tensor | None
 
     def __init__(
         self,
@@ -132,7 +138,7 @@ class Int4Linear(PackedLayer):
 
     @classmethod
     def from_linear(
-        cls, layer: nn.Module, group_size: int, second_moment: Tensor | None = None
+        cls, layer: Any, group_size: int, second_moment: Tensor | None = None
     ) -> Int4Linear:
         """Quantize `layer` (an `nn.Linear`, or a Conv1D); with the second moment of its inputs,
         `[in, in]`, by GPTQ.
@@ -195,7 +201,7 @@ class Int4Linear(PackedLayer):
         return surgery.mismatch(self, shapes, dtypes)
 
     def forward(self, x: Tensor) -> Tensor:
-        traced = torch.jit.is_tracing() or torch.compiler.is_compiling()
+        traced = is_traced()
         if not traced:
             self._check(x)
         rows = x.detach().reshape(-1, self.in_features)

@@ -20,6 +20,9 @@ class Int8Embedding(PackedLayer):
     Both can be shared with an `Int8Linear`: a tied head.
     """
 
+    packed: Tensor
+    scale: Tensor
+
     def __init__(
         self,
         packed: Tensor,

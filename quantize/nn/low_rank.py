@@ -32,16 +32,16 @@ def _empty(
 
 
 class _Pair(CompressedLayer):
-    first: nn.Module
-    second: nn.Module
+    first: Any  # a linear layer or convolution, whatever a later technique put in its place
+    second: Any
 
     def contradiction(self) -> str | None:
         """See `surgery.contradiction`."""
         kind = "features" if isinstance(self, LowRankLinear) else "channels"
         enters, leaves = f"in_{kind}", f"out_{kind}"
-        if getattr(self.first, enters) != getattr(self, enters) or getattr(
-            self.second, leaves
-        ) != getattr(self, leaves):
+        same_input = getattr(self.first, enters) == getattr(self, enters)
+        same_output = getattr(self.second, leaves) == getattr(self, leaves)
+        if not same_input or not same_output:
             return f"its {enters} or {leaves} differ from those of its two layers"
         if getattr(self.first, leaves) != getattr(self.second, enters):
             return "its second layer doesn't take what the first one gives"
@@ -50,9 +50,8 @@ class _Pair(CompressedLayer):
     @property
     def rank(self) -> int:
         """Width between the two layers."""
-        return int(
-            self.second.in_features if isinstance(self, LowRankLinear) else self.second.in_channels
-        )
+        entry = "in_features" if isinstance(self, LowRankLinear) else "in_channels"
+        return int(getattr(self.second, entry))
 
     @property
     def trainable(self) -> bool:
@@ -64,7 +63,7 @@ class _Pair(CompressedLayer):
 
     @property
     def bias(self) -> Tensor | None:
-        return self.second.bias  # type: ignore[return-value]
+        return self.second.bias
 
     def forward(self, x: Tensor) -> Tensor:
         return self.second(self.first(x))
@@ -106,7 +105,7 @@ class LowRankLinear(_Pair):
 
     @classmethod
     def rebuild(
-        cls, module: nn.Module, *, in_features: int, out_features: int, rank: int, bias: bool
+        cls, module: Any, *, in_features: int, out_features: int, rank: int, bias: bool
     ) -> LowRankLinear:
         """An empty layer in the place of `module` (a linear of that shape), on its device and of
         its dtype.
@@ -197,7 +196,7 @@ _NEUTRAL = {"kernel_size": 1, "stride": 1, "padding": 0, "dilation": 1}
 Pair = LowRankLinear | LowRankConv2d
 
 
-def linear_shape(module: nn.Module) -> tuple[int, int] | None:
+def linear_shape(module: Any) -> tuple[int, int] | None:
     """(out, in) of a linear layer: nn.Linear, or GPT-2's Conv1D, which holds its weight transposed;
     None for others.
     """
@@ -208,7 +207,7 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
-def _heir(old: nn.Module, new: Any) -> Any:
+def _heir(old: Any, new: Any) -> Any:
     """`new` with what stays of `old` when it takes its place: mode, requires_grad, hooks."""
     surgery.take_place(old, new)
     new.transposed = is_transposed(old)
@@ -217,7 +216,7 @@ def _heir(old: nn.Module, new: Any) -> Any:
     return new
 
 
-def matrix(module: nn.Module) -> Tensor:
+def matrix(module: Any) -> Tensor:
     """The weight of a linear or convolution as the matrix that multiplies its `calibration.rows`,
     [M, K].
     """

@@ -8,6 +8,7 @@ nobody takes packed bytes for a weight.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,7 +67,7 @@ class CompressedLayer(nn.Module):
         """Reads as the float weight of the layer that this one stands for; to write it is
         refused.
         """
-        if torch.jit.is_tracing() or torch.compiler.is_compiling():
+        if is_traced():
             return self._weight()
         dtype, device = self.weight_kind()
         shape = self.weight_shape()
@@ -76,6 +77,11 @@ class CompressedLayer(nn.Module):
     def _weight(self) -> Tensor:
         dense = self.dense_weight().to(self.weight_kind()[0])
         return dense.t().contiguous() if self.transposed else dense
+
+
+def is_traced() -> bool:
+    """Is a graph being recorded or compiled from what runs now?"""
+    return torch.jit.is_tracing() or torch.compiler.is_compiling()
 
 
 def holds_integers(module: nn.Module) -> bool:
@@ -139,8 +145,8 @@ def operands(layer: nn.Module) -> Operands | None:
     """
     if type(layer) is nn.Linear and "weight" in layer._parameters:
         return Operands(layer.weight.detach(), layer.bias)
-    own = getattr(layer, "operands", None)
-    return own() if callable(own) else None
+    own: Callable[[], Operands] | None = getattr(layer, "operands", None)
+    return None if own is None else own()
 
 
 def dense_weight(layer: nn.Module) -> Tensor:
@@ -149,7 +155,8 @@ def dense_weight(layer: nn.Module) -> Tensor:
     """
     if isinstance(layer, CompressedLayer):
         return layer.dense_weight()
-    weight = layer.weight.t() if is_transposed(layer) else layer.weight
+    weight: Any = layer.weight
+    weight = weight.t() if is_transposed(layer) else weight
     return weight if weight.dtype == torch.float64 else weight.float()
 
 

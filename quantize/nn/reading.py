@@ -27,8 +27,9 @@ _METHODS = (
 ).split()
 _DESCRIBES = {getattr(Tensor, name).__get__ for name in _PROPERTIES if hasattr(Tensor, name)}
 _DESCRIBES |= {getattr(Tensor, name) for name in _METHODS if hasattr(Tensor, name)}
+_REQUIRES_GRAD: Any = Tensor.requires_grad  # at run time a descriptor
 _COPIES = (Tensor.__deepcopy__, Tensor.__reduce_ex__)
-_SETS_GRADIENT = (Tensor.requires_grad_, Tensor.requires_grad.__set__)
+_SETS_GRADIENT = (Tensor.requires_grad_, _REQUIRES_GRAD.__set__)
 _ADDRESSES = (Tensor.data_ptr, Tensor.untyped_storage, Tensor.storage)
 _WRITES = set(
     "__set__ __delete__ __setitem__ register_hook retain_grad "
@@ -46,6 +47,8 @@ class WeightReading(Tensor):
 
     Source: `torch.Tensor._make_wrapper_subclass`.
     """
+
+    _read: Callable[[], Tensor]
 
     @staticmethod
     def of(read: Callable[[], Tensor], like: Tensor) -> WeightReading:
@@ -66,7 +69,7 @@ class WeightReading(Tensor):
         strides: tuple[int, ...] | None = None,
     ) -> WeightReading:
         """A reading of `read()`, which isn't called before its numbers are needed."""
-        new = Tensor._make_wrapper_subclass(
+        new: Any = Tensor._make_wrapper_subclass(
             WeightReading,
             shape,
             strides=strides,

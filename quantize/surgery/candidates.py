@@ -11,9 +11,11 @@ of its own and a weight that is no floating tensor. A weight that is not finite 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 _OPAQUE = "NonDynamicallyQuantizableLinear"
@@ -86,7 +88,7 @@ def obstacle(module: nn.Module) -> str | None:
     return _weight_obstacle(module)
 
 
-def _weight_obstacle(module: nn.Module) -> str | None:
+def _weight_obstacle(module: Any) -> str | None:
     computed = parametrize.is_parametrized(module)
     weight = module._parameters.get("weight")
     if weight is None and not (computed and "weight" in module.parametrizations):
@@ -96,7 +98,7 @@ def _weight_obstacle(module: nn.Module) -> str | None:
         )
     if any(name not in ("weight", "bias") for name in module._parameters):
         return "it has parameters besides weight and bias"
-    if isinstance(weight, nn.parameter.UninitializedTensorMixin):
+    if weight is not None and is_lazy(weight):
         return "its weight is not initialised yet: run the model once"
     weight = module.weight if weight is None else weight
     if not weight.dtype.is_floating_point or type(weight.data) is not torch.Tensor:
@@ -129,7 +131,8 @@ def check_finite(name: str, module: nn.Module) -> None:
     """
     tensors = dict(module._parameters)
     if parametrize.is_parametrized(module):
-        tensors |= {kind: getattr(module, kind) for kind in module.parametrizations}
+        computed: Any = module.parametrizations
+        tensors |= {kind: getattr(module, kind) for kind in computed}
     for kind, tensor in tensors.items():
         if tensor is not None and not torch.isfinite(tensor).all():
             raise ValueError(

@@ -48,10 +48,9 @@ def uncompiled(model: nn.Module) -> nn.Module:
     """The module inside what `torch.compile(model)` gives, or `model` itself: compile the result
     again.
     """
-    if type(model).__name__ == "OptimizedModule" and isinstance(
-        model._modules.get("_orig_mod"), nn.Module
-    ):
-        return model._modules["_orig_mod"]
+    inner = model._modules.get("_orig_mod")
+    if type(model).__name__ == "OptimizedModule" and inner is not None:
+        return inner
     return model
 
 
@@ -150,7 +149,7 @@ def replace(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn
             _inherit(old, new)
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
-            if child in replacements:
+            if child is not None and child in replacements:
                 parent._modules[name] = replacements[child]
     return replacements.get(model, model)
 

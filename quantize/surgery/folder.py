@@ -45,7 +45,8 @@ class _Guarded:
                 f"with other weights: {reason}. "
                 "Use quantize.save(model, path) and quantize.load(path, model=a fresh instance)"
             )
-        return type(self.model).save_pretrained(self.model, *args, **kwargs)
+        kind: Any = type(self.model)
+        return kind.save_pretrained(self.model, *args, **kwargs)
 
 
 def unlike_its_config(model: nn.Module) -> str | None:

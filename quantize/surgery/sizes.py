@@ -69,12 +69,9 @@ def widths(module: nn.Module) -> dict[str, int]:
     found = {
         name: getattr(module, name) for name in names if type(getattr(module, name, None)) is int
     }
-    if (
-        type(module).__name__ == "Conv1D"
-        and getattr(module, "weight", None) is not None
-        and module.weight.ndim == 2
-    ):
-        found["in_features"], found["out_features"] = module.weight.shape
+    weight = getattr(module, "weight", None)
+    if type(module).__name__ == "Conv1D" and weight is not None and weight.ndim == 2:
+        found["in_features"], found["out_features"] = weight.shape
     return found
 
 

@@ -18,6 +18,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -166,7 +167,7 @@ def _choose_held_out(sizes: dict[str, int]) -> set[str]:
         if sizes[name] <= room:
             chosen.add(name)
             room -= sizes[name]
-    return chosen or {min(sizes, key=sizes.get)}
+    return chosen or {min(sizes, key=sizes.__getitem__)}
 
 
 def _as_tensor(content: bytes) -> Tensor:
@@ -325,7 +326,7 @@ def _digits() -> ImageData:
         raise DataError(
             "data: the digits need scikit-learn; install it with `uv sync --extra images`"
         ) from None
-    digits = load_digits()
+    digits: Any = load_digits()
     images = torch.from_numpy(digits.images).float()[:, None] / 16
     labels = torch.from_numpy(digits.target).long()
     order = torch.from_numpy(np.random.default_rng(0).permutation(len(labels)))

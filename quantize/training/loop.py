@@ -45,6 +45,7 @@ class Judge(Protocol):
 
     def check(self, done: int) -> bool:
         """After so many steps: whether it put the model back into an earlier state."""
+        ...
 
     def finish(self) -> None:
         """After the last step."""
@@ -100,7 +101,9 @@ def fit(
         "model": describe(model),
     }
     resumed = resume and path is not None and path.exists()
-    first = restore(path, model, optimizers, judge, run) if resumed else 0
+    first = 0
+    if path is not None and resumed:
+        first = restore(path, model, optimizers, judge, run)
     broadcast(model, world)
     if judge is not None and not resumed:
         judge.start()

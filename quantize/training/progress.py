@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID
 from rich.progress import Progress as RichProgress
 
 
@@ -42,7 +42,7 @@ class ProgressPrinter:
             *("{task.description}", BarColumn(), MofNCompleteColumn(), "{task.fields[status]}"),
             console=self.console,
         )
-        self._task: int | None = None
+        self._task: TaskID | None = None
         self._shown = -math.inf
 
     def __enter__(self) -> ProgressPrinter:

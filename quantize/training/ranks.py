@@ -45,13 +45,15 @@ def average(loss: Tensor, parameters: list[nn.Parameter], world: int) -> float:
     """
     if world == 1:
         return loss.item()
+    own = []
     for parameter in parameters:  # a rank whose batch left a parameter unused still takes part
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    values = [loss.detach().float().reshape(1)] + [p.grad.flatten() for p in parameters]
+        own.append(parameter.grad)
+    values = [loss.detach().float().reshape(1)] + [gradient.flatten() for gradient in own]
     flat = torch.cat(values) / world
     dist.all_reduce(flat)
     mean, *gradients = flat.split([value.numel() for value in values])
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        parameter.grad.copy_(gradient.view_as(parameter))
+    for gradient, averaged in zip(own, gradients, strict=True):
+        gradient.copy_(averaged.view_as(gradient))
     return mean.item()

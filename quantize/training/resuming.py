@@ -131,8 +131,8 @@ def _check_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
 
 
 def _check_tensor(name: str, tensor: Any, like: Tensor | None) -> None:
-    plain = type(tensor) is Tensor and tensor.layout is torch.strided and like is not None
-    if not plain or tensor.shape != like.shape or tensor.dtype != like.dtype:
+    plain = type(tensor) is Tensor and tensor.layout is torch.strided
+    if like is None or not plain or tensor.shape != like.shape or tensor.dtype != like.dtype:
         raise ValueError(f"{name} isn't a tensor like the run's own")
 
 

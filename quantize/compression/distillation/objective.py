@@ -297,7 +297,7 @@ class Objective:
     # ---------------------------------------------------------------------------------------------
     # a step
 
-    def __call__(self, trained: Trained, batch: Batch) -> Tensor:
+    def __call__(self, trained: Any, batch: Batch) -> Tensor:
         self.carried.renew()
         self._before = self.carried.copies()
         total = self._total(trained, batch)
@@ -398,7 +398,8 @@ class Objective:
     def _match(self, student: Tensor, taught: Any, inputs: Any) -> Tensor:
         mask = match.row_mask(inputs, student)
         if isinstance(taught, tuple):
-            return top_kl(student, *(x.to(student.device) for x in taught), self.temperature, mask)
+            log_p, ids = (x.to(student.device) for x in taught)
+            return top_kl(student, log_p, ids, self.temperature, mask)
         if student.shape != taught.shape:
             raise ValueError(
                 f"the student's output is {list(student.shape)}, the teacher's {list(taught.shape)}"

@@ -74,9 +74,10 @@ def make_student(
         if depth is not None:
             student, done, left = _shorten(student, depth, example_inputs, expected)
     for name, module in teacher.named_modules():  # copies of copies that ran without a cache
-        config = getattr(module, "config", None)
+        config: Any = getattr(module, "config", None)
         if hasattr(config, "use_cache") and name in dict(student.named_modules()):
-            student.get_submodule(name).config.use_cache = config.use_cache
+            copied: Any = student.get_submodule(name).config
+            copied.use_cache = config.use_cache
     if width is not None and width < 1:
         student = prune_ln_structured(
             student, example_inputs, amount=1 - width, calibration=calibration, skip=skip

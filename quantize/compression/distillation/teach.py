@@ -270,11 +270,11 @@ def _check_modules(student: nn.Module, teacher: nn.Module) -> None:
             kind = f"module {name!r} ({type(module).__name__}) of the student holds integers"
             raise ValueError(f"{kind}, which can't be trained: distil or recover before quantizing")
         for key, parameter in module._parameters.items():
-            coarse = parameter is not None and parameter.dtype in (torch.float16, torch.bfloat16)
-            if coarse and parameter.requires_grad:
-                kind = (
-                    f"parameter {f'{name}.{key}'.strip('.')!r} of the student is {parameter.dtype}"
-                )
+            if parameter is None or not parameter.requires_grad:
+                continue
+            if parameter.dtype in (torch.float16, torch.bfloat16):
+                path = f"{name}.{key}".strip(".")
+                kind = f"parameter {path!r} of the student is {parameter.dtype}"
                 raise ValueError(f"{kind}, too coarse for small steps: train in float32, then cast")
 
 
@@ -299,5 +299,6 @@ def fingerprint(model: nn.Module) -> str:
     for name, tensor in model.state_dict().items():
         if isinstance(tensor, Tensor):
             digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            flat = tensor.detach().cpu().contiguous().flatten()
+            digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -104,7 +104,9 @@ def choose_ranks(
     weighted: bool,
 ) -> dict[str, int | None]:
     """Rank per layer; None where the layer stays as it is."""
-    shapes = {name: tuple(pairs.matrix(layer).shape) for name, layer in layers.items()}
+    shapes: dict[str, Any] = {
+        name: tuple(pairs.matrix(layer).shape) for name, layer in layers.items()
+    }
     if kind == "ratio" and not isinstance(value, Mapping):
         if not weighted:  # spectra of weights alone can't be compared: each layer counts the same
             spectra = {name: s / s.norm().clamp_min(1e-300) for name, s in spectra.items()}

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from quantize import calibration as calibrate
@@ -22,7 +23,7 @@ def find_layers(
     there are none.
     """
     for name, module in model.named_modules():
-        if any(nn.parameter.is_lazy(parameter) for parameter in module._parameters.values()):
+        if any(is_lazy(parameter) for parameter in module.parameters(recurse=False)):
             raise ValueError(
                 f"module {name!r} ({type(module).__name__}) has no shape yet: run the model once"
             )
@@ -92,7 +93,8 @@ def _obstacle(module: nn.Module, others: Sequence[str], inside: bool) -> str | N
         return f"a convolution of {module.groups} groups"
     if others:
         return f"shares its weight with {others[0]!r}"
-    if not maths.candidate_ranks(*pairs.matrix(module).shape, 1):
+    outputs, inputs = pairs.matrix(module).shape
+    if not maths.candidate_ranks(outputs, inputs, 1):
         return "no rank makes it smaller"
     return None
 

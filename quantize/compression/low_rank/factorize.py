@@ -135,7 +135,7 @@ def factorize_low_rank(
         for name, r in ranks.items():
             if r is None:
                 continue
-            layer = layers[name]
+            layer: Any = layers[name]
             first, second, _, split_used = factors(layer, pairs.matrix(layer), None, None, r, split)
             result = surgery.replace(
                 result, {layer: pairs.pair(layer, first, second, layer.bias, split=split_used)}

@@ -113,7 +113,8 @@ def _fit_layer(
     split: str,
 ) -> nn.Module:
     weight = pairs.matrix(layer).double()
-    if layer.bias is None:
+    own_bias: Any = layer.bias
+    if own_bias is None:
         moment, cross, error = seen.second_moment, seen.cross_moment, seen.error_moment
     else:  # takes up the means
         floor = noise(seen)
@@ -123,14 +124,14 @@ def _fit_layer(
     if rank is not None:
         first, second, product, split = factors(layer, product, moment, gradient, rank, split)
     bias = None
-    if layer.bias is not None:  # the mean of the outputs stays what it was
-        bias = layer.bias.double() + weight @ seen.reference_mean - product @ seen.mean
+    if own_bias is not None:  # the mean of the outputs stays what it was
+        bias = own_bias.double() + weight @ seen.reference_mean - product @ seen.mean
         bias = bias if seen.error_mean is None else bias + seen.error_mean
     if rank is not None:
         return surgery.replace(result, {layer: pairs.pair(layer, first, second, bias, split=split)})
-    stored = layer._parameters  # a 16-bit layer's weight reads in another dtype
+    stored: Any = layer._parameters  # a 16-bit layer's weight reads in another dtype
     stored["weight"].copy_(
-        product.T if pairs.is_transposed(layer) else product.reshape(layer.weight.shape)
+        product.T if pairs.is_transposed(layer) else product.reshape(stored["weight"].shape)
     )
     if bias is not None:
         stored["bias"].copy_(bias)

@@ -83,7 +83,7 @@ def _largest(model: nn.Module, done: Iterable[str]) -> list[tuple[str, float]]:
     ]
 
 
-def _rank_of(pair: nn.Module) -> str:
+def _rank_of(pair: Any) -> str:
     return f"rank {pair.rank} of {min(pair.weight_shape()[0], math.prod(pair.weight_shape()[1:]))}"
 
 

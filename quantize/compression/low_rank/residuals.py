@@ -45,9 +45,10 @@ class Seen(calibrate.PairedStatistics):
     @property
     def error_moment(self) -> torch.Tensor | None:
         """E[e x^T], [M, K]; None where the layer's output joins nothing."""
-        if self.error_mean is None:
+        covariance, mean = self.error_covariance, self.error_mean
+        if covariance is None or mean is None:
             return None
-        return self.error_covariance + torch.outer(self.error_mean, self.mean)
+        return covariance + torch.outer(mean, self.mean)
 
 
 def collect(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -40,7 +41,7 @@ def quick_share(layer: nn.Module, input_shape: Sequence[int], *, always: bool) -
     None if the layer is too quick to tell, unless `always`. Remembered per kind of layer, shape and
     number of threads.
     """
-    weight = layer.weight
+    weight: Any = layer.weight
     settings = [getattr(layer, n, None) for n in ("stride", "padding", "dilation")]
     kind = (type(layer), tuple(weight.shape), weight.dtype, str(settings))
     key = (*kind, tuple(input_shape), always, torch.get_num_threads())
@@ -54,7 +55,7 @@ def quick_share(layer: nn.Module, input_shape: Sequence[int], *, always: bool) -
     return _KNOWN[key]
 
 
-def _inputs(layer: nn.Module, shape: Sequence[int]) -> torch.Tensor:
+def _inputs(layer: Any, shape: Sequence[int]) -> torch.Tensor:
     """Random inputs of this shape, or of fewer rows (images)."""
     if isinstance(layer, nn.Conv2d):
         first, rest = shape[0] if len(shape) == 4 else 1, tuple(shape[-3:])
@@ -64,7 +65,7 @@ def _inputs(layer: nn.Module, shape: Sequence[int]) -> torch.Tensor:
     return torch.randn(rows, *rest).to(layer.weight.dtype)
 
 
-def _random_pair(layer: nn.Module, share: float) -> nn.Module:
+def _random_pair(layer: Any, share: float) -> nn.Module:
     m, k = pairs.matrix(layer).shape
     rank = max(1, math.floor(share * m * k / (m + k)))
     return pairs.pair(layer, torch.randn(rank, k), torch.randn(m, rank), layer.bias)

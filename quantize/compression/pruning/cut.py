@@ -56,7 +56,7 @@ def layers_of(model: nn.Module, group: Group) -> list[str]:
 def stored(module: nn.Module, name: str) -> torch.Tensor:
     """A parameter or buffer as it is stored: a 16-bit layer's weight reads in another dtype."""
     tensor = module._parameters.get(name)
-    return module._buffers[name] if tensor is None else tensor
+    return module.get_buffer(name) if tensor is None else tensor
 
 
 def cut(

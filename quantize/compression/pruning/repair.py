@@ -58,11 +58,11 @@ def matrix_rows(module: nn.Module, channels: torch.Tensor) -> torch.Tensor:
 
 
 def _write(module: nn.Module, matrix: torch.Tensor, bias: torch.Tensor | None) -> None:
-    weight = module._parameters["weight"]
+    weight = module.get_parameter("weight")
     new = matrix.T if hasattr(module, "nf") and not hasattr(module, "in_features") else matrix
     weight.data.copy_(new.reshape(weight.shape))
     if bias is not None:
-        module._parameters["bias"].data.copy_(bias)
+        module.get_parameter("bias").data.copy_(bias)
 
 
 def refit(walk: Walk, original: nn.Module, pruned: nn.Module, step: Step) -> None:
@@ -91,7 +91,7 @@ def refit(walk: Walk, original: nn.Module, pruned: nn.Module, step: Step) -> Non
         raise ValueError(
             f"calibration gives layer {next(iter(layers))!r} inputs or outputs that are not finite"
         )
-    starts = [as_matrix(layer) for layer in layers.values()]
+    starts: list[Any] = [as_matrix(layer) for layer in layers.values()]
     sizes = [len(start) for start in starts]
     weight, bias = regression.fit(torch.cat(starts))
     weights = weight.split(sizes)
@@ -109,11 +109,19 @@ def _targets(
     targets = []
     for whole, part, kept in zip(before, after, step.layers.values(), strict=True):
         y = _outputs(layer, whole.output, kept)
-        streams = whole.stream is not None and part.stream is not None
-        if streams and kept is None and whole.stream.shape == part.stream.shape:
-            y = y + _outputs(layer, whole.stream - part.stream, None)
+        if kept is None:
+            y = y + _stream_error(layer, whole.stream, part.stream)
         targets.append(y)
     return torch.cat(targets, 1)
+
+
+def _stream_error(
+    layer: nn.Module, wanted: torch.Tensor | None, found: torch.Tensor | None
+) -> torch.Tensor | float:
+    """How far the stream that a layer's output joins is from the original's; 0 if it joins none."""
+    if wanted is None or found is None or wanted.shape != found.shape:
+        return 0.0
+    return _outputs(layer, wanted - found, None)
 
 
 def _outputs(layer: nn.Module, output: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
@@ -137,7 +145,7 @@ def reestimate(
     Where the original's statistics are those of its inputs, this is the usual re-estimation (Jordan
     et al., arXiv 2211.08403); where they are not (a frozen norm), the difference stays what it was.
     """
-    norm = pruned.get_submodule(name)
+    norm: Any = pruned.get_submodule(name)
     old, new = _Spread(), _Spread()
     for before, after in walk.show((original, pruned), [name]):
         for call in before:
@@ -158,8 +166,8 @@ class _Spread:
     """Sums over the values of each channel."""
 
     count: int = 0
-    total: torch.Tensor | float = 0.0  # [C]
-    square: torch.Tensor | float = 0.0  # [C]
+    total: Any = 0.0  # [C]
+    square: Any = 0.0  # [C]
 
     def add(self, x: torch.Tensor, channels: torch.Tensor | None) -> None:
         """Add x [B, C, ...], of some of the channels."""

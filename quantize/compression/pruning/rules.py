@@ -276,12 +276,23 @@ def _(trace: Trace, node: torch.fx.Node, shape: Any, why: str) -> Value:
     return Value(tuple(shape), result.labels)
 
 
+def _name(node: torch.fx.Node) -> str:
+    target: Any = node.target
+    return target.overloadpacket.__name__
+
+
+def _nodes(node: torch.fx.Node, index: int) -> Any:
+    """An argument that is a list of nodes."""
+    return node.args[index]
+
+
 # Moves: the same move made to the labels.
 
 
 def _mover(node: torch.fx.Node) -> Callable[[torch.Tensor], Any]:
-    target, rest, kwargs = node.target, node.args[1:], dict(node.kwargs)
-    name = target.overloadpacket.__name__
+    target: Any = node.target
+    rest, kwargs = node.args[1:], dict(node.kwargs)
+    name = _name(node)
     if name in ("view", "_unsafe_view", "view_as", "reshape_as", "reshape", "flatten", "unflatten"):
         size = list(node.meta["val"].shape)
         return lambda index: index.reshape(size)
@@ -308,9 +319,10 @@ def _(trace: Trace, node: torch.fx.Node, shape: Any, why: str) -> Value:
         return Value(tuple(shape), source=(x.source[0], (*x.source[1], move)))
     if x.labels is None:
         return Value(tuple(shape))
-    name = node.target.overloadpacket.__name__
+    name = _name(node)
     if name == "select":
-        dim, place = node.args[1] % len(x.shape), node.args[2]
+        place: Any = node.args[2]
+        dim = trace.argument(node, 1, "dim") % len(x.shape)
         if x.labels.shape[dim] > 1 and len(varying(x.labels)) == 1:
             before = (
                 x.labels.narrow(dim, 0, place + 1)
@@ -334,7 +346,7 @@ def _(trace: Trace, node: torch.fx.Node, shapes: Any, why: str) -> list[Value]:
         ]
     if x.labels is None:
         return [Value(s) for s in shapes]
-    name = node.target.overloadpacket.__name__
+    name = _name(node)
     dim = trace.argument(node, 1 if name == "unbind" else 2, "dim", 0) % len(x.shape)
     parts = list(move(x.labels.expand(x.shape)))
     if x.labels.shape[dim] > 1 and len({p.shape for p in parts}) == 1:
@@ -348,9 +360,9 @@ def _(trace: Trace, node: torch.fx.Node, shapes: Any, why: str) -> list[Value]:
 
 @rule("cat", "concat", "concatenate", "stack")
 def _(trace: Trace, node: torch.fx.Node, shape: Any, why: str) -> Value:
-    labels, values = trace.labels, [trace.values[n] for n in node.args[0]]
+    labels, values = trace.labels, [trace.values[n] for n in _nodes(node, 0)]
     dim = trace.argument(node, 1, "dim", 0) % len(shape)
-    if node.target.overloadpacket.__name__ == "stack":
+    if _name(node) == "stack":
         values = [
             Value(
                 (*v.shape[:dim], 1, *v.shape[dim:]),
@@ -359,10 +371,7 @@ def _(trace: Trace, node: torch.fx.Node, shape: Any, why: str) -> Value:
             for v in values
         ]
     values = [v for v in values if len(v.shape) == len(shape)]
-    if (
-        not any(dim in varying(v.labels) for v in values)
-        and node.target.overloadpacket.__name__ != "stack"
-    ):
+    if not any(dim in varying(v.labels) for v in values) and _name(node) != "stack":
         flat = [
             Value(
                 (*v.shape[:dim], 1, *v.shape[dim + 1 :]),
@@ -394,7 +403,7 @@ def _(trace: Trace, node: torch.fx.Node, shape: Any, why: str) -> Value:
     wider = [a if d in varying(x.labels) else 0 for d, a in zip(along, amounts, strict=True)]
     if not any(wider):  # elements added along the other axes go with their channel
         return Value(tuple(shape), x.labels)
-    constant = node.target.overloadpacket.__name__ == "constant_pad_nd"
+    constant = _name(node) == "constant_pad_nd"
     if not constant and trace.argument(node, 2, "mode", "constant") != "constant":
         trace.labels.pin(x.labels, f"{why} can't be followed")
         return Value(shape)
@@ -403,7 +412,7 @@ def _(trace: Trace, node: torch.fx.Node, shape: Any, why: str) -> Value:
 
 @rule("index")
 def _(trace: Trace, node: torch.fx.Node, shape: Any, why: str) -> Value:
-    x, indices = trace.argument(node, 0, "self"), node.args[1]
+    x, indices = trace.argument(node, 0, "self"), _nodes(node, 1)
     used = {d for d, i in enumerate(indices) if i is not None}
     if x.labels is None:
         return Value(shape)
@@ -465,7 +474,7 @@ def _(trace: Trace, node: torch.fx.Node, shape: Any, why: str) -> Any:
 @rule(*WINDOWS[1], *WINDOWS[2], *WINDOWS[3])
 def _(trace: Trace, node: torch.fx.Node, shape: Any, why: str) -> Any:
     x = trace.argument(node, 0, "self")
-    name = node.target.overloadpacket.__name__
+    name = _name(node)
     spatial = next(k for k, names in WINDOWS.items() if name in names)
     given = trace.labels.collapse_all(x, range(-spatial, 0), why)
     return (

@@ -83,12 +83,15 @@ def _return_plain_containers(model: nn.Module) -> None:
 
 
 def _plain(output: Any) -> Any:
-    if dataclasses.is_dataclass(output) and not isinstance(output, (type, Mapping)):
-        return {
-            field.name: _plain(getattr(output, field.name)) for field in dataclasses.fields(output)
-        }
+    kind: Any = type(output)
+    if dataclasses.is_dataclass(kind) and not isinstance(output, Mapping):
+        names = [field.name for field in dataclasses.fields(kind)]
+        return {name: _plain(getattr(output, name)) for name in names}
+    if kind is type:
+        return output
     if type(output) in (tuple, list):
-        return type(output)(_plain(part) for part in output)
+        parts = [_plain(part) for part in output]
+        return parts if type(output) is list else tuple(parts)
     if type(output) is dict:
         return {key: _plain(part) for key, part in output.items()}
     return output
@@ -158,8 +161,10 @@ class Trace:
         if node.op != "call_function" or not isinstance(out, (torch.Tensor, tuple, list)):
             return Value(shape)
         if getattr(node.target, "__name__", "") == "getitem":
-            held = self.values.get(node.args[0])
-            return held[node.args[1]] if isinstance(held, (tuple, list)) else Value(shape)
+            source: Any = node.args[0]
+            place: Any = node.args[1]
+            held = self.values.get(source)
+            return held[place] if isinstance(held, (tuple, list)) else Value(shape)
         name = getattr(getattr(node.target, "overloadpacket", None), "__name__", str(node.target))
         base = name if name.startswith("__") else name.rstrip("_")
         why = f"{name} in module {self.place(node)!r}"
@@ -186,7 +191,8 @@ class Trace:
         return Value(shape) if shapes is None else [Value(s) for s in shapes]
 
     def pin_parameter(self, value: Value, why: str) -> None:
-        name = value.source[0]
+        source: Any = value.source
+        name = source[0]
         for dim, size in enumerate(self.labels.shapes[name]):
             if size > 1:
                 self.labels.pin(self.labels.along(name, dim), why)

@@ -120,7 +120,7 @@ def _taught(
     if given.states is not None:
         options["checkpoint_path"] = given.states / f"{name}.state"
     context = given.printer(name) if given.printer else nullcontext()
-    teacher = _on(given.teacher, given.device)
+    teacher = None if given.teacher is None else _on(given.teacher, given.device)
     student = _on(student, given.device)
     with context as on_progress:
         taught = how(student, teacher, batches, on_progress=on_progress, **options)

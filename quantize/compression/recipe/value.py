@@ -21,7 +21,7 @@ from torch import nn
 MOST_STEPS = 32
 
 # Rows of the report whose names are older than the rule that joins parts with "+".
-_ROW_NAMES = {
+_ROW_NAMES: dict[tuple[str, ...], str] = {
     ("pruned", "recovered"): "pruned_recovered",
     ("low_rank", "recovered"): "low_rank_recovered",
     ("student", "int8"): "student_int8",

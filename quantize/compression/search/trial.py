@@ -206,5 +206,5 @@ def digest(values: Any) -> str:
     for tensor in output_tensors(values):
         total.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
         numbers = tensor.detach().cpu().contiguous().flatten()
-        total.update(numbers.view(torch.uint8).numpy())
+        total.update(numbers.view(torch.uint8).numpy().data)
     return total.hexdigest()

@@ -104,8 +104,10 @@ def compress(
     deadline = time.monotonic() + 60 * minutes
     work = surgery.clone(model).eval()
     half = len(batches) if evaluate is not None or len(batches) == 1 else (len(batches) + 1) // 2
-    judge = Divergence(work, batches[half:] or batches) if evaluate is None else None
-    judge = judge or Evaluated(evaluate, work)
+    if evaluate is None:
+        judge: Any = Divergence(work, batches[half:] or batches)
+    else:
+        judge = Evaluated(evaluate, work)
     folder = Path(tempfile.mkdtemp(prefix="quantize-") if out is None else out)
     folder.mkdir(parents=True, exist_ok=True)
     identity = {"class": type(model).__name__, "state": digest(dict(work.state_dict()))}
@@ -196,12 +198,12 @@ class _Search:
         names = {step["step"] for step in row["recipe"]}
         return bool(names & {"Prune", "LowRank"}) and "Recover" not in names
 
-    def choose(self, rows: list[Row]) -> Result:
+    def choose(self, rows: list[Any]) -> Result:
         """The best row that keeps the budget when it is measured once more; else the best there
         is, and why it isn't enough.
         """
         for row in strategy.best(rows, fastest=not self.has_targets)[:CANDIDATES]:
-            again = row if row["name"] == ORIGINAL else self.trial.confirmed(dict(row))
+            again: Any = row if row["name"] == ORIGINAL else self.trial.confirmed(dict(row))
             if again["fits"]:
                 return self._result(again, True, f"{row['name']} keeps the budget: {_facts(again)}")
             rows[rows.index(row)] = again

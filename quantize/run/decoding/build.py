@@ -17,3 +17,11 @@ def library(*, compile_now: bool = True) -> Library | None:
     `quantize.native.library`.
     """
     return native_library(STEP, compile_now=compile_now)
+
+
+def built() -> Library:
+    """`library()`, compiled now if need be."""
+    found = library()
+    if found is None:
+        raise OSError("step.cpp was neither found nor compiled")
+    return found

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +21,8 @@ from quantize.nn.half import HalfLinear
 from quantize.nn.int4 import Int4Linear
 from quantize.nn.int8 import Int8Linear
 from quantize.nn.low_rank import LowRankLinear
-from quantize.run.decoding.build import library
-from quantize.run.decoding.sizes import contradictions
+from quantize.run.decoding.build import built, library
+from quantize.run.decoding.sizes import blocks_of, contradictions
 from quantize.run.decoding.structs import LINEARS, NORMS, Held, Layer, Linear, Model, Pass
 from quantize.run.kv_cache import KVCache
 
@@ -58,7 +59,7 @@ def obstacle(model: DecoderLM, *, compile_now: bool = True) -> str | None:
     return NOT_YET if compiled is None else None
 
 
-def is_plain(value: object) -> bool:
+def is_plain(value: Any) -> TypeGuard[Tensor]:
     """Whether `value` is a tensor of torch's own, with its numbers in memory where `data_ptr`
     says.
     """
@@ -72,15 +73,15 @@ def is_plain(value: object) -> bool:
 def _odd_parts(model: DecoderLM) -> Iterator[str]:
     yield from _changed_code(model)
     config = model.config
-    for index, block in enumerate(model.blocks):
+    for index, block in enumerate(blocks_of(model)):
         attention = block.attention
         if (attention.layer, attention.head_dim) != (index, config.head_dim):
             yield f"blocks.{index}.attention isn't layer {index} of heads {config.head_dim} wide"
     norms = [module for module in model.modules() if type(module) is RMSNorm]
     if any(norm.eps != config.norm_eps for norm in norms):
         yield "its norms have another eps than its config"
-    places = [(RMSNorm, model.norm)]
-    for block in model.blocks:
+    places: list[tuple[type, Any]] = [(RMSNorm, model.norm)]
+    for block in blocks_of(model):
         places += [(DecoderBlock, block), (Attention, block.attention), (FeedForward, block.ffn)]
         places += [(RMSNorm, block.attention_norm), (RMSNorm, block.ffn_norm)]
         norm = RMSNorm if config.qk_norm else nn.Identity
@@ -105,14 +106,15 @@ def _odd_parts(model: DecoderLM) -> Iterator[str]:
         yield f"its embedding isn't {config.width} wide, as its config says"
     for layer in [
         model.head,
-        *(layer for block in model.blocks for layer in _linears(block).values()),
+        *(layer for block in blocks_of(model) for layer in _linears(block).values()),
     ]:
         for part in (layer.first, layer.second) if type(layer) is LowRankLinear else (layer,):
             known = type(part) in (nn.Linear, HalfLinear, Int8Linear, Int4Linear)
-            if not known or operands(part).weight.dtype not in KINDS:
-                yield f"it has a {type(part).__name__}" + (
-                    f" of {operands(part).weight.dtype}" if known else ""
-                )
+            stored = operands(part) if known else None
+            if stored is None:
+                yield f"it has a {type(part).__name__}"
+            elif stored.weight.dtype not in KINDS:
+                yield f"it has a {type(part).__name__} of {stored.weight.dtype}"
 
 
 _OWN_CODE = {
@@ -149,7 +151,7 @@ def _changed_code(model: DecoderLM) -> Iterator[str]:
             yield f"{kind.__name__}.{name} was replaced"
 
 
-def _linears(block: nn.Module) -> dict[str, nn.Module]:
+def _linears(block: Any) -> dict[str, Any]:
     attention, ffn = block.attention, block.ffn
     return dict(
         zip(
@@ -166,12 +168,12 @@ class Step:
     """
 
     def __init__(self, model: DecoderLM, *, narrow: bool = True):
-        self.model, self.run, self.narrow = model, library().functions, narrow
+        self.model, self.run, self.narrow = model, built().functions, narrow
         self.most_threads = usable_cores()  # one beyond the quota stops, and all others wait for it
         self.kept: list[object] = []  # what the pointers point to
         config = model.config
         layers = (Layer * len(model.blocks))()
-        for layer, block in zip(layers, model.blocks, strict=True):
+        for layer, block in zip(layers, blocks_of(model), strict=True):
             for name, linear in _linears(block).items():
                 setattr(layer, name, self._linear(linear))
             parts = (
@@ -192,7 +194,7 @@ class Step:
         )  # fmt: skip
         self.vocabulary = model.head.out_features
         self.answers = model.head.weight.dtype if isinstance(model.head, HalfLinear) else None
-        self.shapes = [block.attention.cache_shape[:2] for block in model.blocks]
+        self.shapes = [block.attention.cache_shape[:2] for block in blocks_of(model)]
 
     def __call__(self, ids: Tensor, cache: KVCache, logits_to_keep: int) -> Tensor | None:
         """Logits of the last tokens, all for 0; None for a pass that is left to the model, which
@@ -218,7 +220,9 @@ class Step:
             ):
                 return None  # a row of padding alone sees itself, which only the model does
         store = cache.open(tokens)
-        held = None if store is None else _held(store, batch, cache.length, tokens)
+        if store is None:
+            return None
+        held = _held(store, batch, cache.length, tokens)
         if held is None:
             return None
         embedded = self.model.embedding(ids).detach()
@@ -228,21 +232,19 @@ class Step:
         keep = min(logits_to_keep, tokens) or tokens
         logits = torch.empty(batch, keep, self.vocabulary, dtype=torch.float32, device="cpu")
         threads = min(torch.get_num_threads(), self.most_threads)
-        self.run(
-            self.described,
-            Pass(
-                batch,
-                tokens,
-                cache.length,
-                keep,
-                KINDS[store[0].tensors["k"].dtype],
-                threads,
-                None if pad is None else pad.data_ptr(),
-                ctypes.addressof(held),
-                x.data_ptr(),
-                logits.data_ptr(),
-            ),
+        request = Pass(
+            batch=batch,
+            tokens=tokens,
+            length=cache.length,
+            keep=keep,
+            kind=KINDS[store[0].tensors["k"].dtype],
+            threads=threads,
+            pad=None if pad is None else pad.data_ptr(),
+            held=ctypes.addressof(held),
+            x=x.data_ptr(),
+            logits=logits.data_ptr(),
         )
+        self.run(self.described, request)
         cache.close(tokens)
         return logits.to(self.answers or embedded.dtype)
 
@@ -254,6 +256,8 @@ class Step:
             outer.first = ctypes.pointer(first)
             return outer
         stored = operands(layer)
+        if stored is None:
+            raise TypeError(f"a {type(layer).__name__} has no operands")
         weight = stored.weight
         half = getattr(layer, "_half", (None, ()))[0]
         may_narrow = self.narrow and half is torch.float16 and weight.dtype is torch.float32

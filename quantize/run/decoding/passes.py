@@ -18,6 +18,7 @@ from torch.nn.modules import module as torch_module
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from quantize.models import DecoderLM
+from quantize.nn import is_traced
 from quantize.run.decoding.native import MOST_ROWS, NOT_YET, Step, is_plain, obstacle
 from quantize.run.kv_cache import KVCache
 
@@ -85,8 +86,7 @@ def is_watched() -> bool:
     """
     return (
         torch.is_autocast_enabled("cpu")
-        or torch.jit.is_tracing()
-        or torch.compiler.is_compiling()
+        or is_traced()
         or is_in_torch_dispatch_mode()
         or bool(torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks)
     )

@@ -63,7 +63,7 @@ def for_decoding(model: DecoderLM, *, backend: str | None = None) -> DecodingLM:
         raise ValueError(f"backend 'native' can't run this model: {obstacle}")
     if obstacle:
         return DecodingLM(model, "torchscript", obstacle)
-    return DecodingLM(model, "native", build.library().note)
+    return DecodingLM(model, "native", build.built().note)
 
 
 class DecodingLM(nn.Module):

@@ -4,7 +4,8 @@ as far as it is told to.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 from torch import nn
 
@@ -28,7 +29,7 @@ def contradictions(model: DecoderLM) -> Iterator[str]:
             yield f"{name or 'the model'}: {reason}"
     head_dim = model.config.head_dim
     width = getattr(model.embedding, "embedding_dim", model.config.width)
-    for index, block in enumerate(model.blocks):
+    for index, block in enumerate(blocks_of(model)):
         for part, reason in _of_block(block, width, head_dim):
             yield f"blocks.{index}.{part} {reason}"
     yield from _differs("head", getattr(model.head, "in_features", None), width, "inputs")
@@ -36,7 +37,12 @@ def contradictions(model: DecoderLM) -> Iterator[str]:
     yield from _differs("rope_frequencies", len(model.rope_frequencies()), head_dim // 2, "values")
 
 
-def _of_block(block: nn.Module, width: int, head_dim: int) -> Iterator[tuple[str, str]]:
+def blocks_of(model: DecoderLM) -> Iterable[Any]:
+    """The model's blocks; their parts may be compressed layers of any kind."""
+    return model.blocks
+
+
+def _of_block(block: Any, width: int, head_dim: int) -> Iterator[tuple[str, str]]:
     attention, ffn = block.attention, block.ffn
     window = attention.window
     if window is not None and (type(window) is not int or not 1 <= window <= MAX_WINDOW):

@@ -5,6 +5,8 @@ the same way.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
+from typing import Any
 
 _number, _pointer = ctypes.c_int64, ctypes.c_void_p
 
@@ -52,7 +54,7 @@ class Pass(ctypes.Structure):
 STRUCTS = (Linear, Layer, Model, Held, Pass)  # in the order of `struct_sizes` in step.cpp
 
 
-def decode_function(library: ctypes.CDLL) -> ctypes._CFuncPtr:
+def decode_function(library: ctypes.CDLL) -> Callable[..., Any]:
     """`decode` of step.cpp, ready to be called. Raises OSError for a library that isn't one of this
     step.cpp.
     """

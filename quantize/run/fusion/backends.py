@@ -140,7 +140,7 @@ def _open_inductor(file: Path) -> Callable[..., list[Any]]:
 
 def _onnx(program: Program, tensors: list[torch.Tensor], folder: Path) -> Path:
     file = folder / "model.onnx"
-    exported = torch.onnx.export(
+    exported: Any = torch.onnx.export(
         _exported(program, tensors), dynamo=True, verbose=False, optimize=True
     )
     exported.save(str(file), external_data=False)
@@ -148,7 +148,7 @@ def _onnx(program: Program, tensors: list[torch.Tensor], folder: Path) -> Path:
 
 
 def _open_onnxruntime(file: Path) -> Callable[..., list[Any]]:
-    import onnxruntime
+    import onnxruntime  # type: ignore[import-not-found]  # left to the user to install
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
@@ -164,7 +164,7 @@ def _open_onnxruntime(file: Path) -> Callable[..., list[Any]]:
 
 
 def _openvino(program: Program, tensors: list[torch.Tensor], folder: Path) -> Path:
-    import openvino
+    import openvino  # type: ignore[import-not-found]  # left to the user to install
 
     file = folder / "model.xml"
     openvino.save_model(
@@ -174,7 +174,7 @@ def _openvino(program: Program, tensors: list[torch.Tensor], folder: Path) -> Pa
 
 
 def _open_openvino(file: Path) -> Callable[..., list[Any]]:
-    import openvino
+    import openvino  # type: ignore[import-not-found]  # left to the user to install
 
     hints = {
         "INFERENCE_PRECISION_HINT": "f32",

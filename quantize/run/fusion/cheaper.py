@@ -12,6 +12,8 @@ hundreds of operators.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 
@@ -48,7 +50,7 @@ def rms_norms(program: Program) -> None:
     """
     count = 0
     for node in calls(program, {aten.rms_norm.default}):
-        x, sizes, weight = node.args[0], node.args[1], argument(node, 2)
+        x, sizes, weight = argument(node, 0), argument(node, 1), argument(node, 2)
         if (
             not _is_rows(x)
             or len(sizes) != 1
@@ -71,24 +73,28 @@ def rms_norms(program: Program) -> None:
         replace(node, y)
         count += 1
     for node in calls(program, {aten.mean.dim}):
-        square = node.args[0]
+        square = argument(node, 0)
         if (
             not is_call(square, aten.pow.Tensor_Scalar)
-            or square.args[1] != 2
+            or argument(square, 1) != 2
             or node.kwargs
             or len(square.users) != 1
         ):
             continue
-        if _is_rows(square.args[0]) and list(node.args[1]) == [-1] and argument(node, 2, False):
+        if (
+            _is_rows(argument(square, 0))
+            and list(argument(node, 1)) == [-1]
+            and argument(node, 2, False)
+        ):
             with program.graph.inserting_before(node):
-                norm = _norm(program, square.args[0])
+                norm = _norm(program, argument(square, 0))
                 total = _like(program, norm, aten.mul.Tensor, norm, norm)
                 mean = _like(
                     program,
                     norm,
                     aten.mul.Tensor,
                     total,
-                    1.0 / int(square.args[0].meta["val"].shape[-1]),
+                    1.0 / int(argument(square, 0).meta["val"].shape[-1]),
                 )
             replace(node, mean)
             count += 1
@@ -102,7 +108,7 @@ def _is_float(program: Program, node: fx.Node) -> bool:
     return isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float32
 
 
-def _is_rows(node: object) -> bool:
+def _is_rows(node: Any) -> bool:
     """Float32 on the CPU, with rows of a length that doesn't vary?"""
     value = node.meta.get("val") if isinstance(node, fx.Node) else None
     if (
@@ -125,7 +131,7 @@ def _norm(program: Program, x: fx.Node) -> fx.Node:
     return norm
 
 
-def _like(program: Program, like: fx.Node, target: object, *args: object) -> fx.Node:
+def _like(program: Program, like: fx.Node, target: Any, *args: Any) -> fx.Node:
     """A new operator whose result has the shape and dtype of `like`."""
     node = program.graph.call_function(target, args)
     node.meta["val"] = like.meta["val"]
@@ -138,21 +144,21 @@ def one_pixel_convolutions(program: Program) -> None:
     """
     count = 0
     for node in calls(program, {aten.conv2d.default}):
-        x, weight, bias = node.args[0], own_constant(program, node.args[1]), argument(node, 2)
-        one = (
-            weight is not None
-            and weight.shape[2:] == (1, 1)
-            and shape(x)[2:] == ["1", "1"]
-            and len(shape(x)) == 4
-        )
+        x, bias = argument(node, 0), argument(node, 2)
+        weight = own_constant(program, argument(node, 1))
+        if weight is None or weight.shape[2:] != (1, 1):
+            continue
+        one_pixel = shape(x)[2:] == ["1", "1"] and len(shape(x)) == 4
         plain = _zeros(argument(node, 4, 0)) and argument(node, 6, 1) == 1
-        if not one or not plain or (bias is not None and constant(program, bias) is None):
+        if not one_pixel or not plain or (bias is not None and constant(program, bias) is None):
             continue
         inputs, value = x.meta["val"], node.meta["val"]
         with program.graph.inserting_before(node):
             flat = program.graph.call_function(aten.reshape.default, (x, [-1, weight.shape[1]]))
             flat.meta["val"] = inputs.new_empty((inputs.shape[0], inputs.shape[1]))
-            matrix = add_constant(program, node, f"{node.args[1].target}_matrix", weight.flatten(1))
+            matrix = add_constant(
+                program, node, f"{argument(node, 1).target}_matrix", weight.flatten(1)
+            )
             y = program.graph.call_function(
                 aten.linear.default, (flat, matrix, *([] if bias is None else [bias]))
             )
@@ -162,8 +168,8 @@ def one_pixel_convolutions(program: Program) -> None:
             )
         replace(node, back)
         _after(program, back)
-        if is_call(x, aten.reshape.default) and shape(x.args[0]) == shape(flat):
-            flat.replace_all_uses_with(x.args[0])
+        if is_call(x, aten.reshape.default) and shape(argument(x, 0)) == shape(flat):
+            flat.replace_all_uses_with(argument(x, 0))
         count += 1
     if count:
         program.notes.append(f"{count} convolutions of one pixel as linear layers")
@@ -179,7 +185,7 @@ def _after(program: Program, back: fx.Node) -> None:
     """
     user = next(iter(back.users))
     while len(back.users) == 1 and user.target in _UNARY:
-        inner = back.args[0]
+        inner = argument(back, 0)
         with program.graph.inserting_before(back):
             activated = program.graph.call_function(
                 user.target, (inner, *user.args[1:]), dict(user.kwargs)

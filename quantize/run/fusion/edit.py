@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
+from typing import Any, TypeGuard
+
 import torch
 from torch import fx
 
@@ -44,22 +47,18 @@ PADS = {aten.pad.default, aten.constant_pad_nd.default}
 
 def constant(program: Program, node: object) -> torch.Tensor | None:
     """The tensor behind a `get_attr` node, else None."""
-    return (
-        getattr(program.module, node.target)
-        if isinstance(node, fx.Node) and node.op == "get_attr"
-        else None
-    )
+    if not isinstance(node, fx.Node) or node.op != "get_attr":
+        return None
+    return getattr(program.module, str(node.target))
 
 
-def own_constant(program: Program, node: object) -> torch.Tensor | None:
+def own_constant(program: Program, node: Any) -> torch.Tensor | None:
     """A constant that only one operator uses: it can be changed without making a second copy."""
     tensor = constant(program, node)
     if tensor is None:
         return None
-    users = [
-        u for n in program.graph.find_nodes(op="get_attr", target=node.target) for u in n.users
-    ]
-    return tensor if len(users) == 1 else None
+    holders = program.graph.find_nodes(op="get_attr", target=node.target)
+    return tensor if sum(len(n.users) for n in holders) == 1 else None
 
 
 def add_constant(program: Program, near: fx.Node, name: str, tensor: torch.Tensor) -> fx.Node:
@@ -75,15 +74,22 @@ def add_constant(program: Program, near: fx.Node, name: str, tensor: torch.Tenso
     return node
 
 
-def argument(node: fx.Node, index: int, default: object = None) -> object:
+def argument(node: fx.Node, index: int, default: object = None) -> Any:
     """Positional argument of an operator, or its default."""
     return node.args[index] if len(node.args) > index else default
 
 
-def set_arguments(node: fx.Node, changes: dict[int, object]) -> None:
+def overload(node: fx.Node) -> torch._ops.OpOverload:
+    """The operator that a node calls, where it is known to call one of torch's."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        raise TypeError(f"node {node.name!r} calls {node.target}, which is no operator of torch")
+    return node.target
+
+
+def set_arguments(node: fx.Node, changes: dict[int, Any]) -> None:
     """Replace positional arguments, filling skipped ones with the schema's defaults."""
     values = list(node.args)
-    schema = node.target._schema.arguments
+    schema = overload(node)._schema.arguments
     while len(values) <= max(changes):
         values.append(schema[len(values)].default_value)
     for index, value in changes.items():
@@ -104,7 +110,7 @@ def replace(node: fx.Node, new: fx.Node) -> None:
     node.graph.erase_node(node)
 
 
-def calls(program: Program, targets: object) -> list[fx.Node]:
+def calls(program: Program, targets: Container[Any]) -> list[fx.Node]:
     return [n for n in program.graph.nodes if n.op == "call_function" and n.target in targets]
 
 
@@ -153,5 +159,5 @@ def loosen_views(program: Program) -> None:
         node.target = aten.reshape.default
 
 
-def is_call(node: object, target: object) -> bool:
+def is_call(node: object, target: object) -> TypeGuard[fx.Node]:
     return isinstance(node, fx.Node) and node.target is target

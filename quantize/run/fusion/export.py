@@ -21,9 +21,11 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._guards import detect_fake_mode
+from torch.fx.node import map_arg
 
 from quantize import surgery
-from quantize.run.fusion.edit import may_be_view
+from quantize.run.fusion.edit import argument, may_be_view
 from quantize.run.fusion.graph import CaptureError, Program, aten, is_in_place, named_arguments
 from quantize.run.fusion.nested import Spec, flatten, unflatten
 from quantize.run.fusion.sizes import conditions
@@ -189,7 +191,7 @@ def _fixes_batch(exported: Any) -> bool:
 
 def _traced(flat: Flat, tensors: list[torch.Tensor], free: Callable[[int], bool]) -> Any:
     def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        mode = torch._guards.detect_fake_mode([*args, *kwargs.values()])
+        mode = detect_fake_mode([*args, *kwargs.values()])
         if (
             mode is not None
             and mode.shape_env is not None
@@ -344,25 +346,30 @@ class _Importer:
         if isinstance(node.target, torch._ops.HigherOrderOperator):
             return self._open(source, node)
         if node.op == "get_attr":
-            return self._constant(f"{node.target}_{len(self.taken)}", getattr(source, node.target))
-        if node.target is operator.getitem and not isinstance(self.values[node.args[0]], fx.Node):
-            return self.values[node.args[0]][node.args[1]]
+            return self._constant(
+                f"{node.target}_{len(self.taken)}", getattr(source, str(node.target))
+            )
+        if node.target is operator.getitem:
+            parts = self.values[argument(node, 0)]
+            if not isinstance(parts, fx.Node):
+                return parts[node.args[1]]
         return self.graph.node_copy(node, self._value)
 
     def _open(self, source: fx.GraphModule, node: fx.Node) -> Any:
-        name = node.target.name()
+        target: Any = node.target
+        name = target.name()
         place = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}.get(name)
         if place is None or (name == "wrap_with_autocast" and node.args[2]):
             raise CaptureError(
                 f"it uses {name}, data-dependent control flow or a mode that can't be fused"
             )
-        inner = getattr(source, node.args[place].target)
-        inputs = iter([fx.node.map_arg(a, self._value) for a in node.args[place + 1 :]])
+        inner = getattr(source, argument(node, place).target)
+        inputs = iter([map_arg(a, self._value) for a in node.args[place + 1 :]])
         for child in inner.graph.nodes:
             if child.op == "placeholder":
                 self.values[child] = next(inputs)
             elif child.op == "output":
-                return fx.node.map_arg(child.args[0], self._value)
+                return map_arg(child.args[0], self._value)
             elif child.op != "get_attr" or isinstance(getattr(inner, child.target), torch.Tensor):
                 self.values[child] = self._inline(inner, child)
         raise AssertionError("a graph without an output")
@@ -411,8 +418,9 @@ def _find_state(program: Program) -> None:
         if root.op == "placeholder":
             program.writes_inputs = True
         elif root.op == "get_attr":
-            if root.target not in program.state:
-                program.state[root.target] = getattr(program.module, root.target).clone()
+            name = str(root.target)
+            if name not in program.state:
+                program.state[name] = getattr(program.module, name).clone()
     if program.state:
         _copy_returned_state(program)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx.node import map_arg
 
 from quantize.run.fusion.graph import Program
 from quantize.run.fusion.nested import flatten, unflatten
@@ -52,7 +53,7 @@ class Folded(nn.Module):
                     ):
                         values[node] = main.placeholder(node.name)
             elif node.op == "output":
-                main.output(fx.node.map_arg(node.args[0], lambda n: values[n]))
+                main.output(map_arg(node.args[0], lambda n: values[n]))
             elif node.op == "call_function":
                 values[node] = main.node_copy(node, lambda n: values[n])
         first.output(tuple(ready))
@@ -73,7 +74,7 @@ class Folded(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         tensors = self._bind(args, kwargs)
-        state = [(t.data_ptr(), t._version) for t in self.prepare._buffers.values()]
+        state = [(t.data_ptr(), t._version) for t in self.prepare.buffers()]
         if self._ready is None or self._ready[0] != state:
             with torch.no_grad():
                 self._ready = (state, list(self.prepare()))

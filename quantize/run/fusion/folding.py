@@ -6,6 +6,7 @@ The arithmetic is in the pure functions at the end, in float64; the passes find 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import fx
@@ -20,6 +21,7 @@ from quantize.run.fusion.edit import (
     argument,
     calls,
     constant,
+    overload,
     own_constant,
     set_arguments,
     shape,
@@ -32,9 +34,9 @@ def number_padding(program: Program) -> None:
     operator of its own.
     """
     for node in calls(program, CONVS_BY_WORD):
-        target, dims = CONVS_BY_WORD[node.target]
+        target, dims = CONVS_BY_WORD[overload(node)]
         weight, dilation = (
-            constant(program, node.args[1]),
+            constant(program, argument(node, 1)),
             _numbers(argument(node, 5, 1), CONVS[target]),
         )
         if argument(node, 4, "valid") == "valid":
@@ -46,7 +48,7 @@ def number_padding(program: Program) -> None:
             padding = [t // 2 for t in totals]
             if any(t % 2 for t in totals):  # the odd one is added after the image
                 after = [side for t in totals[::-1] for side in (0, t % 2)]
-                x = node.args[0]
+                x = argument(node, 0)
                 with program.graph.inserting_before(node):
                     padded = program.graph.call_function(aten.constant_pad_nd.default, (x, after))
                 sizes = x.meta["val"].shape
@@ -63,7 +65,7 @@ def fold_padding(program: Program) -> None:
     """
     count = 0
     for node in calls(program, CONVS):
-        pad, dims = node.args[0], CONVS[node.target]
+        pad, dims = argument(node, 0), CONVS[overload(node)]
         if not isinstance(pad, fx.Node) or pad.target not in PADS or len(pad.users) != 1:
             continue
         mode, value = (
@@ -74,7 +76,7 @@ def fold_padding(program: Program) -> None:
                 argument(pad, 3),
             )
         )
-        amounts = pad.args[1]
+        amounts = argument(pad, 1)
         if (
             mode != "constant"
             or value not in (None, 0, 0.0)
@@ -85,8 +87,8 @@ def fold_padding(program: Program) -> None:
             _numbers(argument(node, 4, 0), dims),
             _numbers(argument(node, 5, 1), dims),
         )
-        weight = constant(program, node.args[1])
-        if padding is None or weight is None or len(amounts) > 2 * dims:
+        weight = constant(program, argument(node, 1))
+        if padding is None or dilation is None or weight is None or len(amounts) > 2 * dims:
             continue
         amounts = list(amounts) + [0] * (2 * dims - len(amounts))
         sides = [(amounts[2 * i], amounts[2 * i + 1]) for i in range(dims)][
@@ -97,17 +99,17 @@ def fold_padding(program: Program) -> None:
         if any(e % d for pair, d in zip(extra, dilation, strict=True) for e in pair):
             continue
         if any(e for pair in extra for e in pair):
-            if own_constant(program, node.args[1]) is None or math.prod(weight.shape[2:]) == 1:
+            if own_constant(program, argument(node, 1)) is None or math.prod(weight.shape[2:]) == 1:
                 continue
             flat = [
                 e // d for pair, d in zip(extra[::-1], dilation[::-1], strict=True) for e in pair
             ]
             wider = torch.nn.functional.pad(weight, flat)
             set_arguments(
-                node, {1: add_constant(program, node, f"{node.args[1].target}_padded", wider)}
+                node, {1: add_constant(program, node, f"{argument(node, 1).target}_padded", wider)}
             )
         set_arguments(
-            node, {0: pad.args[0], 4: [p + m for p, m in zip(padding, most, strict=True)]}
+            node, {0: argument(pad, 0), 4: [p + m for p, m in zip(padding, most, strict=True)]}
         )
         program.graph.erase_node(pad)
         count += 1
@@ -132,7 +134,7 @@ def fold_batch_norm(program: Program) -> None:
         scale_shift = _affine(program, node)
         if scale_shift is None:
             continue
-        x, user = node.args[0], next(iter(node.users), None)
+        x, user = argument(node, 0), next(iter(node.users), node)
         if len(x.users) == 1 and _on_dimension_1(x, x) and _scale_output(program, x, *scale_shift):
             before += 1
         elif (
@@ -152,7 +154,7 @@ def fold_batch_norm(program: Program) -> None:
         )
 
 
-def _on_dimension_1(layer: fx.Node, value: fx.Node) -> bool:
+def _on_dimension_1(layer: Any, value: fx.Node) -> bool:
     """Are the channels that `layer` mixes dimension 1 of `value`, as BatchNorm's are?"""
     if layer.target in LINEARS:
         return len(shape(value)) == 2
@@ -165,11 +167,13 @@ def _affine(program: Program, node: fx.Node) -> tuple[torch.Tensor, torch.Tensor
     batch's.
     """
     weight, bias, mean, variance = (constant(program, a) for a in node.args[1:5])
-    if node.args[5] or mean is None or variance is None:
+    if argument(node, 5) or mean is None or variance is None:
         return None
-    if (node.args[1] is not None and weight is None) or (node.args[2] is not None and bias is None):
+    if (argument(node, 1) is not None and weight is None) or (
+        argument(node, 2) is not None and bias is None
+    ):
         return None
-    scale = torch.rsqrt(variance.double() + node.args[7])
+    scale = torch.rsqrt(variance.double() + argument(node, 7))
     scale = scale if weight is None else scale * weight.double()
     shift = -mean.double() * scale
     return scale, shift if bias is None else shift + bias.double()
@@ -186,16 +190,16 @@ def _scale_output(
     )
     if not known:
         return False
-    weight, bias = own_constant(program, node.args[1]), constant(program, argument(node, 2))
+    weight, bias = own_constant(program, argument(node, 1)), constant(program, argument(node, 2))
     if weight is None or (argument(node, 2) is not None and bias is None):
         return False
     groups = argument(node, 6, 1) if node.target in TRANSPOSED else 1
     new_weight, new_bias = scaled_output(
         weight, bias, scale, shift, transposed=node.target in TRANSPOSED, groups=groups
     )
-    changes = {1: add_constant(program, node, f"{node.args[1].target}_scaled", new_weight)}
+    changes = {1: add_constant(program, node, f"{argument(node, 1).target}_scaled", new_weight)}
     if new_bias is not None:
-        changes[2] = add_constant(program, node, f"{node.args[1].target}_bias", new_bias)
+        changes[2] = add_constant(program, node, f"{argument(node, 1).target}_bias", new_bias)
     set_arguments(node, changes)
     return True
 
@@ -206,22 +210,22 @@ def _scale_input(
     """Let a linear or convolution take x where it took `scale * x + shift` (per input channel).
     False if it can't.
     """
-    if node.op != "call_function" or node.args[0] is not x:
+    if node.op != "call_function" or argument(node, 0) is not x:
         return False
     if node.target in CONVS:
-        padding = _numbers(argument(node, 4, 0), CONVS[node.target])
+        padding = _numbers(argument(node, 4, 0), CONVS[overload(node)])
         if shift is not None and (padding is None or any(padding)):
             return False  # the zeros around the image would have to become something else
     elif node.target not in LINEARS:
         return False
-    weight, bias = own_constant(program, node.args[1]), constant(program, argument(node, 2))
+    weight, bias = own_constant(program, argument(node, 1)), constant(program, argument(node, 2))
     if weight is None or (argument(node, 2) is not None and bias is None):
         return False
     groups = argument(node, 6, 1) if node.target in CONVS else 1
     new_weight, new_bias = scaled_input(weight, bias, scale, shift, groups=groups)
-    changes = {1: add_constant(program, node, f"{node.args[1].target}_scaled", new_weight)}
+    changes = {1: add_constant(program, node, f"{argument(node, 1).target}_scaled", new_weight)}
     if new_bias is not None:
-        changes[2] = add_constant(program, node, f"{node.args[1].target}_bias", new_bias)
+        changes[2] = add_constant(program, node, f"{argument(node, 1).target}_bias", new_bias)
     set_arguments(node, changes)
     return True
 
@@ -279,7 +283,8 @@ def _all_scale_input(
     """`_scale_input` for all users of x, or for none."""
     users = list(x.users)
     possible = users and all(
-        u.target in LINEARS and u.args[0] is x and own_constant(program, u.args[1]) is not None
+        u.target in LINEARS and argument(u, 0) is x
+        and own_constant(program, argument(u, 1)) is not None
         and (argument(u, 2) is None or constant(program, argument(u, 2)) is not None)
         and list(u.all_input_nodes).count(x) == 1
         for u in users

@@ -15,6 +15,7 @@ TorchScript can compile them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -95,10 +96,11 @@ def fuse(
     if backend == "auto":
         rows = compare(model, example_inputs, progress=progress)
         contenders = [c for c in rows if c.model is not None and c.backend != "eager"]
-        if not contenders:
+        best = min(contenders, key=lambda c: c.latency_ms or math.inf, default=None)
+        if best is None or best.model is None:
             reasons = "; ".join(f"{r.backend}: {r.reason}" for r in rows if r.reason)
             raise ValueError(f"no back end can take {type(model).__name__}: {reasons}")
-        return min(contenders, key=lambda c: c.latency_ms).model
+        return best.model
     if backend == "torchscript":
         return _torchscript(model, example_inputs, say)[0]
     return _external(model, example_inputs, backend, say)

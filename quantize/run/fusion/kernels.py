@@ -16,6 +16,7 @@ the NaN.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import fx
@@ -52,7 +53,7 @@ def known(activation: str, scalars: tuple[float, ...] = (), algorithm: str = "")
         "hardswish": torch.nn.functional.hardswish,
         "hardsigmoid": torch.nn.functional.hardsigmoid,
         "hardtanh": lambda x: torch.clamp(x, *scalars),
-        "leaky_relu": lambda x: torch.nn.functional.leaky_relu(x, *scalars),
+        "leaky_relu": lambda x: torch.nn.functional.leaky_relu(x, scalars[0]),
         "gelu": lambda x: torch.nn.functional.gelu(x, approximate=algorithm),
     }[activation]
     try:
@@ -95,8 +96,9 @@ def _activation(node: fx.Node) -> tuple[str, tuple[float, ...], str] | None:
         aten.hardsigmoid.default: "hardsigmoid",
     }
     found: tuple[str, tuple[float, ...], str] | None = None
-    if node.target in simple:
-        found = (simple[node.target], (), "")
+    target: Any = node.target
+    if target in simple:
+        found = (simple[target], (), "")
     elif node.target is aten.relu6.default:
         found = ("hardtanh", (0.0, 6.0), "")
     elif node.target in (aten.hardtanh.default, aten.clamp.default):
@@ -109,7 +111,8 @@ def _activation(node: fx.Node) -> tuple[str, tuple[float, ...], str] | None:
     elif node.target is aten.leaky_relu.default:
         found = ("leaky_relu", (float(argument(node, 1, 0.01)),), "")
     elif node.target is aten.gelu.default:
-        found = ("gelu", (), node.kwargs.get("approximate", argument(node, 1, "none")))
+        algorithm = node.kwargs.get("approximate", argument(node, 1, "none"))
+        found = ("gelu", (), str(algorithm))
     return found if found and known(*found) else None
 
 
@@ -130,7 +133,7 @@ def use_kernels(program: Program) -> None:
             and not user.kwargs
             and len(user.args) == 2
         ):
-            candidate = user.args[1] if user.args[0] is last else user.args[0]
+            candidate = argument(user, 1) if argument(user, 0) is last else argument(user, 0)
             if candidate is not last and isinstance(candidate, fx.Node) and _like(candidate, last):
                 last, other = user, candidate
         user = _sole_user(last)
@@ -156,7 +159,9 @@ def use_kernels(program: Program) -> None:
 
 def _sole_user(node: fx.Node) -> fx.Node | None:
     user = next(iter(node.users), None)
-    return user if len(node.users) == 1 and user.op == "call_function" and user.args else None
+    if user is None or len(node.users) > 1 or user.op != "call_function" or not user.args:
+        return None
+    return user
 
 
 def _like(a: fx.Node, b: fx.Node) -> bool:
@@ -171,8 +176,8 @@ def _packed(program: Program, node: fx.Node) -> fx.Node | None:
     run this layer.
     """
     x, weight, bias = (
-        node.args[0].meta.get("val"),
-        constant(program, node.args[1]),
+        argument(node, 0).meta.get("val"),
+        constant(program, argument(node, 1)),
         argument(node, 2),
     )
     if (
@@ -182,9 +187,7 @@ def _packed(program: Program, node: fx.Node) -> fx.Node | None:
         or not isinstance(x, torch.Tensor)
     ):
         return None
-    if bias is not None and (
-        constant(program, bias) is None or constant(program, bias).dtype != weight.dtype
-    ):
+    if bias is not None and getattr(constant(program, bias), "dtype", None) != weight.dtype:
         return None
     bf16 = (
         weight.dtype == torch.bfloat16
@@ -202,7 +205,10 @@ def _packed(program: Program, node: fx.Node) -> fx.Node | None:
         rows = max(1, rows // program.widened)
         if rows * weight.numel() < SMALL:
             return None
-        target, arguments = torch.ops.mkldnn._reorder_linear_weight.default, (node.args[1], rows)
+        target, arguments = (
+            torch.ops.mkldnn._reorder_linear_weight.default,
+            (argument(node, 1), rows),
+        )
     else:
         if x.dim() != 4:
             return None
@@ -213,7 +219,7 @@ def _packed(program: Program, node: fx.Node) -> fx.Node | None:
             return None
         size = [max(1, _hint(x.shape[0]) // program.widened), *(_hint(s) for s in x.shape[1:])]
         target = torch.ops.mkldnn._reorder_convolution_weight.default
-        arguments = (node.args[1], padding, stride, dilation, argument(node, 6, 1), size)
+        arguments = (argument(node, 1), padding, stride, dilation, argument(node, 6, 1), size)
     with program.graph.inserting_before(node):
         prepared = program.graph.call_function(target, arguments)
     prepared.meta["prepare"] = _UNPACK
@@ -240,7 +246,7 @@ def _kernel(
     other: fx.Node | None,
     act: tuple[str, tuple[float, ...], str],
 ) -> fx.Node:
-    x, bias = node.args[0], argument(node, 2)
+    x, bias = argument(node, 0), argument(node, 2)
     name, scalars, algorithm = act
     with program.graph.inserting_before(last):
         if node.target in LINEARS:

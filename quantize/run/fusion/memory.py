@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
-from quantize.run.fusion.edit import may_be_view, mutates, shape
+from quantize.run.fusion.edit import argument, may_be_view, mutates, shape
 from quantize.run.fusion.graph import Program, aten
 
 _CONVOLUTION = torch.ops.mkldnn._convolution_pointwise
@@ -68,7 +68,7 @@ def reuse_memory(program: Program) -> None:
         else:
             continue
         for place in places:
-            x = node.args[place] if len(node.args) > place else None
+            x = argument(node, place)
             others = [
                 n
                 for i, a in enumerate(node.args)
@@ -93,8 +93,9 @@ def reuse_memory(program: Program) -> None:
 
 def _fits(x: fx.Node, node: fx.Node) -> bool:
     before, after = x.meta.get("val"), node.meta.get("val")
-    tensors = isinstance(before, torch.Tensor) and isinstance(after, torch.Tensor)
-    return tensors and before.dtype == after.dtype and shape(x) == shape(node)
+    if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
+        return False
+    return before.dtype == after.dtype and shape(x) == shape(node)
 
 
 def separate_outputs(program: Program, exported: Program) -> None:
@@ -106,10 +107,10 @@ def separate_outputs(program: Program, exported: Program) -> None:
     """
     *_, output = program.graph.nodes
     *_, original = exported.graph.nodes
-    roots = [_roots(n, may_be_view) for n in output.args[0]]
-    meant = [_roots(n, _is_view) for n in original.args[0]]
+    roots = [_roots(n, may_be_view) for n in argument(output, 0)]
+    meant = [_roots(n, _is_view) for n in argument(original, 0)]
     taken: list[set[fx.Node]] = []
-    values = list(output.args[0])
+    values = list(argument(output, 0))
     for i, node in enumerate(values):
         others = [j for j in range(i) if roots[i] & taken[j] and not meant[i] & meant[j]]
         outside = {r.op for r in roots[i]} - {"call_function"} - {r.op for r in meant[i]}

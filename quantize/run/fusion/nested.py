@@ -88,7 +88,8 @@ def unflatten(spec: Spec, tensors: Sequence[Any] | Mapping[int, Any]) -> Any:
         return spec.cls(*children) if spec.cls else tuple(children)
     if spec.kind == "dict":
         return dict(zip(spec.keys, children, strict=True))
-    return spec.cls(**dict(zip(spec.keys, children, strict=True)))
+    made: Any = spec.cls
+    return made(**dict(zip(spec.keys, children, strict=True)))
 
 
 def numbers(spec: Spec) -> list[int]:
@@ -160,6 +161,5 @@ def _bytes(tensor: torch.Tensor) -> tuple[int, int]:
     steps = [(n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True)]
     last = tensor.storage_offset() + (sum(steps) + 1 if tensor.numel() else 0)
     end = -(-last * tensor.element_size() // 16) * 16
-    return tensor.storage_offset() * tensor.element_size() // 16 * 16, min(
-        end, tensor.untyped_storage().nbytes()
-    )
+    start = int(tensor.storage_offset()) * tensor.element_size() // 16 * 16
+    return start, min(int(end), tensor.untyped_storage().nbytes())

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import math
 import operator
+from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.node import map_arg
 
 from quantize.run.fusion.cheaper import one_pixel_convolutions, rms_norms
 from quantize.run.fusion.edit import (
@@ -27,6 +29,7 @@ from quantize.run.fusion.edit import (
     loosen_views,
     may_be_view,
     mutates,
+    overload,
     own_constant,
     replace,
     shape,
@@ -87,29 +90,30 @@ def functionalize(program: Program) -> None:
     """
     order = {n: i for i, n in enumerate(program.graph.nodes)}
     for node in [n for n in program.graph.nodes if n.op == "call_function" and mutates(n)]:
-        changed = node.args[0]
+        changed = argument(node, 0)
         if not isinstance(changed, fx.Node) or changed.op != "call_function":
             continue
         fresh = not may_be_view(changed) and not is_random(changed) and not is_random(node)
         alone = all(
             u is node or (order[u] < order[node] and not may_be_view(u)) for u in changed.users
         )
-        overload = _out_of_place(node)
-        if fresh and alone and overload is not None and _keeps_dtype(node):
-            node.target = overload
+        target = _out_of_place(node)
+        if fresh and alone and target is not None and _keeps_dtype(node):
+            node.target = target
 
 
 def _out_of_place(node: fx.Node) -> torch._ops.OpOverload | None:
     """`aten.add.Tensor` for `aten.add_.Tensor`."""
-    space, name = node.target._schema.name.split("::")
+    own = overload(node)
+    space, name = own._schema.name.split("::")
     packet = getattr(getattr(torch.ops, space), name.removesuffix("_"), None)
     if not name.endswith("_") or packet is None:
         return None
-    overload = getattr(packet, node.target._overloadname or "default", None)
-    if overload is None or overload._schema.is_mutable:
+    found = getattr(packet, own._overloadname or "default", None)
+    if found is None or found._schema.is_mutable:
         return None
-    names = [[a.name for a in o._schema.arguments] for o in (overload, node.target)]
-    return overload if names[0] == names[1] else None
+    names, own_names = ([a.name for a in o._schema.arguments] for o in (found, own))
+    return found if names == own_names else None
 
 
 def _keeps_dtype(node: fx.Node) -> bool:
@@ -119,7 +123,7 @@ def _keeps_dtype(node: fx.Node) -> bool:
         for n in node.all_input_nodes
         if isinstance(n.meta.get("val"), torch.Tensor)
     ]
-    own = node.args[0].meta.get("val")
+    own = argument(node, 0).meta.get("val")
     return isinstance(own, torch.Tensor) and all(
         torch.promote_types(own.dtype, d) == own.dtype for d in dtypes
     )
@@ -132,10 +136,10 @@ def drop_identities(program: Program) -> None:
         if (
             node.op == "call_function"
             and node.args
-            and isinstance(node.args[0], fx.Node)
+            and isinstance(argument(node, 0), fx.Node)
             and _is_identity(node)
         ):
-            node.replace_all_uses_with(node.args[0])
+            node.replace_all_uses_with(argument(node, 0))
             program.graph.erase_node(node)
             count += node.target in _DROPOUTS
     if count:
@@ -143,9 +147,10 @@ def drop_identities(program: Program) -> None:
 
 
 def _is_identity(node: fx.Node) -> bool:
-    before, after = node.args[0].meta.get("val"), node.meta.get("val")
+    before: Any = argument(node, 0).meta.get("val")
+    after: Any = node.meta.get("val")
     if node.target in _DROPOUTS:
-        return not node.args[2]
+        return not argument(node, 2)
     if node.target in _SAME:
         return True
     if node.target in COPIES:
@@ -169,9 +174,9 @@ def _is_identity(node: fx.Node) -> bool:
             and step == 1
         )
     if node.target in PADS:
-        return all(isinstance(p, int) and p == 0 for p in node.args[1])
+        return all(isinstance(p, int) and p == 0 for p in argument(node, 1))
     if node.target is aten.expand.default:
-        return all(s == -1 for s in node.args[1]) and len(node.args[1]) == before.dim()
+        return all(s == -1 for s in argument(node, 1)) and len(argument(node, 1)) == before.dim()
     return False
 
 
@@ -185,13 +190,13 @@ def fold_constants(program: Program) -> None:
             continue
         if mutates(node) or is_random(node) or any(mutates(u) for u in node.users):
             continue
-        inputs = [constant(program, n) for n in node.all_input_nodes]
+        inputs: list[Any] = [constant(program, n) for n in node.all_input_nodes]
         if any(t is None for t in inputs) or not isinstance(node.meta.get("val"), torch.Tensor):
             continue
         varies = any(not isinstance(s, int) for s in node.meta["val"].shape)
         if varies or any(mutates(u) for n in node.all_input_nodes for u in n.users):
             continue
-        values = fx.node.map_arg((node.args, node.kwargs), lambda n: constant(program, n))
+        values = map_arg((node.args, node.kwargs), lambda n: constant(program, n))
         with torch.no_grad():
             result = node.target(*values[0], **values[1])
         if may_be_view(node) and not result.is_floating_point():
@@ -231,15 +236,14 @@ def merge_equal(program: Program) -> None:
 def linear_form(program: Program) -> None:
     """`addmm`, `mm` and `matmul` by a constant become `linear`, which the other passes know."""
     for node in calls(program, {aten.addmm.default, aten.mm.default, aten.matmul.default}):
-        bias, x, weight = (
-            node.args[:3] if node.target is aten.addmm.default else (None, *node.args[:2])
-        )
+        first = 1 if node.target is aten.addmm.default else 0
+        bias = argument(node, 0) if first else None
+        x, weight = argument(node, first), argument(node, first + 1)
         tensor = own_constant(program, weight)
         if tensor is None or tensor.dim() != 2 or node.kwargs or not tensor.is_floating_point():
             continue
-        if bias is not None and (
-            constant(program, bias) is None or constant(program, bias).dim() != 1
-        ):
+        vector: Any = constant(program, bias)
+        if bias is not None and (vector is None or vector.dim() != 1):
             continue
         transposed = add_constant(program, node, f"{weight.target}_t", tensor.t().contiguous())
         with program.graph.inserting_before(node):
@@ -254,10 +258,10 @@ def through_views(program: Program) -> None:
     number of dimensions.
     """
     for node in calls(program, LINEARS):
-        rows, back = node.args[0], next(iter(node.users), None)
+        rows, back = argument(node, 0), next(iter(node.users), None)
         if not is_call(rows, aten.view.default) and not is_call(rows, aten.reshape.default):
             continue
-        x = rows.args[0]
+        x = argument(rows, 0)
         if len(node.users) != 1 or not (
             is_call(back, aten.view.default) or is_call(back, aten.reshape.default)
         ):
@@ -292,7 +296,7 @@ def sink_permutes(program: Program) -> None:
                 or node.kwargs
             ):
                 continue
-            y, order = a.args
+            y, order = argument(a, 0), argument(a, 1)
             if (
                 not isinstance(y, fx.Node)
                 or y.target not in LINEARS
@@ -312,11 +316,11 @@ def sink_permutes(program: Program) -> None:
                 )
             break
     for node in calls(program, {aten.permute.default}):
-        inner = node.args[0]
+        inner = argument(node, 0)
         if is_call(inner, aten.permute.default) and [
-            inner.args[1][i] for i in node.args[1]
-        ] == list(range(len(node.args[1]))):
-            node.replace_all_uses_with(inner.args[0])
+            argument(inner, 1)[i] for i in argument(node, 1)
+        ] == list(range(len(argument(node, 1)))):
+            node.replace_all_uses_with(argument(inner, 0))
 
 
 def activations(program: Program) -> None:
@@ -325,9 +329,9 @@ def activations(program: Program) -> None:
     """
     found = 0
     for node in calls(program, {aten.mul.Tensor}):
-        new = None
+        new: Any = None
         for a, b in (node.args, reversed(node.args)):
-            if is_call(b, aten.sigmoid.default) and b.args[0] is a and len(b.users) == 1:
+            if is_call(b, aten.sigmoid.default) and argument(b, 0) is a and len(b.users) == 1:
                 new = (aten.silu.default, (a,), {})
             x = _tanh_gelu(a, b)
             if x is not None:
@@ -345,10 +349,10 @@ def _scalar(node: object, target: object) -> tuple[object, float] | None:
     if (
         is_call(node, target)
         and len(node.args) == 2
-        and isinstance(node.args[1], (int, float))
+        and isinstance(argument(node, 1), (int, float))
         and not node.kwargs
     ):
-        return node.args[0], float(node.args[1])
+        return argument(node, 0), float(argument(node, 1))
     return None
 
 
@@ -365,7 +369,7 @@ def _tanh_gelu(half: object, one_plus: object) -> object | None:
         or not is_call(right[0], aten.tanh.default)
     ):
         return None
-    scaled = _scalar(right[0].args[0], aten.mul.Tensor)
+    scaled = _scalar(argument(right[0], 0), aten.mul.Tensor)
     if (
         not scaled
         or abs(scaled[1] - math.sqrt(2 / math.pi)) > 1e-6
@@ -387,13 +391,13 @@ def merge_linears(program: Program) -> int:
     groups: dict[fx.Node, list[fx.Node]] = {}
     for node in calls(program, LINEARS):
         bias = argument(node, 2)
-        if own_constant(program, node.args[1]) is not None and (
+        if own_constant(program, argument(node, 1)) is not None and (
             bias is None or constant(program, bias) is not None
         ):
-            groups.setdefault(node.args[0], []).append(node)
+            groups.setdefault(argument(node, 0), []).append(node)
     count = 0
     for x, nodes in groups.items():
-        weights = [constant(program, n.args[1]) for n in nodes]
+        weights: list[Any] = [constant(program, argument(n, 1)) for n in nodes]
         if (
             len(nodes) < 2
             or len({w.dtype for w in weights}) > 1
@@ -408,10 +412,10 @@ def merge_linears(program: Program) -> int:
                 for b, w in zip(biases, weights, strict=True)
             ]
             bias = add_constant(
-                program, nodes[0], f"{nodes[0].args[1].target}_merged_bias", torch.cat(filled)
+                program, nodes[0], f"{argument(nodes[0], 1).target}_merged_bias", torch.cat(filled)
             )
         weight = add_constant(
-            program, nodes[0], f"{nodes[0].args[1].target}_merged", torch.cat(weights)
+            program, nodes[0], f"{argument(nodes[0], 1).target}_merged", torch.cat(weights)
         )
         with program.graph.inserting_before(nodes[0]):
             one = program.graph.call_function(

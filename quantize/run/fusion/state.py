@@ -84,9 +84,10 @@ def _depends_on_others(model: nn.Module, found: Answers) -> bool:
     first, second = found.calls[:2]
     kept = []
     for name, module in model.named_modules():
-        for values in (module._buffers, module.__dict__):
+        places: tuple[dict[str, Any], ...] = (module._buffers, module.__dict__)
+        for values in places:
             for key, value in values.items():
-                if f"{name}.{key}".strip(".") in found.written:
+                if value is not None and f"{name}.{key}".strip(".") in found.written:
                     kept.append((values, key, value, value.clone()))
     one_call(model, found.spec, second.inputs)
     with torch.no_grad():
@@ -211,9 +212,11 @@ def _computed(module: nn.Module) -> dict[int, tuple[Any, str]]:
     hooks = {
         key: hook for key, hook in module._forward_pre_hooks.items() if isinstance(hook, kinds)
     }
-    return {
-        key: (hook, getattr(hook, "name", None) or hook._tensor_name) for key, hook in hooks.items()
-    }
+    return {key: (hook, _tensor_name(hook)) for key, hook in hooks.items()}
+
+
+def _tensor_name(hook: Any) -> str:
+    return getattr(hook, "name", None) or hook._tensor_name
 
 
 def _state(model: nn.Module) -> dict[str, Any]:

@@ -73,9 +73,8 @@ def _trace(model: nn.Module, example_inputs: Any) -> nn.Module:
         else {"example_inputs": example_inputs}
     )
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        return torch.jit.freeze(
-            torch.jit.trace(model, **inputs, strict=False, check_trace=False).eval()
-        )
+        traced: Any = torch.jit.trace(model, **inputs, strict=False, check_trace=False)
+        return torch.jit.freeze(traced.eval())
 
 
 def _first(error: BaseException) -> str:
@@ -127,7 +126,7 @@ class Fused(torch.jit.RecursiveScriptModule):
     """
 
     @classmethod
-    def of(cls, script: torch.jit.ScriptModule, output: Spec | None = None) -> Fused:
+    def of(cls, script: Any, output: Spec | None = None) -> Fused:
         """Make `script` one of this class, in place. `output`: the form of the model's output."""
         script.__class__ = cls
         script.__dict__["_output"] = None if output is None or plain(output) == output else output
@@ -146,7 +145,7 @@ class Fused(torch.jit.RecursiveScriptModule):
         # torch's own deep copy of a module behind an interface shares its tensors
         with _quiet():
             script = torch.jit.load(io.BytesIO(self.save_to_buffer()))
-        new = Fused.of(script, self.__dict__["_output"])
+        new: Any = Fused.of(script, self.__dict__["_output"])
         new.__dict__["_notes"] = list(self.__dict__.get("_notes", ()))
         return new
 
@@ -169,7 +168,7 @@ def compile(program: Program) -> nn.Module:
     for node in program.graph.nodes:
         if node.meta.get("prepare"):
             setattr(holder, f"prepared_{node.name}", torch.empty(0))
-    holder.called = False
+    setattr(holder, "called", False)  # noqa: B010
     writer = _Writer(program)
     with _quiet():
         body = torch.jit.script(holder.eval())
@@ -190,7 +189,7 @@ def _interface(source: str) -> type:
     with tempfile.TemporaryDirectory(prefix="fused-") as folder:
         file = Path(folder) / f"{name}.py"
         file.write_text(source)
-        spec = importlib.util.spec_from_file_location(name, file)
+        spec: Any = importlib.util.spec_from_file_location(name, file)
         module = sys.modules[name] = importlib.util.module_from_spec(spec)
         try:
             spec.loader.exec_module(module)

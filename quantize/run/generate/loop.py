@@ -7,6 +7,7 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +34,7 @@ from quantize.run.generate.sampling import Chooser, Sampling
 from quantize.run.kv_cache import KVCache
 
 
-def generate(model: nn.Module, prompt: Prompt, **options: object) -> Tensor | list[Tensor] | tuple:
+def generate(model: nn.Module, prompt: Prompt, **options: Any) -> Tensor | list[Tensor] | tuple:
     """Continue a prompt: ids [B, T] (integers) -> ids [B, T + new], the prompt included, new <=
     max_new_tokens.
 
@@ -86,7 +87,7 @@ def generate(model: nn.Module, prompt: Prompt, **options: object) -> Tensor | li
     return (run.result, run.log_probs) if run.wants_log_probs else run.result
 
 
-def generate_stream(model: nn.Module, prompt: Prompt, **options: object) -> Generation:
+def generate_stream(model: nn.Module, prompt: Prompt, **options: Any) -> Generation:
     """`generate`, token by token: an iterator of int64 [B], one id per row, as soon as each is
     known.
 
@@ -115,7 +116,7 @@ class Generation:
         draft: nn.Module | str | None = None,
         draft_tokens: int | None = None,
         log_probs: bool = False,
-        **sampling: object,
+        **sampling: Any,
     ):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
@@ -147,7 +148,8 @@ class Generation:
         self._seen = self._tokens_seen() if self._choose.penalty != 1 else None
         self.wants_log_probs, self._log_probs = log_probs, []
         self._done = torch.zeros(self.batch, dtype=torch.bool, device=self._device)
-        self._ends = [None] * self.batch  # where each row that stopped ends
+        # Where each row that stopped ends.
+        self._ends: list[int | None] = [None] * self.batch
         self.drafted = self.accepted = 0
         self._tokens = self._run()
 
@@ -230,8 +232,8 @@ class Generation:
 
     def _guess(self, limit: int) -> tuple[Tensor, float]:
         """Guesses [B, n], never past the end, and the seconds they took."""
-        count = min(self._pace.length(), limit - self.ids.shape[1] - 1) if self._draft else 0
-        if count <= 0:
+        count = min(self._pace.length(), limit - self.ids.shape[1] - 1)
+        if self._draft is None or count <= 0:
             return self.ids[:, :0], 0.0
         started = time.perf_counter()
         guesses = self._draft.propose(self.ids, count)
@@ -259,7 +261,8 @@ class Generation:
         four byte-level tokens.
         """
         tail = 4 * max(map(len, self._stop_strings)) + 4
-        text = self._to_text(row[self.prompt_length :][-tail:].tolist())
+        to_text: Any = self._to_text
+        text = to_text(row[self.prompt_length :][-tail:].tolist())
         return any(s in text for s in self._stop_strings)
 
     def _tokens_seen(self) -> Tensor:

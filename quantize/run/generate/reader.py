@@ -119,7 +119,8 @@ class CachedReader:
         wasn't noted.
         """
         cache = self.cache
-        shapes = [m.cache_shape[:2] for m in self.model.modules() if hasattr(m, "cache_shape")]
+        parts: list[Any] = [m for m in self.model.modules() if hasattr(m, "cache_shape")]
+        shapes = [part.cache_shape[:2] for part in parts]
         if shapes != cache.shapes:
             raise ValueError(
                 f"the cache was made for another model: its layers hold {cache.shapes} (heads, "
@@ -146,7 +147,7 @@ class CachedReader:
         read, at least one position.
         """
         cache = self.cache
-        if cache.length:
+        if cache.length and cache.tokens is not None:
             reach = min(cache.length, ids.shape[1] - 1)
             same = (cache.tokens[:, :reach] == ids[:, :reach]).all(0)
             cache.truncate(int(same.cumprod(0).sum()))
@@ -197,7 +198,8 @@ class PlainReader:
         return logits.gather(1, wanted[..., None].expand(-1, -1, logits.shape[-1]))
 
     def truncate(self, length: int) -> None:
-        self.ids = self.ids[:, :length]
+        if self.ids is not None:
+            self.ids = self.ids[:, :length]
 
 
 def _parameters(model: nn.Module) -> frozenset[str]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -122,7 +123,7 @@ class KVCache:
         batch: int = 1,
         limit: int | None = None,
         dtype: torch.dtype | None = None,
-        **options: object,
+        **options: Any,
     ) -> KVCache:
         """A cache that fits `model`: any model whose attention modules have a `cache_shape` (KV
         heads, head width, window).
@@ -131,9 +132,8 @@ class KVCache:
         Without a `window` asked for, `limit` defaults to the model's `config.max_length`. `options`
         are those of the constructor.
         """
-        modules = sorted(
-            (m for m in model.modules() if hasattr(m, "cache_shape")), key=lambda m: m.layer
-        )
+        modules: list[Any] = [m for m in model.modules() if hasattr(m, "cache_shape")]
+        modules.sort(key=lambda m: m.layer)
         if not modules or [m.layer for m in modules] != list(range(len(modules))):
             found = f"found layers {[m.layer for m in modules]}"
             raise ValueError(
@@ -234,7 +234,7 @@ class KVCache:
         new = k.shape[2]
         store = self._write(layer, k, v)
         start = self._end - new  # position of the first query
-        if self.sinks and self._end > store.window:
+        if self.sinks and store.window and self._end > store.window:
             return self._attend_with_sinks(store, q, start, slopes)
         low = (
             0 if store.window is None else max(0, start - store.window + 1)
@@ -341,13 +341,14 @@ class KVCache:
     def _attend_with_sinks(
         self, store: Layer, q: Tensor, start: int, slopes: Tensor | None
     ) -> Tensor:
-        low = max(start - store.window + 1, self.sinks)
+        window = store.window or 0  # sinks have one
+        low = max(start - window + 1, self.sinks)
         held = store.between(low, self._end)
         first = store.sinks or {n: t[:, :, : self.sinks] for n, t in store.tensors.items()}
         near = [self._read(held, n, q.dtype) for n in "kv"]
         far = [self._read(first, n, q.dtype) for n in "kv"]
         return attention_with_sinks(
-            q, *near, *far, start=start, window=store.window, rope=self.rope, slopes=slopes
+            q, *near, *far, start=start, window=window, rope=self.rope, slopes=slopes
         )
 
     # ------------------------------------------------------------------------------------------
@@ -387,8 +388,8 @@ class KVCache:
                 f"length is {length!r}; allowed: 0 to the {self.length} positions held"
             )
         for layer in self._layers:
-            if layer.first and length - layer.window + 1 < layer.first:
-                least = layer.first + layer.window - 1
+            least = layer.first + (layer.window or 0) - 1
+            if layer.first and length < least:
                 raise ValueError(
                     f"length is {length}; a window of {layer.window} allows {least} to "
                     f"{self.length} by now"

@@ -142,7 +142,7 @@ class Layer:
 
     def _droppable(self, length: int, end: int, block: int) -> int:
         """Positions at the start that a window has left behind, if it is time to drop them."""
-        if end - self.first <= self.room(block):
+        if self.window is None or end - self.first <= self.room(block):
             return 0
         return max(0, length - self.first - self.window - SLACK)
 

@@ -31,6 +31,9 @@ class CachedAttention(nn.Module):
     Raises ValueError, naming the argument, for values out of range.
     """
 
+    rope: Tensor | None
+    slopes: Tensor | None
+
     def __init__(
         self,
         width: int,
@@ -118,9 +121,8 @@ class CachedAttention(nn.Module):
             torch.arange(new, device=x.device) if cache is None else cache.positions(new, x.device)
         )
         if self.position == "rope":
-            angles = positions[..., None].float() * self.rope_frequencies(
-                x.device
-            )  # [T, D/2], or [B, T, D/2]
+            frequencies = rope_frequencies(self.head_dim, self.rope_theta, x.device)
+            angles = positions[..., None].float() * frequencies  # [T, D/2], or [B, T, D/2]
             angles = angles if angles.dim() == 2 else angles[:, None]
             q, k = rotate(q, angles), rotate(k, angles)
         if cache is not None:

@@ -1,0 +1,168 @@
+"""The code stays calm: one step a line with its result named, short functions, short files.
+
+What still breaks a rule is named in `STILL`; take it out when it is mended.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+NODES_PER_LINE = {"quantize": 10.5, "tests": 11.0, "benchmarks": 11.0}
+MOST_LINES = 350
+MOST_LINES_OF_A_FUNCTION = 60  # without its docstring
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+PACKAGE = sorted((ROOT / "quantize").rglob("*.py"))
+
+
+def prose(tree: ast.AST) -> set[int]:
+    """Numbers of the lines that docstrings take."""
+    lines: set[int] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, DOCUMENTED) and ast.get_docstring(node) is not None:
+            text = node.body[0]
+            lines |= set(range(text.lineno, text.end_lineno + 1))
+    return lines
+
+
+def measured(files: list[Path]) -> tuple[int, int]:
+    """Syntax-tree nodes and lines of code; docstrings and comments are neither."""
+    nodes = lines = 0
+    for path in files:
+        source = path.read_text()
+        tree = ast.parse(source)
+        kept = prose(tree)
+        for node in ast.walk(tree):
+            documented = isinstance(node, DOCUMENTED) and ast.get_docstring(node) is not None
+            nodes += 1 - 2 * documented
+        for number, line in enumerate(source.splitlines(), 1):
+            text = line.strip()
+            lines += bool(text) and number not in kept and not text.startswith("#")
+    return nodes, lines
+
+
+def found(files: list[Path], rule: str) -> Iterator[str]:
+    """Where a rule is broken: `quantize/host.py` or `quantize/host.py:pinned`."""
+    for path in files:
+        name = str(path.relative_to(ROOT))
+        source = path.read_text()
+        if rule == "long file":
+            if len(source.splitlines()) > MOST_LINES:
+                yield name
+            continue
+        for node in ast.walk(ast.parse(source)):
+            if BROKEN[rule](node):
+                yield f"{name}:{getattr(node, 'name', '')}".removesuffix(":")
+
+
+def is_long_function(node: ast.AST) -> bool:
+    if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+        return False
+    lines = set(range(node.lineno, node.end_lineno + 1))
+    return len(lines - prose(node)) > MOST_LINES_OF_A_FUNCTION
+
+
+def is_nested_conditional(node: ast.AST) -> bool:
+    inside = [part for part in ast.walk(node) if isinstance(part, ast.IfExp) and part is not node]
+    return isinstance(node, ast.IfExp) and bool(inside)
+
+
+def has_two_loops(node: ast.AST) -> bool:
+    return isinstance(node, COMPREHENSIONS) and len(node.generators) > 1
+
+
+BROKEN = {
+    "long function": is_long_function,
+    "nested conditional": is_nested_conditional,
+    "two loops": has_two_loops,
+}
+STILL: dict[str, set[str]] = {
+    "long file": {
+        "quantize/checkpoint/container.py",
+        "quantize/compression/distillation/objective.py",
+        "quantize/compression/pruning/choose.py",
+        "quantize/compression/pruning/prune.py",
+        "quantize/compression/pruning/rules.py",
+        "quantize/host.py",
+        "quantize/models/pretrained.py",
+        "quantize/run/fusion/export.py",
+        "quantize/run/fusion/folding.py",
+        "quantize/run/fusion/passes.py",
+        "quantize/run/fusion/torchscript.py",
+        "quantize/run/generate/loop.py",
+        "quantize/run/kv_cache/cache.py",
+        "quantize/surgery/edit.py",
+        "quantize/training/data.py",
+    },
+    "long function": {
+        "quantize/compression/distillation/teach.py:distill",
+        "quantize/compression/low_rank/factorize.py:factorize_low_rank",
+        "quantize/training/loop.py:fit",
+    },
+    "nested conditional": {
+        "quantize/compression/distillation/match.py",
+        "quantize/compression/distillation/objective.py",
+        "quantize/compression/low_rank/budget.py",
+        "quantize/compression/pruning/rules.py",
+        "quantize/compression/search/walk.py",
+        "quantize/models/pretrained.py",
+        "quantize/nn/attention.py",
+    },
+    "two loops": {
+        "quantize/calibration/inputs.py",
+        "quantize/calibration/state.py",
+        "quantize/checkpoint/model.py",
+        "quantize/compression/half.py",
+        "quantize/compression/low_rank/candidates.py",
+        "quantize/compression/low_rank/fit.py",
+        "quantize/compression/low_rank/maths.py",
+        "quantize/compression/low_rank/notes.py",
+        "quantize/compression/pruning/choose.py",
+        "quantize/compression/pruning/cut.py",
+        "quantize/compression/pruning/repair.py",
+        "quantize/compression/pruning/scores.py",
+        "quantize/compression/pruning/trace.py",
+        "quantize/models/pretrained.py",
+        "quantize/run/decoding/native.py",
+        "quantize/run/decoding/passes.py",
+        "quantize/run/fusion/folding.py",
+        "quantize/run/fusion/memory.py",
+        "quantize/run/fusion/nested.py",
+        "quantize/run/fusion/passes.py",
+        "quantize/run/fusion/state.py",
+        "quantize/run/kv_cache/layer.py",
+        "quantize/surgery/edit.py",
+        "quantize/surgery/folder.py",
+        "quantize/surgery/record.py",
+        "quantize/training/resuming.py",
+    },
+}
+
+
+@pytest.mark.parametrize("folder", NODES_PER_LINE)
+def test_lines_do_one_thing(folder: str) -> None:
+    """A folder has at most so many syntax-tree nodes per line of code."""
+    nodes, lines = measured(sorted((ROOT / folder).rglob("*.py")))
+    assert nodes / lines <= NODES_PER_LINE[folder], f"{nodes / lines:.2f} nodes per line"
+
+
+@pytest.mark.parametrize("rule", ["long file", *BROKEN])
+def test_the_package_is_calm(rule: str) -> None:
+    """No long file or function, no conditional inside another, no comprehension with two loops."""
+    assert set(found(PACKAGE, rule)) <= STILL.get(rule, set())
+
+
+def test_no_logic_in_an_init() -> None:
+    """An `__init__.py` imports, and names what is public."""
+    for path in PACKAGE:
+        if path.name != "__init__.py":
+            continue
+        for node in ast.parse(path.read_text()).body:
+            plain = isinstance(node, (ast.Import, ast.ImportFrom, ast.Expr))
+            names = [getattr(target, "id", "") for target in getattr(node, "targets", [])]
+            assert plain or (set(names) <= {"__all__", "__version__"} and names), path
