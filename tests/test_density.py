@@ -112,6 +112,7 @@ STILL: dict[str, set[str]] = {
         "quantize/compression/search/walk.py",
         "quantize/models/pretrained.py",
         "quantize/nn/attention.py",
+        "quantize/nn/int8_kernels.py",
     },
     "two loops": {
         "quantize/calibration/inputs.py",

@@ -1,7 +1,8 @@
 // Exact sums of products of uint8 rows and int8 weights, for each instruction set.
 //
-// Weights are interleaved: a panel holds 16 outputs, and of each the next 4 weights side by side, so that one vector of 64
-// bytes meets 4 bytes of a row. STEP of them follow each other: PANEL_BYTES(k) = 16 k bytes, where k is filled up with zeros.
+// Weights are interleaved: a panel holds 16 outputs, and of each the next 4 weights side by side,
+// so that one vector of 64 bytes meets 4 bytes of a row. STEP of them follow each other:
+// PANEL_BYTES(k) = 16 k bytes, where k is filled up with zeros.
 
 #pragma once
 #include "numbers.h"
@@ -15,164 +16,178 @@ namespace {
 // Sums of 16 outputs, and the next 4 bytes of a row in the form that they are multiplied in.
 #if defined(__AVX512VNNI__)
 struct Quad {
-    __m512i bytes;
-    explicit Quad(int32_t q) : bytes(_mm512_set1_epi32(q)) {}
+  __m512i bytes;
+  explicit Quad(int32_t q) : bytes(_mm512_set1_epi32(q)) {}
 };
 struct Weights {
-    __m512i bytes;
-    explicit Weights(const int8_t *w) : bytes(_mm512_loadu_si512(w)) {}
+  __m512i bytes;
+  explicit Weights(const int8_t* w) : bytes(_mm512_loadu_si512(w)) {}
 };
 struct Sums {
-    __m512i total = _mm512_setzero_si512();
-    void add(const Quad &q, const Weights &w) { total = _mm512_dpbusd_epi32(total, q.bytes, w.bytes); }
-    void store(int32_t *to) const { _mm512_storeu_si512(to, total); }
+  __m512i total = _mm512_setzero_si512();
+  void add(const Quad& q, const Weights& w) {
+    total = _mm512_dpbusd_epi32(total, q.bytes, w.bytes);
+  }
+  void store(int32_t* to) const { _mm512_storeu_si512(to, total); }
 };
 constexpr int MOST_ROWS = 4, MOST_PANELS = 4;
 #elif defined(__AVX512BW__)
 // Through 16 bits, even and odd places apart: the product of bytes saturates.
 struct Quad {
-    __m512i even, odd;
-    explicit Quad(int32_t q) : even(_mm512_set1_epi32(q & 0xff00ff)), odd(_mm512_set1_epi32(q >> 8 & 0xff00ff)) {}
+  __m512i even, odd;
+  explicit Quad(int32_t q)
+      : even(_mm512_set1_epi32(q & 0xff00ff)), odd(_mm512_set1_epi32(q >> 8 & 0xff00ff)) {}
 };
 struct Weights {
-    __m512i even, odd;
-    explicit Weights(const int8_t *w) {
-        const __m512i bytes = _mm512_loadu_si512(w);
-        even = _mm512_srai_epi16(_mm512_slli_epi16(bytes, 8), 8);
-        odd = _mm512_srai_epi16(bytes, 8);
-    }
+  __m512i even, odd;
+  explicit Weights(const int8_t* w) {
+    const __m512i bytes = _mm512_loadu_si512(w);
+    even = _mm512_srai_epi16(_mm512_slli_epi16(bytes, 8), 8);
+    odd = _mm512_srai_epi16(bytes, 8);
+  }
 };
 struct Sums {
-    __m512i total = _mm512_setzero_si512();
-    void add(const Quad &q, const Weights &w) {
-        const __m512i products = _mm512_madd_epi16(q.even, w.even);
-        total = _mm512_add_epi32(total, _mm512_add_epi32(products, _mm512_madd_epi16(q.odd, w.odd)));
-    }
-    void store(int32_t *to) const { _mm512_storeu_si512(to, total); }
+  __m512i total = _mm512_setzero_si512();
+  void add(const Quad& q, const Weights& w) {
+    const __m512i products = _mm512_madd_epi16(q.even, w.even);
+    total = _mm512_add_epi32(total, _mm512_add_epi32(products, _mm512_madd_epi16(q.odd, w.odd)));
+  }
+  void store(int32_t* to) const { _mm512_storeu_si512(to, total); }
 };
 constexpr int MOST_ROWS = 4, MOST_PANELS = 2;
 #elif defined(__AVX2__)
 struct Quad {
-    __m256i even, odd;
-    explicit Quad(int32_t q) : even(_mm256_set1_epi32(q & 0xff00ff)), odd(_mm256_set1_epi32(q >> 8 & 0xff00ff)) {}
+  __m256i even, odd;
+  explicit Quad(int32_t q)
+      : even(_mm256_set1_epi32(q & 0xff00ff)), odd(_mm256_set1_epi32(q >> 8 & 0xff00ff)) {}
 };
 struct Weights {
-    __m256i even[2], odd[2];
-    explicit Weights(const int8_t *w) {
-        for (int half = 0; half < 2; half++) {
-            const __m256i bytes = _mm256_loadu_si256((const __m256i *)w + half);
-            even[half] = _mm256_srai_epi16(_mm256_slli_epi16(bytes, 8), 8);
-            odd[half] = _mm256_srai_epi16(bytes, 8);
-        }
+  __m256i even[2], odd[2];
+  explicit Weights(const int8_t* w) {
+    for (int half = 0; half < 2; half++) {
+      const __m256i bytes = _mm256_loadu_si256((const __m256i*)w + half);
+      even[half] = _mm256_srai_epi16(_mm256_slli_epi16(bytes, 8), 8);
+      odd[half] = _mm256_srai_epi16(bytes, 8);
     }
+  }
 };
 struct Sums {
-    __m256i total[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
-    void add(const Quad &q, const Weights &w) {
-        for (int half = 0; half < 2; half++) {
-            const __m256i products = _mm256_madd_epi16(q.even, w.even[half]);
-            const __m256i more = _mm256_madd_epi16(q.odd, w.odd[half]);
-            total[half] = _mm256_add_epi32(total[half], _mm256_add_epi32(products, more));
-        }
+  __m256i total[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+  void add(const Quad& q, const Weights& w) {
+    for (int half = 0; half < 2; half++) {
+      const __m256i products = _mm256_madd_epi16(q.even, w.even[half]);
+      const __m256i more = _mm256_madd_epi16(q.odd, w.odd[half]);
+      total[half] = _mm256_add_epi32(total[half], _mm256_add_epi32(products, more));
     }
-    void store(int32_t *to) const {
-        for (int half = 0; half < 2; half++) _mm256_storeu_si256((__m256i *)to + half, total[half]);
-    }
+  }
+  void store(int32_t* to) const {
+    for (int half = 0; half < 2; half++) _mm256_storeu_si256((__m256i*)to + half, total[half]);
+  }
 };
 constexpr int MOST_ROWS = 4, MOST_PANELS = 1;
 #else
 struct Quad {
-    int32_t byte[4];
-    explicit Quad(int32_t q) {
-        for (int i = 0; i < 4; i++) byte[i] = q >> 8 * i & 255;
-    }
+  int32_t byte[4];
+  explicit Quad(int32_t q) {
+    for (int i = 0; i < 4; i++) byte[i] = q >> 8 * i & 255;
+  }
 };
 struct Weights {
-    const int8_t *bytes;
-    explicit Weights(const int8_t *w) : bytes(w) {}
+  const int8_t* bytes;
+  explicit Weights(const int8_t* w) : bytes(w) {}
 };
 struct Sums {
-    int32_t total[16] = {};
-    void add(const Quad &q, const Weights &w) {
-        for (int output = 0; output < 16; output++)
-            for (int i = 0; i < 4; i++) total[output] += q.byte[i] * w.bytes[4 * output + i];
-    }
-    void store(int32_t *to) const { memcpy(to, total, sizeof total); }
+  int32_t total[16] = {};
+  void add(const Quad& q, const Weights& w) {
+    for (int output = 0; output < 16; output++)
+      for (int i = 0; i < 4; i++) total[output] += q.byte[i] * w.bytes[4 * output + i];
+  }
+  void store(int32_t* to) const { memcpy(to, total, sizeof total); }
 };
 constexpr int MOST_ROWS = 4, MOST_PANELS = 1;
 #endif
 
-// sums[r][p] = 16 outputs of panel p for row r. q: rows `stride` apart; w: panels `panel` bytes apart; k: a multiple of 4.
+// sums[r][p] = 16 outputs of panel p for row r. q: rows `stride` apart; w: panels `panel` bytes
+// apart; k: a multiple of 4.
 template <int R, int P>
-inline void multiply_block(const uint8_t *q, int64_t stride, const int8_t *w, int64_t panel, int64_t k, int32_t *sums) {
-    Sums total[R][P];
-    for (int64_t i = 0; i < k; i += 4) {
-        for (int p = 0; p < P; p++) {
-            const Weights weights(w + p * panel + 16 * i);
-            for (int r = 0; r < R; r++) {
-                int32_t four;
-                memcpy(&four, q + r * stride + i, 4);
-                total[r][p].add(Quad(four), weights);
-            }
-        }
+inline void multiply_block(const uint8_t* q, int64_t stride, const int8_t* w, int64_t panel,
+                           int64_t k, int32_t* sums) {
+  Sums total[R][P];
+  for (int64_t i = 0; i < k; i += 4) {
+    for (int p = 0; p < P; p++) {
+      const Weights weights(w + p * panel + 16 * i);
+      for (int r = 0; r < R; r++) {
+        int32_t four;
+        memcpy(&four, q + r * stride + i, 4);
+        total[r][p].add(Quad(four), weights);
+      }
     }
-    for (int r = 0; r < R; r++)
-        for (int p = 0; p < P; p++) total[r][p].store(sums + (r * P + p) * 16);
+  }
+  for (int r = 0; r < R; r++)
+    for (int p = 0; p < P; p++) total[r][p].store(sums + (r * P + p) * 16);
 }
 
 template <int P>
-inline void multiply_rows(int64_t rows, const uint8_t *q, int64_t stride, const int8_t *w, int64_t panel, int64_t k, int32_t *sums) {
-    switch (rows) {
-    case 1: return multiply_block<1, P>(q, stride, w, panel, k, sums);
-    case 2: return multiply_block<2, P>(q, stride, w, panel, k, sums);
-    case 3: return multiply_block<3, P>(q, stride, w, panel, k, sums);
-    default: return multiply_block<4, P>(q, stride, w, panel, k, sums);
-    }
+inline void multiply_rows(int64_t rows, const uint8_t* q, int64_t stride, const int8_t* w,
+                          int64_t panel, int64_t k, int32_t* sums) {
+  switch (rows) {
+    case 1:
+      return multiply_block<1, P>(q, stride, w, panel, k, sums);
+    case 2:
+      return multiply_block<2, P>(q, stride, w, panel, k, sums);
+    case 3:
+      return multiply_block<3, P>(q, stride, w, panel, k, sums);
+    default:
+      return multiply_block<4, P>(q, stride, w, panel, k, sums);
+  }
 }
 
-// ------------------------------------------------------------------------------------------------ matrix tiles
+// ------------------------------------------------------------------------------------------------
+// matrix tiles
 
 #if defined(QUANTIZE_TILES)
 
 struct TileShapes {
-    uint8_t palette = 1, first_row = 0, reserved[14] = {};
-    uint16_t bytes[16] = {};
-    uint8_t rows[16] = {};
+  uint8_t palette = 1, first_row = 0, reserved[14] = {};
+  uint16_t bytes[16] = {};
+  uint8_t rows[16] = {};
 };
 
-// Tiles 0 to 3 are sums of 16 rows and 16 outputs, 4 and 5 rows of q, 6 and 7 weights. They are this thread's from here on.
+// Tiles 0 to 3 are sums of 16 rows and 16 outputs, 4 and 5 rows of q, 6 and 7 weights. They are
+// this thread's from here on.
 inline void open_tiles() {
-    TileShapes shapes;
-    for (int tile = 0; tile < 8; tile++) shapes.bytes[tile] = 64, shapes.rows[tile] = 16;
-    _tile_loadconfig(&shapes);
+  TileShapes shapes;
+  for (int tile = 0; tile < 8; tile++) shapes.bytes[tile] = 64, shapes.rows[tile] = 16;
+  _tile_loadconfig(&shapes);
 }
 inline void close_tiles() { _tile_release(); }
 
 // sums [16 R][16 P]: of 16 R rows and P panels, for R and P of 1 or 2. k: a multiple of 64.
 template <int R, int P>
-inline void multiply_tiles(const uint8_t *q, int64_t stride, const int8_t *w, int64_t panel, int64_t k, int32_t *sums) {
-    _tile_zero(0);
-    if (P == 2) _tile_zero(1);
-    if (R == 2) _tile_zero(2);
-    if (R == 2 && P == 2) _tile_zero(3);
-    for (int64_t i = 0; i < k; i += 64) {
-        _tile_loadd(4, q + i, stride);
-        _tile_loadd(6, w + 16 * i, 64);
-        _tile_dpbusd(0, 4, 6);
-        if (P == 2) {
-            _tile_loadd(7, w + panel + 16 * i, 64);
-            _tile_dpbusd(1, 4, 7);
-        }
-        if (R == 2) {
-            _tile_loadd(5, q + 16 * stride + i, stride);
-            _tile_dpbusd(2, 5, 6);
-        }
-        if (R == 2 && P == 2) _tile_dpbusd(3, 5, 7);
+inline void multiply_tiles(const uint8_t* q, int64_t stride, const int8_t* w, int64_t panel,
+                           int64_t k, int32_t* sums) {
+  _tile_zero(0);
+  if (P == 2) _tile_zero(1);
+  if (R == 2) _tile_zero(2);
+  if (R == 2 && P == 2) _tile_zero(3);
+  for (int64_t i = 0; i < k; i += 64) {
+    _tile_loadd(4, q + i, stride);
+    _tile_loadd(6, w + 16 * i, 64);
+    _tile_dpbusd(0, 4, 6);
+    if (P == 2) {
+      _tile_loadd(7, w + panel + 16 * i, 64);
+      _tile_dpbusd(1, 4, 7);
     }
-    _tile_stored(0, sums, 64 * P);
-    if (P == 2) _tile_stored(1, sums + 16, 64 * P);
-    if (R == 2) _tile_stored(2, sums + 256 * P, 64 * P);
-    if (R == 2 && P == 2) _tile_stored(3, sums + 256 * P + 16, 64 * P);
+    if (R == 2) {
+      _tile_loadd(5, q + 16 * stride + i, stride);
+      _tile_dpbusd(2, 5, 6);
+    }
+    if (R == 2 && P == 2) _tile_dpbusd(3, 5, 7);
+  }
+  _tile_stored(0, sums, 64 * P);
+  if (P == 2) _tile_stored(1, sums + 16, 64 * P);
+  if (R == 2) _tile_stored(2, sums + 256 * P, 64 * P);
+  if (R == 2 && P == 2) _tile_stored(3, sums + 256 * P + 16, 64 * P);
 }
 
 #endif

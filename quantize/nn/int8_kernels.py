@@ -25,7 +25,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -246,7 +246,7 @@ def _choose(x: Tensor, weight: Tensor, kernels: dict[str, Kernel]) -> Kernel:
             found = _chosen[key] = _fastest(min(rows, _MANY), min(n, 1024), k, kernels)
     if found is STOCK["onednn"] and weight.is_inference():
         return STOCK["int_mm"]  # changes of the weight can't be seen: it can't have a packed copy
-    return found
+    return cast(Kernel, found)  # it is native, or was found above
 
 
 @torch.inference_mode(False)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,7 @@ from quantize.nn.int4 import Int4Linear
 from quantize.nn.int8 import Int8Linear
 from quantize.nn.int8_kernels import in_graph
 from quantize.nn.int8_products import sum_weights
+from quantize.run.decoding.sizes import blocks_of
 from quantize.run.fusion import torchscript
 from quantize.run.kv_cache import KVCache
 from quantize.run.kv_cache.functions import attention
@@ -31,7 +33,7 @@ def merged(model: DecoderLM) -> DecoderLM:
     """A model that shares what it can with `model`, its layers merged and in the form for one
     row.
     """
-    blocks = nn.ModuleList(_merge_block(block) for block in model.blocks)
+    blocks = nn.ModuleList(_merge_block(block) for block in blocks_of(model))
     return _twin(model, blocks=blocks, head=_for_one_row(model.head))
 
 
@@ -40,7 +42,7 @@ class Step:
 
     def __init__(self, model: DecoderLM):
         self.model = model
-        self.shapes = [block.attention.cache_shape[:2] for block in model.blocks]
+        self.shapes = [block.attention.cache_shape[:2] for block in blocks_of(model)]
         self.graphs: dict[int, Callable[..., Tensor]] = {}  # by batch
         self.tracing = threading.Lock()
 
@@ -109,14 +111,15 @@ class _Slots:
 # merging
 
 
-def merge_linears(layers: Sequence[nn.Module]) -> nn.Module | None:
+def merge_linears(layers: Sequence[Any]) -> nn.Module | None:
     """One layer that computes several on the same input, its outputs side by side; None for kinds
     that can't be merged.
     """
     kinds = {_kind(layer) for layer in layers}
-    if len(kinds) != 1 or None in kinds:
+    first = kinds.pop()
+    if first is None or kinds:
         return None
-    _, names, kind = kinds.pop()
+    _, names, kind = first
     tensors = {
         name: torch.cat([getattr(layer, name).detach() for layer in layers]) for name in names
     }
@@ -149,6 +152,9 @@ class TransposedLinear(nn.Module):
     as fast.
     """
 
+    weight: Tensor
+    bias: Tensor | None
+
     def __init__(self, weight: Tensor, bias: Tensor | None):
         super().__init__()
         self.in_features, self.out_features = weight.shape
@@ -166,6 +172,10 @@ class _OneRow(nn.Module):
     the layer.
     """
 
+    packed: Tensor
+    grid: Tensor
+    sums: Tensor
+
     def __init__(self, layer: Int8Linear | Int4Linear):
         super().__init__()
         self.layer = layer
@@ -180,7 +190,7 @@ class _OneRow(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         layer = self.layer
-        if not (torch.jit.is_tracing()):
+        if not torch.jit.is_tracing():
             return layer(x)
         if isinstance(layer, Int8Linear):
             return in_graph(x, layer.packed, layer.scale, layer.bias, self.sums)
@@ -193,7 +203,7 @@ class _OneRow(nn.Module):
         return y.view(*x.shape[:-1], layer.out_features)
 
 
-def _for_one_row(layer: nn.Module) -> nn.Module:
+def _for_one_row(layer: Any) -> nn.Module:
     """The layer, or the same in the form that is fastest with one row."""
     kind = _kind(layer)
     if kind is None or layer.weight.device.type != "cpu":
@@ -209,11 +219,15 @@ def _for_one_row(layer: nn.Module) -> nn.Module:
 class _MergedAttention(Attention):
     """`Attention` with one product for q, k and v, and one rotation for q and k."""
 
+    qkv: nn.Module
+    heads: int
+    kv_heads: int
+
     @property
     def cache_shape(self) -> tuple[int, int, int | None]:
         return self.kv_heads, self.head_dim, self.window
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: object = None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Any = None) -> Tensor:
         b, t, _ = x.shape
         heads = self.qkv(x).view(b, t, -1, self.head_dim).transpose(1, 2)  # [B, H + 2 KV, T, D]
         qk, v = heads.split((self.heads + self.kv_heads, self.kv_heads), dim=1)
@@ -227,12 +241,15 @@ class _MergedAttention(Attention):
 class _MergedFeedForward(FeedForward):
     """`FeedForward` with one product for gate and up."""
 
+    gate_up: nn.Module
+    sizes: tuple[int, int]
+
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).split(self.sizes, dim=-1)
         return self.down(F.silu(gate) * up)
 
 
-def _merge_block(block: nn.Module) -> nn.Module:
+def _merge_block(block: Any) -> nn.Module:
     attention, ffn = block.attention, block.ffn
     if (qkv := merge_linears((attention.q, attention.k, attention.v))) is not None:
         out = _for_one_row(attention.out)
@@ -256,7 +273,7 @@ def _merge_block(block: nn.Module) -> nn.Module:
 
 def _twin(
     module: nn.Module, kind: type[nn.Module] | None = None, **modules: nn.Module | None
-) -> nn.Module:
+) -> Any:
     """A module that shares everything with `module` but its class and the submodules given; None
     takes one away.
     """
