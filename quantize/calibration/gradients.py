@@ -87,8 +87,9 @@ def collect_gradients(
             for (name, _), gradient in zip(outputs, gradients, strict=True):
                 if gradient is None:
                     continue
-                if isinstance(layers[name], (nn.Conv1d, nn.Conv2d)):
-                    channel = -1 - len(layers[name].kernel_size)
+                layer = layers[name]
+                if isinstance(layer, (nn.Conv1d, nn.Conv2d)):
+                    channel = -1 - len(layer.kernel_size)
                     gradient = gradient.movedim(channel, -1)  # [B, M, H, W] to [B, H, W, M]
                 g = exact(gradient).reshape(-1, gradient.shape[-1])
                 moments[name] = moments.get(name, 0) + gram(g)

@@ -38,7 +38,7 @@ def rows(layer: nn.Module, x: torch.Tensor, *, every: int = 1) -> torch.Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def channel_rows(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def channel_rows(layer: Any, x: torch.Tensor) -> torch.Tensor:
     """The channels of a convolution's input at each position, as [N, C]."""
     x = x if x.ndim == 2 + len(layer.kernel_size) else x[None]
     return x.movedim(1, -1).reshape(-1, x.shape[1])

@@ -261,7 +261,8 @@ class _SharedProduct:
 
     def of(self, x: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
         """`gram` of x, the rows of that input minus `shift`."""
-        if self.product is None or not torch.equal(shift, self.shift):
+        same = self.shift is not None and torch.equal(shift, self.shift)
+        if self.product is None or not same:
             self.shift, self.product = shift, gram(x)
         return self.product
 

@@ -64,7 +64,9 @@ def by_readers(
             say(f"scoring by whole channels, for the size of its patches: {', '.join(coarse)}")
         if layers:
             say(f"inputs of {', '.join(layers)}")
-        seen = collect(model, calibration, layers, by_channel=coarse) if layers else {}
+        seen = {}
+        if layers:
+            seen = collect(model, calibration or (), layers, by_channel=coarse)
         for group in chunk:
             readers = []
             for place, module, key in group.readers:
@@ -75,7 +77,7 @@ def by_readers(
     return values
 
 
-def _columns(module: nn.Module, channels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _columns(module: Any, channels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A layer's weight as `Reader` takes it, and the columns of each unit [units, S], from the
     unit's input channels.
     """
