@@ -108,7 +108,8 @@ def _targets(
     """
     targets = []
     for whole, part, kept in zip(before, after, step.layers.values(), strict=True):
-        y = _outputs(layer, whole.output, kept)
+        output: Any = whole.output  # the pass of the original goes as far as that
+        y = _outputs(layer, output, kept)
         if kept is None:
             y = y + _stream_error(layer, whole.stream, part.stream)
         targets.append(y)
