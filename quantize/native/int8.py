@@ -184,7 +184,7 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Ten
         x = x.contiguous()
     if bias is not None and (bias.dtype is not torch.float32 or not bias.is_contiguous()):
         bias = bias.float().contiguous()
-    y = torch.empty((*x.shape[:-1], outputs), dtype=x.dtype, device="cpu")
+    y = x.new_empty((*x.shape[:-1], outputs))
     rows = y.numel() // outputs
     failed = functions().linear(
         found.address,
