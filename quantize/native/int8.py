@@ -99,21 +99,33 @@ def functions() -> Functions:
 class Packed:
     """A weight in the kernel's layout.
 
-    Attributes: layer: the struct. address: of it. sums: int32 [outputs], of each output's weights.
+    Attributes: layer: the struct. address: of it. sums: int32, of each output's weights.
     """
 
     def __init__(self, weight: Tensor, owner: weakref.ref[Tensor]) -> None:
         self.owner, self.version, self.pointer = owner, weight._version, weight.data_ptr()
-        outputs, inputs = weight.shape
-        panels = -(-outputs // _PANEL)
-        padded = -(-inputs // _STEP) * _STEP
+        self.outputs, self.inputs = weight.shape
+        self.products = self.outputs * self.inputs
+        self.preferred = 0  # bit i: this kernel is the fastest for 2^(i - 1) rows and more
+        self.held: tuple[Tensor | None, ...] = ()  # scale and bias that were checked,
+        self.vectors: tuple[int, ...] = ()  # and their identities
+        panels = -(-self.outputs // _PANEL)
+        padded = -(-self.inputs // _STEP) * _STEP
         self.packed = torch.empty(panels * _PANEL * padded, dtype=torch.int8, device="cpu")
         self.sums = torch.empty(panels * _PANEL, dtype=torch.int32, device="cpu")
         pointers = self.packed.data_ptr(), self.sums.data_ptr()
         plain = weight.contiguous()
-        functions().pack(plain.data_ptr(), outputs, inputs, *pointers)
-        self.layer = Layer(inputs, outputs, *pointers)
+        functions().pack(plain.data_ptr(), self.outputs, self.inputs, *pointers)
+        self.layer = Layer(self.inputs, self.outputs, *pointers)
         self.address = ctypes.addressof(self.layer)
+
+    def is_of(self, weight: Tensor) -> bool:
+        """Was it made of this weight, as it is now?"""
+        return (
+            self.owner() is weight
+            and self.version == weight._version
+            and self.pointer == weight.data_ptr()
+        )
 
 
 _packs: dict[int, Packed] = {}  # by the identity of a weight, until it dies or changes
@@ -123,12 +135,7 @@ def packed(weight: Tensor) -> Packed:
     """`weight`, int8 [outputs, inputs], in the kernel's layout."""
     key = id(weight)
     found = _packs.get(key)
-    if (
-        found is None
-        or found.owner() is not weight
-        or found.version != weight._version
-        or found.pointer != weight.data_ptr()
-    ):
+    if found is None or not found.is_of(weight):
         found = Packed(weight, weakref.ref(weight, functools.partial(_forget, key)))
         _packs[key] = found
     return found
@@ -171,34 +178,70 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Ten
     Args:
         x: [..., inputs], float32, float16 or bfloat16, one that `takes` takes.
         weight: int8 [outputs, inputs], no inference tensor; inputs up to MOST_INPUTS, none empty.
-        scale: float32 [outputs], contiguous.
+        scale: [outputs] of any float dtype.
         bias: [outputs] of any float dtype, or None.
 
     Returns: [..., outputs], in x's dtype.
 
-    Raises: OSError: there is no native code here (see `functions`).
+    Raises: OSError: there is no native code here (see `functions`). ValueError: a scale or bias of
+        another size.
     """
     found = packed(weight)
-    outputs, inputs = weight.shape
-    if not x.is_contiguous():
-        x = x.contiguous()
-    if bias is not None and (bias.dtype is not torch.float32 or not bias.is_contiguous()):
-        bias = bias.float().contiguous()
-    y = x.new_empty((*x.shape[:-1], outputs))
-    rows = y.numel() // outputs
+    for vector in (scale,) if bias is None else (scale, bias):
+        if vector.shape != (found.outputs,):
+            raise ValueError(f"scale and bias must be [{found.outputs}], got {list(vector.shape)}")
+    scale = scale.float().contiguous()
+    bias = None if bias is None else bias.float().contiguous()
+    return _call(found, x.contiguous(), scale, bias)
+
+
+def _call(found: Packed, x: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    y = x.new_empty((*x.shape[:-1], found.outputs))
+    rows = y.numel() // found.outputs
+    products = rows * found.products
     failed = functions().linear(
         found.address,
         rows,
         KINDS[x.dtype],
-        _threads(rows * outputs * inputs),
+        1 if products < 2 * _WORTH_A_THREAD else _threads(products),
         scale.data_ptr(),
         None if bias is None else bias.data_ptr(),
         x.data_ptr(),
         y.data_ptr(),
     )
     if failed:
-        raise MemoryError(f"no memory for {rows} rows of {inputs} bytes")
+        raise MemoryError(f"no memory for {rows} rows of {found.inputs} bytes")
     return y
+
+
+def again(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor | None:
+    """`linear` for tensors that `prefer` has seen and a number of rows that it was told, with few
+    checks: None for whatever needs more of them. Narrow layers take as long as their checks.
+    """
+    found = _packs.get(id(weight))
+    if found is None or found.vectors != (id(scale), id(bias)) or not found.is_of(weight):
+        return None
+    fits = (
+        found.preferred >> (x.numel() // found.inputs).bit_length() & 1
+        and x.dtype in KINDS
+        and x.shape[-1] == found.inputs
+        and x.is_contiguous()
+        and takes(x)
+    )
+    return _call(found, x, scale, bias) if fits else None
+
+
+def prefer(weight: Tensor, scale: Tensor, bias: Tensor | None, rows: int) -> None:
+    """Let `again` compute so many rows, and up to the next power of two, with these tensors."""
+    found = _packs.get(id(weight))
+    if found is None or not all(_is_plain(v) for v in (scale, bias) if v is not None):
+        return
+    found.preferred |= 1 << rows.bit_length()
+    found.vectors, found.held = (id(scale), id(bias)), (scale, bias)
+
+
+def _is_plain(vector: Tensor) -> bool:
+    return vector.dtype is torch.float32 and vector.is_contiguous()
 
 
 _forked = False
@@ -206,9 +249,7 @@ _forked = False
 
 def _threads(products: int) -> int:
     """Threads for that many products. OpenMP's threads don't follow a process that forks."""
-    if products < 2 * _WORTH_A_THREAD or _forked:
-        return 1
-    return min(torch.get_num_threads(), products // _WORTH_A_THREAD)
+    return 1 if _forked else min(torch.get_num_threads(), products // _WORTH_A_THREAD)
 
 
 def _note_fork() -> None:

@@ -174,6 +174,10 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Ten
         if leaves or x.device.type != "cpu":
             return in_graph(x, weight, scale, bias, weight.sum(1, dtype=torch.int32))
         return torch.ops.quantize.int8_linear(x.detach(), weight, scale, bias)
+    if _forced is None:
+        y = native_int8.again(x, weight, scale, bias)
+        if y is not None:
+            return y
     return _eager(x, weight, scale, bias)
 
 
@@ -183,7 +187,11 @@ def _eager(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Ten
             f"the last axis of the input is {x.shape[-1]}, but the layer takes "
             f"{weight.shape[1]} features"
         )
-    return _choose(x, weight, KERNELS)(x, weight, scale, bias)
+    chosen = _choose(x, weight, KERNELS)
+    y = chosen(x, weight, scale, bias)
+    if chosen is native and _forced is None:
+        native_int8.prefer(weight, scale, bias, x.numel() // weight.shape[1])
+    return y
 
 
 _library = torch.library.Library("quantize", "DEF")
