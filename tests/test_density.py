@@ -111,7 +111,6 @@ STILL: dict[str, set[str]] = {
         "quantize/compression/search/walk.py",
         "quantize/models/pretrained.py",
         "quantize/nn/attention.py",
-        "quantize/nn/int8_kernels.py",
     },
     "two loops": {
         "quantize/calibration/inputs.py",
@@ -132,10 +131,7 @@ STILL: dict[str, set[str]] = {
         "quantize/run/decoding/native.py",
         "quantize/run/decoding/passes.py",
         "quantize/run/fusion/folding.py",
-        "quantize/run/fusion/memory.py",
-        "quantize/run/fusion/nested.py",
         "quantize/run/fusion/passes.py",
-        "quantize/run/fusion/state.py",
         "quantize/run/kv_cache/layer.py",
         "quantize/surgery/edit.py",
         "quantize/surgery/folder.py",

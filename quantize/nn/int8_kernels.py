@@ -289,7 +289,8 @@ def _fastest(m: int, n: int, k: int, kernels: dict[str, Kernel]) -> Kernel:
 
     once = costs(list(exact), 1)
     hopeful = [name for name in exact if once[name] <= 4 * min(once.values())]
-    found = costs(hopeful, 20 if m < 64 else 4) if len(hopeful) > 1 else once
+    calls = 20 if m < 64 else 4
+    found = costs(hopeful, calls) if len(hopeful) > 1 else once
     return exact[min(found, key=found.__getitem__)]
 
 

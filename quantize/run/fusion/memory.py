@@ -55,7 +55,7 @@ def reuse_memory(program: Program) -> None:
     last: dict[fx.Node, int] = defaultdict(int)
     fresh = {n for n in program.graph.nodes if n.target in _FRESH}
     for node in program.graph.nodes:
-        inherited = {r for n in node.all_input_nodes for r in roots[n]}
+        inherited = set().union(*(roots[n] for n in node.all_input_nodes))
         for root in inherited:
             last[root] = order[node]
         roots[node] = {node, *inherited} if may_be_view(node) else {node}
@@ -69,12 +69,8 @@ def reuse_memory(program: Program) -> None:
             continue
         for place in places:
             x = argument(node, place)
-            others = [
-                n
-                for i, a in enumerate(node.args)
-                if i != place
-                for n in ([a] if isinstance(a, fx.Node) else [])
-            ]
+            operands = [a for i, a in enumerate(node.args) if i != place]
+            others = [a for a in operands if isinstance(a, fx.Node)]
             if (
                 x not in fresh
                 or last[x] != order[node]
@@ -128,7 +124,7 @@ def _roots(node: object, shares: Callable[[fx.Node], bool]) -> set[fx.Node]:
     if not isinstance(node, fx.Node):
         return set()
     if node.all_input_nodes and shares(node):
-        return {root for source in node.all_input_nodes for root in _roots(source, shares)}
+        return set().union(*(_roots(source, shares) for source in node.all_input_nodes))
     return {node}
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -96,7 +97,7 @@ def numbers(spec: Spec) -> list[int]:
     """The numbers of the tensors in `spec`, in order."""
     if spec.kind == "tensor":
         return [spec.value]
-    return [number for child in spec.children for number in numbers(child)]
+    return list(chain.from_iterable(map(numbers, spec.children)))
 
 
 def plain(spec: Spec) -> Spec:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -155,7 +156,7 @@ def one_call(
 def _constants(spec: Spec) -> list[Any]:
     if spec.kind == "constant":
         return [] if spec.value is None else [spec.value]
-    return [value for child in spec.children for value in _constants(child)]
+    return list(chain.from_iterable(map(_constants, spec.children)))
 
 
 def fresh(tensors: list[torch.Tensor], seed: int) -> list[torch.Tensor]:
