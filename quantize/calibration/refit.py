@@ -122,7 +122,6 @@ class Regression:
         self.bias = bias
         self.halves = (Moments(), Moments())
         self.shift: tuple[Tensor, Tensor] | None = None
-        self.power: Tensor | float = 0.0  # sum of x^2
 
     @property
     def count(self) -> int:
@@ -133,7 +132,6 @@ class Regression:
         """Rows x [N, K] and y [N, M]; the first half of them goes to one half of the data."""
         dtype = torch.promote_types(x.dtype, y.dtype)
         x, y = x.to(dtype), y.to(dtype)
-        self.power = self.power + x.double().square().sum()
         if self.bias:  # sums about the mean lose no digits to it
             self.shift = self.shift or (x.mean(0), y.mean(0))
             x, y = x - self.shift[0], y - self.shift[1]
@@ -149,8 +147,8 @@ class Regression:
         """The weight [M, K], held to `start`, and the bias [M] if there is one; float64."""
         total = self.halves[0] + self.halves[1]
         start = start.double()
-        power = float(self.power) / (self.count * start.shape[1])
-        ridge = self._best_ridge(start) * max(power, 1e-12)
+        power = max(self._power(total), 1e-12)
+        ridge = self._best_ridge(start, power) * power
         weight = least_squares(*total.second(centred=self.bias), start, ridge)
         if not self.bias:
             return weight, None
@@ -159,14 +157,21 @@ class Regression:
             x, y = x + self.shift[0].double(), y + self.shift[1].double()
         return weight, y - weight @ x
 
-    def _best_ridge(self, start: Tensor) -> float:
+    def _power(self, total: Moments) -> float:
+        """The mean of x^2 over rows and inputs."""
+        squares = total.outer.diagonal() / total.count
+        if self.shift is not None:
+            shift = self.shift[0].double()
+            squares = squares + shift * (2 * total.means[0] + shift)
+        return float(squares.mean())
+
+    def _best_ridge(self, start: Tensor, power: float) -> float:
         first, second = self.halves
         if min(first.count, second.count) == 0:
             return PLAIN_RIDGE
         mix = _mixtures(len(start)).to(start.device)
         mixed = [self._mixed(half, mix) for half in self.halves]
         start = mix @ start
-        power = max(float(self.power) / (self.count * start.shape[1]), 1e-12)
         errors = {}
         for ridge in RIDGES:
             there = self._error(mixed[0], mixed[1], start, ridge * power)

@@ -1,0 +1,49 @@
+"""Least squares against what it must find, and what it must leave."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import assert_close, randn
+
+from quantize.calibration import Regression
+
+
+def rows(inputs: int, outputs: int, mean: float, count: int = 400) -> tuple[torch.Tensor, ...]:
+    x = randn(count, inputs) + mean
+    return x, randn(outputs, inputs, seed=1), randn(outputs, seed=2)
+
+
+@pytest.mark.parametrize("mean", [0.0, 3.0])
+@pytest.mark.parametrize("outputs", [5, 300])
+def test_a_linear_map_is_found(outputs, mean):
+    """Weight and bias of a map without noise, also off zero and for very many outputs."""
+    x, weight, bias = rows(12, outputs, mean)
+    regression = Regression(bias=True)
+    for part in x.double().split(100):
+        regression.add(part, part @ weight.double().T + bias.double())
+    found, constant = regression.fit(torch.zeros_like(weight))
+    assert_close(found, weight.double(), dtype=torch.float32, factor=10)
+    assert_close(constant, bias.double(), dtype=torch.float32, factor=100 * max(1.0, mean))
+
+
+def test_directions_without_data_keep_what_they_had():
+    """Where an input never varies from zero, its column stays that of the start."""
+    x, weight, _ = rows(12, 5, 0.0)
+    x[:, 7:] = 0
+    start = randn(5, 12, seed=3)
+    regression = Regression(bias=False)
+    regression.add(x, x @ weight.T)
+    found, constant = regression.fit(start)
+    assert constant is None
+    assert torch.equal(found[:, 7:], start[:, 7:].double())
+    assert_close(found[:, :7].float(), weight[:, :7], factor=100)
+
+
+def test_noise_is_not_fitted():
+    """Of targets that are noise, less is fitted than by plain least squares."""
+    x, y, start = randn(40, 30), randn(40, 6, seed=4), torch.zeros(6, 30)
+    regression = Regression(bias=False)
+    regression.add(x, y)
+    plain = torch.linalg.lstsq(x, y).solution
+    assert regression.fit(start)[0].norm() < 0.5 * plain.norm()
