@@ -26,7 +26,7 @@ _PANEL, _STEP = 16, 64
 _WORTH_A_THREAD = 1 << 19  # products; fewer are done before another thread wakes up
 
 _SOURCE = Path(__file__).with_name("int8.cpp")
-_HEADERS = (_SOURCE.with_name("integers.h"), build.NUMBERS)
+_HEADERS = (_SOURCE.with_name("integers.h"), _SOURCE.with_name("rows.h"), build.NUMBERS)
 
 
 class Layer(ctypes.Structure):
