@@ -104,10 +104,10 @@ def _odd_parts(model: DecoderLM) -> Iterator[str]:
     yield from contradictions(model)
     if getattr(model.embedding, "embedding_dim", config.width) != config.width:
         yield f"its embedding isn't {config.width} wide, as its config says"
-    for layer in [
-        model.head,
-        *(layer for block in blocks_of(model) for layer in _linears(block).values()),
-    ]:
+    layers = [model.head]
+    for block in blocks_of(model):
+        layers += _linears(block).values()
+    for layer in layers:
         for part in (layer.first, layer.second) if type(layer) is LowRankLinear else (layer,):
             known = type(part) in (nn.Linear, HalfLinear, Int8Linear, Int4Linear)
             stored = operands(part) if known else None

@@ -101,8 +101,12 @@ class _Watch:
         modules = self.modules = list(model.modules())
         self.model, self.config = model, getattr(model, "config", None)
         self.attributes = [module.__dict__ for module in modules]
-        self.contents = [d for m in modules for d in (m._modules, m._parameters, m._buffers) if d]
-        self.hooks = [d for m in modules for d in (m._forward_hooks, m._forward_pre_hooks)]
+        self.contents: list[dict] = []
+        self.hooks: list[dict] = []
+        for module in modules:
+            contents = (module._modules, module._parameters, module._buffers)
+            self.contents += filter(None, contents)
+            self.hooks += (module._forward_hooks, module._forward_pre_hooks)
         self.members = list(_members(self.contents))
         self.tensors = [member for member in self.members if is_plain(member)]
         self.counted = [tensor for tensor in self.tensors if not tensor.is_inference()]

@@ -1,11 +1,10 @@
-"""Padding, BatchNorm and scales folded into the weights of the layer beside them.
+"""BatchNorm and scales folded into the weights of the layer beside them.
 
 The arithmetic is in the pure functions at the end, in float64; the passes find where it is legal.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -13,9 +12,7 @@ from torch import fx
 
 from quantize.run.fusion.edit import (
     CONVS,
-    CONVS_BY_WORD,
     LINEARS,
-    PADS,
     TRANSPOSED,
     add_constant,
     argument,
@@ -27,102 +24,7 @@ from quantize.run.fusion.edit import (
     shape,
 )
 from quantize.run.fusion.graph import Program, aten
-
-
-def number_padding(program: Program) -> None:
-    """`padding="valid"` and `"same"` become numbers, which the other passes know; uneven padding an
-    operator of its own.
-    """
-    for node in calls(program, CONVS_BY_WORD):
-        target, dims = CONVS_BY_WORD[overload(node)]
-        weight, dilation = (
-            constant(program, argument(node, 1)),
-            _numbers(argument(node, 5, 1), CONVS[target]),
-        )
-        if argument(node, 4, "valid") == "valid":
-            padding = [0] * dims
-        elif weight is None or dilation is None:
-            continue
-        else:
-            totals = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
-            padding = [t // 2 for t in totals]
-            if any(t % 2 for t in totals):  # the odd one is added after the image
-                after = [side for t in totals[::-1] for side in (0, t % 2)]
-                x = argument(node, 0)
-                with program.graph.inserting_before(node):
-                    padded = program.graph.call_function(aten.constant_pad_nd.default, (x, after))
-                sizes = x.meta["val"].shape
-                wide = [s + t % 2 for s, t in zip(sizes[-dims:], totals, strict=True)]
-                padded.meta["val"] = x.meta["val"].new_empty((*sizes[:-dims], *wide))
-                set_arguments(node, {0: padded})
-        node.target = target
-        set_arguments(node, {4: padding})
-
-
-def fold_padding(program: Program) -> None:
-    """Zero padding in front of a convolution becomes the convolution's own; uneven padding by zeros
-    in the kernel.
-    """
-    count = 0
-    for node in calls(program, CONVS):
-        pad, dims = argument(node, 0), CONVS[overload(node)]
-        if not isinstance(pad, fx.Node) or pad.target not in PADS or len(pad.users) != 1:
-            continue
-        mode, value = (
-            ("constant", argument(pad, 2, 0))
-            if pad.target is aten.constant_pad_nd.default
-            else (
-                argument(pad, 2, "constant"),
-                argument(pad, 3),
-            )
-        )
-        amounts = argument(pad, 1)
-        if (
-            mode != "constant"
-            or value not in (None, 0, 0.0)
-            or not all(isinstance(p, int) and p >= 0 for p in amounts)
-        ):
-            continue
-        padding, dilation = (
-            _numbers(argument(node, 4, 0), dims),
-            _numbers(argument(node, 5, 1), dims),
-        )
-        weight = constant(program, argument(node, 1))
-        if padding is None or dilation is None or weight is None or len(amounts) > 2 * dims:
-            continue
-        amounts = list(amounts) + [0] * (2 * dims - len(amounts))
-        sides = [(amounts[2 * i], amounts[2 * i + 1]) for i in range(dims)][
-            ::-1
-        ]  # the last dimension comes first in `pad`
-        most = [max(side) for side in sides]
-        extra = [(m - left, m - right) for m, (left, right) in zip(most, sides, strict=True)]
-        if any(e % d for pair, d in zip(extra, dilation, strict=True) for e in pair):
-            continue
-        if any(e for pair in extra for e in pair):
-            if own_constant(program, argument(node, 1)) is None or math.prod(weight.shape[2:]) == 1:
-                continue
-            flat = [
-                e // d for pair, d in zip(extra[::-1], dilation[::-1], strict=True) for e in pair
-            ]
-            wider = torch.nn.functional.pad(weight, flat)
-            set_arguments(
-                node, {1: add_constant(program, node, f"{argument(node, 1).target}_padded", wider)}
-            )
-        set_arguments(
-            node, {0: argument(pad, 0), 4: [p + m for p, m in zip(padding, most, strict=True)]}
-        )
-        program.graph.erase_node(pad)
-        count += 1
-    if count:
-        program.notes.append(f"{count} padding layers moved into convolutions")
-
-
-def _numbers(value: object, dims: int) -> list[int] | None:
-    if isinstance(value, int):
-        return [value] * dims
-    if isinstance(value, (list, tuple)) and all(isinstance(v, int) for v in value):
-        return list(value) * dims if len(value) == 1 else list(value)
-    return None
+from quantize.run.fusion.padding import numbers
 
 
 def fold_batch_norm(program: Program) -> None:
@@ -213,7 +115,7 @@ def _scale_input(
     if node.op != "call_function" or argument(node, 0) is not x:
         return False
     if node.target in CONVS:
-        padding = _numbers(argument(node, 4, 0), CONVS[overload(node)])
+        padding = numbers(argument(node, 4, 0), CONVS[overload(node)])
         if shift is not None and (padding is None or any(padding)):
             return False  # the zeros around the image would have to become something else
     elif node.target not in LINEARS:

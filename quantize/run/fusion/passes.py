@@ -1,41 +1,38 @@
 """Rewrites of the graph that hold for every back end: fewer operators, the same answers.
 
 Each pass takes a `Program`, changes its graph in place and says in `program.notes` what it did.
-Those that change weights are in folding.py, those that put kernels in are in kernels.py.
+Those for padding, linear layers and activations are in files of their own, those that change
+weights in folding.py, those that put kernels in in kernels.py.
 """
 
 from __future__ import annotations
 
-import math
-import operator
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import fx
 from torch.fx.node import map_arg
 
+from quantize.run.fusion.activations import activations
 from quantize.run.fusion.cheaper import one_pixel_convolutions, rms_norms
 from quantize.run.fusion.edit import (
     COPIES,
-    LINEARS,
     PADS,
     add_constant,
     argument,
-    calls,
     constant,
     drop_dead,
-    is_call,
     is_random,
-    loosen_views,
     may_be_view,
     mutates,
     overload,
-    own_constant,
     replace,
-    shape,
 )
-from quantize.run.fusion.folding import fold_batch_norm, fold_padding, fold_scales, number_padding
+from quantize.run.fusion.folding import fold_batch_norm, fold_scales
 from quantize.run.fusion.graph import Program, aten
+from quantize.run.fusion.linears import linear_form, sink_permutes, through_views
+from quantize.run.fusion.padding import fold_padding, number_padding
 
 _DROPOUTS = {
     aten.dropout.default,
@@ -49,9 +46,8 @@ _SAME = {
     aten.lift_fresh_copy.default,
     aten.detach_.default,
 }
-_SMALL_BYTES = (
-    1 << 16
-)  # a folded constant may be this large even if it is larger than what it is made of
+# A folded constant may be this large even if it is larger than the constants it is made of.
+_SMALL_BYTES = 1 << 16
 
 
 def simplify(program: Program) -> bool:
@@ -194,7 +190,8 @@ def fold_constants(program: Program) -> None:
         if any(t is None for t in inputs) or not isinstance(node.meta.get("val"), torch.Tensor):
             continue
         varies = any(not isinstance(s, int) for s in node.meta["val"].shape)
-        if varies or any(mutates(u) for n in node.all_input_nodes for u in n.users):
+        users = chain.from_iterable(n.users for n in node.all_input_nodes)
+        if varies or any(map(mutates, users)):
             continue
         values = map_arg((node.args, node.kwargs), lambda n: constant(program, n))
         with torch.no_grad():
@@ -231,208 +228,3 @@ def merge_equal(program: Program) -> None:
             seen[key] = node
     if count:
         program.notes.append(f"{count} repeated operators run once")
-
-
-def linear_form(program: Program) -> None:
-    """`addmm`, `mm` and `matmul` by a constant become `linear`, which the other passes know."""
-    for node in calls(program, {aten.addmm.default, aten.mm.default, aten.matmul.default}):
-        first = 1 if node.target is aten.addmm.default else 0
-        bias = argument(node, 0) if first else None
-        x, weight = argument(node, first), argument(node, first + 1)
-        tensor = own_constant(program, weight)
-        if tensor is None or tensor.dim() != 2 or node.kwargs or not tensor.is_floating_point():
-            continue
-        vector: Any = constant(program, bias)
-        if bias is not None and (vector is None or vector.dim() != 1):
-            continue
-        transposed = add_constant(program, node, f"{weight.target}_t", tensor.t().contiguous())
-        with program.graph.inserting_before(node):
-            new = program.graph.call_function(
-                aten.linear.default, (x, transposed, bias) if bias else (x, transposed)
-            )
-        replace(node, new)
-
-
-def through_views(program: Program) -> None:
-    """`view` to rows, linear, `view` back (GPT-2's Conv1D) is the linear layer alone: it takes any
-    number of dimensions.
-    """
-    for node in calls(program, LINEARS):
-        rows, back = argument(node, 0), next(iter(node.users), None)
-        if not is_call(rows, aten.view.default) and not is_call(rows, aten.reshape.default):
-            continue
-        x = argument(rows, 0)
-        if len(node.users) != 1 or not (
-            is_call(back, aten.view.default) or is_call(back, aten.reshape.default)
-        ):
-            continue
-        whole, result = shape(x), shape(back)
-        if (
-            len(shape(rows)) == 2
-            and whole[-1:] == shape(rows)[-1:]
-            and whole[:-1] == result[:-1]
-            and result[-1:] == shape(node)[-1:]
-        ):
-            with program.graph.inserting_before(back):
-                replace(
-                    back,
-                    program.graph.call_function(
-                        aten.linear.default, (x, *node.args[1:]), dict(node.kwargs)
-                    ),
-                )
-            program.graph.erase_node(node)
-
-
-def sink_permutes(program: Program) -> None:
-    """`permute(y) + r` becomes `permute(y + permute back(r))`, so that the sum can join the linear
-    layer that made y.
-    """
-    for node in calls(program, {aten.add.Tensor}):
-        for a, b in (node.args, node.args[::-1]):
-            if (
-                not is_call(a, aten.permute.default)
-                or len(a.users) != 1
-                or not isinstance(b, fx.Node)
-                or node.kwargs
-            ):
-                continue
-            y, order = argument(a, 0), argument(a, 1)
-            if (
-                not isinstance(y, fx.Node)
-                or y.target not in LINEARS
-                or len(y.users) != 1
-                or shape(b) != shape(a)
-                or b.op == "get_attr"
-            ):
-                continue
-            inverse = [list(order).index(i) for i in range(len(order))]
-            with program.graph.inserting_before(node):
-                back = program.graph.call_function(aten.permute.default, (b, inverse))
-                back.meta["val"] = y.meta["val"]
-                total = program.graph.call_function(aten.add.Tensor, (back, y))
-                total.meta["val"] = y.meta["val"]
-                replace(
-                    node, program.graph.call_function(aten.permute.default, (total, list(order)))
-                )
-            break
-    for node in calls(program, {aten.permute.default}):
-        inner = argument(node, 0)
-        if is_call(inner, aten.permute.default) and [
-            argument(inner, 1)[i] for i in argument(node, 1)
-        ] == list(range(len(argument(node, 1)))):
-            node.replace_all_uses_with(argument(inner, 0))
-
-
-def activations(program: Program) -> None:
-    """Activations that are spelt out operator by operator become one: `x * sigmoid(x)` and the tanh
-    form of GELU.
-    """
-    found = 0
-    for node in calls(program, {aten.mul.Tensor}):
-        new: Any = None
-        for a, b in (node.args, reversed(node.args)):
-            if is_call(b, aten.sigmoid.default) and argument(b, 0) is a and len(b.users) == 1:
-                new = (aten.silu.default, (a,), {})
-            x = _tanh_gelu(a, b)
-            if x is not None:
-                new = (aten.gelu.default, (x,), {"approximate": "tanh"})
-        if new and isinstance(new[1][0], fx.Node):
-            with program.graph.inserting_before(node):
-                replace(node, program.graph.call_function(*new))
-            found += 1
-    if found:
-        program.notes.append(f"{found} activations written out in operators made one operator each")
-
-
-def _scalar(node: object, target: object) -> tuple[object, float] | None:
-    """(x, c) of `x op c`."""
-    if (
-        is_call(node, target)
-        and len(node.args) == 2
-        and isinstance(argument(node, 1), (int, float))
-        and not node.kwargs
-    ):
-        return argument(node, 0), float(argument(node, 1))
-    return None
-
-
-def _tanh_gelu(half: object, one_plus: object) -> object | None:
-    """x if half is 0.5 x and one_plus is 1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)) (Hendrycks and
-    Gimpel, arXiv 1606.08415).
-    """
-    left, right = _scalar(half, aten.mul.Tensor), _scalar(one_plus, aten.add.Tensor)
-    if (
-        not left
-        or not right
-        or left[1] != 0.5
-        or right[1] != 1.0
-        or not is_call(right[0], aten.tanh.default)
-    ):
-        return None
-    scaled = _scalar(argument(right[0], 0), aten.mul.Tensor)
-    if (
-        not scaled
-        or abs(scaled[1] - math.sqrt(2 / math.pi)) > 1e-6
-        or not is_call(scaled[0], aten.add.Tensor)
-    ):
-        return None
-    x, cubic = scaled[0].args[:2]
-    small = _scalar(cubic, aten.mul.Tensor)
-    if not small or abs(small[1] - 0.044715) > 1e-9 or scaled[0].kwargs:
-        return None
-    power = _scalar(small[0], aten.pow.Tensor_Scalar)
-    return x if power and power == (x, 3.0) and x is left[0] else None
-
-
-def merge_linears(program: Program) -> int:
-    """Linear layers on the same input (query, key and value; gate and up) become one, whose output
-    is split. How many did.
-    """
-    groups: dict[fx.Node, list[fx.Node]] = {}
-    for node in calls(program, LINEARS):
-        bias = argument(node, 2)
-        if own_constant(program, argument(node, 1)) is not None and (
-            bias is None or constant(program, bias) is not None
-        ):
-            groups.setdefault(argument(node, 0), []).append(node)
-    count = 0
-    for x, nodes in groups.items():
-        weights: list[Any] = [constant(program, argument(n, 1)) for n in nodes]
-        if (
-            len(nodes) < 2
-            or len({w.dtype for w in weights}) > 1
-            or not weights[0].is_floating_point()
-        ):
-            continue
-        biases = [constant(program, argument(n, 2)) for n in nodes]
-        bias = None
-        if any(b is not None for b in biases):
-            filled = [
-                b if b is not None else w.new_zeros(w.shape[0])
-                for b, w in zip(biases, weights, strict=True)
-            ]
-            bias = add_constant(
-                program, nodes[0], f"{argument(nodes[0], 1).target}_merged_bias", torch.cat(filled)
-            )
-        weight = add_constant(
-            program, nodes[0], f"{argument(nodes[0], 1).target}_merged", torch.cat(weights)
-        )
-        with program.graph.inserting_before(nodes[0]):
-            one = program.graph.call_function(
-                aten.linear.default, (x, weight) if bias is None else (x, weight, bias)
-            )
-            sizes = [w.shape[0] for w in weights]
-            parts = program.graph.call_function(aten.split_with_sizes.default, (one, sizes, -1))
-            items = [
-                program.graph.call_function(operator.getitem, (parts, i)) for i in range(len(nodes))
-            ]
-        value = nodes[0].meta["val"]
-        one.meta["val"] = value.new_empty((*value.shape[:-1], sum(sizes)))
-        for node, item in zip(nodes, items, strict=True):
-            replace(node, item)
-        count += len(nodes)
-    if count:
-        program.notes.append(f"{count} linear layers on shared inputs merged")
-        loosen_views(program)
-    drop_dead(program)
-    return count

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from quantize import surgery
-from quantize.run.fusion import kernels, passes, torchscript
+from quantize.run.fusion import kernels, linears, passes, torchscript
 from quantize.run.fusion.equality import Checker, race
 from quantize.run.fusion.export import capture
 from quantize.run.fusion.folded import Folded
@@ -60,7 +60,7 @@ def ways_of(program: Program) -> dict[str, Program]:
         kernels.use_kernels(ways[KERNELS])
         reuse_memory(ways[KERNELS])
         merged = simple.copy()
-        if passes.merge_linears(merged):
+        if linears.merge_linears(merged):
             kernels.use_kernels(merged)
             reuse_memory(merged)
             ways[MERGED] = merged

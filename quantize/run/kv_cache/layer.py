@@ -44,8 +44,8 @@ class Layer:
         return bool(self.tensors) and self.sharers[0] == 1 and whole
 
     def nbytes(self) -> int:
-        groups = (self.tensors, self.sinks, self.memory)
-        return sum(t.untyped_storage().nbytes() for group in groups for t in group.values())
+        tensors = [*self.tensors.values(), *self.sinks.values(), *self.memory.values()]
+        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
     def width_bytes(self, dtype: torch.dtype) -> int:
         """Bytes of the key of one head and position."""
