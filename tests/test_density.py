@@ -90,7 +90,6 @@ STILL: dict[str, set[str]] = {
         "quantize/host.py",
         "quantize/models/pretrained.py",
         "quantize/run/fusion/export.py",
-        "quantize/run/fusion/torchscript.py",
         "quantize/run/generate/loop.py",
         "quantize/run/kv_cache/cache.py",
         "quantize/surgery/edit.py",
