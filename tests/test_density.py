@@ -101,19 +101,14 @@ STILL: dict[str, set[str]] = {
         "quantize/training/loop.py:fit",
     },
     "nested conditional": {
-        "quantize/compression/distillation/match.py",
         "quantize/compression/distillation/objective.py",
         "quantize/compression/low_rank/budget.py",
         "quantize/compression/pruning/rules.py",
-        "quantize/compression/search/walk.py",
         "quantize/models/pretrained.py",
-        "quantize/nn/attention.py",
     },
     "two loops": {
         "quantize/calibration/inputs.py",
         "quantize/calibration/state.py",
-        "quantize/checkpoint/model.py",
-        "quantize/compression/half.py",
         "quantize/compression/low_rank/candidates.py",
         "quantize/compression/low_rank/fit.py",
         "quantize/compression/low_rank/maths.py",
@@ -126,9 +121,6 @@ STILL: dict[str, set[str]] = {
         "quantize/compression/pruning/trace.py",
         "quantize/models/pretrained.py",
         "quantize/surgery/edit.py",
-        "quantize/surgery/folder.py",
-        "quantize/surgery/record.py",
-        "quantize/training/resuming.py",
     },
 }
 

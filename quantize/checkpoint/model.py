@@ -190,12 +190,10 @@ def _describe(model: nn.Module) -> dict[str, Any]:
     name = type(model).__name__
     if ARCHITECTURES.get(name) is not type(model):
         return {"name": name, "config": None}
-    lost = [
-        n
-        for m in model.modules()
-        for n in m._non_persistent_buffers_set
-        if m._buffers.get(n) is not None
-    ]
+    lost: list[str] = []
+    for module in model.modules():
+        unsaved = module._non_persistent_buffers_set
+        lost += [key for key in unsaved if module._buffers.get(key) is not None]
     if lost:
         raise TypeError(
             f"{name} is registered as built-in but has non-persistent buffers, which a file "

@@ -148,9 +148,10 @@ def _free_layers(model: nn.Module) -> set[str]:
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             owners[id(parameter)] = owners.get(id(parameter), 0) + 1
-    bypassed = {
-        id(m) for p in model.modules() if isinstance(p, _READS_WEIGHTS) for m in p.children()
-    }
+    bypassed: set[int] = set()
+    for module in model.modules():
+        if isinstance(module, _READS_WEIGHTS):
+            bypassed |= {id(child) for child in module.children()}
     casting = {torch.float32, *HALF_DTYPES.values()}
     return {
         name

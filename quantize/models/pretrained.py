@@ -169,8 +169,7 @@ def _compare_sizes(folder: Path, raw: Mapping[str, Any], held: Mapping[str, Sequ
         raise CheckpointError(
             f"{folder}: config.json asks for {_short(asked)} layers, the files hold {len(layers)}"
         )
-    filled = [shape for shape in held.values() if math.prod(shape)]
-    widest = max((size for shape in filled for size in shape), default=0)
+    widest = max((max(shape, default=0) for shape in held.values() if math.prod(shape)), default=0)
     for key in (
         "hidden_size",
         "num_attention_heads",
@@ -350,11 +349,9 @@ def _windows(raw: Mapping[str, Any]) -> int | list[int | None] | None:
         )
     if window is None or set(kinds) == {"full_attention"}:
         return None
-    return (
-        window
-        if set(kinds) == {"sliding_attention"}
-        else [window if k == "sliding_attention" else None for k in kinds]
-    )
+    if set(kinds) == {"sliding_attention"}:
+        return window
+    return [window if kind == "sliding_attention" else None for kind in kinds]
 
 
 def _rope(raw: Mapping[str, Any], head_dim: int) -> tuple[float, list[float] | None, float]:

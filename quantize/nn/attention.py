@@ -198,22 +198,22 @@ class ProjectedAttention(nn.Module):
         """Both masks (bool: True is hidden; float: added) as one that is added to scores [B, H, T,
         S].
         """
+        rows = q.shape[0]
         masks = []
         if attn_mask is not None:  # [T, S] or [B * H, T, S]
-            masks.append(
-                attn_mask
-                if attn_mask.dim() == 2
-                else attn_mask.view(q.shape[0], -1, *attn_mask.shape[-2:])
-            )
+            alike = attn_mask.dim() == 2
+            shaped = attn_mask if alike else attn_mask.view(rows, -1, *attn_mask.shape[-2:])
+            masks.append(_as_added(shaped, q.dtype))
         if padding is not None:  # [B, S] or [S]
-            masks.append(padding.view(q.shape[0], 1, 1, k.shape[2]))
-        added = [
-            torch.zeros_like(m, dtype=q.dtype).masked_fill(m, float("-inf"))
-            if m.dtype == torch.bool
-            else m.to(q.dtype)
-            for m in masks
-        ]
-        return None if not added else added[0] if len(added) == 1 else added[0] + added[1]
+            masks.append(_as_added(padding.view(rows, 1, 1, k.shape[2]), q.dtype))
+        return sum(masks[1:], start=masks[0]) if masks else None
+
+
+def _as_added(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask (bool: True is hidden; float: added) as one that is added to scores."""
+    if mask.dtype != torch.bool:
+        return mask.to(dtype)
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, float("-inf"))
 
 
 def _fill(part: nn.Module, weight: Tensor, bias: Tensor | None, like: Tensor) -> None:

@@ -157,9 +157,11 @@ def replace(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn
 def _inherit(old: nn.Module, new: nn.Module) -> None:
     """Give the edits of `old`, and of all in it, to what stands in its place."""
     own = list(edits_of(old))
-    inherited = [
-        (b, a, join(n, inner)) for n, m in old.named_modules() for b, a, inner in edits_of(m)
-    ]
+    inherited = []
+    for name, module in old.named_modules():
+        inherited += [
+            (kind, arguments, join(name, inner)) for kind, arguments, inner in edits_of(module)
+        ]
     for module in old.modules():  # the new module may hold the old one
         module.__dict__.pop("_structure", None)
     if inherited:
@@ -282,10 +284,10 @@ def resized(
     for name, shape in shapes.items():
         old = _get_tensor(module, name)
         _set_tensor(module, name, torch.empty(list(shape), dtype=old.dtype, device="meta"))
-    tensors = [
-        t for t in [*module._parameters.values(), *module._buffers.values()] if t is not None
-    ]
-    widest = max((size for t in tensors for size in t.shape), default=0)
+    widest = 0
+    for tensor in [*module._parameters.values(), *module._buffers.values()]:
+        if tensor is not None:
+            widest = max((widest, *tensor.shape))
     for name, value in attributes.items():
         if not _plausible(getattr(module, name, None), value, widest):
             raise ValueError(

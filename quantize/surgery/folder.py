@@ -8,7 +8,6 @@ model is compared with what its config builds first.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -72,5 +71,7 @@ def unlike_its_config(model: nn.Module) -> str | None:
 
 def _edits(model: nn.Module) -> set[str]:
     """Names of the builders recorded anywhere in `model`."""
-    lists: Iterable[Any] = (module.__dict__.get("_structure", ()) for module in model.modules())
-    return {edit[0] for edits in lists for edit in edits}
+    builders: set[str] = set()
+    for module in model.modules():
+        builders |= {edit[0] for edit in module.__dict__.get("_structure", ())}
+    return builders

@@ -69,11 +69,12 @@ def structure(model: nn.Module) -> list[dict[str, Any]]:
     """The edits that turn a fresh instance into `model`: `{"module", "builder", "arguments"}`,
     outer modules first.
     """
-    return [
-        {"module": join(name, inner), "builder": builder_name, "arguments": arguments}
-        for name, module in model.named_modules()
-        for builder_name, arguments, inner in edits_of(module)
-    ]
+    edits: list[dict[str, Any]] = []
+    for name, module in model.named_modules():
+        for kind, arguments, inner in edits_of(module):
+            path = join(name, inner)
+            edits.append({"module": path, "builder": kind, "arguments": arguments})
+    return edits
 
 
 def check_count(edits: Sequence[Mapping[str, Any]]) -> None:

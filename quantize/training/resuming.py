@@ -117,17 +117,15 @@ def _check_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
     for group, before in zip(now, saved["param_groups"], strict=True):
         if {**before, "lr": None} != {**group, "lr": None}:
             raise ValueError("an optimizer of other settings")
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    parameters: list[Tensor] = []
+    for group in optimizer.param_groups:
+        parameters += group["params"]
     for index, tensors in saved["state"].items():
+        known = type(index) is int and 0 <= index < len(parameters)
         for name, tensor in tensors.items():
-            like = (
-                parameters[index] if type(index) is int and 0 <= index < len(parameters) else None
-            )
-            _check_tensor(
-                f"{name} of parameter {index!r}",
-                tensor,
-                torch.zeros(()) if name == "step" else like,
-            )
+            like = parameters[index] if known else None
+            like = torch.zeros(()) if name == "step" else like
+            _check_tensor(f"{name} of parameter {index!r}", tensor, like)
 
 
 def _check_tensor(name: str, tensor: Any, like: Tensor | None) -> None:

@@ -102,7 +102,8 @@ def aligned(
             f"hidden {name!r}: {target!r}: outputs {shapes} can't be matched; need shapes alike "
             f"but for the width"
         )
-    axis = differing[0] if differing else 1 if s.ndim == 4 else s.ndim - 1
+    usual = 1 if s.ndim == 4 else s.ndim - 1
+    axis = differing[0] if differing else usual
     return s.movedim(axis, -1), t.movedim(axis, -1)
 
 

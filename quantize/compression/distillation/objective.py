@@ -273,11 +273,8 @@ class Objective:
             if torch.isnan(x).any():
                 raise ValueError(f"the {role}'s output on the first batch has NaN in it")
         if self.kind == "auto":
-            self.kind = (
-                "logits"
-                if match.is_categories(teacher if self.select is main_output else t)
-                else "values"
-            )
+            whole = teacher if self.select is main_output else t
+            self.kind = "logits" if match.is_categories(whole) else "values"
         if s.shape != t.shape:
             classes = self.kind == "logits" and s.shape[:-1] == t.shape[:-1]
             raise ValueError(
@@ -432,9 +429,8 @@ def _check_number(
 ) -> None:
     good = isinstance(value, int | kind) and not isinstance(value, bool) and math.isfinite(value)
     if not good or not low <= value <= high or (strict and value == low):
-        bounds = (
-            f"in [{low:g}, {high:g}]" if high < math.inf else f"{'>' if strict else '>='} {low:g}"
-        )
+        least = f"> {low:g}" if strict else f">= {low:g}"
+        bounds = f"in [{low:g}, {high:g}]" if high < math.inf else least
         raise ValueError(
             f"{name} is {value!r}; allowed: "
             f"{'an integer' if kind is int else 'a finite number'} {bounds}"

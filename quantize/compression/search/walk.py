@@ -100,7 +100,8 @@ def compress(
     if not (isinstance(minutes, (int, float)) and 0 < minutes < 10_000):
         raise ValueError(f"minutes is {minutes!r}; allowed: a number > 0")
     batches = list(check_batches(calibration))
-    say = progress if callable(progress) else _line if progress else _nothing
+    lines = _line if progress else _nothing
+    say = progress if callable(progress) else lines
     deadline = time.monotonic() + 60 * minutes
     work = surgery.clone(model).eval()
     half = len(batches) if evaluate is not None or len(batches) == 1 else (len(batches) + 1) // 2
