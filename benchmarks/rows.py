@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
+from quantize.allocator import keep_allocations
 from quantize.checkpoint import atomic_write
-from quantize.host import keep_allocations, machine
+from quantize.host import machine
 from quantize.measuring import Measurement
 
 RESULTS = Path(__file__).parent / "results"

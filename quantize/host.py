@@ -1,9 +1,7 @@
-"""This machine: what it computes fast, how many cores it leaves us, how threads wait, what malloc
-does with memory.
+"""This machine: what it computes fast, how many cores it leaves us, how threads wait.
 
-A latency means nothing without these facts, so every report prints them. Reading them never fails:
-what a machine doesn't tell is None or left out. The allocator is here because it can be half of a
-CPU latency (see `keep_allocations`).
+A latency means nothing without these facts, so every report prints them, and what malloc does with
+memory (allocator.py). Reading them never fails: what a machine doesn't tell is None or left out.
 
 Threads. torch starts a thread per physical core that affinity leaves, and knows nothing of a
 container's quota. Threads beyond the quota are stopped in the middle of a parallel loop while the
@@ -23,16 +21,16 @@ compares counts on a free and on a loaded machine.
 
 from __future__ import annotations
 
-import ctypes
 import math
 import os
 import platform
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+
+from quantize.allocator import allocator_state
 
 T = TypeVar("T")
 
@@ -54,20 +52,10 @@ _ARM = {
     "SME": ("sme",),
 }
 
-# mallopt's parameter numbers (glibc's malloc.h), and the values that make it keep large blocks.
-_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
-_KEEP_MMAP_BYTES, _KEEP_MMAP_BYTES_OLD_GLIBC, _KEEP_TOP_PAD_BYTES = 1 << 30, 32 << 20, 64 << 20
-
-SPIN_COUNT = (
-    "1000"  # GOMP_SPINCOUNT: how often a waiting thread looks before it sleeps; see the header
-)
-_WAITING = (
-    "OMP_WAIT_POLICY",
-    "GOMP_SPINCOUNT",
-    "KMP_BLOCKTIME",
-)  # who sets one of these has chosen
-
-_kept_mmap_bytes = 0  # what keep_allocations() has set in this process; glibc has no call to ask
+# GOMP_SPINCOUNT: how often a waiting thread looks before it sleeps; see the header.
+SPIN_COUNT = "1000"
+# Who sets one of these has chosen how threads wait.
+_WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
 
 def machine() -> dict[str, Any]:
@@ -207,85 +195,6 @@ def waiting_policy(environment: Mapping[str, str] = os.environ) -> str:
     return " ".join(said) or "default (libgomp spins 300,000 times before it sleeps)"
 
 
-def keep_allocations() -> bool:
-    """Tell glibc's malloc to keep large freed blocks for the life of this process. Returns whether
-    that is now so.
-
-    glibc maps every block above a threshold (128 KiB, growing to 32 MiB) afresh and gives it back
-    at once, so each large activation is page-faulted again on every call; that can double a
-    convolutional network's latency. This is `mallopt` (see mallopt(3)) with M_MMAP_THRESHOLD = 1
-    GiB (32 MiB where glibc refuses more), M_TRIM_THRESHOLD = never and M_TOP_PAD = 64 MiB; the
-    environment variables MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_ and MALLOC_TOP_PAD_ do the
-    same at start.
-
-    The price: memory that was once used isn't returned before the process ends. Nothing in this
-    package calls it on import. Where malloc isn't glibc's (musl, macOS, Windows, a preloaded
-    jemalloc or tcmalloc) it changes nothing and returns False; `allocator_state()` says so.
-    """
-    global _kept_mmap_bytes
-    if _glibc_version() is None or _preloaded_malloc() is not None:
-        return False
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return False
-    mallopt.argtypes, mallopt.restype = [ctypes.c_int, ctypes.c_int], ctypes.c_int
-    for threshold in (_KEEP_MMAP_BYTES, _KEEP_MMAP_BYTES_OLD_GLIBC):
-        if mallopt(_MMAP_THRESHOLD, threshold):  # 1 is success
-            mallopt(_TRIM_THRESHOLD, -1)
-            mallopt(_TOP_PAD, _KEEP_TOP_PAD_BYTES)
-            _kept_mmap_bytes = threshold
-            return True
-    return False
-
-
-def allocator_state() -> str:
-    """One line: which malloc this process uses and whether it keeps large blocks."""
-    preloaded = _preloaded_malloc()
-    if preloaded is not None:
-        return f"{preloaded} (preloaded), its own settings"
-    version = _glibc_version()
-    if version is None:
-        return "not glibc, system default (keep_allocations does nothing here)"
-    if _kept_mmap_bytes:
-        return (
-            f"{version}, keeps large blocks (mmap threshold {_kept_mmap_bytes >> 20} MiB, no "
-            f"trimming)"
-        )
-    names = (
-        "MALLOC_MMAP_THRESHOLD_",
-        "MALLOC_TRIM_THRESHOLD_",
-        "MALLOC_TOP_PAD_",
-        "GLIBC_TUNABLES",
-    )
-    given = [f"{n}={os.environ[n]}" for n in names if os.environ.get(n)]
-    return (
-        f"{version}, set by the environment: {' '.join(given)}"
-        if given
-        else f"{version}, default (returns large blocks)"
-    )
-
-
-def peak_rss_mb() -> float | None:
-    """Most memory that this process has had resident, in MiB; None where the system doesn't tell.
-
-    Linux: VmHWM, because `ru_maxrss` of a child starts at the size of the process that started it.
-    """
-    try:
-        status = Path("/proc/self/status").read_text()
-        return next(
-            int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmHWM:")
-        )
-    except (OSError, StopIteration):
-        pass
-    try:
-        import resource  # not on Windows
-    except ImportError:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 1024
-
-
 def _counted(count: int | None, thing: str) -> str:
     return f"{count or '?'} {thing}" + ("" if count == 1 else "s")
 
@@ -336,17 +245,3 @@ def _cpu_name(cpu: dict[str, Any]) -> str | None:
 def _os_name() -> str:
     pretty = _attempt(lambda: platform.freedesktop_os_release().get("PRETTY_NAME"), None)
     return f"{pretty}, {platform.system()} {platform.release()}" if pretty else platform.platform()
-
-
-def _glibc_version() -> str | None:
-    """`"glibc 2.36"`, or None where the C library is another one."""
-    return (
-        _attempt(lambda: os.confstr("CS_GNU_LIBC_VERSION"), None)
-        if hasattr(os, "confstr")
-        else None
-    )
-
-
-def _preloaded_malloc() -> str | None:
-    preload = os.environ.get("LD_PRELOAD", "")
-    return next((name for name in ("jemalloc", "tcmalloc", "mimalloc") if name in preload), None)

@@ -11,8 +11,9 @@ from typing import Any, NoReturn
 
 import torch
 
+from quantize.allocator import keep_allocations
 from quantize.checkpoint import CheckpointError
-from quantize.host import default_threads, keep_allocations
+from quantize.host import default_threads
 from quantize.measuring.artifact import MeasurementError
 
 DONE, MISTAKE, STOPPED = 0, 2, 130  # exit codes: all is written; a user's mistake; Ctrl-C

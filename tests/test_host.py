@@ -16,12 +16,11 @@ import torch
 
 import quantize
 from quantize import host
+from quantize.allocator import allocator_state, keep_allocations
 from quantize.host import (
-    allocator_state,
     cpu_quota,
     default_threads,
     describe_machine,
-    keep_allocations,
     machine,
     waiting_policy,
     with_waiting,
@@ -108,7 +107,7 @@ def test_kept_blocks_are_not_returned(tmp_path):
     """
     code = """if True:
         import torch
-        from quantize.host import allocator_state, keep_allocations
+        from quantize.allocator import allocator_state, keep_allocations
         resident = lambda: int(open("/proc/self/statm").read().split()[1]) * 4096 >> 20
         def left():
             before = resident()

@@ -23,9 +23,9 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from quantize import clock, surgery
+from quantize.allocator import peak_rss_mb
 from quantize.calibration import call
 from quantize.checkpoint import CheckpointError, load
-from quantize.host import peak_rss_mb
 
 # After the first call: TorchScript still rewrites its graph in the second and third one.
 _WARM_UP_CALLS, _WARM_UP_SECONDS = 2, 0.2

@@ -27,8 +27,8 @@ from typing import Any, BinaryIO
 
 import torch
 
+from quantize.allocator import allocator_state, keep_allocations
 from quantize.checkpoint import CheckpointError
-from quantize.host import allocator_state, keep_allocations
 from quantize.measuring.artifact import Artifact, MeasurementError
 
 # Linux's prctl.h: the signal that comes when the parent dies; orphans below become children of this

@@ -15,8 +15,9 @@ from typing import Any
 
 from torch import nn
 
+from quantize.allocator import allocator_state
 from quantize.checkpoint import CheckpointError
-from quantize.host import allocator_state, waiting_policy, with_waiting
+from quantize.host import waiting_policy, with_waiting
 from quantize.measuring.artifact import Artifact, Build, MeasurementError
 from quantize.measuring.child import CannotSend
 from quantize.measuring.nursery import Nursery

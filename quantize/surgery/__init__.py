@@ -23,8 +23,6 @@ from quantize.surgery.edit import (
     deepcopy,
     rebuild,
     replace,
-    resize,
-    resized,
     select,
     skip_filter,
     uncompiled,
@@ -41,6 +39,7 @@ from quantize.surgery.record import (
     shortened,
     structure,
 )
+from quantize.surgery.resizing import resize, resized
 from quantize.surgery.sizes import contradiction, mismatch
 
 __all__ = [

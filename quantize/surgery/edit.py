@@ -1,15 +1,14 @@
-"""Find modules in a copy of a model, replace them, give them other shapes.
+"""Find modules in a copy of a model and replace them.
 
 `clone` (a transform never touches its input), `select` (which modules), `replace` (one tree walk
-for every swap), `resize` (new tensors and attributes on a module that stays what it is). What was
-done is noted in the structure record (record.py).
+for every swap), `rebuild` (the same swaps on a fresh model). What was done is noted in the
+structure record (record.py); resizing.py gives a module other shapes.
 """
 
 from __future__ import annotations
 
 import copy
 import fnmatch
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,13 +18,10 @@ from torch.overrides import TorchFunctionMode
 
 from quantize.surgery.candidates import take_place
 from quantize.surgery.folder import guard_folders
-from quantize.surgery.record import BUILDERS, builder, check_count, edits_of, join, record
+from quantize.surgery.record import BUILDERS, check_count, edits_of, join, record
 from quantize.surgery.sizes import widths
 
 Skip = Sequence[str | type[nn.Module]]
-# An attribute from a file may be so large, or as large as what it replaces or an axis of it.
-MAX_NUMBER = 2**16
-MAX_LIST = 1000
 
 
 def clone(model: nn.Module) -> nn.Module:
@@ -244,123 +240,3 @@ class _Places:
             if parent._modules.get(key) is old:
                 parent._modules[key] = new
         self.parents.setdefault(new, {}).update(here)
-
-
-# Resizing: same module class, other shapes.
-
-
-def resize(
-    module: nn.Module, *, tensors: Mapping[str, torch.Tensor], attributes: Mapping[str, Any]
-) -> None:
-    """Give `module` new tensors (parameters or buffers, by name) and new plain attributes
-    (`out_features=96`), in place.
-
-    A parameter stays the same object, so that whoever shares it sees the new tensor. The edit is
-    recorded.
-    """
-    for name, tensor in tensors.items():
-        _set_tensor(module, name, tensor)
-    for name, value in attributes.items():
-        _set_attribute(module, name, value)
-    shapes = {n: list(t.shape) for n, t in tensors.items()}
-    values = {n: list(v) if isinstance(v, tuple) else v for n, v in attributes.items()}
-    edits = edits_of(module)
-    if (
-        edits and edits[-1][0] == "resized" and not edits[-1][2]
-    ):  # one edit for a module cut several times
-        earlier = edits[-1][1]
-        module.__dict__["_structure"] = edits[:-1]
-        shapes, values = {**earlier["shapes"], **shapes}, {**earlier["attributes"], **values}
-    record(module, "resized", shapes=shapes, attributes=values)
-
-
-@builder
-def resized(
-    module: nn.Module, shapes: Mapping[str, Sequence[int]], attributes: Mapping[str, Any]
-) -> nn.Module:
-    """Repeat `resize` on a fresh module: tensors of the recorded shapes, without data (on the meta
-    device).
-    """
-    for name, shape in shapes.items():
-        old = _get_tensor(module, name)
-        _set_tensor(module, name, torch.empty(list(shape), dtype=old.dtype, device="meta"))
-    widest = 0
-    for tensor in [*module._parameters.values(), *module._buffers.values()]:
-        if tensor is not None:
-            widest = max((widest, *tensor.shape))
-    for name, value in attributes.items():
-        if not _plausible(getattr(module, name, None), value, widest):
-            raise ValueError(
-                f"attribute {name!r} of {type(module).__name__} can't become {str(value)[:80]}"
-            )
-        _set_attribute(module, name, tuple(value) if isinstance(value, list) else value)
-    return module
-
-
-def _plausible(old: Any, value: Any, widest: int) -> bool:
-    """May a file put `value` in the place of `old` on a module whose tensors are at most `widest`
-    along an axis?
-    """
-    if isinstance(value, list):
-        before = old if isinstance(old, (list, tuple)) else ()
-        most = max((n for n in before if type(n) is int), default=0)
-        return len(value) <= MAX_LIST and all(
-            _plausible(most if type(v) is int else None, v, widest) for v in value
-        )
-    if isinstance(value, str):
-        return len(value) <= MAX_LIST
-    if type(value) is float:
-        return type(old) is not int and (math.isfinite(value) or value == old)
-    if type(value) is int and type(old) is not bool:
-        most = max(widest, MAX_NUMBER, old if type(old) is int else 0)
-        return min(0, old if type(old) is int else 0) <= value <= most
-    return isinstance(value, bool | None)
-
-
-def _get_tensor(module: nn.Module, name: str) -> torch.Tensor:
-    tensor = module._parameters.get(name, module._buffers.get(name))
-    if tensor is None:
-        raise ValueError(f"{type(module).__name__} has no parameter or buffer {name!r}")
-    return tensor
-
-
-def _set_tensor(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
-    old = _get_tensor(module, name)
-    if name in module._buffers:
-        module._buffers[name] = tensor
-    elif old.device == tensor.device:
-        old.data = tensor.detach()
-        old.grad = None
-    # `.data` can't change device; a fresh model's sharing is restored when its tensors are loaded
-    else:
-        module._parameters[name] = nn.Parameter(tensor, requires_grad=old.requires_grad)
-
-
-def _set_attribute(module: nn.Module, name: str, value: Any) -> None:
-    """Only plain values, only over an attribute of the same kind: a file must not be able to set
-    anything else.
-    """
-    old = getattr(module, name, module)
-    if name.startswith("_") or _kind(old) is None:
-        raise ValueError(f"{type(module).__name__} has no plain attribute {name!r}")
-    if _kind(value) is None or (
-        old is not None and value is not None and _kind(old) != _kind(value)
-    ):
-        raise ValueError(
-            f"attribute {name!r} of {type(module).__name__} is {old!r}, it can't become {value!r}"
-        )
-    setattr(module, name, list(value) if isinstance(old, list) and value is not None else value)
-
-
-def _kind(value: Any) -> str | None:
-    """What sort of plain value this is; None for anything else."""
-    kinds = {
-        bool: "flag",
-        int: "number",
-        float: "number",
-        str: "text",
-        tuple: "list",
-        list: "list",
-        type(None): "nothing",
-    }
-    return next((kind for plain, kind in kinds.items() if isinstance(value, plain)), None)

@@ -19,8 +19,8 @@ import torch
 from torch import nn
 
 import quantize
+from quantize.allocator import keep_allocations
 from quantize.checkpoint import CheckpointError, save
-from quantize.host import keep_allocations
 from quantize.measuring.artifact import (
     Artifact,
     Build,
