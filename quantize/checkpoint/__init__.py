@@ -8,7 +8,7 @@ surgery.py), dtype, shape and SHA-256 of every tensor, which names are tied, met
 bytes that are not tensor data go into one more SHA-256 (in the zip's comment, or first in the
 header), so no flipped bit and no cut passes, wherever it is.
 
-Loading runs no pickle (see container.py); the pickle is only scanned, so that a file that would run
+Loading runs no pickle (see pth.py); the pickle is only scanned, so that a file that would run
 code elsewhere is refused here. Names, shapes and dtypes are compared with a model without data
 before a tensor is read.
 

@@ -19,7 +19,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
 
 from quantize import surgery
-from quantize.checkpoint.container import DTYPES
+from quantize.checkpoint.contents import DTYPES
 from quantize.checkpoint.opening import CheckpointError, require
 
 ARCHITECTURES: dict[str, type[nn.Module]] = {}

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from quantize.checkpoint import CheckpointError, atomic_write
-from quantize.checkpoint.container import scan_pickle, zip_entries
 from quantize.checkpoint.opening import open_regular
+from quantize.checkpoint.pth import scan_pickle, zip_entries
 
 _OPCODES = {"BUILD"}  # of an OrderedDict with attributes, beside what is in a checkpoint
 _GLOBALS = {"_codecs encode"}  # of bytes

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from quantize import surgery
-from quantize.checkpoint import architecture, container
+from quantize.checkpoint import architecture, container, contents
 
 SUFFIXES = [".pth", ".safetensors"]
 
@@ -138,7 +138,7 @@ def rewrite(path: Path, change) -> None:
             for (n, s), p in zip(specs.items(), places, strict=True)
         }
     change(record)
-    with mock.patch.object(container, "_parse_record", lambda _, text: json.loads(text)):
+    with mock.patch.object(contents, "parse_record", lambda _, text: json.loads(text)):
         container.write(path, record, tensors)
 
 

@@ -14,7 +14,7 @@ from checkpoint_models import IDS, Holder, Net, Tiny, TinyConfig, assert_same, b
 from hypothesis import strategies as st
 from torch import nn
 
-from quantize.checkpoint import CheckpointError, container, load, read_metadata, read_record, save
+from quantize.checkpoint import CheckpointError, contents, load, read_metadata, read_record, save
 from quantize.models import DecoderConfig, DecoderLM
 
 
@@ -136,7 +136,7 @@ def test_other_libraries_read_the_files(tmp_path, suffix):
     save(model, path, metadata={"a": 1})
     if suffix == ".pth":
         content = torch.load(path, weights_only=True, mmap=True)
-        assert content["format"] == "quantize" and content["version"] == container.VERSION
+        assert content["format"] == "quantize" and content["version"] == contents.VERSION
         assert json.loads(content["record"])["metadata"] == {"a": 1}
         tensors = content["tensors"]
     else:

@@ -23,7 +23,7 @@ from torch import nn
 from quantize.checkpoint import (
     CheckpointError,
     atomic_write,
-    container,
+    contents,
     load,
     read_metadata,
     read_record,
@@ -80,7 +80,7 @@ def test_newer_version_says_so(tmp_path, suffix, monkeypatch):
     """A file of a later format says that it is newer, whoever wrote it."""
     path = tmp_path / f"m{suffix}"
     with monkeypatch.context() as patch:
-        patch.setattr(container, "VERSION", 7)
+        patch.setattr(contents, "VERSION", 7)
         save(Tiny(TinyConfig()), path)
     with pytest.raises(
         CheckpointError, match=r"newer quantize \(format version 7; this one reads up to 2\)"
