@@ -37,7 +37,7 @@ from quantize import (
     quantize_weights,
     to_half,
 )
-from quantize.models.pretrained import our_name
+from quantize.models.published import our_name
 from quantize.run.decoding import for_decoding
 from quantize.run.generate import decode, generate_stream, prefill
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quantize import checkpoint
-from quantize.models import pretrained
+from quantize.models import pretrained, published
 from quantize.models.attention import apply_rope, causal_attention, rope_table
 from quantize.models.config import DecoderConfig
 
@@ -200,10 +200,10 @@ class DecoderLM(nn.Module):
                 checkpoint.Bounded(1000 + 40 * config.layers),
             ):  # nothing to initialise
                 model = cls(config)
-            tensors = pretrained.read_tensors(folder, config.tied_head, dtype)
+            tensors = published.read_tensors(folder, config.tied_head, dtype)
             if config.tied_head and "embedding.weight" in tensors:
                 tensors["head.weight"] = tensors["embedding.weight"]
-            pretrained.check_tensors(folder, tensors, model.state_dict())
+            published.check_tensors(folder, tensors, model.state_dict())
             checkpoint.assign(model, tensors)
         if config.tied_head:
             model.head.weight = model.embedding.weight

@@ -24,7 +24,8 @@ from quantize import checkpoint, surgery
 from quantize.checkpoint import CheckpointError, blaming
 from quantize.checkpoint.foreign import filled, read_state_dict
 from quantize.models.decoder import DecoderLM
-from quantize.models.pretrained import FAMILIES, read_json
+from quantize.models.pretrained import FAMILIES
+from quantize.models.published import read_json
 from quantize.surgery.folder import unlike_its_config
 
 WEIGHTS, ABOUT = "quantize.safetensors", "quantize.json"  # in a folder that save_folder wrote
