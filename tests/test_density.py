@@ -93,10 +93,8 @@ STILL: dict[str, set[str]] = {
         "quantize/compression/low_rank/factorize.py:factorize_low_rank",
     },
     "nested conditional": {
-        "quantize/compression/distillation/objective.py",
         "quantize/compression/low_rank/budget.py",
         "quantize/compression/pruning/rules.py",
-        "quantize/models/pretrained.py",
     },
     "two loops": {
         "quantize/calibration/inputs.py",
@@ -111,8 +109,6 @@ STILL: dict[str, set[str]] = {
         "quantize/compression/pruning/repair.py",
         "quantize/compression/pruning/scores.py",
         "quantize/compression/pruning/trace.py",
-        "quantize/models/pretrained.py",
-        "quantize/surgery/edit.py",
     },
 }
 

@@ -72,34 +72,38 @@ def fit(
 ) -> nn.Module:
     """Train `model` in place for `config.steps` steps and return it in eval mode.
 
-    Args: batches: `batches(step)` gives the batch of a step as a tensor or (nested) tuple, list,
-        dict of tensors. loss_fn: `loss_fn(model, batch)` gives the scalar to minimize. bf16:
-        compute in bf16 where autocast allows it; None asks `native_bf16`. Weights stay fp32.
+    Args:
+        model: the module to train.
+        batches: `batches(step)` gives the batch of a step as a tensor or (nested) tuple, list, dict
+            of tensors.
+        loss_fn: `loss_fn(model, batch)` gives the scalar to minimize.
+        config: steps, learning rates and schedule.
+        seed: of the random numbers that a step draws (dropout and the like).
+        bf16: compute in bf16 where autocast allows it; None asks `native_bf16`. Weights stay fp32.
         checkpoint_path: file for the training state, written before the first step, about every
             `checkpoint_seconds`, and after the last step.
+        checkpoint_seconds: least time between two writings of that file.
         resume: go on from that file if it exists.
         identity: what else must agree between the two runs for a resume to be right (configs,
             hashes of the data), as plain values.
         judge: keeps the best state of the model, in which it ends; its own state is in the file
             too.
+        on_progress: called with a `Progress` after every step, on rank 0.
 
-    Raises: TrainingError: nothing to train, a loss or gradient that is not finite (the last good
-        state stays on disk),
-            a state file that is damaged, of another run, or cannot be written.
+    Returns:
+        `model`, in eval mode.
+
+    Raises:
+        TrainingError: nothing to train, a loss or gradient that is not finite (the last good state
+            stays on disk), a state file that is damaged, of another run, or cannot be written.
     """
     rank, world = ranks()
     device = next(model.parameters()).device
     path = None if checkpoint_path is None else Path(checkpoint_path)
     optimizers = build_optimizers(model, config)
     model.train()
-    run = {
-        "config": asdict(config),
-        "seed": seed,
-        "bf16": bf16,
-        "world": world,
-        "identity": identity or {},
-        "model": describe(model),
-    }
+    run = {"config": asdict(config), "seed": seed, "bf16": bf16, "world": world}
+    run |= {"identity": identity or {}, "model": describe(model)}
     resumed = resume and path is not None and path.exists()
     first = 0
     if path is not None and resumed:
@@ -113,44 +117,27 @@ def fit(
     started = saved = time.monotonic()
     units = 0
     for step in range(first, config.steps):
-        torch.manual_seed(
-            hash((seed, step, rank))
-        )  # dropout and the like: a function of the step too
-        scale = config.rate(step) if judge is None else config.rate(step) * judge.scale
-        for optimizer in optimizers:
-            optimizer.zero_grad(set_to_none=True)
-            for group in optimizer.param_groups:
-                group["lr"] = group["full_lr"] * scale
+        torch.manual_seed(hash((seed, step, rank)))  # dropout is a function of the step too
+        scale = 1.0 if judge is None else judge.scale
+        _begin_step(optimizers, config.rate(step) * scale)
         batch = _to_device(batches(step), device)
         with autocast(device, bf16):
             loss = loss_fn(model, batch)
-        loss.backward()
-        _make_dense(parameters)
-        loss_value = average(loss, parameters, world)
-        norm = nn.utils.clip_grad_norm_(parameters, config.clip).item()
-        if not (math.isfinite(loss_value) and math.isfinite(norm)):
-            kept = "" if path is None else f"; the last good state is in {path}"
-            raise TrainingError(
-                f"step {step}: loss {loss_value}, gradient norm {norm}: not finite{kept}"
-            )
+        loss_value, norm = _gradients(loss, parameters, world, config.clip)
+        _check_finite(step, loss_value, norm, path)
         for optimizer in optimizers:
             optimizer.step()
         done = step + 1
         if judge is not None and judge.check(done):
             optimizers = build_optimizers(model, config)
         now = time.monotonic()
-        if (
-            path is not None
-            and rank == 0
-            and (now - saved >= checkpoint_seconds or done == config.steps)
-        ):
+        due = now - saved >= checkpoint_seconds or done == config.steps
+        if path is not None and rank == 0 and due:
             write_state(path, model, optimizers, judge, run, done)
             saved = time.monotonic()
         if on_progress is not None and rank == 0:
             units += _units(batch) * world
-            elapsed = now - started
-            left = elapsed / (done - first) * (config.steps - done)
-            on_progress(Progress(done, config.steps, loss_value, units / max(elapsed, 1e-9), left))
+            on_progress(_progress(done, first, config.steps, loss_value, units, now - started))
     if judge is not None:
         judge.finish()
     return model.eval()
@@ -161,6 +148,37 @@ def autocast(device: torch.device | str, bf16: bool | None = None) -> AbstractCo
     if native_bf16(device) if bf16 is None else bf16:
         return torch.autocast(torch.device(device).type, dtype=torch.bfloat16)
     return nullcontext()
+
+
+def _progress(
+    done: int, first: int, steps: int, loss: float, units: int, elapsed: float
+) -> Progress:
+    left = elapsed / (done - first) * (steps - done)
+    return Progress(done, steps, loss, units / max(elapsed, 1e-9), left)
+
+
+def _begin_step(optimizers: list, scale: float) -> None:
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
+        for group in optimizer.param_groups:
+            group["lr"] = group["full_lr"] * scale
+
+
+def _gradients(
+    loss: Tensor, parameters: list[nn.Parameter], world: int, clip: float
+) -> tuple[float, float]:
+    """Gradients averaged over the ranks and clipped; gives the mean loss and the norm before."""
+    loss.backward()
+    _make_dense(parameters)
+    mean = average(loss, parameters, world)
+    return mean, nn.utils.clip_grad_norm_(parameters, clip).item()
+
+
+def _check_finite(step: int, loss: float, norm: float, path: Path | None) -> None:
+    if math.isfinite(loss) and math.isfinite(norm):
+        return
+    kept = "" if path is None else f"; the last good state is in {path}"
+    raise TrainingError(f"step {step}: loss {loss}, gradient norm {norm}: not finite{kept}")
 
 
 def _to_device(batch: Any, device: torch.device) -> Any:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,10 @@ from quantize.compression.distillation import match
 from quantize.compression.distillation.batches import Numbered
 from quantize.compression.distillation.best import Best
 from quantize.compression.distillation.cache import TeacherCache
+from quantize.compression.distillation.checks import check_modules, check_steps, check_trainable
 from quantize.compression.distillation.objective import Objective
+from quantize.compression.distillation.preparing import precision, prepare
 from quantize.compression.distillation.state import recompute_weights
-from quantize.nn import holds_integers
 from quantize.training import Batches, TrainConfig, TrainingError, fit, ranks
 
 LEAST_RATE = 2**-6  # times the rates of training from scratch
@@ -108,21 +110,16 @@ def distill(
         TrainingError: nothing to train, no gradient, or a loss that isn't finite; `error.student`
             is then the student as it was before that step.
     """
-    _check_modules(student, teacher)
-    _check_steps(steps)
+    check_modules(student, teacher)
+    check_steps(steps)
     if alpha is None:
         alpha = 1.0 if loss is None else 0.5
-    if not any(p.requires_grad for p in student.parameters()):
-        raise TrainingError(
-            f"the student ({type(student).__name__}) has no parameter that requires a gradient: "
-            f"nothing to train"
-        )
+    check_trainable(student)
     hidden = match.pairs_of(hidden, student, teacher, "hidden")
     relations = match.pairs_of(relations, student, teacher, "relations")
     numbered = Numbered(batches, paired=loss is not None, steps=steps)
-    copy = surgery.clone(student)
     objective = Objective(
-        copy,
+        surgery.clone(student),
         teacher,
         temperature,
         alpha,
@@ -136,45 +133,68 @@ def distill(
         select,
         kind,
     )
-    best = Best(
-        objective.trained,
-        lambda: _over_ranks(objective.held_out(numbered.held), copy),
-        steps,
-        numbered.about,
-    )
-    devices = {p.device for p in copy.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=list(devices)), torch.enable_grad(), objective.attached():
+    best = _best(objective, numbered, steps)
+    with _own_random_numbers(objective.student), torch.enable_grad(), objective.attached():
         first = numbered(0)
-        far = _over_ranks(objective.prepare(first), copy)
-        fit_options["bf16"], not_bf16 = objective.precision(first, fit_options.get("bf16"))
-        recipe = (
-            replace(recipe, steps=steps)
-            if isinstance(recipe, TrainConfig)
-            else (recipe or student_recipe)(steps, far)
-        )
-        about = objective.settings()
-        if cache is not None or fit_options.get("checkpoint_path") is not None:
-            about["teacher"] = fingerprint(teacher)
+        far = _over_ranks(prepare(objective, first), objective.student)
+        fit_options["bf16"], not_bf16 = precision(objective, first, fit_options.get("bf16"))
         if cache is not None:
-            objective.cache = _cache(cache, cache_top, objective, about["teacher"], batches)
-        fit_options["identity"] = {**(fit_options.get("identity") or {}), "distillation": about}
-        try:
-            fit(objective.trained, numbered, objective, recipe, judge=best, **fit_options)
-        except TrainingError as error:
-            objective.take_back_step()
-            error.student = _finished(copy)  # type: ignore[attr-defined]
-            raise
-    result = _finished(copy)
-    settings = {
-        "steps": steps,
-        "worth": best.step,
-        "precision": "bf16" if fit_options["bf16"] else "float32",
-    }
-    if not_bf16:
-        settings["not_bf16"] = not_bf16
+            objective.cache = _cache(cache, cache_top, objective, batches)
+        _fit(objective, numbered, best, _config(recipe, steps, far), fit_options)
+    result = _finished(objective.student)
+    settings = _settings(steps, best, fit_options["bf16"], not_bf16)
     distance = objective.distance(numbered.held)
     surgery.note(result, technique, done={"": best.describe()}, distance=distance, **settings)
     return result
+
+
+def _best(objective: Objective, numbered: Numbered, steps: int) -> Best:
+    """Keeps the best state of the student on the batches that are held out."""
+
+    def held_out() -> float:
+        return _over_ranks(objective.held_out(numbered.held), objective.student)
+
+    return Best(objective.trained, held_out, steps, numbered.about)
+
+
+def _own_random_numbers(model: nn.Module) -> AbstractContextManager:
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    return torch.random.fork_rng(devices=list(devices))
+
+
+def _config(
+    recipe: TrainConfig | Callable[[int, float], TrainConfig] | None, steps: int, far: float
+) -> TrainConfig:
+    if isinstance(recipe, TrainConfig):
+        return replace(recipe, steps=steps)
+    return (recipe or student_recipe)(steps, far)
+
+
+def _fit(
+    objective: Objective,
+    numbered: Numbered,
+    best: Best,
+    config: TrainConfig,
+    fit_options: dict[str, Any],
+) -> None:
+    """Train; where that fails, the error carries the student of the step before."""
+    about = objective.settings()
+    if objective.cache is not None or fit_options.get("checkpoint_path") is not None:
+        about["teacher"] = fingerprint(objective.teacher)
+    identity = {**(fit_options.get("identity") or {}), "distillation": about}
+    options = {**fit_options, "identity": identity}
+    try:
+        fit(objective.trained, numbered, objective, config, judge=best, **options)
+    except TrainingError as error:
+        objective.take_back_step()
+        error.student = _finished(objective.student)  # type: ignore[attr-defined]
+        raise
+
+
+def _settings(steps: int, best: Best, bf16: bool, not_bf16: str) -> dict[str, Any]:
+    precision = "bf16" if bf16 else "float32"
+    settings = {"steps": steps, "worth": best.step, "precision": precision}
+    return settings | {"not_bf16": not_bf16} if not_bf16 else settings
 
 
 def _finished(model: nn.Module) -> nn.Module:
@@ -202,7 +222,7 @@ def recover(
     the smaller layers and their record, so it is saved and loaded as before. `options` are those of
     `distill`; it raises what `distill` raises.
     """
-    _check_steps(steps)
+    check_steps(steps)
     defaults = {"temperature": 1.0, "recipe": recovery_recipe, "technique": "recover"}
     return distill(model, teacher, batches, steps=steps, **{**defaults, **options})
 
@@ -246,41 +266,7 @@ def _over_ranks(value: float, model: nn.Module) -> float:
     return total.item() / world
 
 
-# -------------------------------------------------------------------------------------------------
-# checks
-
-
-def _check_steps(steps: Any) -> None:
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps is {steps!r}; allowed: an integer >= 1")
-
-
-def _check_modules(student: nn.Module, teacher: nn.Module) -> None:
-    for role, model in (("student", student), ("teacher", teacher)):
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"{role} must be an nn.Module, got {type(model).__name__}")
-        surgery.check_initialised(model)
-        if any(parameter.is_meta for parameter in model.parameters()):
-            raise ValueError(
-                f"the {role} ({type(model).__name__}) has no numbers, only shapes: it is on the "
-                f"meta device"
-            )
-    for name, module in student.named_modules():
-        if holds_integers(module):
-            kind = f"module {name!r} ({type(module).__name__}) of the student holds integers"
-            raise ValueError(f"{kind}, which can't be trained: distil or recover before quantizing")
-        for key, parameter in module._parameters.items():
-            if parameter is None or not parameter.requires_grad:
-                continue
-            if parameter.dtype in (torch.float16, torch.bfloat16):
-                path = f"{name}.{key}".strip(".")
-                kind = f"parameter {path!r} of the student is {parameter.dtype}"
-                raise ValueError(f"{kind}, too coarse for small steps: train in float32, then cast")
-
-
-def _cache(
-    folder: Path | str, count: int, objective: Objective, teacher: str, batches: Any
-) -> TeacherCache:
+def _cache(folder: Path | str, count: int, objective: Objective, batches: Any) -> TeacherCache:
     if objective.kind != "logits" or objective.hidden or objective.relations or not objective.alpha:
         raise ValueError(
             "cache holds the teacher's likeliest classes: it needs a match of logits, not "
@@ -290,6 +276,7 @@ def _cache(
         raise ValueError("cache needs a fixed sequence of batches, not a function")
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise ValueError(f"cache_top is {count!r}; allowed: an integer >= 1")
+    teacher = fingerprint(objective.teacher)
     return TeacherCache(Path(folder), teacher, objective.temperature, count)
 
 
