@@ -50,12 +50,18 @@ def save(model: nn.Module, path: str | Path, *, metadata: dict[str, Any] | None 
     bytes.
 
     Stores what `state_dict()` gives, as CPU tensors; parameters (or buffers) that are one tensor
-    under several names once. `metadata` is a dict of JSON values (metrics, the recipe), which
-    `read_metadata` gives back as JSON does (tuples as lists).
+    under several names once.
 
-    Raises ValueError for another suffix, a tensor that the container can't hold or metadata of more
-    than about 8 MB; TypeError for state that isn't a plain tensor and for metadata that isn't JSON;
-    OSError when the file can't be written.
+    Args:
+        model: any nn.Module whose state is plain tensors.
+        path: the file to write or replace; its suffix chooses the container.
+        metadata: a dict of JSON values (metrics, the recipe), at most about 8 MB, which
+            `read_metadata` gives back as JSON does (tuples as lists).
+
+    Raises:
+        ValueError: another suffix, a tensor that the container can't hold, metadata of more bytes.
+        TypeError: state that isn't a plain tensor, metadata that isn't JSON.
+        OSError: the file can't be written.
     """
     path = Path(path)
     if path.suffix not in SUFFIXES:
@@ -88,13 +94,20 @@ def save(model: nn.Module, path: str | Path, *, metadata: dict[str, Any] | None 
 def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     """The model in the file, on the CPU and in eval mode.
 
-    A built-in model is rebuilt from the file. For any other, pass `model`, a fresh instance of the
-    class that was saved: a copy of it gets the file's structure and tensors and is returned, the
-    instance itself stays as it is.
+    A built-in model is rebuilt from the file; any other is rebuilt on a copy of `model`.
 
-    Raises CheckpointError, with the path and the reason, for a file that is missing, truncated,
-    altered, foreign, newer, unsafe, or of another architecture; TypeError when `model` is no
-    nn.Module.
+    Args:
+        path: a file that `save` wrote.
+        model: a fresh instance of the class that was saved, for a class that isn't built in. It
+            stays as it is; a copy gets the file's structure and tensors.
+
+    Returns:
+        The model that was saved.
+
+    Raises:
+        CheckpointError: with the path and the reason, for a file that is missing, truncated,
+            altered, foreign, newer, unsafe, or of another architecture.
+        TypeError: `model` is no nn.Module.
     """
     if model is not None and (
         not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule)
@@ -136,8 +149,16 @@ def read_record(path: str | Path) -> dict[str, Any]:
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
-    """The `metadata` that the file was saved with; reads the header only. Raises CheckpointError as
-    `load` does.
+    """The `metadata` that the file was saved with; reads the header only.
+
+    Args:
+        path: a file that `save` wrote.
+
+    Returns:
+        The dict given to `save`, as JSON gives it back; {} if there was none.
+
+    Raises:
+        CheckpointError: as `load` does.
     """
     return read_record(path)["metadata"]
 
@@ -146,8 +167,16 @@ def summary(model_or_path: nn.Module | str | Path) -> surgery.Summary:
     """What every technique did to a model and what it left, with the reasons; of a file, read from
     its header only.
 
-    Raises CheckpointError as `load` does, TypeError for something that is neither a module nor a
-    path.
+    Args:
+        model_or_path: a model that a technique returned, or a file that `save` wrote.
+
+    Returns:
+        The steps in their order, with the layers that each changed and left; printing it gives a
+        line a layer.
+
+    Raises:
+        CheckpointError: as `load` does.
+        TypeError: something that is neither a module nor a path.
     """
     if isinstance(model_or_path, nn.Module):
         return surgery.Summary.of(surgery.notes(model_or_path))

@@ -37,8 +37,12 @@ def to_half(
     `quantize.summary(result)` names them all.
 
     Args:
+        model: any nn.Module; it stays as it is.
         dtype: torch.float16 or torch.bfloat16.
-        skip: see `surgery.select`.
+        skip: names, globs or types of modules that stay as they are (`surgery.select`).
+
+    Returns:
+        The copy, which takes and gives the dtypes that `model` does.
 
     Raises:
         TypeError: for something that is no nn.Module.

@@ -31,12 +31,22 @@ def quantize_weights(
     Converted: `nn.Linear` (and subclasses that keep its forward), GPT-2 style `Conv1D`, the
     projections of `nn.MultiheadAttention`.
 
-    `group_size`: 32, 64, 128 or 256 weights share a scale. `calibration` (batches as
-    `calibration.collect` takes) turns on GPTQ rounding. Layers that don't fit stay as they are:
-    `quantize.summary(result)` names them and the reasons.
+    Layers that don't fit stay as they are: `quantize.summary(result)` names them and the reasons.
 
-    Raises ValueError for other bits and group sizes, weights that are not finite, and if no layer
-    fits.
+    Args:
+        model: any nn.Module; it stays as it is.
+        bits: 4.
+        group_size: 32, 64, 128 or 256 weights of a row share a scale.
+        skip: names, globs or types of modules that stay as they are (`surgery.select`).
+        calibration: batches as `calibration.collect` takes; they turn on GPTQ rounding.
+
+    Returns:
+        The copy, for inference only.
+
+    Raises:
+        ValueError: other bits and group sizes, weights that are not finite, no layer that fits.
+
+    Source: GPTQ (Frantar et al., arXiv 2210.17323).
     """
     if bits != 4:
         raise ValueError(f"bits must be 4 (for 8 use quantize_dynamic), got {bits!r}")
@@ -71,7 +81,6 @@ def quantize_weights(
     without_fast_paths(model)
     model = restore_attentions(model, attentions, (Int4Linear,))
     distance = None if calibration is None else calibrating.distance(model, original, calibration)
-    model.__dict__["int4_skipped"] = report
     done = dict.fromkeys(chosen, "int4")
     if calibration is not None:
         done |= {

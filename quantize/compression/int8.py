@@ -36,20 +36,28 @@ def quantize_dynamic(
 
     Converted: `nn.Linear` (and subclasses that keep its forward), GPT-2 style `Conv1D`,
     `nn.MultiheadAttention`, and `nn.Embedding` tables that share their weight with a linear layer
-    (a tied head), or all of them with `embeddings=True`. `summary(result)` says what was converted,
-    what was not, and why. `skip`: see `surgery.select`.
+    (a tied head), or all of them with `embeddings=True`. `quantize.summary(result)` says what was
+    converted, what was not, and why, and what part of the bytes stays float; a UserWarning does too
+    where that is more than 40 percent.
 
-    `calibration` (batches as `calibration.collect` takes) tries SmoothQuant, and keeps it if the
-    outputs on these batches come at least a tenth closer to the float model's. `prefer="speed"`
-    leaves layers in float that a stopwatch finds slower in int8 at any of 1, 16 and 256 rows
-    (narrow layers: below a width of about 256, quantizing an input costs more than it saves); then
-    the result depends on the machine.
+    Args:
+        model: any nn.Module; it stays as it is.
+        skip: names, globs or types of modules that stay as they are (`surgery.select`).
+        calibration: batches as `calibration.collect` takes. They try SmoothQuant, which is kept if
+            the outputs on them come at least a tenth closer to the float model's.
+        embeddings: convert all embedding tables.
+        prefer: "size", or "speed": layers stay float that a stopwatch finds slower in int8 at any
+            of 1, 16 and 256 rows (below a width of about 256, quantizing an input costs more than
+            it saves); then the result depends on the machine.
 
-    The summary says what part of the bytes stays float; a UserWarning does too where that is more
-    than 40 percent.
+    Returns:
+        The copy, for inference only.
 
-    Raises ValueError if there is nothing to convert, for weights and calibration inputs that are
-    not finite (naming the layer), and for calibration without batches.
+    Raises:
+        ValueError: nothing to convert, weights or calibration inputs that are not finite (naming
+            the layer), calibration without batches, another `prefer`.
+
+    Source: SmoothQuant (Xiao et al., arXiv 2211.10438).
     """
     if prefer not in ("size", "speed"):
         raise ValueError(f"prefer must be 'size' or 'speed', got {prefer!r}")
@@ -66,20 +74,17 @@ def quantize_dynamic(
         distance = calibrating.relative_error(smooth.outputs(new, calibration), expected)
         layers = {n: m for n, m in _smoothable(source) if _became(new, n, Int8Linear)}
         norms = smooth.smooth(source, layers, calibration)
-        errors = {"plain": distance}
         if norms:
             slower = {n: reason for n, reason in report.items() if reason.startswith(_SLOWER)}
             folded, folded_report = _converted(
                 source, lambda n, m: n in slower or skipped(n, m), embeddings, "size"
             )
-            errors["smoothed"] = calibrating.relative_error(
-                smooth.outputs(folded, calibration), expected
-            )
-            if errors["smoothed"] < _CLEARLY * errors["plain"]:
-                new, report, distance = folded, folded_report | slower, errors["smoothed"]
-        new.__dict__["int8_calibration"] = {"norms": norms, "errors": errors}
+            smoothed = calibrating.relative_error(smooth.outputs(folded, calibration), expected)
+            if smoothed < _CLEARLY * distance:
+                new, report, distance = folded, folded_report | slower, smoothed
+                settings["smoothed"] = norms
     new = restore_attentions(new, attentions, (Int8Linear,))
-    new.__dict__["int8_skipped"] = report = report | left
+    report |= left
     told, total = _with_shares(new, report)
     done = {n: "int8" for n, m in new.named_modules() if isinstance(m, (Int8Linear, Int8Embedding))}
     if total:
@@ -248,16 +253,6 @@ def _microseconds(layer: Any, x: torch.Tensor) -> float:
 
     calls = [partial(call, one) for one in copies]
     return 1e6 * statistics.median(clock.race(calls, least=max(2, 31 // len(copies))))
-
-
-def summary(model: nn.Module) -> dict[str, str]:
-    """What `quantize_dynamic` did, by module name: `"int8"`, or the reason why the layer stayed as
-    it is.
-    """
-    done = {
-        n: "int8" for n, m in model.named_modules() if isinstance(m, (Int8Linear, Int8Embedding))
-    }
-    return {**done, **model.__dict__.get("int8_skipped", {})}
 
 
 def _follows(held: surgery.Facts, fact: surgery.Facts) -> bool:

@@ -43,7 +43,24 @@ def measure(
 ) -> Measurement:
     """Measure one artifact; with `baseline`, interleaved with it, which gives `speedup`.
 
-    Arguments, the other options (threads, rounds, ...) and what is raised: see `compare`.
+    Args:
+        path_or_model: a file (checkpoint, TorchScript), a `Build` for any other engine, or a model,
+            of which the fresh process gets a copy.
+        example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments.
+            None: the model's own `example_inputs()` if it has that, else no latency.
+        evaluate: called with the loaded model in the fresh process; returns a number, a (name,
+            number) pair or a dict of them.
+        baseline: what it is compared with, of the same kinds.
+        model: for an architecture that isn't built in, as in `quantize.load`: a fresh instance or a
+            function that makes one.
+        options: those of `compare` (threads, rounds, ...).
+
+    Returns:
+        Latency in ms, size in bytes, memory in MiB and the metrics, with the machine they were
+        measured on.
+
+    Raises:
+        TypeError, ValueError, MeasurementError: as `compare` does.
     """
     sources = [path_or_model] if baseline is None else [baseline, path_or_model]
     return compare(sources, example_inputs, evaluate=evaluate, model=model, **options)[-1]

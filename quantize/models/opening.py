@@ -60,6 +60,9 @@ def open_model(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         model: a fresh instance of the class that was saved, for a class that is neither built in
             nor one of transformers. It stays as it is.
 
+    Returns:
+        The model; a built-in one, one of transformers, or a copy of `model`.
+
     Raises:
         CheckpointError: naming the path and the reason, for what is missing, damaged, incomplete,
             of another architecture, or needs `model` or transformers.

@@ -114,7 +114,7 @@ def test_what_does_not_fit_is_named():
     with pytest.raises(ValueError, match="group_size must be one of"):
         quantize_weights(mlp(64, 96, 16), group_size=48)
     small = quantize_weights(mlp(64, 96, 16), group_size=64)
-    assert "no multiple of group_size=64" in small.int4_skipped["2"]
+    assert "no multiple of group_size=64" in quantize.summary(small).left["2"]
     with pytest.raises(ValueError, match="no linear layer"):
         quantize_weights(nn.Sequential(nn.ReLU()))
     bad = mlp(64, 96, 16)

@@ -40,7 +40,9 @@ def test_zoo(name: str):
     assert torch.equal(helpers.run(rebuilt(small, fresh), inputs), actual)
     left = [n for n, m in small.named_modules() if isinstance(m, nn.Linear)]
     assert not left
-    assert all(v == "int8" or "embedding" in v.lower() for v in int8.summary(small).values())
+    (step,) = quantize.summary(small).steps
+    assert set(step.done.values()) == {"int8"}
+    assert all("embedding" in reason.lower() for reason in step.left.values())
 
 
 def test_tied_head_and_table_share_one_int8_weight():
@@ -56,7 +58,9 @@ def test_skip_and_summary():
     model = mlp(24, 40, 8)
     small = int8.quantize_dynamic(model, skip=("2",))
     assert type(small[2]) is nn.Linear
-    assert int8.summary(small) == {"0": "int8", "2": "named by skip"}
+    (step,) = quantize.summary(small).steps
+    assert step.done == {"0": "int8"}
+    assert list(step.left) == ["2"] and step.left["2"].startswith("named by skip")
 
 
 def test_embeddings_are_an_option():
@@ -154,7 +158,7 @@ def test_subclasses_with_their_own_forward_are_left_alone():
 
     small = int8.quantize_dynamic(nn.Sequential(Scaled(4, 4), Renamed(4, 4)).eval())
     assert type(small[0]) is Scaled and isinstance(small[1], Int8Linear)
-    assert "forward of its own" in int8.summary(small)["0"]
+    assert "forward of its own" in quantize.summary(small).left["0"]
 
 
 def test_transformer_encoder_runs_without_its_fused_path():
@@ -198,7 +202,9 @@ def test_calibration_folds_outliers_where_that_is_exact():
     model, x = Residual().eval(), randn(64, 32, seed=3)
     small = int8.quantize_dynamic(model, calibration=[randn(64, 32), randn(64, 32, seed=1)])
     plain = int8.quantize_dynamic(model)
-    assert small.int8_calibration["norms"] == ["norm"]
+    (step,) = quantize.summary(small).steps
+    assert step.settings["smoothed"] == ["norm"]
+    assert "smoothed" not in quantize.summary(plain).steps[0].settings
     with torch.no_grad():
         error, plain_error = ((m(x) - model(x)).square().mean() for m in (small, plain))
         assert error < 0.5 * plain_error
@@ -221,7 +227,8 @@ def test_speed_can_be_preferred(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(int8, "_microseconds", microseconds)
     model = nn.Sequential(linear(4, 4), linear(4, 512), linear(512, 512)).eval()
     small = int8.quantize_dynamic(model, prefer="speed")
-    assert "slower" in int8.summary(small)["0"] and int8.summary(small)["2"] == "int8"
+    (step,) = quantize.summary(small).steps
+    assert "slower" in step.left["0"] and step.done["2"] == "int8"
     with pytest.raises(ValueError, match="slower"):
         int8.quantize_dynamic(linear(4, 4), prefer="speed")
     with pytest.raises(ValueError, match="prefer must be"):
@@ -231,8 +238,9 @@ def test_speed_can_be_preferred(monkeypatch: pytest.MonkeyPatch):
 def test_what_is_not_a_linear_layer_is_reported():
     """Convolutions and recurrent layers are named in the summary, not passed over in silence."""
     model = nn.ModuleDict({"conv": nn.Conv2d(1, 4, 3), "lstm": nn.LSTM(4, 4), "head": linear(4, 4)})
-    report = int8.summary(int8.quantize_dynamic(model))
-    assert report["head"] == "int8" and "Conv2d" in report["conv"] and "LSTM" in report["lstm"]
+    (step,) = quantize.summary(int8.quantize_dynamic(model)).steps
+    assert step.done == {"head": "int8"}
+    assert "Conv2d" in step.left["conv"] and "LSTM" in step.left["lstm"]
 
 
 class Overflow(nn.Module):

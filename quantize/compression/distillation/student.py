@@ -44,6 +44,7 @@ def make_student(
     """A smaller copy of `teacher` in eval mode, to be distilled.
 
     Args:
+        teacher: any nn.Module; it stays as it is.
         depth: blocks that stay in each stack of like blocks (encoder, decoder, each stage of a
             convolutional network): a number >= 1 of them, or a fraction in (0, 1). Evenly spaced,
             the first always among them.
@@ -54,6 +55,9 @@ def make_student(
         calibration: re-iterable batches like `example_inputs`; with them the channels to keep are
             chosen by what they do, and layers are refitted.
         skip: names, globs or types of layers whose channels stay.
+
+    Returns:
+        The student, with the teacher's weights, refitted where `calibration` is given.
 
     Raises:
         ValueError: for values out of range, if neither is given, inputs that don't run, a teacher

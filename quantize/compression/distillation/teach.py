@@ -66,6 +66,10 @@ def distill(
     them, the given one included, and `quantize.summary` says how many steps were worth it.
 
     Args:
+        student: the module to train, in float32; its copy is what comes back.
+        teacher: the module to follow, any nn.Module that takes the same inputs. It runs in eval and
+            inference mode, in bf16 where the student does; a cheaper one is given as one:
+            `quantize_dynamic(teacher)`.
         batches: re-iterable sequence, gone through again and again, or a function from step to
             batch. A batch is what both models are called with: a tensor, a tuple of positional or a
             dict of keyword arguments; with `loss`, a pair of that and the targets. An
@@ -81,10 +85,13 @@ def distill(
         hidden: modules whose outputs are compared: a dict from names in the student to names in the
             teacher, or a list of names that are the same in both. Where widths differ, a learned
             projection stands between; it is dropped at the end.
+        hidden_weight: of what `hidden` compares, beside the match; >= 0.
         hidden_kind: "mse" (relative to the teacher's mean square) or "cosine".
         relations: modules with outputs [B, T, C] (projections to queries, keys or values), named as
             for `hidden`: how positions relate is compared, in `relation_heads` parts, so widths may
             differ (MiniLM, arXiv 2012.15828).
+        relation_weight: of what `relations` compares; >= 0.
+        relation_heads: parts into which the C channels are cut; >= 1.
         select: picks the tensor to match out of a model's output. Default: `logits`, else the first
             floating tensor.
         kind: how outputs are matched. "logits": T^2 KL over the last axis (Hinton et al., arXiv
@@ -92,6 +99,7 @@ def distill(
             bare tensors [N, V] and [B, T, V].
         cache: folder in which the teacher's `cache_top` likeliest classes are kept, so that it runs
             once per batch of a fixed sequence. Only for the match of logits.
+        cache_top: classes kept for each row; >= 1.
         recipe: learning rates and schedule; its `steps`, `batch`, `length` and `short` are not
             read. Or a function to it from the number of steps and how far the student is from the
             teacher (`losses.remoteness`, on the first batch); the default is `student_recipe`.
@@ -100,8 +108,8 @@ def distill(
         fit_options: `seed`, `bf16`, `checkpoint_path`, `resume`, `identity`, `on_progress`: see
             `training.fit`.
 
-    The teacher runs in eval and inference mode, in bf16 where the student does. A cheaper teacher
-    is given as one: `quantize_dynamic(teacher)`.
+    Returns:
+        The best state on the batches held out.
 
     Raises:
         ValueError, TypeError: arguments out of range, names that don't exist, outputs that don't
@@ -219,8 +227,20 @@ def recover(
     which it was made of.
 
     `distill` at temperature 1, with rates that suit weights which are good already. The copy keeps
-    the smaller layers and their record, so it is saved and loaded as before. `options` are those of
-    `distill`; it raises what `distill` raises.
+    the smaller layers and their record, so it is saved and loaded as before.
+
+    Args:
+        model: what a technique made smaller, in float32; its copy is what comes back.
+        teacher: the model it was made of.
+        batches: as for `distill`.
+        steps: training steps, one batch each.
+        options: the other arguments of `distill`.
+
+    Returns:
+        The best state on the batches held out; the given one where no training helped.
+
+    Raises:
+        ValueError, TypeError, TrainingError: as `distill` does.
     """
     check_steps(steps)
     defaults = {"temperature": 1.0, "recipe": recovery_recipe, "technique": "recover"}
