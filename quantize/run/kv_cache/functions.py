@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -74,6 +73,13 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x.float() / scale.float()).round_().clamp_(-127, 127).to(torch.int8), scale
 
 
+def read(held: dict[str, Tensor], name: str, dtype: torch.dtype) -> Tensor:
+    """Keys or values that a cache holds (`name`: k or v), in `dtype`; int8 times its scale."""
+    x = held[name].to(dtype)
+    scale = held.get(f"{name}_scale")
+    return x if scale is None else x * scale.to(dtype)
+
+
 def attention_int8(q: Tensor, k: Tensor, k_scale: Tensor, v: Tensor, v_scale: Tensor) -> Tensor:
     """Attention of one query per head, q [B, H, 1, D], over int8 k, v [B, KV, S, D] with scales [B,
     KV, S, 1].
@@ -85,6 +91,24 @@ def attention_int8(q: Tensor, k: Tensor, k_scale: Tensor, v: Tensor, v_scale: Te
     scores = grouped @ k.to(q.dtype).transpose(-1, -2) * k_scale.to(q.dtype).transpose(-1, -2)
     weights = torch.softmax(scores, dim=-1) * v_scale.to(q.dtype).transpose(-1, -2)
     return (weights @ v.to(q.dtype)).view(b, heads, 1, d)
+
+
+def visible(queries: Tensor, keys: Tensor, *, window: int | None, pad: Tensor | None) -> Tensor:
+    """Which keys a query sees: bool [T, S], or [B, 1, T, S] with `pad`.
+
+    Args:
+        queries: their positions, [T].
+        keys: their positions, [S].
+        window: a query sees only so many positions, itself included; None: all up to its own.
+        pad: positions at the left of each row that nobody sees but they themselves, int64 [B].
+    """
+    queries = queries[:, None]
+    mask = keys <= queries
+    if window is not None:
+        mask &= keys > queries - window
+    if pad is not None:  # padding sees itself, so that no row of scores is empty
+        mask = (mask & (keys >= pad[:, None, None, None])) | (keys == queries)
+    return mask
 
 
 def alibi_bias(slopes: Tensor, start: int, new: int, low: int, mask: Tensor | None) -> Tensor:
@@ -145,15 +169,3 @@ def attention_with_sinks(
     return (weights[..., : len(sinks)] @ sink_v + weights[..., len(sinks) :] @ v).view(
         b, heads, new, d
     )
-
-
-def is_count(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def per_layer(name: str, value: object, layers: int, *, none: bool = False) -> list:
-    values = list(value) if isinstance(value, Sequence) else [value] * layers
-    if len(values) != layers or not all(is_count(v, 1) or (none and v is None) for v in values):
-        allowed = f"an integer >= 1{' or None' * none}, or {layers} of them"
-        raise ValueError(f"{name} is {value!r}; allowed: {allowed}")
-    return values

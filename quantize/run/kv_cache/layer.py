@@ -100,6 +100,14 @@ class Layer:
             else:
                 self.tensors[name][:, :, at] = x
 
+    def check_holds(self, length: int, held: int) -> None:
+        """ValueError if a text cut to `length` positions, of `held`, would see what was dropped."""
+        least = self.first + (self.window or 0) - 1
+        if self.first and length < least:
+            raise ValueError(
+                f"length is {length}; a window of {self.window} allows {least} to {held} by now"
+            )
+
     def between(self, low: int, end: int) -> dict[str, Tensor]:
         """Views of what is held for positions low..end."""
         return {

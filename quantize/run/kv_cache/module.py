@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from quantize.run.kv_cache.cache import KVCache
+from quantize.run.kv_cache.checks import is_count
 from quantize.run.kv_cache.functions import (
     alibi_slopes,
     attention,
-    is_count,
     rope_frequencies,
     rotate,
 )
