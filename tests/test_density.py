@@ -85,9 +85,6 @@ STILL: dict[str, set[str]] = {
     "long file": {
         "quantize/compression/pruning/prune.py",
         "quantize/compression/pruning/rules.py",
-        "quantize/run/fusion/export.py",
-        "quantize/run/generate/loop.py",
-        "quantize/run/kv_cache/cache.py",
     },
     "long function": {
         "quantize/compression/low_rank/factorize.py:factorize_low_rank",

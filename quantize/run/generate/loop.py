@@ -137,10 +137,7 @@ class Generation:
         if self._stop_strings and to_text is None:
             raise ValueError("stop_strings need to_text, a function from a list of ids to text")
 
-        unknown = sampling.keys() - inspect.signature(Sampling).parameters.keys()
-        if unknown:
-            raise TypeError(f"generate has no argument named {', '.join(sorted(unknown))}")
-        self.settings = Sampling(**sampling)
+        self.settings = _sampling(sampling)
         self._choose = Chooser(self.settings, self.batch)
         self._reader = self._open(model, cache)
         self._draft = self._open_draft(draft, draft_tokens)
@@ -148,21 +145,16 @@ class Generation:
         self._seen = self._tokens_seen() if self._choose.penalty != 1 else None
         self.wants_log_probs, self._log_probs = log_probs, []
         self._done = torch.zeros(self.batch, dtype=torch.bool, device=self._device)
-        # Where each row that stopped ends.
-        self._ends: list[int | None] = [None] * self.batch
+        self._ends: list[int | None] = [None] * self.batch  # where each row that stopped ends
         self.drafted = self.accepted = 0
         self._tokens = self._run()
-
-    # ------------------------------------------------------------------------------------- what
-    # came so far
 
     def __iter__(self) -> Generation:
         return self
 
     def __next__(self) -> Tensor:
-        with (
-            torch.no_grad()
-        ):  # inference mode would mark the ids, and what modules keep, as unusable outside it
+        # Inference mode would mark the ids, and what modules keep, as unusable outside it.
+        with torch.no_grad():
             return next(self._tokens)
 
     @property
@@ -172,8 +164,8 @@ class Generation:
         """
         if not self._ragged:
             return self.ids
-        pads = [0] * self.batch if self._pad is None else self._pad.tolist()
-        return [row[p:e] for row, p, e in zip(self.ids, pads, self._ends, strict=True)]
+        spans = zip(self.ids, self._pads(), self._ends, strict=True)
+        return [row[start:end] for row, start, end in spans]
 
     @property
     def log_probs(self) -> Tensor:
@@ -188,9 +180,6 @@ class Generation:
         they come.
         """
         return self._reader.reason
-
-    # ------------------------------------------------------------------------------------------ the
-    # loop
 
     def _run(self) -> Iterator[Tensor]:
         yield from self._accept(self._read_prompt(), self.ids[:, :0])
@@ -266,18 +255,15 @@ class Generation:
         return any(s in text for s in self._stop_strings)
 
     def _tokens_seen(self) -> Tensor:
-        seen = torch.zeros(
-            self.batch,
-            self._vocabulary or int(self.ids.max()) + 1,
-            dtype=torch.bool,
-            device=self._device,
-        )
-        for row, pad in enumerate([0] * self.batch if self._pad is None else self._pad.tolist()):
+        size = (self.batch, self._vocabulary or int(self.ids.max()) + 1)
+        seen = torch.zeros(size, dtype=torch.bool, device=self._device)
+        for row, pad in enumerate(self._pads()):
             seen[row, self.ids[row, pad:]] = True
         return seen
 
-    # -------------------------------------------------------------------------------------------
-    # opening
+    def _pads(self) -> list[int]:
+        """Empty positions at the left of each row."""
+        return [0] * self.batch if self._pad is None else self._pad.tolist()
 
     def _open(
         self, model: nn.Module, cache: bool | torch.dtype | KVCache
@@ -293,23 +279,26 @@ class Generation:
                 f"takes no `cache`"
             )
         if isinstance(cache, KVCache):
-            if cache.limit is not None and total > cache.limit:
-                asked = f"{self.prompt_length} prompt tokens + {self.max_new_tokens} new ones"
-                raise ValueError(f"{asked} pass the cache's limit of {cache.limit}")
-            if cache.length and self._pad is not None:
-                raise ValueError("rows of different length need an empty cache: call cache.reset()")
-            reader = CachedReader(model, cache, tokens=self.max_new_tokens)
-            reader.check(self.batch if cache.length else cache.batch)
-            if cache.length == 0:
-                cache.reset(batch=self.batch, pad=self._pad)
-            return reader
+            return self._reuse(model, cache, total)
         if cache is not True and not isinstance(cache, torch.dtype):
             raise TypeError(f"cache must be True, False, a dtype or a KVCache, got {cache!r}")
-        made = KVCache.for_model(
-            model, batch=self.batch, limit=total, dtype=None if cache is True else cache
-        )
+        dtype = None if cache is True else cache
+        made = KVCache.for_model(model, batch=self.batch, limit=total, dtype=dtype)
         made.reset(pad=self._pad)
         return CachedReader(model, made, tokens=self.max_new_tokens)
+
+    def _reuse(self, model: nn.Module, cache: KVCache, total: int) -> CachedReader:
+        """A reader with the caller's cache, which may hold a part of the prompt."""
+        if cache.limit is not None and total > cache.limit:
+            asked = f"{self.prompt_length} prompt tokens + {self.max_new_tokens} new ones"
+            raise ValueError(f"{asked} pass the cache's limit of {cache.limit}")
+        if cache.length and self._pad is not None:
+            raise ValueError("rows of different length need an empty cache: call cache.reset()")
+        reader = CachedReader(model, cache, tokens=self.max_new_tokens)
+        reader.check(self.batch if cache.length else cache.batch)
+        if cache.length == 0:
+            cache.reset(batch=self.batch, pad=self._pad)
+        return reader
 
     def _open_draft(
         self, draft: nn.Module | str | None, count: int | None
@@ -338,13 +327,19 @@ class Generation:
         return ModelDraft(reader, lambda logits, position: self._choose(logits, position))
 
 
+def _sampling(options: dict[str, Any]) -> Sampling:
+    unknown = options.keys() - inspect.signature(Sampling).parameters.keys()
+    if unknown:
+        raise TypeError(f"generate has no argument named {', '.join(sorted(unknown))}")
+    return Sampling(**options)
+
+
 def _show_arguments(*functions: Callable[..., object]) -> None:
     """Let `help` and editors show the arguments of `Generation` and `Sampling`, where alone they
     are written down.
     """
-    request = [
-        p for p in inspect.signature(Generation).parameters.values() if p.kind is not p.VAR_KEYWORD
-    ]
+    own = inspect.signature(Generation).parameters.values()
+    request = [p for p in own if p.kind is not p.VAR_KEYWORD]
     sampling = inspect.signature(Sampling).parameters.values()
     parameters = [*request, *(p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in sampling)]
     for function in functions:
