@@ -6,6 +6,7 @@ calibration never shows keep what they had.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,10 @@ from torch import Tensor
 RIDGES = (1e-7, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 1e3)
 # taken where there is nothing to try the candidates on
 PLAIN_RIDGE = 1e-2
+# inputs up to which their moments are taken: a factorization takes the cube of them
+WIDEST = 4096
+# rows that are kept of more inputs
+MOST_ROWS = 2048
 # the candidates are compared by so many random mixtures of the outputs
 MIXTURES = 128
 # how strongly a compensated weight is held to the original where there is little data
@@ -112,7 +117,9 @@ class Regression:
     """Ridge regression of targets y [M] on inputs x [K], given in parts.
 
     The ridge is the one of `RIDGES` that does best on either half of the rows when fitted on the
-    other.
+    other. While there are fewer rows than inputs the rows themselves are kept, and the fit is the
+    same one in its dual form (`FewRows`). Past that they are summed; of more than `WIDEST` inputs,
+    whose moments are too large, a part of the rows is kept instead.
 
     Args:
         bias: whether a constant is fitted too; it is held to nothing.
@@ -122,10 +129,13 @@ class Regression:
         self.bias = bias
         self.halves = (Moments(), Moments())
         self.shift: tuple[Tensor, Tensor] | None = None
+        self.few: FewRows | None = FewRows()
 
     @property
     def count(self) -> int:
-        """Rows given so far."""
+        """Rows that the fit is made of."""
+        if self.few is not None:
+            return self.few.count
         return self.halves[0].count + self.halves[1].count
 
     def add(self, x: Tensor, y: Tensor) -> None:
@@ -135,16 +145,32 @@ class Regression:
         if self.bias:  # sums about the mean lose no digits to it
             self.shift = self.shift or (x.mean(0), y.mean(0))
             x, y = x - self.shift[0], y - self.shift[1]
+        if self.few is None:
+            self._sum(x, y)
+            return
+        self.few.add(x, y)
+        if x.shape[1] > WIDEST:
+            self.few.thin(MOST_ROWS)
+        elif self.few.count >= x.shape[1]:
+            for part in self.few.parts:
+                self._sum(*part)
+            self.few = None
+
+    def _sum(self, x: Tensor, y: Tensor) -> None:
         middle = len(x) // 2
         self.halves[0].add(x[:middle], y[:middle])
         self.halves[1].add(x[middle:], y[middle:])
 
     def finite(self) -> bool:
+        if self.few is not None:
+            return self.few.finite()
         total = self.halves[0] + self.halves[1]
         return bool(torch.isfinite(total.outer).all() and torch.isfinite(total.cross).all())
 
     def fit(self, start: Tensor) -> tuple[Tensor, Tensor | None]:
         """The weight [M, K], held to `start`, and the bias [M] if there is one; float64."""
+        if self.few is not None:
+            return self.few.fit(start.double(), self.shift)
         total = self.halves[0] + self.halves[1]
         start = start.double()
         power = max(self._power(total), 1e-12)
@@ -172,12 +198,13 @@ class Regression:
         mix = _mixtures(len(start)).to(start.device)
         mixed = [self._mixed(half, mix) for half in self.halves]
         start = mix @ start
-        errors = {}
-        for ridge in RIDGES:
+
+        def error(ridge: float) -> float:
             there = self._error(mixed[0], mixed[1], start, ridge * power)
             back = self._error(mixed[1], mixed[0], start, ridge * power)
-            errors[ridge] = there + back
-        return min(errors, key=errors.__getitem__)
+            return there + back
+
+        return min_ridge(error)
 
     def _mixed(self, moments: Moments, mix: Tensor) -> tuple[int, Tensor, Tensor, Tensor, Tensor]:
         outer, cross = moments.second(centred=self.bias)
@@ -193,6 +220,117 @@ class Regression:
         if self.bias:
             error = error + (y_unseen - y - weight @ (x_unseen - x)).square().sum()
         return count * float(error)
+
+
+class FewRows:
+    """Ridge regression in its dual form: it factorizes the Gram matrix of the rows, [N, N].
+
+    The weight is start + R^T inv(X X^T + N ridge) X, with R [N, M] what `start` leaves of the
+    targets (Saunders et al., ICML 1998): what `least_squares` gives of the moments of the rows.
+    """
+
+    def __init__(self) -> None:
+        self.parts: list[tuple[Tensor, Tensor]] = []
+        self.every = 1  # one of so many rows is kept
+
+    @property
+    def count(self) -> int:
+        return sum(len(x) for x, _ in self.parts)
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Rows x [N, K] and y [N, M]."""
+        self.parts.append((x[:: self.every].clone(), y[:: self.every].clone()))
+
+    def thin(self, most: int) -> None:
+        """Keep every second row until there are at most so many."""
+        while self.count > max(most, len(self.parts)):
+            self.parts = [(x[::2].clone(), y[::2].clone()) for x, y in self.parts]
+            self.every *= 2
+
+    def finite(self) -> bool:
+        return all(bool(torch.isfinite(x).all() and torch.isfinite(y).all()) for x, y in self.parts)
+
+    def fit(
+        self, start: Tensor, shift: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `Regression.fit`; the rows are less `shift` where a bias is fitted too."""
+        x = torch.cat([part for part, _ in self.parts])
+        y = torch.cat([part for _, part in self.parts]).double()
+        first = torch.cat([torch.arange(len(part)) < len(part) // 2 for part, _ in self.parts])
+        gram = (x @ x.T).double()
+        left = y - (x @ start.T.to(x.dtype)).double()  # [N, M]
+        power = x.square().mean(dtype=torch.float64)
+        if shift is not None:
+            offset = shift[0].double()
+            power = power + (offset * (2 * x.mean(0, dtype=torch.float64) + offset)).mean()
+        power = max(float(power), 1e-12)
+        halves = (first.to(x.device), ~first.to(x.device))
+        ridge = PLAIN_RIDGE
+        if all(half.any() for half in halves):
+            there = _Dual(gram, left, *halves, centred=shift is not None)
+            back = _Dual(gram, left, *halves[::-1], centred=shift is not None)
+            ridge = min_ridge(lambda r: there.error(r * power) + back.error(r * power))
+        everything = torch.ones_like(halves[0])
+        dual = _Dual(gram, left, everything, everything, centred=shift is not None)
+        change = dual.solve(ridge * power).T  # [M, N]
+        # where means are taken off, the change of each output sums to zero over the rows
+        weight = start + (change.to(x.dtype) @ x).double()
+        if shift is None:
+            return weight, None
+        x_mean, y_mean = x.mean(0, dtype=torch.float64), y.mean(0)
+        return weight, y_mean + shift[1].double() - weight @ (x_mean + shift[0].double())
+
+
+class _Dual:
+    """What a fit on some rows leaves of the targets of others, from the Gram matrix alone.
+
+    Args:
+        gram: X X^T, [N, N]. left: what the start leaves of the targets, [N, M].
+        known: rows that are fitted, [N], bool. unseen: those whose error is asked for.
+        centred: rows and targets count less their means over the known rows.
+    """
+
+    def __init__(
+        self, gram: Tensor, left: Tensor, known: Tensor, unseen: Tensor, *, centred: bool
+    ) -> None:
+        self.own, self.cross = gram[known][:, known], gram[unseen][:, known]
+        self.target, self.unseen = left[known], left[unseen]
+        if centred:
+            mean = self.own.mean(0)  # of the products of known rows
+            self.cross = self.cross - mean - self.cross.mean(1, keepdim=True) + mean.mean()
+            self.own = self.own - mean - mean[:, None] + mean.mean()
+            self.unseen = self.unseen - self.target.mean(0)
+            self.target = self.target - self.target.mean(0)
+
+    def solve(self, ridge: float) -> Tensor:
+        """Coefficients of the known rows, [N, M]."""
+        count = len(self.own)
+        eye = torch.eye(count, dtype=self.own.dtype, device=self.own.device)
+        matrix = self.own + count * ridge * eye
+        factor, failed = torch.linalg.cholesky_ex(matrix)
+        if failed:
+            return torch.linalg.lstsq(matrix, self.target).solution
+        return torch.cholesky_solve(self.target, factor)
+
+    def error(self, ridge: float) -> float:
+        """Squared error over the unseen rows."""
+        return float((self.unseen - self.cross @ self.solve(ridge)).square().sum())
+
+
+def min_ridge(error: Callable[[float], float]) -> float:
+    """The ridge of `RIDGES` whose error no neighbour's is below, searched from the middle down,
+    then up.
+    """
+    errors = {}
+    for place in range(len(RIDGES) // 2, -1, -1):
+        errors[place] = error(RIDGES[place])
+        if place + 1 in errors and errors[place] > errors[place + 1]:
+            break
+    best = min(errors, key=errors.__getitem__)
+    while best == max(errors) and best + 1 < len(RIDGES):
+        errors[best + 1] = error(RIDGES[best + 1])
+        best = min(errors, key=errors.__getitem__)
+    return RIDGES[best]
 
 
 def _mixtures(outputs: int) -> Tensor:

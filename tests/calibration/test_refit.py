@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import assert_close, randn
 
-from quantize.calibration import Regression
+from quantize.calibration import Regression, refit
 
 
 def rows(inputs: int, outputs: int, mean: float, count: int = 400) -> tuple[torch.Tensor, ...]:
@@ -47,3 +47,33 @@ def test_noise_is_not_fitted():
     regression.add(x, y)
     plain = torch.linalg.lstsq(x, y).solution
     assert regression.fit(start)[0].norm() < 0.5 * plain.norm()
+
+
+def test_few_rows_are_fitted_as_many_are():
+    """The dual form gives what the moments of the same rows give, with a bias and without."""
+    for bias in (False, True):
+        x, y, start = randn(40, 60) + 1, randn(40, 6, seed=4), randn(6, 60, seed=5) / 60
+        few, summed = Regression(bias=bias), Regression(bias=bias)
+        few.add(x.double(), y.double())
+        assert few.few is not None
+        summed.few = None
+        summed.add(x.double(), y.double())
+        weight, constant = few.fit(start)
+        expected, expected_constant = summed.fit(start)
+        assert_close(weight, expected, dtype=torch.float32)
+        if bias:
+            assert_close(constant, expected_constant, dtype=torch.float32)
+
+
+def test_rows_of_very_many_inputs_are_thinned(monkeypatch):
+    """Past a number of inputs a part of the rows stays, and what all obey is found from those."""
+    monkeypatch.setattr(refit, "WIDEST", 16)
+    monkeypatch.setattr(refit, "MOST_ROWS", 100)
+    x, weight, bias = rows(20, 5, 2.0)
+    regression = Regression(bias=True)
+    for part in x.double().split(50):
+        regression.add(part, part @ weight.double().T + bias.double())
+    assert 50 <= regression.count <= 100
+    found, constant = regression.fit(torch.zeros_like(weight))
+    assert_close(found, weight.double(), dtype=torch.float32, factor=100)
+    assert_close(constant, bias.double(), dtype=torch.float32, factor=1000)
