@@ -15,6 +15,9 @@ from torch import nn
 from quantize.calibration import InputStatistics, copied, watching, without_cache
 from quantize.compression.pruning.groups import Group
 
+# of the moments of gradients, times their mean diagonal: sums in float32
+ROUNDING = 1e-6
+
 
 def channel_norms(weight: torch.Tensor, n: float, dim: int = 0) -> torch.Tensor:
     """Ln norm of every slice of `weight` along `dim`, [size of dim] (as
@@ -178,9 +181,16 @@ class Elimination:
 
 
 def root(metric: torch.Tensor) -> torch.Tensor:
-    """Symmetric square root of a positive semidefinite matrix."""
-    values, vectors = torch.linalg.eigh(metric.double())
-    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    """R with R^T R = `metric`, a positive semidefinite matrix up to roundings; costs don't depend
+    on which R it is.
+    """
+    metric = metric.double()
+    eye = torch.eye(len(metric), dtype=metric.dtype, device=metric.device)
+    factor, failed = torch.linalg.cholesky_ex(metric + ROUNDING * metric.diagonal().mean() * eye)
+    if not failed:
+        return factor.T
+    values, vectors = torch.linalg.eigh(metric)
+    return (vectors * values.clamp(min=0).sqrt()).T
 
 
 def taylor(
