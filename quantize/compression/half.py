@@ -68,7 +68,8 @@ def to_half(
         if not fits:
             continue
         casts = name in free and fits == [key for key, _ in module.named_parameters(recurse=False)]
-        kept = {module.get_parameter(key).dtype for key in fits}
+        held = dict(module.named_parameters(recurse=False))
+        kept = {held[key].dtype for key in fits}
         arguments = {"dtype": dtype_name(dtype), "names": fits, "casts": casts}
         if len(kept) == 1:
             arguments["computed"] = dtype_name(kept.pop())

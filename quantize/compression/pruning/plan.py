@@ -44,7 +44,7 @@ def repair_steps(trace: Trace, model: nn.Module, kept: dict[Key, torch.Tensor]) 
             steps[place].calls += base in (*LAYERS, "batch_norm")
         elif base in LAYERS and (place in shrunk or (steps and _alone(model, place))):
             steps[place] = Step({place: outputs.get(f"{place}.weight")}, stream=_adds(node))
-            if module.get_parameter("weight").ndim == 2:
+            if dict(module.named_parameters(recurse=False))["weight"].ndim == 2:
                 sources[place] = node.args[1 if base == "addmm" else 0]
         elif base == "batch_norm" and steps and isinstance(module, nn.modules.batchnorm._BatchNorm):
             if module.track_running_stats:

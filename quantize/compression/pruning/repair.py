@@ -58,11 +58,13 @@ def matrix_rows(module: nn.Module, channels: torch.Tensor) -> torch.Tensor:
 
 
 def _write(module: nn.Module, matrix: torch.Tensor, bias: torch.Tensor | None) -> None:
-    weight = module.get_parameter("weight")
+    # What the module holds: its attribute may read as the weight in another dtype.
+    held = dict(module.named_parameters(recurse=False))
+    weight = held["weight"]
     new = matrix.T if hasattr(module, "nf") and not hasattr(module, "in_features") else matrix
     weight.data.copy_(new.reshape(weight.shape))
     if bias is not None:
-        module.get_parameter("bias").data.copy_(bias)
+        held["bias"].data.copy_(bias)
 
 
 def refit(walk: Walk, original: nn.Module, pruned: nn.Module, step: Step) -> None:
