@@ -46,7 +46,7 @@ PRESETS = {
         ),
         "small": Preset(
             _DECODER,
-            replace(_FAST, steps=800, length=256, batch=8, short=0.6),
+            replace(_FAST, steps=600, length=256, batch=8, short=0.6),
             (8, 256),
             validation=2**15,
             rounds=5,
