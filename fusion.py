@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 if "OMP_WAIT_POLICY" not in os.environ:  # before torch is imported; why: quantize/host.py
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch
 
