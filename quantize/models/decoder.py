@@ -1,4 +1,4 @@
-"""The models that the scripts train: a Llama-style decoder, a residual ConvNet and an MLP.
+"""A Llama-style decoder.
 
 Plain eager PyTorch, written so that every compressed form still runs, exports and traces: no width
 is hard-coded in a `forward` (the number of heads is read from the projection's output), so linears

@@ -6,9 +6,6 @@ keeps 7 bits and is twice as fast where the CPU multiplies it natively. So `to_h
 parameters, makes `state_dict()` (and so the file) give 16-bit tensors, and lets each layer compute
 in `compute_dtype`: the fastest type that loses none of the bits the file keeps. From outside such a
 layer is what it was: it takes, gives, and its weight reads in the dtype that it had.
-
-Only parameters are rounded. Buffers (running statistics, position ids, int8 weights and scales)
-stay exact: they are small, or must be.
 """
 
 from __future__ import annotations

@@ -1,16 +1,6 @@
-"""Fusion: the fastest equal model. `fold` runs our own passes, `fuse` hands the result to a back
-end and gives its file.
+"""`fuse` gives one back end's version of a model, `compare` those of several.
 
-The model becomes a graph of operators (graph.py), which loses what inference doesn't need
-(passes.py, folding.py), gets cheaper operators for the same values (cheaper.py), oneDNN kernels
-that do a convolution or linear layer, its activation and the residual add in one go (kernels.py),
-and results in memory that nobody reads any more (memory.py). torchscript.py writes the graph out as
-TorchScript, folded.py runs it in Python, backends.py gives it to other engines. Each result is
-compared with the model before it is returned (equality.py), and of several ways the fastest is
-taken (planning.py).
-
-Left out: training, kernels for GPUs, and models that decide on the data which way to go, unless
-TorchScript can compile them.
+The passes that come before are named in the header of `quantize.run.fusion`.
 """
 
 from __future__ import annotations
@@ -29,10 +19,8 @@ from quantize.run.fusion.export import capture
 from quantize.run.fusion.graph import CaptureError, check_inputs
 from quantize.run.fusion.nested import flatten
 from quantize.run.fusion.passes import simplify
-from quantize.run.fusion.planning import Plan, fold, note, plan
+from quantize.run.fusion.planning import Plan, note, plan
 from quantize.run.fusion.state import answers, refuse_values
-
-__all__ = ["BACKENDS", "CaptureError", "Contender", "Plan", "compare", "fold", "fuse", "plan"]
 
 BACKENDS = ("torchscript", "inductor", "onnxruntime", "openvino")
 
