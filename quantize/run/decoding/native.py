@@ -222,23 +222,22 @@ class Step:
         store = cache.open(tokens)
         if store is None:
             return None
-        held = _held(store, batch, cache.length, tokens)
+        held = held_by(store, batch, cache.length, tokens)
         if held is None:
             return None
-        embedded = self.model.embedding(ids).detach()
-        if embedded.shape != (batch, tokens, self.described.width):
+        embedded = self.embed(ids)
+        if embedded is None:
             return None
-        x = embedded.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+        x = widened(embedded)
         keep = min(logits_to_keep, tokens) or tokens
         logits = torch.empty(batch, keep, self.vocabulary, dtype=torch.float32, device="cpu")
-        threads = min(torch.get_num_threads(), self.most_threads)
         request = Pass(
             batch=batch,
             tokens=tokens,
             length=cache.length,
             keep=keep,
             kind=KINDS[store[0].tensors["k"].dtype],
-            threads=threads,
+            threads=self.threads,
             pad=None if pad is None else pad.data_ptr(),
             held=ctypes.addressof(held),
             x=x.data_ptr(),
@@ -247,6 +246,15 @@ class Step:
         self.run(self.described, request)
         cache.close(tokens)
         return logits.to(self.answers or embedded.dtype)
+
+    @property
+    def threads(self) -> int:
+        return min(torch.get_num_threads(), self.most_threads)
+
+    def embed(self, ids: Tensor) -> Tensor | None:
+        """The embeddings [B, T, width] of ids [B, T]; None if the model's are of another shape."""
+        embedded = self.model.embedding(ids).detach()
+        return embedded if embedded.shape == (*ids.shape, self.described.width) else None
 
     def _linear(self, layer: nn.Module) -> Linear:
         if type(layer) is LowRankLinear:
@@ -285,7 +293,12 @@ class Step:
         return tensor.data_ptr()
 
 
-def _held(store: list, batch: int, length: int, tokens: int) -> ctypes.Array[Held] | None:
+def widened(embedded: Tensor) -> Tensor:
+    """Embeddings as a pass takes them, and overwrites: a copy in fp32."""
+    return embedded.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+
+
+def held_by(store: list, batch: int, length: int, tokens: int) -> ctypes.Array[Held] | None:
     """What each layer of a cache holds, as step.cpp reads it; None unless every tensor is what
     step.cpp takes it for.
     """

@@ -43,11 +43,12 @@ struct Held {  // one layer of the cache: k, v [batch, kv_heads, capacity, head_
 
 struct Pass {
   int64_t batch, tokens, length, keep, kind,
-      threads;         // `length` positions are held, `keep` last tokens get logits
-  const int64_t* pad;  // [batch] empty positions on the left, or null
-  const Held* held;
-  float* x;       // [batch, tokens, width]: embeddings, overwritten
-  float* logits;  // [batch, keep, vocabulary]
+      threads;             // `length` positions are held, `keep` last tokens get logits
+  const int64_t* pad;      // [batch] empty positions on the left, or null
+  const int64_t* lengths;  // [batch] what each row holds, in a cache of its own; null: `length`
+  const Held* held;        // [layers]; with `lengths` [batch, layers], each of one row
+  float* x;                // [batch, tokens, width]: embeddings, overwritten
+  float* logits;           // [batch, keep, vocabulary]
 };
 
 namespace {
@@ -457,15 +458,29 @@ void attend_width(const float* q, int64_t heads, const Held& held, int64_t at, i
 // the pass
 
 void run(const Model& model, const Pass& pass) {
-  const int64_t rows = pass.batch * pass.tokens, d = model.head_dim, width = model.width,
-                end = pass.length + pass.tokens;
+  const int64_t rows = pass.batch * pass.tokens, d = model.head_dim, width = model.width;
+  const bool apart = pass.lengths;  // each row has a cache of its own
+  auto length_of = [&](int64_t row) {
+    return apart ? pass.lengths[row / pass.tokens] : pass.length;
+  };
+  auto held_of = [&](int64_t row, int64_t layer) -> const Held& {
+    return pass.held[apart ? row / pass.tokens * model.layers + layer : layer];
+  };
+  auto chunks_of = [&](int64_t layer) {  // of the row that needs the most
+    int64_t most = 0;
+    for (int64_t row = 0; row < rows; row += pass.tokens) {
+      int64_t held = length_of(row) + pass.tokens - held_of(row, layer).first;
+      most = held > most ? held : most;
+    }
+    return (most + CHUNK - 1) / CHUNK;
+  };
   int64_t most = width, wide = 0, ffn = 0, tasks = 0;
   for (int64_t i = 0; i < model.layers; i++) {
     const Layer& layer = model.layer[i];
     int64_t all = layer.q.outputs + layer.k.outputs + layer.v.outputs;
     wide = all > wide ? all : wide;
     ffn = layer.gate.outputs > ffn ? layer.gate.outputs : ffn;
-    int64_t chunks = (end - pass.held[i].first + CHUNK - 1) / CHUNK;
+    int64_t chunks = chunks_of(i);
     tasks = chunks * layer.q.outputs / d > tasks ? chunks * layer.q.outputs / d : tasks;
   }
   most = most > wide ? most : wide;
@@ -479,14 +494,14 @@ void run(const Model& model, const Pass& pass) {
   {
     auto first_seen = [&](int64_t row,
                           const Held& held) {  // the first position that a row's token sees
-      int64_t here = pass.length + row % pass.tokens,
+      int64_t here = length_of(row) + row % pass.tokens,
               low = pass.pad ? pass.pad[row / pass.tokens] : 0;
       return held.window && here - held.window + 1 > low ? here - held.window + 1 : low;
     };
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < rows; row++) {
       int64_t position =
-          pass.length + row % pass.tokens - (pass.pad ? pass.pad[row / pass.tokens] : 0);
+          length_of(row) + row % pass.tokens - (pass.pad ? pass.pad[row / pass.tokens] : 0);
       for (int64_t i = 0; i < d / 2; i++) {
         float angle = float(position) * model.frequencies[i];
         cosine[row * d / 2 + i] = cosf(angle) * model.rope_scale;
@@ -495,11 +510,9 @@ void run(const Model& model, const Pass& pass) {
     }
     for (int64_t index = 0; index < model.layers; index++) {
       const Layer& layer = model.layer[index];
-      const Held& held = pass.held[index];
       const int64_t heads = layer.q.outputs / d, kv_heads = layer.k.outputs / d,
                     group = heads / kv_heads;
-      const int64_t stride = (heads + 2 * kv_heads) * d,
-                    chunks = (end - held.first + CHUNK - 1) / CHUNK;
+      const int64_t stride = (heads + 2 * kv_heads) * d, chunks = chunks_of(index);
 
 #pragma omp for schedule(static)
       for (int64_t row = 0; row < rows; row++) {
@@ -522,23 +535,26 @@ void run(const Model& model, const Pass& pass) {
             rotate(x, &cosine[row * d / 2], &sine[row * d / 2], d);
           }
           if (head >= heads) {
-            int64_t kv = (head - heads) % kv_heads,
-                    at = pass.length + row % pass.tokens - held.first;
+            const Held& held = held_of(row, index);
+            int64_t kv = (head - heads) % kv_heads, slot = apart ? 0 : row / pass.tokens,
+                    at = length_of(row) + row % pass.tokens - held.first;
             bool key = head < heads + kv_heads;
             store(x, d, pass.kind, key ? held.k : held.v, key ? held.k_scale : held.v_scale,
-                  (row / pass.tokens * kv_heads + kv) * held.capacity + at);
+                  (slot * kv_heads + kv) * held.capacity + at);
           }
         }
 #pragma omp for schedule(dynamic) collapse(3)
       for (int64_t row = 0; row < rows; row++)
         for (int64_t kv = 0; kv < kv_heads; kv++)
           for (int64_t chunk = 0; chunk < chunks; chunk++) {
+            const Held& held = held_of(row, index);
             int64_t task = (row * chunks + chunk) * heads + kv * group;
             int64_t low = first_seen(row, held) - held.first,
-                    high = pass.length + row % pass.tokens + 1 - held.first;
+                    high = length_of(row) + row % pass.tokens + 1 - held.first;
             low = low > chunk * CHUNK ? low : chunk * CHUNK;
             high = high < (chunk + 1) * CHUNK ? high : (chunk + 1) * CHUNK;
-            int64_t at = (row / pass.tokens * kv_heads + kv) * held.capacity + low;
+            int64_t slot = apart ? 0 : row / pass.tokens;
+            int64_t at = (slot * kv_heads + kv) * held.capacity + low;
             const float* q = &qkv[row * stride + kv * group * d];
             if (high <= low)
               for (int64_t h = 0; h < group; h++)

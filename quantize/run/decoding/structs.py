@@ -47,7 +47,7 @@ class Held(ctypes.Structure):
 class Pass(ctypes.Structure):
     _fields_ = [
         *((name, _number) for name in ("batch", "tokens", "length", "keep", "kind", "threads")),
-        *((name, _pointer) for name in ("pad", "held", "x", "logits")),
+        *((name, _pointer) for name in ("pad", "lengths", "held", "x", "logits")),
     ]
 
 
