@@ -56,7 +56,7 @@ def main() -> None:
     models = {
         "fp32": baseline,
         "fp16": quantize.to_half(baseline),
-        "int8": quantize.quantize_dynamic(baseline),
+        "int8": quantize.quantize_dynamic(baseline, prefer="size"),
     }
     found = []
     with tempfile.TemporaryDirectory() as folder:

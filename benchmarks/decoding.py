@@ -21,6 +21,7 @@ import argparse
 import itertools
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import llama
@@ -52,7 +53,7 @@ OURS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "fp32": lambda model: model,
     "bf16": lambda model: model.to(torch.bfloat16),
     "fp16": to_half,
-    "int8": quantize_dynamic,
+    "int8": partial(quantize_dynamic, prefer="size"),
     "int4": quantize_weights,
 }
 WAYS = ("plain", "for_decoding", "torchscript", "int8 cache", "lookup")

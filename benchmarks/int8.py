@@ -8,9 +8,9 @@
 A row of benchmarks/results/int8.csv is one variant at one shape: median, 10th and 90th percentile
 of the latency over the rounds, and the speed-up over float32 eager in the same rounds. A variant
 whose package is missing, or that fails, gets a row that says so. `int8` is
-`quantize.quantize_dynamic`, `int8_bf16` the same with everything between its layers in bfloat16,
-`int8_compiled` that through torch.compile (with freezing, as `torchao` has it), and `int8_speed`
-leaves the layers in float that int8 makes slower; `legacy` is
+`quantize.quantize_dynamic` of all layers, `int8_bf16` the same with everything between its layers
+in bfloat16, `int8_compiled` that through torch.compile (with freezing, as `torchao` has it), and
+`int8_speed` leaves the layers in float that int8 makes slower; `legacy` is
 torch.ao.quantization.quantize_dynamic; `torchao` is dynamic int8 + torch.compile, compiled for the
 shape; `onnxruntime` its dynamic int8; `openvino` is NNCF's static int8 with bfloat16 around it
 (calibrated on the very inputs that are timed, which flatters it).
@@ -34,19 +34,21 @@ from torch import nn
 
 from quantize import quantize_dynamic
 
+in_int8 = partial(quantize_dynamic, prefer="size")
+
 
 def int8_bf16(model: nn.Module) -> Callable[[torch.Tensor], Any]:
-    return peers.in_bf16(quantize_dynamic(model))
+    return peers.in_bf16(in_int8(model))
 
 
 def int8_compiled(model: nn.Module) -> Callable[[torch.Tensor], Any]:
-    return peers.in_bf16(quantize_dynamic(model), then=peers.compiled)
+    return peers.in_bf16(in_int8(model), then=peers.compiled)
 
 
 CHANGES: dict[str, Callable[[nn.Module], Any]] = {
     "bf16": peers.in_bf16,
-    "int8": quantize_dynamic,
-    "int8_speed": partial(quantize_dynamic, prefer="speed"),
+    "int8": in_int8,
+    "int8_speed": quantize_dynamic,
     "int8_bf16": int8_bf16,
     "int8_compiled": int8_compiled,
     "legacy": peers.legacy_int8,

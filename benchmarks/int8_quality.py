@@ -34,6 +34,9 @@ def per_tensor(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (x / scale).round_().to(torch.int8), scale
 
 
+in_int8 = partial(quantize_dynamic, prefer="size")
+
+
 def one_scale() -> AbstractContextManager:
     """While it lasts, int8 layers quantize their inputs by `per_tensor`."""
     names = ("quantize_rows", "_quantize_many_rows")
@@ -45,10 +48,10 @@ def forms(batches: list[torch.Tensor]) -> dict[str, Callable[[nn.Module], nn.Mod
     calibrated = {"calibration": batches}
     return {
         "fp32": lambda model: model,
-        "int8": quantize_dynamic,
-        "int8, bfloat16 between": lambda model: quantize_dynamic(model).bfloat16(),
-        "int8, one scale per tensor": quantize_dynamic,
-        "int8, calibrated": partial(quantize_dynamic, **calibrated),
+        "int8": in_int8,
+        "int8, bfloat16 between": lambda model: in_int8(model).bfloat16(),
+        "int8, one scale per tensor": in_int8,
+        "int8, calibrated": partial(in_int8, **calibrated),
         "legacy": peers.legacy_int8,
         "int4, groups of 32": quantize_weights,
         "int4, groups of 32, calibrated": partial(quantize_weights, **calibrated),

@@ -52,7 +52,7 @@ def main() -> None:
             found.append(compared(f"linear {width}", str(count), layer, small, x))
     for name in arguments.encoders:
         model = models.small_bert(*ENCODERS[name]).eval()
-        small = quantize_dynamic(model)
+        small = quantize_dynamic(model, prefer="size")
         for batch, length in SHAPES:
             x = models.ids(batch, length)
             found.append(compared(f"bert {name}", f"{batch}x{length}", model, small, x))

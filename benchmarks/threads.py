@@ -58,7 +58,7 @@ def works() -> dict[str, Callable[[], object]]:
     net = ConvNet(ConvNetConfig(widths=(64, 128), blocks=2)).eval()
     ids = torch.randint(0, DECODER.vocab_size, (8, 256))
     image = torch.rand(1, net.config.in_channels, 28, 28)
-    ready = for_decoding(quantize_dynamic(decoder))
+    ready = for_decoding(quantize_dynamic(decoder, prefer="size"))
 
     def decode() -> None:
         cache = KVCache.for_model(ready, limit=64)

@@ -13,6 +13,7 @@ import torch
 import transformers
 from torch import nn
 
+from quantize import quantize_dynamic
 from quantize.models import DecoderConfig, DecoderLM
 
 ROOT = Path(__file__).resolve().parents[1]  # of the repository
@@ -90,6 +91,11 @@ def mlp(first: int, hidden: int, last: int) -> nn.Sequential:
     """Two linear layers with GELU between them."""
     layers = linear(first, hidden), nn.GELU(), linear(hidden, last, seed=1)
     return nn.Sequential(*layers).eval()
+
+
+def in_int8(model: nn.Module, **options: Any) -> nn.Module:
+    """`quantize_dynamic` of all layers, whatever a stopwatch says."""
+    return quantize_dynamic(model, prefer="size", **options)
 
 
 def decoder(seed: int = 0, noise: float = 0.3, **changes: Any) -> DecoderLM:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from helpers import in_int8
 
 import quantize
 from quantize.checkpoint.container import _LOCATE, _digest
@@ -51,7 +52,7 @@ def models() -> dict[str, torch.nn.Module]:
     return {
         "plain": plain,
         "half": quantize.to_half(plain),
-        "int8": quantize.quantize_dynamic(plain),
+        "int8": in_int8(plain),
         "int4": quantize.quantize_weights(plain),
         "low rank": quantize.factorize_low_rank(plain, ratio=0.6),
         "convnet": ConvNet(ConvNetConfig(widths=(8, 8))).eval(),

@@ -33,6 +33,7 @@ from quantize.calibration.statistics import (
     PairedStatistics,
     check_reached,
     collect,
+    input_shapes,
     reached,
     trace_calls,
 )
@@ -59,6 +60,7 @@ __all__ = [
     "find_streams",
     "fisher_loss",
     "gradients_if_any",
+    "input_shapes",
     "keeps_cache",
     "least_squares",
     "main_output",

@@ -160,21 +160,29 @@ def check_reached(statistics: Mapping[str, InputStatistics]) -> None:
             raise ValueError(f"calibration gives layer {name!r} inputs that are not finite")
 
 
-@torch.no_grad()
 def reached(model: nn.Module, batches: Iterable[Any], layers: Mapping[str, nn.Module]) -> set[str]:
-    """Those of `layers` (name to module) that some batch runs on at least one row, in eval mode.
+    """Those of `layers` that some batch runs on at least one row; see `input_shapes`."""
+    return set(input_shapes(model, batches, layers))
+
+
+@torch.no_grad()
+def input_shapes(
+    model: nn.Module, batches: Iterable[Any], layers: Mapping[str, nn.Module]
+) -> dict[str, set[tuple[int, ...]]]:
+    """The shapes of the inputs, those without rows left out, of the `layers` (name to module) that
+    some batch runs, in eval mode.
 
     Raises ValueError for a batch that the model doesn't run on, and naming a layer whose inputs are
     not finite.
     """
-    found: set[str] = set()
+    found: dict[str, set[tuple[int, ...]]] = {}
 
     def see(name: str) -> Callable[[torch.Tensor], None]:
         def note(x: torch.Tensor) -> None:
             if not torch.isfinite(x).all():
                 raise ValueError(f"calibration gives layer {name!r} inputs that are not finite")
             if x.numel():
-                found.add(name)
+                found.setdefault(name, set()).add(tuple(x.shape))
 
         return note
 

@@ -151,7 +151,7 @@ def ways_of(model: nn.Module, draft: Draft) -> list[Way]:
     """
     ways = [Way("cache", model, "float")]
     if any(type(module) is nn.Linear for module in model.modules()):
-        int8: Any = quantize_dynamic(model)
+        int8: Any = quantize_dynamic(model, prefer="size")
         ways.append(Way("cache + int8 weights", int8, "int8"))
         if isinstance(model, DecoderLM):
             ways.append(Way("the same, for_decoding", for_decoding(int8), "ready"))

@@ -82,7 +82,7 @@ def recipes(preset: Preset) -> dict[str, Recipe]:
     widths, about a quarter of the parameters.
     """
     steps = max(1, preset.training.steps // 5)
-    int8 = Int8(embeddings=True)
+    int8 = Int8(embeddings=True, prefer="size")
     prune, recover = Prune(0.5), Recover(steps)
     if isinstance(preset.model, DecoderConfig):
         blocks = tuple(f"blocks.{index}" for index in range(preset.model.layers))

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import assert_close
+from helpers import assert_close, in_int8
 from recipe_models import RECIPES, Counted, batches, network, same_bits, things
 from torch import nn
 
@@ -39,7 +39,7 @@ def by_hand(recipe: Recipe, model: nn.Module) -> nn.Module:
             case Half():
                 result = quantize.to_half(result, getattr(torch, step.dtype))
             case Int8():
-                result = quantize.quantize_dynamic(result, calibration=x if step.smooth else None)
+                result = in_int8(result, calibration=x if step.smooth else None)
             case Int4():
                 result = quantize.quantize_weights(result, calibration=x)
     return result

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from helpers import in_int8
 from random_models import Sample, random_model
 from torch import nn
 
@@ -104,7 +105,7 @@ def _rounded(dtype: torch.dtype) -> Twin:
 TECHNIQUES = {
     "pruned": Technique(lambda m, s: quantize.prune_ln_structured(m, s.inputs), _masked, 1e-6),
     "low rank": Technique(lambda m, s: quantize.factorize_low_rank(m, ratio=0.7), _dense, 1e-6),
-    "int8": Technique(lambda m, s: quantize.quantize_dynamic(m), _dense, 0.02),
+    "int8": Technique(lambda m, s: in_int8(m), _dense, 0.02),
     "int4": Technique(lambda m, s: quantize.quantize_weights(m), _dense, 0.01),
     "half fp16": Technique(lambda m, s: quantize.to_half(m), _rounded(torch.float16), 1e-3),
     "half bf16": Technique(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from helpers import in_int8
 from torch import nn
 
 import quantize
@@ -36,11 +37,11 @@ def _half(dtype: torch.dtype) -> Apply:
 
 
 def _int8(model: nn.Module, inputs: Any, batches: Sequence[Any]) -> nn.Module:
-    return quantize.quantize_dynamic(model)
+    return in_int8(model)
 
 
 def _int8_smooth(model: nn.Module, inputs: Any, batches: Sequence[Any]) -> nn.Module:
-    return quantize.quantize_dynamic(model, calibration=batches, embeddings=True)
+    return in_int8(model, calibration=batches, embeddings=True)
 
 
 def _int4(model: nn.Module, inputs: Any, batches: Sequence[Any]) -> nn.Module:

@@ -11,6 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
+from helpers import in_int8
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -82,12 +83,12 @@ def half_of_the_ffn(model: nn.Module) -> nn.Module:
 COMPRESSIONS = {
     "as it is": lambda m: m,
     "half": quantize.to_half,
-    "int8": quantize.quantize_dynamic,
+    "int8": in_int8,
     "int4": quantize.quantize_weights,
     "low rank": lambda m: quantize.factorize_low_rank(m, ratio=0.7),
     "pruned": half_of_the_ffn,
     "pruned, heads too": lambda m: quantize.prune_ln_structured(m, {"input_ids": IDS}, amount=0.5),
-    "pruned and int8": lambda m: quantize.quantize_dynamic(half_of_the_ffn(m)),
+    "pruned and int8": lambda m: in_int8(half_of_the_ffn(m)),
 }
 KNOWN_TO_TRANSFORMERS = {"as it is", "half", "pruned"}
 
@@ -124,7 +125,7 @@ def test_the_llama_family_becomes_our_decoder(tmp_path):
     ours = open_model(tmp_path / "llama")
     assert type(ours) is quantize.DecoderLM
     torch.testing.assert_close(logits(ours), logits(theirs))
-    small = quantize.quantize_dynamic(ours)
+    small = in_int8(ours)
     save_folder(small, tmp_path / "small")
     assert torch.equal(logits(open_model(tmp_path / "small")), logits(small))
     assert (tmp_path / "small" / "tokenizer.json").read_text() == "{}"
@@ -292,12 +293,12 @@ def test_what_is_no_model_is_named(tmp_path, net):
 
 def test_a_foreign_class_needs_an_instance(net, tmp_path):
     """A folder of a class that nobody can build says so, and opens with an instance."""
-    save_folder(quantize.quantize_dynamic(net), tmp_path / "small")
+    save_folder(in_int8(net), tmp_path / "small")
     with pytest.raises(CheckpointError, match=r"pass model=, a fresh instance \(Net\(\)\)"):
         open_model(tmp_path / "small")
     x = torch.randn(5, 4)
     opened = open_model(tmp_path / "small", Net())
-    assert torch.equal(opened(x), quantize.quantize_dynamic(net)(x))
+    assert torch.equal(opened(x), in_int8(net)(x))
 
 
 def test_other_folders_are_not_replaced(net, tmp_path):
@@ -325,7 +326,7 @@ def test_a_failure_leaves_the_old_folder(net, tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(f"quantize.models.opening.{place}", _fail)
             with pytest.raises(OSError, match="disk"):
-                save_folder(quantize.quantize_dynamic(net), target)
+                save_folder(in_int8(net), target)
         assert (target / "quantize.safetensors").read_bytes() == before
         assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 

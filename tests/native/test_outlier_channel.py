@@ -6,10 +6,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import cosine, randn
+from helpers import cosine, in_int8, randn
 from torch import Tensor, nn
 
-from quantize import quantize_dynamic
 from quantize.nn import int8_kernels as kernels
 
 WIDTH, DOMINANT = 96, 17
@@ -49,7 +48,7 @@ def test_a_zero_point_halves_the_distance(monkeypatch: pytest.MonkeyPatch):
     """
     model, x = encoder(), randn(64, WIDTH)
     expected = model(x)
-    small = quantize_dynamic(model)
+    small = in_int8(model)
     keep = [i for i in range(WIDTH) if i != DOMINANT]  # whose value alone makes all rows alike
     affine = 1 - cosine(small(x)[:, keep], expected[:, keep])
     monkeypatch.setattr(kernels, "quantize_rows", symmetric_rows)

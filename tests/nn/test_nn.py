@@ -12,7 +12,7 @@ from pathlib import Path
 import helpers
 import pytest
 import torch
-from helpers import randn
+from helpers import in_int8, randn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -45,10 +45,10 @@ def low_rank(model: nn.Module) -> nn.Module:
 
 
 TRANSFORMS = {
-    "int8": quantize.quantize_dynamic,
+    "int8": in_int8,
     "int4": quantize_weights,
     "low rank": low_rank,
-    "low rank int8": lambda m: quantize.quantize_dynamic(low_rank(m)),
+    "low rank int8": lambda m: in_int8(low_rank(m)),
 }
 
 
@@ -87,7 +87,7 @@ def test_a_model_of_compressed_layers_only_has_a_floating_parameter():
     """`next(model.parameters())` tells dtype and device, and follows `.to`; it is no element of the
     state and none to train.
     """
-    for transform in (quantize.quantize_dynamic, quantize_weights):
+    for transform in (in_int8, quantize_weights):
         model = transform(nn.Sequential(nn.Linear(32, 32, bias=False)))
         assert next(model.parameters()).dtype == torch.float32
         assert next(model.to(torch.bfloat16).parameters()).dtype == torch.bfloat16
@@ -234,8 +234,8 @@ class Reader(nn.Module):
 @pytest.mark.parametrize(
     "transform",
     [
-        quantize.quantize_dynamic,
-        lambda m: quantize.quantize_dynamic(m, embeddings=True),
+        in_int8,
+        lambda m: in_int8(m, embeddings=True),
         quantize_weights,
         low_rank,
         quantize.to_half,
@@ -303,7 +303,7 @@ def test_a_file_of_version_1_is_still_read():
 
 def test_readings_are_saved_as_plain_tensors():
     """`torch.save` of a weight writes the numbers, which any torch reads."""
-    weight = quantize.quantize_dynamic(net()).body.weight
+    weight = in_int8(net()).body.weight
     file = io.BytesIO()
     torch.save(weight, file)
     file.seek(0)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import in_int8
 
 import fusion
 import kv_cache
@@ -205,9 +206,7 @@ def test_kv_cache_trains_what_it_needs_and_takes_every_flag(short, tmp_path, cap
         ["--max-length", "64", "--max-new-tokens", "4"],
     )
     assert kv_cache.main([*out, *short_text]) == 0
-    quantize.save(
-        quantize.quantize_dynamic(quantize.load(tmp_path / "model.pth")), tmp_path / "int8.pth"
-    )
+    quantize.save(in_int8(quantize.load(tmp_path / "model.pth")), tmp_path / "int8.pth")
     flags = [
         "--model",
         str(tmp_path / "int8.pth"),

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import randn
+from helpers import in_int8, randn
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
@@ -14,7 +14,7 @@ import quantize
 from quantize.compression.int4 import quantize_weights
 
 TRANSFORMS = {
-    "int8": quantize.quantize_dynamic,
+    "int8": in_int8,
     "int4": quantize_weights,
     "fp16": quantize.to_half,
     "bf16": lambda m: quantize.to_half(m, torch.bfloat16),
@@ -73,7 +73,7 @@ def test_a_weight_that_a_parametrization_computes(change, transform):
     small = transform(model)
     with torch.no_grad():
         assert relative(small(x), model(x)) < 0.15
-    if transform in (quantize.quantize_dynamic, quantize_weights):
+    if transform in (in_int8, quantize_weights):
         assert not hasattr(small[2], "parametrizations") and "2" in quantize.summary(small).done
 
 
@@ -96,7 +96,7 @@ def test_hooks_and_modes_follow(transform, training):
     assert [m.training for m in small.modules()] == [m.training for m in model.modules()]
 
 
-@pytest.mark.parametrize("transform", [quantize.quantize_dynamic, quantize_weights])
+@pytest.mark.parametrize("transform", [in_int8, quantize_weights])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_weight_that_is_not_finite_is_refused(transform, value):
     """By the layer's name, also inside an attention."""
@@ -112,7 +112,7 @@ def test_a_weight_that_is_not_finite_is_refused(transform, value):
         transform(attention)
 
 
-@pytest.mark.parametrize("transform", [quantize.quantize_dynamic, quantize_weights])
+@pytest.mark.parametrize("transform", [in_int8, quantize_weights])
 def test_what_others_hold_or_compute_is_shared_or_left(transform):
     """Linears that share a weight give one answer before and after; a forward of its own keeps its
     layer, by name.

@@ -122,7 +122,8 @@ class Int8(Step):
     Args:
         embeddings: whether tables become int8 too.
         smooth: whether to try SmoothQuant on the calibration batches.
-        prefer: "size", or "speed": a stopwatch keeps layers in float that int8 makes slower.
+        prefer: "size", so that a recipe gives the same model everywhere, or "speed": a stopwatch
+            keeps layers in float that int8 makes slower.
         skip: names and globs of layers that stay.
     """
 

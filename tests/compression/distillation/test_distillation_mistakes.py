@@ -6,11 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from distillation_models import deep, inputs, labelled, net
+from helpers import in_int8
 from torch import nn
 
-from quantize import (
-    quantize_dynamic,
-)
 from quantize.compression.distillation import (
     distill,
     make_student,
@@ -66,7 +64,7 @@ def test_other_vocabularies_and_untrainable_students_are_refused():
     ):
         distill(net(), net(classes=6), inputs(), steps=1)
     with pytest.raises(ValueError, match="holds integers, which can't be trained"):
-        recover(quantize_dynamic(net(64)), net(64), inputs(), steps=1)
+        recover(in_int8(net(64)), net(64), inputs(), steps=1)
     with pytest.raises(ValueError, match=r"parameter '0.weight' of the student is torch.float16"):
         distill(net().half(), net(), inputs(), steps=1)
     with pytest.raises(TrainingError, match="nothing to train"):

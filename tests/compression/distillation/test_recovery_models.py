@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from helpers import run, zoo
+from helpers import in_int8, run, zoo
 from recovery_models import data, nearby, net, same, state
 from torch import nn
 from torch.nn.utils import parametrizations, prune
@@ -190,7 +190,7 @@ def test_models_that_cannot_be_taught_are_refused_by_name():
     wide = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 5))
     with pytest.raises(TypeError, match=r"a tensor of torch.int64 for the student's output"):
         recover(Classes(*net()), Classes(*net()), data(), steps=1)
-    for packed in (quantize.quantize_dynamic(wide), quantize.quantize_weights(wide, bits=4)):
+    for packed in (in_int8(wide), quantize.quantize_weights(wide, bits=4)):
         with pytest.raises(
             ValueError,
             match=r"module '0' \(Int.Linear\) of the student holds integers, which can't be "

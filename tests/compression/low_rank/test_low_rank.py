@@ -9,7 +9,7 @@ import itertools
 
 import pytest
 import torch
-from helpers import ZOO, assert_close, cosine, run, zoo
+from helpers import ZOO, assert_close, cosine, in_int8, run, zoo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -619,7 +619,7 @@ def test_int8_works_inside_pairs(name):
     """Dynamic int8 turns both layers of each pair to int8 and changes little; sizes multiply."""
     model, inputs = zoo(name)
     small = factorize_low_rank(model, calibration=[inputs])
-    both = quantize.quantize_dynamic(small)
+    both = in_int8(small)
     assert all(
         isinstance(p.first, Int8Linear) and isinstance(p.second, Int8Linear)
         for p in linear_pairs(both)
@@ -639,7 +639,7 @@ def test_save_and_load(name, suffix, tmp_path):
     """
     model, inputs = zoo(name)
     small = factorize_low_rank(model, calibration=[inputs])
-    for compressed in (small, quantize.quantize_dynamic(small)):
+    for compressed in (small, in_int8(small)):
         quantize.save(compressed, tmp_path / f"model{suffix}")
         loaded = quantize.load(tmp_path / f"model{suffix}", model=zoo(name, seed=1)[0])
         assert_close(run(loaded, inputs), run(compressed, inputs))

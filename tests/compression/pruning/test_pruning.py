@@ -10,7 +10,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ZOO, assert_close, cosine, run, zoo
+from helpers import ZOO, assert_close, cosine, in_int8, run, zoo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -23,7 +23,6 @@ from quantize import (
     DecoderLM,
     generate,
     load,
-    quantize_dynamic,
     save,
     to_half,
 )
@@ -670,7 +669,7 @@ def test_bad_models(build, inputs, kind, message):
 def test_int8_is_refused():
     """Pruning comes before int8."""
     with pytest.raises(ValueError, match="prune before quantiz"):
-        prune_ln_structured(quantize_dynamic(mlp()), X)
+        prune_ln_structured(in_int8(mlp()), X)
 
 
 class FixedFilter(nn.Module):
@@ -741,7 +740,7 @@ def test_composes_with_int8(tmp_path):
 
     x = randn(64, 64)
     pruned = prune_ln_structured(build(), x, calibration=[x])
-    small = quantize_dynamic(pruned)
+    small = in_int8(pruned)
     save(small, tmp_path / "small.pth")
     again = load(tmp_path / "small.pth", model=build())
     assert cosine(small(x), pruned(x)) > 0.999

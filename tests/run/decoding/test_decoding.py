@@ -9,12 +9,11 @@ from functools import partial
 import helpers
 import pytest
 import torch
-from helpers import assert_close, cosine, run, tokens
+from helpers import assert_close, cosine, in_int8, run, tokens
 from torch import nn
 
 from quantize.compression.half import to_half
 from quantize.compression.int4 import quantize_weights
-from quantize.compression.int8 import quantize_dynamic
 from quantize.compression.low_rank import factorize_low_rank
 from quantize.models import MLP, MLPConfig
 from quantize.native import build
@@ -30,10 +29,10 @@ KINDS = {
     "fp32": lambda m: m,
     "fp16": to_half,
     "bf16": lambda m: to_half(m, torch.bfloat16),
-    "int8": quantize_dynamic,
+    "int8": in_int8,
     "int4": quantize_weights,
     "low rank": lambda m: factorize_low_rank(m, ratio=0.7),
-    "low rank int8": lambda m: quantize_dynamic(factorize_low_rank(m, ratio=0.7)),
+    "low rank int8": lambda m: in_int8(factorize_low_rank(m, ratio=0.7)),
 }
 
 
@@ -235,7 +234,7 @@ def test_the_limit_holds():
 
 def test_the_model_is_untouched():
     """The model it was made from keeps its modules and weights, and shares what wasn't merged."""
-    model = quantize_dynamic(decoder())
+    model = in_int8(decoder())
     before = {n: p.clone() for n, p in model.state_dict().items()}
     for backend in (None, "torchscript"):
         fast = for_decoding(model, backend=backend)

@@ -14,7 +14,7 @@ import weakref
 import pytest
 import torch
 from decoding_models import PROMPT, check, decoder, eager, hooked
-from helpers import assert_close
+from helpers import assert_close, in_int8
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -36,7 +36,7 @@ def test_the_fast_path_is_taken_and_gives_the_same():
     """
     model = decoder(qk_norm=True)
     check(model)
-    check(quantize.quantize_dynamic(model))
+    check(in_int8(model))
     for options in (
         {"temperature": 1.0, "seed": 3},
         {"repetition_penalty": 1.5},

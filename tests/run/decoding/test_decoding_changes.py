@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from decoding_models import PROMPT, check, decoder, hooked
+from helpers import in_int8
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -73,7 +74,7 @@ def test_a_change_between_two_calls_is_seen(change, tied):
     """Of float weights and of those that are converted on the way (16-bit norms), by every road
     that torch has.
     """
-    for kind in (lambda m: m, lambda m: m.bfloat16().float(), quantize.quantize_dynamic):
+    for kind in (lambda m: m, lambda m: m.bfloat16().float(), in_int8):
         model = kind(decoder(tied_head=tied and change != "module replaced"))
         if change == "weight replaced" and not isinstance(model.blocks[0].ffn.up, nn.Linear):
             continue

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from fusion_models import Image, randomized
-from helpers import assert_close, randn
+from helpers import assert_close, in_int8, randn
 from torch import nn
 
 import quantize
@@ -62,7 +62,7 @@ def test_int8_stays_int8() -> None:
     """
     model = randomized(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32)))
     x = randn(4, 64)
-    int8 = quantize.quantize_dynamic(model)
+    int8 = in_int8(model)
     fused = fuse(int8, x)
     assert_close(fused(x), int8(x))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from fusion_models import same_at_other_sizes
-from helpers import zoo
+from helpers import in_int8, zoo
 from torch import nn
 from torch.nn import functional as F
 
@@ -255,13 +255,13 @@ def compressed(kind: str) -> tuple[nn.Module, Any]:
     if kind == "half":
         return quantize.to_half(model), inputs
     if kind == "int8":
-        return quantize.quantize_dynamic(model), inputs
+        return in_int8(model), inputs
     if kind == "low_rank":
         return quantize.factorize_low_rank(model, ratio=0.5), inputs
     pruned = quantize.prune_ln_structured(
         model, inputs, amount=0.5, skip=["*query*", "*key*", "*value*", "*embed*"]
     )
-    return (quantize.quantize_dynamic(pruned) if kind == "pruned+int8" else pruned), inputs
+    return (in_int8(pruned) if kind == "pruned+int8" else pruned), inputs
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,134 @@
+"""Which layers of a model can become int8, why the others can't, and the change itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from quantize import surgery
+from quantize.nn import without_fast_paths
+from quantize.nn.int8 import Int8Linear
+from quantize.nn.int8_embedding import Int8Embedding
+
+Report = dict[str, str]  # by layer: why it stays in float
+Skipped = Callable[[str, nn.Module], bool]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Layers by name: facts of those that become int8, and why others stay in float."""
+
+    chosen: dict[str, surgery.Facts]
+    left: Report
+
+    def groups(self) -> list[tuple[str, ...]]:
+        """The chosen layers in groups that share a weight; most are alone."""
+        found = {}
+        for fact in self.chosen.values():
+            group = tuple(name for name in fact.holders if name in self.chosen)
+            found[group] = None
+        return list(found)
+
+    def without(self, reasons: Report) -> Choice:
+        """The choice less the layers in `reasons`, and less those that share a weight with one."""
+        left = self.left | reasons
+        chosen = {}
+        for name, fact in self.chosen.items():
+            holder = next((other for other in fact.holders if other in reasons), None)
+            if holder is None:
+                chosen[name] = fact
+            elif name not in reasons:
+                left[name] = _shares(holder)
+        return Choice(chosen, left)
+
+
+def choose(model: nn.Module, skipped: Skipped, embeddings: bool) -> Choice:
+    """All layers that can become int8.
+
+    Raises: ValueError: one has a weight that is not finite.
+    """
+    facts = surgery.facts(model)
+    chosen: dict[str, surgery.Facts] = {}
+    left: Report = {}
+    for name, module in model.named_modules():
+        fact = facts.get(name)
+        if fact is not None and (fact.linear or isinstance(module, nn.Embedding)):
+            reason = _obstacle(name, facts, skipped, embeddings)
+            if reason is None:
+                surgery.check_finite(name, module)
+                chosen[name] = fact
+            else:
+                left[name] = reason
+        elif _is_left(module):
+            kind = type(module).__name__
+            left[name] = f"a {kind}: only linear layers and embeddings become int8"
+    return Choice(chosen, left)
+
+
+def _is_left(module: nn.Module) -> bool:
+    return any(p is not None and p.ndim > 1 for p in module._parameters.values())
+
+
+def _obstacle(
+    name: str, facts: dict[str, surgery.Facts], skipped: Skipped, embeddings: bool
+) -> str | None:
+    """Why this layer stays in float, or None."""
+    fact = facts[name]
+    if skipped(name, fact.module):
+        return "named by skip"
+    if fact.obstacle is not None:
+        return fact.obstacle
+    others = [other for other in fact.holders if other != name]
+    tied = any(facts[other].linear for other in others if other in facts)
+    if isinstance(fact.module, nn.Embedding) and not (tied or embeddings):
+        return "an embedding: embeddings=True quantizes it"
+    for other in others:
+        held = facts.get(other)
+        if held is None or not _follows(held, fact) or skipped(other, held.module):
+            return _shares(other)
+    return None
+
+
+def _shares(other: str) -> str:
+    return f"it shares its weight with {other}, which stays as it is"
+
+
+def _follows(held: surgery.Facts, fact: surgery.Facts) -> bool:
+    """Can the layer that holds the same weight be converted too, and to the same integers?"""
+    kind = held.linear or isinstance(held.module, nn.Embedding)
+    return kind and held.obstacle is None and held.transposed == fact.transposed
+
+
+def convert(model: nn.Module, names: Collection[str]) -> nn.Module:
+    """Put int8 layers in the places of those `names`, in place; returns the (possibly new) root."""
+    facts = surgery.facts(model)
+    replacements: dict[nn.Module, nn.Module] = {}
+    # By identity of the float weight: layers that shared it share the int8 one.
+    tables: dict[int, Any] = {}
+    for name in names:
+        fact = facts[name]
+        new = converted(fact)
+        weight = fact.module._parameters.get("weight")
+        if weight is not None:
+            first = tables.setdefault(id(weight), new)
+            new.packed, new.scale = first.packed, first.scale
+        replacements[fact.module] = new
+    for old, new in replacements.items():
+        surgery.take_place(old, new)
+    model = surgery.replace(model, replacements)
+    without_fast_paths(model)
+    return model
+
+
+def converted(fact: surgery.Facts) -> Any:
+    """The int8 layer that takes the place of a float one."""
+    module: Any = fact.module
+    weight = module.weight.t() if fact.transposed else module.weight
+    if isinstance(module, nn.Embedding):
+        return Int8Embedding.from_weight(weight, module.padding_idx)
+    new = Int8Linear.from_weight(weight, module.bias)
+    new.transposed = fact.transposed
+    return new

@@ -1,0 +1,92 @@
+"""Which layers go back to float so that the model's output stays within an error."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from quantize import calibration as calibrating
+from quantize import surgery
+from quantize.compression import smooth
+from quantize.compression.int8.layers import Choice, Report, convert
+
+Group = tuple[str, ...]  # layers that share a weight: all of them are int8, or none
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Int8 copies of a model, compared with its outputs.
+
+    Args:
+        source: the float model.
+        calibration: batches.
+        expected: what the original gives for them.
+    """
+
+    source: nn.Module
+    calibration: Iterable[Any]
+    expected: Sequence[Tensor]
+
+    def error(self, model: nn.Module) -> float:
+        """Relative error of a model's outputs."""
+        actual = smooth.outputs(model, self.calibration)
+        return calibrating.relative_error(actual, self.expected)
+
+    def made(self, groups: Sequence[Group]) -> tuple[nn.Module, float]:
+        """The model with these layers in int8, and its error."""
+        names = itertools.chain.from_iterable(groups)
+        model = convert(surgery.clone(self.source), list(names))
+        return model, self.error(model)
+
+
+def within(trial: Trial, choice: Choice, max_error: float) -> tuple[nn.Module, float, Choice]:
+    """The model with as many layers in int8 as the error allows, those that cost least; its error;
+    and the choice of layers.
+
+    Errors of layers add up in squares, about, so the number of layers is foreseen and then tried.
+
+    Raises: ValueError: not one layer may become int8.
+    """
+    groups = choice.groups()
+    costs = {group: trial.made([group])[1] for group in groups}
+    groups.sort(key=costs.__getitem__)
+    count = _foreseen([costs[group] for group in groups], max_error)
+    model, error = trial.made(groups[:count])
+    while error > max_error and count > 1:
+        count -= 1
+        model, error = trial.made(groups[:count])
+    if error > max_error:
+        raise ValueError(
+            f"max_error={max_error:g} can't be kept: the layer that costs least, "
+            f"{groups[0][0]!r}, alone changes the output by {error:.3g}"
+        )
+    while count < len(groups):
+        more, larger = trial.made(groups[: count + 1])
+        if larger > max_error:
+            break
+        model, error, count = more, larger, count + 1
+    return model, error, choice.without(_reasons(groups[count:], costs, max_error))
+
+
+def _foreseen(costs: Sequence[float], max_error: float) -> int:
+    """How many of the costs, the least first, add up to the error in squares; one at least."""
+    total, count = 0.0, 0
+    for cost in costs:
+        total += cost**2
+        if math.sqrt(total) > max_error:
+            break
+        count += 1
+    return max(1, count)
+
+
+def _reasons(groups: Sequence[Group], costs: dict[Group, float], max_error: float) -> Report:
+    found: Report = {}
+    for group in groups:
+        cost = f"in int8 it alone changes the output by {costs[group]:.3g}"
+        found |= dict.fromkeys(group, f"{cost}; max_error is {max_error:g} for all layers")
+    return found

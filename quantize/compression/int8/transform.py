@@ -1,0 +1,201 @@
+"""quantize_dynamic: a model in int8, and what is said about the layers that stay in float."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantize import calibration as calibrating
+from quantize import surgery
+from quantize.compression import smooth
+from quantize.compression.int8.layers import Choice, Report, choose, convert
+from quantize.compression.int8.limit import Trial, within
+from quantize.compression.int8.speed import slower
+from quantize.nn import project_attentions, restore_attentions
+from quantize.nn.int8 import Int8Linear
+from quantize.nn.int8_embedding import Int8Embedding
+
+PREFERENCES = ("speed", "size")
+_CLEARLY = 0.9  # smaller gains are not seen again on other data
+_MUCH = 0.4
+
+
+def quantize_dynamic(
+    model: nn.Module,
+    *,
+    skip: surgery.Skip = (),
+    calibration: Iterable[Any] | None = None,
+    embeddings: bool = False,
+    prefer: str = "speed",
+    max_error: float | None = None,
+) -> nn.Module:
+    """Copy of `model` whose linear layers store and compute in int8, with the activations quantized
+    as they come.
+
+    Can be converted: `nn.Linear` (and subclasses that keep its forward), GPT-2 style `Conv1D`,
+    `nn.MultiheadAttention`, and `nn.Embedding` tables that share their weight with a linear layer
+    (a tied head), or all of them with `embeddings=True`. `quantize.summary(result)` says what was
+    converted, what was not, and why, and what part of the bytes stays float; a UserWarning does too
+    where that is more than 40 percent.
+
+    By default the result is never slower than the model: each layer is timed here in float and in
+    int8, and stays in float where int8 loses; the summary has both times. So the result depends on
+    the machine. Where int8 loses in every layer, the result is a float copy, with a UserWarning and
+    a summary that say so; it is no error, since one that depends on a stopwatch would come and go.
+
+    Calls of single layers are what is timed. A decoder that goes on to `for_decoding` should be
+    converted with prefer="size": there a step of one row is one native call for the whole model,
+    and reading a quarter of the bytes is faster at every width.
+
+    Args:
+        model: any nn.Module; it stays as it is.
+        skip: names, globs or types of modules that stay as they are (`surgery.select`).
+        calibration: batches as `calibration.collect` takes. They try SmoothQuant, which is kept if
+            the outputs on them come at least a tenth closer to the float model's, and they say at
+            how many rows each layer is timed: the fewest, the middle and the most it gets.
+        embeddings: convert all embedding tables.
+        prefer: "speed": layers stay float that a stopwatch finds slower in int8 at any of these
+            numbers of rows (without calibration 1, 16 and 256). "size": all become int8, and the
+            result doesn't depend on the machine.
+        max_error: largest relative error of the result on calibration: the square root of the
+            summed squares of the differences over that of the summed squares of the model's
+            outputs, over all floating point tensors that it returns for all batches. Layers go
+            back to float until it holds, first those that change the output most when they alone
+            are int8; the summary has both numbers. It takes a run over calibration per layer.
+
+    Returns:
+        The copy, for inference only.
+
+    Raises:
+        ValueError: nothing to convert, weights or calibration inputs that are not finite (naming
+            the layer), calibration without batches, another `prefer`, `max_error` without
+            calibration or not above 0, and one that no layer keeps (naming the numbers).
+
+    Source: SmoothQuant (Xiao et al., arXiv 2211.10438).
+    """
+    _check(prefer, max_error, calibration)
+    source = surgery.clone(model)
+    skipped = surgery.skip_filter(source, skip)
+    source, attentions, left = project_attentions(source, skipped)
+    choice = choose(source, skipped, embeddings)
+    if not choice.chosen:
+        raise ValueError(_nothing(source, choice.left))
+    shapes: dict[str, set[tuple[int, ...]]] = {}
+    if calibration is not None:
+        linears = {n: f.module for n, f in surgery.facts(source).items() if f.linear}
+        shapes = calibrating.input_shapes(source, calibration, linears)
+    if prefer == "speed":
+        choice = choice.without(slower(choice, shapes))
+    if not choice.chosen:
+        return _unconverted(model, choice.left | left)
+    settings: dict[str, Any] = {}
+    if calibration is None:
+        new, distance = convert(source, choice.chosen), None
+    else:
+        expected = smooth.outputs(source, calibration)
+        new, distance, settings, source = _calibrated(source, choice, calibration, expected)
+        if max_error is not None:
+            settings["max_error"] = max_error
+            trial = Trial(source, calibration, expected)
+            if distance > max_error:
+                new, distance, choice = within(trial, choice, max_error)
+    new = restore_attentions(new, attentions, (Int8Linear,))
+    told, total = _with_shares(new, choice.left | left)
+    done = {n: "int8" for n, m in new.named_modules() if isinstance(m, (Int8Linear, Int8Embedding))}
+    if total:
+        settings["stays_float"] = total
+    surgery.note(new, "int8", done=done, left=told, distance=distance, **settings)
+    return new
+
+
+def _check(prefer: str, max_error: float | None, calibration: Iterable[Any] | None) -> None:
+    if prefer not in PREFERENCES:
+        raise ValueError(f"prefer must be 'speed' or 'size', got {prefer!r}")
+    if max_error is None:
+        return
+    if calibration is None:
+        raise ValueError(f"max_error={max_error!r} needs calibration, on which it is measured")
+    number = isinstance(max_error, (int, float)) and not isinstance(max_error, bool)
+    if not number or not 0 < max_error < math.inf:
+        raise ValueError(f"max_error must be a finite number above 0, got {max_error!r}")
+
+
+def _nothing(model: nn.Module, left: Report) -> str:
+    already = any(isinstance(m, Int8Linear) for m in model.modules())
+    floating = sum(surgery.stays_float(model).values())
+    bytes_left = f"{floating} of its {_bytes(model)} bytes stay float"
+    why = "it is already quantized" if already else bytes_left
+    detail = surgery.shortened(left) or "it has no nn.Linear or Conv1D"
+    return f"{type(model).__name__} has no linear layer left to quantize: {why} ({detail})"
+
+
+def _unconverted(model: nn.Module, left: Report) -> nn.Module:
+    """A float copy that says why it is one."""
+    new = surgery.clone(model)
+    warnings.warn(
+        f"no layer of {type(model).__name__} is faster in int8 here, so the result is a float "
+        f"copy; prefer='size' converts all ({surgery.shortened(left)})",
+        stacklevel=3,
+    )
+    surgery.note(new, "int8", left=left)
+    return new
+
+
+def _calibrated(
+    source: nn.Module, choice: Choice, calibration: Iterable[Any], expected: list[Tensor]
+) -> tuple[nn.Module, float, dict[str, Any], nn.Module]:
+    """The int8 model, smoothed if that brings it clearly closer; its distance from what is
+    expected, the settings to note, and the float model that was converted.
+    """
+    plain = Trial(source, calibration, expected)
+    groups = choice.groups()
+    new, distance = plain.made(groups)
+    smoothed = surgery.clone(source)
+    layers = {n: m for n, m in _smoothable(smoothed) if n in choice.chosen}
+    norms = smooth.smooth(smoothed, layers, calibration)
+    if norms:
+        folded, closer = Trial(smoothed, calibration, expected).made(groups)
+        if closer < _CLEARLY * distance:
+            return folded, closer, {"smoothed": norms}, smoothed
+    return new, distance, {}, source
+
+
+def _smoothable(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """Linears whose weight can be multiplied in place."""
+    for name, module in model.named_modules():
+        stored = isinstance(module._parameters.get("weight"), nn.Parameter)
+        if isinstance(module, nn.Linear) and stored and "_half" not in vars(module):
+            yield name, module
+
+
+def _with_shares(model: nn.Module, report: Report) -> tuple[Report, str | None]:
+    """The reasons with the part of the model's bytes that each layer has, and in words how much of
+    it stays float.
+    """
+    whole = _bytes(model)
+    sizes = surgery.stays_float(model)
+    shares = {name: sizes.get(name, 0) / whole for name in report} if whole else {}
+    told = {
+        n: f"{why} ({shares[n]:.0%} of the bytes)" if shares.get(n, 0) >= 0.01 else why
+        for n, why in report.items()
+    }
+    total = sum(sizes.values())
+    if not whole or total < 0.01 * whole:
+        return told, None
+    words = f"{total / whole:.0%} of {whole} bytes"
+    if total > _MUCH * whole:
+        most = [name for name in sizes if name in report][:4]
+        reasons = "; ".join(f"{name or '(the model)'}: {told[name]}" for name in most)
+        warnings.warn(f"int8: {words} stay in floating point ({reasons})", stacklevel=3)
+    return told, words
+
+
+def _bytes(model: nn.Module) -> int:
+    return sum(
+        tensor.nbytes for tensor in model.state_dict().values() if isinstance(tensor, torch.Tensor)
+    )
