@@ -8,9 +8,9 @@
     uv run python train.py --variants int8 pruned           # only these beside the baseline
     uv run torchrun --standalone --nproc-per-node 2 train.py --threads 1
 
-Writes into --out: model.pth (the baseline), a file per variant, report.json, report.md and
-pareto.png. Every number in the table is measured from the written file, loaded again in a fresh
-process. A variant's file holds its recipe: quantize.read_metadata(file)["recipe"].
+Writes into --out: model.pth (the baseline), a file per variant, report.json, report.md,
+report.html and pareto.png. Every number in the table is measured from the written file, loaded
+again in a fresh process. A variant's file holds its recipe: quantize.read_metadata(file)["recipe"].
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -101,13 +102,20 @@ def line_chart(lines: Mapping[str, Mapping[int, float]], x_label: str, y_label: 
     places: set[int] = set()
     for points in lines.values():
         places.update(points)
-    axes.set_xticks(sorted(places), [str(x) for x in sorted(places)])
+    ticks = _apart(sorted(places))
+    axes.set_xticks(ticks, [str(x) for x in ticks])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=20))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))  # 0.5, not 5 x 10^-1
     axes.yaxis.set_minor_locator(NullLocator())
     axes.legend(frameon=False)
     return _png(figure)
+
+
+def _apart(places: list[int]) -> list[int]:
+    """Those of rising places whose labels don't run into the next one's on a logarithmic axis."""
+    following = [*places[1:], math.inf]
+    return [x for x, after in zip(places, following, strict=True) if after > 1.15 * x]
 
 
 def _panels(count: int, size: tuple[float, float], **options: Any) -> tuple[Figure, list[Axes]]:

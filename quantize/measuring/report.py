@@ -1,8 +1,9 @@
-"""Turn measurements into a report: JSON for machines, Markdown and a plot for people.
+"""Turn measurements into a report: JSON for machines, Markdown, a plot and a page for
+people.
 
     measured = compare({"fp32": "model.pth", "int8": "int8.pth"}, inputs, evaluate=...)
     report = build_report(measured, data={"seed": 0})
-    write_report(report, "artifacts")      # report.json, report.md, pareto.png
+    write_report(report, "artifacts")      # report.json, report.md, pareto.png, report.html
     print_report(report)                   # of `table.py`
 
 The first measurement is the baseline of every ratio and change. A row that is larger, slower or
@@ -16,11 +17,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from quantize.checkpoint import atomic_write
+from quantize.checkpoint import CheckpointError, atomic_write
+from quantize.measuring.artifact import check_there
+from quantize.measuring.page import page
 from quantize.measuring.plot import pareto_plot
 from quantize.measuring.result import Measurement
 from quantize.measuring.rows import Report, build_rows, failed_row, strict
 from quantize.measuring.table import markdown
+
+REPORT_FILES = ("report.json", "report.md", "pareto.png", "report.html")
 
 
 def build_report(
@@ -53,18 +58,40 @@ def build_report(
 
 
 def write_report(report: Report, folder: str | Path) -> list[Path]:
-    """Write `report.json`, `report.md` and `pareto.png` into `folder`, each atomically; their
-    paths. Raises OSError.
+    """Write `report.json`, `report.md`, `pareto.png` and `report.html` into `folder`, each
+    atomically; their paths. Raises OSError.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     values = json.dumps(report, indent=2, allow_nan=False, ensure_ascii=False)
-    contents = {
-        "report.json": f"{values}\n".encode(),
-        "report.md": markdown(report).encode(),
-        "pareto.png": pareto_plot(report["rows"]),
-    }
-    for name, content in contents.items():
+    written = (
+        f"{values}\n".encode(),
+        markdown(report).encode(),
+        pareto_plot(report["rows"]),
+        page(report).encode(),
+    )
+    for name, content in zip(REPORT_FILES, written, strict=True):
         with atomic_write(folder / name) as file:
             file.write(content)
-    return [folder / name for name in contents]
+    return [folder / name for name in REPORT_FILES]
+
+
+def read_report(path: str | Path) -> Report:
+    """What `write_report` wrote.
+
+    Args:
+        path: its folder, or the report.json in it.
+
+    Raises:
+        CheckpointError: no such file, or no report.
+    """
+    path = Path(path)
+    path = path / "report.json" if path.is_dir() else path
+    check_there(path)
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    if not isinstance(report, dict) or not report.keys() >= {"machine", "data", "rows"}:
+        raise CheckpointError(f"{path}: is no report of this package")
+    return report

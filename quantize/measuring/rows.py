@@ -94,8 +94,7 @@ def _row(m: Measurement, baseline: Measurement, note: str | None, higher: bool |
         marks.append(f"worse: {name} is {value}")
     elif before is not None and value is not None and change is not None:
         loss = -change if higher else change
-        noise = sampling_noise(before, value, m.metrics) if higher else 0.0
-        marks += _grade(before, loss, noise)
+        marks += grade(before, loss, metric_noise(before, value, m.metrics))
     return strict(
         {
             "name": m.name,
@@ -125,16 +124,27 @@ def failed_row(name: str, reason: str, baseline: Row) -> Row:
     return {**dict.fromkeys(baseline), "name": name, "metric": metric, "notes": f"failed: {reason}"}
 
 
-def _grade(before: float, loss: float, noise: float) -> list[str]:
+def grade(before: float, loss: float, noise: float) -> list[str]:
     """How much worse than `before` a metric is that has lost `loss`; nothing for noise.
 
-    Without the scores of single examples noise is a convention: a thousandth of the value, and at
-    least `noise`.
+    Args:
+        before: the metric of the baseline.
+        loss: its change for the worse.
+        noise: a change that may be chance. Where none is known, it is a convention: a thousandth
+            of the value.
     """
     if loss <= noise:
         return []
     share = loss / abs(before) if before else math.inf
     return [name for least, name in GRADES.items() if share > least][:1]
+
+
+def metric_noise(before: float, value: float, metrics: Mapping[str, float]) -> float:
+    """What a metric may change by chance: the `standard_error` among the metrics where `evaluate`
+    gives one, else the sampling noise of a share of so many examples; 0 where neither is known.
+    """
+    given = metrics.get("standard_error")
+    return sampling_noise(before, value, metrics) if given is None else given
 
 
 def sampling_noise(before: float, value: float, metrics: Mapping[str, float]) -> float:

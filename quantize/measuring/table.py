@@ -24,6 +24,7 @@ _LEAST_FIRST = (
     *("p10-p90", "params", "peak MB", "load s", "of base"),
     *("change", "notes", "size", "speed"),
 )
+BUSY = "*"  # after a latency that was taken on a busy machine
 _PIPED_WIDTH, _NOTES_WIDTH = 140, 12
 
 
@@ -34,7 +35,7 @@ def _cells(row: Row, decimals: int) -> list[str]:
         _size(row["bytes"]),
         _number(row["bytes_ratio"], "{:.3f}"),
         _count(row["parameters"]),
-        _significant(latency.get("median")),
+        _significant(latency.get("median")) + (BUSY if "busy machine" in row["notes"] else ""),
         f"{_significant(latency['p10'])}-{_significant(latency['p90'])}" if latency else "-",
         f"{_significant(row['speedup'])}x" if row["speedup"] else "-",
         _number(metric["value"], f"{{:z.{decimals}f}}"),
@@ -60,7 +61,12 @@ def _header(rows: Sequence[Row]) -> list[str]:
     ]
 
 
-def _legend(rows: Sequence[Row]) -> list[str]:
+def header_and_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """The titles of the columns, and the texts of each row."""
+    return _header(rows), [_cells(row, _decimals(rows)) for row in rows]
+
+
+def legend(rows: Sequence[Row]) -> list[str]:
     """How to read the table, and whether to trust its times."""
     base = rows[0]["name"]
     lines = [
@@ -77,13 +83,14 @@ def _legend(rows: Sequence[Row]) -> list[str]:
     busy = [row["name"] for row in rows if "busy machine" in row["notes"]]
     if busy:
         lines.append(
-            f"The machine was busy while {', '.join(busy)} ran: don't trust these times, "
+            f"{BUSY} The machine was busy while {', '.join(busy)} ran: don't trust these times, "
             f"measure again."
         )
     return lines
 
 
-def _about(report: Report) -> list[str]:
+def described(report: Report) -> list[str]:
+    """The machine and the run, a line each."""
     facts = {k: v for k, v in report["data"].items() if v is not None}
     lines = describe_machine(report["machine"])
     if facts:
@@ -96,7 +103,7 @@ def markdown(report: Report) -> str:
     baseline is bold.
     """
     rows = report["rows"]
-    lines = ["# Report", "", *(f"- {_escape(line)}" for line in _about(report)), ""]
+    lines = ["# Report", "", *(f"- {_escape(line)}" for line in described(report)), ""]
     lines += [
         "| " + " | ".join(_header(rows)) + " |",
         "|---|" + "--:|" * (len(_COLUMNS) - 2) + "---|",
@@ -108,7 +115,7 @@ def markdown(report: Report) -> str:
         lines.append("| " + " | ".join(cells) + " |")
     lines += [
         "",
-        *_legend(rows),
+        *legend(rows),
         "Every number was measured from the saved file, loaded again in a fresh process, "
         "unless its notes say otherwise.",
         "The files took turns, so that a slow moment of the machine hits all of them, and each "
@@ -130,10 +137,10 @@ def print_report(report: Report, console: Console | None = None) -> None:
         console = Console(highlight=False)
         if not console.is_terminal and "COLUMNS" not in os.environ:
             console.width = _PIPED_WIDTH  # nobody's window: rich would assume 80
-    for line in _about(report):
+    for line in described(report):
         console.print(Text(line), soft_wrap=True)
     rows = report["rows"]
-    header, cells = _header(rows), [_cells(row, _decimals(rows)) for row in rows]
+    header, cells = header_and_cells(rows)
     shown = _that_fit(header, cells, console.width)
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for i in shown:
@@ -149,7 +156,7 @@ def print_report(report: Report, console: Console | None = None) -> None:
         table.add_row(*(Text(line[i]) for i in shown), style="yellow" if bad else "")
     console.print()
     console.print(table)
-    for line in _legend(rows):
+    for line in legend(rows):
         console.print(Text(line))
 
 

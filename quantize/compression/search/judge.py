@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from quantize.calibration import call, main_output, watching, without_cache
 from quantize.measuring.artifact import as_metrics
-from quantize.measuring.rows import higher_is_better, sampling_noise
+from quantize.measuring.rows import higher_is_better, metric_noise
 
 RESAMPLES = 200  # of the held-out batches, for the noise of their mean
 
@@ -52,7 +52,7 @@ class Evaluated:
         if not math.isfinite(self.value):
             raise ValueError(f"evaluate gives {self.name}={self.value} for the original model")
         self.higher = higher_is_better(self.name)
-        sampled = sampling_noise(self.value, self.value, first)
+        sampled = metric_noise(self.value, self.value, first)
         self.noise = max(abs(again[self.name] - self.value), sampled)
         self.metrics = first
 
