@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -93,6 +94,33 @@ def seed(text: str) -> int:
     if not 0 <= value < 2**63:
         raise argparse.ArgumentTypeError(f"{value} is not in 0 .. 2**63 - 1")
     return value
+
+
+def imported(spec: str | None) -> Callable[..., Any] | None:
+    """The value of a flag that names a function or class as `module:name`.
+
+    Args:
+        spec: the name; modules of the current folder count too. None gives None.
+
+    Raises:
+        ValueError: nothing importable has that name, or it can't be called.
+    """
+    if spec is None:
+        return None
+    module, _, name = spec.partition(":")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # a console script's path has its own folder only
+    try:
+        found: Any = importlib.import_module(module)
+        for part in name.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{spec!r} must be module:name of something importable: {error}"
+        ) from error
+    if not callable(found):
+        raise ValueError(f"{spec!r} is not callable but {type(found).__name__}")
+    return found
 
 
 def _integer(text: str) -> int:

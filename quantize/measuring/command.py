@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,7 +26,7 @@ from quantize.host import default_threads
 from quantize.measuring.artifact import finite
 from quantize.measuring.comparison import measure
 from quantize.measuring.streams import reserved_stdout
-from quantize.script import Parser, exit_code
+from quantize.script import Parser, exit_code, imported
 
 _PROG = "quantize measure"
 
@@ -75,8 +74,8 @@ def _line(arguments: argparse.Namespace) -> bytes:
         arguments.file,
         read_inputs(arguments.inputs) if arguments.inputs else None,
         baseline=arguments.baseline,
-        evaluate=_imported(arguments.evaluate),
-        model=_imported(arguments.model),
+        evaluate=imported(arguments.evaluate),
+        model=imported(arguments.model),
         threads=arguments.threads,
         rounds=arguments.rounds,
         burst_seconds=arguments.burst_seconds,
@@ -102,24 +101,6 @@ def read_inputs(path: Path) -> Any:
     except Exception as error:  # numpy and safetensors raise a dozen kinds
         raise ValueError(f"--inputs {path} can't be read: {error}") from error
     raise ValueError(f"--inputs must be a .npy or .safetensors file, got {path}")
-
-
-def _imported(spec: str | None) -> Callable[..., Any] | None:
-    """`module:name` -> the object; modules of the current folder too."""
-    if spec is None:
-        return None
-    module, _, name = spec.partition(":")
-    try:
-        found: Any = importlib.import_module(module)
-        for part in name.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"{spec!r} must be module:name of something importable: {error}"
-        ) from error
-    if not callable(found):
-        raise ValueError(f"{spec!r} is not callable but {type(found).__name__}")
-    return found
 
 
 def _strict(value: Any) -> Any:

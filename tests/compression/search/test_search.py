@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
+from helpers import measured_by_bytes
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -22,7 +22,6 @@ from quantize.compression.recipe import Int8, LowRank, Prune, Recipe
 from quantize.compression.search import strategy
 from quantize.compression.search.budget import Budget
 from quantize.compression.search.judge import Divergence, Evaluated
-from quantize.measuring.result import Latency, Measurement
 
 INPUTS = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
 
@@ -46,19 +45,7 @@ def batches() -> list[torch.Tensor]:
 @pytest.fixture(autouse=True)
 def by_bytes(monkeypatch):
     """A nanosecond per byte of the file, and no processes."""
-
-    def measured(files, *_args, **_options):
-        sizes = {name: Path(path).stat().st_size for name, path in files.items()}
-        first = next(iter(sizes.values()))
-        return [row(name, files[name], size, first / size) for name, size in sizes.items()]
-
-    def row(name, path, size, speedup):
-        latency = Latency(size / 1e6, size / 1e6, size / 1e6)
-        return Measurement(
-            name, str(path), size, size // 4, latency, speedup, {}, 0.1, 1.0, 50.0, "", 1, ""
-        )
-
-    monkeypatch.setattr("quantize.compression.search.trial.compare", measured)
+    monkeypatch.setattr("quantize.compression.search.trial.compare", measured_by_bytes)
     monkeypatch.setattr("quantize.compression.search.walk.MOST_SHARES", 3)
     monkeypatch.setattr("quantize.compression.search.walk.MOST_STEPS", 40)
 

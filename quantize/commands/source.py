@@ -1,0 +1,75 @@
+"""The model that a command is given: a file, a folder, or a Python file that makes one."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from quantize import script
+from quantize.models.opening import open_model
+
+
+def add_flags(parser: script.Parser) -> None:
+    """The positional argument `source` and `--model`."""
+    source_help = (
+        "a folder of transformers or of quantize, a .pth or .safetensors, or a .py with "
+        "model = ... in it"
+    )
+    model_help = (
+        "module:callable that makes a fresh instance of your own class, for a file that holds "
+        "only its weights"
+    )
+    parser.add_argument("source", type=script.path, help=source_help)
+    parser.flag("--model", model_help)
+
+
+def opened(arguments: argparse.Namespace) -> nn.Module:
+    """The model of `source`, in eval mode.
+
+    Raises:
+        CheckpointError: a file or folder that can't be opened; it says where `--model` helps.
+        ValueError: a `--model` or a Python file that gives no nn.Module.
+    """
+    path, fresh = arguments.source, instance(arguments.model)
+    if path.suffix != ".py":
+        return open_model(path, fresh)
+    if fresh is not None:
+        raise ValueError(f"argument --model: {path} makes its model itself")
+    return _of_script(path)
+
+
+def instance(spec: str | None) -> nn.Module | None:
+    """What `--model` makes; None where it isn't given. Raises ValueError."""
+    make = script.imported(spec)
+    if make is None:
+        return None
+    return _module(make(), f"argument --model: {spec}")
+
+
+def _of_script(path: Path) -> nn.Module:
+    """What a Python file calls `model`: a module, or a function that makes one."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise ValueError(f"{path}: no such Python file")
+    sys.path.insert(0, str(path.parent.resolve()))  # the measuring processes import it too
+    loaded = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = loaded
+    try:
+        spec.loader.exec_module(loaded)
+    except Exception as error:  # of somebody's code
+        raise ValueError(f"{path}: {type(error).__name__}: {error}") from error
+    found: Any = getattr(loaded, "model", None)
+    if not isinstance(found, nn.Module) and callable(found):
+        found = found()
+    return _module(found, f"{path}: model")
+
+
+def _module(found: Any, where: str) -> nn.Module:
+    if not isinstance(found, nn.Module):
+        raise ValueError(f"{where} must give an nn.Module, got {type(found).__name__}")
+    return found.eval()
