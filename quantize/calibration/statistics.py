@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import PackedSequence
 
 from quantize.calibration.inputs import call, check_batches, watching
 from quantize.calibration.patches import channel_rows, exact, gram, rows, sample
@@ -169,19 +170,20 @@ def reached(model: nn.Module, batches: Iterable[Any], layers: Mapping[str, nn.Mo
 def input_shapes(
     model: nn.Module, batches: Iterable[Any], layers: Mapping[str, nn.Module]
 ) -> dict[str, set[tuple[int, ...]]]:
-    """The shapes of the inputs, those without rows left out, of the `layers` (name to module) that
-    some batch runs, in eval mode.
+    """The shapes of the inputs, those without rows and packed sequences left out, of the `layers`
+    (name to module) that some batch runs, in eval mode.
 
     Raises ValueError for a batch that the model doesn't run on, and naming a layer whose inputs are
     not finite.
     """
     found: dict[str, set[tuple[int, ...]]] = {}
 
-    def see(name: str) -> Callable[[torch.Tensor], None]:
-        def note(x: torch.Tensor) -> None:
-            if not torch.isfinite(x).all():
+    def see(name: str) -> Callable[[Any], None]:
+        def note(x: Any) -> None:
+            packed = isinstance(x, PackedSequence)
+            if not torch.isfinite(x.data if packed else x).all():
                 raise ValueError(f"calibration gives layer {name!r} inputs that are not finite")
-            if x.numel():
+            if not packed and x.numel():
                 found.setdefault(name, set()).add(tuple(x.shape))
 
         return note

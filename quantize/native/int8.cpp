@@ -5,18 +5,7 @@
 // neither the instruction set nor the number of threads or rows changes a bit.
 // quantize/nn/int8_kernels.py says the same in PyTorch.
 
-#include "integers.h"
-#include "rows.h"
-
-#include <cstdlib>
-
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
-#if defined(QUANTIZE_TILES)
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
+#include "gemm.h"
 
 enum Kind : int64_t { F32, F16, BF16 };
 
@@ -34,11 +23,6 @@ struct Call {
 };
 
 namespace {
-
-constexpr int64_t CHUNK_BYTES =
-    1 << 19;  // of quantized rows at a time, so that the products find them in the cache
-
-inline int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // ------------------------------------------------------------------------------------------------
 // results
@@ -62,50 +46,51 @@ inline void store_some(Floats y, Half* to, int64_t n) {
 #endif
 }
 
-// What the 16 outputs of a panel share.
-struct Panel {
-  int64_t many;
-  Floats scale, bias = {};
-  Ints sums;
-  bool has_bias;
+// What becomes of the sums of a call.
+template <class T>
+struct Results {
+  const Layer& layer;
+  const Call& call;
+  const Row* rows;
+  T* y;
 
-  Panel(const Layer& layer, const Call& call, int64_t panel) {
-    const int64_t at = panel * LANES;
-    many = layer.outputs - at < LANES ? layer.outputs - at : LANES;
-    scale = load_part(call.scale + at, many);
-    has_bias = call.bias;
-    if (has_bias) bias = load_part(call.bias + at, many);
-    memcpy(&sums, layer.sums + at, sizeof sums);
-  }
+  // What the 16 outputs of a panel share.
+  struct Panel {
+    const Row* rows;
+    T* to;
+    int64_t outputs, many;
+    Floats scale, bias = {};
+    Ints sums;
+    bool has_bias;
 
-  template <class T>
-  void finish(const int32_t* from, const Row& row, T* to) const {
-    Ints sum;
-    memcpy(&sum, from, sizeof sum);
-    Floats y = __builtin_convertvector(sum - row.zero * sums, Floats) * scale * row.step;
-    if (has_bias) y = y + bias;
-    if (many == LANES)
-      store_some(y, to, LANES);
-    else
-      store_some(y, to, many);
+    void put(const int32_t* from, int64_t row) const {
+      Ints sum;
+      memcpy(&sum, from, sizeof sum);
+      const Ints exact = sum - rows[row].zero * sums;
+      Floats y = __builtin_convertvector(exact, Floats) * scale * rows[row].step;
+      if (has_bias) y = y + bias;
+      if (many == LANES)
+        store_some(y, to + row * outputs, LANES);
+      else
+        store_some(y, to + row * outputs, many);
+    }
+    void done(int64_t, int64_t) const {}
+  };
+
+  Panel panel(int64_t panel) const {
+    const int64_t at = panel * LANES, left = layer.outputs - at;
+    Panel shared = {rows, y + at, layer.outputs, left < LANES ? left : LANES};
+    shared.scale = load_part(call.scale + at, shared.many);
+    shared.has_bias = call.bias;
+    if (call.bias) shared.bias = load_part(call.bias + at, shared.many);
+    memcpy(&shared.sums, layer.sums + at, sizeof shared.sums);
+    return shared;
   }
 };
 
 // ------------------------------------------------------------------------------------------------
 // a call
 
-struct Scratch {  // of a thread that calls; it grows
-  uint8_t* memory = nullptr;
-  size_t size = 0;
-  bool reserve(size_t bytes) {
-    if (bytes <= size) return true;
-    free(memory);
-    memory = (uint8_t*)aligned_alloc(64, up(bytes, 4096));
-    size = memory ? bytes : 0;
-    return memory;
-  }
-  ~Scratch() { free(memory); }
-};
 thread_local Scratch scratch;
 
 template <class T>
@@ -118,13 +103,9 @@ struct Job {
 
   Job(const Layer& layer, const Call& call) : layer(layer), call(call) {
     padded = up(layer.inputs, 64);
-    stride = padded / 64 % 2
-                 ? padded
-                 : padded + 64;  // else the lines of 16 rows share few places of the cache
+    stride = row_stride(layer.inputs);
     panels = up(layer.outputs, LANES) / LANES;
-    const int64_t most = CHUNK_BYTES / stride / 32 * 32;
-    chunk = most < 32 ? 32 : most;
-    chunk = call.rows < chunk ? call.rows : chunk;
+    chunk = rows_at_once(stride, call.rows);
   }
 
   bool open() {
@@ -142,89 +123,15 @@ struct Job {
       rows[i] = quantize_row(x + i * layer.inputs, layer.inputs, padded, q + i * stride);
   }
 
-  // 16 P outputs of all rows from `low` to `high` of a chunk.
-  template <int P>
-  void outputs(int64_t first, int64_t low, int64_t high, int64_t panel, bool tiles) const {
-    const Panel shared[4] = {{layer, call, panel},
-                             {layer, call, P > 1 ? panel + 1 : panel},
-                             {layer, call, P > 2 ? panel + 2 : panel},
-                             {layer, call, P > 2 ? panel + 3 : panel}};
-    const int8_t* w = layer.packed + panel * 16 * padded;
-    T* y = (T*)call.y + first * layer.outputs + panel * LANES;
-    alignas(64) int32_t sums[32 * 32];
-    for (int64_t row = low; row < high;) {
-      int64_t many = multiply<P>(row, high - row, w, tiles, sums);
-      for (int64_t r = 0; r < many; r++)
-        for (int p = 0; p < P; p++)
-          shared[p].finish(sums + (r * P + p) * 16, rows[row + r],
-                           y + (row + r) * layer.outputs + p * LANES);
-      row += many;
-    }
-  }
-
-  // Sums of the next rows; returns of how many.
-  template <int P>
-  int64_t multiply(int64_t row, int64_t left, const int8_t* w, bool tiles, int32_t* sums) const {
-    const uint8_t* from = q + row * stride;
-#if defined(QUANTIZE_TILES)
-    if (tiles && left > 16) {
-      multiply_tiles<2, P <= 2 ? P : 2>(from, stride, w, 16 * padded, padded, sums);
-      return left < 32 ? left : 32;
-    }
-    if (tiles) {
-      multiply_tiles<1, P <= 2 ? P : 2>(from, stride, w, 16 * padded, padded, sums);
-      return left;
-    }
-#endif
-    const int64_t many = left < MOST_ROWS ? left : MOST_ROWS;
-    multiply_rows<P>(many, from, stride, w, 16 * padded, padded, sums);
-    return many;
-  }
-
-  void multiply_share(int64_t first, int64_t count, int64_t thread, int64_t threads) const {
-    bool tiles = false;
-    int64_t most = MOST_PANELS, height = up(count, 32);
-#if defined(QUANTIZE_TILES)
-    tiles = count >= TILE_ROWS;
-    if (tiles) most = 2, open_tiles();
-#endif
-    const int64_t groups = (panels + most - 1) / most;
-    if (groups < 4 * threads) height = 32;  // few outputs: share out the rows too
-    const int64_t blocks = (count + height - 1) / height, tasks = groups * blocks;
-    const int64_t end = tasks * (thread + 1) / threads;
-    for (int64_t task = tasks * thread / threads; task < end; task++) {
-      const int64_t low = task % blocks * height, panel = task / blocks * most;
-      const int64_t high = low + height < count ? low + height : count;
-      const int64_t many = panels - panel < most ? panels - panel : most;
-      if (many == 4)
-        outputs<MOST_PANELS >= 4 ? 4 : 1>(first, low, high, panel, tiles);
-      else if (many == 2)
-        outputs<2>(first, low, high, panel, tiles);
-      else
-        for (int64_t p = 0; p < many; p++) outputs<1>(first, low, high, panel + p, tiles);
-    }
-#if defined(QUANTIZE_TILES)
-    if (tiles) close_tiles();
-#endif
-  }
-
-  static constexpr int64_t TILE_ROWS = 8;
-
   void run(int64_t thread, int64_t threads) const {
     for (int64_t first = 0; first < call.rows; first += chunk) {
       const int64_t count = call.rows - first < chunk ? call.rows - first : chunk;
       quantize(first, count, thread, threads);
-#if defined(_OPENMP)
-      if (threads > 1) {
-#pragma omp barrier
-      }
-#endif
-      multiply_share(first, count, thread, threads);
-#if defined(_OPENMP)
-      if (threads > 1) {
-#pragma omp barrier
-      }
-#endif
+      barrier(threads);
+      const Results<T> results = {layer, call, rows, (T*)call.y + first * layer.outputs};
+      const Gemm<Results<T>> gemm = {q, layer.packed, stride, padded, panels, results};
+      gemm.share(count, thread, threads);
+      barrier(threads);
     }
   }
 };
@@ -253,14 +160,7 @@ extern const int64_t layer_bytes;
 const int64_t layer_bytes = sizeof(Layer);
 
 // 0 if this process may run the code.
-int open_library() {
-#if defined(QUANTIZE_TILES)
-  constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
-  return int(syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA));
-#else
-  return 0;
-#endif
-}
+int open_library() { return open_matrices(); }
 
 // weight [outputs, inputs] to `packed` and `sums` as in Layer.
 void pack(const int8_t* weight, int64_t outputs, int64_t inputs, int8_t* packed, int32_t* sums) {

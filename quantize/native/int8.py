@@ -26,7 +26,10 @@ _PANEL, _STEP = 16, 64
 _WORTH_A_THREAD = 1 << 19  # products; fewer are done before another thread wakes up
 
 _SOURCE = Path(__file__).with_name("int8.cpp")
-_HEADERS = (_SOURCE.with_name("integers.h"), _SOURCE.with_name("rows.h"), build.NUMBERS)
+HEADERS = (
+    *(_SOURCE.with_name(name) for name in ("gemm.h", "integers.h", "rows.h")),
+    build.NUMBERS,
+)
 
 
 class Layer(ctypes.Structure):
@@ -75,7 +78,7 @@ def code(level: str) -> build.Code:
     multiplies and adds in one step.
     """
     flags = (*isa.FLAGS[level], "-ffp-contract=off", "-Wno-psabi")
-    return build.Code(f"int8-{level}", _SOURCE, _HEADERS, flags, read)
+    return build.Code(f"int8-{level}", _SOURCE, HEADERS, flags, read)
 
 
 @functools.cache
@@ -203,7 +206,7 @@ def _call(found: Packed, x: Tensor, scale: Tensor, bias: Tensor | None) -> Tenso
         found.address,
         rows,
         KINDS[x.dtype],
-        1 if products < 2 * _WORTH_A_THREAD else _threads(products),
+        1 if products < 2 * _WORTH_A_THREAD else threads(products),
         scale.data_ptr(),
         None if bias is None else bias.data_ptr(),
         x.data_ptr(),
@@ -247,9 +250,14 @@ def _is_plain(vector: Tensor) -> bool:
 _forked = False
 
 
-def _threads(products: int) -> int:
+def threads(products: int) -> int:
     """Threads for that many products. OpenMP's threads don't follow a process that forks."""
-    return 1 if _forked else min(torch.get_num_threads(), products // _WORTH_A_THREAD)
+    return 1 if _forked else max(1, min(torch.get_num_threads(), products // _WORTH_A_THREAD))
+
+
+def forked() -> bool:
+    """Is this process the child of one that may have started OpenMP's threads?"""
+    return _forked
 
 
 def _note_fork() -> None:

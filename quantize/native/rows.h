@@ -61,42 +61,76 @@ inline void store_bytes(Ints q, uint8_t* to, int64_t n) {
   memcpy(to, &bytes, n);
 }
 
-// q: bytes up to `padded`. A row with a NaN or an infinity gets a step of NaN.
-template <class T>
-Row quantize_row(const T* x, int64_t n, int64_t padded, uint8_t* q) {
+// The least and the largest number of a row, and the largest size as bits; 0 is always among them.
+struct Range {
   Floats low = {}, high = {};
   Ints largest = {};
-  const int64_t whole = n / LANES * LANES;
-  auto look = [&](Floats v) {
+
+  void look(Floats v) {
     low = least(v, low);
     high = most(v, high);
     const Ints size = (Ints)v & 0x7fffffff;
     largest = size > largest ? size : largest;
-  };
-  for (int64_t i = 0; i < whole; i += LANES) look(load(x + i));
-  if (whole < n) look(load_part(x + whole, n - whole));
-  const float bottom = least_of(low), top = most_of(high);
-  const int32_t size = most_of(largest);
-  memset(q + whole, 0, padded - whole);
-  if (size >= 0x7f800000) {
-    memset(q, 0, whole);
-    return {bits<float>(0x7fc00000), 0};
   }
-  float step = top * (1.0f / 255) - bottom * (1.0f / 255);
-  step = step < SMALLEST ? SMALLEST : step;
-  const float inverse = 1.0f / step,
-              shift = 0x1.8p23f;  // adding it rounds to the nearest integer, half to even
-  const int32_t unshift = bits<int32_t>(shift);
-  const int32_t zero = bits<int32_t>(-bottom * inverse + shift) - unshift;
-  auto put = [&](Floats v, int64_t i, int64_t many) {
-    Ints whole_steps = (Ints)(v * inverse + shift) - unshift + zero;
+  template <class T>
+  void look(const T* x, int64_t n) {
+    const int64_t whole = n / LANES * LANES;
+    for (int64_t i = 0; i < whole; i += LANES) look(load(x + i));
+    if (whole < n) look(load_part(x + whole, n - whole));
+  }
+  void join(const Range& other) {
+    low = least(other.low, low);
+    high = most(other.high, high);
+    largest = other.largest > largest ? other.largest : largest;
+  }
+};
+
+// How the numbers of a range become bytes. Not finite: a NaN or an infinity is among them, the step
+// is NaN, and all bytes are 0.
+struct Steps {
+  Row row;
+  float inverse;
+  bool finite;
+
+  explicit Steps(const Range& range) {
+    const float bottom = least_of(range.low), top = most_of(range.high);
+    finite = most_of(range.largest) < 0x7f800000;
+    row = {bits<float>(0x7fc00000), 0};
+    if (!finite) return;
+    const float step = top * (1.0f / 255) - bottom * (1.0f / 255);
+    row.step = step < SMALLEST ? SMALLEST : step;
+    inverse = 1.0f / row.step;
+    row.zero = bits<int32_t>(-bottom * inverse + SHIFT) - bits<int32_t>(SHIFT);
+  }
+
+  // 16 bytes, each in a lane.
+  Ints bytes_of(Floats v) const {
+    Ints whole_steps = (Ints)(v * inverse + SHIFT) - bits<int32_t>(SHIFT) + row.zero;
     whole_steps = whole_steps < 0 ? 0 : whole_steps;
-    whole_steps = whole_steps > 255 ? 255 : whole_steps;
-    store_bytes(whole_steps, q + i, many);
-  };
-  for (int64_t i = 0; i < whole; i += LANES) put(load(x + i), i, LANES);
-  if (whole < n) put(load_part(x + whole, n - whole), whole, n - whole);
-  return {step, zero};
+    return whole_steps > 255 ? 255 : whole_steps;
+  }
+  template <class T>
+  void put(const T* x, int64_t n, uint8_t* q) const {
+    const int64_t whole = n / LANES * LANES;
+    for (int64_t i = 0; i < whole; i += LANES) store_bytes(bytes_of(load(x + i)), q + i, LANES);
+    const int64_t left = n - whole;
+    if (left) store_bytes(bytes_of(load_part(x + whole, left)), q + whole, left);
+  }
+
+  // Adding it rounds to the nearest integer, half to even.
+  static constexpr float SHIFT = 0x1.8p23f;
+};
+
+// q: bytes up to `padded`. A row with a NaN or an infinity gets a step of NaN.
+template <class T>
+Row quantize_row(const T* x, int64_t n, int64_t padded, uint8_t* q) {
+  Range range;
+  range.look(x, n);
+  const Steps steps(range);
+  const int64_t from = steps.finite ? n / LANES * LANES : 0;
+  memset(q + from, 0, padded - from);
+  if (steps.finite) steps.put(x, n, q);
+  return steps.row;
 }
 
 }  // namespace

@@ -227,6 +227,11 @@ def kernel(name: str) -> Iterator[None]:
         _forced = before
 
 
+def native_allowed() -> bool:
+    """Is no kernel but the native one forced?"""
+    return not _forced or _named(_forced) is native
+
+
 def _named(name: str) -> Kernel:
     if name not in KERNELS:
         raise ValueError(f"{SWITCH} must be one of {', '.join(KERNELS)}, got {name!r}")

@@ -29,17 +29,18 @@ _HOOKS = (
     "_backward_pre_hooks",
     "_is_full_backward_hook",
 )
-_PLAIN = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_RECURRENT = (nn.LSTM, nn.GRU)
+_PLAIN = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, *_RECURRENT)
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a technique has to know of a linear layer, an embedding or a convolution before it
-    replaces it.
+    """What a technique has to know of a linear layer, an embedding, a convolution or a recurrent
+    layer before it replaces it.
     """
 
     module: nn.Module
-    holders: tuple[str, ...]  # names of all modules that hold its weight, itself among them
+    holders: tuple[str, ...]  # names of all modules that hold one of its weights, itself among them
     transposed: bool  # its weight is [in, out]
     obstacle: str | None  # why no technique can replace it
 
@@ -47,16 +48,26 @@ class Facts:
     def linear(self) -> bool:
         return self.transposed or isinstance(self.module, nn.Linear)
 
+    @property
+    def recurrent(self) -> bool:
+        return isinstance(self.module, _RECURRENT)
+
 
 def facts(model: nn.Module) -> dict[str, Facts]:
-    """Of every linear layer, embedding and convolution of `model`, by name, each once."""
+    """Of every linear layer, embedding, convolution, LSTM and GRU of `model`, by name, each
+    once.
+    """
     known = holders(model)
     found: dict[str, Facts] = {}
     for name, module in model.named_modules():
         if isinstance(module, _PLAIN) or is_transposed(module):
-            weight = module._parameters.get("weight")
-            names = (name,) if weight is None else tuple(known[id(weight)])
-            found[name] = Facts(module, names, is_transposed(module), obstacle(module))
+            names: dict[str, None] = {}
+            for parameter in module._parameters.values():
+                if parameter is not None and parameter.ndim > 1:
+                    names |= dict.fromkeys(known[id(parameter)])
+            found[name] = Facts(
+                module, tuple(names) or (name,), is_transposed(module), obstacle(module)
+            )
     return found
 
 
@@ -85,7 +96,22 @@ def obstacle(module: nn.Module) -> str | None:
         return f"{kind.__name__} is a subclass of nn.{base.__name__} with a forward of its own"
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         return "max_norm changes its weight while it runs"
+    if isinstance(module, _RECURRENT):
+        return _recurrent_obstacle(module)
     return _weight_obstacle(module)
+
+
+def _recurrent_obstacle(module: nn.RNNBase) -> str | None:
+    names = set(module._flat_weights_names)
+    if parametrize.is_parametrized(module) or not names <= module._parameters.keys():
+        return "one of its weights is computed: make it permanent first"
+    if module._parameters.keys() - names:
+        return "it has parameters besides those of its layers"
+    for name in module._flat_weights_names:
+        found = _tensor_obstacle(name, module._parameters[name])
+        if found is not None:
+            return found
+    return None
 
 
 def _weight_obstacle(module: Any) -> str | None:
@@ -100,13 +126,16 @@ def _weight_obstacle(module: Any) -> str | None:
         return "it has parameters besides weight and bias"
     if weight is not None and is_lazy(weight):
         return "its weight is not initialised yet: run the model once"
-    weight = module.weight if weight is None else weight
+    return _tensor_obstacle("weight", module.weight if weight is None else weight)
+
+
+def _tensor_obstacle(name: str, weight: Any) -> str | None:
     if not weight.dtype.is_floating_point or type(weight.data) is not torch.Tensor:
-        return f"its weight is a {type(weight.data).__name__} of dtype {weight.dtype}"
+        return f"its {name} is a {type(weight.data).__name__} of dtype {weight.dtype}"
     if weight.numel() == 0:
         return "it has no weights"
     if weight.is_meta:
-        return "it has no numbers, only shapes: its weight is on the meta device"
+        return f"it has no numbers, only shapes: its {name} is on the meta device"
     return None
 
 

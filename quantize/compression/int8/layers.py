@@ -12,7 +12,9 @@ from quantize import surgery
 from quantize.nn import without_fast_paths
 from quantize.nn.int8 import Int8Linear
 from quantize.nn.int8_embedding import Int8Embedding
+from quantize.nn.int8_recurrent import Int8GRU, Int8LSTM
 
+INT8 = (Int8Linear, Int8Embedding, Int8LSTM, Int8GRU)
 Report = dict[str, str]  # by layer: why it stays in float
 Skipped = Callable[[str, nn.Module], bool]
 
@@ -55,7 +57,7 @@ def choose(model: nn.Module, skipped: Skipped, embeddings: bool) -> Choice:
     left: Report = {}
     for name, module in model.named_modules():
         fact = facts.get(name)
-        if fact is not None and (fact.linear or isinstance(module, nn.Embedding)):
+        if fact is not None and _has_kind(fact):
             reason = _obstacle(name, facts, skipped, embeddings)
             if reason is None:
                 surgery.check_finite(name, module)
@@ -64,8 +66,12 @@ def choose(model: nn.Module, skipped: Skipped, embeddings: bool) -> Choice:
                 left[name] = reason
         elif _is_left(module):
             kind = type(module).__name__
-            left[name] = f"a {kind}: only linear layers and embeddings become int8"
+            left[name] = f"a {kind}: only linear and recurrent layers and embeddings become int8"
     return Choice(chosen, left)
+
+
+def _has_kind(fact: surgery.Facts) -> bool:
+    return fact.linear or fact.recurrent or isinstance(fact.module, nn.Embedding)
 
 
 def _is_left(module: nn.Module) -> bool:
@@ -126,6 +132,8 @@ def convert(model: nn.Module, names: Collection[str]) -> nn.Module:
 def converted(fact: surgery.Facts) -> Any:
     """The int8 layer that takes the place of a float one."""
     module: Any = fact.module
+    if fact.recurrent:
+        return (Int8LSTM if isinstance(module, nn.LSTM) else Int8GRU).from_layer(module)
     weight = module.weight.t() if fact.transposed else module.weight
     if isinstance(module, nn.Embedding):
         return Int8Embedding.from_weight(weight, module.padding_idx)

@@ -14,42 +14,61 @@ from quantize.compression.int8.layers import Choice, Report, converted
 from quantize.nn.timing import Timing, time_layers
 
 ROWS = (1, 16, 256)  # of an input, where no calibration says how many a layer gets
-Shapes = Collection[tuple[int, ...]]
+STEPS, SEQUENCES = 32, (1, 16)  # and of a recurrent layer's
+Shape = tuple[int, ...]
+Shapes = Collection[Shape]
 
 
 def slower(choice: Choice, shapes: Mapping[str, Shapes]) -> Report:
-    """The chosen linear layers that are slower in int8 at one of their numbers of rows, with the
-    two times.
+    """The chosen layers that are slower in int8 on one of their inputs, with the two times.
 
     Args:
-        choice: layers that can become int8.
-        shapes: by layer, the shapes of its inputs on calibration; the layer is timed at the
-            smallest, the middle and the largest number of rows, without any at ROWS.
+        choice: layers that can become int8. Embeddings aren't timed: they compute nothing.
+        shapes: by layer, the shapes of its inputs on calibration; the layer is timed on the
+            smallest, the middle and the largest. Without any, a linear layer is timed at ROWS, a
+            recurrent one on STEPS steps of as many sequences as SEQUENCES says.
     """
     found: Report = {}
     for name, fact in choice.chosen.items():
-        if not fact.linear:
-            continue
-        timings = [time_linear(fact, count) for count in row_counts(shapes.get(name, ()))]
+        timings = [_timed(fact, shape) for shape in timed_shapes(fact, shapes.get(name, ()))]
         lost = [str(timing) for timing in timings if timing.int8_s > timing.float_s]
         if lost:
             found[name] = f"int8 is slower here: {', '.join(lost)}"
     return found
 
 
-def row_counts(shapes: Shapes) -> tuple[int, ...]:
-    """The numbers of rows at which a layer is timed, from the shapes of its inputs `[..., K]`."""
-    counts = sorted({math.prod(shape[:-1]) for shape in shapes} - {0})
-    if not counts:
-        return ROWS
-    return tuple(sorted({counts[0], counts[len(counts) // 2], counts[-1]}))
-
-
-def time_linear(fact: surgery.Facts, count: int) -> Timing:
-    """Of a linear layer on so many rows, in float and in int8; on the CPU."""
+def timed_shapes(fact: surgery.Facts, shapes: Shapes) -> list[Shape]:
+    """Shapes of the inputs on which a layer is timed; `shapes`: of those on calibration."""
     module: Any = fact.module
-    weight = module.weight
-    inputs = weight.shape[0 if fact.transposed else 1]
+    if fact.linear:
+        inputs = module.weight.shape[0 if fact.transposed else 1]
+        return [(count, inputs) for count in row_counts(shapes)]
+    if not fact.recurrent:
+        return []
+    if shapes:
+        return _three(sorted(shapes, key=math.prod))
+    sizes = [(count, STEPS) if module.batch_first else (STEPS, count) for count in SEQUENCES]
+    return [(*size, module.input_size) for size in sizes]
+
+
+def row_counts(shapes: Shapes) -> list[int]:
+    """The numbers of rows at which a linear layer is timed, from the shapes of its inputs
+    `[..., K]`.
+    """
+    counts = sorted({math.prod(shape[:-1]) for shape in shapes} - {0})
+    return _three(counts) if counts else list(ROWS)
+
+
+def _three(ordered: list[Any]) -> list[Any]:
+    """The first, the middle and the last."""
+    places = {0, len(ordered) // 2, len(ordered) - 1}
+    return [ordered[at] for at in sorted(places)]
+
+
+def _timed(fact: surgery.Facts, shape: Shape) -> Timing:
+    """A layer in float and in int8 on an input of that shape; on the CPU."""
+    module: Any = fact.module
+    dtype = next(module.parameters()).dtype
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(count, inputs, generator=generator, dtype=torch.float32).to(weight.dtype)
+    x = torch.randn(shape, generator=generator, dtype=torch.float32).to(dtype)
     return time_layers(module, partial(converted, fact), x)

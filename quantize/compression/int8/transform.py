@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from quantize import calibration as calibrating
 from quantize import surgery
 from quantize.compression import smooth
-from quantize.compression.int8.layers import Choice, Report, choose, convert
+from quantize.compression.int8.layers import INT8, Choice, Report, choose, convert
 from quantize.compression.int8.limit import Trial, within
 from quantize.compression.int8.speed import slower
 from quantize.nn import project_attentions, restore_attentions
 from quantize.nn.int8 import Int8Linear
-from quantize.nn.int8_embedding import Int8Embedding
 
 PREFERENCES = ("speed", "size")
 _CLEARLY = 0.9  # smaller gains are not seen again on other data
@@ -34,14 +33,14 @@ def quantize_dynamic(
     prefer: str = "speed",
     max_error: float | None = None,
 ) -> nn.Module:
-    """Copy of `model` whose linear layers store and compute in int8, with the activations quantized
-    as they come.
+    """Copy of `model` whose linear and recurrent layers store and compute in int8, with the
+    activations quantized as they come.
 
     Can be converted: `nn.Linear` (and subclasses that keep its forward), GPT-2 style `Conv1D`,
-    `nn.MultiheadAttention`, and `nn.Embedding` tables that share their weight with a linear layer
-    (a tied head), or all of them with `embeddings=True`. `quantize.summary(result)` says what was
-    converted, what was not, and why, and what part of the bytes stays float; a UserWarning does too
-    where that is more than 40 percent.
+    `nn.LSTM`, `nn.GRU`, `nn.MultiheadAttention`, and `nn.Embedding` tables that share their weight
+    with a linear layer (a tied head), or all of them with `embeddings=True`.
+    `quantize.summary(result)` says what was converted, what was not, and why, and what part of the
+    bytes stays float; a UserWarning does too where that is more than 40 percent.
 
     By default the result is never slower than the model: each layer is timed here in float and in
     int8, and stays in float where int8 loses; the summary has both times. So the result depends on
@@ -87,8 +86,9 @@ def quantize_dynamic(
         raise ValueError(_nothing(source, choice.left))
     shapes: dict[str, set[tuple[int, ...]]] = {}
     if calibration is not None:
-        linears = {n: f.module for n, f in surgery.facts(source).items() if f.linear}
-        shapes = calibrating.input_shapes(source, calibration, linears)
+        facts = surgery.facts(source).items()
+        layers = {name: fact.module for name, fact in facts if fact.linear or fact.recurrent}
+        shapes = calibrating.input_shapes(source, calibration, layers)
     if prefer == "speed":
         choice = choice.without(slower(choice, shapes))
     if not choice.chosen:
@@ -106,7 +106,7 @@ def quantize_dynamic(
                 new, distance, choice = within(trial, choice, max_error)
     new = restore_attentions(new, attentions, (Int8Linear,))
     told, total = _with_shares(new, choice.left | left)
-    done = {n: "int8" for n, m in new.named_modules() if isinstance(m, (Int8Linear, Int8Embedding))}
+    done = {n: "int8" for n, m in new.named_modules() if isinstance(m, INT8)}
     if total:
         settings["stays_float"] = total
     surgery.note(new, "int8", done=done, left=told, distance=distance, **settings)
@@ -126,7 +126,7 @@ def _check(prefer: str, max_error: float | None, calibration: Iterable[Any] | No
 
 
 def _nothing(model: nn.Module, left: Report) -> str:
-    already = any(isinstance(m, Int8Linear) for m in model.modules())
+    already = any(isinstance(m, INT8) for m in model.modules())
     floating = sum(surgery.stays_float(model).values())
     bytes_left = f"{floating} of its {_bytes(model)} bytes stay float"
     why = "it is already quantized" if already else bytes_left
