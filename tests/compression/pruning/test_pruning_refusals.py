@@ -1,0 +1,113 @@
+"""Structured pruning: bad arguments and models are refused by name."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from helpers import in_int8
+from pruning_models import X, mlp, randn, state, untouched
+from torch import nn
+
+from quantize.compression.pruning import prune_ln_structured
+
+
+class Dynamic(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 2)
+
+    def forward(self, x):
+        return self.b(self.a(x)) if x.sum() > 0 else self.b(self.a(-x))
+
+
+BAD = {
+    "amount 1": ({"amount": 1.0}, ValueError, r"amount is 1.0; allowed: \[0, 1\)"),
+    "amount negative": ({"amount": -0.1}, ValueError, "amount is -0.1"),
+    "amount nan": ({"amount": math.nan}, ValueError, "amount is nan"),
+    "amount text": ({"amount": "half"}, TypeError, "half"),
+    "amount bool": ({"amount": True}, TypeError, "True"),
+    "amount in dict": ({"amount": {"0": 2}}, ValueError, r"amount\['0'\] is 2"),
+    "no names": ({"amount": {}}, ValueError, "empty dict"),
+    "unknown name": ({"amount": {"layer": 0.5}}, ValueError, "'layer', which is not a module"),
+    "no match": ({"amount": {"conv*": 0.5}}, ValueError, "conv"),
+    "output layer": ({"amount": {"4": 0.5}}, ValueError, "'4'.*output of the model"),
+    "no channels": ({"amount": {"1": 0.5}}, ValueError, "'1'.*no output channels"),
+    "n 0": ({"n": 0}, ValueError, "n is 0"),
+    "n negative": ({"n": -2}, ValueError, "n is -2"),
+    "n nan": ({"n": math.nan}, ValueError, "n is nan"),
+    "n text": ({"n": "fro"}, TypeError, "fro"),
+    "skip unknown": ({"skip": ["nope"]}, ValueError, "nope"),
+    "skip all": ({"skip": [nn.Linear]}, ValueError, "nothing in Sequential can be pruned"),
+    "empty": ({"calibration": []}, ValueError, "calibration is empty"),
+    "iterator": ({"calibration": iter([X])}, TypeError, "re-iterable"),
+    "tensor": ({"calibration": X}, TypeError, "sequence of batches"),
+    "wrong shape": ({"calibration": [randn(4, 9)]}, ValueError, "calibration"),
+    "not finite": ({"calibration": [X * math.nan]}, ValueError, "not finite"),
+    "score": ({"score": "best"}, ValueError, "best"),
+    "score without data": ({"score": "activation"}, ValueError, "needs calibration"),
+    "taylor without loss": ({"score": "taylor", "calibration": [X]}, ValueError, "loss"),
+    "scope": ({"scope": "all"}, ValueError, "all"),
+    "scope without data": ({"scope": "alike"}, ValueError, "scope='alike'.*needs calibration"),
+    "weights not finite": (
+        {"amount": {"2": 0.5}, "calibration": [X * 1e38 * 1e38]},
+        ValueError,
+        "not finite",
+    ),
+    "round_to": ({"round_to": 0}, ValueError, "round_to is 0"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_arguments(case):
+    """Bad input is refused with an error that names it, and the model stays as it was."""
+    options, kind, message = BAD[case]
+    model = mlp()
+    before = state(model)
+    with pytest.raises(kind, match=message):
+        prune_ln_structured(model, X, **options)
+    assert untouched(model, before)
+
+
+@pytest.mark.parametrize(
+    ("build", "inputs", "kind", "message"),
+    [
+        (
+            lambda: nn.Sequential(nn.LazyLinear(8), nn.Linear(8, 4)),
+            X,
+            ValueError,
+            "'0'.*no shape yet",
+        ),
+        (mlp, randn(4, 9), ValueError, "doesn't run on example_inputs"),
+        (mlp, 3, TypeError, "example_inputs"),
+        (Dynamic, X, ValueError, "can't be exported"),
+        (
+            lambda: nn.Sequential(nn.Linear(8, 4), nn.LayerNorm(4)),
+            X,
+            ValueError,
+            "nothing in Sequential can be pruned",
+        ),
+        (nn.ReLU, X, ValueError, "nothing in ReLU can be pruned"),
+        (lambda: "model", X, TypeError, "nn.Module"),
+    ],
+)
+def test_bad_models(build, inputs, kind, message):
+    """A model that doesn't run, can't be followed or has nothing to prune is refused by name."""
+    with pytest.raises(kind, match=message):
+        prune_ln_structured(build(), inputs)
+
+
+def test_int8_is_refused():
+    """Pruning comes before int8."""
+    with pytest.raises(ValueError, match="prune before quantiz"):
+        prune_ln_structured(in_int8(mlp()), X)
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+@pytest.mark.parametrize("place", ["0.weight", "2.weight", "2.bias"])
+def test_weights_that_are_not_finite_name_the_layer(place, value):
+    """Channels with infinite weights or NaN are neither scored nor cut."""
+    model = mlp()
+    model.get_parameter(place).data.view(-1)[3] = value
+    with pytest.raises(ValueError, match=f"layer '{place[0]}' has weights that are not finite"):
+        prune_ln_structured(model, X)
