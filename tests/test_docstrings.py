@@ -13,7 +13,7 @@ import quantize
 FUNCTIONS = [name for name in quantize.__all__ if inspect.isfunction(getattr(quantize, name))]
 SECTION = re.compile(r"^(Args|Returns|Raises|Source):", re.MULTILINE)
 # Functions whose docstrings have another format; take one out when it is mended.
-STILL = {"factorize_low_rank", "fold", "fuse", "generate_stream", "prune_ln_structured"}
+STILL = {"fold", "fuse", "generate_stream", "prune_ln_structured"}
 
 
 def sections(function: Callable) -> dict[str, str]:

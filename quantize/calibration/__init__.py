@@ -2,12 +2,13 @@
 what its layers see.
 
 `inputs` has batches, outputs and the distance between two models; `state` what a forward pass may
-change; `observe` single calls of layers, `replay` those of two models side by side; `patches` the
-rows that their weights multiply; `statistics` sums over those; `gradients` how much the output
-depends on each layer's; `refit` least squares.
+change; `patches` the rows that a layer's weight multiplies; `sums` sums over them, `statistics`
+those of a model's layers; `gradients` how much the output depends on each layer's; `look` passes
+that show all of that at once, `survey` as few of them as memory allows; `observe` single calls of
+layers, `replay` those of two models side by side; `refit` least squares.
 """
 
-from quantize.calibration.gradients import collect_gradients, fisher_loss, gradients_if_any
+from quantize.calibration.gradients import collect_gradients, fisher_loss
 from quantize.calibration.inputs import (
     arguments,
     call,
@@ -23,20 +24,20 @@ from quantize.calibration.inputs import (
     without_cache,
 )
 from quantize.calibration.observe import Call, Watch, find_streams
-from quantize.calibration.patches import exact, rows
+from quantize.calibration.patches import exact, is_finite, rows
 from quantize.calibration.refit import Regression, compensate, least_squares
 from quantize.calibration.replay import Pace, Walk
 from quantize.calibration.state import untouched
 from quantize.calibration.statistics import (
     Calls,
-    InputStatistics,
-    PairedStatistics,
     check_reached,
     collect,
     input_shapes,
     reached,
     trace_calls,
 )
+from quantize.calibration.sums import InputStatistics, PairedStatistics, Products
+from quantize.calibration.survey import Survey
 
 __all__ = [
     "Call",
@@ -44,7 +45,9 @@ __all__ = [
     "InputStatistics",
     "Pace",
     "PairedStatistics",
+    "Products",
     "Regression",
+    "Survey",
     "Walk",
     "Watch",
     "arguments",
@@ -59,8 +62,8 @@ __all__ = [
     "exact",
     "find_streams",
     "fisher_loss",
-    "gradients_if_any",
     "input_shapes",
+    "is_finite",
     "keeps_cache",
     "least_squares",
     "main_output",

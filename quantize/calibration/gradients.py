@@ -4,8 +4,9 @@ gradients (Fisher).
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,9 +14,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from quantize.calibration.inputs import call, check_batches, main_output, watching
-from quantize.calibration.patches import exact, gram
+from quantize.calibration.patches import added, exact, symmetric, upper_gram
 
-log = logging.getLogger(__name__)
+Loss = Callable[[Any, Any], torch.Tensor]
 
 
 def fisher_loss(output: Any, *, categories: bool, generator: torch.Generator) -> torch.Tensor:
@@ -38,12 +39,115 @@ def fisher_loss(output: Any, *, categories: bool, generator: torch.Generator) ->
     return F.cross_entropy(logits, labels, reduction="sum")
 
 
+class OutputGradients:
+    """Second moments of gradients at the outputs of layers, summed in every pass that is run while
+    its hooks are there, and followed by `backward`.
+
+    Args:
+        model: the whole.
+        layers: of it, by name.
+        loss: see `collect_gradients`.
+        seed: of the labels or noise that the default loss draws.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Mapping[str, nn.Module],
+        *,
+        loss: Loss | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.layers = layers
+        self.loss = loss
+        self.generator = torch.Generator().manual_seed(seed)
+        self.vocabularies = {
+            module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)
+        }
+        self.moments: dict[str, torch.Tensor] = {}  # sums, on and above their diagonals
+        self.counts: dict[str, int] = {}
+        self.leaves: list[torch.Tensor] = []
+
+    def hooks(self) -> list[Any]:
+        """Handles of the hooks on the layers."""
+        return [
+            layer.register_forward_hook(partial(self._tap, name))
+            for name, layer in self.layers.items()
+        ]
+
+    def _tap(self, name: str, _module: nn.Module, _args: Any, output: torch.Tensor) -> torch.Tensor:
+        leaf = torch.zeros((), requires_grad=True)
+        self.leaves.append(leaf)
+        return _Tap.apply(output, leaf, partial(self._add, name))
+
+    def _add(self, name: str, gradient: torch.Tensor) -> None:
+        layer = self.layers[name]
+        if isinstance(layer, (nn.Conv1d, nn.Conv2d)):
+            channel = -1 - len(layer.kernel_size)
+            gradient = gradient.movedim(channel, -1)  # [B, M, H, W] to [B, H, W, M]
+        rows = exact(gradient).reshape(-1, gradient.shape[-1])
+        self.moments[name] = added(self.moments.get(name, 0.0), upper_gram(rows))
+        self.counts[name] = self.counts.get(name, 0) + len(rows)
+
+    def backward(self, output: Any, batch: Any) -> None:
+        """Go back from the loss of what a pass gave."""
+        leaves, self.leaves = self.leaves, []
+        value = self._value(output, batch)
+        if value.requires_grad and leaves:
+            torch.autograd.grad(value, leaves, allow_unused=True)
+
+    def _value(self, output: Any, batch: Any) -> torch.Tensor:
+        if self.loss is not None:
+            return self.loss(output, batch)
+        named = not isinstance(output, torch.Tensor) and hasattr(output, "logits")
+        main = main_output(output)
+        categories = main.ndim > 0 and (named or main.shape[-1] in self.vocabularies)
+        return fisher_loss(output, categories=categories, generator=self.generator)
+
+    def result(self) -> dict[str, torch.Tensor]:
+        """E[g g^T], [M, M], by layer, without those that the loss doesn't depend on."""
+        return {
+            name: symmetric(upper).div_(self.counts[name]) for name, upper in self.moments.items()
+        }
+
+
+class _Tap(torch.autograd.Function):
+    """A copy of a tensor; `see` gets the gradient at it when that comes by.
+
+    The copy stays as it is when the next layer works in place.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: torch.Tensor, leaf: torch.Tensor, see: Callable) -> torch.Tensor:
+        ctx.see = see
+        return output.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        ctx.see(gradients[0])
+        return gradients[0], torch.zeros(()), None
+
+
+@contextmanager
+def without_weight_gradients(model: nn.Module) -> Iterator[None]:
+    """Inside, no parameter takes a gradient: inputs of layers aren't kept for theirs."""
+    fixed = [p for p in model.parameters() if p.is_inference()]
+    trained = [] if fixed else [p for p in model.parameters() if p.is_leaf and p.requires_grad]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
 def collect_gradients(
     model: nn.Module,
     batches: Iterable[Any],
     layers: Mapping[str, nn.Module],
     *,
-    loss: Callable[[Any, Any], torch.Tensor] | None = None,
+    loss: Loss | None = None,
     seed: int = 0,
 ) -> dict[str, torch.Tensor]:
     """E[g g^T], [M, M], of the gradients g with respect to each layer's outputs (rows as in
@@ -54,58 +158,8 @@ def collect_gradients(
     doesn't depend on is missing from the result. No parameter's `.grad` is touched.
     """
     check_batches(batches)
-    generator = torch.Generator().manual_seed(seed)
-    vocabularies = {m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)}
-    moments: dict[str, torch.Tensor] = {}
-    counts: dict[str, int] = {}
-    outputs: list[tuple[str, torch.Tensor]] = []
-
-    def see(name: str) -> Callable[..., torch.Tensor]:
-        def keep(_module: nn.Module, _args: Any, output: torch.Tensor) -> torch.Tensor:
-            if not output.requires_grad:
-                output = output.detach().requires_grad_()
-            outputs.append((name, output))
-            return output.clone()  # the original stays as it is when the next layer works in place
-
-        return keep
-
-    hooks = [layer.register_forward_hook(see(name)) for name, layer in layers.items()]
-    with watching(hooks, model), torch.enable_grad():
+    gradients = OutputGradients(model, layers, loss=loss, seed=seed)
+    with watching(gradients.hooks(), model), without_weight_gradients(model), torch.enable_grad():
         for batch in batches:
-            outputs.clear()
-            output = call(model, batch)
-            if loss is not None:
-                value = loss(output, batch)
-            else:
-                named = not isinstance(output, torch.Tensor) and hasattr(output, "logits")
-                main = main_output(output)
-                categories = main.ndim > 0 and (named or main.shape[-1] in vocabularies)
-                value = fisher_loss(output, categories=categories, generator=generator)
-            if not value.requires_grad or not outputs:
-                continue
-            gradients = torch.autograd.grad(value, [o for _, o in outputs], allow_unused=True)
-            for (name, _), gradient in zip(outputs, gradients, strict=True):
-                if gradient is None:
-                    continue
-                layer = layers[name]
-                if isinstance(layer, (nn.Conv1d, nn.Conv2d)):
-                    channel = -1 - len(layer.kernel_size)
-                    gradient = gradient.movedim(channel, -1)  # [B, M, H, W] to [B, H, W, M]
-                g = exact(gradient).reshape(-1, gradient.shape[-1])
-                moments[name] = moments.get(name, 0) + gram(g)
-                counts[name] = counts.get(name, 0) + g.shape[0]
-    return {name: moment / counts[name] for name, moment in moments.items()}
-
-
-def gradients_if_any(
-    model: nn.Module, batches: Iterable[Any], layers: Mapping[str, nn.Module]
-) -> dict[str, torch.Tensor]:
-    """`collect_gradients` of the default loss, the finite ones; none where the model has no
-    floating output or no gradient.
-    """
-    try:
-        found = collect_gradients(model, batches, layers)
-    except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
-        log.info("no gradients of %s: %s", type(model).__name__, error)
-        return {}
-    return {name: moment for name, moment in found.items() if torch.isfinite(moment).all()}
+            gradients.backward(call(model, batch), batch)
+    return gradients.result()

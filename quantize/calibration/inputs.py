@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -97,6 +98,21 @@ def _check_arguments(model: Any, args: tuple, kwargs: dict[str, Any], error: Typ
         ) from error
 
 
+_FAILURES = (TypeError, RuntimeError, IndexError, KeyError, AttributeError, AssertionError)
+
+
+def run_batch(model: nn.Module, batch: Any, number: int) -> Any:
+    """`call`; ValueError where the model doesn't run on this batch of calibration."""
+    try:
+        return call(model, batch)
+    except _FAILURES as error:
+        which = "the first batch" if number == 0 else f"batch {number}"
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(
+            f"{type(model).__name__} doesn't run on {which} of calibration: {reason}"
+        ) from error
+
+
 def check_batches(batches: Iterable[Any], name: str = "calibration") -> Iterable[Any]:
     """Return `batches`; TypeError for an iterator (it could be read only once), ValueError when
     there is no batch in it.
@@ -138,7 +154,7 @@ def without_cache(*models: nn.Module) -> Iterator[None]:
     """Inside, models of transformers return no keys and values: these serve generation, and no
     tracer follows them.
     """
-    caching = [config for model in models for config in _caching(model)]
+    caching = list(itertools.chain.from_iterable(map(_caching, models)))
     kept = [config.use_cache for config in caching]
     for config in caching:
         config.use_cache = False

@@ -25,6 +25,7 @@ ADDITIONS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
 @dataclass(eq=False)
 class Call:
     """One call of a layer. The tensors are copies: what runs later may write into the model's own.
+    Layers that were given one tensor, one after another, share the copy of it.
 
     output: None where it isn't asked for.
     stream: what the output was then added to, of the output's shape; None where nothing is known
@@ -86,6 +87,7 @@ class Watch(TorchFunctionMode):
         self.strict = strict
         self.calls: list[Call] = []
         self.waiting: list[_Waiting] = []
+        self.latest: tuple[Any, ...] = (None,)  # an input, its version, and the copy of it
 
     def run(self, batch: Any, run: Callable[[nn.Module, Any], Any] = call) -> list[Call]:
         """The calls in the order in which they ended, in one pass over `batch`."""
@@ -104,6 +106,7 @@ class Watch(TorchFunctionMode):
                 run(self.model, batch)
             except _Seen:
                 pass
+        self.latest = (None,)
         return self.calls
 
     def _hook(self, name: str) -> Callable[..., torch.Tensor]:
@@ -111,7 +114,7 @@ class Watch(TorchFunctionMode):
             leaf = output.detach().requires_grad_() if self.strict else None
             output = output if leaf is None else leaf.clone()
             copy = output.detach().clone() if self.outputs else None
-            seen = Call(name, _input(args, kwargs), copy)
+            seen = Call(name, self._input(args, kwargs), copy)
             self.calls.append(seen)
             if name in self.streams:
                 self.waiting.append(_Waiting(seen, output, leaf))
@@ -122,10 +125,18 @@ class Watch(TorchFunctionMode):
 
     def _early(self, name: str) -> Callable[..., None]:
         def note(_: nn.Module, args: tuple, kwargs: dict) -> None:
-            self.calls.append(Call(name, _input(args, kwargs), None))
+            self.calls.append(Call(name, self._input(args, kwargs), None))
             self._end_if_done()
 
         return note
+
+    def _input(self, args: tuple, kwargs: dict) -> torch.Tensor:
+        """A copy of what a layer is given: one for layers that are given one tensor in turn."""
+        given = args[0] if args else next(iter(kwargs.values()))
+        version = None if given.is_inference() else given._version
+        if given is not self.latest[0] or version is None or version != self.latest[1]:
+            self.latest = (given, version, given.detach().clone())
+        return self.latest[2]
 
     def _end_if_done(self) -> None:
         if len(self.calls) == self.expected and not self.waiting:
@@ -153,11 +164,6 @@ class Watch(TorchFunctionMode):
                     waiting.call.stream = other.detach().clone()
                     self.waiting.remove(waiting)
                 break
-
-
-def _input(args: tuple, kwargs: dict) -> torch.Tensor:
-    given = args[0] if args else next(iter(kwargs.values()))
-    return given.detach().clone()
 
 
 def _is_same(a: torch.Tensor, b: torch.Tensor) -> bool:

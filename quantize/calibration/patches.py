@@ -44,25 +44,38 @@ def channel_rows(layer: Any, x: torch.Tensor) -> torch.Tensor:
     return x.movedim(1, -1).reshape(-1, x.shape[1])
 
 
-def gram(x: torch.Tensor) -> torch.Tensor:
-    """x^T x, [K, K], of rows x [N, K]; the lower half of wide ones is copied from the upper."""
+def upper_gram(x: torch.Tensor) -> torch.Tensor:
+    """x^T x, [K, K], of rows x [N, K]; of wide ones the blocks below the diagonal are left zero."""
     width = x.shape[1]
     if width < 2 * _STRIP:
         return x.T @ x
-    product = x.new_empty(width, width)
+    product = x.new_zeros(width, width)
     for start in range(0, width, _STRIP):
-        stop = start + _STRIP
-        strip = x[:, start:stop].T @ x[:, start:]
-        product[start:stop, start:] = strip
-        product[stop:, start:stop] = strip[:, _STRIP:].T
+        strip = slice(start, start + _STRIP)
+        torch.mm(x[:, strip].T, x[:, start:], out=product[strip, start:])
     return product
 
 
-_STRIP = 512  # columns of one product
+def symmetric(upper: torch.Tensor) -> torch.Tensor:
+    """The symmetric matrix of which `upper` holds what is on and above the diagonal."""
+    return upper.triu() + upper.triu(1).T
+
+
+def added(total: torch.Tensor | float, part: torch.Tensor, times: float = 1.0) -> torch.Tensor:
+    """`total` plus `times` the part, in the memory of `total`; the first total is a number."""
+    if not isinstance(total, torch.Tensor):
+        return part * times + total
+    if total.dtype != part.dtype:
+        return total + part * times
+    return total.add_(part, alpha=times)
+
+
+_STRIP = 256  # columns of one product
 # Patches of a convolution's input lie close together and say much the same. Those of one call that
 # are summed: so many for each column of their second moment, and never fewer than the second.
 PATCHES_PER_COLUMN = 2
 FEWEST_PATCHES = 1024
+_LARGE = 1e15  # squares of more, summed, leave the range of float32
 _PAD_MODES = {
     "zeros": "constant",
     "reflect": "reflect",
@@ -92,8 +105,15 @@ def exact(x: torch.Tensor) -> torch.Tensor:
     already.
     """
     x = x.detach()
-    if x.dtype == torch.float64 or (
-        x.dtype != torch.float16 and x.numel() and x.abs().amax() > 1e15
-    ):
-        return x.double()
-    return x.float()
+    if x.dtype == torch.float64:
+        return x
+    if x.dtype == torch.float16 or not x.numel():
+        return x.float()
+    return x.double() if max(x.aminmax(), key=abs) > _LARGE else x.float()
+
+
+def is_finite(x: torch.Tensor) -> bool:
+    """Is every number in a tensor finite? Many times as fast as `torch.isfinite(x).all()`."""
+    if not x.numel() or not (x.is_floating_point() and x.layout == torch.strided):
+        return bool(torch.isfinite(x).all())
+    return all(math.isfinite(end) for end in x.detach().aminmax())

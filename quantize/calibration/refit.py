@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantize.calibration.patches import added, is_finite
+
 # candidates of `Regression`, times the mean input power; the last leaves the weight as it was
 RIDGES = (1e-7, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 1e3)
 # taken where there is nothing to try the candidates on
@@ -36,8 +38,9 @@ def least_squares(moment: Tensor, cross: Tensor, start: Tensor, ridge: float | T
         start: the weight that W is held to, [M, K].
         ridge: how strongly.
     """
-    gap = (cross - start @ moment).T
-    matrix = moment + ridge * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+    gap = torch.addmm(cross, start, moment, alpha=-1).T
+    matrix = moment.clone()
+    matrix.diagonal().add_(ridge)
     factor, failed = torch.linalg.cholesky_ex(matrix)
     if failed:
         return start + torch.linalg.lstsq(matrix, gap).solution.T
@@ -47,19 +50,17 @@ def least_squares(moment: Tensor, cross: Tensor, start: Tensor, ridge: float | T
 def compensate(
     weight: Tensor,
     second_moment: Tensor,
-    cross_moment: Tensor,
-    error_moment: Tensor | None = None,
+    target_moment: Tensor,
     *,
     ridge: float = CROSS_RIDGE,
 ) -> Tensor:
-    """The weight that, on the compressed model's inputs x, comes closest to W r + e, r being the
-    original model's inputs. Where nothing was compressed before the layer (x = r, e = 0), it is W.
+    """The weight that, on the compressed model's inputs x, comes closest to what the layer is to
+    give. Where x is what the original model's layer gets and that is W x, it is W.
 
     Args:
         weight: W, [M, K].
         second_moment: E[x x^T], [K, K].
-        cross_moment: E[r x^T], [K, K].
-        error_moment: E[e x^T], [M, K], e being what the layer is to add beside its own output.
+        target_moment: E[y x^T], [M, K], y being what it is to give.
         ridge: how strongly it is held to W, times the mean input power.
 
     Returns:
@@ -68,10 +69,7 @@ def compensate(
     weight, second_moment = weight.double(), second_moment.double()
     power = second_moment.diagonal().mean()
     scale = torch.where(power > torch.finfo(power.dtype).tiny, power, 1.0)  # of any size
-    target = weight @ (cross_moment.double() / scale)
-    if error_moment is not None:
-        target = target + error_moment.double() / scale
-    return least_squares(second_moment / scale, target, weight, ridge)
+    return least_squares(second_moment / scale, target_moment.double() / scale, weight, ridge)
 
 
 @dataclass
@@ -86,10 +84,10 @@ class Moments:
 
     def add(self, x: Tensor, y: Tensor) -> None:
         self.count += len(x)
-        self.x = self.x + x.sum(0, dtype=torch.float64)
-        self.y = self.y + y.sum(0, dtype=torch.float64)
-        self.outer = self.outer + (x.T @ x).double()
-        self.cross = self.cross + (y.T @ x).double()
+        self.x = self.x + x.sum(0).double()
+        self.y = self.y + y.sum(0).double()
+        self.outer = added(self.outer, (x.T @ x).double())
+        self.cross = added(self.cross, (y.T @ x).double())
 
     def __add__(self, other: Moments) -> Moments:
         return Moments(
@@ -165,7 +163,7 @@ class Regression:
         if self.few is not None:
             return self.few.finite()
         total = self.halves[0] + self.halves[1]
-        return bool(torch.isfinite(total.outer).all() and torch.isfinite(total.cross).all())
+        return is_finite(total.outer) and is_finite(total.cross)
 
     def fit(self, start: Tensor) -> tuple[Tensor, Tensor | None]:
         """The weight [M, K], held to `start`, and the bias [M] if there is one; float64."""
@@ -248,7 +246,7 @@ class FewRows:
             self.every *= 2
 
     def finite(self) -> bool:
-        return all(bool(torch.isfinite(x).all() and torch.isfinite(y).all()) for x, y in self.parts)
+        return all(is_finite(x) and is_finite(y) for x, y in self.parts)
 
     def fit(
         self, start: Tensor, shift: tuple[Tensor, Tensor] | None

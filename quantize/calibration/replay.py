@@ -12,10 +12,7 @@ batches must be the same each time; where they aren't, every pass runs from the 
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import time
-from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -23,16 +20,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from quantize.calibration.inputs import (
-    call,
-    check_batches,
-    output_tensors,
-    watching,
-    without_cache,
-)
+from quantize.calibration.inputs import call, check_batches, watching, without_cache
+from quantize.calibration.look import Look, digest
 from quantize.calibration.observe import Call, Watch
 from quantize.calibration.passes import Missing, Pass, Ran, Store, impure_modules, routed_through
-from quantize.calibration.state import changed
 
 MEMORY = 1 << 29  # bytes of kept outputs that stay in memory
 
@@ -46,6 +37,7 @@ class Walk:
         layers: those that will be shown, and may be changed in the other model.
         memory: bytes of kept outputs that stay in memory.
         replay: False runs every pass from the input.
+        look: at the original, through these batches; None: taken now.
     """
 
     def __init__(
@@ -56,40 +48,19 @@ class Walk:
         *,
         memory: int = MEMORY,
         replay: bool = True,
+        look: Look | None = None,
     ) -> None:
         self.batches = check_batches(batches)
         self.layers = list(dict.fromkeys(layers))
         self.changing = set(self.layers)
         self.store = Store(memory)
         self.replay = replay
-        self.counts: list[Counter] = []  # of the original's calls, by batch
-        self.given: list[tuple[str, bytes]] = []  # to the original's layers in the first batch
-        self.contents: list[list[bytes]] = []  # of batches that may be others each time
-        self.stateful: set[str] = set()
-        self._look(original)
-        self.impure = impure_modules(original, self.stateful)
+        if look is None:
+            look = Look(original, batches, {n: original.get_submodule(n) for n in self.layers})
+        self.look = look
+        self.impure = impure_modules(original, look.stateful)
         self.kept: list[dict[int, Ran]] = [{}, {}]  # of the two models, by batch
         self.running: list[Pass] = []
-
-    @torch.no_grad()
-    def _look(self, original: nn.Module) -> None:
-        """Whole passes over the original."""
-
-        def count(name: str, _: nn.Module, args: tuple, kwargs: dict) -> None:
-            self.counts[-1][name] += 1
-            if len(self.counts) == 1:
-                x = args[0] if args else next(iter(kwargs.values()))
-                self.given.append((name, _digest(x)))
-
-        hooks = []
-        for name in self.layers:
-            layer, hook = original.get_submodule(name), functools.partial(count, name)
-            hooks.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
-        with watching(hooks, original), without_cache(original):
-            for batch in self.batches:
-                self.counts.append(Counter())
-                self.contents.append(self._content(batch))
-                self.stateful |= changed(original, functools.partial(call, original, batch))
 
     def finish(self, names: Iterable[str]) -> None:
         """These layers change no more."""
@@ -109,7 +80,7 @@ class Walk:
             for model in distinct:
                 stack.enter_context(routed_through(self.running, model, self.layers))
             stack.enter_context(without_cache(*distinct))
-            if not self.stateful:
+            if not self.look.stateful:
                 stack.enter_context(watching((), *distinct))
             for number, batch in enumerate(self.batches):
                 expected = self._expected(number, batch, names)
@@ -121,15 +92,11 @@ class Walk:
                     passes.append(self._run(which, watch, number, batch))
                 yield passes
 
-    def _content(self, batch: Any) -> list[bytes]:
-        """What tells a batch from others; nothing where batches are kept in memory."""
-        fixed = isinstance(self.batches, (list, tuple))
-        return [] if fixed else [_digest(tensor) for tensor in output_tensors(batch)]
-
     def _expected(self, number: int, batch: Any, names: Collection[str]) -> int | None:
         """How often layers run in a batch; None where it isn't the one that was looked at."""
-        if number < len(self.contents) and self.contents[number] == self._content(batch):
-            return sum(self.counts[number][name] for name in names)
+        seen = self.look
+        if number < len(seen.contents) and seen.contents[number] == seen.content(batch):
+            return sum(seen.counts[number][name] for name in names)
         self._start_again()
         return None
 
@@ -144,7 +111,7 @@ class Walk:
 
         def run(model: nn.Module, batch: Any) -> None:
             with ExitStack() as stack:
-                if self.stateful:
+                if self.look.stateful:
                     stack.enter_context(watching((), model))
                 stack.enter_context(self.running[0])
                 call(model, batch)
@@ -167,14 +134,8 @@ class Walk:
     def _as_before(self, calls: Sequence[Call]) -> bool:
         """Did the original's layers get what they got in a whole pass over the first batch?"""
         names = {call.name for call in calls}
-        given = [digest for name, digest in self.given if name in names]
-        return given[: len(calls)] == [_digest(call.input) for call in calls]
-
-
-def _digest(x: torch.Tensor) -> bytes:
-    x = x.detach().to_dense() if x.layout != torch.strided else x.detach()
-    content = x.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-    return hashlib.blake2b(content, digest_size=16).digest()
+        given = [known for name, known in self.look.given if name in names]
+        return given[: len(calls)] == [digest(call.input) for call in calls]
 
 
 class Pace:

@@ -29,7 +29,9 @@ def untouched(*models: nn.Module) -> Iterator[None]:
     forward renormalizes (`max_norm`), and the generators of torch, numpy and Python. Replaced
     modules and parameters that somebody writes on purpose stay as written.
     """
-    saved = [_State(module) for model in models for module in model.modules()]
+    saved: list[_State] = []
+    for model in models:
+        saved.extend(map(_State, model.modules()))
     generators = _Generators()
     try:
         yield

@@ -10,7 +10,7 @@ from helpers import assert_close, zoo
 from torch import nn
 
 from quantize import calibration
-from quantize.calibration.patches import FEWEST_PATCHES, gram, rows, sample
+from quantize.calibration.patches import FEWEST_PATCHES, rows, sample, symmetric, upper_gram
 from quantize.compression.low_rank import residuals
 
 
@@ -59,9 +59,9 @@ def test_layers_on_one_input_share_its_product(model, batches, monkeypatch):
 
     def counted(x):
         products.append(x)
-        return gram(x)
+        return upper_gram(x)
 
-    monkeypatch.setattr("quantize.calibration.statistics.gram", counted)
+    monkeypatch.setattr("quantize.calibration.sums.upper_gram", counted)
     layers = {name: getattr(model, name) for name in "abc"}
     seen = calibration.collect(model, batches, layers)
     assert len(products) == 2 * len(batches)
@@ -94,7 +94,7 @@ def test_an_input_that_changed_in_place_is_not_shared():
 def test_gram_is_the_product_with_itself(width):
     """Whatever the width, and symmetric to the last bit where half of it is a copy."""
     x = torch.randn(9, width, generator=torch.Generator().manual_seed(1))
-    product = gram(x)
+    product = symmetric(upper_gram(x))
     assert_close(product, x.double().T @ x.double(), dtype=torch.float32)
     assert torch.equal(product, product.T)
 
@@ -206,18 +206,50 @@ def test_models_are_left_as_they_were(model, batches):
 
 
 def test_pairs_match_row_by_row(model, batches):
-    """The cross moment is that of the original's inputs with the changed model's inputs to the same
-    layer.
-    """
+    """A narrow layer is paired with what the original gave, row by row."""
     torch.manual_seed(2)
     changed = TwoInputs()
     walk = calibration.Walk(model, batches, ["c"])
     seen = residuals.collect(walk, changed, model, ["c"], set())["c"]
     x = torch.cat([torch.relu(changed.a(b) + changed.b(b)).reshape(-1, 5) for b in batches])
-    r = torch.cat([torch.relu(model.a(b) + model.b(b)).reshape(-1, 5) for b in batches])
-    assert_close(seen.cross_moment, r.T @ x / len(x))
+    y = torch.cat([model(b).reshape(-1, 3) for b in batches])
+    weight, bias = model.c.weight.double(), model.c.bias.double()
+    assert seen.is_target
+    assert_close(seen.target_moment(weight), y.T @ x / len(x))
     assert_close(seen.second_moment, x.T @ x / len(x))
-    assert_close(seen.reference_mean, r.mean(0))
+    assert_close(seen.target_mean(weight, bias), y.mean(0))
+
+
+def test_what_a_wide_layer_is_to_give_follows_from_its_inputs(batches):
+    """Of layers with more outputs than inputs the inputs are paired, which cost less, also where
+    they share them with a layer beside them.
+    """
+    torch.manual_seed(3)
+
+    class Wide(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.before, self.left, self.right = nn.Linear(6, 5), nn.Linear(5, 9), nn.Linear(5, 9)
+
+        def forward(self, x):
+            x = self.before(x)
+            return self.left(x) + self.right(x)
+
+    model, changed = Wide().eval(), Wide().eval()
+    names = ["left", "right"]
+    walk = calibration.Walk(model, batches, names)
+    found = residuals.collect(walk, changed, model, names, set())
+    x = torch.cat([changed.before(b).reshape(-1, 5) for b in batches])
+    r = torch.cat([model.before(b).reshape(-1, 5) for b in batches])
+    for name in names:
+        layer, seen = getattr(model, name), found[name]
+        y, weight = layer(r), layer.weight.double()
+        assert not seen.is_target
+        assert_close(seen.second_moment, x.T @ x / len(x))
+        assert_close(
+            seen.target_moment(weight) + torch.outer(layer.bias, seen.mean), y.T @ x / len(x)
+        )
+        assert_close(seen.target_mean(weight, layer.bias.double()), y.mean(0))
 
 
 def test_a_pass_ends_at_the_last_layer(model, batches):
@@ -230,7 +262,10 @@ def test_a_pass_ends_at_the_last_layer(model, batches):
     ended = residuals.collect(walk, model, model, ["a", "b"], set())
     for name in whole:
         assert_close(ended[name].second_moment, whole[name].second_moment)
-        assert_close(ended[name].cross_moment, whole[name].second_moment)
+        layer = getattr(model, name)
+        given = ended[name].target_covariance(layer.weight.double())
+        expected = layer.weight.double() @ whole[name].covariance
+        assert_close(given, expected, dtype=torch.float32)
 
 
 def test_calls_are_grouped_by_shared_input(model, batches):

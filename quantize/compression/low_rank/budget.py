@@ -6,17 +6,15 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from quantize import calibration as calibrate
 from quantize.compression.low_rank import maths, timing
 from quantize.nn import low_rank as pairs
-
-Budget = float | int | Mapping[str, float | int]
 
 # Share of a layer's parameters up to which a pair takes no longer than the layer in a batch, where
 # timing says nothing else. On an AVX-512 CPU, 2 threads, 256 to 2048 rows, widths 128 to 2048: 0.98
@@ -25,37 +23,52 @@ Budget = float | int | Mapping[str, float | int]
 QUICK = max(timing.SHARES)
 
 
+@dataclass
+class Budget:
+    """What may be kept: kind is "ratio", "energy" or "rank"; value the number or dict as given;
+    values what each layer gets of it.
+    """
+
+    kind: str
+    value: Any
+    values: Mapping[str, float | int]
+
+    @property
+    def by_layer(self) -> bool:
+        """Is it given layer by layer?"""
+        return self.kind == "rank" or isinstance(self.value, Mapping)
+
+    @property
+    def keeps_all(self) -> bool:
+        return self.kind == "ratio" and all(value == 1 for value in self.values.values())
+
+
 def read_budget(ratio: Any, energy: Any, rank: Any) -> tuple[str, Any]:
     """The one budget that was given, by kind (default: ratio 0.5), with its values in range."""
-    given = {
-        k: v for k, v in (("ratio", ratio), ("energy", energy), ("rank", rank)) if v is not None
-    }
+    given = {"ratio": ratio, "energy": energy, "rank": rank}
+    given = {kind: value for kind, value in given.items() if value is not None}
     if len(given) > 1:
-        raise ValueError(
-            f"give one budget, not {' and '.join(f'{k}={v!r}' for k, v in given.items())}"
-        )
+        both = " and ".join(f"{kind}={value!r}" for kind, value in given.items())
+        raise ValueError(f"give one budget, not {both}")
     kind, value = next(iter(given.items()), ("ratio", 0.5))
+    wanted, what, allowed, most = (int, float), "a number", "(0, 1]", 1.0
+    if kind == "rank":
+        wanted, what, allowed, most = (int,), "an int", "[1, width of the layer]", math.inf
     for v in value.values() if isinstance(value, Mapping) else (value,):
-        wanted = int if kind == "rank" else (int, float)
         if isinstance(v, bool) or not isinstance(v, wanted):
-            raise TypeError(
-                f"{kind} must be {'an int' if kind == 'rank' else 'a number'} or a dict of "
-                f"them, got {v!r}"
-            )
-        if not (v >= 1 if kind == "rank" else 0 < v <= 1):
-            raise ValueError(
-                f"{kind}={v!r} is outside "
-                f"{'[1, width of the layer]' if kind == 'rank' else '(0, 1]'}"
-            )
+            raise TypeError(f"{kind} must be {what} or a dict of them, got {v!r}")
+        if not 0 < v <= most:
+            raise ValueError(f"{kind}={v!r} is outside {allowed}")
     return kind, value
 
 
 def per_layer(
-    kind: str, value: Budget, layers: Mapping[str, nn.Module], model: nn.Module
+    kind: str, value: Any, layers: Mapping[str, nn.Module], model: nn.Module
 ) -> dict[str, float | int]:
     """The value for each layer that has one; the first matching entry of a dict counts, exact names
     before globs.
     """
+    values: dict[str, Any] = {}
     if not isinstance(value, Mapping):
         values = dict.fromkeys(layers, value)
     else:
@@ -65,15 +78,11 @@ def per_layer(
                     f"{kind} names {pattern!r}, which is no layer of {type(model).__name__} "
                     f"that can be factorized"
                 )
-        values = {}
         for name in layers:
-            pattern = (
-                name
-                if name in value
-                else next((p for p in value if fnmatch.fnmatchcase(name, p)), None)
-            )
-            if pattern is not None:
-                values[name] = value[pattern]
+            matching = [p for p in value if p == name]
+            matching += [p for p in value if fnmatch.fnmatchcase(name, p)]
+            if matching:
+                values[name] = value[matching[0]]
     if kind == "rank":
         for name, r in values.items():
             width = min(pairs.matrix(layers[name]).shape)
@@ -90,77 +99,84 @@ def rank_unit(shape: tuple[int, int]) -> int:
     choice.
     """
     narrow = min(shape)
-    return 16 if narrow >= 512 else 8 if narrow >= 64 else 4 if narrow >= 32 else 1
+    if narrow >= 512:
+        return 16
+    if narrow >= 64:
+        return 8
+    return 4 if narrow >= 32 else 1
 
 
 def choose_ranks(
-    kind: str,
-    value: Budget,
-    values: Mapping[str, float | int],
+    budget: Budget,
     layers: Mapping[str, nn.Module],
     spectra: Mapping[str, torch.Tensor],
     allowed: Mapping[str, Sequence[int]],
     *,
     weighted: bool,
 ) -> dict[str, int | None]:
-    """Rank per layer; None where the layer stays as it is."""
-    shapes: dict[str, Any] = {
-        name: tuple(pairs.matrix(layer).shape) for name, layer in layers.items()
-    }
-    if kind == "ratio" and not isinstance(value, Mapping):
+    """Rank per layer; None where the layer stays as it is.
+
+    weighted: the spectra are in one unit of loss.
+    """
+    shapes: dict[str, Any] = {name: tuple(pairs.matrix(m).shape) for name, m in layers.items()}
+    if budget.kind == "ratio" and not budget.by_layer:
         if not weighted:  # spectra of weights alone can't be compared: each layer counts the same
             spectra = {name: s / s.norm().clamp_min(1e-300) for name, s in spectra.items()}
-        if weighted or value > QUICK:
-            return _global_ranks(float(value), shapes, spectra, allowed)
+        if weighted or budget.value > QUICK:
+            return _global_ranks(float(budget.value), shapes, spectra, allowed)
     ranks: dict[str, int | None] = {}
-    for name, (m, k) in shapes.items():
-        v = values[name]
-        if kind == "rank":
-            r = int(v)
-        elif kind == "energy":
-            unit = rank_unit((m, k))
-            r = math.ceil(maths.rank_for_energy(spectra[name], v) / unit) * unit
+    for name, shape in shapes.items():
+        value = budget.values[name]
+        if budget.kind == "rank":
+            rank = int(value)
+        elif budget.kind == "energy":
+            unit = rank_unit(shape)
+            rank = math.ceil(maths.rank_for_energy(spectra[name], value) / unit) * unit
         else:
-            r = math.floor(v * m * k / (m + k) + 1e-9)
-            unit = rank_unit((m, k))
-            r = max(r // unit * unit, min(r, unit)) if v < 1 else min(m, k)
-            if r < 1:
-                raise ValueError(
-                    f"ratio={v} leaves nothing of layer {name!r} ({m} x {k}): rank 1 keeps "
-                    f"{(m + k) / (m * k):.3f}"
-                )
-        ranks[name] = r if r in allowed[name] else None
+            rank = _rank_for_ratio(name, value, shape)
+        ranks[name] = rank if rank in allowed[name] else None
     return ranks
 
 
+def _rank_for_ratio(name: str, ratio: float, shape: tuple[int, int]) -> int:
+    """The largest rank that keeps no more than that of a layer's parameters."""
+    m, k = shape
+    rank = math.floor(ratio * m * k / (m + k) + 1e-9)
+    if rank < 1:
+        raise ValueError(
+            f"ratio={ratio} leaves nothing of layer {name!r} ({m} x {k}): rank 1 keeps "
+            f"{(m + k) / (m * k):.3f}"
+        )
+    if ratio == 1:
+        return min(m, k)
+    unit = rank_unit(shape)
+    return max(rank // unit * unit, min(rank, unit))
+
+
 def allowed_ranks(
-    model: nn.Module,
-    batches: Iterable[Any] | None,
+    budget: Budget,
     layers: Mapping[str, nn.Module],
+    shapes: Mapping[str, Sequence[int]],
     *,
-    global_ratio: bool,
-    only_faster: bool | None,
+    always: bool,
 ) -> dict[str, list[int]]:
     """Ranks, rising, at which each layer gets smaller and not slower; empty where timing finds
     none.
 
-    only_faster: True times every layer, None those that take long enough to tell, False none.
-    global_ratio: layers that aren't timed are held to `QUICK` as far as they can be.
+    A budget for all layers together holds those that aren't timed to `QUICK` as far as they can be.
+
+    shapes: of the inputs of layers that are timed. always: time those too that take too little to
+        tell.
     """
-    shapes: Mapping[str, Sequence[int]] = {}
-    if only_faster is not False and batches is not None:
-        originals = {name: model.get_submodule(name) for name in layers}
-        shapes = calibrate.trace_calls(model, next(iter(batches)), originals).shapes
+    untimed = QUICK if budget.kind == "ratio" and not budget.by_layer else 1.0
     allowed = {}
     for name, layer in layers.items():
         m, k = pairs.matrix(layer).shape
         smaller = maths.candidate_ranks(m, k, 1)
-        timed = (
-            timing.quick_share(layer, shapes[name], always=bool(only_faster))
-            if name in shapes
-            else None
-        )
-        share = timed if timed is not None else QUICK if global_ratio else 1.0
+        timed = None
+        if name in shapes:
+            timed = timing.quick_share(layer, shapes[name], always=always)
+        share = untimed if timed is None else timed
         fast = [r for r in smaller if r * (m + k) <= share * m * k]
         allowed[name] = fast or (smaller if timed is None else [])
     return allowed
@@ -175,15 +191,11 @@ def _global_ranks(
     total = sum(m * k for m, k in shapes.values())
     budget = math.floor(ratio * total + 1e-9)
     for fine in (False, True):  # ranks below the unit only where the budget can't be met otherwise
-        options = {
-            name: maths.choices(
-                spectra[name],
-                shape,
-                (not fine and [r for r in allowed[name] if r % rank_unit(shape) == 0])
-                or allowed[name],
-            )
-            for name, shape in shapes.items()
-        }
+        options = {}
+        for name, shape in shapes.items():
+            unit = 1 if fine else rank_unit(shape)
+            ranks = [r for r in allowed[name] if r % unit == 0] or allowed[name]
+            options[name] = maths.choices(spectra[name], shape, ranks)
         least = sum(choice[0].parameters for choice in options.values())
         if least <= budget:
             return maths.allocate(options, budget)

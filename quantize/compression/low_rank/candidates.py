@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
 
-import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from quantize import calibration as calibrate
 from quantize import surgery
+from quantize.calibration import is_finite
 from quantize.compression.low_rank import maths
 from quantize.nn import low_rank as pairs
 
@@ -28,18 +26,7 @@ def find_layers(
                 f"module {name!r} ({type(module).__name__}) has no shape yet: run the model once"
             )
     holders = surgery.holders(model)
-    inside = {
-        id(m)
-        for owner in model.modules()
-        if isinstance(owner, nn.MultiheadAttention)
-        for m in owner.modules()
-    }
-    inside |= {
-        id(m)
-        for owner in model.modules()
-        if isinstance(owner, pairs.Pair)
-        for m in owner.children()
-    }
+    inside = _inside_of_others(model)
     out = surgery.skip_filter(model, skip)
     found: dict[str, nn.Module] = {}
     reasons: dict[str, str] = {}
@@ -51,16 +38,11 @@ def find_layers(
                     f"in 2-D are"
                 )
             continue
-        others = [
-            other
-            for other in holders.get(id(module._parameters.get("weight")), ())
-            if other != name
-        ]
-        obstacle = (
-            "skipped by name"
-            if out(name, module)
-            else _obstacle(module, others, id(module) in inside)
-        )
+        sharing = holders.get(id(module._parameters.get("weight")), ())
+        others = [other for other in sharing if other != name]
+        obstacle = "skipped by name"
+        if not out(name, module):
+            obstacle = _obstacle(module, others, id(module) in inside)
         if obstacle:
             reasons[name] = obstacle
         else:
@@ -72,6 +54,17 @@ def find_layers(
             f"left out: {surgery.shortened(reasons) or 'none'}"
         )
     return found, reasons
+
+
+def _inside_of_others(model: nn.Module) -> set[int]:
+    """Ids of the layers whose owner reads their weights, or is made of them."""
+    inside: set[int] = set()
+    for owner in model.modules():
+        if isinstance(owner, nn.MultiheadAttention):
+            inside.update(id(module) for module in owner.modules())
+        elif isinstance(owner, pairs.Pair):
+            inside.update(id(module) for module in owner.children())
+    return inside
 
 
 def _holds_matrices(name: str, module: nn.Module) -> bool:
@@ -100,20 +93,19 @@ def _obstacle(module: nn.Module, others: Sequence[str], inside: bool) -> str | N
 
 
 def reached(
-    model: nn.Module, batches: Iterable[Any], layers: Mapping[str, nn.Module]
+    layers: Mapping[str, nn.Module], ran: Collection[str]
 ) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """Those of `layers` that calibration reaches, and the reasons for those that it doesn't.
-    ValueError if it reaches none.
+    """Those of `layers` that calibration reaches, by name in `ran`, and the reasons for those that
+    it doesn't. ValueError if it reaches none.
     """
-    run = calibrate.reached(model, batches, {name: model.get_submodule(name) for name in layers})
-    if not run:
+    if not ran:
         raise ValueError(
             f"calibration never reaches layer {next(iter(layers))!r}, nor any other that can be "
             f"factorized"
         )
     idle = "calibration never reaches it, or other code computes with its weight"
-    used = {name: layer for name, layer in layers.items() if name in run}
-    return used, {name: idle for name in layers if name not in run}
+    used = {name: layer for name, layer in layers.items() if name in ran}
+    return used, {name: idle for name in layers if name not in ran}
 
 
 def check_weights(layers: Mapping[str, nn.Module]) -> None:
@@ -122,5 +114,5 @@ def check_weights(layers: Mapping[str, nn.Module]) -> None:
             raise ValueError(
                 f"layer {name!r} has no numbers, only shapes: its weight is on the meta device"
             )
-        if not all(torch.isfinite(p).all() for p in layer._parameters.values() if p is not None):
+        if not all(is_finite(p) for p in layer._parameters.values() if p is not None):
             raise ValueError(f"layer {name!r} has weights that are not finite")

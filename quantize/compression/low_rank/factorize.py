@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from quantize import calibration as calibrate
 from quantize import surgery
 from quantize.compression.low_rank import budget as budgets
 from quantize.compression.low_rank.candidates import check_weights, find_layers, reached
@@ -46,117 +47,141 @@ def factorize_low_rank(
     that is smaller.
 
     Give at most one budget (none: ratio=0.5); each may be a dict from module name or glob to value,
-    and then only the layers it names are touched, each within its own value.
-      ratio: fraction in (0, 1] of the layers' parameters that is kept. A number is one budget for
-          all layers together; layers
-        that matter more keep more, some all. 1 changes nothing.
-      energy: fraction in (0, 1] of each layer's (whitened) squared singular values that is kept.
-      rank: rank of each layer as given, at most min(in, out). Ranks from ratio and energy are
-          rounded to multiples of 8 or 16.
-    calibration: re-iterable batches as for `torch.export.export`. With it, layers that are kept
-        whole, but come after one that
-      is not, get new weights too. Without it each weight is cut by its plain SVD at the same ratio,
-      which is much worse.
-    skip: names, globs, types. Always skipped, with the reason in `summary(result)`: weights that
-        other modules read or share,
-      grouped convolutions, layers that no rank makes smaller.
-    split: how k x k convolutions are cut: "channel" (k x k, then 1 x 1), "spatial" (k x 1, then 1 x
-        k), or "auto", whichever
-      loses less in no more parameters than the channel split of that rank.
-    only_faster: factorize only where a pair is no slower by timing on this machine, on inputs
-        shaped like the first batch's.
-      Default: where there is calibration and the budget isn't given layer by layer (rank, a dict),
-      for layers that take at least 0.1 ms. True: everywhere, also where only the time of a call
-      counts. False: don't time. A number for ratio keeps the pairs of layers that aren't timed
-      below 0.8 of their parameters, where they were no slower on the machines we had.
-    loss: loss(output, batch), a scalar summed over rows, whose gradients weigh errors; default
-        `calibration.fisher_loss`.
-    max_passes: limit on calibration passes after the first; above it, layers share a pass. memory:
-        bytes of second moments kept
-      at a time. progress: called with a line for people before each piece of work, with the layers'
-      names.
+    and then only the layers it names are touched, each within its own value. Always left, with the
+    reason in `quantize.summary(result)`: weights that other modules read or share, grouped
+    convolutions, layers that no rank makes smaller. Warns where little of the model was touched.
 
-    Raises ValueError for a budget out of range, two budgets, no layer to act on, a ratio that no
-    ranks reach, weights or calibration inputs that are not finite, and a result that doesn't run;
-    TypeError for wrong types. A layer that no batch reaches is left, by name. Warns where little of
-    the model was touched.
+    Args:
+        model: any module; it stays as it is.
+        ratio: fraction in (0, 1] of the layers' parameters that is kept. A number is one budget for
+            all layers together; layers that matter more keep more, some all. 1 changes nothing.
+        energy: fraction in (0, 1] of each layer's (whitened) squared singular values that is kept.
+        rank: rank of each layer as given, at most min(in, out). Ranks from ratio and energy are
+            rounded to multiples of 8 or 16.
+        calibration: re-iterable batches as for `torch.export.export`. With it, layers that are kept
+            whole, but come after one that is not, get new weights too; a layer that no batch
+            reaches is left. Without it each weight is cut by its plain SVD at the same ratio, which
+            is much worse.
+        skip: names, globs, types.
+        split: how k x k convolutions are cut: "channel" (k x k, then 1 x 1), "spatial" (k x 1, then
+            1 x k), or "auto", whichever loses less in no more parameters than the channel split of
+            that rank.
+        only_faster: factorize only where a pair is no slower by timing on this machine, on inputs
+            shaped like the first batch's. Default: where there is calibration and the budget isn't
+            given layer by layer (rank, a dict), for layers that take at least 0.1 ms. True:
+            everywhere, also where only the time of a call counts. False: don't time. A number for
+            ratio keeps the pairs of layers that aren't timed below 0.8 of their parameters, where
+            they were no slower on the machines we had.
+        loss: loss(output, batch), a scalar summed over rows, whose gradients weigh errors; default
+            `calibration.fisher_loss`.
+        max_passes: limit on the steps of the walk through the layers; above it, layers share one.
+        memory: bytes of second moments kept at a time.
+        progress: called with a line for people before each piece of work, with the layers' names.
+
+    Returns:
+        The copy. What stands for a layer is a `LowRankLinear` or `LowRankConv2d`.
+
+    Raises:
+        ValueError: for a budget out of range, two budgets, no layer to act on, a ratio that no
+            ranks reach, weights or calibration inputs that are not finite, and a result that
+            doesn't run.
+        TypeError: for wrong types.
+
+    Source: DRONE (Chen et al., NeurIPS 2021), SVD-LLM (Wang et al., arXiv 2403.07378).
     """
     kind, value = budgets.read_budget(ratio, energy, rank)
+    _check_options(split, only_faster, calibration)
+    say = progress or (lambda line: None)
+    result = surgery.clone(model).eval()
+    model = surgery.uncompiled(model)
+    layers, left = find_layers(result, skip)
+    values = budgets.per_layer(kind, value, layers, model)
+    layers = {name: layers[name] for name in values}
+    check_weights(layers)
+    if any(tensor.is_inference() for tensor in model.parameters()):
+        model = surgery.clone(model)  # made under inference_mode, it takes no gradients
+    survey = None
+    if calibration is not None:
+        survey = calibrate.Survey(
+            model, calibration, _widths(layers), loss=loss, memory=memory, say=say
+        )
+        layers, idle = reached(layers, survey.reached)
+        left.update(idle)
+    values = {name: values[name] for name in layers}
+    budget = budgets.Budget(kind, value, values)
+    ranks: dict[str, int | None] = dict.fromkeys(layers)
+    if not budget.keeps_all:
+        ranks |= _choose(budget, layers, survey, only_faster, left)
+    whole = "no gain at this rank"
+    if kind == "ratio":
+        whole = "kept whole: the budget is better spent elsewhere"
+    for name in [name for name, r in ranks.items() if r is None]:
+        left.setdefault(name, whole)
+    if survey is None:
+        result = _cut(result, layers, ranks, split)
+    else:
+        steps = {"max_passes": max_passes, "split": split, "left": left, "say": say}
+        result = fit(result, survey, ranks, **steps)
+    surgery.round_stored(result)
+    write_down(result, model, left, calibration, warn=not isinstance(value, Mapping))
+    return result
+
+
+def _check_options(split: str, only_faster: bool | None, calibration: Any) -> None:
     if split not in ("auto", "channel", "spatial"):
         raise ValueError(f"split is {split!r}; allowed: 'auto', 'channel', 'spatial'")
     if only_faster and calibration is None:
         raise ValueError(
             "only_faster=True needs calibration: timing needs the shapes of the layers' inputs"
         )
-    say = progress or (lambda line: None)
-    result = surgery.clone(model).eval()
-    model = surgery.uncompiled(model)
-    layers, skipped = find_layers(result, skip)
-    values = budgets.per_layer(kind, value, layers, model)
-    layers = {name: layers[name] for name in values}
-    check_weights(layers)
-    if any(tensor.is_inference() for tensor in model.parameters()):
-        model = surgery.clone(model)  # made under inference_mode, it takes no gradients
-    if calibration is not None:
-        layers, idle = reached(model, calibration, layers)
-        skipped.update(idle)
-        values = {name: values[name] for name in layers}
-    if kind == "ratio" and all(v == 1 for v in values.values()):
-        ranks: dict[str, int | None] = dict.fromkeys(layers)
-        moments: dict[str, torch.Tensor] = {}
-    else:
-        losses, moments = spectra(model, calibration, layers, loss, memory, say)
-        by_layer = kind == "rank" or isinstance(value, Mapping)
-        if only_faster is None and by_layer:
-            only_faster = False
-        free = kind == "ratio" and not by_layer
-        allowed = budgets.allowed_ranks(
-            model, calibration, layers, global_ratio=free, only_faster=only_faster
+
+
+def _widths(layers: Mapping[str, nn.Module]) -> dict[str, tuple[int, int]]:
+    """Of the input and of the output of each layer."""
+    widths = {}
+    for name, layer in layers.items():
+        outputs, inputs = pairs.matrix(layer).shape
+        widths[name] = (inputs, outputs)
+    return widths
+
+
+def _choose(
+    budget: budgets.Budget,
+    layers: Mapping[str, nn.Module],
+    survey: calibrate.Survey | None,
+    only_faster: bool | None,
+    left: dict[str, str],
+) -> dict[str, int | None]:
+    """The ranks of layers of which a pair may stand in for the layer; the others are noted."""
+    losses = spectra(layers, survey)
+    if only_faster is None and budget.by_layer:
+        only_faster = False
+    shapes = survey.look.first.shapes if survey and only_faster is not False else {}
+    allowed = budgets.allowed_ranks(budget, layers, shapes, always=bool(only_faster))
+    for name in layers:
+        if not allowed[name]:
+            left[name] = "no rank is as fast on this machine"
+    layers = {name: layer for name, layer in layers.items() if allowed[name]}
+    if not layers:
+        raise ValueError(
+            f"no pair is as fast as its layer on this machine ({len(allowed)} layers tried); "
+            f"only_faster=False doesn't ask"
         )
-        for name in [name for name in layers if not allowed[name]]:
-            skipped[name] = "no rank is as fast on this machine"
-            del layers[name]
-        if not layers:
-            raise ValueError(
-                f"no pair is as fast as its layer on this machine ({len(values)} layers tried); "
-                f"only_faster=False doesn't ask"
-            )
-        ranks = budgets.choose_ranks(
-            kind, value, values, layers, losses, allowed, weighted=calibration is not None
-        )
-    for name, r in ranks.items():
-        if r is None:
-            skipped[name] = (
-                "kept whole: the budget is better spent elsewhere"
-                if kind == "ratio"
-                else "no gain at this rank"
-            )
-    if calibration is None:
-        for name, r in ranks.items():
-            if r is None:
-                continue
-            layer: Any = layers[name]
-            first, second, _, split_used = factors(layer, pairs.matrix(layer), None, None, r, split)
-            result = surgery.replace(
-                result, {layer: pairs.pair(layer, first, second, layer.bias, split=split_used)}
-            )
-    else:
-        ranks = {
-            name: ranks.get(name) for name in values
-        }  # also layers of which no pair is fast enough
-        result = fit(
-            model,
-            result,
-            calibration,
-            ranks,
-            moments,
-            loss=loss,
-            max_passes=max_passes,
-            memory=memory,
-            split=split,
-            skipped=skipped,
-            say=say,
-        )
-    surgery.round_stored(result)
-    write_down(result, model, skipped, calibration, warn=not isinstance(value, Mapping))
+    return budgets.choose_ranks(budget, layers, losses, allowed, weighted=survey is not None)
+
+
+def _cut(
+    result: nn.Module,
+    layers: Mapping[str, nn.Module],
+    ranks: Mapping[str, int | None],
+    split: str,
+) -> nn.Module:
+    """Cut the plain SVD of each weight."""
+    for name, rank in ranks.items():
+        if rank is None:
+            continue
+        layer: Any = layers[name]
+        first, second, _, used = factors(layer, pairs.matrix(layer), None, None, rank, split)
+        pair = pairs.pair(layer, first, second, layer.bias, split=used)
+        result = surgery.replace(result, {layer: pair})
     return result

@@ -4,8 +4,9 @@ from the inputs that the already factorized layers give.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,53 +15,18 @@ from torch import nn
 from quantize import calibration as calibrate
 from quantize import surgery
 from quantize.compression.low_rank import maths, residuals
-from quantize.compression.low_rank.spectra import chunks, gradients, noise, usable
+from quantize.compression.low_rank.spectra import noise, usable
 from quantize.nn import low_rank as pairs
 
 
-class GradientMoments:
-    """Second moments of gradients at layers' outputs, for as many layers at a time as fit in
-    memory.
-
-    Args:
-        known: moments that are there already.
-        layers: of the original model, in the order in which they are taken.
-        collect: gives the moments of some layers.
-        memory: bytes.
-    """
-
-    def __init__(
-        self,
-        known: Mapping[str, torch.Tensor],
-        layers: Mapping[str, nn.Module],
-        collect: Callable[[Mapping[str, nn.Module]], Mapping[str, torch.Tensor]],
-        memory: int,
-    ) -> None:
-        self.known = dict(known)
-        self.layers = {name: layer for name, layer in layers.items() if name not in known}
-        self.collect = collect
-        self.chunks = chunks(self.layers, memory)
-
-    def take(self, name: str) -> torch.Tensor | None:
-        """The moment of one layer, [M, M], which is then forgotten; None where there is none."""
-        while name in self.layers:
-            chunk = self.chunks.pop(0)
-            self.known.update(self.collect({key: self.layers.pop(key) for key in chunk}))
-        return usable(self.known.pop(name, None))
-
-
 def fit(
-    model: nn.Module,
     result: nn.Module,
-    batches: Iterable[Any],
+    survey: calibrate.Survey,
     ranks: Mapping[str, int | None],
-    moments: Mapping[str, torch.Tensor],
     *,
-    loss: Callable[[Any, Any], torch.Tensor] | None,
     max_passes: int,
-    memory: int,
     split: str,
-    skipped: dict[str, str],
+    left: dict[str, str],
     say: Callable[[str], None],
 ) -> nn.Module:
     """Fit the layers `ranks` of `result` in the order in which they run, each on the inputs that
@@ -68,39 +34,42 @@ def fit(
 
     Layers of no rank stay whole, and before the first one of a rank as they are.
     """
-    originals = {name: model.get_submodule(name) for name in ranks}
-    batch = next(iter(batches))
-    calls = calibrate.trace_calls(model, batch, originals)
-    late = [name for name in ranks if name not in calls.counts]  # run in later batches only
-    groups = [*calls.groups, *([late] if late else [])]
-    while groups and all(ranks[name] is None for name in groups[0]):
-        del groups[0]
+    model, batches = survey.model, survey.batches
+    groups = merge(_groups(survey.look.first, ranks), max_passes)
     if not groups:
         return result
-    streams = calibrate.find_streams(model, batch, originals)
-    groups = merge(groups, max_passes)
-    order = [name for group in groups for name in group]
-    cut = {name: originals[name] for name in order if ranks[name] is not None}
-    gradient_moments = GradientMoments(
-        moments, cut, lambda layers: gradients(model, batches, layers, loss), memory
-    )
-    walk = calibrate.Walk(model, batches, order)
+    order = list(itertools.chain.from_iterable(groups))
+    streams = calibrate.find_streams(model, next(iter(batches)), order)
+    survey.plan([name for name in order if ranks[name] is not None], inputs=False)
+    walk = calibrate.Walk(model, batches, order, look=survey.look)
     pace = calibrate.Pace(len(groups))
     for group in groups:
         say(pace.next(f"fitting {', '.join(group)}"))
         seen = residuals.collect(walk, result, model, group, streams)
         for name in group:
-            gradient = gradient_moments.take(name)
+            rank = ranks[name]
             if name in seen:
                 layer = result.get_submodule(name)
-                result = _fit_layer(result, layer, seen.pop(name), gradient, ranks[name], split)
-            elif ranks[name] is not None:
-                skipped[name] = (
+                gradient = None if rank is None else usable(survey.gradient(name))
+                result = _fit_layer(result, layer, seen.pop(name), gradient, rank, split)
+            elif rank is not None:
+                left[name] = (
                     "the factorized model gives it no inputs in calibration, or none that are "
                     "finite"
                 )
         walk.finish(group)
     return result
+
+
+def _groups(first: calibrate.Calls, ranks: Mapping[str, int | None]) -> list[list[str]]:
+    """The layers by what they read, in the order in which they run, from the first one that gets a
+    rank on.
+    """
+    groups = [[name for name in group if name in ranks] for group in first.groups]
+    groups.append([name for name in ranks if name not in first.counts])  # run in later batches only
+    groups = [group for group in groups if group]
+    ranked = [any(ranks[name] is not None for name in group) for group in groups]
+    return groups[ranked.index(True) :] if any(ranked) else []
 
 
 @torch.no_grad()
@@ -115,18 +84,18 @@ def _fit_layer(
     weight = pairs.matrix(layer).double()
     own_bias: Any = layer.bias
     if own_bias is None:
-        moment, cross, error = seen.second_moment, seen.cross_moment, seen.error_moment
+        moment, target = seen.second_moment, seen.target_moment(weight)
     else:  # takes up the means
         floor = noise(seen)
-        moment, cross = seen.covariance + floor, seen.cross_covariance + floor
-        error = seen.error_covariance
-    product = calibrate.compensate(weight, moment, cross, error)
+        moment = seen.covariance
+        moment.diagonal().add_(floor)
+        target = torch.add(seen.target_covariance(weight), weight, alpha=floor)
+    product = calibrate.compensate(weight, moment, target)
     if rank is not None:
         first, second, product, split = factors(layer, product, moment, gradient, rank, split)
     bias = None
-    if own_bias is not None:  # the mean of the outputs stays what it was
-        bias = own_bias.double() + weight @ seen.reference_mean - product @ seen.mean
-        bias = bias if seen.error_mean is None else bias + seen.error_mean
+    if own_bias is not None:
+        bias = seen.target_mean(weight, own_bias.double()) - product @ seen.mean
     if rank is not None:
         return surgery.replace(result, {layer: pairs.pair(layer, first, second, bias, split=split)})
     stored: Any = layer._parameters  # a 16-bit layer's weight reads in another dtype
@@ -157,8 +126,10 @@ def factors(
     same_size = min(rank * (m + k) // (tall + wide), tall, wide)
     same_size = max(1, same_size // 4 * 4 or same_size)
     spatial = maths.spatial_factors(kernel, moment, gradient, rank=same_size)
-    losses = [maths.weighted_error(weight - p, moment, gradient) for p in (product, spatial[2])]
-    if split == "spatial" or losses[1] < losses[0]:
+    if split == "spatial":
+        return *spatial, "spatial"
+    lost = maths.weighted_error(weight - product, moment, gradient)
+    if maths.weighted_error(weight - spatial[2], moment, gradient) < lost:
         return *spatial, "spatial"
     return first, second, product, "channel"
 
@@ -167,7 +138,7 @@ def merge(groups: list[list[str]], most: int) -> list[list[str]]:
     """At most `most` groups, by joining neighbours."""
     if most < 1:
         raise ValueError(f"max_passes={most} must be at least 1")
-    size = math.ceil(len(groups) / most)
+    size = max(1, math.ceil(len(groups) / most))
     merged = []
     for start in range(0, len(groups), size):
         merged.append([])

@@ -236,13 +236,13 @@ def allocate(layers: Mapping[str, Sequence[Choice]], budget: int) -> dict[str, i
         left -= more
         chosen[name] = choice
     while True:
-        better = [
-            (chosen[name].loss - choice.loss, name, choice)
-            for name, options in layers.items()
-            for choice in options
-            if 0 < choice.parameters - chosen[name].parameters <= left
-            and choice.loss < chosen[name].loss
-        ]
+        better = []
+        for name, options in layers.items():
+            now = chosen[name]
+            for choice in options:
+                fits = 0 < choice.parameters - now.parameters <= left
+                if fits and choice.loss < now.loss:
+                    better.append((now.loss - choice.loss, name, choice))
         if not better:
             return {name: choice.rank for name, choice in chosen.items()}
         _, name, choice = max(better, key=lambda option: option[0])

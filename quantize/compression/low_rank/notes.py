@@ -37,16 +37,14 @@ def write_down(
             raise ValueError(
                 f"the factorized {type(model).__name__} can't be used: {error}"
             ) from error
-    done = {
-        name: _rank_of(pair)
-        for name, pair in result.named_modules()
-        if isinstance(pair, pairs.Pair)
-    }
-    before = {name: layer for name, layer in model.named_modules() if isinstance(layer, pairs.Pair)}
-    done = {name: what for name, what in done.items() if name not in before}
+    before = {name for name, layer in model.named_modules() if isinstance(layer, pairs.Pair)}
+    done = {}
+    for name, pair in result.named_modules():
+        if isinstance(pair, pairs.Pair) and name not in before:
+            done[name] = _rank_of(pair)
     skipped.update(dict.fromkeys(before, "is a low-rank pair already"))
-    sizes = [sum(p.numel() for p in m.parameters()) for m in (model, result)]
-    touched = sum(p.numel() for name in done for p in model.get_submodule(name).parameters())
+    sizes = [_size(m) for m in (model, result)]
+    touched = sum(_size(model.get_submodule(name)) for name in done)
     share = touched / max(1, sizes[0])
     if warn and done and share < LITTLE:
         others = ", ".join(f"{kind} ({held:.0%})" for kind, held in _largest(model, done))
@@ -55,7 +53,6 @@ def write_down(
             f"{type(model).__name__}; the rest: {others}",
             stacklevel=4,
         )
-    result.__dict__["low_rank_skipped"] = skipped
     settings = {
         "parameters_before": sizes[0],
         "parameters_after": sizes[1],
@@ -64,11 +61,17 @@ def write_down(
     surgery.note(result, "low_rank", done=done, left=skipped, distance=away, **settings)
 
 
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
 def _largest(model: nn.Module, done: Iterable[str]) -> list[tuple[str, float]]:
     """The kinds of modules that hold most of the parameters that were not touched, with their
     shares of the model.
     """
-    inside = {id(m) for name in done for m in model.get_submodule(name).modules()}
+    inside: set[int] = set()
+    for name in done:
+        inside.update(id(module) for module in model.get_submodule(name).modules())
     held: dict[str, int] = {}
     seen: set[int] = set()
     for module in model.modules():
@@ -77,19 +80,10 @@ def _largest(model: nn.Module, done: Iterable[str]) -> list[tuple[str, float]]:
                 seen.add(id(parameter))
                 kind = type(module).__name__
                 held[kind] = held.get(kind, 0) + parameter.numel()
-    total = sum(p.numel() for p in model.parameters())
-    return [
-        (kind, size / total) for kind, size in sorted(held.items(), key=lambda entry: -entry[1])[:3]
-    ]
+    total = _size(model)
+    largest = sorted(held.items(), key=lambda entry: -entry[1])[:3]
+    return [(kind, size / total) for kind, size in largest]
 
 
 def _rank_of(pair: Any) -> str:
     return f"rank {pair.rank} of {min(pair.weight_shape()[0], math.prod(pair.weight_shape()[1:]))}"
-
-
-def summary(model: nn.Module) -> dict[str, str]:
-    """What `factorize_low_rank` did, by module name: the rank of each pair, the reason for each
-    layer left as it was.
-    """
-    done = {name: _rank_of(m) for name, m in model.named_modules() if isinstance(m, pairs.Pair)}
-    return {**done, **model.__dict__.get("low_rank_skipped", {})}

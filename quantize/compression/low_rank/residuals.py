@@ -1,54 +1,41 @@
-"""What a layer that is to be fitted gets from the compressed model, beside what it got and gave in
-the original one.
-"""
+"""What a layer that is to be fitted gets from the compressed model, beside what it is to give."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from quantize import calibration as calibrate
 from quantize.calibration import Call, Walk
+from quantize.nn import low_rank as pairs
 
 
 @dataclass
 class Seen(calibrate.PairedStatistics):
-    """Sums over rows of a layer's inputs x [K] and r [K] in the two models, and of the error e [M]
-    of what its output joins.
+    """Sums over rows of a layer's inputs x [K] in the compressed model, and beside each row the
+    original's input r [K], or what the layer is to give, y [M], whichever is narrower.
+
+    y is what the original layer gives, plus what is missing in the stream that its output joins.
     """
 
-    error_total: torch.Tensor | float = 0.0  # [M]
-    error: torch.Tensor | float = 0.0  # [M, K], sum of e (x - shift)^T
+    is_target: bool = False  # the other rows are y
 
-    def update_error(self, x: torch.Tensor, error: torch.Tensor) -> None:
-        """Add rows x [N, K], e [N, M]."""
-        x = self.shifted(calibrate.exact(x))
-        dtype = torch.promote_types(x.dtype, error.dtype)
-        self.error_total = self.error_total + error.sum(0, dtype=torch.float64)
-        self.error = self.error + (error.T.to(dtype) @ x.to(dtype)).double()
+    def target_moment(self, weight: torch.Tensor) -> torch.Tensor:
+        """E[y x^T], [M, K], of a layer of this weight [M, K] without a bias."""
+        return self.cross_moment if self.is_target else weight @ self.cross_moment
 
-    @property
-    def error_mean(self) -> torch.Tensor | None:
-        """E[e], [M]; None where the layer's output joins nothing."""
-        return self.error_total / self.count if torch.is_tensor(self.error_total) else None
+    def target_covariance(self, weight: torch.Tensor) -> torch.Tensor:
+        """E[y x^T] - E[y] E[x]^T, [M, K]."""
+        return self.cross_covariance if self.is_target else weight @ self.cross_covariance
 
-    @property
-    def error_covariance(self) -> torch.Tensor | None:
-        """E[e x^T] - E[e] E[x]^T, [M, K]; None where the layer's output joins nothing."""
-        if self.error_mean is None:
-            return None
-        return self.error / self.count - torch.outer(self.error_mean, self.from_shift)
-
-    @property
-    def error_moment(self) -> torch.Tensor | None:
-        """E[e x^T], [M, K]; None where the layer's output joins nothing."""
-        covariance, mean = self.error_covariance, self.error_mean
-        if covariance is None or mean is None:
-            return None
-        return covariance + torch.outer(mean, self.mean)
+    def target_mean(self, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        """E[y], [M]."""
+        return self.other_mean if self.is_target else bias + weight @ self.other_mean
 
 
 def collect(
@@ -63,30 +50,64 @@ def collect(
 
     Args:
         walk: of the reference, at these layers.
+        model: the compressed one, in which these layers are as in the reference.
         streams: see `calibration.find_streams`.
 
     Returns:
         By name, without layers that no batch reaches in `model`, or whose inputs there aren't
         finite.
     """
-    seen = {name: Seen() for name in names}
+    layers: Mapping[str, Any] = {name: model.get_submodule(name) for name in names}
+    seen: dict[str, Seen] = {}
+    for name, layer in layers.items():
+        outputs, inputs = pairs.matrix(layer).shape
+        seen[name] = Seen(is_target=outputs < inputs or name in streams)
+    products = calibrate.Products()
     for theirs, ours in walk.show((reference, model), names, streams.intersection(names)):
         for name in names:
             calls = [call for call in ours if call.name == name]
             others = [call for call in theirs if call.name == name]
-            if len(calls) != len(others):
-                others = calls  # the two models take other ways on this batch
-            for call, other in zip(calls, others, strict=True):
-                _add(seen[name], model.get_submodule(name), call, other)
-    return {name: s for name, s in seen.items() if s.count and torch.isfinite(s.largest).all()}
+            same_way = len(calls) == len(others)
+            for i, call in enumerate(calls):
+                _add(seen[name], layers[name], call, others[i] if same_way else None, products)
+    return {name: s for name, s in seen.items() if s.count and s.finite}
 
 
-def _add(seen: Seen, layer: nn.Module, call: Call, other: Call) -> None:
-    """Add what one call of `layer` shows, beside the original's `other`."""
+def _add(
+    seen: Seen, layer: Any, call: Call, other: Call | None, products: calibrate.Products
+) -> None:
+    """Add what one call of `layer` shows, beside the original's `other`.
+
+    Where the two models go other ways, or route other rows to the layer, it is to go on as it does.
+    """
     x = calibrate.rows(layer, call.input)
-    seen.update_pair(x, calibrate.rows(layer, other.input))
-    if call.stream is None or other.stream is None or call.stream.shape != other.stream.shape:
-        return
-    error = calibrate.exact(other.stream) - calibrate.exact(call.stream)
-    error = error.movedim(-3, -1) if isinstance(layer, nn.Conv2d) else error
-    seen.update_error(x, error.reshape(-1, error.shape[-1]))
+    if other is None or other.input.shape != call.input.shape:
+        z = _own_output(layer, x) if seen.is_target else x
+        products.see(call.input)
+    elif seen.is_target:
+        z = _target(layer, call, other)
+        products.see(call.input, z)
+    else:
+        z = calibrate.rows(layer, other.input)
+        products.see(call.input, other.input)
+    seen.update_pair(x, z, products)
+
+
+def _own_output(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    """What a layer makes of rows x [N, K]: [N, M]."""
+    x = calibrate.exact(x)
+    bias = None if layer.bias is None else layer.bias.to(x.dtype)
+    return F.linear(x, pairs.matrix(layer).to(x.dtype), bias)
+
+
+def _target(layer: nn.Module, call: Call, other: Call) -> torch.Tensor:
+    """What the layer is to give, as rows [N, M]."""
+    output: Any = other.output  # the pass of the original goes as far as that
+    target = calibrate.exact(output)
+    if call.stream is not None and other.stream is not None:
+        if call.stream.shape == other.stream.shape:
+            missing = calibrate.exact(other.stream) - calibrate.exact(call.stream)
+            target = target + missing
+    if isinstance(layer, nn.Conv2d):
+        target = target.movedim(-3, -1)
+    return target.reshape(-1, target.shape[-1])

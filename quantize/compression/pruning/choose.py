@@ -9,14 +9,14 @@ from __future__ import annotations
 import fnmatch
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from quantize import surgery
-from quantize.calibration import gradients_if_any
+from quantize.calibration import Survey
 from quantize.compression.pruning import budget, scores
 from quantize.compression.pruning.cut import layers_of, owners
 from quantize.compression.pruning.groups import Group
@@ -215,23 +215,23 @@ def remove(
     scope: str,
     n: float,
     round_to: int | None,
-    calibration: Iterable[Any] | None,
+    survey: Any,
     loss: Any,
     left: dict[str, str],
-    say: Callable[[str], None],
 ) -> None:
-    """Fill in `removed` of every group."""
+    """Fill in `removed` of every group.
+
+    survey: of the layers that read the groups; None where there is no calibration.
+    """
     keeps = [budget.units_kept(g, g.amount, round_to) for g in wanted]
     if rule == "magnitude":
         values = [scores.magnitude(model, g, n) for g in wanted]
     elif rule == "taylor":
-        values = scores.taylor(surgery.clone(model), wanted, calibration, loss)  # type: ignore[arg-type]
+        values = scores.taylor(surgery.clone(model), wanted, survey.batches, loss)
     elif rule == "activation":
-        values = by_readers(
-            model, wanted, calibration, lambda g, rs: scores.activation_aware(rs, n), say
-        )
+        values = by_readers(wanted, survey, lambda _, readers: scores.activation_aware(readers, n))
     else:
-        values, keeps = _reconstruction(model, wanted, keeps, scope, round_to, calibration, say)
+        values, keeps = _reconstruction(wanted, keeps, scope, round_to, survey)
     for i, group in enumerate(wanted):
         if values[i] is None:  # nothing that mixes channels reads them where we can look
             values[i] = scores.magnitude(model, group, n)
@@ -252,13 +252,11 @@ def remove(
 
 
 def _reconstruction(
-    model: nn.Module,
     groups: list[Group],
     keeps: list[int],
     scope: str,
     round_to: int | None,
-    calibration: Any,
-    say: Callable[[str], None],
+    survey: Survey,
 ) -> tuple[list[Any], list[int]]:
     """Scores of each group (None where no layer reads it), and the units kept: with scope "alike",
     groups of one shape that were asked for together give by what it costs, as many as they would
@@ -270,23 +268,16 @@ def _reconstruction(
     depths = [g.units - k for g, k in zip(groups, keeps, strict=True)]
     for i in itertools.chain.from_iterable(families):
         depths[i] = max(depths[i], budget.deepest(groups[i], round_to))
-    places: dict[str, nn.Module] = {}
-    for group in groups:
-        places.update({place: module for place, module, _ in group.readers})
-    say(f"gradients at {len(places)} layers")
-    metrics = gradients_if_any(model, calibration, places)
     depth = {id(g): d for g, d in zip(groups, depths, strict=True)}
-    ranked = by_readers(
-        model,
-        groups,
-        calibration,
-        lambda g, rs: scores.reconstruction(rs, depth[id(g)]),
-        say,
-        metrics,
-    )
-    measured = [all(place in metrics for place, _, _ in g.readers) for g in groups]
+    measured: dict[int, bool] = {}
+
+    def score(group: Group, readers: list[scores.Reader]) -> Any:
+        measured[id(group)] = all(reader.metric is not None for reader in readers)
+        return scores.reconstruction(readers, depth[id(group)])
+
+    ranked = by_readers(groups, survey, score)
     for family in families:
-        if not all(ranked[i] is not None and measured[i] for i in family):
+        if not all(measured.get(id(groups[i])) for i in family):
             continue
         total = sum(groups[i].units - keeps[i] for i in family)
         step = budget.round_step(groups[family[0]], round_to)

@@ -48,7 +48,7 @@ from quantize.compression.pruning.cut import (
 from quantize.compression.pruning.groups import Group, find_groups
 from quantize.compression.pruning.labels import Key
 from quantize.compression.pruning.plan import repair_steps
-from quantize.compression.pruning.readers import find_readers
+from quantize.compression.pruning.readers import find_readers, reached_groups, survey_readers
 from quantize.compression.pruning.repair import repair_layers
 from quantize.compression.pruning.trace import Trace, export
 
@@ -165,12 +165,14 @@ def prune_ln_structured(
     wanted, left = choose(work, groups, stuck, amounts, skip)
     wanted = savable(work, wanted, left)
     refuse_infinite(work, wanted)
-    if calibration is not None:
-        wanted = find_readers(work, wanted, calibration, left)
     by_calibration = "activation" if scope == "global" else "reconstruction"
     rule = score or ("magnitude" if calibration is None else by_calibration)
     scope = scope or ("alike" if rule == "reconstruction" else "layer")
-    remove(work, wanted, rule, scope, n, round_to, calibration, loss, left, say)
+    survey = None
+    if calibration is not None:
+        survey = survey_readers(work, find_readers(work, wanted), calibration, rule, say)
+        wanted = reached_groups(work, wanted, survey.reached, left)
+    remove(work, wanted, rule, scope, n, round_to, survey, loss, left)
     wanted = [g for g in wanted if len(g.removed)]
     if amounts and not wanted and any(a > 0 for a in amounts.values()):
         raise ValueError(f"nothing was removed from {type(work).__name__}: {reasons(left)}")
@@ -178,8 +180,8 @@ def prune_ln_structured(
         trace, work, wanted, example_inputs, left, explicit="*" not in amounts, say=say
     )
     kept = kept_indices(trace, wanted)
-    if calibration is not None and repair and wanted:
-        repair_layers(work, small, repair_steps(trace, work, kept), calibration, say)
+    if survey is not None and repair and wanted:
+        repair_layers(work, small, repair_steps(trace, work, kept), survey, say)
     follow_config(small, _sizes(trace, wanted, kept), lambda: _two_calls(small, example_inputs))
     result = mask(trace, work, small, kept) if masked else small
     surgery.round_stored(result)

@@ -2,37 +2,70 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from quantize.calibration import collect, reached
+from quantize.calibration import Survey
 from quantize.compression.pruning.cut import layers_of, owners
 from quantize.compression.pruning.groups import Group
 from quantize.compression.pruning.labels import Key
-from quantize.compression.pruning.repair import as_matrix, matrix_rows
+from quantize.compression.pruning.repair import as_matrix, is_repairable, matrix_rows
 from quantize.compression.pruning.scores import Reader
 
-MOMENTS = 2**27  # entries of second moments held at once while scoring (0.5 GB)
+MEMORY = 1 << 29  # bytes of second moments held at once while scoring
 # Columns up to which a convolution's taps are told apart: a factorization takes the cube of them.
 # Beyond, channels stand in for one another as they are, tap by tap, which ranks a little worse
 # (a ResNet on digits, half removed: 0.031 nats against 0.023, the original 0.019).
 WIDEST = 4096
 
 
-def find_readers(
-    model: nn.Module, groups: list[Group], calibration: Iterable[Any], left: dict[str, str]
-) -> list[Group]:
-    """Fill in `readers` of every group, and return the groups without those whose readers
-    calibration never reaches.
-    """
+def find_readers(model: nn.Module, groups: list[Group]) -> dict[str, nn.Module]:
+    """Fill in `readers` of every group, and return all of them by name."""
     every: dict[str, nn.Module] = {}
     for group in groups:
         group.readers = _readers(model, group)
         every.update({place: module for place, module, _ in group.readers})
-    run = reached(model, calibration, every)
+    return every
+
+
+def survey_readers(
+    model: nn.Module,
+    readers: Mapping[str, nn.Module],
+    calibration: Iterable[Any],
+    rule: str,
+    say: Callable[[str], None],
+) -> Survey:
+    """What scoring by `rule` needs to see of the layers that read channels, and the look at all
+    layers that may be repaired later.
+    """
+    widths = {place: (_width(m), len(_matrix(m))) for place, m in readers.items()}
+    outer = rule in ("activation", "reconstruction")
+    coarse = [place for place, module in readers.items() if _by_channel(module)]
+    if coarse and outer:
+        say(f"scoring by whole channels, for the size of its patches: {', '.join(coarse)}")
+    if not outer:  # only whether they run, on finite inputs
+        coarse = [p for p, m in readers.items() if isinstance(m, (nn.Conv1d, nn.Conv2d))]
+    watched = {n: m for n, m in model.named_modules() if is_repairable(m)}
+    return Survey(
+        model,
+        calibration,
+        widths,
+        watched=watched,
+        outer=outer,
+        by_channel=coarse,
+        gradients=rule == "reconstruction",
+        memory=MEMORY,
+        say=say,
+    )
+
+
+def reached_groups(
+    model: nn.Module, groups: list[Group], run: Collection[str], left: dict[str, str]
+) -> list[Group]:
+    """The groups without those whose readers, by name, aren't among those that calibration ran."""
     used = []
     for group in groups:
         known = [reader for reader in group.readers if reader[0] in run]
@@ -46,34 +79,19 @@ def find_readers(
 
 
 def by_readers(
-    model: nn.Module,
-    groups: list[Group],
-    calibration: Iterable[Any] | None,
-    score: Callable[[Group, list[Reader]], Any],
-    say: Callable[[str], None],
-    metrics: dict[str, torch.Tensor] | None = None,
+    groups: list[Group], survey: Survey, score: Callable[[Group, list[Reader]], Any]
 ) -> list[Any]:
     """What `score` says of each group from the layers that read it; None for a group that none
     reads.
     """
     values: list[Any] = []
-    for chunk in _chunks(groups):
-        layers = {place: module for group in chunk for place, module, _ in group.readers}
-        coarse = [place for place, module in layers.items() if _by_channel(module)]
-        if coarse:
-            say(f"scoring by whole channels, for the size of its patches: {', '.join(coarse)}")
-        if layers:
-            say(f"inputs of {', '.join(layers)}")
-        seen = {}
-        if layers:
-            seen = collect(model, calibration or (), layers, by_channel=coarse)
-        for group in chunk:
-            readers = []
-            for place, module, key in group.readers:
-                weight, columns = _columns(module, group.places[key])
-                metric = (metrics or {}).get(place)
-                readers.append(Reader(weight, columns, seen[place], metric))
-            values.append(score(group, readers) if readers else None)
+    for group in groups:
+        readers = []
+        for place, module, key in group.readers:
+            weight, columns = _columns(module, group.places[key])
+            reader = Reader(weight, columns, survey.inputs(place), survey.gradient(place))
+            readers.append(reader)
+        values.append(score(group, readers) if readers else None)
     return values
 
 
@@ -81,7 +99,7 @@ def _columns(module: Any, channels: torch.Tensor) -> tuple[torch.Tensor, torch.T
     """A layer's weight as `Reader` takes it, and the columns of each unit [units, S], from the
     unit's input channels.
     """
-    matrix: torch.Tensor = as_matrix(module)  # type: ignore[assignment]
+    matrix = _matrix(module)
     if not _by_channel(module):
         return matrix, matrix_rows(module, channels).flatten(1)
     taps = matrix.view(len(matrix), module.in_channels, -1)  # [out, C, taps]
@@ -93,9 +111,15 @@ def _by_channel(module: nn.Module) -> bool:
     return isinstance(module, (nn.Conv1d, nn.Conv2d)) and module.weight[0].numel() > WIDEST
 
 
-def _width(module: nn.Module) -> int:
+def _width(module: Any) -> int:
     """Of the second moment that scoring takes of its inputs."""
-    return module.in_channels if _by_channel(module) else as_matrix(module).shape[1]  # type: ignore[union-attr]
+    return module.in_channels if _by_channel(module) else _matrix(module).shape[1]
+
+
+def _matrix(module: nn.Module) -> torch.Tensor:
+    matrix = as_matrix(module)
+    assert matrix is not None  # it was found as a reader
+    return matrix
 
 
 def _readers(model: nn.Module, group: Group) -> list[tuple[str, nn.Module, Key]]:
@@ -106,18 +130,3 @@ def _readers(model: nn.Module, group: Group) -> list[tuple[str, nn.Module, Key]]
             if local == "weight" and place == reading and as_matrix(module) is not None:
                 found.append((place, module, key))
     return found
-
-
-def _chunks(groups: list[Group]) -> Iterator[list[Group]]:
-    """Runs of groups whose second moments fit in memory together."""
-    run: list[Group] = []
-    held = 0
-    for group in groups:
-        size = sum(_width(module) ** 2 for _, module, _ in group.readers)
-        if run and held + size > MOMENTS:
-            yield run
-            run, held = [], 0
-        run.append(group)
-        held += size
-    if run:
-        yield run

@@ -9,14 +9,15 @@ layer's input width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from quantize.calibration import Call, Pace, Regression, Walk, exact, rows
+from quantize.calibration import Call, Pace, Regression, Survey, Walk, exact, rows
 
 
 @dataclass
@@ -47,6 +48,11 @@ def as_matrix(module: nn.Module) -> torch.Tensor | None:
     if weight.ndim == 2 and hasattr(module, "nf"):  # GPT-2's Conv1D
         return weight.detach().T
     return None
+
+
+def is_repairable(module: nn.Module) -> bool:
+    """May it be a layer of a `Step`?"""
+    return as_matrix(module) is not None or isinstance(module, nn.modules.batchnorm._BatchNorm)
 
 
 def matrix_rows(module: nn.Module, channels: torch.Tensor) -> torch.Tensor:
@@ -194,12 +200,15 @@ def repair_layers(
     original: nn.Module,
     pruned: nn.Module,
     steps: Sequence[Step],
-    batches: Iterable[Any],
+    survey: Survey,
     say: Callable[[str], None],
 ) -> None:
-    """Refit or re-estimate, in place, the layers named in `steps`, in that order."""
-    layers = [name for step in steps for name in step.layers]
-    walk = Walk(original, batches, layers)
+    """Refit or re-estimate, in place, the layers named in `steps`, in that order.
+
+    survey: of the original; its look has all repairable layers.
+    """
+    layers = itertools.chain.from_iterable(step.layers for step in steps)
+    walk = Walk(original, survey.batches, layers, look=survey.look)
     pace = Pace(len(steps))
     for step in steps:
         say(pace.next(f"repairing {', '.join(step.layers)}"))

@@ -120,9 +120,9 @@ def test_compensation_repairs_a_linear_distortion():
     weight, r = torch.randn(5, 8).double(), torch.randn(300, 8).double()
     distort = torch.eye(8).double() + 0.1 * torch.randn(8, 8).double()
     x = r @ distort.T
-    fixed = compensate(weight, x.T @ x / 300, r.T @ x / 300, ridge=1e-12)
+    fixed = compensate(weight, x.T @ x / 300, weight @ r.T @ x / 300, ridge=1e-12)
     assert_close(fixed, weight @ torch.linalg.inv(distort), dtype=torch.float32)
-    assert_close(compensate(weight, r.T @ r, r.T @ r), weight)
+    assert_close(compensate(weight, r.T @ r, weight @ r.T @ r), weight)
 
 
 def test_compensation_adds_what_is_asked_for():
@@ -134,7 +134,7 @@ def test_compensation_adds_what_is_asked_for():
     )
     s = r.T @ r / 300
     assert_close(
-        compensate(weight, s, s, more @ s, ridge=1e-12),
+        compensate(weight, s, (weight + more) @ s, ridge=1e-12),
         weight + more,
         dtype=torch.float32,
     )

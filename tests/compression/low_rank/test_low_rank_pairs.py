@@ -10,7 +10,7 @@ from torch import nn
 
 import quantize
 from quantize import surgery
-from quantize.compression.low_rank import factorize_low_rank, summary
+from quantize.compression.low_rank import factorize_low_rank
 from quantize.nn.int8 import Int8Linear
 from quantize.nn.low_rank import LowRankConv2d, LowRankLinear
 
@@ -168,7 +168,7 @@ def test_fused_encoder_layers_still_work():
     padding[1, 5:] = True
     small = factorize_low_rank(model, calibration=[{"src": x}])
     assert sorted(pairs_in(small)) == [f"layers.{i}.linear{j}" for i in range(2) for j in (1, 2)]
-    assert "reads the weight" in summary(small)["layers.0.self_attn.out_proj"]
+    assert "reads the weight" in quantize.summary(small).left["layers.0.self_attn.out_proj"]
     with torch.no_grad():
         fast = small(x, src_key_padding_mask=padding)
     slow = small(x, src_key_padding_mask=padding)

@@ -1,0 +1,164 @@
+"""Moments of what layers are given and of the gradients at what they give, from as few passes as
+memory allows: one, if all of it fits.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from quantize.calibration.gradients import Loss, OutputGradients
+from quantize.calibration.inputs import check_batches
+from quantize.calibration.look import Look
+from quantize.calibration.patches import is_finite
+from quantize.calibration.statistics import InputSums, check_reached
+from quantize.calibration.sums import InputStatistics
+
+log = logging.getLogger(__name__)
+
+MEMORY = 1 << 30  # bytes of moments at a time
+_NO_GRADIENTS = (RuntimeError, TypeError, ValueError, NotImplementedError)
+
+
+class Survey:
+    """Statistics of layers of a model, for as many layers at a time as fit in memory.
+
+    The first pass looks at the model too (`look`), and finds which layers are reached. Without a
+    loss of the caller's, a model that takes no gradients has none, and that is no error.
+
+    Args:
+        model: the original.
+        batches: re-iterable calibration batches.
+        widths: for each layer, of its input and of its output: a moment holds the square.
+        watched: more layers for the look, by name.
+        outer: second moments of inputs too.
+        by_channel: see `InputSums`.
+        gradients: whether those are wanted.
+        loss: see `collect_gradients`.
+        memory: bytes.
+        say: called with a line before each pass.
+
+    Raises:
+        ValueError: there is no batch, or one that the model doesn't run on; a layer's inputs
+            aren't finite.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Iterable[Any],
+        widths: Mapping[str, tuple[int, int]],
+        *,
+        watched: Mapping[str, nn.Module] | None = None,
+        outer: bool = True,
+        by_channel: Collection[str] = (),
+        gradients: bool = True,
+        loss: Loss | None = None,
+        memory: int = MEMORY,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self.model = model
+        self.batches = check_batches(batches)
+        self.layers = {name: model.get_submodule(name) for name in widths}
+        self.watched = self.layers | dict(watched or {})
+        self.outer = outer
+        self.by_channel = by_channel
+        self.differentiable = gradients
+        self.loss = loss
+        self.say = say
+        self.sizes = {name: (4 * k**2, 4 * m**2) for name, (k, m) in widths.items()}  # bytes
+        self.memory = memory
+        # are all moments of gradients kept, from the first pass on?
+        self.whole = not gradients or self._of_gradients() <= memory
+        self.reached = set(self.layers)  # until the first pass knows better
+        self.statistics: dict[str, InputStatistics] = {}
+        self.moments: dict[str, torch.Tensor] = {}  # of gradients
+        self.current: set[str] = set()  # layers that were looked at last
+        self.plan(self.layers, inputs=True)
+        self.look = self._pass(self.runs[0])
+        self.reached = self.look.reached & set(self.layers)
+
+    def _of_gradients(self) -> int:
+        return sum(of_gradient for _, of_gradient in self.sizes.values())
+
+    def plan(self, names: Iterable[str], *, inputs: bool) -> None:
+        """These layers are asked for next, in this order.
+
+        inputs: False: only for their gradients.
+        """
+        self.with_inputs = inputs
+        apart = self.differentiable and not self.whole
+        room = self.memory
+        if self.differentiable and self.whole:
+            room = max(room - self._of_gradients(), room // 4)
+        self.runs: list[list[str]] = [[]]
+        used = 0
+        for name in names:
+            of_input, of_gradient = self.sizes[name]
+            size = (inputs and self.outer) * of_input + apart * of_gradient
+            if self.runs[-1] and used + size > room:
+                self.runs.append([])
+                used = 0
+            self.runs[-1].append(name)
+            used += size
+
+    def inputs(self, name: str) -> InputStatistics:
+        """What is known of the inputs of a layer that is reached."""
+        if name not in self.statistics:
+            self._pass(self._run_of(name))
+        return self.statistics[name]
+
+    def gradient(self, name: str) -> torch.Tensor | None:
+        """E[g g^T] of the gradients at a layer's output, [M, M]; None where there are none."""
+        if not self.whole and name not in self.current:
+            self._pass(self._run_of(name))
+        return self.moments.get(name)
+
+    def _run_of(self, name: str) -> list[str]:
+        return next((run for run in self.runs if name in run), [name])
+
+    def _pass(self, run: list[str]) -> Look:
+        """Look at these layers, and forget those before."""
+        names = [name for name in run if name in self.reached]
+        first = not self.current
+        self.current = set(run)
+        self.statistics = {}
+        with_gradients = names
+        if self.whole:  # all at once
+            with_gradients = list(self.layers) if first else []
+        else:
+            self.moments = {}
+        if with_gradients and self.differentiable:
+            self.say(f"gradients and inputs of {', '.join(names)}")
+            try:
+                return self._look(names, with_gradients, first)
+            except _NO_GRADIENTS as error:
+                if self.loss is not None:
+                    raise
+                log.info("no gradients of %s: %s", type(self.model).__name__, error)
+                self.differentiable, self.whole = False, True
+        elif names:
+            self.say(f"inputs of {', '.join(names)}")
+        return self._look(names, [], first)
+
+    def _look(self, names: list[str], with_gradients: list[str], first: bool) -> Look:
+        inputs = gradients = None
+        if self.with_inputs:
+            layers = {name: self.layers[name] for name in names}
+            inputs = InputSums(layers, outer=self.outer, by_channel=self.by_channel)
+        if with_gradients:
+            layers = {name: self.layers[name] for name in with_gradients}
+            gradients = OutputGradients(self.model, layers, loss=self.loss)
+        noted = self.watched if first else {}
+        look = Look(self.model, self.batches, noted, inputs=inputs, gradients=gradients)
+        if inputs is not None:
+            self.statistics = {n: seen for n, seen in inputs.statistics.items() if seen.count}
+            check_reached(self.statistics)
+        if gradients is not None:
+            moments = gradients.result()
+            self.moments |= {name: m for name, m in moments.items() if is_finite(m)}
+        return look
