@@ -28,7 +28,7 @@ from quantize.calibration import call
 from quantize.checkpoint import CheckpointError, load
 
 # After the first call: TorchScript still rewrites its graph in the second and third one.
-_WARM_UP_CALLS, _WARM_UP_SECONDS = 2, 0.2
+_WARM_UP_CALLS = 2
 
 
 class MeasurementError(RuntimeError):
@@ -111,15 +111,15 @@ class Artifact:
             return copy.deepcopy(self._fresh)
         return self._fresh() if self._fresh else None
 
-    def warm_up(self) -> dict[str, Any]:
-        """First calls; `first_call_ms` and `output_sha256`, the digest of the output (see
-        `fingerprint`).
+    def warm_up(self, seconds: float) -> dict[str, Any]:
+        """First calls, for about `seconds`; `first_call_ms` and `output_sha256`, the digest of the
+        output (see `fingerprint`).
         """
         first = partial(fingerprint, self.module, self.example_inputs)
-        digest, seconds = clock.timed(partial(self._guard, "calling it with example_inputs", first))
-        left = max(_WARM_UP_SECONDS - seconds, 0.0)
+        digest, taken = clock.timed(partial(self._guard, "calling it with example_inputs", first))
+        left = max(seconds - taken, 0.0)
         clock.race([self._run], least=_WARM_UP_CALLS, seconds=left, warm_up=0)
-        return {"first_call_ms": seconds * 1e3, "output_sha256": digest}
+        return {"first_call_ms": taken * 1e3, "output_sha256": digest}
 
     def burst(self, seconds: float) -> list[float]:
         """Latencies in ms of calls made back to back for about `seconds`: see `clock.burst`."""

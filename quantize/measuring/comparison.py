@@ -99,7 +99,7 @@ def compare(
         threads: torch threads of each process; default: those of the caller, at most the cores that
             it may use.
         rounds: turns of each artifact.
-        burst_seconds: how long it is called in each of them, once at least.
+        burst_seconds: how long it is called in each of them, once at least, and before the first.
         keep: whether the fresh processes call `keep_allocations()`.
         keep_going: whether an artifact that fails, other than the first, gets a `Measurement` that
             says why (`failed`) and the others are measured; otherwise its error is raised.

@@ -110,8 +110,8 @@ class Worker:
     def load(self) -> dict[str, Any]:
         return self._ask("load", self.timeout_s)
 
-    def warm_up(self) -> dict[str, Any]:
-        return self._ask("warm_up", self.timeout_s)
+    def warm_up(self, seconds: float) -> dict[str, Any]:
+        return self._ask("warm_up", self.timeout_s, seconds=seconds)
 
     def burst(self, seconds: float) -> list[float]:
         return self._ask("burst", self.timeout_s, seconds=seconds)

@@ -70,11 +70,11 @@ class Turn:
     bursts: list[list[float]] = field(default_factory=list)
     failed: str | None = None
 
-    def start(self) -> None:
+    def start(self, warm_up_s: float) -> None:
         """Load and warm up."""
         self.facts = self.holder.load()
         if self.facts["callable"]:
-            self.facts |= self.holder.warm_up()
+            self.facts |= self.holder.warm_up(warm_up_s)
 
     def evaluate(self) -> None:
         """Ask for the memory, then for the metrics."""
@@ -161,7 +161,7 @@ def take_turns(
                 _attempt(turn, work, keep_going and turn is not turns[0])
 
     say("loading and warming up")
-    each(turns, Turn.start)
+    each(turns, lambda turn: turn.start(burst_seconds))
     timed = [turn for turn in turns if turn.facts.get("callable")]
     say(f"timing in {rounds} rounds")
     for _ in range(rounds):

@@ -4,7 +4,6 @@ back.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -16,30 +15,31 @@ from pathlib import Path
 
 import pytest
 import torch
+from measuring_models import start_children_and_answer
 
 import quantize
 from quantize.checkpoint import save
 from quantize.measuring.artifact import MeasurementError
 from quantize.measuring.comparison import compare, measure
+from quantize.measuring.nursery import Nursery
 from quantize.models import MLP, MLPConfig
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
 
 QUICK = {"threads": 1, "rounds": 1, "burst_seconds": 0.0}
 INPUTS = torch.linspace(-1, 1, 32).reshape(2, 16)
-HERE = Path(__file__)
 
 CALLER = """
 import sys
 import torch
 import quantize
-import {module} as evaluators
+import measuring_models
 
 if {spawn}:
     import os
     del os.fork
 quantize.measure(
-    sys.argv[1], torch.zeros(2, 16), evaluate=evaluators.start_children_and_hang,
+    sys.argv[1], torch.zeros(2, 16), evaluate=measuring_models.start_children_and_hang,
     threads=1, rounds=1, burst_seconds=0.0,
 )
 """
@@ -50,35 +50,6 @@ def file(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("artifact") / "mlp.pth"
     save(MLP(MLPConfig(in_features=16, classes=4, hidden=(32,))).eval(), path)
     return path
-
-
-def start_children() -> None:
-    """One in the process group, one in a session of its own, one that holds the worker's pipes."""
-    subprocess.Popen(["sleep", "1000"])
-    subprocess.Popen(["sleep", "1000"], start_new_session=True)
-    multiprocessing.get_context("fork").Process(
-        target=time.sleep, args=(1000,), daemon=True
-    ).start()
-
-
-def start_children_and_hang(model) -> None:
-    start_children()
-    Path(os.environ["QUANTIZE_TEST_STARTED"]).touch()
-    time.sleep(1000)
-
-
-def start_children_and_answer(model) -> float:
-    start_children()
-    return 3.0
-
-
-def start_children_and_die(model) -> None:
-    start_children()
-    os._exit(7)
-
-
-def leave(model) -> None:
-    sys.exit(5)
 
 
 def processes(mark: str) -> list[int]:
@@ -109,7 +80,7 @@ def test_nothing_outlives_the_caller(file, tmp_path, how, spawn):
     """However the caller ends while a worker computes: no process of its is left, and no file."""
     mark, started, folder = uuid.uuid4().hex, tmp_path / "started", tmp_path / "temporary"
     folder.mkdir()
-    paths = os.pathsep.join([str(HERE.parent), str(Path(quantize.__file__).parents[1])])
+    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(quantize.__file__).parents[1])])
     environment = {
         **os.environ,
         "QUANTIZE_TEST_MARK": mark,
@@ -117,7 +88,7 @@ def test_nothing_outlives_the_caller(file, tmp_path, how, spawn):
         "TMPDIR": str(folder),
         "PYTHONPATH": paths,
     }
-    code = CALLER.format(module=HERE.stem, spawn=spawn)
+    code = CALLER.format(spawn=spawn)
     caller = subprocess.Popen(
         [sys.executable, "-c", code, str(file)], env=environment, stderr=subprocess.DEVNULL
     )
@@ -147,19 +118,6 @@ def test_children_of_evaluate_hold_nothing_back(file, monkeypatch):
     assert wait_until(lambda: not processes(mark), 20), processes(mark)
 
 
-@linux
-@pytest.mark.slow
-@pytest.mark.parametrize(("evaluate", "code"), [(start_children_and_die, 7), (leave, 5)])
-def test_a_death_is_seen_although_children_live(file, evaluate, code):
-    """By its exit code, long before the time is up."""
-    began = time.monotonic()
-    with pytest.raises(
-        MeasurementError, match=f"its process ended with exit code {code} during 'evaluate'"
-    ):
-        measure(file, INPUTS, evaluate=evaluate, timeout_s=1000, **QUICK)
-    assert time.monotonic() - began < 300
-
-
 def kill_parent(model) -> None:
     os.kill(os.getppid(), signal.SIGKILL)
     time.sleep(1000)
@@ -176,6 +134,16 @@ def test_workers_die_with_the_process_that_forked_them(file, monkeypatch):
     ):
         compare({"a": file, "b": file}, INPUTS, evaluate=kill_parent, **QUICK)
     assert wait_until(lambda: not processes(mark), 20)
+
+
+def test_a_nursery_that_dies_is_named(file, tmp_path, monkeypatch):
+    """Its last words are in the message."""
+    monkeypatch.setattr(sys.modules[Nursery.__module__], "_PACKAGE_PARENT", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", "")
+    (tmp_path / "quantize").mkdir()
+    (tmp_path / "quantize" / "__init__.py").write_text("raise ImportError('no torch here')")
+    with pytest.raises(MeasurementError, match="ImportError: no torch here"):
+        measure(file, INPUTS, **QUICK)
 
 
 def nap(model, seconds: float) -> float:
