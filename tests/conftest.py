@@ -4,7 +4,7 @@ don't depend on cores.
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -27,3 +27,14 @@ def no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("quantize.run.fusion.planning.race", last_wins)
     monkeypatch.setattr("quantize.run.fusion.kernels.SMALL", 0)
+
+
+@pytest.fixture(scope="module")
+def one_nursery() -> Iterator[None]:
+    """Comparisons of a module fork their children from one Python, which is gone at the end."""
+    from nurseries import Nurseries
+
+    with pytest.MonkeyPatch.context() as patch, Nurseries() as nurseries:
+        patch.setattr("quantize.measuring.turns.Nursery", nurseries)
+        yield
+    assert nurseries.are_reaped()

@@ -4,6 +4,8 @@ models from a seed, and a zoo of models that others wrote.
 
 from __future__ import annotations
 
+import copy
+import functools
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -283,6 +285,13 @@ def zoo(name: str, seed: int = 0) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     """A small randomly initialised model of `ZOO` in eval mode and keyword inputs for it; the same
     for the same seed.
     """
+    model, inputs = _built(name, seed)
+    return copy.deepcopy(model), dict(inputs)
+
+
+@functools.cache
+def _built(name: str, seed: int) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """What `zoo` copies, built once in a process."""
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
         model, inputs = _ZOO[name]()
@@ -292,7 +301,7 @@ def zoo(name: str, seed: int = 0) -> tuple[nn.Module, dict[str, torch.Tensor]]:
             norm.train().momentum = 1.0
         if norms:
             model(torch.randn(32, *inputs["pixel_values"].shape[1:]))
-    return model.eval(), dict(inputs)
+    return model.eval(), inputs
 
 
 def measured_by_bytes(files: dict[str, Path], *_args: object, **_options: object) -> list:

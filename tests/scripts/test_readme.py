@@ -9,10 +9,12 @@ import pytest
 import torch
 import transformers
 from helpers import ROOT
+from nurseries import time_briefly
 from torch import nn
 
 import quantize
 
+pytestmark = pytest.mark.usefixtures("one_nursery")
 SIZES = {
     "vocab_size": 64,
     "hidden_size": 64,
@@ -53,6 +55,7 @@ class MyNet(nn.Sequential):
 def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
     """What the reader has: a class, two folders of published models, a metric."""
     monkeypatch.chdir(tmp_path)
+    time_briefly(monkeypatch)
     torch.manual_seed(0)
     bert = transformers.BertForSequenceClassification(transformers.BertConfig(**SIZES))
     bert.save_pretrained("my_bert")

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import in_int8
+from nurseries import time_briefly
 
 import fusion
 import kv_cache
@@ -16,33 +17,35 @@ from quantize import jobs, training
 from quantize.compression.recipe import Recipe
 from quantize.jobs.presets import PRESETS, VARIANTS, recipes
 
-one_worker = pytest.mark.xdist_group("text run")  # those who read the folder of `text_run`
+pytestmark = [pytest.mark.usefixtures("one_nursery"), pytest.mark.xdist_group("scripts")]
+STEPS = ["--steps", "4", "--threads", "1"]
 
 
 def quick(patch: pytest.MonkeyPatch) -> None:
-    """Let the tiny presets time each file once."""
-    for presets in PRESETS.values():
-        patch.setitem(presets, "tiny", replace(presets["tiny"], rounds=1))
+    """Let the tiny text preset see short texts, and the scripts time each file once."""
+    tiny = PRESETS["text"]["tiny"]
+    recipe = replace(tiny.training, steps=2, length=32)
+    short = replace(tiny, training=recipe, batch=(2, 32), validation=512)
+    patch.setitem(PRESETS["text"], "tiny", short)
+    time_briefly(patch)
 
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
-    """Files are measured briefly."""
+    """Texts are short and files measured briefly."""
     quick(monkeypatch)
 
 
 @pytest.fixture(scope="module")
-def text_run(tmp_path_factory) -> Path:
+def text_run(tmp_path_factory, one_nursery) -> Path:
     """The folder that a tiny text run wrote."""
     out = tmp_path_factory.mktemp("text")
-    arguments = ["--preset", "tiny", "--steps", "12", "--threads", "1", "--out", str(out)]
     with pytest.MonkeyPatch.context() as patch:
         quick(patch)
-        assert train.main(arguments) == 0
+        assert train.main(["--preset", "tiny", *STEPS, "--out", str(out)]) == 0
     return out
 
 
-@one_worker
 @pytest.mark.slow
 def test_text_run_reports_every_file(text_run):
     """A row for the baseline and each variant; sizes are those of the files; fp16 halves and int8
@@ -65,7 +68,6 @@ def test_text_run_reports_every_file(text_run):
     assert (text_run / "pareto.png").read_bytes().startswith(b"\x89PNG")
 
 
-@one_worker
 @pytest.mark.slow
 def test_metric_is_that_of_the_file(text_run):
     """The number in the report is what evaluating the loaded file gives."""
@@ -81,18 +83,8 @@ def test_image_run(tmp_path):
     """The digits train, are compressed in every way, and report accuracy; a resumed run goes
     through again.
     """
-    arguments = [
-        "--task",
-        "image",
-        "--preset",
-        "tiny",
-        "--steps",
-        "40",
-        "--threads",
-        "1",
-        "--out",
-        str(tmp_path),
-    ]
+    arguments = ["--task", "image", "--preset", "tiny", "--steps", "40", "--threads", "1"]
+    arguments += ["--out", str(tmp_path)]
     assert train.main(arguments) == 0
     rows = json.loads((tmp_path / "report.json").read_text())["rows"]
     assert [row["name"] for row in rows] == ["fp32", *VARIANTS]
@@ -122,18 +114,8 @@ def test_a_failing_variant_is_a_row(tmp_path, monkeypatch, capsys):
         lambda *_, **__: torch.jit.ScriptModule(),
     )
     names = ["fp16", "bf16", "int8", "student", "student_int8"]
-    arguments = [
-        "--task",
-        "image",
-        "--preset",
-        "tiny",
-        "--steps",
-        "1",
-        "--threads",
-        "1",
-        "--out",
-        str(tmp_path),
-    ]
+    arguments = ["--task", "image", "--preset", "tiny", "--steps", "1", "--threads", "1"]
+    arguments += ["--out", str(tmp_path)]
     assert train.main([*arguments, "--variants", *names]) == 0
     rows = {row["name"]: row for row in json.loads((tmp_path / "report.json").read_text())["rows"]}
     assert rows["bf16"]["latency_ms"] and "failed" not in rows["bf16"]["notes"]
@@ -162,16 +144,8 @@ def test_every_preset_has_a_student(task, preset, tmp_path):
         )
 
 
-@pytest.fixture
-def short(monkeypatch):
-    """A tiny preset that trains in two steps."""
-    tiny = PRESETS["text"]["tiny"]
-    recipe = replace(tiny.training, steps=2, length=32)
-    monkeypatch.setitem(PRESETS["text"], "tiny", replace(tiny, training=recipe, validation=256))
-
-
 @pytest.mark.slow
-def test_fusion_trains_what_it_needs(short, tmp_path, monkeypatch):
+def test_fusion_trains_what_it_needs(tmp_path, monkeypatch):
     """Without a model.pth only the baseline is trained; with one it is fused as it is."""
     assert fusion.main(["--out", str(tmp_path), "--threads", "1", "--batch", "1"]) == 0
     written = {path.name for path in tmp_path.iterdir()}
@@ -199,7 +173,7 @@ def test_fusion_trains_what_it_needs(short, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_kv_cache_trains_what_it_needs_and_takes_every_flag(short, tmp_path, capsys):
+def test_kv_cache_trains_what_it_needs_and_takes_every_flag(tmp_path, capsys):
     """The README's command without a model, then each flag that --help shows."""
     out, short_text = (
         ["--out", str(tmp_path), "--threads", "1"],
@@ -224,28 +198,16 @@ def test_kv_cache_trains_what_it_needs_and_takes_every_flag(short, tmp_path, cap
     assert kv_cache.main([*out, *short_text, "--cache", "none"]) == 0
 
 
-@one_worker
 @pytest.mark.slow
 def test_resume_ends_with_the_same_weights(tmp_path, text_run, monkeypatch):
     """Stopped in the middle and resumed, the baseline is the uninterrupted run's, bit for bit."""
-    arguments = [
-        "--preset",
-        "tiny",
-        "--steps",
-        "12",
-        "--threads",
-        "1",
-        "--out",
-        str(tmp_path),
-        "--variants",
-        "fp32",
-    ]
+    arguments = ["--preset", "tiny", *STEPS, "--out", str(tmp_path), "--variants", "fp32"]
     real, calls = training.next_token_loss, 0
 
     def interrupted(model, batch):
         nonlocal calls
         calls += 1
-        if calls == 7:
+        if calls == 3:
             raise KeyboardInterrupt
         return real(model, batch)
 
@@ -259,12 +221,11 @@ def test_resume_ends_with_the_same_weights(tmp_path, text_run, monkeypatch):
         assert torch.equal(tensor, expected[name]), name
 
 
-@one_worker
 @pytest.mark.slow
 def test_files_hold_the_recipes_that_made_them(text_run):
     """What is read back from a variant's file is the recipe of its row; the baseline has none."""
     preset = PRESETS["text"]["tiny"]
-    known = recipes(replace(preset, training=replace(preset.training, steps=12)))
+    known = recipes(replace(preset, training=replace(preset.training, steps=4)))
     assert list(known) == list(VARIANTS)
     for name, recipe in known.items():
         metadata = quantize.read_metadata(text_run / f"{name}.pth")

@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 from fusion_models import randomized
 from helpers import assert_close, call, first_tensor
+from nurseries import time_briefly
 
 import quantize
 from quantize.run.fusion import torchscript
 
 pytestmark = [
-    pytest.mark.usefixtures("no_clock"),
+    pytest.mark.usefixtures("no_clock", "one_nursery"),
     pytest.mark.filterwarnings(
         "error:.*torch.jit.*:FutureWarning", "error:.*torch.jit.*:DeprecationWarning"
     ),
@@ -44,7 +45,9 @@ def test_script_reports_a_mistake_in_one_line(
 
 
 @pytest.mark.slow
-def test_script_fuses_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_script_fuses_and_reports(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The script writes the fused file, its numbers and a chart, and what it prints is what it
     measured.
     """
@@ -52,6 +55,7 @@ def test_script_fuses_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[
 
     import fusion
 
+    time_briefly(monkeypatch)
     model = randomized(quantize.ConvNet(quantize.ConvNetConfig(widths=(8, 16))))
     quantize.save(model, tmp_path / "model.pth")
     assert fusion.main(["--out", str(tmp_path), "--batch", "2"]) == 0
