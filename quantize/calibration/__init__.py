@@ -5,7 +5,8 @@ what its layers see.
 change; `patches` the rows that a layer's weight multiplies; `sums` sums over them, `statistics`
 those of a model's layers; `gradients` how much the output depends on each layer's; `look` passes
 that show all of that at once, `survey` as few of them as memory allows; `observe` single calls of
-layers, `replay` those of two models side by side; `refit` least squares.
+layers, `replay` those of two models side by side; `readers` who reads what a layer gives; `refit`
+least squares.
 """
 
 from quantize.calibration.gradients import collect_gradients, fisher_loss
@@ -25,6 +26,7 @@ from quantize.calibration.inputs import (
 )
 from quantize.calibration.observe import Call, Watch, find_streams
 from quantize.calibration.patches import exact, is_finite, rows
+from quantize.calibration.readers import followers
 from quantize.calibration.refit import Regression, compensate, least_squares
 from quantize.calibration.replay import Pace, Walk
 from quantize.calibration.state import untouched
@@ -62,6 +64,7 @@ __all__ = [
     "exact",
     "find_streams",
     "fisher_loss",
+    "followers",
     "input_shapes",
     "is_finite",
     "keeps_cache",

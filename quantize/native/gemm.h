@@ -64,8 +64,8 @@ struct Scratch {  // of a thread that calls; it grows
   ~Scratch() { free(memory); }
 };
 
-// Rows times a weight. Sink::panel(p) gives what the 16 outputs of a panel share; of that,
-// put(sums, i) takes the sums of row i, and done(i, n) is called after rows i to i + n.
+// Rows times a weight. Sink::panel(p) gives what the 16 outputs of a panel share; its
+// put(sums, apart, row, n) takes the sums of n rows, `apart` numbers from one to the next.
 template <class Sink>
 struct Gemm {
   const uint8_t* q;
@@ -78,17 +78,11 @@ struct Gemm {
   // 16 P outputs of the rows from `low` to `high`.
   template <int P>
   void outputs(int64_t low, int64_t high, int64_t panel, bool tiles) const {
-    typename Sink::Panel shared[4] = {sink.panel(panel), sink.panel(P > 1 ? panel + 1 : panel),
-                                      sink.panel(P > 2 ? panel + 2 : panel),
-                                      sink.panel(P > 2 ? panel + 3 : panel)};
     const int8_t* w = packed + panel * 16 * padded;
     alignas(64) int32_t sums[32 * 32];
     for (int64_t row = low; row < high;) {
       const int64_t many = multiply<P>(row, high - row, w, tiles, sums);
-      for (int p = 0; p < P; p++) {
-        for (int64_t r = 0; r < many; r++) shared[p].put(sums + (r * P + p) * 16, row + r);
-        shared[p].done(row, many);
-      }
+      for (int p = 0; p < P; p++) sink.panel(panel + p).put(sums + p * 16, P * 16, row, many);
       row += many;
     }
   }

@@ -63,18 +63,19 @@ struct Results {
     Ints sums;
     bool has_bias;
 
-    void put(const int32_t* from, int64_t row) const {
-      Ints sum;
-      memcpy(&sum, from, sizeof sum);
-      const Ints exact = sum - rows[row].zero * sums;
-      Floats y = __builtin_convertvector(exact, Floats) * scale * rows[row].step;
-      if (has_bias) y = y + bias;
-      if (many == LANES)
-        store_some(y, to + row * outputs, LANES);
-      else
-        store_some(y, to + row * outputs, many);
+    void put(const int32_t* from, int64_t apart, int64_t row, int64_t count) const {
+      for (int64_t r = row; r < row + count; r++, from += apart) {
+        Ints sum;
+        memcpy(&sum, from, sizeof sum);
+        const Ints exact = sum - rows[r].zero * sums;
+        Floats y = __builtin_convertvector(exact, Floats) * scale * rows[r].step;
+        if (has_bias) y = y + bias;
+        if (many == LANES)
+          store_some(y, to + r * outputs, LANES);
+        else
+          store_some(y, to + r * outputs, many);
+      }
     }
-    void done(int64_t, int64_t) const {}
   };
 
   Panel panel(int64_t panel) const {

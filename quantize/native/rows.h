@@ -121,6 +121,30 @@ struct Steps {
   static constexpr float SHIFT = 0x1.8p23f;
 };
 
+// The same of 16 ranges at once, one in each lane. All is computed as in Steps, so the bits are the
+// same; the bytes of a range that is not finite are any.
+struct SideBySide {
+  Floats step, inverse;
+  Ints zero;
+
+  explicit SideBySide(const Range& ranges) {
+    step = ranges.high * (1.0f / 255) - ranges.low * (1.0f / 255);
+    step = step < SMALLEST ? Floats{} + SMALLEST : step;
+    inverse = 1.0f / step;
+    zero = (Ints)(-ranges.low * inverse + Steps::SHIFT) - bits<int32_t>(Steps::SHIFT);
+    const Ints finite = ranges.largest < 0x7f800000;
+    step = finite ? step : Floats{} + bits<float>(0x7fc00000);
+    zero = finite ? zero : Ints{};
+  }
+  Row row(int lane) const { return {step[lane], zero[lane]}; }
+
+  Ints bytes_of(Floats v) const {
+    Ints whole_steps = (Ints)(v * inverse + Steps::SHIFT) - bits<int32_t>(Steps::SHIFT) + zero;
+    whole_steps = whole_steps < 0 ? 0 : whole_steps;
+    return whole_steps > 255 ? 255 : whole_steps;
+  }
+};
+
 // q: bytes up to `padded`. A row with a NaN or an infinity gets a step of NaN.
 template <class T>
 Row quantize_row(const T* x, int64_t n, int64_t padded, uint8_t* q) {

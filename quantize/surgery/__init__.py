@@ -27,6 +27,7 @@ from quantize.surgery.edit import (
     skip_filter,
     uncompiled,
 )
+from quantize.surgery.norms import fold_norms, traced_followers
 from quantize.surgery.record import (
     Note,
     Summary,
@@ -56,6 +57,7 @@ __all__ = [
     "contradiction",
     "deepcopy",
     "facts",
+    "fold_norms",
     "holders",
     "is_transposed",
     "mismatch",
@@ -74,5 +76,6 @@ __all__ = [
     "stays_float",
     "structure",
     "take_place",
+    "traced_followers",
     "uncompiled",
 ]

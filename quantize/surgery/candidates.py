@@ -30,7 +30,8 @@ _HOOKS = (
     "_is_full_backward_hook",
 )
 _RECURRENT = (nn.LSTM, nn.GRU)
-_PLAIN = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, *_RECURRENT)
+_TABLES = (nn.Embedding, nn.EmbeddingBag)
+_PLAIN = (nn.Linear, *_TABLES, nn.Conv1d, nn.Conv2d, nn.Conv3d, *_RECURRENT)
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,16 @@ class Facts:
         return self.transposed or isinstance(self.module, nn.Linear)
 
     @property
+    def table(self) -> bool:
+        return isinstance(self.module, _TABLES)
+
+    @property
     def recurrent(self) -> bool:
         return isinstance(self.module, _RECURRENT)
+
+    @property
+    def convolution(self) -> bool:
+        return isinstance(self.module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
 
 
 def facts(model: nn.Module) -> dict[str, Facts]:
@@ -94,7 +103,7 @@ def obstacle(module: nn.Module) -> str | None:
     )  # a layer of this package that computes what its base does
     if base is not None and kind.forward is not base.forward and not stands_in:
         return f"{kind.__name__} is a subclass of nn.{base.__name__} with a forward of its own"
-    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+    if isinstance(module, _TABLES) and module.max_norm is not None:
         return "max_norm changes its weight while it runs"
     if isinstance(module, _RECURRENT):
         return _recurrent_obstacle(module)

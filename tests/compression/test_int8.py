@@ -26,6 +26,10 @@ def rebuilt(model: nn.Module, fresh: nn.Module) -> nn.Module:
     return new
 
 
+# Deep, random and normalized at every layer: 8-bit weights alone, in float, give 0.987 and 0.994.
+CLOSE = {"resnet": 0.98, "mobilenet_v2": 0.98}
+
+
 @pytest.mark.parametrize("name", helpers.ZOO)
 def test_zoo(name: str):
     """Each architecture keeps its outputs, leaves its input model alone, is rebuilt to the same
@@ -37,14 +41,15 @@ def test_zoo(name: str):
     small = in_int8(model)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     actual = helpers.run(small, inputs)
-    assert helpers.cosine(actual, expected) > 0.999
+    assert helpers.cosine(actual, expected) > CLOSE.get(name, 0.999)
     fresh, _ = helpers.zoo(name, seed=1)
     assert torch.equal(helpers.run(rebuilt(small, fresh), inputs), actual)
     left = [n for n, m in small.named_modules() if isinstance(m, nn.Linear)]
     assert not left
     (step,) = quantize.summary(small).steps
     assert set(step.done.values()) == {"int8"}
-    assert all("embedding" in reason.lower() for reason in step.left.values())
+    known = ("embedding", "too few for an int8 product")
+    assert all(any(part in why.lower() for part in known) for why in step.left.values())
 
 
 def test_tied_head_and_table_share_one_int8_weight():
@@ -78,7 +83,7 @@ def test_what_cannot_be_quantized_is_named():
     """No linear, an already quantized model, weights that are not finite, and a skip that is no
     module.
     """
-    with pytest.raises(ValueError, match="no linear layer left"):
+    with pytest.raises(ValueError, match="no layer left"):
         in_int8(nn.Sequential(nn.ReLU()))
     with pytest.raises(ValueError, match="already quantized"):
         in_int8(in_int8(mlp(24, 40, 8)))
@@ -339,8 +344,9 @@ def test_what_stays_float_is_said_with_its_size():
     """A convolutional network is refused with its bytes; a model whose table is most of the file
     warns and says the share.
     """
-    with pytest.raises(ValueError, match=r"1296 of its 1296 bytes stay float \(0: a Conv2d"):
-        in_int8(nn.Sequential(nn.Conv2d(4, 8, 3, bias=False), nn.Conv2d(8, 4, 1), nn.Flatten()))
+    with pytest.raises(ValueError, match=r"1296 of its 1296 bytes stay float \(0: a ConvTr"):
+        up = nn.ConvTranspose2d(4, 8, 3, bias=False)
+        in_int8(nn.Sequential(up, nn.ConvTranspose2d(8, 4, 1), nn.Flatten()))
     model = nn.Sequential(nn.Embedding(100, 24), linear(24, 24, bias=False))
     with pytest.warns(
         UserWarning, match=r"int8: 93% of 10272 bytes stay in floating point \(0: an embedding"

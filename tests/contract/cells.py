@@ -26,6 +26,8 @@ from quantize.nn.low_rank import LowRankLinear, Pair
 
 # Deep, random and normalized at every layer, or with steps of its own: rounding errors grow.
 ROUGH = {"mobilenet_v2": 5, "resnet": 2, "custom function": 2}
+# One of its convolutions has 8 outputs: it alone in int8 changes the answer by 0.12.
+ROUGH_IN_INT8 = ROUGH | {"resnet": 4}
 
 
 @dataclass
@@ -102,7 +104,8 @@ def _run(cell: Cell, transform: Transform, name: str, model: nn.Module, result: 
     except Exception as error:
         cell.add("runs", [f"{type(error).__name__}: {str(error)[:200]}"])
         return
-    bound = None if transform.bound is None else transform.bound * ROUGH.get(name, 1)
+    rough = ROUGH_IN_INT8 if transform.technique == "int8" else ROUGH
+    bound = None if transform.bound is None else transform.bound * rough.get(name, 1)
     cell.add("close", promise.close_answers(actual, expected, bound, forms=not transform.script))
     if transform.technique == "recover":
         cell.add("close", _no_farther(name, actual, expected, sequence))

@@ -71,9 +71,10 @@ REFUSED_ORDERS: tuple[tuple[tuple[str, ...], tuple[str, ...], str], ...] = (
 # Orders in which nothing is left to do on these models.
 NOTHING_LEFT: tuple[tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...], str], ...] = (
     (PACKED, HALF, ("mlp",), "no floating-point parameter"),
-    (PACKED, INT8, ("mlp", "conv net"), "no linear layer left to quantize"),
-    (PACKED, ("int8",), ("decoder",), "no linear layer left to quantize"),
-    (("int8 smooth",), ("int8 smooth",), ("decoder",), "no linear layer left to quantize"),
+    (PACKED, INT8, ("mlp",), "no layer left to quantize"),
+    (INT8, INT8, ("conv net",), "no layer left to quantize"),
+    (PACKED, ("int8",), ("decoder",), "no layer left to quantize"),
+    (("int8 smooth",), ("int8 smooth",), ("decoder",), "no layer left to quantize"),
     (
         PACKED,
         ("int4 calibrated",),

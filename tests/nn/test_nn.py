@@ -310,3 +310,28 @@ def test_readings_are_saved_as_plain_tensors():
     read = torch.load(file, weights_only=True)
     assert type(weight) is WeightReading and type(read) is Tensor
     assert torch.equal(read, weight)
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+def test_a_bag_of_int8_rows(mode: str):
+    """Bags of a table, with padding and an empty one, within half a step of each number; a file of
+    it answers the same.
+    """
+    plain = nn.EmbeddingBag(50, 24, mode=mode, padding_idx=3)
+    ids, offsets = torch.tensor([4, 3, 7, 7, 3, 49]), torch.tensor([0, 2, 2, 5])
+    small = in_int8(nn.Sequential(plain), embeddings=True)[0]
+    with torch.no_grad():
+        expected, actual = plain(ids, offsets), small(ids, offsets)
+        assert (actual - expected).abs().max() <= 3 * plain.weight.abs().max() / 253
+        assert torch.equal(small(ids[:0], offsets[:1] * 0), torch.zeros(1, 24))
+    if mode == "sum":
+        scaled = small(ids, offsets, torch.full((6,), 2.0))
+        assert torch.allclose(scaled, 2 * actual)
+
+
+def test_large_tables_become_int8_by_themselves():
+    """From 1048576 numbers on; smaller ones are named with their size."""
+    model = nn.Sequential(nn.Embedding(8192, 128), nn.Linear(128, 32))
+    assert set(quantize.summary(in_int8(model)).done) == {"0", "1"}
+    left = quantize.summary(in_int8(model, embeddings=False)).left
+    assert "an embedding of 1048576 numbers" in left["0"]

@@ -11,10 +11,14 @@ from torch import nn
 from quantize import surgery
 from quantize.nn import without_fast_paths
 from quantize.nn.int8 import Int8Linear
-from quantize.nn.int8_embedding import Int8Embedding
+from quantize.nn.int8_conv import Int8Conv
+from quantize.nn.int8_embedding import Int8Embedding, Int8EmbeddingBag
 from quantize.nn.int8_recurrent import Int8GRU, Int8LSTM
 
-INT8 = (Int8Linear, Int8Embedding, Int8LSTM, Int8GRU)
+INT8 = (Int8Linear, Int8Conv, Int8Embedding, Int8LSTM, Int8GRU)
+LARGE_TABLE = 1 << 20  # numbers of an embedding that becomes int8 by itself
+_SMALL = 32  # weights of an output of a convolution
+_KINDS = "only linear layers, convolutions, LSTMs, GRUs and embeddings"
 Report = dict[str, str]  # by layer: why it stays in float
 Skipped = Callable[[str, nn.Module], bool]
 
@@ -47,7 +51,7 @@ class Choice:
         return Choice(chosen, left)
 
 
-def choose(model: nn.Module, skipped: Skipped, embeddings: bool) -> Choice:
+def choose(model: nn.Module, skipped: Skipped, embeddings: bool | None) -> Choice:
     """All layers that can become int8.
 
     Raises: ValueError: one has a weight that is not finite.
@@ -66,12 +70,28 @@ def choose(model: nn.Module, skipped: Skipped, embeddings: bool) -> Choice:
                 left[name] = reason
         elif _is_left(module):
             kind = type(module).__name__
-            left[name] = f"a {kind}: only linear and recurrent layers and embeddings become int8"
+            left[name] = f"a {kind}: {_KINDS} become int8"
     return Choice(chosen, left)
 
 
 def _has_kind(fact: surgery.Facts) -> bool:
-    return fact.linear or fact.recurrent or isinstance(fact.module, nn.Embedding)
+    return computes(fact) or fact.table
+
+
+def computes(fact: surgery.Facts) -> bool:
+    """Is it a layer that multiplies?"""
+    return fact.linear or fact.recurrent or fact.convolution
+
+
+def small(choice: Choice) -> Report:
+    """The chosen convolutions that are slower in int8 on every machine and hold next to nothing."""
+    found: Report = {}
+    for name, fact in choice.chosen.items():
+        module: Any = fact.module
+        if fact.convolution and module.weight[0].numel() < _SMALL:
+            count = module.weight[0].numel()
+            found[name] = f"each of its outputs has {count} weights, too few for an int8 product"
+    return found
 
 
 def _is_left(module: nn.Module) -> bool:
@@ -79,7 +99,7 @@ def _is_left(module: nn.Module) -> bool:
 
 
 def _obstacle(
-    name: str, facts: dict[str, surgery.Facts], skipped: Skipped, embeddings: bool
+    name: str, facts: dict[str, surgery.Facts], skipped: Skipped, embeddings: bool | None
 ) -> str | None:
     """Why this layer stays in float, or None."""
     fact = facts[name]
@@ -89,8 +109,10 @@ def _obstacle(
         return fact.obstacle
     others = [other for other in fact.holders if other != name]
     tied = any(facts[other].linear for other in others if other in facts)
-    if isinstance(fact.module, nn.Embedding) and not (tied or embeddings):
-        return "an embedding: embeddings=True quantizes it"
+    if fact.table and not (tied or embeddings):
+        numbers = sum(p.numel() for p in fact.module.parameters())
+        if embeddings is False or numbers < LARGE_TABLE:
+            return f"an embedding of {numbers} numbers: embeddings=True quantizes it"
     for other in others:
         held = facts.get(other)
         if held is None or not _follows(held, fact) or skipped(other, held.module):
@@ -104,7 +126,7 @@ def _shares(other: str) -> str:
 
 def _follows(held: surgery.Facts, fact: surgery.Facts) -> bool:
     """Can the layer that holds the same weight be converted too, and to the same integers?"""
-    kind = held.linear or isinstance(held.module, nn.Embedding)
+    kind = held.linear or held.table
     return kind and held.obstacle is None and held.transposed == fact.transposed
 
 
@@ -134,7 +156,11 @@ def converted(fact: surgery.Facts) -> Any:
     module: Any = fact.module
     if fact.recurrent:
         return (Int8LSTM if isinstance(module, nn.LSTM) else Int8GRU).from_layer(module)
+    if fact.convolution:
+        return Int8Conv.from_layer(module)
     weight = module.weight.t() if fact.transposed else module.weight
+    if isinstance(module, nn.EmbeddingBag):
+        return Int8EmbeddingBag.from_layer(module)
     if isinstance(module, nn.Embedding):
         return Int8Embedding.from_weight(weight, module.padding_idx)
     new = Int8Linear.from_weight(weight, module.bias)

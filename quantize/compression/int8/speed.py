@@ -11,10 +11,13 @@ import torch
 
 from quantize import surgery
 from quantize.compression.int8.layers import Choice, Report, converted
+from quantize.native.conv import channels_last
 from quantize.nn.timing import Timing, time_layers
 
 ROWS = (1, 16, 256)  # of an input, where no calibration says how many a layer gets
 STEPS, SEQUENCES = 32, (1, 16)  # and of a recurrent layer's
+PIXELS = (14**2, 56**2)  # and of a convolution's
+_MOST_PRODUCTS = 1 << 28  # of a convolution that is timed; images are smaller where it has more
 Shape = tuple[int, ...]
 Shapes = Collection[Shape]
 
@@ -26,7 +29,8 @@ def slower(choice: Choice, shapes: Mapping[str, Shapes]) -> Report:
         choice: layers that can become int8. Embeddings aren't timed: they compute nothing.
         shapes: by layer, the shapes of its inputs on calibration; the layer is timed on the
             smallest, the middle and the largest. Without any, a linear layer is timed at ROWS, a
-            recurrent one on STEPS steps of as many sequences as SEQUENCES says.
+            recurrent one on STEPS steps of as many sequences as SEQUENCES says, a convolution on
+            one sample of about PIXELS.
     """
     found: Report = {}
     for name, fact in choice.chosen.items():
@@ -43,12 +47,23 @@ def timed_shapes(fact: surgery.Facts, shapes: Shapes) -> list[Shape]:
     if fact.linear:
         inputs = module.weight.shape[0 if fact.transposed else 1]
         return [(count, inputs) for count in row_counts(shapes)]
-    if not fact.recurrent:
+    if not (fact.recurrent or fact.convolution):
         return []
     if shapes:
         return _three(sorted(shapes, key=math.prod))
+    if fact.convolution:
+        return [(1, module.in_channels, *_sizes(module, pixels)) for pixels in PIXELS]
     sizes = [(count, STEPS) if module.batch_first else (STEPS, count) for count in SEQUENCES]
     return [(*size, module.input_size) for size in sizes]
+
+
+def _sizes(conv: Any, pixels: int) -> list[int]:
+    """Of an input of about so many pixels, none smaller than the kernel."""
+    dims = len(conv.kernel_size)
+    outputs = _MOST_PRODUCTS * math.prod(conv.stride) / conv.weight.numel()
+    side = round(min(pixels, outputs) ** (1 / dims))
+    reaches = [d * (k - 1) + 1 for k, d in zip(conv.kernel_size, conv.dilation, strict=True)]
+    return [max(side, reach) for reach in reaches]
 
 
 def row_counts(shapes: Shapes) -> list[int]:
@@ -71,4 +86,6 @@ def _timed(fact: surgery.Facts, shape: Shape) -> Timing:
     dtype = next(module.parameters()).dtype
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(shape, generator=generator, dtype=torch.float32).to(dtype)
+    if x.dim() == 4 and channels_last(module.weight):
+        x = x.contiguous(memory_format=torch.channels_last)
     return time_layers(module, partial(converted, fact), x)

@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from quantize import calibration as calibrating
 from quantize import surgery
 from quantize.compression import smooth
-from quantize.compression.int8.layers import INT8, Choice, Report, choose, convert
+from quantize.compression.int8.layers import (
+    INT8,
+    Choice,
+    Report,
+    choose,
+    computes,
+    convert,
+    small,
+)
 from quantize.compression.int8.limit import Trial, within
 from quantize.compression.int8.speed import slower
 from quantize.nn import project_attentions, restore_attentions
@@ -29,18 +37,20 @@ def quantize_dynamic(
     *,
     skip: surgery.Skip = (),
     calibration: Iterable[Any] | None = None,
-    embeddings: bool = False,
+    embeddings: bool | None = None,
     prefer: str = "speed",
     max_error: float | None = None,
 ) -> nn.Module:
-    """Copy of `model` whose linear and recurrent layers store and compute in int8, with the
-    activations quantized as they come.
+    """Copy of `model` whose layers store and compute in int8, with the activations quantized as
+    they come.
 
     Can be converted: `nn.Linear` (and subclasses that keep its forward), GPT-2 style `Conv1D`,
-    `nn.LSTM`, `nn.GRU`, `nn.MultiheadAttention`, and `nn.Embedding` tables that share their weight
-    with a linear layer (a tied head), or all of them with `embeddings=True`.
-    `quantize.summary(result)` says what was converted, what was not, and why, and what part of the
-    bytes stays float; a UserWarning does too where that is more than 40 percent.
+    convolutions of 1 to 3 dimensions, `nn.LSTM`, `nn.GRU`, `nn.MultiheadAttention`, and
+    `nn.Embedding` and `nn.EmbeddingBag` tables that are large or share their weight with a linear
+    layer (a tied head). `quantize.summary(result)` says what was converted, what was not, and
+    why, and what part of the bytes stays float; a UserWarning does too where that is more than 40
+    percent. A BatchNorm in eval mode that alone reads the output of a convolution is folded into
+    it: calibration shows that, or else `torch.fx` where it can follow the model's forward.
 
     By default the result is never slower than the model: each layer is timed here in float and in
     int8, and stays in float where int8 loses; the summary has both times. So the result depends on
@@ -57,10 +67,13 @@ def quantize_dynamic(
         calibration: batches as `calibration.collect` takes. They try SmoothQuant, which is kept if
             the outputs on them come at least a tenth closer to the float model's, and they say at
             how many rows each layer is timed: the fewest, the middle and the most it gets.
-        embeddings: convert all embedding tables.
+        embeddings: convert all embedding tables, or (False) only those tied to a head; None: those
+            of 1048576 numbers and more too, which take 4 MB in float32.
         prefer: "speed": layers stay float that a stopwatch finds slower in int8 at any of these
-            numbers of rows (without calibration 1, 16 and 256). "size": all become int8, and the
-            result doesn't depend on the machine.
+            numbers of rows (without calibration 1, 16 and 256, images of 14 and of 56 pixels a
+            side, and 32 steps of 1 and of 16 sequences). "size": all become int8, but for
+            convolutions with a few weights per output (depthwise ones), and the result doesn't
+            depend on the machine.
         max_error: largest relative error of the result on calibration: the square root of the
             summed squares of the differences over that of the summed squares of the model's
             outputs, over all floating point tensors that it returns for all batches. Layers go
@@ -82,22 +95,25 @@ def quantize_dynamic(
     skipped = surgery.skip_filter(source, skip)
     source, attentions, left = project_attentions(source, skipped)
     choice = choose(source, skipped, embeddings)
+    if prefer == "size":
+        choice = choice.without(small(choice))
     if not choice.chosen:
         raise ValueError(_nothing(source, choice.left))
     shapes: dict[str, set[tuple[int, ...]]] = {}
     if calibration is not None:
         facts = surgery.facts(source).items()
-        layers = {name: fact.module for name, fact in facts if fact.linear or fact.recurrent}
+        layers = {name: fact.module for name, fact in facts if computes(fact)}
         shapes = calibrating.input_shapes(source, calibration, layers)
     if prefer == "speed":
         choice = choice.without(slower(choice, shapes))
     if not choice.chosen:
         return _unconverted(model, choice.left | left)
     settings: dict[str, Any] = {}
+    expected = [] if calibration is None else smooth.outputs(source, calibration)
+    folded = _without_norms(source, choice, calibration)
     if calibration is None:
         new, distance = convert(source, choice.chosen), None
     else:
-        expected = smooth.outputs(source, calibration)
         new, distance, settings, source = _calibrated(source, choice, calibration, expected)
         if max_error is not None:
             settings["max_error"] = max_error
@@ -107,10 +123,25 @@ def quantize_dynamic(
     new = restore_attentions(new, attentions, (Int8Linear,))
     told, total = _with_shares(new, choice.left | left)
     done = {n: "int8" for n, m in new.named_modules() if isinstance(m, INT8)}
+    done |= {norm: f"folded into {conv}" for conv, norm in folded.items()}
     if total:
         settings["stays_float"] = total
     surgery.note(new, "int8", done=done, left=told, distance=distance, **settings)
     return new
+
+
+def _without_norms(
+    source: nn.Module, choice: Choice, calibration: Iterable[Any] | None
+) -> dict[str, str]:
+    """Fold the BatchNorms behind chosen convolutions, in place; their names by convolution."""
+    convolutions = {n: f.module for n, f in choice.chosen.items() if f.convolution}
+    if not convolutions:
+        return {}
+    if calibration is None:
+        found = surgery.traced_followers(source, convolutions)
+    else:
+        found = calibrating.followers(source, calibration, convolutions)
+    return surgery.fold_norms(source, found)
 
 
 def _check(prefer: str, max_error: float | None, calibration: Iterable[Any] | None) -> None:
@@ -130,8 +161,8 @@ def _nothing(model: nn.Module, left: Report) -> str:
     floating = sum(surgery.stays_float(model).values())
     bytes_left = f"{floating} of its {_bytes(model)} bytes stay float"
     why = "it is already quantized" if already else bytes_left
-    detail = surgery.shortened(left) or "it has no nn.Linear or Conv1D"
-    return f"{type(model).__name__} has no linear layer left to quantize: {why} ({detail})"
+    detail = surgery.shortened(left) or "it has no layer of a kind that becomes int8"
+    return f"{type(model).__name__} has no layer left to quantize: {why} ({detail})"
 
 
 def _unconverted(model: nn.Module, left: Report) -> nn.Module:

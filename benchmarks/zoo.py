@@ -1,0 +1,133 @@
+"""Is int8 ever slower than float? Many kinds of models, as they come out of `quantize_dynamic`.
+
+    uv run python benchmarks/zoo.py                      # all, about ten minutes
+    uv run python benchmarks/zoo.py --models lstm_256 resnet18
+
+A row of benchmarks/results/zoo.csv is one model at one batch size, eager float32 beside eager int8
+in one process, in turns: the median milliseconds of a call, the ratio, the relative error of the
+output, the bytes of both files, and how many layers became int8 or stayed. Calibration is a batch
+of each size. Weights are random; speed doesn't depend on them.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import models
+import rows
+import torch
+import transformers
+import zoo_models as own
+from torch import nn
+
+import quantize
+from quantize import calibration, clock
+
+Maker = tuple[Callable[[], nn.Module], Callable[[int], torch.Tensor]]
+
+
+def steps(batch: int, length: int = 100, width: int = 256) -> torch.Tensor:
+    """[batch, length, width], the same on every call."""
+    generator = torch.Generator().manual_seed(batch)
+    return torch.randn(batch, length, width, generator=generator)
+
+
+def t5_encoder() -> nn.Module:
+    config = transformers.T5Config(d_model=256, d_ff=1024, num_layers=4, num_heads=4, d_kv=64)
+    return transformers.T5EncoderModel(config)
+
+
+def whisper_encoder() -> nn.Module:
+    sizes = {"d_model": 256, "encoder_layers": 4, "encoder_attention_heads": 4}
+    config = transformers.WhisperConfig(encoder_ffn_dim=1024, max_source_positions=100, **sizes)
+    return transformers.WhisperModel(config).encoder
+
+
+def wav2vec2() -> nn.Module:
+    sizes = {"hidden_size": 256, "num_hidden_layers": 4, "intermediate_size": 1024}
+    config = transformers.Wav2Vec2Config(num_attention_heads=4, conv_dim=[256] * 7, **sizes)
+    return transformers.Wav2Vec2Model(config)
+
+
+def llama() -> nn.Module:
+    sizes = {"hidden_size": 256, "num_hidden_layers": 4, "intermediate_size": 1024}
+    config = transformers.LlamaConfig(
+        vocab_size=models.VOCABULARY, num_attention_heads=4, use_cache=False, **sizes
+    )
+    return transformers.LlamaForCausalLM(config)
+
+
+def recurrent(kind: type[nn.RNNBase], units: int, **options: Any) -> Maker:
+    make = partial(kind, units, units, num_layers=2, batch_first=True, **options)
+    return make, partial(steps, width=units)
+
+
+MODELS: dict[str, Maker] = {
+    "bert_4x256": (partial(models.small_bert, 256, 4), models.ids),
+    "bert_6x384": (partial(models.small_bert, 384, 6), models.ids),
+    "decoder_4x256": (partial(models.decoder, 256, 4), models.ids),
+    "llama_4x256": (llama, models.ids),
+    "t5_encoder": (t5_encoder, models.ids),
+    "vit_6x192": (partial(models.vit, 192, 6), models.pixels),
+    "whisper_encoder": (whisper_encoder, lambda batch: steps(batch, 80, 200)),
+    "wav2vec2": (wav2vec2, lambda batch: steps(batch, 1, 8000)[:, 0]),
+    "resnet50": (partial(models.classifier, "ResNet"), models.pixels),
+    "mobilenet_v2": (partial(models.classifier, "MobileNetV2"), models.pixels),
+    "efficientnet_b0": (models.efficientnet_b0, models.pixels),
+    "convnext_tiny": (partial(models.classifier, "ConvNext"), models.pixels),
+    "convnet": (models.convnet, partial(models.pixels, size=32)),
+    "resnet18": (own.ResNet18, models.pixels),
+    "vgg_small": (own.vgg, partial(models.pixels, size=64)),
+    "unet": (own.UNet, partial(models.pixels, size=128)),
+    "pitch_net": (own.pitch_net, lambda batch: steps(batch, 1, 4096)),
+    "text_cnn": (own.TextCnn, models.ids),
+    "crnn": (own.Crnn, lambda batch: models.pixels(batch, 64)),
+    "speaker_encoder": (own.SpeakerEncoder, lambda batch: steps(batch, 160, 40)),
+    "tagger": (own.Tagger, models.ids),
+    "mlp": (own.mlp, lambda batch: steps(batch, 1, 512)[:, 0]),
+    "lstm_256": recurrent(nn.LSTM, 256),
+    "lstm_512": recurrent(nn.LSTM, 512),
+    "gru_256": recurrent(nn.GRU, 256, bidirectional=True),
+}
+
+
+def compared(name: str, batches: list[int]) -> list[rows.Row]:
+    """The rows of one model."""
+    make, inputs = MODELS[name]
+    model = models.build(make, inputs(2))
+    small = quantize.quantize_dynamic(model, calibration=[inputs(batch) for batch in batches])
+    told = quantize.summary(small)
+    about = {"bytes": _bytes(model), "int8_bytes": _bytes(small)}
+    about |= {"int8_layers": len(told.done), "float_layers": len(told.left)}
+    found = []
+    for batch in batches:
+        x = inputs(batch)
+        with torch.no_grad():
+            error = calibration.relative_error([small(x)], [model(x)])
+        calls = [partial(model, x), partial(small, x)]
+        plain_s, small_s = clock.race(calls, least=5, seconds=0.6)
+        times = {"ms": 1e3 * plain_s, "int8_ms": 1e3 * small_s, "speedup": plain_s / small_s}
+        found.append({"model": name, "batch": batch, **times, "error": error, **about})
+    return found
+
+
+def _bytes(model: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in model.state_dict().values())
+
+
+def main() -> None:
+    parser = rows.Parser(__doc__, "zoo.csv")
+    parser.some("--models", "which models", of=MODELS)
+    parser.flag("--batches", "batch sizes", [1, 8])
+    arguments = parser.parse()
+    warnings.simplefilter("ignore")
+    for name in arguments.models:
+        found = [row | rows.host() for row in compared(name, arguments.batches)]
+        rows.write(arguments.out, found, key=("model", "batch"))
+
+
+if __name__ == "__main__":
+    main()

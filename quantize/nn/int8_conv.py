@@ -1,0 +1,193 @@
+"""Int8Conv: a convolution that stores int8 and computes in int8."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from quantize import surgery
+from quantize.native.conv import Geometry
+from quantize.nn import PackedLayer, dtype_name, dtype_named, int8_images
+from quantize.nn import int8_kernels as kernels
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+@surgery.builder
+class Int8Conv(PackedLayer):
+    """A convolution of 1 to 3 dimensions with int8 weights, for inference: x `[N, C, *size]` (or
+    one sample without N) of any float dtype, y the same.
+
+    The state is plain tensors: `packed` int8 `[out, C / groups, *kernel]`, `scale` float32 `[out]`,
+    `bias` `[out]` or None. `weight` reads as `packed * scale`. Each sample of x is quantized as a
+    whole when it arrives (see `int8_images`). No gradient flows through the layer.
+
+    Source: `torch.nn.Conv2d`.
+    """
+
+    packed: Tensor
+    scale: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        packed: Tensor,
+        scale: Tensor,
+        bias: Tensor | None = None,
+        *,
+        stride: tuple[int, ...],
+        padding: str | tuple[int, ...],
+        dilation: tuple[int, ...],
+        groups: int = 1,
+        padding_mode: str = "zeros",
+        relu: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(dtype, "cpu" if packed.is_meta else packed.device)
+        self.out_channels, per_group, *kernel = packed.shape
+        self.in_channels, self.groups = per_group * groups, groups
+        self.kernel_size, self.stride, self.dilation = tuple(kernel), stride, dilation
+        self.padding, self.padding_mode, self.relu = padding, padding_mode, relu
+        before, after = _pads(self.kernel_size, padding, dilation)
+        self._pads: list[int] = []  # as F.pad takes them: pairs, the last dimension first
+        for pair in zip(before, after, strict=True):
+            self._pads = [*pair, *self._pads]
+        if padding_mode != "zeros":
+            before = after = (0,) * len(kernel)
+        self._geometry = Geometry(stride, dilation, before, after, groups)
+        self.register_buffer("packed", packed)
+        self.register_buffer("scale", scale)
+        self.register_buffer("bias", bias)
+
+    @classmethod
+    def from_layer(cls, layer: Any, *, relu: bool = False) -> Int8Conv:
+        """Quantize a float convolution; the bias is kept as it is. relu: negative outputs become
+        0.
+        """
+        weight, bias = layer.weight, layer.bias
+        packed, scale = kernels.quantize_weight(weight.flatten(1))
+        packed = packed.reshape(weight.shape)
+        own_bias = None if bias is None else bias.detach().clone()
+        settings: dict[str, Any] = {name: getattr(layer, name) for name in _SETTINGS}
+        settings["relu"] = relu
+        new = cls(packed, scale, own_bias, dtype=weight.dtype, **settings)
+        listed = {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
+        surgery.record(
+            new,
+            "Int8Conv",
+            in_channels=new.in_channels,
+            out_channels=new.out_channels,
+            kernel_size=list(new.kernel_size),
+            bias=None if bias is None else dtype_name(bias.dtype),
+            dtype=dtype_name(weight.dtype),
+            **listed,
+        )
+        return new
+
+    @classmethod
+    def rebuild(
+        cls,
+        module: nn.Module,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: list[int],
+        stride: list[int],
+        padding: str | list[int],
+        dilation: list[int],
+        groups: int,
+        padding_mode: str,
+        relu: bool,
+        bias: str | None,
+        dtype: str = "float32",
+    ) -> Int8Conv:
+        """An empty layer (on the meta device) in place of `module`, for a file's tensors."""
+        _check_settings(in_channels, out_channels, kernel_size, stride, padding, dilation, groups)
+        if padding_mode not in ("zeros", "reflect", "replicate", "circular"):
+            raise ValueError(f"padding_mode={padding_mode!r} is none that torch knows")
+        shape = (out_channels, in_channels // groups, *kernel_size)
+        empty = None
+        if bias is not None:
+            empty = torch.empty(out_channels, dtype=dtype_named(bias), device="meta")
+        new = cls(
+            torch.empty(shape, dtype=torch.int8, device="meta"),
+            torch.empty(out_channels, dtype=torch.float32, device="meta"),
+            empty,
+            stride=tuple(stride),
+            padding=padding if isinstance(padding, str) else tuple(padding),
+            dilation=tuple(dilation),
+            groups=groups,
+            padding_mode=padding_mode,
+            relu=bool(relu),
+            dtype=dtype_named(dtype),
+        )
+        return new.train(module.training)
+
+    def contradiction(self) -> str | None:
+        """See `surgery.contradiction`."""
+        outputs = (self.out_channels,)
+        shapes = {"packed": self.weight_shape(), "scale": outputs, "bias": outputs}
+        return surgery.mismatch(self, shapes, {"packed": torch.int8, "scale": torch.float32})
+
+    def forward(self, x: Tensor) -> Tensor:
+        dims = len(self.kernel_size)
+        if x.dim() not in (dims + 1, dims + 2) or x.shape[-dims - 1] != self.in_channels:
+            raise ValueError(
+                f"the input must be [N, {self.in_channels}, ...] with {dims} dimensions of size, "
+                f"got {list(x.shape)}"
+            )
+        batch = x if x.dim() == dims + 2 else x.unsqueeze(0)
+        if self.padding_mode != "zeros":
+            batch = F.pad(batch, self._pads, mode=self.padding_mode)
+        held = self.packed, self.scale, self.bias
+        y = int8_images.convolve(batch, *held, self._geometry, self.relu)
+        return y if x.dim() == dims + 2 else y.squeeze(0)
+
+    def dense_weight(self) -> Tensor:
+        scale = self.scale.reshape(-1, *[1] * (self.packed.dim() - 1))
+        return self.packed.float() * scale
+
+    def weight_shape(self) -> tuple[int, ...]:
+        return (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
+
+    def extra_repr(self) -> str:
+        parts = [f"{self.in_channels}, {self.out_channels}"]
+        parts += [f"{name}={getattr(self, name)}" for name in ("kernel_size", *_SETTINGS)]
+        return ", ".join(parts)
+
+
+_SETTINGS = ("stride", "padding", "dilation", "groups", "padding_mode")
+
+
+def _pads(
+    kernel: tuple[int, ...], padding: str | tuple[int, ...], dilation: tuple[int, ...]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """What is added before and after each dimension."""
+    if padding == "valid":
+        return (0,) * len(kernel), (0,) * len(kernel)
+    if isinstance(padding, tuple):
+        return padding, padding
+    whole = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]  # "same"
+    return tuple(n // 2 for n in whole), tuple(n - n // 2 for n in whole)
+
+
+def _check_settings(
+    in_channels: int,
+    out_channels: int,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: str | list[int],
+    dilation: list[int],
+    groups: int,
+) -> None:
+    """Raise ValueError for numbers from a file that make no convolution."""
+    dims = len(kernel_size)
+    counts = [in_channels, out_channels, groups, *kernel_size, *stride, *dilation]
+    pads = [0] * dims if padding in ("same", "valid") else padding
+    whole = all(type(n) is int and 0 < n < 1 << 31 for n in counts)
+    whole = whole and all(type(n) is int and 0 <= n < 1 << 31 for n in pads)
+    even = len(stride) == len(dilation) == len(pads) == dims and 1 <= dims <= 3
+    if not whole or not even or in_channels % groups or out_channels % groups:
+        raise ValueError(f"{counts} and padding {padding!r} make no convolution")
