@@ -30,6 +30,7 @@ COMMANDS = {
     "measure": Command("quantize.measuring.command", "measure one file, as one JSON line"),
     "report": Command("quantize.commands.report", "print a report, and write its pages again"),
     "generate": Command("quantize.commands.generate", "continue a text with a language model"),
+    "serve": Command("quantize.commands.serve", "answer requests over HTTP"),
     "doctor": Command("quantize.commands.doctor", "say what this machine has, and what it lacks"),
 }
 

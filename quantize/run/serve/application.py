@@ -1,0 +1,97 @@
+"""The server as one ASGI app: `app(models)`."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, PlainTextResponse, Response
+from starlette.routing import Route
+from torch import nn
+
+from quantize.run.serve import embeddings, oip, openai
+from quantize.run.serve.errors import Refused
+from quantize.run.serve.exchange import Gone
+from quantize.run.serve.guard import Guard, on_failure, on_gone, on_refused, on_status
+from quantize.run.serve.metrics import Metrics
+from quantize.run.serve.served import Served, serve_model
+from quantize.run.serve.settings import Settings
+from quantize.run.serve.state import State, of
+
+PAGE = Path(__file__).with_name("page.html")
+Models = Mapping[str, nn.Module] | Sequence[Served]
+
+
+def app(
+    models: Models, settings: Settings | None = None, *, metrics: Metrics | None = None
+) -> Guard:
+    """An ASGI app that serves models; any ASGI server runs it, one process of it per app.
+
+    Args:
+        models: name -> model, in eval mode on the CPU, with an `example_inputs()` of its own; or
+            what `open_served` and `serve_model` give, which know tokenizers and example inputs.
+        settings: the limits; None: the defaults.
+        metrics: the numbers, where several processes share them; None: its own.
+
+    Returns:
+        The app.
+
+    Raises:
+        ValueError: no model, two of one name, or one that can't be served.
+    """
+    settings = settings or Settings()
+    if isinstance(models, Mapping):
+        models = [serve_model(model, name) for name, model in models.items()]
+    names = [served.name for served in models]
+    if not names or len(set(names)) != len(names):
+        raise ValueError(f"models are {names}; allowed: at least one, each with a name of its own")
+
+    @asynccontextmanager
+    async def lifespan(starlette: Starlette) -> AsyncIterator[None]:
+        state = State(models, settings, metrics or Metrics(names))
+        starlette.state.serving = state
+        yield
+        state.draining = True
+        state.compute.shutdown()
+
+    starlette = Starlette(routes=ROUTES, lifespan=lifespan, exception_handlers=HANDLERS)
+    return Guard(starlette, settings.token)
+
+
+async def page(request: Request) -> Response:
+    """A page to try the models."""
+    return HTMLResponse(PAGE.read_text(encoding="utf-8"))
+
+
+async def metrics(request: Request) -> Response:
+    """Numbers for Prometheus."""
+    form = "text/plain; version=0.0.4; charset=utf-8"
+    return PlainTextResponse(of(request).metrics.text(), media_type=form)
+
+
+async def docs(request: Request) -> Response:
+    """All routes."""
+    lines = []
+    for route in ROUTES:
+        methods = ", ".join(sorted((route.methods or set()) - {"HEAD"}))
+        about = (route.endpoint.__doc__ or "").strip()
+        lines.append(f"<tr><td>{methods}<td><code>{route.path}</code><td>{about}")
+    rows = "\n".join(lines)
+    return HTMLResponse(
+        f"<!doctype html><meta charset=utf-8><title>quantize serve</title><table>{rows}</table>"
+    )
+
+
+HANDLERS = {Refused: on_refused, Gone: on_gone, HTTPException: on_status, Exception: on_failure}
+ROUTES = [
+    Route("/", page),
+    Route("/docs", docs),
+    Route("/metrics", metrics),
+    *oip.ROUTES,
+    *openai.ROUTES,
+    *embeddings.ROUTES,
+]

@@ -1,0 +1,148 @@
+"""Requests that wait for the same model, run together.
+
+A batch is taken as soon as the model is free, so a lone request never waits for company: what
+arrived while the last batch ran is the next one. The oldest request always goes first; beside it go
+those whose lengths are nearest, so that little is padded, up to a budget of tokens, padding
+included.
+
+All model calls of a process run in one thread, `compute`: PyTorch has its own threads below it, and
+two callers at once would only take each other's cores.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from typing import Any
+
+from quantize.run.serve.errors import Refused, busy
+from quantize.run.serve.settings import Settings
+
+LOG = logging.getLogger("quantize.serve")
+MOST_ROWS = 256
+
+
+@dataclass(eq=False)
+class Job:
+    """Rows of one request that go through a model together.
+
+    Args:
+        content: what the model's `run` takes.
+        rows: how many.
+        length: tokens of each, padding included.
+        key: jobs of different keys never share a batch.
+    """
+
+    content: Any
+    rows: int
+    length: int
+    key: Hashable = None
+    done: asyncio.Future = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+
+def choose(waiting: Sequence[Job], most_tokens: int) -> list[Job]:
+    """The oldest job and those that fit beside it, shortest first.
+
+    Args:
+        waiting: oldest first, at least one.
+        most_tokens: rows x longest length of the batch.
+    """
+    oldest = waiting[0]
+    others = [job for job in waiting if job.key == oldest.key and job is not oldest]
+    others.sort(key=lambda job: abs(job.length - oldest.length))
+    chosen, rows, longest = [oldest], oldest.rows, oldest.length
+    for job in others:
+        rows += job.rows
+        longest = max(longest, job.length)
+        if rows * longest > most_tokens or rows > MOST_ROWS:
+            break
+        chosen.append(job)
+    return sorted(chosen, key=lambda job: job.length)
+
+
+class Batcher:
+    """The queue of one model.
+
+    Args:
+        run: what each of a list of jobs gives, in their order; called in `compute`.
+        compute: the thread of all model calls.
+        settings: budget and bound of the queue.
+        seen: told the rows of each batch, and how many jobs wait.
+    """
+
+    def __init__(
+        self,
+        run: Callable[[list[Job]], Sequence[Any]],
+        compute: Executor,
+        settings: Settings,
+        seen: Callable[[int, int], None] = lambda rows, waiting: None,
+    ) -> None:
+        self.run, self.compute, self.settings, self.seen = run, compute, settings, seen
+        self.waiting: list[Job] = []
+        self._runner: asyncio.Task | None = None
+
+    async def submit(self, jobs: Sequence[Job]) -> list[Any]:
+        """The results of a request's jobs. Raises Refused for a full queue or a failed job."""
+        if len(self.waiting) >= self.settings.max_queue:
+            raise busy(len(self.waiting))
+        for job in jobs:
+            self._check_size(job)
+        self.waiting += jobs
+        if self._runner is None or self._runner.done():
+            self._runner = asyncio.create_task(self._work())
+        try:
+            return await asyncio.gather(*(job.done for job in jobs))
+        except BaseException:
+            for job in jobs:
+                job.done.cancel()
+            raise
+
+    def _check_size(self, job: Job) -> None:
+        most = self.settings.max_batch_tokens
+        if job.rows * job.length > most or job.rows > MOST_ROWS:
+            raise Refused(
+                f"{job.rows} rows of {job.length} tokens in one request; allowed: {most} tokens "
+                f"and {MOST_ROWS} rows"
+            )
+
+    async def _work(self) -> None:
+        loop = asyncio.get_running_loop()
+        while self.waiting:
+            self.waiting = [job for job in self.waiting if not job.done.done()]
+            if not self.waiting:
+                return
+            jobs = choose(self.waiting, self.settings.max_batch_tokens)
+            taken = set(map(id, jobs))
+            self.waiting = [job for job in self.waiting if id(job) not in taken]
+            self.seen(sum(job.rows for job in jobs), len(self.waiting))
+            results = await loop.run_in_executor(self.compute, self._results, jobs)
+            for job, result in zip(jobs, results, strict=True):
+                self._finish(job, result)
+        self.seen(0, 0)
+
+    @staticmethod
+    def _finish(job: Job, result: Any) -> None:
+        if job.done.done():  # its client has gone
+            return
+        if isinstance(result, Exception):
+            job.done.set_exception(result)
+        else:
+            job.done.set_result(result)
+
+    def _results(self, jobs: list[Job]) -> Sequence[Any]:
+        """One result or exception per job; where a batch fails, each is run by itself."""
+        try:
+            return self.run(jobs)
+        except Exception as error:
+            if len(jobs) > 1:
+                return [self._results([job])[0] for job in jobs]
+            return [error if isinstance(error, Refused) else failed(error)]
+
+
+def failed(error: Exception) -> Refused:
+    """What the sender learns of an exception: its kind. The log has the rest."""
+    LOG.error("a request failed", exc_info=error)
+    return Refused(f"the model failed with {type(error).__name__}", status=500)

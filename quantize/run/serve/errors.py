@@ -1,0 +1,37 @@
+"""A request that isn't answered, and why: one line for its sender, with the status of HTTP."""
+
+from __future__ import annotations
+
+RETRY_AFTER_S = 1
+
+
+class Refused(Exception):
+    """A request is refused.
+
+    Args:
+        message: one line for people: the input, its value and what is allowed; no path, no prompt.
+        status: of HTTP; 4xx is the sender's mistake, 503 a full queue.
+        field: the part of the request that is wrong.
+    """
+
+    def __init__(self, message: str, *, status: int = 400, field: str | None = None) -> None:
+        super().__init__(message)
+        self.message, self.status, self.field = message, status, field
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Headers that belong to the answer."""
+        if self.status == 503:
+            return {"Retry-After": str(RETRY_AFTER_S)}
+        return {"WWW-Authenticate": "Bearer"} if self.status == 401 else {}
+
+
+def busy(waiting: int) -> Refused:
+    """The queue is full."""
+    return Refused(f"{waiting} requests wait already; try again in {RETRY_AFTER_S} s", status=503)
+
+
+def short(value: object, most: int = 80) -> str:
+    """A value of a request, in at most `most` characters."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[:most]}..."

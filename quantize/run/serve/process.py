@@ -1,0 +1,74 @@
+"""One worker: an event loop that answers requests, until SIGTERM, and then only those that it has
+accepted.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import traceback
+from collections.abc import Sequence
+from typing import NoReturn
+
+import uvicorn
+
+from quantize.run.serve.application import app
+from quantize.run.serve.metrics import Metrics
+from quantize.run.serve.served import Served
+from quantize.run.serve.settings import Settings
+
+KEEP_ALIVE_S = 75
+CRASHED = 70
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server that says when it accepts requests.
+
+    Args:
+        config: of uvicorn.
+        ready: a pipe.
+    """
+
+    def __init__(self, config: uvicorn.Config, ready: int) -> None:
+        super().__init__(config)
+        self._ready = ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            os.write(self._ready, b"+")
+
+
+def run_worker(
+    models: Sequence[Served],
+    settings: Settings,
+    metrics: Metrics,
+    listener: socket.socket,
+    ready: int,
+) -> NoReturn:
+    """Be a worker; the process ends with it.
+
+    Args:
+        models, settings, metrics: those of the app.
+        listener: the open port, which other workers listen on too.
+        ready: a pipe that gets a byte once requests are accepted.
+    """
+    code = CRASHED
+    try:
+        # uvicorn puts handlers of its own in their place, and these back when it has finished.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+        config = uvicorn.Config(
+            app(models, settings, metrics=metrics),
+            access_log=False,
+            log_config=None,
+            server_header=False,
+            timeout_keep_alive=KEEP_ALIVE_S,
+        )
+        Server(config, ready).run(sockets=[listener])
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)

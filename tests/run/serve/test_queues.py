@@ -1,0 +1,121 @@
+"""What waits together, what is let through of a text, what is kept of prompts: without a server."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+import torch
+from helpers import decoder
+from hypothesis import given
+from hypothesis import strategies as st
+
+from quantize.models import ConvNet, ConvNetConfig
+from quantize.run.generate.reader import CHUNK
+from quantize.run.serve import app
+from quantize.run.serve.batching import Job, choose
+from quantize.run.serve.metrics import Metrics
+from quantize.run.serve.prefixes import LEAST, Prefixes
+from quantize.run.serve.sequence import Sequence
+from quantize.run.serve.stopping import StopStrings
+from quantize.run.serve.tensors import TensorModel
+
+
+def jobs(*sizes: tuple[int, int, str]) -> list[Job]:
+    """Jobs of (rows, length, key)."""
+
+    async def make() -> list[Job]:
+        return [Job(None, rows, length, key) for rows, length, key in sizes]
+
+    return asyncio.run(make())
+
+
+def test_the_oldest_goes_first_with_its_nearest():
+    """Shortest first within the batch; padding counts; other shapes wait."""
+    waiting = jobs((1, 30, "a"), (1, 90, "a"), (1, 28, "a"), (1, 30, "b"), (1, 10, "a"))
+    chosen = choose(waiting, 70)
+    assert chosen == [waiting[2], waiting[0]]
+    assert choose(waiting, 1) == [waiting[0]]
+    assert choose(waiting, 10**6) == [waiting[i] for i in (4, 2, 0, 1)]
+
+
+@given(st.text("abc", max_size=30), st.lists(st.text("abc", min_size=1, max_size=4), max_size=3))
+def test_stop_strings_however_the_text_is_cut(text: str, stops: list[str]):
+    """What is let through ends before the first stop string; pieces of one character or whole."""
+    places = [text.find(stop) for stop in stops if stop in text]
+    expected = text[: min(places)] if places else text
+    for pieces in (list(text), [text]):
+        strings = StopStrings(stops)
+        passed = "".join([*map(strings.feed, pieces), strings.rest()])
+        # A stop string that ends earlier is found before one that begins earlier.
+        assert text.startswith(passed) and len(passed) >= len(expected)
+        assert strings.stopped == bool(places)
+    assert passed == expected
+
+
+def test_prompts_are_kept_whole_or_in_whole_pieces():
+    """What is found has the same logits as reading it again, within a budget of bytes."""
+    model = decoder(max_length=3 * CHUNK)
+    first = torch.arange(CHUNK + 50) % 61
+    prefixes = Prefixes(1 << 30)
+
+    def read(ids: torch.Tensor, kept: Prefixes | None) -> tuple[list[int], torch.Tensor]:
+        text = Sequence(model, ids.tolist(), prefixes=kept, max_new_tokens=4)
+        pieces = []
+        while text.reading:
+            pieces.append(text.read_piece())
+        return pieces, text._logits
+
+    assert read(first, prefixes)[0] == [CHUNK, 50]
+    assert read(first, prefixes)[0] == [0]
+    other = torch.cat((first[:-10], torch.tensor([3, 4, 5])))
+    pieces, logits = read(other, prefixes)
+    assert pieces == [43] and torch.equal(logits, read(other, None)[1])
+    assert read(first[:CHUNK], prefixes)[0] == [CHUNK]  # no logits are known there
+    small = Prefixes(prefixes.nbytes // 3)
+    for i in range(20):
+        read((torch.arange(LEAST) + i) % 61, small)
+        assert small.nbytes <= small.most_bytes
+    assert small.nbytes
+
+
+def test_rows_that_see_each_other_are_never_joined():
+    """A model that mixes its rows is run by itself for each request."""
+
+    class Centred(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x - x.mean(0)
+
+    example = torch.tensor([[1.0, 2.0], [5.0, 9.0]])
+    mixing, apart = Centred(), torch.nn.Linear(2, 2).eval()
+    assert TensorModel(mixing, torch.randn(1, 2)).batches is False
+    assert TensorModel(apart, example).batches
+
+
+def test_numbers_of_all_workers_are_added():
+    """A histogram's buckets count what is at most their bound."""
+    metrics = Metrics(["m"], workers=2)
+    for row in (0, 1):
+        metrics.take_row(row)
+        metrics.add("quantize_answers_total", "m", 2)
+        metrics.observe("quantize_batch_rows", "m", 4)
+        metrics.put("quantize_waiting", "m", 3)
+    metrics.take_row(1)
+    lines = metrics.text().splitlines()
+    assert 'quantize_answers_total{model="m"} 4.0' in lines
+    assert 'quantize_waiting{model="m"} 3.0' in lines  # of a worker that is gone: none
+    assert 'quantize_batch_rows_bucket{model="m",le="2"} 0.0' in lines
+    assert 'quantize_batch_rows_bucket{model="m",le="4"} 2.0' in lines
+    assert 'quantize_batch_rows_sum{model="m"} 8.0' in lines
+
+
+def test_models_that_cannot_be_served_are_refused():
+    """None, in training mode, without example inputs."""
+    net = ConvNet(ConvNetConfig())
+    for models, message in (
+        ({}, "at least one"),
+        ({"net": net.train()}, "training mode"),
+        ({"net": torch.nn.Linear(2, 2).eval()}, "give --inputs"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            app(models)
