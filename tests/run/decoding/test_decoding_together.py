@@ -24,7 +24,7 @@ STEPS = 3
 def compressed(kind: str) -> torch.nn.Module:
     model = decoder(width=48, max_length=1024)
     if kind == "int8":
-        return quantize.quantize_dynamic(model)
+        return quantize.quantize_dynamic(model, prefer="size")
     return quantize.to_half(model, torch.bfloat16) if kind == "bf16" else model
 
 
