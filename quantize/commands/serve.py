@@ -59,6 +59,8 @@ def _flags() -> script.Parser:
     parser.flag("--max-queue", queue_help, type=script.count, default=256)
     inputs_help = "example inputs of models that have none: .npy, or .safetensors of arguments"
     parser.flag("--inputs", inputs_help, type=Path)
+    ray_help = "deploy on Ray Serve, --workers replicas of it, instead of on this machine"
+    parser.add_argument("--ray", action="store_true", help=ray_help)
     return parser
 
 
@@ -69,9 +71,7 @@ def _port(text: str) -> int:
 
 
 def _serve(arguments: argparse.Namespace) -> None:
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ValueError(f"serving needs {', '.join(missing)}: uv sync --extra serve")
+    _check_installed(NEEDED, "serve")
     _wait_as_others_do()
     from quantize.run.serve import Settings
     from quantize.run.serve.served import default_name
@@ -87,6 +87,9 @@ def _serve(arguments: argparse.Namespace) -> None:
         threads=arguments.threads or max(1, cores // arguments.workers),
         token=os.environ.pop(TOKEN, None) or None,
     )
+    if arguments.ray:
+        _serve_on_ray(arguments, names, settings)
+        return
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads don't survive a fork
     listener = listen(arguments.host, arguments.port)
@@ -96,6 +99,22 @@ def _serve(arguments: argparse.Namespace) -> None:
     shown = f"[{host}]" if ":" in host else host
     line = f"serving {', '.join(names)} on http://{shown}:{port}"
     supervisor.run(lambda: print(line, flush=True))
+
+
+def _check_installed(needed: Sequence[str], extra: str) -> None:
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f"serving needs {', '.join(missing)}: uv sync --extra {extra}")
+
+
+def _serve_on_ray(arguments: argparse.Namespace, names: list[str], settings: Any) -> None:
+    _check_installed(("ray",), "ray --extra serve")
+    from quantize.run.serve import ray
+
+    paths = [path.resolve() for path in arguments.path]
+    replicas = arguments.workers, arguments.workers
+    application = ray.deployment(paths, names, settings, replicas, settings.most_active)
+    ray.run(application, arguments.host, arguments.port)
 
 
 def _load(paths: Sequence[Path], names: Sequence[str], inputs: Path | None) -> list[Any]:
