@@ -17,6 +17,7 @@ from quantize.run.serve import embeddings, oip, openai
 from quantize.run.serve.errors import Refused
 from quantize.run.serve.exchange import Gone
 from quantize.run.serve.guard import Guard, on_failure, on_gone, on_refused, on_status
+from quantize.run.serve.keeping import Keeper
 from quantize.run.serve.metrics import Metrics
 from quantize.run.serve.served import Served, serve_model
 from quantize.run.serve.settings import Settings
@@ -27,7 +28,11 @@ Models = Mapping[str, nn.Module] | Sequence[Served]
 
 
 def app(
-    models: Models, settings: Settings | None = None, *, metrics: Metrics | None = None
+    models: Models,
+    settings: Settings | None = None,
+    *,
+    metrics: Metrics | None = None,
+    keeper: Keeper | None = None,
 ) -> Guard:
     """An ASGI app that serves models; any ASGI server runs it, one process of it per app.
 
@@ -36,6 +41,7 @@ def app(
             what `open_served` and `serve_model` give, which know tokenizers and example inputs.
         settings: the limits; None: the defaults.
         metrics: the numbers, where several processes share them; None: its own.
+        keeper: hands connections to a parent process; None: there is none.
 
     Returns:
         The app.
@@ -52,7 +58,7 @@ def app(
 
     @asynccontextmanager
     async def lifespan(starlette: Starlette) -> AsyncIterator[None]:
-        state = State(models, settings, metrics or Metrics(names))
+        state = State(models, settings, metrics or Metrics(names), keeper or Keeper())
         starlette.state.serving = state
         yield
         state.draining = True

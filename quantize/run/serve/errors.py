@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 RETRY_AFTER_S = 1
 
 
@@ -29,6 +31,13 @@ class Refused(Exception):
 def busy(waiting: int) -> Refused:
     """The queue is full."""
     return Refused(f"{waiting} requests wait already; try again in {RETRY_AFTER_S} s", status=503)
+
+
+def error_body(refused: Refused) -> dict[str, Any]:
+    """An error as OpenAI's clients read it."""
+    kind = "invalid_request_error" if refused.status < 500 else "server_error"
+    error = {"message": refused.message, "type": kind, "param": refused.field, "code": None}
+    return {"error": error}
 
 
 def short(value: object, most: int = 80) -> str:

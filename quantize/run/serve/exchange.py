@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 from starlette.requests import Request
@@ -110,16 +111,15 @@ class Events(Response):
 
     Args:
         events: the objects.
+        kept: entered while they are sent, behind the head of the answer.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(
-        self, events: AsyncIterator[object], headers: dict[str, str] | None = None
-    ) -> None:
-        super().__init__(b"", 200, {"Cache-Control": "no-cache", **(headers or {})})
+    def __init__(self, events: AsyncIterator[object], kept: AbstractContextManager) -> None:
+        super().__init__(b"", 200, {"Cache-Control": "no-cache"})
         del self.headers["content-length"]
-        self.events = events
+        self.events, self.kept = events, kept
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
@@ -127,7 +127,8 @@ class Events(Response):
         writer = asyncio.ensure_future(self._write(send))
         watch = asyncio.ensure_future(_disconnected(receive))
         try:
-            await asyncio.wait((writer, watch), return_when=asyncio.FIRST_COMPLETED)
+            with self.kept:
+                await asyncio.wait((writer, watch), return_when=asyncio.FIRST_COMPLETED)
             if writer.done():
                 writer.result()
                 await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -16,9 +16,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from quantize.run.serve.errors import Refused
+from quantize.run.serve.errors import Refused, error_body
 from quantize.run.serve.exchange import answer
-from quantize.run.serve.openai import error_body
 
 LOG = logging.getLogger("quantize.serve")
 OPEN = ("/", "/docs", "/v2/health/live", "/v2/health/ready")  # for whoever asks, token or not

@@ -18,7 +18,7 @@ from starlette.routing import Route
 from quantize.run.serve import state
 from quantize.run.serve.answers import Answer, ChatAnswer, TextAnswer
 from quantize.run.serve.batching import failed
-from quantize.run.serve.errors import Refused
+from quantize.run.serve.errors import Refused, error_body
 from quantize.run.serve.exchange import Events, answer, parse_json, read_body, unless_gone
 from quantize.run.serve.fields import Fields, texts, wrong
 from quantize.run.serve.served import Decoder
@@ -108,9 +108,11 @@ async def _write(
     identity = f"{kind.prefix}-{secrets.token_hex(12)}"
     about = {"id": identity, "created": int(time.time()), "model": running.name}
     made = kind(about, running.served.decoder, len(written.sequences))
+    kept = serving.keeper.kept(request.client, settings.stream)
     if settings.stream:
-        return Events(_streamed(written, made, count, settings))
-    return answer(await unless_gone(request, _whole(written, made, count)))
+        return Events(_streamed(written, made, count, settings), kept)
+    with kept:
+        return answer(await unless_gone(request, _whole(written, made, count)))
 
 
 async def _whole(written: Texts, made: Answer, count: state.Count) -> dict[str, Any]:
@@ -171,13 +173,6 @@ def _check_prompts(prompts: list[list[int]], settings: Asked, most: int) -> None
     total = len(prompts) * settings.choices
     if total > most:
         raise Refused(f"{total} texts in one request; allowed: {most}", field="n")
-
-
-def error_body(refused: Refused) -> dict[str, Any]:
-    """An error as OpenAI's clients read it."""
-    kind = "invalid_request_error" if refused.status < 500 else "server_error"
-    error = {"message": refused.message, "type": kind, "param": refused.field, "code": None}
-    return {"error": error}
 
 
 ROUTES = [

@@ -9,17 +9,34 @@ import signal
 import socket
 import traceback
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NoReturn
 
 import uvicorn
 
 from quantize.run.serve.application import app
+from quantize.run.serve.keeping import Connection, Keeper
 from quantize.run.serve.metrics import Metrics
 from quantize.run.serve.served import Served
 from quantize.run.serve.settings import Settings
 
 KEEP_ALIVE_S = 75
 CRASHED = 70
+
+
+@dataclass(frozen=True)
+class Parent:
+    """What a worker has from its parent.
+
+    Args:
+        listener: the open port, which other workers listen on too.
+        ready: a pipe that gets a byte once requests are accepted.
+        channel: for connections that the parent keeps.
+    """
+
+    listener: socket.socket
+    ready: int
+    channel: socket.socket
 
 
 class Server(uvicorn.Server):
@@ -44,15 +61,13 @@ def run_worker(
     models: Sequence[Served],
     settings: Settings,
     metrics: Metrics,
-    listener: socket.socket,
-    ready: int,
+    parent: Parent,
 ) -> NoReturn:
     """Be a worker; the process ends with it.
 
     Args:
         models, settings, metrics: those of the app.
-        listener: the open port, which other workers listen on too.
-        ready: a pipe that gets a byte once requests are accepted.
+        parent: what the worker has from it.
     """
     code = CRASHED
     try:
@@ -60,13 +75,15 @@ def run_worker(
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)
         config = uvicorn.Config(
-            app(models, settings, metrics=metrics),
+            app(models, settings, metrics=metrics, keeper=Keeper(parent.channel)),
+            http=Connection,
+            proxy_headers=False,  # connections are found by the address of their client
             access_log=False,
             log_config=None,
             server_header=False,
             timeout_keep_alive=KEEP_ALIVE_S,
         )
-        Server(config, ready).run(sockets=[listener])
+        Server(config, parent.ready).run(sockets=[parent.listener])
         code = 0
     except BaseException:
         traceback.print_exc()

@@ -15,6 +15,7 @@ from starlette.requests import Request
 from quantize.run.serve.batching import Batcher
 from quantize.run.serve.errors import Refused, busy
 from quantize.run.serve.exchange import Gone
+from quantize.run.serve.keeping import Keeper
 from quantize.run.serve.metrics import Metrics
 from quantize.run.serve.prefixes import Prefixes
 from quantize.run.serve.scheduler import Scheduler
@@ -64,10 +65,13 @@ class State:
         models: those that are served.
         settings: the limits.
         metrics: the numbers; workers that were forked share them.
+        keeper: of the connections to which texts are written.
     """
 
-    def __init__(self, models: Sequence[Served], settings: Settings, metrics: Metrics) -> None:
-        self.settings, self.metrics = settings, metrics
+    def __init__(
+        self, models: Sequence[Served], settings: Settings, metrics: Metrics, keeper: Keeper
+    ) -> None:
+        self.settings, self.metrics, self.keeper = settings, metrics, keeper
         threads = settings.threads or torch.get_num_threads()
         set_threads = partial(torch.set_num_threads, threads)
         self.compute = ThreadPoolExecutor(1, "compute", initializer=set_threads)

@@ -17,6 +17,7 @@ import gc
 import logging
 import os
 import resource
+import select
 import signal
 import socket
 import threading
@@ -26,8 +27,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
+from quantize.run.serve.keeping import Kept
 from quantize.run.serve.metrics import Metrics
-from quantize.run.serve.process import run_worker
+from quantize.run.serve.process import Parent, run_worker
 from quantize.run.serve.served import Served
 from quantize.run.serve.settings import Settings
 
@@ -47,12 +49,14 @@ class Worker:
         row: of the shared numbers.
         ready: a pipe in which a byte stands once it accepts requests.
         generation: counts how often the models were loaded.
+        kept: the connections to which it writes.
     """
 
     pid: int
     row: int
     ready: int
     generation: int
+    kept: Kept
     accepts: bool = False
     born: float = field(default_factory=time.monotonic)
 
@@ -100,16 +104,21 @@ class Supervisor:
         waiting: list[Callable[[], None]] = [started]
         while self.workers:
             self._collect()
-            if self.stopping:
-                time.sleep(POLL_S / 5)
+            self._wait()
+            if self.stopping or not self._all_ready():
                 continue
-            if self._all_ready():
-                self._retire()
-                for call in waiting:
-                    call()
-                waiting.clear()
-                self._reload()
-            time.sleep(POLL_S)
+            self._retire()
+            for call in waiting:
+                call()
+            waiting.clear()
+            self._reload()
+
+    def _wait(self) -> None:
+        """Until a worker hands something over, but for POLL_S at most."""
+        kept = {worker.kept.channel: worker.kept for worker in self.workers.values()}
+        with contextlib.suppress(InterruptedError):
+            for channel in select.select(list(kept), [], [], POLL_S)[0]:
+                kept[channel].read()
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         self.stopping = True
@@ -125,15 +134,25 @@ class Supervisor:
         taken = {worker.row for worker in self.workers.values()}
         row = min(set(range(2 * self.count)) - taken)
         ready, said = os.pipe()
+        kept = Kept()
         gc.freeze()  # a collection in a child would write to every object, and so copy its page
         pid = os.fork()
         if pid == 0:
+            self._leave_to_parent()
             os.close(ready)
             self.metrics.take_row(row)
-            run_worker(self.models, self.settings, self.metrics, self.listener, said)
+            parent = Parent(self.listener, said, kept.workers_end)
+            run_worker(self.models, self.settings, self.metrics, parent)
         os.close(said)
+        kept.workers_end.close()
         os.set_blocking(ready, False)
-        self.workers[pid] = Worker(pid, row, ready, self.generation)
+        self.workers[pid] = Worker(pid, row, ready, self.generation, kept)
+
+    def _leave_to_parent(self) -> None:
+        """In a new worker: what the parent keeps for the others isn't kept here too."""
+        for worker in self.workers.values():
+            worker.kept.close()
+            os.close(worker.ready)
 
     def _collect(self) -> None:
         """Take leave of workers that have ended, and replace those that shouldn't have."""
@@ -143,9 +162,10 @@ class Supervisor:
                 continue
             del self.workers[pid]
             os.close(worker.ready)
+            told = worker.kept.end()
             if self.stopping or worker.generation != self.generation:
                 continue
-            LOG.error("worker %d ended (%d); it is replaced", pid, status)
+            LOG.error("worker %d ended (%d), %d texts with it; it is replaced", pid, status, told)
             if time.monotonic() - worker.born < LEAST_LIFE_S:
                 time.sleep(LEAST_LIFE_S)
             self._fork()
@@ -167,11 +187,9 @@ class Supervisor:
             return
         self._seen = found
         try:
-            models = in_a_thread(self.load)
+            models = in_a_thread(self.load, meanwhile=self._wait)
         except Exception as error:
             LOG.error("the changed model isn't served: %s", error)
-            return
-        if [each.name for each in models] != [each.name for each in self.models]:
             return
         self.models, self.generation = models, self.generation + 1
         LOG.info("the models were loaded again")
@@ -186,7 +204,7 @@ def _is_ready(worker: Worker) -> bool:
     return worker.accepts
 
 
-def in_a_thread(load: Load) -> list[Served]:
+def in_a_thread(load: Load, meanwhile: Callable[[], None] | None = None) -> list[Served]:
     """What `load` gives, or raises, in a thread of its own; see above."""
     result: list[list[Served]] = []
     errors: list[BaseException] = []
@@ -199,6 +217,8 @@ def in_a_thread(load: Load) -> list[Served]:
 
     thread = threading.Thread(target=work)
     thread.start()
+    while meanwhile is not None and thread.is_alive():
+        meanwhile()
     thread.join()
     if errors:
         raise errors[0]

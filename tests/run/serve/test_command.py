@@ -60,6 +60,12 @@ def until(condition: Callable[[], Any], seconds: float = 30) -> None:
         time.sleep(0.02)
 
 
+def active(command: Command) -> float:
+    """Texts that are written now."""
+    found = re.search(r'quantize_active{model="lm"} (\S+)', command.client.get("/metrics").text)
+    return float(found[1]) if found else 0.0
+
+
 @pytest.fixture(scope="module")
 def command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
     folder = tmp_path_factory.mktemp("command")
@@ -124,10 +130,34 @@ def test_vanished_clients_and_half_bodies(command: Command):
 
 
 def test_a_killed_worker_is_replaced(command: Command):
-    """Those of the other worker go on; soon there are two again."""
+    """Its clients get an error, streams and others; those of the other worker go on; soon there are
+    two again.
+    """
     before = command.workers()
     assert len(before) == 2
+    answers: list[tuple[int, str]] = []
+
+    def ask(stream: bool) -> None:
+        body = LONG | {"max_tokens": 500, "stream": stream}
+        with httpx.Client(base_url=command.url, headers=TOKEN, timeout=60) as client:
+            reply = client.post("/v1/completions", json=body)
+            answers.append((reply.status_code, reply.text))
+
+    askers = [threading.Thread(target=ask, args=(i % 2 == 0,)) for i in range(12)]
+    for asker in askers:
+        asker.start()
+    until(lambda: active(command) == 12)
     os.kill(min(before), signal.SIGKILL)
+    for asker in askers:
+        asker.join()
+    died = [(status, text) for status, text in answers if "has died" in text]
+    assert len(answers) == 12 and 0 < len(died) < 12
+    for status, text in answers:
+        if (status, text) in died:
+            streamed = text.endswith("}\n\n") and text.startswith("data: ")
+            assert (status == 200 and streamed) or (status == 502 and "server_error" in text)
+        else:
+            assert status == 200 and (text.endswith("data: [DONE]\n\n") or '"usage"' in text)
     until(lambda: len(command.workers() - before) == 1 and len(command.workers()) == 2)
     reply = command.client.post("/v1/completions", json=LONG | {"max_tokens": 1})
     assert reply.status_code == 200
@@ -170,8 +200,7 @@ def test_sigterm_lets_accepted_requests_finish(command: Command):
     askers = [threading.Thread(target=ask) for _ in range(6)]
     for asker in askers:
         asker.start()
-    until(lambda: 'quantize_active{model="lm"} 0.0' not in command.client.get("/metrics").text)
-    time.sleep(0.1)
+    until(lambda: active(command) == 6)
     command.process.terminate()
     assert command.process.wait(60) == 0
     for asker in askers:

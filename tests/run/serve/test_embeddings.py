@@ -7,8 +7,8 @@ from typing import Any
 import openai
 import pytest
 import torch
-from conftest import WORDS
 from helpers import assert_close
+from served_models import WORDS
 
 TEXTS = ["the cat sat", "a dog", "the dog ran on the mat"]
 
