@@ -119,8 +119,9 @@ class Recipe:
     """Steps that are applied one after the other: `Prune(0.5) >> Recover(160) >> Int8()`.
 
     Steps that remove or train work on float weights; `Half`, `Int8` and `Int4` round these, so one
-    of them can only come last. `Student` starts from the original model, so it comes first.
-    `Recover` needs a `Prune` or `LowRank` before it since the last training.
+    of them can only come last; `Half` may follow the others, for what they left. `Student` starts
+    from the original model, so it comes first. `Recover` needs a `Prune` or `LowRank` before it
+    since the last training.
 
     Args:
         steps: one or more steps.
@@ -255,13 +256,20 @@ def _finite(value: Any) -> Any:
     return str(value) if isinstance(value, float) and math.isinf(value) else value
 
 
+def _rounds_the_rest(before: Sequence[Step], step: Step) -> bool:
+    """Does the step store in 16 bits what the integers before it left in float?"""
+    parts = [other.part for other in before]
+    integers = parts[-1] in ("int8", "int4")
+    return integers and step.part in ("fp16", "bf16")
+
+
 def _check_order(steps: Sequence[Step]) -> None:
     """Raises ValueError for an order that can't work, naming the step and what it follows."""
     lost = False  # is there something to recover?
     for index, step in enumerate(steps):
         name = type(step).__name__
         before = type(steps[index - 1]).__name__
-        if index and steps[index - 1].rounds:
+        if index and steps[index - 1].rounds and not _rounds_the_rest(steps[:index], step):
             raise ValueError(
                 f"{name} can't follow {before}, which rounds the weights: put {before} last"
             )

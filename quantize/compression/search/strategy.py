@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from quantize.compression.recipe import Half, Int4, Int8, LowRank, Prune, Recipe, Recover
+from quantize.compression.recipe import (
+    ChannelsLast,
+    Half,
+    Int4,
+    Int8,
+    LowRank,
+    Prune,
+    Recipe,
+    Recover,
+)
+from quantize.compression.search.times import BF16, INT8
 from quantize.host import native_bf16
 
 SHARES = (0.25, 0.5, 0.125, 0.375, 0.625, 0.75)  # removed, in the order in which they are tried
@@ -59,8 +69,16 @@ def between(tried: Mapping[float, bool]) -> float | None:
 def recovered(recipe: Recipe, steps: int) -> Recipe:
     """`recipe` with a training between what removes and what rounds."""
     removing = [step for step in recipe.steps if step.removes]
-    rounding = [step for step in recipe.steps if step.rounds]
-    return Recipe((*removing, Recover(steps), *rounding))
+    others = [step for step in recipe.steps if not step.removes]
+    return Recipe((*removing, Recover(steps), *others))
+
+
+def channels_last(recipe: Recipe | None) -> Recipe:
+    """`recipe` with the layout of convolutions changed before weights are rounded."""
+    steps = () if recipe is None else recipe.steps
+    before = [step for step in steps if not step.rounds]
+    rounding = [step for step in steps if step.rounds]
+    return Recipe((*before, ChannelsLast(), *rounding))
 
 
 def best(rows: Sequence[Mapping[str, Any]], *, fastest: bool) -> list[Mapping[str, Any]]:
@@ -81,3 +99,20 @@ def _by_loss(row: Mapping[str, Any]) -> tuple[float, float]:
 
 def _by_speed(row: Mapping[str, Any]) -> tuple[float, float]:
     return -(row["speedup"] or 0.0), row["bytes"]
+
+
+def without_layout(recipe: Recipe) -> Recipe | None:
+    """`recipe` less its `ChannelsLast`, which a search adds to everything; None if that was all."""
+    steps = [step for step in recipe.steps if not isinstance(step, ChannelsLast)]
+    return Recipe(tuple(steps)) if steps else None
+
+
+def uniform_kind(recipe: Sequence[Mapping[str, Any]] | None) -> str | None:
+    """The kind ("int8", "bf16") that a row's recipe gives every layer; None for other recipes."""
+    steps = [step for step in recipe or () if step["step"] != "ChannelsLast"]
+    if len(steps) != 1:
+        return None
+    if steps[0]["step"] == "Int8":
+        plain = steps[0]["prefer"] == "size" and not steps[0]["smooth"]
+        return INT8 if plain else None
+    return BF16 if steps[0].get("dtype") == "bfloat16" else None

@@ -18,7 +18,7 @@ from quantize.checkpoint import atomic_write
 from quantize.compression.recipe import Given, Recipe
 from quantize.compression.search.budget import Budget
 from quantize.measuring.comparison import compare
-from quantize.measuring.rows import build_rows
+from quantize.measuring.rows import build_rows, grade
 
 STATE, ORIGINAL = "search.json", "original"
 SUFFIX = ".safetensors"
@@ -33,6 +33,9 @@ class Points:
         folder: of that file and of the models.
         identity: what must be the same for rows to be taken over: model, inputs, calibration.
 
+    `units` has what `keep_units` kept: choices layer by layer rest on times, and a search that
+    goes on has to make the same ones.
+
     Raises:
         ValueError: the folder holds a search of something else.
     """
@@ -40,12 +43,14 @@ class Points:
     def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
         self.folder, self.identity = folder, dict(identity)
         self.rows: list[Row] = []
+        self.units: Any = None
         path = folder / STATE
         if path.exists():
             held = json.loads(path.read_text())
             if held["identity"] != self.identity:
                 raise ValueError(f"{path} is of another model or other batches: give another out=")
             self.rows = [row for row in held["rows"] if self._is_whole(row)]
+            self.units = held.get("units")
 
     def find(self, name: str) -> Row | None:
         """The row of that name, if it was measured already."""
@@ -54,7 +59,15 @@ class Points:
     def add(self, row: Row) -> None:
         """Keep a row, on disk too."""
         self.rows.append(row)
-        content = {"identity": self.identity, "rows": self.rows}
+        self._write()
+
+    def keep_units(self, units: Any) -> None:
+        """Keep what is known of the model's parts, as JSON values."""
+        self.units = units
+        self._write()
+
+    def _write(self) -> None:
+        content = {"identity": self.identity, "rows": self.rows, "units": self.units}
         with atomic_write(self.folder / STATE) as file:
             file.write(json.dumps(content, indent=1).encode())
 
@@ -104,10 +117,13 @@ class Trial:
         row = build_rows([base, again])[0]
         noise = abs(1 - (again.speedup or 1.0))
         row |= {"speed_noise": max(noise, 0.01), "loss": 0.0, "loss_noise": self.judge.noise}
+        row |= {"metric": self._metric(self.judge.metrics), "metric_change": 0.0}
         return self._keep(row, None)
 
-    def point(self, recipe: Recipe) -> Row:
-        """The row of one recipe; one that fails has no file and says why."""
+    def point(self, recipe: Recipe, predicted: Row | None = None) -> Row:
+        """The row of one recipe, with what was predicted of it; one that fails has no file and
+        says why.
+        """
         name = file_name(recipe)
         known = self.points.find(name)
         if known is not None:
@@ -119,6 +135,7 @@ class Trial:
         except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
             row = self._failed(name, " ".join(str(error).split())[:300])
         self.seconds[name] = time.monotonic() - started
+        row["predicted"] = predicted
         return self._keep(row, recipe)
 
     def path(self, name: str) -> Path:
@@ -131,7 +148,8 @@ class Trial:
         measured = self._compare(files, rounds)
         again = build_rows(measured)[1]
         kept = {
-            key: row[key] for key in ("loss", "loss_noise", "metric", "metric_change", "recipe")
+            key: row[key]
+            for key in ("loss", "loss_noise", "metric", "metric_change", "recipe", "predicted")
         }
         fresh = again | kept
         return fresh | self._verdict(fresh)
@@ -144,15 +162,18 @@ class Trial:
         score = self.judge.score(loaded)
         files = {ORIGINAL: self.path(ORIGINAL), name: path}
         row = build_rows(self._compare(files))[1]
-        metric, *others = score.metrics.items()
-        row["metric"] = {
-            "name": metric[0],
-            "value": metric[1],
-            "higher_is_better": self.judge.higher,
-            "also": dict(others),
-        }
-        row["metric_change"] = metric[1] - self.judge.value
+        row["metric"] = self._metric(score.metrics)
+        row["metric_change"] = row["metric"]["value"] - self.judge.value
+        marks = [row["notes"]] if row["notes"] else []
+        if self.judge.value:
+            marks[:0] = grade(self.judge.value, score.loss, score.noise)
+        row["notes"] = "; ".join(marks)
         return row | {"loss": score.loss, "loss_noise": score.noise}
+
+    def _metric(self, metrics: Mapping[str, float]) -> Row:
+        (name, value), *others = metrics.items()
+        better = {"higher_is_better": self.judge.higher, "also": dict(others)}
+        return {"name": name, "value": value, **better}
 
     def _compare(self, files: dict[str, Path], rounds: int = 5) -> list[Any]:
         return compare(
@@ -170,6 +191,7 @@ class Trial:
 
     def _keep(self, row: Row, recipe: Recipe | None) -> Row:
         row["recipe"] = None if recipe is None else recipe.as_values()
+        row.setdefault("predicted", None)
         row |= self._verdict(row)
         self.points.add(row)
         return row
@@ -195,9 +217,23 @@ def file_name(recipe: Recipe) -> str:
         options = [name for name in ("embeddings", "smooth") if getattr(step, name, False)]
         if getattr(step, "prefer", "") == "speed":
             options.append("where_faster")
-        value = f"{getattr(step, number):g}" if number else ""
+        value = _shown(getattr(step, number)) if number else ""
         parts.append("_".join([step.part + value, *options]))
-    return "+".join(parts)
+    return "+".join([*parts, *_by_layer(recipe)])
+
+
+def _shown(value: Any) -> str:
+    return "_by_layer" if isinstance(value, Mapping) else f"{value:g}"
+
+
+def _by_layer(recipe: Recipe) -> list[str]:
+    """What tells a recipe that names layers from others: the start of a digest."""
+    values: list[Any] = []
+    for step in recipe.as_values():
+        values += step.values()
+    if not any(value for value in values if isinstance(value, (dict, list))):
+        return []
+    return [hashlib.sha256(recipe.to_json().encode()).hexdigest()[:8]]
 
 
 def digest(values: Any) -> str:

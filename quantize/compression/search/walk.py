@@ -1,7 +1,7 @@
 """`compress`: tries recipes until the minutes are over, and returns the best one that was measured.
 
-First what keeps every channel (16 bits, int8, int4), then pruned and factorized models at shares
-halfway between too much and too little, then a training of what came near.
+First what keeps every channel (16 bits, int8, int4), then pruned and factorized models, then
+choices layer by layer, corrected by what was measured, then a training of what came near.
 """
 
 from __future__ import annotations
@@ -18,15 +18,18 @@ from torch import nn
 
 from quantize import checkpoint, surgery
 from quantize.calibration import check_batches
-from quantize.compression.recipe import Given, Recipe
+from quantize.compression.recipe import ChannelsLast, Given, Recipe
 from quantize.compression.search import strategy
 from quantize.compression.search.budget import TARGETS, Budget
 from quantize.compression.search.judge import Divergence, Evaluated
-from quantize.compression.search.trial import ORIGINAL, Points, Row, Trial, digest
-from quantize.host import machine
+from quantize.compression.search.layered import ROUNDS, Choice, Layered, as_values, from_values
+from quantize.compression.search.times import BF16, FLOAT, INT8
+from quantize.compression.search.trial import ORIGINAL, Points, Row, Trial, digest, file_name
+from quantize.compression.search.units import survey
+from quantize.host import machine, native_bf16
 from quantize.measuring.report import write_report
 
-MOST_SHARES = 6  # of one technique
+MOST_SHARES, FEW_SHARES = 6, 2  # of one technique; where layers are chosen one by one too
 CANDIDATES = 3  # to measure again, the best first
 FIRST_STEPS, MOST_STEPS = 20, 400  # of a training
 
@@ -42,6 +45,7 @@ class Result:
             "fits" (whether it keeps the budget), "misses" (what it misses) and "recipe".
         met: whether the chosen one kept the budget when it was measured once more.
         reason: why it was chosen, or what couldn't be reached.
+        layers: what each layer of the chosen one got and why: dicts of "name", "got", "why".
     """
 
     model: nn.Module
@@ -49,6 +53,7 @@ class Result:
     rows: list[Row] = field(repr=False)
     met: bool = False
     reason: str = ""
+    layers: list[dict[str, str]] = field(default_factory=list, repr=False)
 
 
 def compress(
@@ -137,21 +142,77 @@ class _Search:
         self.has_targets = any(getattr(budget, name) is not None for name in TARGETS)
         self.small_wanted = budget.bytes is not None or budget.memory_mb is not None
         self.rows: list[Row] = []
+        self.has_layout = False  # whether convolutions have their channels last
 
     def run(self) -> list[Row]:
         self.rows.append(self.trial.original())
+        self.has_layout = self._is_faster_channels_last()
         for recipe in strategy.whole(self.small_wanted):
             self._try(recipe)
         tail = self._tail()
+        layered = self._survey()
+        most = MOST_SHARES if layered is None else min(FEW_SHARES, MOST_SHARES)
         for kind in (strategy.PRUNED, strategy.FACTORIZED):
-            self._reduce(kind, tail)
+            self._reduce(kind, tail, most)
+        if layered is not None:
+            self._by_layer(layered)
         self._recover()
         return self.rows
 
-    def _try(self, recipe: Recipe) -> Row | None:
+    def _is_faster_channels_last(self) -> bool:
+        """Whether the order of the convolutions' weights alone makes the model faster."""
+        if not any(isinstance(module, nn.Conv2d) for module in self.trial.model.modules()):
+            return False
+        row = self._try(strategy.channels_last(None))
+        noise = self.rows[0]["speed_noise"]
+        return row is not None and row["file"] is not None and row["speedup"] > 1 + noise
+
+    def _survey(self) -> Layered | None:
+        """The parts of the model with their options; None where there are none, or no time."""
         if time.monotonic() > self.deadline:
             return None
-        row = self.trial.point(recipe)
+        trial = self.trial
+        if trial.points.units is None:
+            kinds = [FLOAT, INT8, *([BF16] if native_bf16("cpu") else [])]
+            layout = Recipe((ChannelsLast(),)) if self.has_layout else None
+            model = trial.model if layout is None else layout(trial.model)
+            try:
+                units = survey(model, trial.given, kinds, trial.say)
+            except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
+                trial.say(f"no choice by layers: {' '.join(str(error).split())[:200]}")
+                return None
+            trial.points.keep_units(as_values(units))
+        units = from_values(trial.points.units)
+        return Layered(units, self.rows[0], trial.budget, trial.allowed, self.small_wanted)
+
+    def _by_layer(self, layered: Layered) -> None:
+        """Choices of an option for every part, each corrected by what was measured before."""
+        for row in self.rows:
+            kind = strategy.uniform_kind(row["recipe"])
+            if kind is not None:
+                layered.learn(row, layered.uniform(kind))
+        tried: dict[Choice, Row] = {}
+        for _ in range(ROUNDS):
+            choice = layered.next(tried)
+            recipe = None if choice is None else layered.recipe(choice)
+            if choice is None or recipe is None:
+                return
+            row = self._try(recipe, layered.predicted(choice))
+            if row is None:
+                return
+            tried[choice] = row
+            layered.learn(row, layered.options(choice))
+
+    def _try(self, recipe: Recipe, predicted: Row | None = None) -> Row | None:
+        if time.monotonic() > self.deadline:
+            return None
+        if self.has_layout:
+            recipe = strategy.channels_last(recipe)
+        name = file_name(recipe)
+        known = next((row for row in self.rows if row["name"] == name), None)
+        if known is not None:
+            return known
+        row = self.trial.point(recipe, predicted)
         self.rows.append(row)
         shown = row["misses"][0] if row["misses"] else "keeps the budget"
         speed = f"{row['speedup']:.2f}x, loss {row['loss']:.3g}, " if row["file"] else ""
@@ -165,13 +226,13 @@ class _Search:
             made.sort(key=lambda row: row["bytes"])
         else:
             made.sort(key=lambda row: -row["speedup"])
-        return Recipe.from_json(made[0]["recipe"]) if made else None
+        return strategy.without_layout(Recipe.from_json(made[0]["recipe"])) if made else None
 
-    def _reduce(self, kind: str, tail: Recipe | None) -> None:
+    def _reduce(self, kind: str, tail: Recipe | None, most: int) -> None:
         """Shares of one technique, each halfway between too little and too much."""
         tried: dict[float, bool] = {}
         share: float | None = strategy.SHARES[0]
-        while share is not None and len(tried) < MOST_SHARES:
+        while share is not None and len(tried) < most:
             row = self._try(strategy.reduced(share, kind, tail))
             if row is None or row["file"] is None:
                 return
@@ -184,7 +245,9 @@ class _Search:
         useful = [row for row in smaller if row["reaches"] and row["loss"] > row["loss_noise"]]
         useful.sort(key=lambda row: row["loss"])
         for row in useful[:CANDIDATES]:
-            recipe = Recipe.from_json(row["recipe"])
+            recipe = strategy.without_layout(Recipe.from_json(row["recipe"]))
+            if recipe is None:
+                continue
             started = time.monotonic()
             first = self._try(strategy.recovered(recipe, FIRST_STEPS))
             if first is None or first["file"] is None:
@@ -220,7 +283,18 @@ class _Search:
     def _result(self, row: Row, met: bool, reason: str) -> Result:
         file = self.trial.path(row["name"])
         rows = [row if other["name"] == row["name"] else other for other in self.rows]
-        return Result(checkpoint.load(file, self.trial.model), file, rows, met, reason)
+        model = checkpoint.load(file, self.trial.model)
+        return Result(model, file, rows, met, reason, _layers(row, model))
+
+
+def _layers(row: Row, model: nn.Module) -> list[dict[str, str]]:
+    """What each layer got and why: of a choice by layers its reasons, else what the steps say."""
+    if row.get("predicted"):
+        return row["predicted"]["layers"]
+    summary = checkpoint.summary(model)
+    left = {name: why for name, why in summary.left.items() if name not in summary.done}
+    told = [{"name": n, "got": got, "why": "by its recipe"} for n, got in summary.done.items()]
+    return told + [{"name": n, "got": "stays as it is", "why": why} for n, why in left.items()]
 
 
 def _facts(row: Row) -> str:
@@ -231,6 +305,7 @@ def _facts(row: Row) -> str:
 
 def _report(result: Result, folder: Path, minutes: float, seed: int) -> None:
     data = {"minutes": minutes, "seed": seed, "chosen": result.file.name, "reason": result.reason}
+    data["layers"] = result.layers
     shown = [row for row in result.rows if row["metric"]]
     write_report({"machine": machine(), "data": data, "rows": shown}, folder)
 

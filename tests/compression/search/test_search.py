@@ -22,6 +22,7 @@ from quantize.compression.recipe import Int8, LowRank, Prune, Recipe
 from quantize.compression.search import strategy
 from quantize.compression.search.budget import Budget
 from quantize.compression.search.judge import Divergence, Evaluated
+from quantize.compression.search.times import BF16, FLOAT, INT8, Stopwatch
 
 INPUTS = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
 
@@ -44,10 +45,17 @@ def batches() -> list[torch.Tensor]:
 
 @pytest.fixture(autouse=True)
 def by_bytes(monkeypatch):
-    """A nanosecond per byte of the file, and no processes."""
+    """A nanosecond per byte of a file and of a layer's tensors, and no processes."""
     monkeypatch.setattr("quantize.compression.search.trial.compare", measured_by_bytes)
+    monkeypatch.setattr(Stopwatch, "_race", timed_by_bytes)
     monkeypatch.setattr("quantize.compression.search.walk.MOST_SHARES", 3)
+    monkeypatch.setattr("quantize.compression.search.walk.FEW_SHARES", 3)
     monkeypatch.setattr("quantize.compression.search.walk.MOST_STEPS", 40)
+
+
+def timed_by_bytes(watch, layer, _shape):
+    numbers = sum(parameter.numel() for parameter in layer.parameters())
+    return {kind: 1e-9 * numbers * {FLOAT: 4, INT8: 1, BF16: 2}[kind] for kind in watch.kinds}
 
 
 def search(model, batches, budget, **options):

@@ -1,0 +1,331 @@
+"""`quantize.compress` on models that it was never tuned on: are budgets met when the file is
+measured again, how near are predictions, and what do recipes by hand give?
+
+    uv run python benchmarks/search.py --models cnn
+    uv run python benchmarks/search.py --models text vit sentence decoder --minutes 2
+
+Each model is trained for some seconds on the standard library's text or scikit-learn's digits. A
+row is a budget, or a recipe by hand ("int8", "pruned0.3+int8", "low_rank0.7+int8"). `met_again` is from a
+measurement after the search, original and file in turns; `ratio_by_hand` is the speed of the
+fastest recipe by hand that loses no more, under the search's. Trained models are kept in
+--folder, so that a run in pieces goes on.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import rows
+import torch
+import torch.nn.functional as F
+import transformers
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+
+import quantize
+from quantize import training
+from quantize.compression.recipe import Given, Int8, LowRank, Prune, Recipe
+from quantize.compression.search.judge import Evaluated
+from quantize.measuring import compare
+from quantize.training import data
+
+BUDGETS: dict[str, dict[str, Any]] = {
+    "speedup 1.5": {"speedup": 1.5},
+    "speedup 2": {"speedup": 2.0},
+    "loss 1%": {"max_loss": "1%"},
+    "loss 5%": {"max_loss": "5%"},
+    "third of bytes": {"bytes": 1 / 3},
+}
+BY_HAND = {
+    "int8": Recipe((Int8(),)),
+    "pruned0.3+int8": Prune(0.3) >> Int8(),
+    "low_rank0.7+int8": LowRank(0.7) >> Int8(),
+}
+SEED, BATCH, LENGTH = 0, 8, 128
+
+
+@dataclass(frozen=True)
+class Task:
+    """A model and its data.
+
+    Args:
+        build: the model with new weights.
+        batch: gives the inputs and targets of a training step.
+        loss: of outputs and targets.
+        inputs: held-out batches, for calibration; the first one is timed.
+        evaluate: the metric.
+    """
+
+    build: Callable[[], nn.Module]
+    batch: Callable[[int], tuple[Tensor, Tensor]]
+    loss: Callable[[Any, Tensor], Tensor]
+    inputs: list[Tensor]
+    evaluate: Callable[[Any], dict[str, float]]
+
+
+class Logits(nn.Module):
+    """A model of transformers that gives a tensor."""
+
+    def __init__(self, model: nn.Module, pooled: bool = False) -> None:
+        super().__init__()
+        self.model, self.pooled = model, pooled
+
+    def forward(self, x: Tensor) -> Tensor:
+        output = self.model(x)
+        return output[0].mean(1) if self.pooled else output[0]
+
+
+def encoder(kind: str, **config: Any) -> Any:
+    """A BERT of bytes, four blocks of width 256."""
+    sizes = {"hidden_size": 256, "num_hidden_layers": 4, "intermediate_size": 1024}
+    heads = {"vocab_size": 256, "num_attention_heads": 4, "max_position_embeddings": LENGTH}
+    return getattr(transformers, kind)(transformers.BertConfig(**sizes, **heads, **config))
+
+
+def windows() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Windows of source and of prose, [N, LENGTH] ids with what they are: train, then held out."""
+    text = data.load_text()
+    found = []
+    for part in (text.train, text.validation):
+        count = min(len(part) // LENGTH, 20_000)
+        ids = part[: count * LENGTH].view(count, LENGTH).long()
+        code = ((ids == ord("(")) | (ids == ord("_"))).sum(1)
+        labels = (code > code.median()).long()
+        found += [ids, labels]
+    return found[0], found[1], found[2][:1024], found[3][:1024]
+
+
+def accuracy(model: Any, inputs: Tensor, labels: Tensor) -> dict[str, float]:
+    with torch.no_grad():
+        guesses = torch.cat([model(part).argmax(-1) for part in inputs.split(64)])
+    return {"accuracy": (guesses == labels).double().mean().item(), "examples": len(labels)}
+
+
+def classified(build: Callable[[], nn.Module], parts: tuple[Tensor, ...]) -> Task:
+    """A task with labels, of train inputs and labels and held-out ones."""
+    train, labels, held, held_labels = parts
+
+    def batch(step: int) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(step)
+        rows_ = torch.randint(len(train), (32,), generator=generator)
+        return train[rows_], labels[rows_]
+
+    inputs = list(train[: 8 * BATCH].split(BATCH))
+    evaluate = lambda model: accuracy(model, held, held_labels)  # noqa: E731
+    return Task(build, batch, F.cross_entropy, inputs, evaluate)
+
+
+def text_task() -> Task:
+    def build() -> nn.Module:
+        return Logits(encoder("BertForSequenceClassification", num_labels=2))
+
+    return classified(build, windows())
+
+
+def digits(size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Scikit-learn's digits, [N, 1, size, size]: train, then held out."""
+    found: Any = load_digits()
+    images = torch.tensor(found.images, dtype=torch.float32)[:, None] / 16
+    images = F.interpolate(images, size=size, mode="bilinear")
+    labels = torch.tensor(found.target)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(SEED))
+    images, labels = images[order], labels[order]
+    return images[:1400], labels[:1400], images[1400:], labels[1400:]
+
+
+def cnn_task() -> Task:
+    config = quantize.ConvNetConfig(in_channels=1, widths=(32, 64, 128), blocks=1, classes=10)
+    return classified(lambda: quantize.ConvNet(config), digits(32))
+
+
+def vit_task() -> Task:
+    sizes = {"hidden_size": 192, "num_hidden_layers": 4, "intermediate_size": 768}
+    shape = {"image_size": 32, "patch_size": 4, "num_channels": 1, "num_labels": 10}
+    config = transformers.ViTConfig(num_attention_heads=3, **sizes, **shape)
+    return classified(lambda: Logits(transformers.ViTForImageClassification(config)), digits(32))
+
+
+def sentence_task() -> Task:
+    """Two halves of a window should have the nearest embeddings of a batch."""
+    train, _, held, _ = windows()
+
+    def batch(step: int) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(step)
+        rows_ = train[torch.randint(len(train), (24,), generator=generator)]
+        return torch.cat(rows_.split(LENGTH // 2, 1)), torch.arange(24)
+
+    def loss(output: Tensor, targets: Tensor) -> Tensor:
+        first, second = F.normalize(output, dim=-1).chunk(2)
+        return F.cross_entropy(20 * first @ second.T, targets)
+
+    def evaluate(model: Any) -> dict[str, float]:
+        with torch.no_grad():
+            ids = torch.cat(held[:512].split(LENGTH // 2, 1))
+            first, second = torch.cat([model(part) for part in ids.split(64)]).chunk(2)
+        near = F.normalize(first, dim=-1) @ F.normalize(second, dim=-1).T
+        found = near.view(512, 16, 32).argmax(-1) == (torch.arange(512) % 32)[:, None]
+        right = found[torch.arange(512), torch.arange(512) // 32]
+        return {"recall_accuracy": right.double().mean().item(), "examples": 512}
+
+    inputs = list(train[: 8 * BATCH].split(BATCH))
+    return Task(lambda: Logits(encoder("BertModel"), pooled=True), batch, loss, inputs, evaluate)
+
+
+def decoder_task() -> Task:
+    text = data.load_text()
+    config = quantize.DecoderConfig(width=192, layers=4, heads=3, qk_norm=True, max_length=512)
+    batches = data.TextBatches(text.train, length=LENGTH, batch=16, seed=SEED)
+
+    def evaluate(model: Any) -> dict[str, float]:
+        options = {"length": LENGTH, "overlap": LENGTH // 2, "max_bytes": 2**14}
+        return training.evaluate_text(model, text.validation, **options)
+
+    def loss(output: Any, targets: Tensor) -> Tensor:
+        return F.cross_entropy(output.flatten(0, 1), targets.flatten())
+
+    inputs = [batches(step)[0][:BATCH] for step in range(10_000, 10_008)]
+    return Task(lambda: quantize.DecoderLM(config), batches, loss, inputs, evaluate)
+
+
+TASKS = {
+    "text": text_task,
+    "sentence": sentence_task,
+    "cnn": cnn_task,
+    "vit": vit_task,
+    "decoder": decoder_task,
+}
+
+
+def trained(name: str, task: Task, folder: Path, seconds: float) -> nn.Module:
+    """The model after so many seconds of training, kept in the folder."""
+    torch.manual_seed(SEED)
+    model = task.build()
+    path = folder / f"{name}.pth"
+    if path.exists():
+        return quantize.open_model(path, model)
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
+    start, step = time.monotonic(), 0
+    while time.monotonic() - start < seconds:
+        left = 1 - (time.monotonic() - start) / seconds
+        optimizer.param_groups[0]["lr"] = 1e-3 * min(1.0, (step + 1) / 50, max(left, 0.02))
+        inputs, targets = task.batch(step)
+        optimizer.zero_grad()
+        task.loss(model(inputs), targets).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        step += 1
+    folder.mkdir(parents=True, exist_ok=True)
+    quantize.save(model.eval(), path)
+    print(f"{name}: {step} steps, {task.evaluate(model)}", flush=True)
+    return model
+
+
+def searched(name: str, model: nn.Module, task: Task, budget: str, options: Any) -> rows.Row:
+    """The row of one budget."""
+    wanted = dict(BUDGETS[budget])
+    original = options.folder / f"{name}.pth"
+    if "bytes" in wanted:
+        wanted["bytes"] = int(wanted["bytes"] * original.stat().st_size)
+    start = time.monotonic()
+    result = quantize.compress(
+        model,
+        task.inputs[0],
+        calibration=task.inputs,
+        evaluate=task.evaluate,
+        budget=wanted,
+        minutes=options.minutes,
+        out=options.folder / f"{name}-{budget.replace(' ', '-')}",
+        progress=options.verbose,
+    )
+    chosen = next(row for row in result.rows if row["name"] == result.file.stem)
+    base, again = compare([original, result.file], task.inputs[0], model=model, rounds=9)
+    found = {"speedup": again.speedup, "bytes": again.bytes}
+    reached = {
+        "speedup": lambda value: found["speedup"] >= value,
+        "bytes": lambda value: found["bytes"] <= value,
+        "max_loss": lambda value: chosen["within"],
+    }
+    told = [row for row in result.rows if row.get("predicted") and row["latency_ms"]]
+    off = [abs(r["predicted"]["latency_ms"] / r["latency_ms"]["median"] - 1) for r in told]
+    return {
+        "model": name,
+        "asked": budget,
+        "chosen": chosen["name"],
+        "met": result.met,
+        "met_again": result.met and all(reached[key](value) for key, value in wanted.items()),
+        "speedup_again": again.speedup,
+        "original_ms": base.latency_ms.median if base.latency_ms else None,
+        "bytes_ratio": again.bytes / original.stat().st_size if again.bytes else None,
+        "loss": chosen["loss"],
+        "loss_noise": chosen["loss_noise"],
+        "points": len(result.rows),
+        "by_layer": len(told),
+        "off_median": statistics.median(off) if off else None,
+        "off_first": off[0] if off else None,
+        "off_last": off[-1] if off else None,
+        "seconds": time.monotonic() - start,
+    }
+
+
+def by_hand(name: str, model: nn.Module, task: Task, folder: Path) -> list[rows.Row]:
+    """A row for each recipe by hand, in turns with the original."""
+    judge = Evaluated(task.evaluate, model)
+    given = Given(example_inputs=task.inputs[0], calibration=task.inputs, seed=SEED)
+    files = {"original": folder / f"{name}.pth"}
+    losses = {}
+    for recipe_name, recipe in BY_HAND.items():
+        files[recipe_name] = folder / f"{name}-{recipe_name}.pth"
+        quantize.save(recipe(model, given), files[recipe_name])
+        losses[recipe_name] = judge.score(quantize.open_model(files[recipe_name], model)).loss
+    measured = compare(files, task.inputs[0], model=model, rounds=9)
+    return [
+        {
+            "model": name,
+            "asked": f"by hand: {one.name}",
+            "speedup_again": one.speedup,
+            "bytes_ratio": one.bytes / files["original"].stat().st_size if one.bytes else None,
+            "loss": losses[one.name],
+            "loss_noise": judge.noise,
+        }
+        for one in measured[1:]
+    ]
+
+
+def compared(found: list[rows.Row], hand: list[rows.Row]) -> None:
+    """Set against the fastest recipe by hand that loses no more, give or take the noise."""
+    for row in found:
+        near = [other for other in hand if other["loss"] <= row["loss"] + row["loss_noise"]]
+        fastest = max((other["speedup_again"] for other in near), default=math.nan)
+        row["ratio_by_hand"] = row["speedup_again"] / fastest if near else None
+
+
+def main() -> None:
+    parser = rows.Parser(__doc__, "search.csv")
+    parser.some("--models", "which", TASKS)
+    parser.some("--budgets", "which", BUDGETS)
+    parser.flag("--minutes", "of each search", 1.0)
+    parser.flag("--train-seconds", "of each model", 40.0)
+    parser.flag("--folder", "for models and searches", "search-benchmark")
+    parser.add_argument("--verbose", action="store_true", help="show every point")
+    options = parser.parse()
+    options.folder = Path(options.folder)
+    for name in options.models:
+        task = TASKS[name]()
+        model = trained(name, task, options.folder, options.train_seconds)
+        hand = by_hand(name, model, task, options.folder)
+        for budget in options.budgets:
+            row = searched(name, model, task, budget, options)
+            compared([row], hand)
+            rows.write(Path(options.out), [row | rows.host()], key=("model", "asked"))
+        rows.write(Path(options.out), [row | rows.host() for row in hand], ("model", "asked"))
+
+
+if __name__ == "__main__":
+    main()

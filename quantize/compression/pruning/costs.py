@@ -1,0 +1,111 @@
+"""What removing channels would cost, group by group, before anything is removed.
+
+The groups are those that `prune_ln_structured` finds, and the costs are those that it ranks by, so
+a search can weigh them against other ways to make a layer smaller. Left out: groups that no layer
+of their own names, whose readers can't be refitted, or whose readers the output doesn't depend on.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from quantize import surgery
+from quantize.calibration import gradients_if_any
+from quantize.compression.pruning import budget, scores
+from quantize.compression.pruning.choose import choose, refuse_infinite, refuse_unfit, savable
+from quantize.compression.pruning.cut import layers_of, owners
+from quantize.compression.pruning.groups import Group, find_groups
+from quantize.compression.pruning.readers import by_readers, find_readers
+from quantize.compression.pruning.trace import Trace, export
+
+
+@dataclass(frozen=True)
+class Removable:
+    """One group of channels that go together.
+
+    Args:
+        name: a layer that names this group alone in `amount`.
+        units: how many there are.
+        outputs: by layer, the output channels that go with a unit.
+        inputs: by layer, the input channels (columns of a linear layer) that go with a unit.
+        costs: of removing 0, 1, ... units, with the readers refitted: squared changes of the
+            model's output (see `scores.reconstruction`), summed over the rows seen, float64.
+        kept: gives for a fraction to remove the number of units that `prune_ln_structured` keeps.
+    """
+
+    name: str
+    units: int
+    outputs: dict[str, int]
+    inputs: dict[str, int]
+    costs: Tensor
+    kept: Callable[[float], int]
+
+
+def removable(
+    model: nn.Module,
+    example_inputs: Any,
+    calibration: Iterable[Any],
+    say: Callable[[str], None] = lambda line: None,
+) -> list[Removable]:
+    """The groups of a model and what their channels cost.
+
+    Args:
+        model: any module; it stays as it is.
+        example_inputs, calibration, say: as in `prune_ln_structured`.
+
+    Raises:
+        ValueError: as `prune_ln_structured`: a model that can't be exported, nothing to prune.
+    """
+    work = surgery.clone(model).eval()
+    refuse_unfit(work)
+    trace = Trace(export(surgery.clone(work), example_inputs), work)
+    groups, stuck = find_groups(trace.labels)
+    wanted, left = choose(work, groups, stuck, {"*": 0.5}, ())
+    wanted = savable(work, wanted, left)
+    refuse_infinite(work, wanted)
+    wanted = find_readers(work, wanted, calibration, left)
+    places: dict[str, nn.Module] = {}
+    for group in wanted:
+        places.update({place: module for place, module, _ in group.readers})
+    metrics = gradients_if_any(work, calibration, places)
+    counts: Counter[str] = Counter()
+    for group in groups:
+        counts.update(set(layers_of(work, group)))
+    named = {id(group): _own_name(work, group, counts) for group in wanted}
+    known = [group for group in wanted if named[id(group)] and _is_known(group, metrics)]
+    ranked = by_readers(work, known, calibration, _costs, say, metrics)
+    return [
+        _removable(work, group, named[id(group)] or "", costs)
+        for group, costs in zip(known, ranked, strict=True)
+    ]
+
+
+def _own_name(model: nn.Module, group: Group, counts: Counter[str]) -> str | None:
+    return next((name for name in layers_of(model, group) if counts[name] == 1), None)
+
+
+def _is_known(group: Group, metrics: dict[str, Tensor]) -> bool:
+    return bool(group.readers) and all(place in metrics for place, _, _ in group.readers)
+
+
+def _costs(group: Group, readers: list[scores.Reader]) -> Tensor:
+    return scores.reconstruction(readers, budget.deepest(group, None))[1]
+
+
+def _removable(model: nn.Module, group: Group, name: str, costs: Tensor) -> Removable:
+    outputs: dict[str, int] = {}
+    for key in group.outputs:
+        place, _, local = owners(model, key[0])[0]
+        if local == "weight":
+            outputs[place] = group.places[key].shape[1]
+    inputs = {place: group.places[key].shape[1] for place, _, key in group.readers}
+
+    def kept(amount: float) -> int:
+        return budget.units_kept(group, amount, None)
+
+    return Removable(name, group.units, outputs, inputs, costs, kept)

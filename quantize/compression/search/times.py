@@ -1,0 +1,136 @@
+"""How long a layer takes at each size and in each way to store it, on this machine.
+
+A layer is timed on an input of the shape that it gets in a call of the model, once for each
+distinct shape; layers of random weights stand in for sizes that no layer has yet. What is timed is
+an eager call. Left out: what lies between layers, for which the search corrects by whole files.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantize import clock
+from quantize.compression.half import to_half
+from quantize.compression.int8.layers import choose, convert
+from quantize.nn import low_rank as pairs
+
+FLOAT, INT8, BF16 = "float", "int8", "bf16"
+_CACHE_BYTES, _MOST_COPIES = 8 << 20, 8  # copies take turns: a model's weights are cold
+_FEWEST, _SECONDS = 5, 0.006  # timed calls of a contender, and about how long they take
+_MOST_NUMBERS = 1 << 21  # in an input; more of them change the time in proportion
+
+Seconds = dict[str, float]
+
+
+class Stopwatch:
+    """Times layers, each kind and shape once.
+
+    Args:
+        kinds: what each is timed in, of "float", "int8", "bf16".
+    """
+
+    def __init__(self, kinds: Sequence[str]) -> None:
+        self.kinds = tuple(kinds)
+        self.known: dict[tuple[Any, ...], Seconds] = {}
+
+    def whole(self, layer: Any, shape: Sequence[int], inputs: int, outputs: int) -> Seconds:
+        """Of a layer like this one with so many input and output channels.
+
+        Args:
+            layer: a linear layer (`Conv1D` too) or a convolution.
+            shape: of its input, with the channels that it has now.
+        """
+        channel = _channel(layer)
+        sizes = list(shape)
+        sizes[channel] = inputs
+        return self._timed(_like(layer, inputs, outputs), sizes)
+
+    def pair(self, layer: Any, shape: Sequence[int], rank: int) -> Seconds:
+        """Of a pair of this rank in the layer's place."""
+        m, k = pairs.matrix(layer).shape
+        first, second = torch.randn(rank, k), torch.randn(m, rank)
+        return self._timed(pairs.pair(layer, first, second, layer.bias), shape)
+
+    def _timed(self, layer: nn.Module, shape: Sequence[int]) -> Seconds:
+        sizes = [tuple(parameter.shape) for parameter in layer.parameters()]
+        key = (type(layer), layer.extra_repr(), str(sizes), tuple(shape))
+        if key not in self.known:
+            self.known[key] = self._race(layer, shape)
+        return self.known[key]
+
+    def _race(self, layer: nn.Module, shape: Sequence[int]) -> Seconds:
+        x, times = _input(shape)
+        made = {kind: _MADE[kind](layer) for kind in self.kinds}
+        runs = [_turns(one, x) for one in made.values()]
+        calls = [run for run, _ in runs]
+        warm_up = max(copies for _, copies in runs)  # a copy packs its weights in its first call
+        seconds = clock.race(calls, least=_FEWEST, seconds=_SECONDS, warm_up=warm_up)
+        return {kind: times * taken for kind, taken in zip(made, seconds, strict=True)}
+
+
+def _channel(layer: nn.Module) -> int:
+    """The dimension of a layer's input that its channels are along."""
+    convolution = isinstance(layer, (nn.Conv1d, nn.Conv2d))
+    return -1 - len(layer.kernel_size) if convolution else -1
+
+
+def _like(layer: Any, inputs: int, outputs: int) -> nn.Module:
+    """A layer of random weights with the other settings of this one."""
+    biased = layer.bias is not None
+    if not isinstance(layer, (nn.Conv1d, nn.Conv2d)):
+        return nn.Linear(inputs, outputs, biased)
+    kind = nn.Conv1d if isinstance(layer, nn.Conv1d) else nn.Conv2d
+    groups = outputs if layer.groups > 1 else 1  # of depthwise ones; see `units`
+    settings = {
+        name: getattr(layer, name) for name in ("kernel_size", "stride", "padding", "dilation")
+    }
+    made = kind(inputs, outputs, groups=groups, bias=biased, **settings)
+    if layer.weight.ndim == 4 and layer.weight.is_contiguous(memory_format=torch.channels_last):
+        made.to(memory_format=torch.channels_last)
+    return made
+
+
+def _input(shape: Sequence[int]) -> tuple[Tensor, float]:
+    """Random numbers of this shape, or of fewer rows, and how many times as many there were."""
+    rest = 1
+    for size in shape[1:]:
+        rest *= size
+    first = max(1, min(shape[0], _MOST_NUMBERS // max(rest, 1)))
+    return torch.randn(first, *shape[1:]), shape[0] / first
+
+
+def _turns(layer: nn.Module, x: Tensor) -> tuple[Callable[[], object], int]:
+    """A function that calls copies in turns, and how many there are; on two inputs in turns, as
+    int8 layers know an input that they have quantized before.
+    """
+    stored = sum(tensor.nbytes for tensor in layer.state_dict().values())
+    count = min(_MOST_COPIES, max(1, _CACHE_BYTES // max(stored, 1)))
+    layers = itertools.cycle([copy.deepcopy(layer) for _ in range(count)])
+    inputs = itertools.cycle([x, x.clone()])
+    return lambda: next(layers)(next(inputs)), count
+
+
+def as_float(layer: nn.Module) -> nn.Module:
+    """The layer as it is."""
+    return layer.eval()
+
+
+def as_int8(layer: nn.Module) -> nn.Module:
+    """The layer in int8; as it is where it can't be."""
+    model = nn.Sequential(copy.deepcopy(layer)).eval()
+    choice = choose(model, lambda _name, _module: False, embeddings=False)
+    return convert(model, choice.chosen)[0] if choice.chosen else layer
+
+
+def as_bf16(layer: nn.Module) -> nn.Module:
+    """The layer with bfloat16 weights."""
+    return to_half(nn.Sequential(layer), torch.bfloat16).eval()[0]
+
+
+_MADE = {FLOAT: as_float, INT8: as_int8, BF16: as_bf16}

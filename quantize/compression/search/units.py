@@ -1,0 +1,334 @@
+"""What can be done to each part of a model, what it would lose and what it would take.
+
+A unit is a group of channels with the layers that give and read them, or a layer alone. Its options
+are ways to store its layers (float, bfloat16, int8), each at some widths or ranks. Losses are
+squared changes of the model's output in closed form, from the second moments of inputs and
+gradients (K-FAC, as in `low_rank.maths`); times are those of layers of that size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from quantize import calibration as calibrating
+from quantize import surgery
+from quantize.compression.low_rank import maths
+from quantize.compression.low_rank.budget import rank_unit
+from quantize.compression.low_rank.candidates import find_layers
+from quantize.compression.low_rank.spectra import chunks
+from quantize.compression.pruning.costs import Removable, removable
+from quantize.compression.recipe import Given
+from quantize.compression.search.times import BF16, FLOAT, INT8, Stopwatch, as_int8
+from quantize.nn import low_rank as pairs
+
+AMOUNTS = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75)
+RATIOS = (0.75, 0.6, 0.45, 0.3)
+MEMORY = 1 << 29  # bytes of second moments held at once
+_RANGE = 4.0  # of a row's numbers, in root mean squares: what int8 inputs are rounded by
+_LEVELS = 255
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to have a unit.
+
+    Args:
+        kind: how its layers are stored.
+        amount: fraction of its channels that go.
+        ratio: fraction of its layers' parameters that pairs of low rank keep.
+        kind_s: seconds that the kind saves of a call at full size.
+        size_s: seconds that fewer channels or ranks save beyond that.
+        rounding: what the kind loses.
+        removal: what the channels or ranks that go lose.
+        bytes: of its layers.
+    """
+
+    kind: str = FLOAT
+    amount: float = 0.0
+    ratio: float = 1.0
+    kind_s: float = 0.0
+    size_s: float = 0.0
+    rounding: float = 0.0
+    removal: float = 0.0
+    bytes: float = 0.0
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A part of a model that is decided about.
+
+    Args:
+        name: that names its channels in `amount`, or its layer.
+        layers: those whose kind it decides.
+        options: the first one is the layers as they are.
+        seconds: that its layers take in a call as they are.
+    """
+
+    name: str
+    layers: tuple[str, ...]
+    options: tuple[Option, ...]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of one layer.
+
+    Args:
+        layer: the float layer.
+        shape: of its input in a call on the example inputs.
+        calls: of it in such a call.
+        spectrum: whitened singular values; None where it can't be a pair.
+        rounding: loss by kind.
+    """
+
+    layer: Any
+    shape: tuple[int, ...]
+    calls: int
+    spectrum: Tensor | None
+    rounding: dict[str, float]
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Input and output channels."""
+        if isinstance(self.layer, (nn.Conv1d, nn.Conv2d)):
+            return self.layer.in_channels, self.layer.out_channels
+        m, k = pairs.matrix(self.layer).shape
+        return k, m
+
+
+def survey(
+    model: nn.Module, given: Given, kinds: Sequence[str], say: Callable[[str], None]
+) -> list[Unit]:
+    """The units of a model with their options.
+
+    Args:
+        model: the original, in eval mode.
+        given: with example_inputs and calibration.
+        kinds: "float", and any of "int8" and "bf16".
+        say: called with a line for people.
+
+    Raises:
+        ValueError: no layer that anything can be done to.
+    """
+    facts = _facts(model, given, kinds, say)
+    say(f"timing {len(facts)} layers")
+    watch = Stopwatch(kinds)
+    groups = _groups(model, given, say)
+    made = [name for group in groups for name in group.outputs]
+    units, taken = [], set()
+    for group in groups:
+        readers = [name for name in group.inputs if name not in made]
+        own = [name for name in (*group.outputs, *readers) if name in facts and name not in taken]
+        if group.name not in own:
+            continue
+        taken.update(own)
+        units.append(_unit(group.name, own, facts, kinds, watch, group))
+    for name in facts:
+        if name not in taken:
+            units.append(_unit(name, [name], facts, kinds, watch, None))
+    return units
+
+
+def _groups(model: nn.Module, given: Given, say: Callable[[str], None]) -> list[Removable]:
+    try:
+        return removable(model, given.example_inputs, given.calibration or (), say)
+    except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
+        say(f"no channels can go: {' '.join(str(error).split())[:150]}")
+        return []
+
+
+# Losses of single layers.
+
+
+def _facts(
+    model: nn.Module, given: Given, kinds: Sequence[str], say: Callable[[str], None]
+) -> dict[str, Facts]:
+    """Of every linear layer and dense convolution that may be replaced and that inputs reach."""
+    layers, _ = find_layers(surgery.clone(model), ())
+    calls = calibrating.trace_calls(model, given.example_inputs, _of(model, layers))
+    batches = given.calibration or ()
+    reached = calibrating.reached(model, batches, _of(model, calls.shapes))
+    layers = {name: layer for name, layer in layers.items() if name in reached}
+    found: dict[str, Facts] = {}
+    for chunk in chunks(layers, MEMORY):
+        say(f"inputs and gradients of {len(chunk)} layers")
+        originals = _of(model, chunk)
+        seen = calibrating.collect(model, batches, originals)
+        gradients = calibrating.gradients_if_any(model, batches, originals)
+        for name in chunk:
+            gradient = gradients.get(name)
+            if gradient is not None and gradient.diagonal().sum() > 0:
+                losses = _losses(originals[name], seen[name], gradient, kinds)
+                found[name] = Facts(
+                    originals[name], calls.shapes[name], calls.counts[name], *losses
+                )
+    if not found:
+        raise ValueError("the output depends on no layer that can be replaced")
+    return found
+
+
+def _of(model: nn.Module, names: Any) -> dict[str, nn.Module]:
+    return {name: model.get_submodule(name) for name in names}
+
+
+def _losses(
+    layer: Any, seen: calibrating.InputStatistics, gradient: Tensor, kinds: Sequence[str]
+) -> tuple[Tensor, dict[str, float]]:
+    """The spectrum, and the loss of rounding by kind; both summed over the rows seen."""
+    weight = pairs.matrix(layer).double()
+    moment = seen.covariance if layer.bias is not None else seen.second_moment
+    spectrum = maths.whitened_spectrum(weight, moment, gradient) * math.sqrt(seen.count)
+    rounding = {FLOAT: 0.0}
+    if BF16 in kinds:
+        error = weight - weight.bfloat16().double()
+        rounding[BF16] = seen.count * maths.weighted_error(error, seen.second_moment, gradient)
+    if INT8 in kinds:
+        rounding[INT8] = seen.count * _int8_loss(layer, weight, seen, gradient)
+    return spectrum, rounding
+
+
+def _int8_loss(
+    layer: Any, weight: Tensor, seen: calibrating.InputStatistics, gradient: Tensor
+) -> float:
+    """Of a row: by the rounded weight, and by inputs rounded to 255 steps of their range."""
+    small: Any = as_int8(layer)
+    if not hasattr(small, "dense_weight"):
+        return 0.0
+    error = weight - small.dense_weight().double().reshape(weight.shape)
+    by_weight = maths.weighted_error(error, seen.second_moment, gradient)
+    power = seen.power.clamp(min=0)
+    reach = max(_RANGE * power.mean().sqrt().item(), power.max().sqrt().item())
+    step = 2 * reach / _LEVELS
+    by_input = step**2 / 12 * (weight.T @ gradient.double() * weight.T).sum().item()
+    return by_weight + by_input
+
+
+# Options.
+
+
+def _unit(
+    name: str,
+    own: Sequence[str],
+    facts: Mapping[str, Facts],
+    kinds: Sequence[str],
+    watch: Stopwatch,
+    group: Removable | None,
+) -> Unit:
+    """A unit of these layers; `group` has the channels that can go."""
+    full = {layer: _whole(facts[layer], watch, 0, 0) for layer in own}
+    seconds = sum(times[FLOAT] for times in full.values())
+    options = []
+    for kind in kinds:
+        saved = seconds - sum(times[kind] for times in full.values())
+        rounding = sum(facts[layer].rounding[kind] for layer in own)
+        size = sum(_bytes(facts[layer], kind) for layer in own)
+        start = Option(kind, kind_s=saved, rounding=rounding, bytes=size)
+        options.append(start)
+        if group is not None:
+            options += _narrower(start, group, own, facts, watch)
+        options += _factorized(start, own, facts, watch, full)
+    return Unit(name, tuple(own), tuple(options), seconds)
+
+
+def _whole(fact: Facts, watch: Stopwatch, fewer_in: int, fewer_out: int) -> dict[str, float]:
+    """Seconds in a call of the model, by kind."""
+    inputs, outputs = fact.sizes
+    times = watch.whole(fact.layer, fact.shape, inputs - fewer_in, outputs - fewer_out)
+    return {kind: fact.calls * taken for kind, taken in times.items()}
+
+
+def _narrower(
+    start: Option,
+    group: Removable,
+    own: Sequence[str],
+    facts: Mapping[str, Facts],
+    watch: Stopwatch,
+) -> list[Option]:
+    """The unit with fewer channels; readers that belong to another unit get faster too."""
+    found: dict[int, Option] = {}
+    for amount in AMOUNTS:
+        gone = group.units - group.kept(amount)
+        if not 0 < gone < len(group.costs) or gone in found:
+            continue
+        saved, kept_bytes = 0.0, start.bytes
+        for layer in {**group.outputs, **group.inputs}:
+            if layer not in facts:
+                continue
+            fewer_in = gone * group.inputs.get(layer, 0)
+            fewer_out = gone * group.outputs.get(layer, 0)
+            inputs, outputs = facts[layer].sizes
+            if not (fewer_in < inputs and fewer_out < outputs):
+                continue
+            before = _whole(facts[layer], watch, 0, 0)[start.kind]
+            saved += before - _whole(facts[layer], watch, fewer_in, fewer_out)[start.kind]
+            share = (1 - fewer_in / inputs) * (1 - fewer_out / outputs)
+            kept_bytes -= (1 - share) * _bytes(facts[layer], start.kind) * (layer in own)
+        found[gone] = Option(
+            start.kind,
+            amount=amount,
+            kind_s=start.kind_s,
+            size_s=saved,
+            rounding=start.rounding * group.kept(amount) / group.units,
+            removal=float(group.costs[gone]),
+            bytes=kept_bytes,
+        )
+    return list(found.values())
+
+
+def _factorized(
+    start: Option,
+    own: Sequence[str],
+    facts: Mapping[str, Facts],
+    watch: Stopwatch,
+    full: Mapping[str, dict[str, float]],
+) -> list[Option]:
+    """The unit with each of its layers as a pair."""
+    found = []
+    for ratio in RATIOS:
+        ranks = {layer: _rank(facts[layer], ratio) for layer in own}
+        if not any(ranks.values()):
+            continue
+        saved, removal, kept_bytes = 0.0, 0.0, start.bytes
+        for layer, rank in ranks.items():
+            fact = facts[layer]
+            if rank is None or fact.spectrum is None:
+                continue
+            times = watch.pair(fact.layer, fact.shape, rank)
+            saved += full[layer][start.kind] - fact.calls * times[start.kind]
+            removal += fact.spectrum[rank:].double().square().sum().item()
+            m, k = pairs.matrix(fact.layer).shape
+            kept_bytes -= (1 - rank * (m + k) / (m * k)) * _bytes(fact, start.kind)
+        found.append(
+            Option(
+                start.kind,
+                ratio=ratio,
+                kind_s=start.kind_s,
+                size_s=saved,
+                rounding=start.rounding,
+                removal=removal,
+                bytes=kept_bytes,
+            )
+        )
+    return found
+
+
+def _rank(fact: Facts, ratio: float) -> int | None:
+    """The rank that `factorize_low_rank` gives a layer at this ratio; None where it stays whole."""
+    m, k = pairs.matrix(fact.layer).shape
+    rank = math.floor(ratio * m * k / (m + k) + 1e-9)
+    unit = rank_unit((m, k))
+    rank = max(rank // unit * unit, min(rank, unit))
+    return rank if 0 < rank and rank * (m + k) < m * k else None
+
+
+def _bytes(fact: Facts, kind: str) -> float:
+    """Of the weight, and of what goes with an output channel."""
+    m, k = pairs.matrix(fact.layer).shape
+    each = {FLOAT: 4.0, BF16: 2.0, INT8: 1.0}[kind]
+    return m * k * each + 8.0 * m

@@ -1,0 +1,209 @@
+"""The choice layer by layer: an exact solver, predictions that are what is measured where the clock
+is made up, and recipes that hold the choice.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+from compression.search.test_search import INPUTS, Net, by_bytes
+from hypothesis import given as drawn
+from hypothesis import settings
+from hypothesis import strategies as st
+from torch import nn
+
+import quantize
+from quantize.compression.pruning.costs import removable
+from quantize.compression.recipe import ChannelsLast, Given, Half, Int8, Prune, Recipe
+from quantize.compression.search.fits import Parts, Seen, fitted
+from quantize.compression.search.knapsack import STEPS, solve
+from quantize.compression.search.layered import from_values
+from quantize.compression.search.times import BF16, FLOAT, INT8, Stopwatch
+from quantize.compression.search.units import Option, survey
+
+__all__ = ["by_bytes"]  # a fixture for every test here
+KINDS = (FLOAT, INT8, BF16)
+
+
+@pytest.fixture
+def batches() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(32, 16, generator=generator) for _ in range(4)]
+
+
+@drawn(st.data())
+@settings(max_examples=40, deadline=None)
+def test_the_knapsack_is_as_good_as_trying_everything(data):
+    """Within a step of the grid for each unit, no other choice loses less."""
+    numbers = st.floats(0, 10, allow_nan=False)
+    shape = data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=4))
+    costs = [data.draw(st.lists(numbers, min_size=n, max_size=n)) for n in shape]
+    losses = [data.draw(st.lists(numbers, min_size=n, max_size=n)) for n in shape]
+    budget = data.draw(st.floats(0, 40))
+    every = list(itertools.product(*map(range, shape)))
+
+    def total(values, choice):
+        return sum(options[i] for options, i in zip(values, choice, strict=True))
+
+    frontier = solve(costs, losses)
+    off = frontier.step * len(shape)
+    found = frontier.within(budget)
+    fitting = [choice for choice in every if total(costs, choice) <= budget - off]
+    if fitting:
+        assert found is not None
+        best = min(total(losses, choice) for choice in fitting)
+        assert total(losses, found) <= best + 1e-9
+    if found is not None:
+        assert total(costs, found) <= budget + off + 1e-9
+    limit = data.draw(st.floats(0, 40))
+    within = [choice for choice in every if total(losses, choice) <= limit]
+    if within:
+        cheapest = frontier.cheapest(limit)
+        assert total(losses, cheapest) <= limit + 1e-9
+        assert total(costs, cheapest) <= min(total(costs, c) for c in within) + off + 1e-9
+    assert np.all(np.diff(frontier.losses[np.isfinite(frontier.losses)]) <= 1e-12)
+    assert len(frontier.losses) == STEPS + 1
+
+
+def test_a_knapsack_without_options_is_refused():
+    with pytest.raises(ValueError, match="an option"):
+        solve([[1.0], []], [[1.0], []])
+
+
+def test_factors_are_found_from_points_that_follow_them():
+    """Latencies and losses made of the parts by known factors are predicted again."""
+    generator = np.random.default_rng(0)
+    points = []
+    for _ in range(5):
+        parts = Parts(*generator.uniform(0.5, 1.0, 4), bytes=100.0)
+        saved = 0.6 * parts.kind_s + 1.5 * parts.size_s
+        points.append(Seen(parts, saved, 3e3 * parts.rounding + 9e3 * parts.removal, 150.0))
+    factors = fitted(points, seconds=1.0, rest=0.0)
+    assert factors.kind == pytest.approx(0.6, rel=0.1)
+    assert factors.size == pytest.approx(1.5, rel=0.1)
+    assert factors.rest == 50
+    for point in points:
+        assert factors.loss(point.parts) == pytest.approx(point.loss, rel=0.1)
+    assert fitted([], 1.0, 7.0).rest == 7
+
+
+def things(batches) -> Given:
+    return Given(example_inputs=INPUTS, calibration=batches)
+
+
+def test_removal_costs_are_what_pruning_then_loses(batches):
+    """Of a linear readout, whose output is the model's: the squared change after the refit."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 4)).eval()
+    (group,) = removable(model, INPUTS, batches)
+    assert (group.name, group.units) == ("0", 64)
+    assert group.outputs == {"0": 1} and group.inputs == {"2": 1}
+    assert (group.costs.diff() >= 0).all() and group.costs[0] == 0
+    small = quantize.prune_ln_structured(model, INPUTS, amount={"0": 0.5}, calibration=batches)
+    assert small[0].out_features == group.kept(0.5)
+    rows = torch.cat(batches)
+    with torch.no_grad():
+        change = (small(rows) - model(rows)).square().sum().item()
+    assert float(group.costs[64 - group.kept(0.5)]) == pytest.approx(change, rel=0.5)
+
+
+def test_a_survey_has_what_can_be_done_to_each_part(batches):
+    """Every kind at every width and rank; less is lost the less is removed; JSON keeps it all."""
+    units = survey(Net().eval(), things(batches), KINDS, lambda line: None)
+    layers = [name for unit in units for name in unit.layers]
+    assert sorted(layers) == ["0", "2", "4"]
+    for unit in units:
+        assert unit.options[0] == Option(bytes=unit.options[0].bytes)
+        assert {option.kind for option in unit.options} == set(KINDS)
+        for kind in KINDS:
+            narrow = [o for o in unit.options if o.kind == kind and o.amount > 0]
+            lost = [option.removal for option in narrow]
+            assert lost == sorted(lost) and all(o.size_s > 0 for o in narrow)
+        small = {option.kind: option.bytes for option in unit.options[::-1] if not option.amount}
+        assert small[INT8] < small[BF16] < small[FLOAT]
+    from quantize.compression.search.layered import as_values
+
+    assert from_values(json.loads(json.dumps(as_values(units)))) == units
+
+
+def test_choices_by_layer_are_files_that_load(batches, tmp_path):
+    """A search whose clock is made up: some points name layers, each is the model its row says,
+    and nothing is returned that is slower or loses more than asked.
+    """
+    budget = {"speedup": 3.2, "max_loss": 0.5}
+    result = quantize.compress(
+        Net().eval(), INPUTS, calibration=batches, budget=budget, out=tmp_path, progress=False
+    )
+    chosen = next(row for row in result.rows if row["name"] == result.file.stem)
+    assert result.met and chosen["speedup"] >= 3.2 and chosen["loss"] <= 0.5
+    told = [row for row in result.rows if row["predicted"] and row["file"]]
+    assert told and result.layers
+    for row in told:
+        recipe = Recipe.from_json(row["recipe"])
+        again = Recipe.from_json(
+            quantize.read_metadata(tmp_path / f"{row['name']}.safetensors")["recipe"]
+        )
+        assert recipe == again
+        assert row["predicted"]["latency_ms"] == pytest.approx(row["latency_ms"]["median"], rel=0.3)
+        assert all(part.keys() == {"name", "got", "why"} for part in row["predicted"]["layers"])
+
+
+def test_bfloat16_goes_around_int8():
+    """`Int8 >> Half`: integers stay, what they left is stored in 16 bits, and a file keeps both."""
+    model = Net().eval()
+    small = (Int8(skip=("2",)) >> Half("bfloat16", skip=("4",)))(model)
+    plain = Recipe((Int8(skip=("2",)),))(model)
+    assert type(small[0]) is type(plain[0]) and torch.equal(small[0].packed, plain[0].packed)
+    stored = small[2].state_dict()["weight"]
+    assert stored.dtype == torch.bfloat16
+    with torch.no_grad():
+        away = (small(INPUTS) - plain(INPUTS)).norm() / plain(INPUTS).norm()
+    assert 0 < away < 0.02
+
+
+def test_channels_last_is_an_order_that_a_file_keeps(tmp_path):
+    """The same numbers; strides come back from the file; without convolutions it is refused."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
+    recipe = Recipe((ChannelsLast(),))
+    new = recipe(model)
+    assert new[2].weight.is_contiguous(memory_format=torch.channels_last)
+    assert model[2].weight.is_contiguous()
+    quantize.save(new, tmp_path / "new.pth", metadata={"recipe": recipe.as_values()})
+    loaded = quantize.load(tmp_path / "new.pth", model=model)
+    assert loaded[2].weight.is_contiguous(memory_format=torch.channels_last)
+    x = torch.randn(2, 4, 9, 9)
+    with torch.no_grad():
+        assert torch.allclose(loaded(x), model(x), atol=1e-6)
+    assert Recipe.from_json(recipe.to_json()) == recipe
+    with pytest.raises(ValueError, match="to put channels last in"):
+        recipe(Net())
+    assert (Prune(0.5) >> ChannelsLast() >> Int8()).name == "pruned+channels_last+int8"
+
+
+def test_layers_of_one_shape_are_timed_once(monkeypatch):
+    """Two layers that differ in their weights alone, and one of another width."""
+    made = []
+    monkeypatch.setattr(Stopwatch, "_race", lambda self, layer, shape: made.append(shape) or {})
+    watch = Stopwatch([FLOAT])
+    for layer in (nn.Linear(8, 4), nn.Linear(8, 4)):
+        watch.whole(layer, (3, 8), 8, 4)
+    watch.whole(nn.Linear(8, 4), (3, 8), 6, 4)
+    assert [tuple(shape) for shape in made] == [(3, 8), (3, 6)]
+
+
+@pytest.mark.slow
+def test_the_real_stopwatch_gives_seconds(monkeypatch):
+    """Of linear layers, pairs and convolutions in each kind: positive, more for more rows."""
+    monkeypatch.undo()
+    watch = Stopwatch(KINDS)
+    few = watch.whole(nn.Linear(64, 64), (1, 64), 64, 64)
+    many = watch.whole(nn.Linear(64, 64), (4096, 64), 64, 64)
+    assert set(few) == set(KINDS) and all(many[kind] > few[kind] > 0 for kind in KINDS)
+    assert all(t > 0 for t in watch.pair(nn.Linear(64, 64), (8, 64), 8).values())
+    convolution = nn.Conv2d(8, 16, 3, padding=1)
+    assert all(t > 0 for t in watch.whole(convolution, (2, 8, 16, 16), 8, 8).values())
