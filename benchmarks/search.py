@@ -5,9 +5,9 @@ measured again, how near are predictions, and what do recipes by hand give?
     uv run python benchmarks/search.py --models text vit sentence decoder --minutes 2
 
 Each model is trained for some seconds on the standard library's text or scikit-learn's digits. A
-row is a budget, or a recipe by hand ("int8", "pruned0.3+int8", "low_rank0.7+int8"). `met_again` is from a
-measurement after the search, original and file in turns; `ratio_by_hand` is the speed of the
-fastest recipe by hand that loses no more, under the search's. Trained models are kept in
+row is a budget, or a recipe by hand ("int8", "pruned0.3+int8", "low_rank0.7+int8"). `met_again` is
+from a measurement after the search, original and file in turns; `ratio_by_hand` is the search's
+speed over that of the fastest recipe by hand that loses no more. Trained models are kept in
 --folder, so that a run in pieces goes on.
 """
 

@@ -29,6 +29,7 @@ COMMANDS = {
     "compress": Command("quantize.commands.compress", "find the best model within a budget"),
     "measure": Command("quantize.measuring.command", "measure one file, as one JSON line"),
     "report": Command("quantize.commands.report", "print a report, and write its pages again"),
+    "verify": Command("quantize.commands.verify", "measure again, and say which claims hold"),
     "generate": Command("quantize.commands.generate", "continue a text with a language model"),
     "serve": Command("quantize.commands.serve", "answer requests over HTTP"),
     "doctor": Command("quantize.commands.doctor", "say what this machine has, and what it lacks"),

@@ -25,9 +25,10 @@ from quantize.commands import source
 from quantize.compression.search import Result, compress
 from quantize.compression.search.budget import TARGETS
 from quantize.jobs.samples import read_samples
-from quantize.measuring.report import REPORT_FILES, read_report
+from quantize.measuring.report import read_report, write_report
+from quantize.measuring.rows import Report
 from quantize.measuring.table import print_report
-from quantize.models.opening import ABOUT, save_folder
+from quantize.models.opening import ABOUT, WEIGHTS, save_folder
 
 NOT_MET = 1  # exit code: the folder holds the best that was found
 _PREFIXES = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
@@ -114,7 +115,7 @@ def _compress(arguments: argparse.Namespace) -> None:
     )
     report = read_report(search)
     print_report(report)
-    _write(result, search, out)
+    _write(result, out, report)
     print(f"\n{result.reason}\nwritten to {out}")
     print(f"load it: {_how_to_load(arguments, out)}")
     if not result.met:
@@ -129,11 +130,17 @@ def _check_out(out: Path) -> None:
         raise ValueError(f"argument --out: {out} isn't empty, and no earlier call wrote it")
 
 
-def _write(result: Result, search: Path, out: Path) -> None:
-    """The folder that opens again, with the report beside the model."""
+def _write(result: Result, out: Path, report: Report) -> None:
+    """The folder that opens again, with the report beside the model, and the very file that was
+    measured where `save_folder` writes one of that kind.
+    """
     save_folder(result.model, out)
-    for name in REPORT_FILES:
-        shutil.copyfile(search / name, out / name)
+    if (out / WEIGHTS).is_file():
+        shutil.copyfile(result.file, out / WEIGHTS)
+        for row in report["rows"]:
+            row["file"] = WEIGHTS if row["file"] == result.file.name else None
+        report["data"]["chosen"] = WEIGHTS
+    write_report(report, out)
 
 
 def _how_to_load(arguments: argparse.Namespace, out: Path) -> str:

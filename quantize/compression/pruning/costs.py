@@ -15,12 +15,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from quantize import surgery
-from quantize.calibration import gradients_if_any
 from quantize.compression.pruning import budget, scores
 from quantize.compression.pruning.choose import choose, refuse_infinite, refuse_unfit, savable
 from quantize.compression.pruning.cut import layers_of, owners
 from quantize.compression.pruning.groups import Group, find_groups
-from quantize.compression.pruning.readers import by_readers, find_readers
+from quantize.compression.pruning.readers import (
+    by_readers,
+    find_readers,
+    reached_groups,
+    survey_readers,
+)
 from quantize.compression.pruning.trace import Trace, export
 
 
@@ -68,32 +72,28 @@ def removable(
     wanted, left = choose(work, groups, stuck, {"*": 0.5}, ())
     wanted = savable(work, wanted, left)
     refuse_infinite(work, wanted)
-    wanted = find_readers(work, wanted, calibration, left)
-    places: dict[str, nn.Module] = {}
-    for group in wanted:
-        places.update({place: module for place, module, _ in group.readers})
-    metrics = gradients_if_any(work, calibration, places)
+    readers = find_readers(work, wanted)
+    survey = survey_readers(work, readers, calibration, "reconstruction", say)
+    wanted = reached_groups(work, wanted, survey.reached, left)
     counts: Counter[str] = Counter()
     for group in groups:
         counts.update(set(layers_of(work, group)))
-    named = {id(group): _own_name(work, group, counts) for group in wanted}
-    known = [group for group in wanted if named[id(group)] and _is_known(group, metrics)]
-    ranked = by_readers(work, known, calibration, _costs, say, metrics)
-    return [
-        _removable(work, group, named[id(group)] or "", costs)
-        for group, costs in zip(known, ranked, strict=True)
-    ]
+    found = []
+    for group, costs in zip(wanted, by_readers(wanted, survey, _costs), strict=True):
+        name = _own_name(work, group, counts)
+        if name is not None and costs is not None:
+            found.append(_removable(work, group, name, costs))
+    return found
 
 
 def _own_name(model: nn.Module, group: Group, counts: Counter[str]) -> str | None:
     return next((name for name in layers_of(model, group) if counts[name] == 1), None)
 
 
-def _is_known(group: Group, metrics: dict[str, Tensor]) -> bool:
-    return bool(group.readers) and all(place in metrics for place, _, _ in group.readers)
-
-
-def _costs(group: Group, readers: list[scores.Reader]) -> Tensor:
+def _costs(group: Group, readers: list[scores.Reader]) -> Tensor | None:
+    """None where they can't be compared with those of other groups."""
+    if any(reader.metric is None for reader in readers):
+        return None
     return scores.reconstruction(readers, budget.deepest(group, None))[1]
 
 

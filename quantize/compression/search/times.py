@@ -125,12 +125,16 @@ def as_int8(layer: nn.Module) -> nn.Module:
     """The layer in int8; as it is where it can't be."""
     model = nn.Sequential(copy.deepcopy(layer)).eval()
     choice = choose(model, lambda _name, _module: False, embeddings=False)
-    return convert(model, choice.chosen)[0] if choice.chosen else layer
+    return _only(convert(model, choice.chosen)) if choice.chosen else layer
 
 
 def as_bf16(layer: nn.Module) -> nn.Module:
     """The layer with bfloat16 weights."""
-    return to_half(nn.Sequential(layer), torch.bfloat16).eval()[0]
+    return _only(to_half(nn.Sequential(layer), torch.bfloat16).eval())
+
+
+def _only(model: nn.Module) -> nn.Module:
+    return next(model.children())
 
 
 _MADE = {FLOAT: as_float, INT8: as_int8, BF16: as_bf16}

@@ -20,7 +20,7 @@ from quantize import surgery
 from quantize.compression.low_rank import maths
 from quantize.compression.low_rank.budget import rank_unit
 from quantize.compression.low_rank.candidates import find_layers
-from quantize.compression.low_rank.spectra import chunks
+from quantize.compression.low_rank.spectra import usable
 from quantize.compression.pruning.costs import Removable, removable
 from quantize.compression.recipe import Given
 from quantize.compression.search.times import BF16, FLOAT, INT8, Stopwatch, as_int8
@@ -120,7 +120,9 @@ def survey(
     say(f"timing {len(facts)} layers")
     watch = Stopwatch(kinds)
     groups = _groups(model, given, say)
-    made = [name for group in groups for name in group.outputs]
+    made: set[str] = set()
+    for group in groups:
+        made.update(group.outputs)
     units, taken = [], set()
     for group in groups:
         readers = [name for name in group.inputs if name not in made]
@@ -150,24 +152,19 @@ def _facts(
     model: nn.Module, given: Given, kinds: Sequence[str], say: Callable[[str], None]
 ) -> dict[str, Facts]:
     """Of every linear layer and dense convolution that may be replaced and that inputs reach."""
-    layers, _ = find_layers(surgery.clone(model), ())
+    layers = find_layers(surgery.clone(model), ())[0]
     calls = calibrating.trace_calls(model, given.example_inputs, _of(model, layers))
+    shapes = {name: pairs.matrix(layers[name]).shape for name in calls.shapes}
+    widths = {name: (k, m) for name, (m, k) in shapes.items()}
     batches = given.calibration or ()
-    reached = calibrating.reached(model, batches, _of(model, calls.shapes))
-    layers = {name: layer for name, layer in layers.items() if name in reached}
+    survey = calibrating.Survey(model, batches, widths, memory=MEMORY, say=say)
     found: dict[str, Facts] = {}
-    for chunk in chunks(layers, MEMORY):
-        say(f"inputs and gradients of {len(chunk)} layers")
-        originals = _of(model, chunk)
-        seen = calibrating.collect(model, batches, originals)
-        gradients = calibrating.gradients_if_any(model, batches, originals)
-        for name in chunk:
-            gradient = gradients.get(name)
-            if gradient is not None and gradient.diagonal().sum() > 0:
-                losses = _losses(originals[name], seen[name], gradient, kinds)
-                found[name] = Facts(
-                    originals[name], calls.shapes[name], calls.counts[name], *losses
-                )
+    for name in widths:
+        gradient = usable(survey.gradient(name)) if name in survey.reached else None
+        if gradient is not None:
+            layer = model.get_submodule(name)
+            losses = _losses(layer, survey.inputs(name), gradient, kinds)
+            found[name] = Facts(layer, calls.shapes[name], calls.counts[name], *losses)
     if not found:
         raise ValueError("the output depends on no layer that can be replaced")
     return found

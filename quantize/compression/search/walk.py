@@ -29,7 +29,7 @@ from quantize.compression.search.units import survey
 from quantize.host import machine, native_bf16
 from quantize.measuring.report import write_report
 
-MOST_SHARES, FEW_SHARES = 6, 2  # of one technique; where layers are chosen one by one too
+MOST_SHARES, FEW_SHARES = 6, 1  # of one technique; where layers are chosen one by one too
 CANDIDATES = 3  # to measure again, the best first
 FIRST_STEPS, MOST_STEPS = 20, 400  # of a training
 
@@ -147,10 +147,10 @@ class _Search:
     def run(self) -> list[Row]:
         self.rows.append(self.trial.original())
         self.has_layout = self._is_faster_channels_last()
-        for recipe in strategy.whole(self.small_wanted):
+        layered = self._survey()
+        for recipe in strategy.whole(self.small_wanted, by_layer=layered is not None):
             self._try(recipe)
         tail = self._tail()
-        layered = self._survey()
         most = MOST_SHARES if layered is None else min(FEW_SHARES, MOST_SHARES)
         for kind in (strategy.PRUNED, strategy.FACTORIZED):
             self._reduce(kind, tail, most)
@@ -172,17 +172,18 @@ class _Search:
         if time.monotonic() > self.deadline:
             return None
         trial = self.trial
-        if trial.points.units is None:
+        values = trial.points.units
+        if values is None:
             kinds = [FLOAT, INT8, *([BF16] if native_bf16("cpu") else [])]
             layout = Recipe((ChannelsLast(),)) if self.has_layout else None
             model = trial.model if layout is None else layout(trial.model)
             try:
-                units = survey(model, trial.given, kinds, trial.say)
+                values = as_values(survey(model, trial.given, kinds, trial.say))
             except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
                 trial.say(f"no choice by layers: {' '.join(str(error).split())[:200]}")
                 return None
-            trial.points.keep_units(as_values(units))
-        units = from_values(trial.points.units)
+            trial.points.keep_units(values)
+        units = from_values(values)
         return Layered(units, self.rows[0], trial.budget, trial.allowed, self.small_wanted)
 
     def _by_layer(self, layered: Layered) -> None:
