@@ -6,6 +6,7 @@
     uv run python train.py --data my_texts --preset base    # your own files
     uv run python train.py --resume                         # go on after Ctrl-C, a crash or a kill
     uv run python train.py --variants int8 pruned           # only these beside the baseline
+    uv run python train.py --budget speedup=2 max_loss=1%   # and what compress finds, as a row
     uv run torchrun --standalone --nproc-per-node 2 train.py --threads 1
 
 Writes into --out: model.pth (the baseline), a file per variant, report.json, report.md,
@@ -27,7 +28,7 @@ if "OMP_WAIT_POLICY" not in os.environ:  # before torch is imported; why: quanti
 import torch
 
 from quantize import script, training
-from quantize.jobs import PRESETS, VARIANTS, prepare
+from quantize.jobs import PRESETS, VARIANTS, choosing, prepare
 from quantize.measuring.table import print_report
 
 
@@ -47,6 +48,9 @@ def flags() -> script.Parser:
     parser.flag("--seed", "seed of weights and data order", type=script.seed, default=0)
     parser.flag("--threads", threads_help, type=script.threads)
     parser.flag("--device", device_help, choices=devices, default="cpu")
+    budget_help = "a row for what compress finds: any of speedup=2, max_loss=1%%, bytes=1e6, ..."
+    parser.flag("--budget", budget_help, nargs="+")
+    parser.flag("--minutes", "of the search for --budget", type=script.minutes, default=2.0)
     resume_help = "go on with the interrupted run in --out"
     parser.add_argument("--resume", action="store_true", help=resume_help)
     return parser
@@ -64,6 +68,7 @@ def chosen(variants: Sequence[str]) -> list[str]:
 
 def run(arguments: argparse.Namespace) -> None:
     names = chosen(arguments.variants)
+    budget = choosing.read_budget(arguments.budget) if arguments.budget else None
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("argument --device: this machine has no CUDA device; cpu is allowed")
     with training.distributed(arguments.device) as (rank, _):
@@ -83,6 +88,8 @@ def run(arguments: argparse.Namespace) -> None:
     if rank > 0:
         return
     job.write(baseline, names)
+    if budget is not None:
+        choosing.add_chosen(job, baseline, budget, arguments.minutes)
     print_report(job.report())
     following = ["fusion.py", "kv_cache.py"][: 2 if job.is_text else 1]
     commands = ", ".join(f"uv run python {name} --out {job.out}" for name in following)

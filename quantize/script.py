@@ -80,6 +80,17 @@ def count(text: str) -> int:
     return value
 
 
+def minutes(text: str) -> float:
+    """The value of `--minutes`."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    if not 0 < value < 10_000:
+        raise argparse.ArgumentTypeError(f"{value:g} is not above 0 and below 10000")
+    return value
+
+
 def threads(text: str) -> int:
     """The value of `--threads`."""
     value = count(text)

@@ -57,7 +57,7 @@ def _flags() -> script.Parser:
     parser.flag("--latency-ms", "milliseconds of a call, at most", type=float)
     parser.flag("--bytes", "of the file, at most: 20000000, 20M, 19Mi", type=_bytes)
     parser.flag("--memory-mb", "MiB of a process that runs it, at most", type=float)
-    parser.flag("--minutes", "after which no new point is begun", type=float, default=5.0)
+    parser.flag("--minutes", "after which no new point is begun", type=script.minutes, default=5.0)
     parser.flag("--evaluate", evaluate_help)
     parser.flag("--batch", "examples in a call", type=script.count, default=8)
     parser.flag("--length", "tokens of an example; none: 128 or the limit", type=script.count)

@@ -45,6 +45,8 @@ class Job:
         device: where to train; everything is measured on the CPU.
         fingerprints: of the outputs of what was saved, by row.
         failed: why a row has no numbers.
+        notes: for people, by row.
+        layers: what each layer of the row "auto" got and why, as `compress` says it.
     """
 
     preset: Preset
@@ -55,6 +57,8 @@ class Job:
     device: str = "cpu"
     fingerprints: dict[str, str] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
+    layers: list[dict[str, str]] = field(default_factory=list)
 
     @property
     def is_text(self) -> bool:
@@ -97,7 +101,7 @@ class Job:
 
         A variant that can't be made or saved gets a row that says why. Raises OSError.
         """
-        self._save(BASELINE, baseline, None)
+        self.save(BASELINE, baseline, None)
         known = recipes(self.preset)
         for made in make([known[name] for name in names], baseline, self.given):
             if isinstance(made.error, OSError):
@@ -106,7 +110,7 @@ class Job:
                 self._fail(made.recipe.name, made.error)
                 continue
             try:
-                self._save(made.recipe.name, made.model, made.recipe)
+                self.save(made.recipe.name, made.model, made.recipe)
             except OSError:
                 raise
             except Exception as error:  # a layer that no file can hold, an output that isn't there
@@ -141,7 +145,11 @@ class Job:
         }
         if self.is_text:
             about["baselines_bits_per_byte"] = data.compression_baselines(self.data.validation)
-        result = build_report(measurements, data=about, failed=self.failed)
+        if self.layers:
+            about["layers"] = self.layers
+        known = {one.name for one in measurements}
+        notes = {name: note for name, note in self.notes.items() if name in known}
+        result = build_report(measurements, data=about, failed=self.failed, notes=notes)
         write_report(result, self.out)
         return result
 
@@ -210,7 +218,8 @@ class Job:
         text = self.data.train
         return data.TextBatches(text, length=length, short_steps=short_steps, **shared)
 
-    def _save(self, name: str, model: nn.Module, recipe: Recipe | None) -> None:
+    def save(self, name: str, model: nn.Module, recipe: Recipe | None) -> None:
+        """Write the model of a row, with the recipe that made it. Raises OSError."""
         metadata = {METADATA_KEY: recipe.as_values()} if recipe else None
         checkpoint.save(model, self.file(name), metadata=metadata)
         self.fingerprints[name] = fingerprint(model, self.example)

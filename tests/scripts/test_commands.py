@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 import torch
 from helpers import measured_by_bytes
+from nurseries import time_briefly
 from PIL import Image
 from torch import nn
 
 import quantize
+import train
 from quantize import cli, models
 from quantize.commands import doctor
+from quantize.compression.recipe import Int8, Recipe
 from quantize.compression.search.judge import Divergence
 from quantize.jobs.samples import read_samples
 from quantize.measuring.report import build_report, write_report
@@ -189,8 +192,10 @@ def test_arrays_are_split_into_batches(tmp_path):
 
 @pytest.fixture
 def by_bytes(monkeypatch):
-    """Searches that start no processes and measure by bytes."""
+    """Searches of a few points that start no processes and measure by bytes."""
     monkeypatch.setattr("quantize.compression.search.trial.compare", measured_by_bytes)
+    for limit in ("MOST_SHARES", "FEW_SHARES", "ROUNDS", "CANDIDATES"):
+        monkeypatch.setattr(f"quantize.compression.search.walk.{limit}", 1)
 
 
 def read(path: Path) -> Report:
@@ -205,7 +210,7 @@ def test_a_folder_is_compressed_and_opens_in_one_line(
     (tmp_path / "texts" / "a.txt").write_text(TEXT)
     out = tmp_path / "small"
     line = ["compress", folder, "--data", tmp_path / "texts", "--bytes", "60k", "--out", out]
-    line += ["--length", 16, "--batch", 2, "--batches", 4, "--minutes", 0.03, "--threads", 1]
+    line += ["--length", 16, "--batch", 2, "--batches", 4, "--minutes", 5, "--threads", 1]
     assert cli.main([str(word) for word in line]) == 0
     shown = capsys.readouterr().out
     assert "original" in shown and "keeps the budget" in shown and "open_model" in shown
@@ -280,10 +285,38 @@ def test_a_python_file_makes_the_model(tmp_path, by_bytes, monkeypatch, capsys):
     source += "        super().__init__(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 4))\n\n\n"
     Path("mynet.py").write_text(source + "model = Net\n")
     np.save("x.npy", np.random.default_rng(0).normal(size=(32, 16)).astype(np.float32))
-    rest = "--data x.npy --bytes 4k --minutes 0.02 --threads 1".split()
+    rest = "--data x.npy --bytes 4k --minutes 5 --threads 1".split()
     assert cli.main(["compress", "mynet.py", "--out", "small", *rest]) == 0
     assert "model=a fresh instance" in capsys.readouterr().out
     net = importlib.import_module("mynet").Net
     assert quantize.open_model("small", net())(torch.ones(1, 16)).shape == (1, 4)
     assert cli.main(["compress", "small", "--out", "again", *rest]) == 2
     assert "model=" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_train_adds_what_compress_finds_as_a_row(tmp_path, monkeypatch):
+    """`--budget` reaches the search; its model is measured beside the others, with its recipe and
+    what each layer got.
+    """
+    asked = {}
+
+    def found(model, _inputs, **options):
+        asked.update(options)
+        recipe = Recipe((Int8(embeddings=True),))
+        small, file = recipe(model), options["out"] / "int8.pth"
+        options["out"].mkdir()
+        quantize.save(small, file, metadata={"recipe": recipe.as_values()})
+        return quantize.Result(small, file, [], True, "", [{"name": "a", "got": "b", "why": "c"}])
+
+    time_briefly(monkeypatch)
+    monkeypatch.setattr("quantize.jobs.choosing.compress", found)
+    line = "--preset tiny --steps 2 --variants fp16 --budget bytes=4e5 max_loss=5% --threads 1"
+    assert train.main([*line.split(), "--out", str(tmp_path)]) == 0
+    assert asked["budget"] == {"bytes": 4e5, "max_loss": "5%"} and len(asked["calibration"]) == 8
+    report = read(tmp_path)
+    row = report["rows"][-1]
+    assert (row["name"], row["file"]) == ("auto", "auto.pth") and "int8" in row["notes"]
+    assert row["bytes"] == (tmp_path / "auto.pth").stat().st_size
+    assert quantize.read_metadata(tmp_path / "auto.pth")["recipe"][0]["step"] == "Int8"
+    assert report["data"]["layers"][0]["why"] == "c"

@@ -77,6 +77,11 @@ def test_user_mistakes_are_one_line(tmp_path, capsys):
         "--out=",
         "--variants ,",
         "--data=",
+        "--budget speedup",
+        "--budget speedup=0",
+        "--budget pace=2",
+        "--minutes soon",
+        "--minutes 0",
     ],
 )
 def test_flags_out_of_range(arguments, capsys):
