@@ -150,6 +150,21 @@ def watching(hooks: Sequence[Any], *models: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def in_eval_mode(*models: nn.Module) -> Iterator[None]:
+    """Inside, every module is in eval mode; afterwards each is in the mode in which it was."""
+    training: list[nn.Module] = []
+    for model in models:
+        training.extend(module for module in model.modules() if module.training)
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
 def without_cache(*models: nn.Module) -> Iterator[None]:
     """Inside, models of transformers return no keys and values: these serve generation, and no
     tracer follows them.

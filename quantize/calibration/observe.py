@@ -18,6 +18,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from quantize.calibration.inputs import call, watching
+from quantize.calibration.patches import snapshot, storage_of
 
 ADDITIONS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
 
@@ -113,7 +114,7 @@ class Watch(TorchFunctionMode):
         def note(_: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> torch.Tensor:
             leaf = output.detach().requires_grad_() if self.strict else None
             output = output if leaf is None else leaf.clone()
-            copy = output.detach().clone() if self.outputs else None
+            copy = snapshot(output) if self.outputs else None
             seen = Call(name, self._input(args, kwargs), copy)
             self.calls.append(seen)
             if name in self.streams:
@@ -135,7 +136,7 @@ class Watch(TorchFunctionMode):
         given = args[0] if args else next(iter(kwargs.values()))
         version = None if given.is_inference() else given._version
         if given is not self.latest[0] or version is None or version != self.latest[1]:
-            self.latest = (given, version, given.detach().clone())
+            self.latest = (given, version, snapshot(given))
         return self.latest[2]
 
     def _end_if_done(self) -> None:
@@ -161,14 +162,18 @@ class Watch(TorchFunctionMode):
                 if not _is_same(waiting.output, ours) or _is_same(waiting.output, other):
                     continue
                 if not (self.strict and _depends(other, waiting.leaf)):
-                    waiting.call.stream = other.detach().clone()
+                    waiting.call.stream = snapshot(other)
                     self.waiting.remove(waiting)
                 break
 
 
 def _is_same(a: torch.Tensor, b: torch.Tensor) -> bool:
     """One tensor, or views of it of one shape (dropout in eval mode gives such)."""
-    return a.shape == b.shape and a.stride() == b.stride() and a.data_ptr() == b.data_ptr()
+    if a.layout != torch.strided or b.layout != torch.strided:
+        return a is b
+    if a.shape != b.shape or a.stride() != b.stride():
+        return False
+    return storage_of(a) == storage_of(b) and a.storage_offset() == b.storage_offset()
 
 
 def _depends(y: torch.Tensor, x: torch.Tensor | None) -> bool:

@@ -22,6 +22,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from quantize.calibration.inputs import on_tensors
+from quantize.calibration.patches import snapshot, storage_of
 
 _PLAIN = (type(None), bool, int, float, complex, str, torch.dtype, torch.device, slice)
 # what may be asked of a tensor whose values are gone
@@ -88,7 +89,7 @@ class Store:
         size = tensor.numel() * tensor.element_size()
         if self.used + size > self.memory and tensor.device.type == "cpu" and size:
             return _in_a_file(tensor)
-        kept = tensor.detach().clone()
+        kept = snapshot(tensor)
         self.used += size
         weakref.finalize(kept, self._free, size)
         return kept
@@ -168,7 +169,7 @@ class Pass(TorchFunctionMode):
         def lend(tensor: torch.Tensor) -> torch.Tensor:
             if isinstance(tensor, Gone):
                 return tensor
-            copy = tensor.clone()  # the model may go on to write into it
+            copy = snapshot(tensor)  # the model may go on to write into it
             self.lent[id(copy)] = (ran, weakref.ref(copy))
             return copy
 
@@ -220,13 +221,13 @@ class _Inputs:
         """Is the output made of plain tensors that share no memory with the inputs?"""
         with torch._C.DisableTorchFunction():
             inputs = [value for value in self.leaves if isinstance(value, torch.Tensor)]
-            taken = {_address(tensor) for tensor in inputs if tensor.layout == torch.strided}
+            taken = {storage_of(tensor) for tensor in inputs if tensor.layout == torch.strided}
             for value in _leaves(output):
                 if isinstance(value, _PLAIN):
                     continue
                 if type(value) not in (torch.Tensor, nn.Parameter) or value.is_nested:
                     return False
-                if value.layout != torch.strided or _address(value) in taken:
+                if value.layout != torch.strided or storage_of(value) in taken:
                     return False
             return True
 
@@ -236,10 +237,6 @@ def _version(value: Any) -> int | None:
     if isinstance(value, torch.Tensor):
         return None if value.is_inference() else value._version
     return 0 if isinstance(value, _PLAIN) else None
-
-
-def _address(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
 
 
 def _leaves(value: Any) -> Iterator[Any]:

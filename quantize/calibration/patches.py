@@ -76,6 +76,8 @@ _STRIP = 256  # columns of one product
 PATCHES_PER_COLUMN = 2
 FEWEST_PATCHES = 1024
 _LARGE = 1e15  # squares of more, summed, leave the range of float32
+# private to torch: without it, copies are made at once
+_lazy_clone = getattr(torch, "_lazy_clone", torch.clone)
 _PAD_MODES = {
     "zeros": "constant",
     "reflect": "reflect",
@@ -110,6 +112,22 @@ def exact(x: torch.Tensor) -> torch.Tensor:
     if x.dtype == torch.float16 or not x.numel():
         return x.float()
     return x.double() if max(x.aminmax(), key=abs) > _LARGE else x.float()
+
+
+def snapshot(tensor: torch.Tensor) -> torch.Tensor:
+    """The values of a tensor: a copy that shares memory with it until either is written to."""
+    tensor = tensor.detach()
+    if type(tensor) is torch.Tensor and tensor.layout == torch.strided:
+        try:
+            return _lazy_clone(tensor)
+        except RuntimeError:  # its memory isn't torch's own
+            pass
+    return tensor.clone()
+
+
+def storage_of(tensor: torch.Tensor) -> int:
+    """What tensors that share memory, other than until they are written to, have in common."""
+    return tensor.untyped_storage()._cdata
 
 
 def is_finite(x: torch.Tensor) -> bool:

@@ -15,12 +15,13 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from quantize.calibration.inputs import call, check_batches, watching, without_cache
+from quantize.calibration.inputs import call, check_batches, in_eval_mode, watching, without_cache
 from quantize.calibration.look import Look, digest
 from quantize.calibration.observe import Call, Watch
 from quantize.calibration.passes import Missing, Pass, Ran, Store, impure_modules, routed_through
@@ -80,8 +81,9 @@ class Walk:
             for model in distinct:
                 stack.enter_context(routed_through(self.running, model, self.layers))
             stack.enter_context(without_cache(*distinct))
-            if not self.look.stateful:
-                stack.enter_context(watching((), *distinct))
+            traceless = self.look.fixed and not self.look.stateful
+            inside = in_eval_mode if traceless else partial(watching, ())
+            stack.enter_context(inside(*distinct))
             for number, batch in enumerate(self.batches):
                 expected = self._expected(number, batch, names)
                 if expected == 0:
