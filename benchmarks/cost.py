@@ -35,6 +35,7 @@ from quantize.calibration import call, distance
 
 BATCH, LENGTH, SIZE = 8, 128, 64
 BATCHES = 8
+WIDTHS = [64, 128, 256, 512]  # of ResNet-18's stages
 KEY = ("model", "technique", "batches")
 
 
@@ -86,7 +87,7 @@ def sounds(generator: torch.Generator) -> torch.Tensor:
 CASES = {
     "bert_384x6": encoder(bert, 384, 6),
     "bert_768x12": encoder(bert, 768, 12),
-    "resnet18": images("ResNet", layer_type="basic", depths=[2, 2, 2, 2]),
+    "resnet18": images("ResNet", layer_type="basic", depths=[2, 2, 2, 2], hidden_sizes=WIDTHS),
     "mobilenet_v2": images("MobileNetV2", image_size=SIZE),
     "six_conv1d": Case(six_convolutions, sounds, amount=0.3, low_rank=False),
 }

@@ -14,7 +14,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from quantize.calibration.inputs import call, check_batches, main_output, watching
-from quantize.calibration.patches import added, exact, symmetric, upper_gram
+from quantize.calibration.patches import exact
+from quantize.calibration.sums import Squares
 
 Loss = Callable[[Any, Any], torch.Tensor]
 
@@ -64,7 +65,7 @@ class OutputGradients:
         self.vocabularies = {
             module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)
         }
-        self.moments: dict[str, torch.Tensor] = {}  # sums, on and above their diagonals
+        self.squares: dict[str, Squares] = {}
         self.counts: dict[str, int] = {}
         self.leaves: list[torch.Tensor] = []
 
@@ -86,7 +87,7 @@ class OutputGradients:
             channel = -1 - len(layer.kernel_size)
             gradient = gradient.movedim(channel, -1)  # [B, M, H, W] to [B, H, W, M]
         rows = exact(gradient).reshape(-1, gradient.shape[-1])
-        self.moments[name] = added(self.moments.get(name, 0.0), upper_gram(rows))
+        self.squares.setdefault(name, Squares()).add(rows)
         self.counts[name] = self.counts.get(name, 0) + len(rows)
 
     def backward(self, output: Any, batch: Any) -> None:
@@ -106,9 +107,7 @@ class OutputGradients:
 
     def result(self) -> dict[str, torch.Tensor]:
         """E[g g^T], [M, M], by layer, without those that the loss doesn't depend on."""
-        return {
-            name: symmetric(upper).div_(self.counts[name]) for name, upper in self.moments.items()
-        }
+        return {name: sums.whole().div_(self.counts[name]) for name, sums in self.squares.items()}
 
 
 class _Tap(torch.autograd.Function):

@@ -12,7 +12,7 @@ import tempfile
 import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -257,25 +257,30 @@ def routed_through(
     """Inside, every module of `model` asks the pass in `current[0]` for its output."""
 
     def route(name: str, forward: Callable) -> Callable:
-        @functools.wraps(forward)
         def routed(*args: Any, **kwargs: Any) -> Any:
             return current[0].forward(name, forward, args, kwargs)
 
+        routed.__wrapped__ = forward  # type: ignore[attr-defined]  # so that it has its signature
         return routed
 
-    with ExitStack() as stack:
+    changed: list[tuple[dict, Any]] = []  # of each module its attributes, and its own forward
+    handles = []
+    try:
         for name, module in list(model.named_modules()):
-            if not name or isinstance(module, torch.jit.ScriptModule):
-                continue
-            own = module.__dict__.get("forward")
-            restore: Callable = module.__dict__.pop if own is None else module.__dict__.__setitem__
-            stack.callback(restore, "forward", own)
-            module.__dict__["forward"] = route(name, module.forward)
+            if name and not isinstance(module, torch.jit.ScriptModule):
+                changed.append((module.__dict__, module.__dict__.get("forward")))
+                module.__dict__["forward"] = route(name, module.forward)
         for name in layers:
             begin = functools.partial(lambda name, *_: current[0].begin(name), name)
-            handle = model.get_submodule(name).register_forward_pre_hook(begin)
-            stack.callback(handle.remove)
+            handles.append(model.get_submodule(name).register_forward_pre_hook(begin))
         yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for attributes, own in changed:
+            del attributes["forward"]
+            if own is not None:
+                attributes["forward"] = own
 
 
 def impure_modules(model: nn.Module, stateful: Collection[str]) -> set[str]:

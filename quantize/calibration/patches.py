@@ -57,8 +57,14 @@ def upper_gram(x: torch.Tensor) -> torch.Tensor:
 
 
 def symmetric(upper: torch.Tensor) -> torch.Tensor:
-    """The symmetric matrix of which `upper` holds what is on and above the diagonal."""
-    return upper.triu() + upper.triu(1).T
+    """The symmetric matrix of which `upper` holds the blocks on and above the diagonal."""
+    whole = upper.clone()
+    for start in range(0, len(whole), _STRIP):
+        stop = start + _STRIP
+        block = whole[start:stop, start:stop]
+        block.copy_(block.triu() + block.triu(1).T)
+        whole[stop:, start:stop] = whole[start:stop, stop:].T
+    return whole
 
 
 def added(total: torch.Tensor | float, part: torch.Tensor, times: float = 1.0) -> torch.Tensor:

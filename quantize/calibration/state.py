@@ -30,8 +30,9 @@ def untouched(*models: nn.Module) -> Iterator[None]:
     modules and parameters that somebody writes on purpose stay as written.
     """
     saved: list[_State] = []
+    memo: dict[int, _Saved] = {}
     for model in models:
-        saved.extend(map(_State, model.modules()))
+        saved.extend(_State(module, memo) for module in model.modules())
     generators = _Generators()
     try:
         yield
@@ -47,22 +48,30 @@ def changed(model: nn.Module, run: Callable[[], Any]) -> set[str]:
     Random numbers of torch's own generator count as the root's state, those of numpy and Python as
     everyone's.
     """
-    saved = {name: _State(module) for name, module in model.named_modules()}
-    with untouched(model):
-        before = _Generators()
+    memo: dict[int, _Saved] = {}
+    saved = {name: _State(module, memo) for name, module in model.named_modules()}
+    generators = _Generators()
+    try:
         run()
         names = {name for name, state in saved.items() if state.changed()}
-        if before.torch_moved():
+        if generators.torch_moved():
             names.add("")
-        if before.others_moved():
+        if generators.others_moved():
             names.update(saved)
+    finally:
+        for state in saved.values():
+            state.restore()
+        generators.restore()
     return names
 
 
 class _State:
-    """What a forward pass of one module may change."""
+    """What a forward pass of one module may change.
 
-    def __init__(self, module: nn.Module) -> None:
+    memo: by id, what was saved of other modules and need not be saved again.
+    """
+
+    def __init__(self, module: nn.Module, memo: dict[int, _Saved]) -> None:
         self.module = module
         constant = getattr(
             type(module), "constant_buffers", False
@@ -70,9 +79,8 @@ class _State:
         buffers = {} if constant else module._buffers
         self.constant = frozenset(module._buffers) if constant else frozenset()
         self.buffers = {name: _Saved(buffer, {}) for name, buffer in buffers.items()}
-        memo: dict[int, _Saved] = {}
         plain = {name: value for name, value in module.__dict__.items() if name not in _NOT_STATE}
-        self.attributes = {name: _Saved(value, memo) for name, value in plain.items()}
+        self.attributes = {name: _saved(value, memo) for name, value in plain.items()}
         self.weights = [
             _Saved(p, {})
             for p in module._parameters.values()
@@ -113,6 +121,10 @@ class _Saved:
         self.value = value
         self.parts: Any = None
         memo[id(value)] = self
+        self.done = False
+        self.differs: bool | None = None  # known once it was asked for
+        if value is None or isinstance(value, _NUMBERS):
+            return
         if isinstance(value, torch.Tensor):
             self.parts = _of_tensor(value)
         elif isinstance(value, dict):
@@ -127,14 +139,15 @@ class _Saved:
             and not callable(value)
         ):
             self.parts = {key: _saved(part, memo) for key, part in vars(value).items()}
-        self.done = False
-        self.compared = False
 
     def changed(self) -> bool:
         """Has the content of the value changed?"""
-        if self.compared or self.parts is None:
-            return False
-        self.compared = True
+        if self.differs is None:
+            self.differs = False  # until then: what holds itself is asked again
+            self.differs = self.parts is not None and self._compare()
+        return self.differs
+
+    def _compare(self) -> bool:
         value, parts = self.value, self.parts
         if isinstance(value, torch.Tensor):
             return value.shape != parts[0].shape or not torch.equal(value, parts[0])

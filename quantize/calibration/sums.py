@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,6 +12,49 @@ from quantize.calibration.patches import added, exact, is_finite, symmetric, upp
 
 # gives the second moment of rows minus a shift, from both
 Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class Squares:
+    """The sum of x x^T over rows x [K], times a factor each.
+
+    Rows of small batches wait until there are as many as columns: adding up a product costs as much
+    as the product of many rows.
+    """
+
+    def __init__(self) -> None:
+        self.upper: Any = 0.0  # [K, K], on and above the diagonal
+        self.waiting: list[torch.Tensor] = []
+        self.count = 0  # of the rows that wait
+
+    def add(self, x: torch.Tensor, times: float = 1.0) -> None:
+        """Rows x [N, K]."""
+        if times == 1.0 and len(x) >= x.shape[1]:
+            self.add_product(upper_gram(x))
+            return
+        self.waiting.append(x * times**0.5)
+        self.count += len(x)
+        if self.count >= x.shape[1]:
+            self.flush()
+
+    def add_product(self, product: torch.Tensor, times: float = 1.0) -> None:
+        """The product of rows with themselves, as `upper_gram` gives it."""
+        self.upper = added(self.upper, product, times)
+
+    def flush(self) -> None:
+        """No row waits any longer."""
+        if self.waiting:
+            rows = torch.cat(self.waiting)
+            self.waiting, self.count = [], 0
+            self.add_product(upper_gram(rows))
+
+    def whole(self) -> torch.Tensor:
+        """The sum, [K, K]."""
+        self.flush()
+        return symmetric(self.upper)
+
+    def diagonal(self) -> torch.Tensor:
+        self.flush()
+        return self.upper.diagonal()
 
 
 @dataclass
@@ -25,7 +68,7 @@ class InputStatistics:
     count: int = 0
     shift: Any = None  # [K]; like all sums here, a tensor from the first update on
     total: Any = 0.0  # [K], sum of x - shift
-    upper: Any = 0.0  # [K, K], sum of (x - shift) (x - shift)^T, on and above its diagonal
+    squares: Squares = field(default_factory=Squares)  # of x - shift
     largest: Any = 0.0  # [K], max of |x|
 
     def update(
@@ -50,9 +93,10 @@ class InputStatistics:
         self.largest = torch.maximum(magnitude, torch.as_tensor(self.largest).to(magnitude))
         x = self.shifted(x)
         self.total = added(self.total, x.sum(0), times)
-        if outer:
-            square = upper_gram(x) if product is None else product(x, self.shift)
-            self.upper = added(self.upper, square, times)
+        if outer and (product is None or len(x) < x.shape[1]):
+            self.squares.add(x, times)
+        elif outer and product is not None:
+            self.squares.add_product(product(x, self.shift), times)
 
     def shifted(self, x: torch.Tensor) -> torch.Tensor:
         """Rows x - shift, [N, K]."""
@@ -78,7 +122,7 @@ class InputStatistics:
     @property
     def covariance(self) -> torch.Tensor:
         """E[x x^T] - E[x] E[x]^T, [K, K], float64."""
-        outer = symmetric(self.upper).double().div_(self.count)
+        outer = self.squares.whole().double().div_(self.count)
         return outer.addr_(self.from_shift, self.from_shift, alpha=-1)
 
     @property
@@ -89,7 +133,7 @@ class InputStatistics:
     @property
     def power(self) -> torch.Tensor:
         """E[x^2], [K], float64."""
-        variance = self.upper.diagonal().double() / self.count - self.from_shift**2
+        variance = self.squares.diagonal().double() / self.count - self.from_shift**2
         return variance + self.mean**2
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from quantize import calibration
 from quantize.calibration.patches import FEWEST_PATCHES, rows, sample, symmetric, upper_gram
+from quantize.calibration.sums import Squares
 from quantize.compression.low_rank import residuals
 
 
@@ -38,7 +39,7 @@ def model() -> TwoInputs:
 @pytest.fixture
 def batches() -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
-    return [torch.randn(n, 4, 6, generator=generator) + 1 for n in (3, 1, 2)]
+    return [torch.randn(n, 4, 6, generator=generator) + 1 for n in (3, 2, 2)]
 
 
 def test_moments_are_means_over_all_rows(model, batches):
@@ -64,11 +65,24 @@ def test_layers_on_one_input_share_its_product(model, batches, monkeypatch):
     monkeypatch.setattr("quantize.calibration.sums.upper_gram", counted)
     layers = {name: getattr(model, name) for name in "abc"}
     seen = calibration.collect(model, batches, layers)
-    assert len(products) == 2 * len(batches)
+    assert len(products) == 2 * len(batches)  # as many rows as columns in each
     alone = calibration.collect(model, batches, {"b": model.b})["b"]
     assert torch.equal(seen["b"].second_moment, alone.second_moment)
     seen["a"].update(batches[0].reshape(-1, 6))
     assert torch.equal(seen["b"].second_moment, alone.second_moment)
+
+
+def test_rows_of_small_batches_wait_for_each_other():
+    """Products are summed when there are as many rows as columns, and when the sum is asked for."""
+    generator = torch.Generator().manual_seed(2)
+    parts = [torch.randn(n, 8, generator=generator) for n in (3, 3, 9, 3)]
+    sums = Squares()
+    for part in parts:
+        sums.add(part, 4.0)
+    assert sums.count == 3 + 3 + 9 + 3 - 15
+    rows = 2 * torch.cat(parts)
+    assert_close(sums.whole(), rows.T @ rows)
+    assert_close(sums.diagonal(), rows.square().sum(0))
 
 
 def test_an_input_that_changed_in_place_is_not_shared():

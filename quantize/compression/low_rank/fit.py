@@ -117,7 +117,8 @@ def factors(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, str]:
     """Weights of the two layers, their product as a matrix [M, K], and the split that was used."""
     m, k = weight.shape
-    first, second, _ = maths.whitened_svd(weight, moment, gradient, rank=rank)
+    cut = maths.whitened_svd(weight, moment, gradient, rank=rank)
+    first, second = cut.first, cut.second
     product = second @ first
     if not isinstance(layer, nn.Conv2d) or 1 in layer.kernel_size or split == "channel":
         return first, second, product, "channel"
@@ -128,8 +129,7 @@ def factors(
     spatial = maths.spatial_factors(kernel, moment, gradient, rank=same_size)
     if split == "spatial":
         return *spatial, "spatial"
-    lost = maths.weighted_error(weight - product, moment, gradient)
-    if maths.weighted_error(weight - spatial[2], moment, gradient) < lost:
+    if maths.weighted_error(weight - spatial[2], moment, gradient) < cut.loss:
         return *spatial, "spatial"
     return first, second, product, "channel"
 

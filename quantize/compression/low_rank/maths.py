@@ -21,6 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from quantize.calibration import is_finite
+
 INPUT_RIDGE = 1e-6  # times the mean of the diagonal; keeps rank-deficient moments invertible
 GRADIENT_RIDGE = 1e-2  # larger: a direction that moved no output in calibration may still matter
 
@@ -30,8 +32,13 @@ class Factors(NamedTuple):
 
     first: Tensor  # [r, K]
     second: Tensor  # [M, r]
-    # [min(M, K)], singular values of the whitened weight, falling; loss = sum of squares from r on
+    # [min(M, K)], singular values of the whitened weight, falling
     spectrum: Tensor
+
+    @property
+    def loss(self) -> float:
+        """Of the cut: the squared singular values that are gone."""
+        return self.spectrum[len(self.first) :].square().sum().item()
 
 
 def cholesky(moment: Tensor, ridge: float) -> Tensor:
@@ -85,7 +92,7 @@ def whitened_svd(
                 f"{name} has shape {tuple(moment.shape)}, the weight {tuple(weight.shape)} "
                 f"needs {(width, width)}"
             )
-    if not torch.isfinite(weight).all():
+    if not is_finite(weight):
         raise ValueError(f"weight of shape {tuple(weight.shape)} is not finite")
     rank = min(m, k) if rank is None else rank
     if not 1 <= rank <= min(m, k):
@@ -161,7 +168,7 @@ def _solve(factor: Tensor, basis: Tensor) -> Tensor:
 
 
 def _check_finite(moment: Tensor) -> None:
-    if not torch.isfinite(moment).all():
+    if not is_finite(moment):
         raise ValueError(f"second moment of shape {tuple(moment.shape)} is not finite")
 
 
