@@ -9,6 +9,7 @@ forward pass, `cpu_ratio` the same in CPU seconds, which neighbours on the machi
     uv run python benchmarks/cost.py
     uv run python benchmarks/cost.py --cases bert_384x6 --sweeps --techniques pruned
     uv run python benchmarks/cost.py --cases --sweeps depth batches
+    uv run python benchmarks/cost.py --cases decoder_135m --sweeps
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import transformers
 from models import bert, classifier, small_bert
 from rows import Parser, Row, host, write
 from torch import nn
@@ -62,6 +64,21 @@ def encoder(make: Callable[[int, int], nn.Module], width: int, layers: int) -> C
     return Case(partial(make, width, layers), batch, amount={"*intermediate.dense": 0.5})
 
 
+def decoder(**config: Any) -> Case:
+    """Llama's shape, with one table for the input and the output; half of each feed-forward layer
+    goes.
+    """
+
+    def make() -> nn.Module:
+        sizes = transformers.LlamaConfig(tie_word_embeddings=True, use_cache=False, **config)
+        return transformers.LlamaForCausalLM(sizes)
+
+    def batch(generator: torch.Generator) -> dict[str, torch.Tensor]:
+        return {"input_ids": torch.randint(256, (BATCH, LENGTH), generator=generator)}
+
+    return Case(make, batch, amount={"*up_proj": 0.5})
+
+
 def images(kind: str, **config: Any) -> Case:
     def batch(generator: torch.Generator) -> torch.Tensor:
         return torch.randn(BATCH, 3, SIZE, SIZE, generator=generator)
@@ -91,7 +108,26 @@ CASES = {
     "mobilenet_v2": images("MobileNetV2", image_size=SIZE),
     "six_conv1d": Case(six_convolutions, sounds, amount=0.3, low_rank=False),
 }
+LARGE = {
+    "decoder_135m": decoder(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+    ),
+    "decoder_350m": decoder(
+        vocab_size=49152,
+        hidden_size=960,
+        intermediate_size=2560,
+        num_hidden_layers=32,
+        num_attention_heads=15,
+        num_key_value_heads=5,
+    ),
+}
 DEEP = {f"bert_256x{depth}": encoder(small_bert, 256, depth) for depth in (4, 8, 16)}
+MODELS = CASES | LARGE | DEEP
 SWEEPS = {
     "depth": [(name, BATCHES) for name in DEEP],
     "batches": [("bert_256x4", batches) for batches in (8, 32, 128)],
@@ -128,7 +164,7 @@ def forward(model: nn.Module, batches: list) -> None:
 
 def row(name: str, technique: str, count: int) -> Row:
     """One row, in this process."""
-    case = (CASES | DEEP)[name]
+    case = MODELS[name]
     torch.manual_seed(0)
     model = case.make().eval()
     generator = torch.Generator().manual_seed(1)
@@ -146,6 +182,7 @@ def row(name: str, technique: str, count: int) -> Row:
         "batches": count,
         "forward_s": own,
         "seconds": seconds,
+        "cpu_s": cpu,
         "ratio": seconds / own,
         "cpu_ratio": 2 * cpu / (first_cpu + second_cpu),
         "model_mb": 4 * parameters(model) / 2**20,
@@ -163,7 +200,7 @@ def points(arguments: argparse.Namespace) -> Iterator[tuple[str, str, int]]:
         sizes += SWEEPS[sweep]
     for name, batches in dict.fromkeys(sizes):
         for technique in arguments.techniques:
-            if technique == "pruned" or (CASES | DEEP)[name].low_rank:
+            if technique == "pruned" or MODELS[name].low_rank:
                 yield name, technique, batches
 
 
@@ -176,7 +213,7 @@ def in_a_fresh_process(point: tuple[str, str, int], threads: int) -> Row:
 
 def main() -> None:
     parser = Parser(__doc__, "cost.csv")
-    parser.some("--cases", "models at 8 batches", CASES)
+    parser.some("--cases", "models at 8 batches", CASES | LARGE, CASES)
     parser.some("--sweeps", "more models, or more batches", SWEEPS)
     parser.some("--techniques", "what to do with them", TECHNIQUES)
     parser.add_argument("--point", help=argparse.SUPPRESS)

@@ -173,7 +173,8 @@ def _is_same(a: torch.Tensor, b: torch.Tensor) -> bool:
         return a is b
     if a.shape != b.shape or a.stride() != b.stride():
         return False
-    return storage_of(a) == storage_of(b) and a.storage_offset() == b.storage_offset()
+    places = [(storage_of(tensor), int(tensor.storage_offset())) for tensor in (a, b)]
+    return places[0] == places[1]
 
 
 def _depends(y: torch.Tensor, x: torch.Tensor | None) -> bool:

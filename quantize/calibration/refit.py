@@ -6,6 +6,7 @@ calibration never shows keep what they had.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,8 @@ WIDEST = 4096
 MOST_ROWS = 2048
 # the candidates are compared by so many random mixtures of the outputs
 MIXTURES = 128
+# times the mean input power: what is added first to a moment without a factor and without a ridge
+SMALLEST_RIDGE = 1e-12
 # how strongly a compensated weight is held to the original where there is little data
 CROSS_RIDGE = 1e-4
 
@@ -39,12 +42,23 @@ def least_squares(moment: Tensor, cross: Tensor, start: Tensor, ridge: float | T
         ridge: how strongly.
     """
     gap = torch.addmm(cross, start, moment, alpha=-1).T
-    matrix = moment.clone()
-    matrix.diagonal().add_(ridge)
-    factor, failed = torch.linalg.cholesky_ex(matrix)
-    if failed:
-        return start + torch.linalg.lstsq(matrix, gap).solution.T
-    return start + torch.cholesky_solve(gap, factor).T
+    return start + torch.cholesky_solve(gap, _factor(moment, ridge)).T
+
+
+def _factor(moment: Tensor, ridge: float | Tensor) -> Tensor:
+    """Cholesky factor of the moment plus ridge * 1; where roundings leave a moment without one, the
+    ridge grows tenfold until it has.
+    """
+    matrix, total, more = moment.clone(), 0.0, float(ridge)
+    while True:
+        matrix.diagonal().add_(more)
+        total += more
+        factor, failed = torch.linalg.cholesky_ex(matrix)
+        if not failed:
+            return factor
+        more = max(9 * total, SMALLEST_RIDGE * float(moment.diagonal().mean()))
+        if not 0 < more < math.inf:
+            raise ValueError(f"a moment of shape {tuple(moment.shape)} is not finite")
 
 
 def compensate(
@@ -302,13 +316,7 @@ class _Dual:
 
     def solve(self, ridge: float) -> Tensor:
         """Coefficients of the known rows, [N, M]."""
-        count = len(self.own)
-        eye = torch.eye(count, dtype=self.own.dtype, device=self.own.device)
-        matrix = self.own + count * ridge * eye
-        factor, failed = torch.linalg.cholesky_ex(matrix)
-        if failed:
-            return torch.linalg.lstsq(matrix, self.target).solution
-        return torch.cholesky_solve(self.target, factor)
+        return torch.cholesky_solve(self.target, _factor(self.own, len(self.own) * ridge))
 
     def error(self, ridge: float) -> float:
         """Squared error over the unseen rows."""

@@ -77,3 +77,13 @@ def test_rows_of_very_many_inputs_are_thinned(monkeypatch):
     found, constant = regression.fit(torch.zeros_like(weight))
     assert_close(found, weight.double(), dtype=torch.float32, factor=100)
     assert_close(constant, bias.double(), dtype=torch.float32, factor=1000)
+
+
+def test_a_moment_without_a_factor_gets_the_ridge_that_it_takes():
+    """Roundings leave a moment of few rows with eigenvalues below zero: the fit goes on, near."""
+    torch.manual_seed(0)
+    few, start = torch.randn(4, 20).double(), torch.randn(3, 20).double()
+    moment = few.T @ few - 1e-4 * torch.eye(20, dtype=torch.float64)
+    target = torch.randn(3, 20).double()
+    weight = refit.least_squares(moment, target @ few.T @ few, start, 1e-9)
+    assert_close(weight @ few.T, target @ few.T, dtype=torch.float32, factor=1e3)
