@@ -106,16 +106,6 @@ inline Floats load(const float* p) {
   return *(const Anywhere*)p;
 }
 inline Floats load(const Brain* p) { return (Floats)(load_words(&p->bits) << 16); }
-inline Floats load_some(const Brain* p, int64_t n) {  // zeros after the first n
-#if defined(__AVX512BW__) && defined(__AVX512VL__)
-  return (Floats)_mm512_slli_epi32(
-      _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(uint16_t((1 << n) - 1), p)), 16);
-#else
-  Brain some[LANES] = {};
-  memcpy(some, p, n * sizeof(Brain));
-  return load(some);
-#endif
-}
 inline Floats load(const int8_t* p) {
 #if defined(__AVX512F__)
   return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
@@ -124,9 +114,13 @@ inline Floats load(const int8_t* p) {
 #endif
 }
 inline Floats load(const Half* p) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#else
   Ints b = load_words(&p->bits);
   Floats size = (Floats)((b & 0x7fff) << 13) * 0x1p112f;
   return (Floats)((Ints)size | (b & 0x8000) << 16);
+#endif
 }
 
 inline float sum(Floats x) {
@@ -155,107 +149,3 @@ inline void sum4(const Floats* x, float* y) {
   for (int i = 0; i < 4; i++) y[i] = sum(x[i]);
 #endif
 }
-
-// Exact sums of products of int8 weights w and uint8 inputs x, STEP of them at a time.
-struct Exact {
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
-  static constexpr int64_t STEP = 64;
-  __m512i total = _mm512_setzero_si512();
-  void add(const int8_t* w, const uint8_t* x) {
-    total = _mm512_dpbusd_epi32(total, _mm512_loadu_si512(x), _mm512_loadu_si512(w));
-  }
-  int32_t sum() const { return _mm512_reduce_add_epi32(total); }
-#elif defined(__AVX2__)
-  static constexpr int64_t STEP = 16;
-  __m256i total = _mm256_setzero_si256();
-  void add(const int8_t* w, const uint8_t* x) {  // through 16 bits: the product of bytes saturates
-    __m256i a = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)w)),
-            b = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)x));
-    total = _mm256_add_epi32(total, _mm256_madd_epi16(a, b));
-  }
-  int32_t sum() const {
-    int32_t s[8], r = 0;
-    memcpy(s, &total, sizeof s);
-    for (int i = 0; i < 8; i++) r += s[i];
-    return r;
-  }
-#else
-  static constexpr int64_t STEP = 16;
-  int32_t total = 0;
-  void add(const int8_t* w, const uint8_t* x) {
-    for (int64_t i = 0; i < STEP; i++) total += int32_t(w[i]) * x[i];
-  }
-  int32_t sum() const { return total; }
-#endif
-};
-
-// 32 bytes of two 4-bit codes each, low half first, which belong to two groups of 16 bytes (the
-// second may be missing), and their products with 64 inputs of 16 bits, given as their upper and
-// lower bytes: those that meet the low halves, then the others. Each group's products count
-// scale[group] and scale[group + 1] times.
-struct Codes {
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
-  typedef __m512 Total;
-  __m512i codes;
-  Codes(const uint8_t* p, bool both) {
-    __m256i pairs = both ? _mm256_loadu_si256((const __m256i*)p)
-                         : _mm256_zextsi128_si256(_mm_loadu_si128((const __m128i*)p));
-    __m512i twice = _mm512_broadcast_i64x4(pairs);
-    codes = _mm512_and_si512(_mm512_mask_srli_epi32(twice, 0xff00, twice, 4), _mm512_set1_epi8(15));
-  }
-  void add(const int8_t* upper, const int8_t* lower, const Floats& scale, int64_t group,
-           Total& total) const {
-    const __m512i place = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1, 1);
-    __m512i products =
-        _mm512_dpbusd_epi32(_mm512_setzero_si512(), codes, _mm512_loadu_si512(upper));
-    products =
-        _mm512_dpbusd_epi32(_mm512_slli_epi32(products, 8), codes, _mm512_loadu_si512(lower));
-    __m512 scales = _mm512_permutexvar_ps(_mm512_add_epi32(place, _mm512_set1_epi32(int(group))),
-                                          (__m512)scale);
-    total = _mm512_fmadd_ps(_mm512_cvtepi32_ps(products), scales, total);
-  }
-  static float sum(Total total, Floats more) { return ::sum((Floats)total + more); }
-#elif defined(__AVX2__)
-  typedef __m256 Total;
-  __m256i low, high;
-  Codes(const uint8_t* p, bool both) {
-    __m256i pairs = both ? _mm256_loadu_si256((const __m256i*)p)
-                         : _mm256_zextsi128_si256(_mm_loadu_si128((const __m128i*)p));
-    __m256i mask = _mm256_set1_epi8(15);
-    low = _mm256_and_si256(pairs, mask);
-    high = _mm256_and_si256(_mm256_srli_epi16(pairs, 4), mask);
-  }
-  __m256i times(const int8_t* x) const {  // 15 * 128 * 4 fits in 16 bits
-    const __m256i* v = (const __m256i*)x;
-    __m256i sums = _mm256_add_epi16(_mm256_maddubs_epi16(low, _mm256_loadu_si256(v)),
-                                    _mm256_maddubs_epi16(high, _mm256_loadu_si256(v + 1)));
-    return _mm256_madd_epi16(sums, _mm256_set1_epi16(1));
-  }
-  void add(const int8_t* upper, const int8_t* lower, const Floats& scale, int64_t group,
-           Total& total) const {
-    __m256i products = _mm256_add_epi32(_mm256_slli_epi32(times(upper), 8), times(lower));
-    __m256 scales =
-        _mm256_insertf128_ps(_mm256_set1_ps(scale[group]), _mm_set1_ps(scale[group + 1]), 1);
-    total = _mm256_fmadd_ps(_mm256_cvtepi32_ps(products), scales, total);
-  }
-  static float sum(Total total, Floats more) {
-    __m128 s = _mm_add_ps(_mm256_castps256_ps128(total), _mm256_extractf128_ps(total, 1));
-    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-    return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1))) + ::sum(more);
-  }
-#else
-  typedef float Total;
-  const uint8_t* pairs;
-  int many;
-  Codes(const uint8_t* p, bool both) : pairs(p), many(both ? 32 : 16) {}
-  void add(const int8_t* upper, const int8_t* lower, const Floats& scale, int64_t group,
-           Total& total) const {
-    int32_t products[2] = {};
-    for (int i = 0; i < many; i++)
-      products[i / 16] += (pairs[i] & 15) * (upper[i] * 256 + lower[i]) +
-                          (pairs[i] >> 4) * (upper[i + 32] * 256 + lower[i + 32]);
-    total += float(products[0]) * scale[group] + float(products[1]) * scale[group + 1];
-  }
-  static float sum(Total total, Floats more) { return total + ::sum(more); }
-#endif
-};

@@ -6,15 +6,24 @@ from pathlib import Path
 
 from quantize.native import NUMBERS, Code, Library
 from quantize.native import library as native_library
-from quantize.run.decoding.structs import decode_function
+from quantize.run.decoding.structs import read
 
 SOURCE = Path(__file__).with_name("step.cpp")
-STEP = Code("step", SOURCE, (NUMBERS,), ("-march=native",), decode_function)
+_OWN = ("structs.h", "int4.h", "products.h", "attention.h")
+_SHARED = ("integers.h", "rows.h")
+HEADERS = (
+    *map(SOURCE.with_name, _OWN),
+    *map(NUMBERS.with_name, _SHARED),
+    NUMBERS,
+)
+# Contraction is off: rows would round differently where the compiler fuses other operations.
+FLAGS = ("-march=native", "-ffp-contract=off", "-Wno-psabi")
+STEP = Code("step", SOURCE, HEADERS, FLAGS, read)
 
 
 def library(*, compile_now: bool = True) -> Library | None:
-    """The compiled step.cpp; its functions are `decode`. Arguments and errors: see
-    `quantize.native.library`.
+    """The compiled step.cpp; its functions are `structs.Functions`. Arguments and errors:
+    see `quantize.native.library`.
     """
     return native_library(STEP, compile_now=compile_now)
 

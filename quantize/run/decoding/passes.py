@@ -1,9 +1,10 @@
 """The passes of a `DecoderLM` that native code runs for it, checked before each one against what
 the model is by then.
 
-Nothing is kept on the model, nor anywhere else once the object is gone: looking at a model and
-noting its pointers takes a few milliseconds, less than one token takes without it. No weight is
-copied, so weights that change in place are read as they are.
+Nothing is kept on the model: looking at it and noting its pointers takes a few milliseconds, less
+than one token takes without it. Float weights aren't copied, so those that change in place are read
+as they are. Integer weights are packed once (see `packing`), and again after a change that torch
+counts.
 """
 
 from __future__ import annotations
@@ -19,7 +20,13 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from quantize.models import DecoderLM
 from quantize.nn import is_traced
-from quantize.run.decoding.native import MOST_ROWS, NOT_YET, Step, is_plain, obstacle
+from quantize.run.decoding.native import MOST_ROWS, Step
+from quantize.run.decoding.recognition import (
+    NOT_YET,
+    is_plain,
+    multiplies_integers,
+    obstacle,
+)
 from quantize.run.kv_cache import KVCache
 
 # Tokens times layers after which 3 s of compiling are paid back, at half a millisecond saved in
@@ -30,8 +37,8 @@ _run_without = 0
 
 
 class NativePasses:
-    """Logits of a pass over a few tokens after a cached text, or None for a pass that is left to
-    the model.
+    """Logits of a pass, or None for a pass that is left to the model: over the first tokens of a
+    text or many of them, unless its layers multiply integers.
 
     `reason` says why the model runs its passes itself; None while native code does, or before it
     was asked.
@@ -39,27 +46,24 @@ class NativePasses:
     Args:
         model: whose passes to run.
         tokens: how many the caller means to decode. None compiles step.cpp where it isn't kept from
-            before; a number does so only once this process has decoded enough without it
-            (WORTH_COMPILING).
+            before, as do integer weights, whose tokens mustn't depend on who decodes them; a number
+            does so only once this process has decoded enough without it (WORTH_COMPILING).
         narrow: read float32 weights that hold float16 values from a float16 copy.
     """
 
     def __init__(self, model: DecoderLM, *, tokens: int | None = None, narrow: bool = False):
         self.model, self.narrow = model, narrow
-        self.compile_now = (
-            tokens is None or _run_without + tokens * len(model.blocks) >= WORTH_COMPILING
-        )
+        pays = tokens is None or _run_without + tokens * len(model.blocks) >= WORTH_COMPILING
+        self.compile_now = pays or multiplies_integers(model)
         self.reason: str | None = None
         self._looked: tuple[_Watch, Step | None] | None = None
 
     def __call__(self, ids: Tensor, cache: object, logits_to_keep: int) -> Tensor | None:
         global _run_without
-        if (
-            type(cache) is not KVCache
-            or not cache.length
-            or ids.numel() > MOST_ROWS
-            or is_watched()
-        ):
+        if type(cache) is not KVCache or is_watched():
+            return None
+        few = bool(cache.length) and ids.numel() <= MOST_ROWS
+        if not few and not multiplies_integers(self.model):
             return None
         looked = self._looked
         if looked is None or not looked[0].same():

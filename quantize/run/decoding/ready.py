@@ -6,7 +6,8 @@ module and operation, kernels made for many rows) takes longer. So such a pass r
 with the model's own weights:
 
 - `native`: C++ that reads each weight once at the speed of memory (step.cpp), compiled in seconds
-  on the machine that decodes. `generate` takes it by itself (see `passes`).
+  on the machine that decodes. `generate` takes it by itself (see `passes`). Where layers
+  multiply integers it reads prompts too, and rounds alike however a text is cut into passes.
 - `torchscript`: the pass of a single token as one traced graph of stock operations, for machines
   without a compiler.
 
@@ -18,7 +19,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from quantize.models import DecoderLM
-from quantize.run.decoding import build, native, torchscript
+from quantize.run.decoding import build, recognition, torchscript
 from quantize.run.decoding.passes import NativePasses, is_watched
 from quantize.run.decoding.sizes import contradictions
 from quantize.run.kv_cache import KVCache
@@ -58,7 +59,7 @@ def for_decoding(model: DecoderLM, *, backend: str | None = None) -> DecodingLM:
         raise ValueError(f"backend is {backend!r}; allowed: None, {', '.join(BACKENDS)}")
     for reason in contradictions(model):
         raise ValueError(f"the model contradicts itself: {reason}")
-    obstacle = native.obstacle(model) if backend != "torchscript" else "asked for"
+    obstacle = recognition.obstacle(model) if backend != "torchscript" else "asked for"
     if backend == "native" and obstacle:
         raise ValueError(f"backend 'native' can't run this model: {obstacle}")
     if obstacle:
@@ -77,12 +78,7 @@ class DecodingLM(nn.Module):
         self._passes: NativePasses | torchscript.Step | None = None
 
     def forward(self, ids: Tensor, cache: KVCache | None = None, logits_to_keep: int = 0) -> Tensor:
-        if (
-            type(cache) is KVCache
-            and cache.length
-            and ids.device.type == "cpu"
-            and not is_watched()
-        ):
+        if type(cache) is KVCache and ids.device.type == "cpu" and not is_watched():
             if self._passes is None:
                 self._passes = self._make_passes()
             logits = self._passes(ids, cache, logits_to_keep)

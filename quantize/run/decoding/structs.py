@@ -1,12 +1,12 @@
-"""The structs of step.cpp, field by field, and the check that the compiled code lays them out in
-the same way.
+"""The structs of structs.h and the functions of step.cpp, and the check that the compiled code has
+the same structs.
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
 
 _number, _pointer = ctypes.c_int64, ctypes.c_void_p
 
@@ -17,7 +17,7 @@ class Linear(ctypes.Structure):
 
 Linear._fields_ = [
     *((name, _number) for name in ("kind", "outputs", "inputs", "group")),
-    *((name, _pointer) for name in ("weight", "scale", "zero", "bias")),
+    *((name, _pointer) for name in ("weight", "scale", "sums", "bias")),
     ("first", ctypes.POINTER(Linear)),
 ]
 NORMS = ("attention_norm", "ffn_norm", "q_norm", "k_norm")
@@ -54,12 +54,21 @@ class Pass(ctypes.Structure):
 STRUCTS = (Linear, Layer, Model, Held, Pass)  # in the order of `struct_sizes` in step.cpp
 
 
-def decode_function(library: ctypes.CDLL) -> Callable[..., Any]:
-    """`decode` of step.cpp, ready to be called. Raises OSError for a library that isn't one of this
+@dataclass(frozen=True)
+class Functions:
+    """What step.cpp exports."""
+
+    decode: Callable[..., None]
+    int4_bytes: Callable[[int, int, int], int]
+    pack_int4: Callable[..., None]
+
+
+def read(library: ctypes.CDLL) -> Functions:
+    """The functions of a compiled step.cpp. Raises OSError for a library that isn't one of this
     step.cpp.
     """
     try:
-        function = library.decode
+        found = Functions(library.decode, library.int4_bytes, library.pack_int4)
         sizes = list((ctypes.c_int64 * len(STRUCTS)).in_dll(library, "struct_sizes"))
     except (AttributeError, ValueError) as error:
         raise OSError(f"the compiled library lacks a symbol: {error}") from None
@@ -68,5 +77,9 @@ def decode_function(library: ctypes.CDLL) -> Callable[..., Any]:
         raise OSError(
             f"the compiled library has structs of {sizes} bytes, this version of {expected}"
         )
-    function.argtypes, function.restype = [ctypes.POINTER(Model), ctypes.POINTER(Pass)], None
-    return function
+    library.decode.argtypes = [ctypes.POINTER(Model), ctypes.POINTER(Pass)]
+    library.int4_bytes.argtypes, library.int4_bytes.restype = [_number] * 3, _number
+    library.pack_int4.argtypes = [*[_pointer] * 3, *[_number] * 3, _pointer]
+    for function in (library.decode, library.pack_int4):
+        function.restype = None
+    return found

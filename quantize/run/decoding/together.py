@@ -15,7 +15,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quantize.run.decoding.native import KINDS, Step, held_by, widened
+from quantize.run.decoding.native import Step, held_by, widened
+from quantize.run.decoding.recognition import KINDS
 from quantize.run.decoding.structs import Held, Pass
 from quantize.run.kv_cache import KVCache
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from quantize.models import DecoderLM
 from quantize.run.decoding import DecodingLM
 from quantize.run.decoding.passes import NativePasses
+from quantize.run.decoding.recognition import multiplies_integers
 from quantize.run.kv_cache import KVCache
 
 CHUNK = (
@@ -90,9 +91,7 @@ class CachedReader:
 
     def __init__(self, model: nn.Module, cache: KVCache, *, tokens: int):
         self.model, self.cache = model, cache
-        self.passes: NativePasses | None = None
-        if isinstance(model, DecoderLM) and not any(module.training for module in model.modules()):
-            self.passes = NativePasses(model, tokens=tokens)
+        self.passes = _native_passes(model, tokens)
 
     @property
     def reason(self) -> str | None:
@@ -172,8 +171,9 @@ class CachedReader:
 class PlainReader:
     """Computes everything again for each new token.
 
-    Rows of different length are padded on the right, which causal models, the only ones that make
-    sense here, never look at.
+    A `DecoderLM` of integer weights is read natively, so that its text doesn't depend on the cache.
+    For others, rows of different length are padded on the right, which causal models, the only ones
+    that make sense here, never look at.
     """
 
     reason = "there is no cache"  # see CachedReader
@@ -181,6 +181,9 @@ class PlainReader:
     def __init__(self, model: nn.Module, pad: Tensor | None):
         self.model, self.pad = model, pad
         self.ids: Tensor | None = None
+        self.passes: NativePasses | None = None
+        if isinstance(model, DecoderLM) and multiplies_integers(model):
+            self.passes = _native_passes(model, 1)
 
     @property
     def length(self) -> int:
@@ -188,6 +191,9 @@ class PlainReader:
 
     def read(self, ids: Tensor, *, last: int) -> Tensor:
         self.ids = ids if self.ids is None else torch.cat((self.ids, ids), dim=1)
+        logits = self._read_natively(last)
+        if logits is not None:
+            return logits
         if self.pad is None:
             return _call(self.model, self.ids, last=last)[:, -last:]
         pad = self.pad.to(ids.device)[:, None]
@@ -197,9 +203,26 @@ class PlainReader:
         wanted = slots[-last:] - pad  # [B, last]
         return logits.gather(1, wanted[..., None].expand(-1, -1, logits.shape[-1]))
 
+    def _read_natively(self, last: int) -> Tensor | None:
+        """Logits of the whole text, whose keys and values are dropped; None if the model has to run
+        itself.
+        """
+        if self.passes is None or self.ids is None:
+            return None
+        scratch = KVCache.for_model(self.model, batch=self.ids.shape[0])
+        scratch.reset(pad=self.pad)
+        return self.passes(self.ids, scratch, last)
+
     def truncate(self, length: int) -> None:
         if self.ids is not None:
             self.ids = self.ids[:, :length]
+
+
+def _native_passes(model: nn.Module, tokens: int) -> NativePasses | None:
+    """Native passes of a `DecoderLM` in eval mode. tokens: how many will be decoded."""
+    if not isinstance(model, DecoderLM) or any(module.training for module in model.modules()):
+        return None
+    return NativePasses(model, tokens=tokens)
 
 
 def _parameters(model: nn.Module) -> frozenset[str]:

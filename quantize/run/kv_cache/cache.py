@@ -186,17 +186,19 @@ class KVCache:
         k, v = read(held, "k", q.dtype), read(held, "v", q.dtype)
         return attention(q, k, v, mask, causal=mask is None and new > 1)
 
-    def open(self, new: int) -> list[Layer] | None:
+    def open(self, new: int, dtype: torch.dtype | None = None) -> list[Layer] | None:
         """What each layer holds, with room for `new` more positions, for whoever writes those
         itself and then calls `close`.
 
-        None before the first pass and with attention sinks: a position's index isn't fixed then.
+        None with attention sinks, whose indices move, and before the first pass without a dtype.
         """
-        if self.sinks or not all(layer.tensors for layer in self._layers):
+        empty = dtype is None and not all(layer.tensors for layer in self._layers)
+        if self.sinks or empty:
             return None
         checks.check_room(self.length, new, self.limit)
+        key = torch.empty(self.batch, 0, dtype=dtype, device="cpu")
         for layer in self._layers:
-            self._reserve(layer, self.length + new, layer.tensors["k"])
+            self._reserve(layer, self.length + new, layer.tensors.get("k", key))
         return self._layers
 
     def close(self, new: int) -> None:

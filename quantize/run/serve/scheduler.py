@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from quantize.models import DecoderLM
-from quantize.run.decoding.native import MOST_ROWS, Step, obstacle
+from quantize.run.decoding.native import MOST_ROWS, Step
+from quantize.run.decoding.recognition import obstacle
 from quantize.run.decoding.together import read_together
 from quantize.run.generate.reader import CHUNK
 from quantize.run.serve.batching import failed

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantize.run.generate import Generation, prefill
+from quantize.run.generate import Generation
 from quantize.run.generate.reader import CHUNK, CachedReader
 from quantize.run.kv_cache import KVCache
 from quantize.run.serve.prefixes import Prefixes
@@ -83,7 +83,7 @@ class Sequence(Generation):
         if self._read == 0 and self._take_prefix(reader):
             return 0
         piece = self.ids[:, self._read : min(self._read + CHUNK, self._first)]
-        logits = prefill(self.model, piece, reader.cache)
+        logits = reader.read(piece, last=1)[:, -1]
         self._read += piece.shape[1]
         if self._read == self._first:
             self._logits = logits

@@ -193,7 +193,7 @@ def test_libraries_of_another_version_are_refused(content, monkeypatch, compiler
     with pytest.raises(OSError, match="structs of"):
         load(monkeypatch)
     with pytest.raises(OSError, match="lacks a symbol"):
-        structs.decode_function(__import__("ctypes").CDLL(None))
+        structs.read(__import__("ctypes").CDLL(None))
 
 
 def test_threads_and_processes_share_one_compilation(compiler, monkeypatch, tmp_path):

@@ -1,0 +1,321 @@
+// Softmax attention over a cache, in chunks that begin at multiples of CHUNK of a text.
+//
+// A query's chunks give unnormalized sums, each with its largest score and its total; they are
+// joined in the order of the text. Padding moves a text in the cache and no chunk in the text, so a
+// query gets the same bits alone and in a batch, one at a time and with a whole prompt.
+
+#pragma once
+#include "int4.h"
+
+#include <vector>
+
+namespace {
+
+constexpr int64_t CHUNK = 256;
+
+// Asks for rows that are read next: a chunk is too short for the CPU to notice by itself where it
+// goes on.
+template <class T>
+inline void fetch(const T* rows, int64_t count, int64_t d) {
+  for (int64_t i = 0; i < count * d * int64_t(sizeof(T)); i += 64)
+    __builtin_prefetch((const char*)rows + i);
+}
+
+// y[m] = the sum of n rows of v [n, d], each times its weight s[m]. next: rows that are read after
+// them.
+template <int M, class T>
+inline void weigh(const float (*s)[CHUNK], const T* v, const T* next, int64_t n, int64_t d,
+                  float* y) {
+  int64_t i = 0;
+  for (; i + 4 * LANES <= d; i += 4 * LANES) {
+    Floats t[M][4] = {};
+    for (int64_t p = 0; p < n; p++) {
+      if (i == 0) fetch(next + p * d, 1, d);
+      for (int j = 0; j < 4; j++) {
+        const Floats x = load(v + p * d + i + j * LANES);
+        for (int m = 0; m < M; m++) t[m][j] = multiply_add(Floats{} + s[m][p], x, t[m][j]);
+      }
+    }
+    for (int m = 0; m < M; m++) memcpy(y + m * d + i, t[m], sizeof t[m]);
+  }
+  for (; i + LANES <= d; i += LANES) {
+    Floats t[M] = {};
+    for (int64_t p = 0; p < n; p++) {
+      const Floats x = load(v + p * d + i);
+      for (int m = 0; m < M; m++) t[m] = multiply_add(Floats{} + s[m][p], x, t[m]);
+    }
+    for (int m = 0; m < M; m++) memcpy(y + m * d + i, &t[m], sizeof t[m]);
+  }
+  for (; i < d; i++)
+    for (int m = 0; m < M; m++) {
+      y[m * d + i] = 0;
+      for (int64_t p = 0; p < n; p++) y[m * d + i] += s[m][p] * widen(v[p * d + i]);
+    }
+}
+
+// s[m] = the scores of n rows of k [n, d] for query m: q[m] . k. next: rows that are read after
+// them.
+template <int M, class T>
+inline void score(const float* q, const T* k, const T* next, int64_t n, int64_t d,
+                  float (*s)[CHUNK]) {
+  int64_t p = 0;
+  for (; p + 4 <= n; p += 4) {
+    fetch(next + p * d, 4, d);
+    Floats t[M][4] = {};
+    int64_t i = 0;
+    for (; i + LANES <= d; i += LANES) {
+      Floats row[4];
+      for (int j = 0; j < 4; j++) row[j] = load(k + (p + j) * d + i);
+      for (int m = 0; m < M; m++) {
+        const Floats x = load(q + m * d + i);
+        for (int j = 0; j < 4; j++) t[m][j] = multiply_add(row[j], x, t[m][j]);
+      }
+    }
+    for (int m = 0; m < M; m++) sum4(t[m], s[m] + p);
+    for (; i < d; i++)
+      for (int m = 0; m < M; m++)
+        for (int j = 0; j < 4; j++) s[m][p + j] += q[m * d + i] * widen(k[(p + j) * d + i]);
+  }
+  for (; p < n; p++) {
+    Floats t[M] = {};
+    int64_t i = 0;
+    for (; i + LANES <= d; i += LANES)
+      for (int m = 0; m < M; m++)
+        t[m] = multiply_add(load(k + p * d + i), load(q + m * d + i), t[m]);
+    for (int m = 0; m < M; m++) s[m][p] = sum(t[m]);
+    for (; i < d; i++)
+      for (int m = 0; m < M; m++) s[m][p] += q[m * d + i] * widen(k[p * d + i]);
+  }
+}
+
+// What some heads' queries found in a part of a text.
+struct Found {
+  float *sums, *peak, *total;  // unnormalized [heads, d]; largest score; sum of weights [heads]
+};
+
+// `heads` queries over n <= CHUNK positions.
+template <int64_t D, class T>
+void attend(const float* q, int64_t heads, const T* k, const T* v, const Brain* k_scale,
+            const Brain* v_scale, int64_t n, int64_t width, Found to) {
+  const int64_t d = D ? D : width;
+  const float factor = 1 / sqrtf(float(d));
+  float scores[4][CHUNK];
+  for (int64_t head = 0; head < heads; head += 4) {
+    const int64_t many = heads - head < 4 ? heads - head : 4;
+    const float* x = q + head * d;
+    if (many == 4)
+      score<4>(x, k, v, n, d, scores);
+    else if (many == 3)
+      score<3>(x, k, v, n, d, scores);
+    else if (many == 2)
+      score<2>(x, k, v, n, d, scores);
+    else
+      score<1>(x, k, v, n, d, scores);
+    for (int64_t h = 0; h < many; h++) {
+      float *s = scores[h], top = -INFINITY, sum = 0;
+      for (int64_t p = 0; p < n; p++) s[p] *= k_scale ? factor * widen(k_scale[p]) : factor;
+#pragma omp simd reduction(max : top)
+      for (int64_t p = 0; p < n; p++) top = s[p] > top ? s[p] : top;
+#pragma omp simd reduction(+ : sum)
+      for (int64_t p = 0; p < n; p++) sum += s[p] = exponential(s[p] - top);
+      to.peak[head + h] = top;
+      to.total[head + h] = sum;
+      if (v_scale)
+        for (int64_t p = 0; p < n; p++) s[p] *= widen(v_scale[p]);
+    }
+    float* y = to.sums + head * d;
+    if (many == 4)
+      weigh<4>(scores, v, k + n * d, n, d, y);
+    else if (many == 3)
+      weigh<3>(scores, v, k + n * d, n, d, y);
+    else if (many == 2)
+      weigh<2>(scores, v, k + n * d, n, d, y);
+    else
+      weigh<1>(scores, v, k + n * d, n, d, y);
+  }
+}
+
+// Add to what was found before it in the text.
+inline void join(Found all, Found part, int64_t heads, int64_t d) {
+  for (int64_t head = 0; head < heads; head++) {
+    const float before = all.peak[head], here = part.peak[head];
+    const float peak = here > before ? here : before;
+    const float old = exponential(before - peak), own = exponential(here - peak);
+    all.peak[head] = peak;
+    all.total[head] = all.total[head] * old + part.total[head] * own;
+    float *to = all.sums + head * d, *from = part.sums + head * d;
+    for (int64_t i = 0; i < d; i++) to[i] = to[i] * old + from[i] * own;
+  }
+}
+
+// Positions in the cache, as indices into its third axis.
+struct Seen {
+  int64_t low, high;
+};
+
+// One layer's cache, or caches, and the texts in it.
+struct Context {
+  const Pass& pass;
+  int64_t layer, layers, heads, kv_heads, d;
+
+  int64_t group() const { return heads / kv_heads; }
+  int64_t text(int64_t row) const { return row / pass.tokens; }
+  int64_t pad(int64_t row) const { return pass.pad ? pass.pad[text(row)] : 0; }
+  int64_t place(int64_t row) const {
+    return (pass.lengths ? pass.lengths[text(row)] : pass.length) + row % pass.tokens;
+  }
+  const Held& held(int64_t row) const {
+    return pass.held[pass.lengths ? text(row) * layers + layer : layer];
+  }
+
+  // What a row sees. Padding sees itself, so that it sees something.
+  Seen seen(int64_t row) const {
+    const Held& own = held(row);
+    const int64_t here = place(row);
+    int64_t low = pad(row);
+    if (own.window && here - own.window + 1 > low) low = here - own.window + 1;
+    low = low > here ? here : low;
+    return {low - own.first, here + 1 - own.first};
+  }
+
+  // Chunks of a row's text that lie in what it sees: from the first to before the last.
+  Seen chunks(int64_t row) const {
+    const Seen all = seen(row);
+    const int64_t start = pad(row) - held(row).first;  // of the text
+    if (all.low < start) return {0, 1};
+    return {(all.low - start) / CHUNK, (all.high - 1 - start) / CHUNK + 1};
+  }
+
+  Seen part(int64_t row, int64_t chunk) const {
+    Seen all = seen(row);
+    const int64_t text_start = pad(row) - held(row).first, start = text_start + chunk * CHUNK;
+    if (all.low < text_start) return all;
+    all.low = all.low > start ? all.low : start;
+    all.high = all.high < start + CHUNK ? all.high : start + CHUNK;
+    return all;
+  }
+
+  // Index of a key's or value's position in all that its cache holds.
+  int64_t at(int64_t row, int64_t kv, int64_t position) const {
+    const int64_t slot = pass.lengths ? 0 : text(row);
+    return (slot * kv_heads + kv) * held(row).capacity + position;
+  }
+};
+
+template <class T>
+void attend_width(const float* q, const Context& in, const Held& held, int64_t at, int64_t n,
+                  Found to) {
+  const int64_t d = in.d;
+  const T *k = (const T*)held.k + at * d, *v = (const T*)held.v + at * d;
+  const Brain* k_scale = held.k_scale ? (const Brain*)held.k_scale + at : nullptr;
+  const Brain* v_scale = held.v_scale ? (const Brain*)held.v_scale + at : nullptr;
+  auto run = d == 64 ? attend<64, T> : d == 128 ? attend<128, T> : attend<0, T>;
+  run(q, in.group(), k, v, k_scale, v_scale, n, d, to);
+}
+
+inline void attend_part(const float* q, const Context& in, const Held& held, int64_t at, int64_t n,
+                        Found to) {
+  auto run = in.pass.kind == F32    ? attend_width<float>
+             : in.pass.kind == F16  ? attend_width<Half>
+             : in.pass.kind == BF16 ? attend_width<Brain>
+                                    : attend_width<int8_t>;
+  run(q, in, held, at, n, to);
+}
+
+// Attention of neighbouring rows of one text in one cache, a chunk for all of them after the other.
+struct Neighbours {
+  static constexpr int64_t MOST = 32;
+  const Context& in;
+  const Held& held;
+  std::vector<float> sums, peak, total, part, k, v;
+
+  explicit Neighbours(const Context& in)
+      : in(in),
+        held(in.held(0)),
+        sums(MOST * in.group() * in.d),
+        peak(MOST * in.group()),
+        total(MOST * in.group()),
+        part(in.group() * (in.d + 2)) {
+    if (in.pass.kind == F32) return;
+    k.resize(CHUNK * in.d);
+    v.resize(CHUNK * in.d);
+  }
+
+  Found found(int64_t i) {
+    return {&sums[i * in.group() * in.d], &peak[i * in.group()], &total[i * in.group()]};
+  }
+
+  // rows low to high, of which q [.., stride] holds the queries and y [.., stride] gets the sums.
+  void run(int64_t low, int64_t high, int64_t kv, const float* q, int64_t q_stride, float* y,
+           int64_t y_stride) {
+    const int64_t group = in.group(), d = in.d;
+    for (int64_t i = 0; i < (high - low) * group; i++) peak[i] = -INFINITY, total[i] = 0;
+    memset(sums.data(), 0, (high - low) * group * d * sizeof(float));
+    const int64_t last = in.chunks(high - 1).high;
+    for (int64_t chunk = in.chunks(low).low; chunk < last; chunk++)
+      add_chunk(low, high, kv, chunk, q, q_stride);
+    for (int64_t row = low; row < high; row++)
+      for (int64_t h = 0; h < group; h++) {
+        const Found all = found(row - low);
+        float* to = y + row * y_stride + (kv * group + h) * d;
+        for (int64_t i = 0; i < d; i++) to[i] = all.sums[h * d + i] / all.total[h];
+      }
+  }
+
+  void add_chunk(int64_t low, int64_t high, int64_t kv, int64_t chunk, const float* q,
+                 int64_t stride) {
+    const int64_t group = in.group(), d = in.d;
+    const Found one = {part.data(), part.data() + group * d, part.data() + group * (d + 1)};
+    Seen wide = {held.capacity, 0};
+    for (int64_t row = low; row < high; row++) {
+      const Seen own = part_of(row, chunk);
+      if (own.low >= own.high) continue;
+      wide.low = own.low < wide.low ? own.low : wide.low;
+      wide.high = own.high > wide.high ? own.high : wide.high;
+    }
+    const bool widened = in.pass.kind != F32 && wide.high - wide.low <= CHUNK;
+    if (widened) widen_rows(in.at(low, kv, wide.low), wide.high - wide.low);
+    for (int64_t row = low; row < high; row++) {
+      const Seen own = part_of(row, chunk);
+      if (own.low >= own.high) continue;
+      const float* x = q + row * stride + kv * group * d;
+      const int64_t at = in.at(row, kv, own.low), n = own.high - own.low;
+      if (widened)
+        attend_floats(x, at, own.low - wide.low, n, one);
+      else
+        attend_part(x, in, held, at, n, one);
+      join(found(row - low), one, group, d);
+    }
+  }
+
+  // Nothing of a chunk that isn't the row's.
+  Seen part_of(int64_t row, int64_t chunk) const {
+    const Seen own = in.chunks(row);
+    return chunk < own.low || chunk >= own.high ? Seen{0, 0} : in.part(row, chunk);
+  }
+
+  void widen_rows(int64_t at, int64_t n) {
+    const int64_t from = at * in.d, many = n * in.d;
+    if (in.pass.kind == F16)
+      widen_all((const Half*)held.k + from, (const Half*)held.v + from, many);
+    else if (in.pass.kind == BF16)
+      widen_all((const Brain*)held.k + from, (const Brain*)held.v + from, many);
+    else
+      widen_all((const int8_t*)held.k + from, (const int8_t*)held.v + from, many);
+  }
+  template <class T>
+  void widen_all(const T* keys, const T* values, int64_t many) {
+    for (int64_t i = 0; i < many; i++) k[i] = widen(keys[i]);
+    for (int64_t i = 0; i < many; i++) v[i] = widen(values[i]);
+  }
+
+  void attend_floats(const float* q, int64_t at, int64_t offset, int64_t n, Found to) {
+    const int64_t d = in.d;
+    const Brain* k_scale = held.k_scale ? (const Brain*)held.k_scale + at : nullptr;
+    const Brain* v_scale = held.v_scale ? (const Brain*)held.v_scale + at : nullptr;
+    auto run = d == 64 ? attend<64, float> : d == 128 ? attend<128, float> : attend<0, float>;
+    run(q, in.group(), &k[offset * d], &v[offset * d], k_scale, v_scale, n, d, to);
+  }
+};
+
+}  // namespace

@@ -1,0 +1,243 @@
+// 4-bit weights in the layout of the instruction that multiplies them, and rows in 8 bits.
+//
+// A panel holds 16 outputs. Of each group of inputs it has blocks of 32: 4 vectors of 64 bytes, and
+// in each the next 4 inputs of every output in the low halves of its bytes, the 4 after them in the
+// high ones. So one load gives two products. The group's 16 scales and 16 zeros follow (bfloat16).
+//
+// A row has one step for every 32 inputs: x is about q * step. The sum over a block is an exact
+// integer, and the blocks are added in the order of the inputs:
+//
+//   total += float(sum of q code) * (scale * step)
+//   total += (zero - 8 scale) * (step * sum of q)
+//
+// each as one fused operation. No other row, panel or thread takes part, so neither their number
+// nor the way to read the codes changes a bit.
+
+#pragma once
+#include "rows.h"
+#include "structs.h"
+
+namespace {
+
+constexpr int64_t BLOCK = 32, BLOCK_BYTES = 256;
+typedef uint8_t Bytes __attribute__((vector_size(64)));
+
+inline Floats multiply_add(Floats a, Floats b, Floats c) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  struct Halves {
+    __m256 part[2];
+  };
+  const Halves x = bits<Halves>(a), y = bits<Halves>(b), z = bits<Halves>(c);
+  const Halves sums = {_mm256_fmadd_ps(x.part[0], y.part[0], z.part[0]),
+                       _mm256_fmadd_ps(x.part[1], y.part[1], z.part[1])};
+  return bits<Floats>(sums);
+#else
+  return a * b + c;
+#endif
+}
+
+inline Bytes load_codes(const uint8_t* from) {
+  typedef uint8_t Anywhere __attribute__((vector_size(64), aligned(1), may_alias));
+  return *(const Anywhere*)from;
+}
+
+// Exact sums of 16 outputs.
+struct CodeSums {
+  Ints total = {};
+
+  // codes: up to 15; quad: the row's 4 signed bytes that they meet.
+  void add(const Bytes& codes, int32_t quad) {
+#if defined(__AVX512VNNI__)
+    total = (Ints)_mm512_dpbusd_epi32((__m512i)total, (__m512i)codes, _mm512_set1_epi32(quad));
+#elif defined(__AVX2__)  // 15 * 128 * 2 fits in 16 bits
+    struct Halves {
+      __m256i part[2];
+    };
+    Halves sums = bits<Halves>(total);
+    const Halves all = bits<Halves>(codes);
+    const __m256i x = _mm256_set1_epi32(quad), ones = _mm256_set1_epi16(1);
+    for (int half = 0; half < 2; half++) {
+      const __m256i pairs = _mm256_maddubs_epi16(all.part[half], x);
+      sums.part[half] = _mm256_add_epi32(sums.part[half], _mm256_madd_epi16(pairs, ones));
+    }
+    total = bits<Ints>(sums);
+#else
+    for (int output = 0; output < 16; output++)
+      for (int i = 0; i < 4; i++) total[output] += codes[4 * output + i] * int8_t(quad >> 8 * i);
+#endif
+  }
+  Floats floats() const { return __builtin_convertvector(total, Floats); }
+};
+
+// ------------------------------------------------------------------------------------------------
+// rows
+
+// q: bytes [n]; step, sum: one for every 32, the sum times the step. n: a multiple of 32. A block
+// with a NaN or an infinity gets a step of NaN.
+inline void quantize_blocks(const float* x, int64_t n, int8_t* q, float* step, float* sum) {
+  typedef int8_t Small __attribute__((vector_size(16)));
+  for (int64_t block = 0; block < n / BLOCK; block++) {
+    const Floats part[2] = {load(x + BLOCK * block), load(x + BLOCK * block + LANES)};
+    const Ints size[2] = {(Ints)part[0] & 0x7fffffff, (Ints)part[1] & 0x7fffffff};
+    const int32_t largest = most_of(size[0] > size[1] ? size[0] : size[1]);
+    const bool finite = largest < 0x7f800000;
+    float s = bits<float>(largest) * (1.0f / 127);
+    s = s < SMALLEST ? SMALLEST : s;
+    const float inverse = finite ? 1 / s : 0, shift = 0x1.8p23f;
+    Ints total = {};
+    for (int half = 0; half < 2; half++) {
+      const Floats usable = finite ? part[half] : Floats{};
+      const Ints whole = (Ints)(usable * inverse + shift) - bits<int32_t>(shift);
+      total += whole;
+      const Small bytes = __builtin_convertvector(whole, Small);
+      memcpy(q + BLOCK * block + LANES * half, &bytes, LANES);
+    }
+    int32_t all = 0;
+    for (int i = 0; i < LANES; i++) all += total[i];
+    step[block] = finite ? s : bits<float>(0x7fc00000);
+    sum[block] = step[block] * float(all);
+  }
+}
+
+struct FineRow {
+  const int8_t* q;
+  const float *step, *sum;
+};
+
+// ------------------------------------------------------------------------------------------------
+// products
+
+inline int64_t group_bytes(int64_t group) { return group / BLOCK * BLOCK_BYTES + 64; }
+inline int64_t panel_bytes(const Linear& a) { return a.inputs / a.group * group_bytes(a.group); }
+
+// A panel as it is stored.
+struct StoredPanel {
+  const uint8_t* at;
+  int64_t group, ahead;  // bytes from here to what is read next
+
+  void scales(int64_t g, Floats& scale, Floats& shift) const {
+    const uint8_t* end = at + (g + 1) * group_bytes(group) - 64;
+    __builtin_prefetch(end + ahead);
+    scale = load((const Brain*)end);
+    shift = load((const Brain*)(end + 32)) - 8.0f * scale;
+  }
+  // The next 4 inputs of each output, and the 4 after them.
+  void codes(int64_t g, int64_t block, int64_t i, Bytes& low, Bytes& high) const {
+    const uint8_t* from = at + g * group_bytes(group) + block * BLOCK_BYTES + 64 * i;
+    __builtin_prefetch(from + ahead);
+    const Bytes both = load_codes(from);
+    low = both & 15;
+    high = both >> 4;
+  }
+};
+
+// A panel unpacked to a code per byte: for many rows.
+struct WidePanel {
+  uint8_t* bytes;  // [inputs / 4][16][4]
+  float* floats;   // [groups][2][16]
+  int64_t group;
+
+  void fill(const StoredPanel& from, int64_t inputs) {
+    for (int64_t g = 0; g < inputs / group; g++) {
+      Floats pair[2];
+      from.scales(g, pair[0], pair[1]);
+      memcpy(floats + 32 * g, pair, sizeof pair);
+      for (int64_t block = 0; block < group / BLOCK; block++)
+        for (int64_t i = 0; i < 4; i++) {
+          Bytes two[2];
+          from.codes(g, block, i, two[0], two[1]);
+          memcpy(bytes + 16 * (g * group + block * BLOCK) + 128 * i, two, sizeof two);
+        }
+    }
+  }
+  void scales(int64_t g, Floats& scale, Floats& shift) const {
+    scale = load(floats + 32 * g);
+    shift = load(floats + 32 * g + LANES);
+  }
+  void codes(int64_t g, int64_t block, int64_t i, Bytes& low, Bytes& high) const {
+    const uint8_t* from = bytes + 16 * (g * group + block * BLOCK) + 128 * i;
+    low = load_codes(from);
+    high = load_codes(from + 64);
+  }
+};
+
+// y[r][p] = 16 outputs of panel p for row r.
+template <int R, int P, class Panel>
+inline void multiply_codes(const Panel* panel, const FineRow* row, int64_t inputs, int64_t group,
+                           Floats (*y)[P]) {
+  Floats total[R][P] = {};
+  const int64_t blocks = group / BLOCK;
+  for (int64_t g = 0; g < inputs / group; g++) {
+    Floats scale[P], shift[P];
+    for (int p = 0; p < P; p++) panel[p].scales(g, scale[p], shift[p]);
+    for (int64_t block = 0; block < blocks; block++) {
+      const int64_t at = g * blocks + block;
+      CodeSums sums[R][P];
+      for (int64_t i = 0; i < 4; i++)
+        for (int p = 0; p < P; p++) {
+          Bytes low, high;
+          panel[p].codes(g, block, i, low, high);
+          for (int r = 0; r < R; r++) {
+            int32_t quad[2];
+            memcpy(quad, row[r].q + BLOCK * at + 8 * i, 8);
+            sums[r][p].add(low, quad[0]);
+            sums[r][p].add(high, quad[1]);
+          }
+        }
+      for (int r = 0; r < R; r++) {
+        const Floats step = Floats{} + row[r].step[at], sum = Floats{} + row[r].sum[at];
+        for (int p = 0; p < P; p++) {
+          total[r][p] = multiply_add(sums[r][p].floats(), scale[p] * step, total[r][p]);
+          total[r][p] = multiply_add(shift[p], sum, total[r][p]);
+        }
+      }
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int p = 0; p < P; p++) y[r][p] = total[r][p];
+}
+
+template <int P, class Panel>
+inline void multiply_some(int64_t rows, const Panel* panel, const FineRow* row, int64_t inputs,
+                          int64_t group, Floats (*y)[P]) {
+  switch (rows) {
+    case 1:
+      return multiply_codes<1, P>(panel, row, inputs, group, y);
+    case 2:
+      return multiply_codes<2, P>(panel, row, inputs, group, y);
+    case 3:
+      return multiply_codes<3, P>(panel, row, inputs, group, y);
+    default:
+      return multiply_codes<4, P>(panel, row, inputs, group, y);
+  }
+}
+
+// ------------------------------------------------------------------------------------------------
+// packing
+
+// packed: [outputs, inputs / 2], even columns in the low halves; scale, zero: [outputs, groups].
+inline void pack_codes(const uint8_t* packed, const Brain* scale, const Brain* zero,
+                       int64_t outputs, int64_t inputs, int64_t group, uint8_t* to) {
+  const int64_t groups = inputs / group, panels = (outputs + LANES - 1) / LANES;
+  const int64_t stride = groups * group_bytes(group);
+  memset(to, 0, panels * stride);
+  for (int64_t output = 0; output < outputs; output++) {
+    uint8_t* panel = to + output / LANES * stride;
+    const int64_t lane = output % LANES;
+    for (int64_t g = 0; g < groups; g++) {
+      uint8_t* at = panel + g * group_bytes(group);
+      const uint8_t* from = packed + (output * inputs + g * group) / 2;
+      for (int64_t i = 0; i < group; i++) {  // input i: vector i / 8, low half for the first 4
+        const uint8_t code = from[i / 2] >> 4 * (i % 2) & 15;
+        at[i / 8 * 64 + 4 * lane + i % 4] |= code << i % 8 / 4 * 4;
+      }
+      Brain* scales = (Brain*)(at + group / BLOCK * BLOCK_BYTES);
+      scales[lane] = scale[output * groups + g];
+      scales[LANES + lane] = zero[output * groups + g];
+    }
+  }
+}
+
+}  // namespace

@@ -1,0 +1,372 @@
+// Linear layers on a few rows or many. What a row gives depends on no other row, and on no thread.
+//
+// A thread computes the outputs of a range of its own for all rows. Integer sums are exact; floats
+// are added in one order, whatever the number of rows.
+
+#pragma once
+#include "int4.h"
+#include "integers.h"
+
+#include <vector>
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+#if defined(QUANTIZE_TILES)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace {
+
+inline int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+inline int64_t thread_number() {
+#if defined(_OPENMP)
+  return omp_get_thread_num();
+#else
+  return 0;
+#endif
+}
+inline int64_t thread_count() {
+#if defined(_OPENMP)
+  return omp_get_num_threads();
+#else
+  return 1;
+#endif
+}
+
+struct Span {
+  int64_t low, high;
+};
+
+// This thread's part of `count` things.
+inline Span own_part(int64_t count) {
+  const int64_t thread = thread_number(), threads = thread_count();
+  return {count * thread / threads, count * (thread + 1) / threads};
+}
+
+// ------------------------------------------------------------------------------------------------
+// rows that enter a product
+
+struct Input {  // rows of activations in each form that a kind of weight multiplies
+  std::vector<float> value, brain;  // as they are; rounded to bf16
+  std::vector<uint8_t> memory;
+  uint8_t* q;                    // for int8 weights [rows, stride(width)]
+  std::vector<Row> row;          // their steps and zeros
+  std::vector<int8_t> fine;      // for int4 weights
+  std::vector<float> step, sum;  // of every 32 of them
+
+  // kinds: of all weights that multiply these rows, a bit each.
+  Input(int64_t rows, int64_t most, int64_t kinds) : value(rows * most) {
+    if (kinds >> BF16 & 1) brain.resize(rows * most);
+    if (kinds >> INT8 & 1) {
+      memory.resize(up(rows, 32) * stride(most) + 64);
+      row.resize(rows);
+    }
+    q = memory.data() + (64 - (uintptr_t)memory.data() % 64);
+    if (kinds >> INT4 & 1) {
+      fine.resize(rows * most);
+      step.resize(rows * most / BLOCK);
+      sum.resize(rows * most / BLOCK);
+    }
+  }
+
+  // Where `width` values start in q, row after row; else the lines of 16 rows share few places of
+  // the cache.
+  static int64_t stride(int64_t width) {
+    const int64_t padded = up(width, 64);
+    return padded / 64 % 2 ? padded : padded + 64;
+  }
+
+  // `value` of row i is written: make the other forms.
+  void prepare(int64_t i, int64_t width, int64_t kinds) {
+    const float* x = &value[i * width];
+    if (kinds >> BF16 & 1)
+      for (int64_t k = 0; k < width; k++) brain[i * width + k] = widen(to_brain(x[k]));
+    if (kinds >> INT8 & 1) row[i] = quantize_row(x, width, up(width, 64), q + i * stride(width));
+    if (kinds >> INT4 & 1) {
+      const int64_t block = i * width / BLOCK;
+      quantize_blocks(x, width, &fine[i * width], &step[block], &sum[block]);
+    }
+  }
+
+  FineRow fine_row(int64_t i, int64_t width) const {
+    const int64_t block = i * width / BLOCK;
+    return {&fine[i * width], &step[block], &sum[block]};
+  }
+};
+
+inline int64_t kinds_of(const Linear& a) {
+  return int64_t(1) << (a.first ? a.first->kind : a.kind);
+}
+
+// ------------------------------------------------------------------------------------------------
+// floats
+
+// y[m][o] = w[o] . x[m] for M rows of inputs and O outputs, each `n` apart.
+template <int M, int O, class W>
+inline void dot(const W* w, const float* x, int64_t n, float (*y)[O]) {
+  Floats total[M][O] = {};
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES)
+    for (int o = 0; o < O; o++) {
+      const Floats v = load(w + o * n + i);
+      for (int m = 0; m < M; m++) total[m][o] = multiply_add(v, load(x + m * n + i), total[m][o]);
+    }
+  for (int m = 0; m < M; m++)
+    for (int o = 0; o < O; o++) {
+      y[m][o] = sum(total[m][o]);
+      for (int64_t k = i; k < n; k++) y[m][o] += widen(w[o * n + k]) * x[m * n + k];
+    }
+}
+
+template <int O, class W>
+inline void dot_some(int64_t rows, const W* w, const float* x, int64_t n, float (*y)[O]) {
+  switch (rows) {
+    case 1:
+      return dot<1, O>(w, x, n, y);
+    case 2:
+      return dot<2, O>(w, x, n, y);
+    case 3:
+      return dot<3, O>(w, x, n, y);
+    default:
+      return dot<4, O>(w, x, n, y);
+  }
+}
+
+// ------------------------------------------------------------------------------------------------
+// integers
+
+// `multiply_block` of integers.h for one row. Weights come from memory as fast as they are asked
+// for: those of the next P panels are.
+template <int P>
+inline void multiply_row(const uint8_t* q, const int8_t* w, int64_t panel, int64_t k,
+                         int32_t* sums) {
+  Sums total[P];
+  for (int64_t i = 0; i < k; i += 4) {
+    int32_t four;
+    memcpy(&four, q + i, 4);
+    const Quad quad(four);
+    for (int p = 0; p < P; p++) {
+      const int8_t* from = w + p * panel + 16 * i;
+      __builtin_prefetch(from + P * panel);
+      total[p].add(quad, Weights(from));
+    }
+  }
+  for (int p = 0; p < P; p++) total[p].store(sums + p * 16);
+}
+
+// ------------------------------------------------------------------------------------------------
+// a product
+
+#if defined(QUANTIZE_TILES)
+// Whether this process may use tiles.
+inline bool tiles_are_open() {
+  constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
+  static const bool open = syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+  return open;
+}
+#endif
+
+struct Product {  // y[row, output] = or += W x + b
+  const Linear& a;
+  const Input& in;
+  int64_t rows;
+  float* y;
+  int64_t stride;
+  bool add;
+
+  static constexpr int64_t TILE_ROWS = 8, WIDE_ROWS = 9;  // from so many rows on it pays
+
+  void run() const {
+    if (a.kind == INT8)
+      run_int8(own_part(panels()));
+    else if (a.kind == INT4)
+      run_int4(own_part(panels()));
+    else
+      run_floats(own_part(a.outputs));
+  }
+
+  int64_t panels() const { return up(a.outputs, LANES) / LANES; }
+
+  // 16 outputs of a panel, of which the layer may lack the last.
+  void put(int64_t row, int64_t panel, Floats sums) const {
+    const int64_t output = panel * LANES;
+    const int64_t many = a.outputs - output < LANES ? a.outputs - output : LANES;
+    float* to = y + row * stride + output;
+    if (many == LANES) {
+      if (a.bias) sums = sums + load(a.bias + output);
+      if (add) sums = sums + load(to);
+      memcpy(to, &sums, sizeof sums);
+      return;
+    }
+    if (a.bias) sums = sums + load_part(a.bias + output, many);
+    if (add) sums = sums + load_part(to, many);
+    memcpy(to, &sums, many * sizeof(float));
+  }
+
+  // Floats.
+
+  void run_floats(Span outputs) const {
+    int64_t output = outputs.low;
+    if (rows > 1)
+      for (; output + 4 <= outputs.high; output += 4) float_outputs<4>(output);
+    for (; output < outputs.high; output++) float_outputs<1>(output);
+  }
+
+  template <int O>
+  void float_outputs(int64_t output) const {
+    for (int64_t row = 0; row < rows; row += 4) {
+      const int64_t many = rows - row < 4 ? rows - row : 4;
+      float sums[4][O];
+      dot_outputs<O>(output, row, many, sums);
+      for (int64_t m = 0; m < many; m++)
+        for (int o = 0; o < O; o++) {
+          float& to = y[(row + m) * stride + output + o];
+          to = sums[m][o] + (a.bias ? a.bias[output + o] : 0) + (add ? to : 0);
+        }
+    }
+  }
+
+  template <int O>
+  void dot_outputs(int64_t output, int64_t row, int64_t many, float (*sums)[O]) const {
+    const int64_t n = a.inputs, from = output * n;
+    if (a.kind == F32)
+      dot_some(many, (const float*)a.weight + from, &in.value[row * n], n, sums);
+    else if (a.kind == F16)
+      dot_some(many, (const Half*)a.weight + from, &in.value[row * n], n, sums);
+    else
+      dot_some(many, (const Brain*)a.weight + from, &in.brain[row * n], n, sums);
+  }
+
+  // int8, with the bits that quantize/nn/int8_kernels.py describes.
+
+  void run_int8(Span span) const {
+    bool tiles = false;
+#if defined(QUANTIZE_TILES)
+    tiles = rows >= TILE_ROWS && tiles_are_open();
+    if (tiles) open_tiles();
+#endif
+    const int64_t most = tiles || rows == 1 ? 2 : MOST_PANELS;
+    for (int64_t panel = span.low; panel < span.high;) {
+      const int64_t left = span.high - panel < most ? span.high - panel : most;
+      if (left >= 4)
+        panel += int8_panels<MOST_PANELS >= 4 ? 4 : 1>(panel, tiles);
+      else if (left >= 2)
+        panel += int8_panels<MOST_PANELS >= 2 ? 2 : 1>(panel, tiles);
+      else
+        panel += int8_panels<1>(panel, tiles);
+    }
+#if defined(QUANTIZE_TILES)
+    if (tiles) close_tiles();
+#endif
+  }
+
+  template <int P>
+  int64_t int8_panels(int64_t panel, bool tiles) const {
+    alignas(64) int32_t sums[32 * 32];
+    for (int64_t row = 0; row < rows;) {
+      const int64_t many = int8_sums<P>(panel, row, tiles, sums);
+      for (int64_t r = 0; r < many; r++)
+        for (int p = 0; p < P; p++) finish_int8(row + r, panel + p, sums + (r * P + p) * LANES);
+      row += many;
+    }
+    return P;
+  }
+
+  // Sums of the next rows; returns of how many.
+  template <int P>
+  int64_t int8_sums(int64_t panel, int64_t row, bool tiles, int32_t* sums) const {
+    const int64_t padded = up(a.inputs, 64), apart = Input::stride(a.inputs), left = rows - row;
+    const int8_t* w = (const int8_t*)a.weight + panel * LANES * padded;
+    const uint8_t* q = in.q + row * apart;
+#if defined(QUANTIZE_TILES)
+    if (tiles && left > 16) {
+      multiply_tiles<2, P <= 2 ? P : 2>(q, apart, w, LANES * padded, padded, sums);
+      return left < 32 ? left : 32;
+    }
+    if (tiles) {
+      multiply_tiles<1, P <= 2 ? P : 2>(q, apart, w, LANES * padded, padded, sums);
+      return left;
+    }
+#endif
+    if (left == 1) {
+      multiply_row<P>(q, w, LANES * padded, padded, sums);
+      return 1;
+    }
+    const int64_t many = left < MOST_ROWS ? left : MOST_ROWS;
+    multiply_rows<P>(many, q, apart, w, LANES * padded, padded, sums);
+    return many;
+  }
+
+  void finish_int8(int64_t row, int64_t panel, const int32_t* from) const {
+    const int64_t output = panel * LANES;
+    const int64_t many = a.outputs - output < LANES ? a.outputs - output : LANES;
+    const Floats scale = many == LANES ? load(a.scale + output) : load_part(a.scale + output, many);
+    Ints sum, weights;
+    memcpy(&sum, from, sizeof sum);
+    memcpy(&weights, a.sums + output, sizeof weights);
+    const Row& own = in.row[row];
+    const Ints exact = sum - own.zero * weights;
+    put(row, panel, __builtin_convertvector(exact, Floats) * scale * own.step);
+  }
+
+  // int4, as int4.h describes.
+
+  void run_int4(Span span) const {
+    if (rows >= WIDE_ROWS) {
+      std::vector<uint8_t> bytes(2 * LANES * a.inputs);
+      std::vector<float> floats(2 * 2 * LANES * a.inputs / a.group);
+      WidePanel wide[2];
+      for (int p = 0; p < 2; p++)
+        wide[p] = {bytes.data() + p * LANES * a.inputs,
+                   floats.data() + p * 2 * LANES * a.inputs / a.group, a.group};
+      for (int64_t panel = span.low; panel < span.high; panel += 2) {
+        const int64_t many = span.high - panel < 2 ? 1 : 2;
+        for (int64_t p = 0; p < many; p++) wide[p].fill(stored(panel + p), a.inputs);
+        many == 2 ? int4_rows<2>(panel, wide) : int4_rows<1>(panel, wide);
+      }
+      return;
+    }
+    for (int64_t panel = span.low; panel < span.high; panel += 2) {
+      const StoredPanel two[2] = {stored(panel), stored(panel + 1)};
+      span.high - panel < 2 ? int4_rows<1>(panel, two) : int4_rows<2>(panel, two);
+    }
+  }
+
+  StoredPanel stored(int64_t panel) const {
+    const int64_t apart = panel_bytes(a);
+    return {(const uint8_t*)a.weight + panel * apart, a.group, 2 * apart};
+  }
+
+  template <int P, class Panel>
+  void int4_rows(int64_t panel, const Panel* from) const {
+    for (int64_t row = 0; row < rows; row += 4) {
+      const int64_t many = rows - row < 4 ? rows - row : 4;
+      FineRow four[4];
+      for (int64_t r = 0; r < many; r++) four[r] = in.fine_row(row + r, a.inputs);
+      Floats sums[4][P];
+      multiply_some<P>(many, from, four, a.inputs, a.group, sums);
+      for (int64_t r = 0; r < many; r++)
+        for (int p = 0; p < P; p++) put(row + r, panel + p, sums[r][p]);
+    }
+  }
+};
+
+// y = or += W x + b. Threads leave as soon as their own outputs are done.
+inline void apply(const Linear& a, const Input& in, Input& middle, int64_t rows, float* y,
+                  int64_t stride, bool add = false) {
+  if (a.first) {
+#pragma omp barrier
+    Product{*a.first, in, rows, middle.value.data(), a.inputs, false}.run();
+#pragma omp barrier
+    const Span own = own_part(rows);
+    for (int64_t row = own.low; row < own.high; row++)
+      middle.prepare(row, a.inputs, int64_t(1) << a.kind);
+#pragma omp barrier
+  }
+  Product{a, a.first ? middle : in, rows, y, stride, add}.run();
+}
+
+}  // namespace

@@ -1,0 +1,124 @@
+"""The text of integer weights is the same, however it is cut into passes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import helpers
+import pytest
+import torch
+from helpers import randn, tokens
+from torch import nn
+
+import quantize
+from quantize.models import DecoderLM
+from quantize.native import build
+from quantize.run.generate import generate
+from quantize.run.kv_cache import KVCache
+
+pytestmark = [
+    pytest.mark.skipif(build.compiler() is None, reason="needs a C++ compiler"),
+    pytest.mark.usefixtures("compiled"),
+]
+KINDS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "int8": partial(quantize.quantize_dynamic, prefer="size"),
+    "int4": quantize.quantize_weights,
+}
+NEW = 256
+PROMPTS = [tokens(1, 3 + 7 * i, seed=i) for i in range(10)]
+
+
+def trained_like() -> DecoderLM:
+    """A decoder with outlier channels, as training makes them, and texts that don't repeat."""
+    made = helpers.decoder(noise=0.35, width=64, ffn_width=96, head_dim=16, max_length=400)
+    with torch.no_grad():
+        made.embedding.weight[:, 5] *= 8
+        for block in made.blocks:
+            block.ffn.down.weight[7] *= 4
+    return made
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def model(request: pytest.FixtureRequest) -> nn.Module:
+    return KINDS[request.param](trained_like())
+
+
+@pytest.fixture(scope="module")
+def expected(model: nn.Module) -> list[torch.Tensor]:
+    """The text of each prompt, alone and with a cache."""
+    texts = [generate(model, prompt, max_new_tokens=NEW) for prompt in PROMPTS]
+    assert min(len(text[0, -NEW:].unique()) for text in texts) > 8
+    return texts
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_without_a_cache(model, expected):
+    """Every token from the whole text before it."""
+    for i, (prompt, text) in enumerate(zip(PROMPTS, expected, strict=True)):
+        new = NEW if i % 3 == 0 else 64  # a few whole ones, since they take long
+        got = generate(model, prompt, max_new_tokens=new, cache=False)
+        assert torch.equal(got, text[:, : prompt.shape[1] + new])
+
+
+def test_in_a_batch(model, expected):
+    """Ten prompts of different length at once, with a cache and, some tokens, without."""
+    rows = [prompt[0].tolist() for prompt in PROMPTS]
+    together = generate(model, rows, max_new_tokens=NEW)
+    assert all(torch.equal(a, b[0]) for a, b in zip(together, expected, strict=True))
+    together = generate(model, rows, max_new_tokens=16, cache=False)
+    assert all(torch.equal(a, b[0, : len(a)]) for a, b in zip(together, expected, strict=True))
+
+
+@pytest.mark.parametrize("draft", ["lookup", "itself rounded"])
+def test_with_a_draft(model, expected, draft):
+    """Right and wrong guesses, several in a pass."""
+    if draft == "itself rounded":
+        draft = copy.deepcopy(model)
+        with torch.no_grad():
+            draft.embedding.weight.add_(0.05 * randn(*draft.embedding.weight.shape))
+    options = {"max_new_tokens": NEW, "draft": draft, "draft_tokens": 5}
+    for prompt, text in zip(PROMPTS, expected, strict=True):
+        assert torch.equal(generate(model, prompt, **options), text)
+
+
+def test_on_one_thread(model, expected, one_thread):
+    """The order of sums isn't that of threads."""
+    for prompt, text in zip(PROMPTS, expected, strict=True):
+        assert torch.equal(generate(model, prompt, max_new_tokens=NEW), text)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16, torch.int8])
+def test_pieces_of_a_prompt_and_windows(model, dtype):
+    """Bit for bit, whatever the cache's dtype, with and without a window, around every chunk."""
+    check_pieces(model, dtype)
+
+
+def test_pieces_with_some_float_layers():
+    """Of each dtype among integers; then all layers run natively."""
+    skip = ["*.q", "*.down", "*.v"]
+    mixed = quantize.quantize_dynamic(trained_like(), prefer="size", skip=skip)
+    for dtype, layer in ((torch.float16, "q"), (torch.bfloat16, "v")):
+        getattr(mixed.blocks[0].attention, layer).to(dtype)
+    check_pieces(mixed, None)
+
+
+def check_pieces(model: nn.Module, dtype: torch.dtype | None) -> None:
+    fast = quantize.for_decoding(model, backend="native")
+    ids = tokens(2, 390)
+    assert fast.reason is None
+    for window in (None, 40):
+        found = []
+        for sizes in ([390], [200, 190], [5, 251, 2, 1, 17, 1, 113]):
+            cache = KVCache.for_model(model, batch=2, dtype=dtype, window=window)
+            with torch.no_grad():
+                found.append(torch.cat([fast(piece, cache) for piece in ids.split(sizes, 1)], 1))
+        assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
