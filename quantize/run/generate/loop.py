@@ -26,6 +26,7 @@ from quantize.run.generate.reader import (
     CachedReader,
     PlainReader,
     check_continues,
+    default_dtype,
     device_of,
     takes_cache,
     vocabulary_size,
@@ -41,21 +42,22 @@ def generate(model: nn.Module, prompt: Prompt, **options: Any) -> Tensor | list[
     A `DecoderLM` on a CPU in eval mode is decoded by native code where there is a compiler (see
     `decoding.passes`), without a second copy of its weights. Compiling takes 3 s, once, and waits
     until a process has decoded 6000 tokens times layers without it. With float32 weights the logits
-    equal those of the model's own forward to rounding. With int8 weights a number that is quantized
-    between two layers may round the other way, and 16-bit and 4-bit weights are multiplied more
-    exactly than by the model itself: there, of two tokens that are nearly as probable, the other
-    one may come. A model that has hooks, is in training mode, or has parts that aren't this
-    package's own runs its own forward.
+    equal those of the model's own forward to rounding. Native code reads a model with int8 or int4
+    weights from its first token on, and its text is the same with and without a cache of the
+    model's dtype, alone and in a batch, with and without a draft, on any number of threads. The
+    model's own forward rounds otherwise there: of two tokens that are nearly as probable, the other
+    one may come. It runs where a model has hooks, is in training mode, or has foreign parts.
 
     Args:
         model: maps ids [B, T] to logits [B, T, V], or to an object with `.logits`.
         prompt: a tensor [B, T], or a list of B texts of any length (1-D tensors or lists of ids),
             which gives a list of B 1-D tensors.
         max_new_tokens: an integer >= 1.
-        cache: True uses a key-value cache if the model can and computes everything again for each
-            token if it can't; False never uses one; a dtype (torch.int8, torch.bfloat16) is that of
-            the cache; a `KVCache` is used as it is, and what it holds of the prompt from an earlier
-            call isn't read again (a windowed one lets the text grow past the model's length).
+        cache: True uses a key-value cache if the model can (a `DecoderLM` one of int8 for texts of
+            1024 tokens and more), else computes everything again for each token, as False always
+            does; a dtype (torch.int8, torch.float32) is that of the cache; a `KVCache` is used as
+            it is, and what it holds of the prompt isn't read again (a windowed one lets the text
+            grow past the model's length).
         temperature, top_k, top_p, min_p, repetition_penalty, seed: see `sampling.Sampling`; greedy
             by default.
         stop_tokens: a row stops after one of these ids, which is kept. Default: the model's own
@@ -176,9 +178,7 @@ class Generation:
 
     @property
     def reason(self) -> str | None:
-        """Why native code doesn't run the passes over a few tokens; None if it does, or will when
-        they come.
-        """
+        """Why native code doesn't run the passes; None if it does, or will when they come."""
         return self._reader.reason
 
     def _run(self) -> Iterator[Tensor]:
@@ -282,7 +282,7 @@ class Generation:
             return self._reuse(model, cache, total)
         if cache is not True and not isinstance(cache, torch.dtype):
             raise TypeError(f"cache must be True, False, a dtype or a KVCache, got {cache!r}")
-        dtype = None if cache is True else cache
+        dtype = default_dtype(model, total) if cache is True else cache
         made = KVCache.for_model(model, batch=self.batch, limit=total, dtype=dtype)
         made.reset(pad=self._pad)
         return CachedReader(model, made, tokens=self.max_new_tokens)

@@ -26,6 +26,7 @@ from quantize.run.kv_cache import KVCache
 CHUNK = (
     512  # positions per pass while reading a prompt: bounds the memory of scores and activations
 )
+LONG_TEXT = 1024  # tokens from which a cache takes as long to read as a part of the weights
 
 
 def prefill(model: nn.Module, ids: Tensor, cache: KVCache, *, chunk: int = CHUNK) -> Tensor:
@@ -51,6 +52,14 @@ def takes_cache(model: nn.Module) -> bool:
     say their shape.
     """
     return "cache" in _parameters(model) and any(hasattr(m, "cache_shape") for m in model.modules())
+
+
+def default_dtype(model: nn.Module, length: int) -> torch.dtype | None:
+    """Of a cache for a text of `length` tokens: int8 for long ones of a `DecoderLM`, whose native
+    passes read it as it is; None for that of the keys.
+    """
+    decodes = isinstance(model, DecoderLM | DecodingLM)
+    return torch.int8 if decodes and length >= LONG_TEXT else None
 
 
 def check_continues(model: nn.Module) -> None:

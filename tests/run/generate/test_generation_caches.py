@@ -7,7 +7,7 @@ import torch
 from generate_models import VOCABULARY, Plain, by_hand
 from helpers import decoder, tokens
 
-from quantize.run.generate import generate
+from quantize.run.generate import generate, generate_stream
 from quantize.run.kv_cache import KVCache
 
 
@@ -81,3 +81,15 @@ def test_caches_of_others_are_refused():
         generate(model, prompt, max_new_tokens=3, cache=cache)
     cache.reset()
     assert torch.equal(generate(model, prompt, max_new_tokens=3, cache=cache), expected)
+
+
+@pytest.mark.parametrize(("new", "kind"), [(1018, torch.int8), (1017, torch.float32)])
+def test_long_texts_get_an_int8_cache(new, kind):
+    """From 1024 tokens on, prompt included, unless a dtype is asked for."""
+    model = decoder(max_length=1024)
+    for cache, dtype in ((True, kind), (torch.float32, torch.float32)):
+        run = generate_stream(model, tokens(1, 6), max_new_tokens=new, cache=cache)
+        next(run)
+        next(run)
+        held = run._reader.cache.open(1)
+        assert {layer.tensors["k"].dtype for layer in held} == {dtype}
