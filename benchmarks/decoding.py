@@ -57,7 +57,7 @@ OURS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "int4": quantize_weights,
 }
 WAYS = ("plain", "for_decoding", "torchscript", "int8 cache", "lookup")
-KEY = ("engine", "way", "shape", "batch", "length")
+KEY = ("engine", "way", "shape", "batch", "length", "cpu")
 
 
 def build(shape: str) -> DecoderLM:
@@ -218,13 +218,17 @@ def rows_of_transformers(shape: str, places: list[tuple[int, int]], new: int) ->
             yield row("transformers fp32", cache, shape, ids, times)
 
 
-def rows_of_llama(kind: str, shape: str, arguments: argparse.Namespace) -> Iterator[rows.Row]:
+def rows_of_llama(
+    kind: str, shape: str, places: list[tuple[int, int]], arguments: argparse.Namespace
+) -> Iterator[rows.Row]:
     engine = f"llama.cpp {arguments.llama_build}".strip()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / f"{kind}.gguf"
-        llama.write_gguf(build(shape), path, kind)
-        for length in arguments.lengths:
-            ids = prompt(shape, 1, length)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = arguments.gguf_folder or Path(temporary)
+        path = folder / f"{shape}-{kind}.gguf"
+        if not path.exists():
+            llama.write_gguf(build(shape), path, kind)
+        for batch, length in places:
+            ids = prompt(shape, batch, length)
             times = llama.times(path, ids, arguments.new, arguments.llama_bench)
             yield row(engine, kind, shape, ids, times)
 
@@ -238,7 +242,7 @@ def found_rows(arguments: argparse.Namespace) -> Iterator[rows.Row]:
             yield from rows_of_transformers(shape, places, arguments.new)
         if "llama.cpp" in arguments.peers:
             for kind in arguments.gguf:
-                yield from rows_of_llama(kind, shape, arguments)
+                yield from rows_of_llama(kind, shape, places, arguments)
 
 
 def main() -> None:
@@ -251,6 +255,7 @@ def main() -> None:
     parser.some("--peers", "other engines", ["transformers", "llama.cpp"], ["transformers"])
     parser.some("--gguf", "llama.cpp's weights", llama.KINDS, ["f16", "q8_0", "q4_0"])
     parser.file("--llama-bench", "llama.cpp's own benchmark program")
+    parser.file("--gguf-folder", "where llama.cpp's files are kept for the next run")
     parser.flag("--llama-build", "how llama.cpp was built, for the table", "")
     parser.flag("--new", "tokens timed", 32)
     arguments = parser.parse()

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import json
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from quantize import DecoderConfig, DecoderLM
+from quantize import DecoderConfig, DecoderLM, clock
 
-KINDS = {"f32": "F32", "f16": "F16", "q8_0": "Q8_0", "q4_0": "Q4_0"}
+KINDS = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0", "q4_0": "Q4_0"}
 TOP = {"embedding": "token_embd", "norm": "output_norm", "head": "output"}
 PARTS = {
     "attention_norm": "attn_norm",
@@ -105,16 +106,18 @@ def _in_their_order(stem: str, weight: Tensor, head_dim: int) -> Tensor:
 
 
 def times(path: Path, ids: Tensor, new: int, program: Path | None = None) -> Times:
-    """Milliseconds of the prompt, and per token after it.
+    """Milliseconds of the prompts, and per token of each row after them.
 
     Args:
         path: a GGUF file.
-        ids: [1, T] the prompt.
+        ids: [B, T] the prompts.
         new: how many tokens are written.
-        program: llama.cpp's benchmark program; None: the package xllamacpp.
+        program: llama.cpp's benchmark program, for one row; None: the package xllamacpp.
     """
     if program:
         return _times_of_program(program, path, ids.shape[1], new)
+    if len(ids) > 1:
+        return _times_of_rows(path, ids, new)
     return _times_of_xllamacpp(path, ids[0].tolist(), new)
 
 
@@ -134,14 +137,44 @@ def _times_of_program(program: Path, path: Path, length: int, new: int) -> Times
 
 
 def _times_of_xllamacpp(path: Path, tokens: list[int], new: int) -> Times:
+    server = _server(path, 1, len(tokens) + new)
+    timings = server.handle_completions(_request(tokens, new))["timings"]
+    return timings["prompt_ms"], timings["predicted_per_token_ms"]
+
+
+def _times_of_rows(path: Path, ids: Tensor, new: int) -> Times:
+    """By the clock around all rows at once: with one token each, and with `new` more."""
+    batch, length = ids.shape
+    server = _server(path, batch, length + new + 1)
+
+    def all_ms(count: int) -> float:
+        requests = [_request(tokens, count) for tokens in ids.tolist()]
+        with ThreadPoolExecutor(batch) as pool:
+            answers = pool.map(server.handle_completions, requests)
+            return 1000 * clock.timed(lambda: list(answers))[1]
+
+    all_ms(1)
+    first = all_ms(1)
+    return first, (all_ms(new + 1) - first) / new
+
+
+def _server(path: Path, rows: int, length: int) -> Any:
+    """xllamacpp's, with room for `length` tokens in each of so many rows."""
     import xllamacpp
 
     params = xllamacpp.CommonParams()
     params.model.path = str(path)
-    params.n_ctx = len(tokens) + new + SPARE_TOKENS
-    params.n_batch, params.n_parallel, params.warmup = PROMPT_BATCH, 1, True
+    params.n_ctx = rows * (length + SPARE_TOKENS)
+    params.n_batch, params.n_parallel, params.warmup = PROMPT_BATCH, rows, True
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
-    request = {"prompt": tokens, "n_predict": new, "temperature": 0.0}
-    request |= {"ignore_eos": True, "cache_prompt": False}
-    timings = xllamacpp.Server(params).handle_completions(request)["timings"]
-    return timings["prompt_ms"], timings["predicted_per_token_ms"]
+    return xllamacpp.Server(params)
+
+
+def _request(tokens: list[int], new: int) -> dict[str, Any]:
+    return {
+        "prompt": tokens,
+        "n_predict": new,
+        "temperature": 0.0,
+        "ignore_eos": True,
+        "cache_prompt": False,
+    }
