@@ -15,6 +15,12 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 
+import torch  # noqa: E402
+
+# Seeds of devices that aren't there would be queued, with the text of a deep call stack, thousands
+# of times (see quantize/seeding.py).
+torch.manual_seed = torch.default_generator.manual_seed
+
 
 @pytest.fixture
 def no_clock(monkeypatch: pytest.MonkeyPatch) -> None:

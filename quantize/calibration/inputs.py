@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from quantize.calibration.state import untouched
+from quantize.seeding import seed_devices
 
 
 def call(model: Callable[..., Any], batch: Any, *, copy: bool = True) -> Any:
@@ -229,7 +230,7 @@ def distance(model: nn.Module, original: nn.Module, batches: Iterable[Any]) -> f
         results.append([])
         with watching((), part):
             for batch in batches:
-                torch.manual_seed(0)
+                seed_devices(0)
                 results[-1].extend(_floating(call(part, batch)))
     return relative_error(*results)
 

@@ -25,6 +25,7 @@ from quantize.measuring.report import build_report, write_report
 from quantize.measuring.result import Measurement
 from quantize.models import ConvNet, DecoderConfig, DecoderLM
 from quantize.script import in_words
+from quantize.seeding import seed_devices
 from quantize.training import data
 
 CALIBRATION_BATCHES = 8
@@ -66,7 +67,7 @@ class Job:
 
     def build(self) -> nn.Module:
         """The baseline with new weights."""
-        torch.manual_seed(self.seed)
+        seed_devices(self.seed)
         if isinstance(self.preset.model, DecoderConfig):
             return DecoderLM(self.preset.model)
         return ConvNet(self.preset.model)

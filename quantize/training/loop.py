@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from quantize.calibration import on_tensors
 from quantize.host import native_bf16
+from quantize.seeding import seed_devices
 from quantize.training.config import TrainConfig
 from quantize.training.optimizers import build_optimizers
 from quantize.training.progress import Progress
@@ -117,7 +118,7 @@ def fit(
     started = saved = time.monotonic()
     units = 0
     for step in range(first, config.steps):
-        torch.manual_seed(hash((seed, step, rank)))  # dropout is a function of the step too
+        seed_devices(hash((seed, step, rank)))  # dropout is a function of the step too
         scale = 1.0 if judge is None else judge.scale
         _begin_step(optimizers, config.rate(step) * scale)
         batch = _to_device(batches(step), device)

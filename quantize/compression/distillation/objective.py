@@ -32,6 +32,7 @@ from quantize.compression.distillation.state import (
     Carried,
     norms_in_eval_mode,
 )
+from quantize.seeding import seed_devices
 from quantize.training import TrainingError, eval_mode
 
 
@@ -159,7 +160,7 @@ class Objective:
             outputs.append([])
             for inputs, _, _ in batches:
                 with watching((), model), without_cache(model):
-                    torch.manual_seed(0)
+                    seed_devices(0)
                     outputs[-1].append(self.select(call(model, self.moved(inputs))).clone())
         return relative_error(*outputs)
 

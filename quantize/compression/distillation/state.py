@@ -15,6 +15,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from quantize.calibration import call, output_tensors, untouched
+from quantize.seeding import seed_devices
 
 
 def answers(model: nn.Module, inputs: Any, count: int) -> list[list[Tensor]]:
@@ -24,7 +25,7 @@ def answers(model: nn.Module, inputs: Any, count: int) -> list[list[Tensor]]:
     found = []
     with untouched(model):
         for _ in range(count):
-            torch.manual_seed(0)
+            seed_devices(0)
             found.append([tensor.clone() for tensor in output_tensors(call(model, inputs))])
     return found
 

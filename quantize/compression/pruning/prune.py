@@ -51,6 +51,7 @@ from quantize.compression.pruning.plan import repair_steps
 from quantize.compression.pruning.readers import find_readers, reached_groups, survey_readers
 from quantize.compression.pruning.repair import repair_layers
 from quantize.compression.pruning.trace import Trace, export
+from quantize.seeding import seed_devices
 
 
 @dataclass
@@ -221,12 +222,12 @@ def _two_calls(model: nn.Module, inputs: Any) -> list[list[torch.Tensor]]:
     may come from the config.
     """
     with watching((), model), without_cache(model):
-        torch.manual_seed(0)
+        seed_devices(0)
         answers = [[t.clone() for t in output_tensors(call(model, inputs))] for _ in range(2)]
     if not keeps_cache(model):
         return answers
     with watching((), model):
-        torch.manual_seed(0)
+        seed_devices(0)
         return [*answers, [main_output(call(model, inputs)).clone()]]
 
 
