@@ -22,6 +22,20 @@ import torch  # noqa: E402
 torch.manual_seed = torch.default_generator.manual_seed
 
 
+# Of the models that others wrote (helpers.ZOO) these are met with the slow tests only; a text
+# encoder, two decoders and a residual network are met always.
+SLOWER_MODELS = {"convnext", "mistral", "mobilenet_v2", "qwen2", "t5", "vit", "whisper"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
+    """Mark as slow what is parametrized by one of the slower models."""
+    for item in items:
+        parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        if any(isinstance(value, str) and value in SLOWER_MODELS for value in parameters):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture
 def no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests take the most rewritten way, not the fastest one on a busy machine, and kernels for

@@ -128,6 +128,7 @@ def test_attention_in_blocks_equals_torch(block):
         assert_close(one, other)
 
 
+@pytest.mark.slow
 def test_traced_bfloat16_decoder_holds_for_every_length():
     """What is traced or exported at one length attends rightly at another, longer than a block."""
     model = decoder().bfloat16().requires_grad_(False)
@@ -245,6 +246,7 @@ def test_decoder_exports_and_traces_with_free_batch_and_length(kind):
             assert (traced(tokens(*shape)) - expected).abs().max() < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "model, inputs",
     [

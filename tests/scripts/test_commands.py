@@ -202,6 +202,7 @@ def read(path: Path) -> Report:
     return json.loads((path / "report.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_folder_is_compressed_and_opens_in_one_line(
     folder, tmp_path, by_bytes, monkeypatch, capsys
 ):

@@ -128,7 +128,7 @@ def test_a_failing_variant_is_a_row(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("task", list(PRESETS))
-@pytest.mark.parametrize("preset", ["tiny", "small", "base"])
+@pytest.mark.parametrize("preset", ["tiny", "small", pytest.param("base", marks=pytest.mark.slow)])
 def test_every_preset_has_a_student(task, preset, tmp_path):
     """The depth that a preset's student keeps can be taken out of its model, which is then
     smaller.

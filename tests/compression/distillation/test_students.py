@@ -69,9 +69,7 @@ def test_a_new_student_with_batch_norms_starts_from_projections_that_fit():
     assert student[1].num_batches_tracked == 0
 
 
-@pytest.mark.parametrize(
-    "name", [n if n in ("bert", "llama") else pytest.param(n, marks=pytest.mark.slow) for n in DEEP]
-)
+@pytest.mark.parametrize("name", DEEP)
 def test_two_block_student_comes_nearer_in_30_steps(name):
     """A student of the first and last of four blocks answers more like its teacher after 30
     steps.
@@ -89,6 +87,7 @@ def test_two_block_student_comes_nearer_in_30_steps(name):
     assert after < 0.5 * before
 
 
+@pytest.mark.slow
 def test_shorter_narrower_student_is_saved_and_loaded(tmp_path):
     """`make_student` leaves a record from which a fresh teacher becomes the student; layers are
     numbered anew.
@@ -116,6 +115,7 @@ def test_student_of_the_own_decoder_loads_by_itself_and_decodes_with_a_cache(tmp
     assert torch.equal(cached, generate(student, ids, max_new_tokens=8, cache=False))
 
 
+@pytest.mark.slow
 def test_relations_of_attention_train_a_transformer():
     """MiniLM's value relations bring the student's values nearer to those of a teacher of twice the
     depth and width.
@@ -158,6 +158,7 @@ def outputs_of(student, name, teacher, target, example):
     return seen[name], taught[target]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["pruned", "low rank"])
 def test_recovery_keeps_the_structure_and_closes_most_of_the_gap(how, tmp_path):
     """The recovered model has the pruned or factorized shapes, is saved and loaded, and is nearer

@@ -25,6 +25,7 @@ def test_repair_is_exact_for_redundant_channels():
     assert cosine(plain(x), model(x)) < 0.95
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mlp", "residual", "decoder", "gated", "depthwise"])
 def test_repair_helps(name):
     """On fresh data the repaired model is nearer to the original than the plain Ln choice."""

@@ -148,6 +148,7 @@ def test_a_target_is_reached_with_the_least_loss(batches, tmp_path):
     assert {"report.json", "report.md", "pareto.png"} <= {path.name for path in tmp_path.iterdir()}
 
 
+@pytest.mark.slow
 def test_a_loss_alone_gives_the_fastest_within_it(batches, tmp_path):
     """Nothing within the loss is faster; what lost more is there, and says so."""
     result = search(Net().eval(), batches, {"max_loss": 0.02}, out=tmp_path)
@@ -168,6 +169,7 @@ def test_what_cannot_be_met_is_said(batches, tmp_path):
     assert chosen["within"]
 
 
+@pytest.mark.slow
 def test_an_interrupted_search_goes_on(batches, tmp_path, monkeypatch):
     """Stopped in the middle of a point: the rows so far are kept, the rest is made, and the choice
     is that of a search that was never stopped.
@@ -200,6 +202,7 @@ def test_an_interrupted_search_goes_on(batches, tmp_path, monkeypatch):
         search(Net().eval(), batches[:2], {"speedup": 2.5}, out=tmp_path / "cut")
 
 
+@pytest.mark.slow
 def test_points_that_fail_are_rows(batches, tmp_path):
     """A model that can't be exported isn't pruned; what needs no graph still runs."""
 
@@ -218,6 +221,7 @@ def test_points_that_fail_are_rows(batches, tmp_path):
     assert result.met and result.file.stat().st_size <= 15_000
 
 
+@pytest.mark.slow
 def test_a_metric_that_raises_for_compressed_models_leaves_the_original(batches, tmp_path):
     def accuracy(model):
         if type(model[0]) is not nn.Linear or model[0].out_features != 64:

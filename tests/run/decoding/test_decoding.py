@@ -37,12 +37,13 @@ KINDS = {
 
 
 NATIVE = pytest.mark.skipif(build.compiler() is None, reason="needs a C++ compiler")
+CHANGES = {"qk_norm": True, "qkv_bias": True, "tied_head": True}
 BACKENDS = [pytest.param("native", marks=NATIVE), "torchscript"]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("changes", [{}, {"qk_norm": True, "qkv_bias": True, "tied_head": True}])
+@pytest.mark.parametrize("changes", [{}, pytest.param(CHANGES, marks=pytest.mark.slow)])
 def test_same_logits_and_tokens(kind, changes, backend):
     """Of every compressed kind, in one pass and token by token, growing past the first block, for
     one row and several.

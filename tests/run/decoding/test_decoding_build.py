@@ -223,6 +223,7 @@ def test_threads_and_processes_share_one_compilation(compiler, monkeypatch, tmp_
     assert compiler.calls == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "reason"),
     [

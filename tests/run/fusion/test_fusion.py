@@ -27,12 +27,9 @@ pytestmark = [
 
 
 # Equality.
-FAST = ("bert", "resnet")
 
 
-@pytest.mark.parametrize(
-    "name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in ZOO]
-)
+@pytest.mark.parametrize("name", ZOO)
 def test_zoo_is_equal_at_every_size(name: str, tmp_path: Path) -> None:
     """The saved file of each architecture answers like eager at other batch sizes and lengths, or
     refuses the size.

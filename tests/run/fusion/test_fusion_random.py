@@ -68,6 +68,7 @@ def assert_alike(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> No
     assert difference(actual, expected) <= allowed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("odd", [False, True])
 @pytest.mark.parametrize("seed", range(4))
 def test_random_models_answer_like_eager_at_every_call(

@@ -11,6 +11,7 @@ from quantize.run.generate import decode, generate, generate_stream, prefill
 from quantize.run.kv_cache import KVCache
 
 
+@pytest.mark.slow
 def test_greedy_equals_its_definition_at_every_prompt_length():
     """With and without a cache, greedy tokens are those of the model called on the whole text."""
     model = decoder()
