@@ -4,6 +4,8 @@ in plain PyTorch.
 
 from __future__ import annotations
 
+import itertools
+
 import models
 import torch
 from torch import Tensor, nn
@@ -155,5 +157,5 @@ class Tagger(nn.Module):
 
 def mlp() -> nn.Module:
     widths = (512, 1024, 1024)
-    layers = [nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False)]
+    layers = [nn.Linear(a, b) for a, b in itertools.pairwise(widths)]
     return nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), nn.Linear(1024, 10))
