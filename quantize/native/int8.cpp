@@ -1,9 +1,11 @@
-// A dynamic int8 linear layer in one call: y = (sum_k (q[k] - zero) w[k] * scale) * step + bias.
+// A dynamic int8 linear layer in one call:
+// y = (sum_k (q[k] - zero) w[k] * scale) * step + sum of a few channels in float + bias.
 //
-// Threads share out the rows to quantize them, then blocks of rows and outputs. Sums are exact
-// integers, and what follows is one IEEE operation at a time (compiled without contraction), so
-// neither the instruction set nor the number of threads or rows changes a bit.
-// quantize/nn/int8_kernels.py says the same in PyTorch.
+// Where there are many rows, each thread quantizes its own and multiplies them by all weights, as
+// many at a time as its cache holds; where there are few, threads share out the rows to quantize
+// them, then the outputs. Sums are exact integers, and what follows is one IEEE operation at a time
+// (compiled without contraction), so neither the instruction set nor the number of threads or rows
+// changes a bit. quantize/nn/int8_kernels.py says the same in PyTorch.
 
 #include "gemm.h"
 
@@ -11,18 +13,26 @@ enum Kind : int64_t { F32, F16, BF16 };
 
 struct Layer {
   int64_t inputs, outputs;
-  const int8_t* packed;  // [panels][padded inputs / 4][16][4]
-  const int32_t* sums;   // of the weights of an output [16 panels]
+  const int8_t* packed;       // [panels][padded inputs / 4][16][4]
+  const int32_t* sums;        // of the weights of an output [16 panels]
+  const float *scale, *bias;  // [outputs]; bias may be null
+  const float* factor;        // [inputs], of the numbers that are quantized; may be null
+  int64_t outliers;           // channels that count in float, at most MOST_OUTLIERS
+  const int64_t* channels;    // [outliers]
+  const float* kept;          // their weights [outliers][16 panels]
 };
 
 struct Call {
   int64_t rows, threads;
-  const float *scale, *bias;  // [outputs]; bias may be null
-  const void* x;              // [rows, inputs]
-  void* y;                    // [rows, outputs]
+  const void* x;  // [rows, inputs]
+  void* y;        // [rows, outputs]
 };
 
 namespace {
+
+constexpr int64_t MOST_OUTLIERS = 4;
+constexpr int64_t HEIGHT = 32;           // rows of a block
+constexpr int64_t NEAR_BYTES = 1 << 20;  // of weights that stay in the cache for every block
 
 // ------------------------------------------------------------------------------------------------
 // results
@@ -46,45 +56,57 @@ inline void store_some(Floats y, Half* to, int64_t n) {
 #endif
 }
 
+// A row as its results need it.
+struct Quantized {
+  Row row;
+  float outlier[MOST_OUTLIERS];
+};
+
 // What becomes of the sums of a call.
-template <class T>
+template <class T, bool BIAS, bool OUTLIERS>
 struct Results {
   const Layer& layer;
-  const Call& call;
-  const Row* rows;
+  const Quantized* rows;
   T* y;
 
   // What the 16 outputs of a panel share.
   struct Panel {
-    const Row* rows;
+    const Quantized* rows;
     T* to;
-    int64_t outputs, many;
-    Floats scale, bias = {};
+    int64_t outputs, many, outliers;
+    Floats scale, bias = {}, kept[MOST_OUTLIERS];
     Ints sums;
-    bool has_bias;
 
     void put(const int32_t* from, int64_t apart, int64_t row, int64_t count) const {
       for (int64_t r = row; r < row + count; r++, from += apart) {
-        Ints sum;
-        memcpy(&sum, from, sizeof sum);
-        const Ints exact = sum - rows[r].zero * sums;
-        Floats y = __builtin_convertvector(exact, Floats) * scale * rows[r].step;
-        if (has_bias) y = y + bias;
+        const Floats result = result_of(from, rows[r]);
         if (many == LANES)
-          store_some(y, to + r * outputs, LANES);
+          store_some(result, to + r * outputs, LANES);
         else
-          store_some(y, to + r * outputs, many);
+          store_some(result, to + r * outputs, many);
       }
+    }
+    Floats result_of(const int32_t* from, const Quantized& q) const {
+      Ints sum;
+      memcpy(&sum, from, sizeof sum);
+      const Ints exact = sum - q.row.zero * sums;
+      Floats result = __builtin_convertvector(exact, Floats) * scale * q.row.step;
+      if (OUTLIERS)
+        for (int64_t i = 0; i < outliers; i++) result = result + kept[i] * q.outlier[i];
+      return BIAS ? result + bias : result;
     }
   };
 
   Panel panel(int64_t panel) const {
     const int64_t at = panel * LANES, left = layer.outputs - at;
-    Panel shared = {rows, y + at, layer.outputs, left < LANES ? left : LANES};
-    shared.scale = load_part(call.scale + at, shared.many);
-    shared.has_bias = call.bias;
-    if (call.bias) shared.bias = load_part(call.bias + at, shared.many);
+    Panel shared = {rows, y + at, layer.outputs, left < LANES ? left : LANES, layer.outliers};
+    const bool whole = shared.many == LANES;
+    shared.scale = whole ? load(layer.scale + at) : load_part(layer.scale + at, left);
+    if (BIAS) shared.bias = whole ? load(layer.bias + at) : load_part(layer.bias + at, left);
     memcpy(&shared.sums, layer.sums + at, sizeof shared.sums);
+    if (OUTLIERS)
+      for (int64_t i = 0; i < layer.outliers; i++)
+        shared.kept[i] = load(layer.kept + i * up(layer.outputs, LANES) + at);
     return shared;
   }
 };
@@ -99,41 +121,88 @@ struct Job {
   const Layer& layer;
   const Call& call;
   int64_t padded, stride, panels, chunk;
-  uint8_t* q;
-  Row* rows;
+  bool own_rows;  // does each thread have rows of its own?
+  uint8_t* memory;
 
   Job(const Layer& layer, const Call& call) : layer(layer), call(call) {
     padded = up(layer.inputs, 64);
     stride = row_stride(layer.inputs);
     panels = up(layer.outputs, LANES) / LANES;
-    chunk = rows_at_once(stride, call.rows);
+    own_rows = call.rows >= HEIGHT * call.threads;
+    const bool near = panels * LANES * padded <= NEAR_BYTES;
+    chunk = near ? HEIGHT : up(rows_at_once(stride, call.rows), HEIGHT);
+    if (!own_rows) chunk = up(call.rows, HEIGHT);
   }
 
+  // Of a chunk of rows.
+  int64_t bytes() const { return up(chunk * (stride + int64_t(sizeof(Quantized))), 64); }
+
   bool open() {
-    const int64_t bytes = up(chunk, 32) * stride;
-    if (!scratch.reserve(bytes + chunk * sizeof(Row))) return false;
-    q = scratch.memory;
-    rows = (Row*)(q + bytes);
+    if (!scratch.reserve(bytes() * (own_rows ? call.threads : 1))) return false;
+    memory = scratch.memory;
     return true;
   }
 
-  void quantize(int64_t first, int64_t count, int64_t thread, int64_t threads) const {
-    const T* x = (const T*)call.x + first * layer.inputs;
-    const int64_t end = count * (thread + 1) / threads;
-    for (int64_t i = count * thread / threads; i < end; i++)
-      rows[i] = quantize_row(x + i * layer.inputs, layer.inputs, padded, q + i * stride);
+  // Rows as bytes, and what else is known of them.
+  struct Chunk {
+    int64_t first, count;
+    uint8_t* q;
+    Quantized* rows;
+  };
+  Chunk chunk_of(int64_t first, int64_t count, int64_t place) const {
+    uint8_t* q = memory + place * bytes();
+    return {first, count, q, (Quantized*)(q + chunk * stride)};
+  }
+
+  void quantize(const Chunk& to, int64_t low, int64_t high) const {
+    const T* x = (const T*)call.x + (to.first + low) * layer.inputs;
+    for (int64_t i = low; i < high; i++, x += layer.inputs) {
+      uint8_t* q = to.q + i * stride;
+      to.rows[i].row = layer.factor
+                           ? quantize_row(Scaled<T>{x, layer.factor}, layer.inputs, padded, q)
+                           : quantize_row(Plain<T>{x}, layer.inputs, padded, q);
+      for (int64_t o = 0; o < layer.outliers; o++)
+        to.rows[i].outlier[o] = widen(x[layer.channels[o]]);
+    }
+  }
+
+  template <bool BIAS, bool OUTLIERS>
+  void multiply(const Chunk& of, int64_t thread, int64_t threads) const {
+    typedef Results<T, BIAS, OUTLIERS> Sink;
+    const Sink sink = {layer, of.rows, (T*)call.y + of.first * layer.outputs};
+    const Gemm<Sink> gemm = {of.q, layer.packed, stride, padded, panels, sink};
+    gemm.share(of.count, thread, threads);
+  }
+  void multiply(const Chunk& of, int64_t thread, int64_t threads) const {
+    if (layer.outliers)
+      layer.bias ? multiply<true, true>(of, thread, threads)
+                 : multiply<false, true>(of, thread, threads);
+    else
+      layer.bias ? multiply<true, false>(of, thread, threads)
+                 : multiply<false, false>(of, thread, threads);
   }
 
   void run(int64_t thread, int64_t threads) const {
-    for (int64_t first = 0; first < call.rows; first += chunk) {
-      const int64_t count = call.rows - first < chunk ? call.rows - first : chunk;
-      quantize(first, count, thread, threads);
-      barrier(threads);
-      const Results<T> results = {layer, call, rows, (T*)call.y + first * layer.outputs};
-      const Gemm<Results<T>> gemm = {q, layer.packed, stride, padded, panels, results};
-      gemm.share(count, thread, threads);
-      barrier(threads);
+    own_rows ? run_own(thread, threads) : run_shared(thread, threads);
+  }
+
+  void run_own(int64_t thread, int64_t threads) const {
+    const int64_t blocks = up(call.rows, HEIGHT) / HEIGHT;
+    int64_t end = blocks * (thread + 1) / threads * HEIGHT;
+    end = end < call.rows ? end : call.rows;
+    for (int64_t first = blocks * thread / threads * HEIGHT; first < end; first += chunk) {
+      const int64_t count = end - first < chunk ? end - first : chunk;
+      const Chunk own = chunk_of(first, count, thread);
+      quantize(own, 0, count);
+      multiply(own, 0, 1);
     }
+  }
+
+  void run_shared(int64_t thread, int64_t threads) const {
+    const Chunk all = chunk_of(0, call.rows, 0);
+    quantize(all, call.rows * thread / threads, call.rows * (thread + 1) / threads);
+    barrier(threads);
+    multiply(all, thread, threads);
   }
 };
 
@@ -180,9 +249,9 @@ void pack(const int8_t* weight, int64_t outputs, int64_t inputs, int8_t* packed,
 }
 
 // 0, or 1 where there is no memory.
-int linear(const Layer* layer, int64_t rows, int64_t kind, int64_t threads, const float* scale,
-           const float* bias, const void* x, void* y) {
-  const Call call = {rows, threads, scale, bias, x, y};
+int linear(const Layer* layer, int64_t rows, int64_t kind, int64_t threads, const void* x,
+           void* y) {
+  const Call call = {rows, threads, x, y};
   switch (kind) {
     case F32:
       return run<float>(*layer, call);

@@ -11,107 +11,63 @@ import ctypes
 import functools
 import os
 import weakref
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from quantize.native import build, isa
+from quantize.native.int8_library import HEADERS, Layer, functions
 
 KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as in int8.cpp
 MOST_INPUTS = 1 << 16  # products of 255 and 127 fit 32 bits that often
+MOST_LOUD = 4  # as in int8.cpp
 _PANEL, _STEP = 16, 64
-_WORTH_A_THREAD = 1 << 19  # products; fewer are done before another thread wakes up
+_PRODUCTS_A_THREAD = 1 << 19
+_MOST_SHAPES = 64  # of inputs that are remembered for a weight
 
-_SOURCE = Path(__file__).with_name("int8.cpp")
-HEADERS = (
-    *(_SOURCE.with_name(name) for name in ("gemm.h", "integers.h", "rows.h")),
-    build.NUMBERS,
-)
-
-
-class Layer(ctypes.Structure):
-    """As in int8.cpp."""
-
-    _fields_ = [
-        ("inputs", ctypes.c_int64),
-        ("outputs", ctypes.c_int64),
-        ("packed", ctypes.c_void_p),
-        ("sums", ctypes.c_void_p),
-    ]
-
-
-@dataclass(frozen=True)
-class Functions:
-    """What int8.cpp exports."""
-
-    open_library: Callable[[], int]
-    pack: Callable[..., None]
-    linear: Callable[..., int]
-
-
-def read(library: ctypes.CDLL) -> Functions:
-    """The functions of a compiled int8.cpp. Raises OSError for a library that isn't one of this
-    version.
-    """
-    number, pointer = ctypes.c_int64, ctypes.c_void_p
-    try:
-        size = ctypes.c_int64.in_dll(library, "layer_bytes").value
-        functions = Functions(library.open_library, library.pack, library.linear)
-    except (AttributeError, ValueError) as error:
-        raise OSError(f"the compiled library lacks a symbol: {error}") from None
-    if size != ctypes.sizeof(Layer):
-        raise OSError(
-            f"the compiled library has a struct of {size} bytes, this version of "
-            f"{ctypes.sizeof(Layer)}"
-        )
-    functions.pack.argtypes = [pointer, number, number, pointer, pointer]
-    functions.pack.restype = None
-    functions.linear.argtypes = [pointer, number, number, number, *[pointer] * 4]
-    return functions
-
-
-def code(level: str) -> build.Code:
-    """int8.cpp for a level of `isa`. Contraction is off: it would round differently where the CPU
-    multiplies and adds in one step.
-    """
-    flags = (*isa.FLAGS[level], "-ffp-contract=off", "-Wno-psabi")
-    return build.Code(f"int8-{level}", _SOURCE, HEADERS, flags, read)
-
-
-@functools.cache
-def functions() -> Functions:
-    """The kernels for the best instruction set that this process may use. Compiles at the first
-    call.
-
-    Raises: OSError: there are none; the message says why. ValueError: QUANTIZE_ISA names no level.
-    """
-    for level in reversed(isa.levels()):
-        library = build.library(code(level))
-        if library is not None and library.functions.open_library() == 0:
-            return library.functions
-    raise OSError("this process may not use the instruction sets that the CPU has")
-
+_PRODUCTS_OF_FEW_ROWS = 64  # in a cycle: they wait for the weights
+_FEW_ROWS = 8
+_NUMBERS = 3  # that are quantized or scaled in a cycle
+_WORTH_A_THREAD = 1 << 14  # cycles; fewer are done before another thread wakes up
 
 # ------------------------------------------------------------------------------------------------
 # weights
 
 
-class Packed:
-    """A weight in the kernel's layout.
+class Apart(NamedTuple):
+    """Channels of a layer's input that are treated apart; see `quantize.nn.int8_kernels`.
 
-    Attributes: layer: the struct. address: of it. sums: int32, of each output's weights.
+    factor: float32 [inputs]. channels: int64 [loud], loud up to MOST_LOUD. kept: float32
+    [loud, outputs].
+    """
+
+    factor: Tensor
+    channels: Tensor
+    kept: Tensor
+
+
+class Shape(NamedTuple):
+    """What a call with inputs of one shape and dtype needs.
+
+    kind: as in int8.cpp. threads: at most. result: a tensor like the output, without memory.
+    """
+
+    rows: int
+    kind: int
+    threads: int
+    result: Tensor
+
+
+class Packed:
+    """A weight in the kernel's layout, and what it was last called with.
+
+    Attributes: packed, sums: as in int8.cpp. bound: scale, bias and channels apart that `layer` was
+        made of. shapes: of the inputs that `again` may compute with them.
     """
 
     def __init__(self, weight: Tensor, owner: weakref.ref[Tensor]) -> None:
         self.owner, self.version, self.pointer = owner, weight._version, weight.data_ptr()
         self.outputs, self.inputs = weight.shape
-        self.products = self.outputs * self.inputs
-        self.preferred = 0  # bit i: this kernel is the fastest for 2^(i - 1) rows and more
-        self.held: tuple[Tensor | None, ...] = ()  # scale and bias that were checked,
-        self.vectors: tuple[int, ...] = ()  # and their identities
         panels = -(-self.outputs // _PANEL)
         padded = -(-self.inputs // _STEP) * _STEP
         self.packed = torch.empty(panels * _PANEL * padded, dtype=torch.int8, device="cpu")
@@ -119,8 +75,8 @@ class Packed:
         pointers = self.packed.data_ptr(), self.sums.data_ptr()
         plain = weight.contiguous()
         functions().pack(plain.data_ptr(), self.outputs, self.inputs, *pointers)
-        self.layer = Layer(self.inputs, self.outputs, *pointers)
-        self.address = ctypes.addressof(self.layer)
+        self.bound: Bound | None = None
+        self.shapes: dict[tuple[torch.Size, torch.dtype], Shape] = {}
 
     def is_of(self, weight: Tensor) -> bool:
         """Was it made of this weight, as it is now?"""
@@ -129,6 +85,55 @@ class Packed:
             and self.version == weight._version
             and self.pointer == weight.data_ptr()
         )
+
+    def shape(self, x: Tensor) -> Shape:
+        """What a call with x `[..., inputs]` needs."""
+        rows = x.numel() // self.inputs
+        result = torch.empty((), dtype=x.dtype, device="cpu")  # one number, read in all places
+        result = result.expand(*x.shape[:-1], self.outputs)
+        if not torch.empty_like(result).is_contiguous():
+            raise AssertionError(f"torch orders a tensor of {list(result.shape)} in another way")
+        return Shape(rows, KINDS[x.dtype], self._threads(rows), result)
+
+    def _threads(self, rows: int) -> int:
+        """How many threads so many rows are worth; 1 at least."""
+        rate = functions().products
+        if rows < _FEW_ROWS:
+            rate = min(rate, _PRODUCTS_OF_FEW_ROWS)
+        cycles = rows * self.outputs * self.inputs / rate
+        cycles += rows * (self.outputs + self.inputs) / _NUMBERS
+        return max(1, int(cycles / _WORTH_A_THREAD))
+
+
+class Bound:
+    """A packed weight with its scale, bias and channels apart, as the struct that the kernel takes.
+
+    Attributes: scale, bias: the tensors, and where their numbers lay. compute: int8.cpp's `linear`.
+        address: of the struct, its first argument. held: what else must live as long as this.
+    """
+
+    def __init__(
+        self, found: Packed, scale: Tensor, bias: Tensor | None, apart: Apart | None = None
+    ) -> None:
+        self.scale, self.scale_pointer = scale, scale.data_ptr()
+        self.bias, self.bias_pointer = bias, None if bias is None else bias.data_ptr()
+        self.compute = functions().linear
+        self.layer = Layer(found.inputs, found.outputs)
+        self.layer.packed, self.layer.sums = found.packed.data_ptr(), found.sums.data_ptr()
+        self.layer.scale, self.layer.bias = self.scale_pointer, self.bias_pointer
+        self.held = (found, *(() if apart is None else self._set_apart(apart)))
+        self.address = ctypes.addressof(self.layer)
+
+    def _set_apart(self, apart: Apart) -> tuple[Tensor, ...]:
+        """Write the channels into the struct; returns the tensors that it points into."""
+        factor = apart.factor.float().contiguous()
+        channels = apart.channels.long().contiguous()
+        outputs = self.layer.outputs
+        kept = torch.zeros(len(channels), -(-outputs // _PANEL) * _PANEL, dtype=torch.float32)
+        kept[:, :outputs] = apart.kept
+        self.layer.factor, self.layer.loud = factor.data_ptr(), len(channels)
+        self.layer.channels, self.layer.kept = channels.data_ptr(), kept.data_ptr()
+        return factor, channels, kept
 
 
 _packs: dict[int, Packed] = {}  # by the identity of a weight, until it dies or changes
@@ -175,7 +180,9 @@ def takes(x: Tensor) -> bool:
     )
 
 
-def linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+def linear(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, apart: Apart | None = None
+) -> Tensor:
     """y = x W^T * scale + bias, with each row of x in 8 bits.
 
     Args:
@@ -183,6 +190,7 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Ten
         weight: int8 [outputs, inputs], no inference tensor; inputs up to MOST_INPUTS, none empty.
         scale: [outputs] of any float dtype.
         bias: [outputs] of any float dtype, or None.
+        apart: channels of x that are treated apart.
 
     Returns: [..., outputs], in x's dtype.
 
@@ -195,52 +203,70 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Ten
             raise ValueError(f"scale and bias must be [{found.outputs}], got {list(vector.shape)}")
     scale = scale.float().contiguous()
     bias = None if bias is None else bias.float().contiguous()
-    return _call(found, x.contiguous(), scale, bias)
+    x = x.contiguous()
+    return _call(Bound(found, scale, bias, apart), x, found.shape(x))
 
 
-def _call(found: Packed, x: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    y = x.new_empty((*x.shape[:-1], found.outputs))
-    rows = y.numel() // found.outputs
-    products = rows * found.products
-    failed = functions().linear(
-        found.address,
-        rows,
-        KINDS[x.dtype],
-        1 if products < 2 * _WORTH_A_THREAD else threads(products),
-        scale.data_ptr(),
-        None if bias is None else bias.data_ptr(),
-        x.data_ptr(),
-        y.data_ptr(),
-    )
-    if failed:
-        raise MemoryError(f"no memory for {rows} rows of {found.inputs} bytes")
+def _call(bound: Bound, x: Tensor, shape: Shape) -> Tensor:
+    y = torch.empty_like(shape.result)
+    pointers = x.data_ptr(), y.data_ptr()
+    if bound.compute(bound.address, shape.rows, shape.kind, _threads(shape), *pointers):
+        raise _no_memory(bound, shape)
     return y
 
 
+def _threads(shape: Shape) -> int:
+    """OpenMP's threads don't follow a process that forks."""
+    return 1 if _forked else min(torch.get_num_threads(), shape.threads)
+
+
+def _no_memory(bound: Bound, shape: Shape) -> MemoryError:
+    return MemoryError(f"no memory for {shape.rows} rows of {bound.layer.inputs} bytes")
+
+
 def again(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor | None:
-    """`linear` for tensors that `prefer` has seen and a number of rows that it was told, with few
-    checks: None for whatever needs more of them. Narrow layers take as long as their checks.
+    """`linear` for tensors that `prefer` has seen, and inputs of a shape that it has, with few
+    checks: None for whatever needs more of them. Narrow layers take as long as their checks, so
+    they stand here in a row, without calls.
     """
     found = _packs.get(id(weight))
-    if found is None or found.vectors != (id(scale), id(bias)) or not found.is_of(weight):
+    if found is None:
         return None
-    fits = (
-        found.preferred >> (x.numel() // found.inputs).bit_length() & 1
-        and x.dtype in KINDS
-        and x.shape[-1] == found.inputs
-        and x.is_contiguous()
-        and takes(x)
-    )
-    return _call(found, x, scale, bias) if fits else None
+    shape = found.shapes.get((x.shape, x.dtype))
+    bound = found.bound
+    if (
+        shape is None
+        or bound is None
+        or found.owner() is not weight
+        or found.version != weight._version
+        or found.pointer != weight.data_ptr()
+        or bound.scale is not scale
+        or bound.bias is not bias
+        or bound.scale_pointer != scale.data_ptr()
+        or (bias is not None and bound.bias_pointer != bias.data_ptr())
+        or not x.is_contiguous()
+        or not takes(x)
+    ):
+        return None
+    y = torch.empty_like(shape.result)
+    threads = 1 if shape.threads == 1 else _threads(shape)
+    pointers = x.data_ptr(), y.data_ptr()
+    if bound.compute(bound.address, shape.rows, shape.kind, threads, *pointers):
+        raise _no_memory(bound, shape)
+    return y
 
 
-def prefer(weight: Tensor, scale: Tensor, bias: Tensor | None, rows: int) -> None:
-    """Let `again` compute so many rows, and up to the next power of two, with these tensors."""
+def prefer(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+    """Let `again` compute inputs of this shape with these tensors."""
     found = _packs.get(id(weight))
-    if found is None or not all(_is_plain(v) for v in (scale, bias) if v is not None):
+    if found is None or x.dtype not in KINDS or not found.is_of(weight):
         return
-    found.preferred |= 1 << rows.bit_length()
-    found.vectors, found.held = (id(scale), id(bias)), (scale, bias)
+    if not all(_is_plain(v) for v in (scale, bias) if v is not None):
+        return
+    found.bound = Bound(found, scale, bias)
+    if len(found.shapes) >= _MOST_SHAPES:
+        found.shapes.clear()
+    found.shapes[x.shape, x.dtype] = found.shape(x)
 
 
 def _is_plain(vector: Tensor) -> bool:
@@ -251,8 +277,10 @@ _forked = False
 
 
 def threads(products: int) -> int:
-    """Threads for that many products. OpenMP's threads don't follow a process that forks."""
-    return 1 if _forked else max(1, min(torch.get_num_threads(), products // _WORTH_A_THREAD))
+    """Threads for that many products, where nothing else is known of the work. OpenMP's threads
+    don't follow a process that forks.
+    """
+    return 1 if _forked else max(1, min(torch.get_num_threads(), products // _PRODUCTS_A_THREAD))
 
 
 def forked() -> bool:

@@ -27,27 +27,6 @@ inline Floats most(Floats a, Floats b) {
 #endif
 }
 
-// Over all lanes.
-inline float least_of(Floats x) {
-#if defined(__AVX512F__)
-  return _mm512_reduce_min_ps((__m512)x);
-#else
-  float found = x[0];
-  for (int i = 1; i < LANES; i++) found = x[i] < found ? x[i] : found;
-  return found;
-#endif
-}
-inline float most_of(Floats x) { return -least_of(-x); }
-inline int32_t most_of(Ints x) {
-#if defined(__AVX512F__)
-  return _mm512_reduce_max_epi32((__m512i)x);
-#else
-  int32_t found = x[0];
-  for (int i = 1; i < LANES; i++) found = x[i] > found ? x[i] : found;
-  return found;
-#endif
-}
-
 template <class T>
 inline Floats load_part(const T* x, int64_t n) {  // zeros after the first n
   T some[LANES] = {};
@@ -55,33 +34,118 @@ inline Floats load_part(const T* x, int64_t n) {  // zeros after the first n
   return load(some);
 }
 
-inline void store_bytes(Ints q, uint8_t* to, int64_t n) {
-  typedef uint8_t Bytes __attribute__((vector_size(16)));
-  const Bytes bytes = __builtin_convertvector(q, Bytes);
-  memcpy(to, &bytes, n);
+#if defined(__AVX512F__)
+inline Floats load_part(const float* x, int64_t n) {
+  return (Floats)_mm512_maskz_loadu_ps(__mmask16((1 << n) - 1), x);
+}
+#endif
+
+inline Ints cut_off(Ints numbers) {  // below 0 and above 255
+  const Ints cut = numbers < 0 ? 0 : numbers;
+  return cut > 255 ? 255 : cut;
 }
 
-// The least and the largest number of a row, and the largest size as bits; 0 is always among them.
+// n numbers, cut off, as bytes.
+inline void store_bytes(Ints numbers, uint8_t* to, int64_t n) {
+  typedef uint8_t Bytes __attribute__((vector_size(16)));
+  const Bytes bytes = __builtin_convertvector(cut_off(numbers), Bytes);
+  memcpy(to, &bytes, n);
+}
+// The same with 64 numbers.
+inline void store_bytes(const Ints* numbers, uint8_t* to) {
+#if defined(__AVX512BW__)
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const __m512i low = _mm512_packs_epi32((__m512i)numbers[0], (__m512i)numbers[1]);
+  const __m512i high = _mm512_packs_epi32((__m512i)numbers[2], (__m512i)numbers[3]);
+  const __m512i bytes = _mm512_packus_epi16(low, high);
+  _mm512_storeu_si512(to, _mm512_permutexvar_epi32(order, bytes));
+#else
+  for (int part = 0; part < 4; part++) store_bytes(numbers[part], to + part * LANES, LANES);
+#endif
+}
+
+// Numbers of a row, 16 from i on, or the n that are left of it.
+template <class T>
+struct Plain {
+  const T* x;
+  Floats at(int64_t i) const { return load(x + i); }
+  Floats part(int64_t i, int64_t n) const { return load_part(x + i, n); }
+};
+// The same times a factor for each.
+template <class T>
+struct Scaled {
+  const T* x;
+  const float* factor;
+  Floats at(int64_t i) const { return load(x + i) * load(factor + i); }
+  Floats part(int64_t i, int64_t n) const { return load_part(x + i, n) * load_part(factor + i, n); }
+};
+
+// The least and the largest number of a row; 0 is always among them. `poison` is NaN in a lane
+// where a number was not finite.
 struct Range {
-  Floats low = {}, high = {};
-  Ints largest = {};
+  Floats low = {}, high = {}, poison = {};
 
   void look(Floats v) {
     low = least(v, low);
     high = most(v, high);
-    const Ints size = (Ints)v & 0x7fffffff;
-    largest = size > largest ? size : largest;
+#if defined(__AVX512F__)
+    poison = (Floats)_mm512_fmadd_ps((__m512)v, _mm512_setzero_ps(), (__m512)poison);
+#else
+    poison = poison + v * 0.0f;
+#endif
+  }
+  // n numbers; four ranges at once, since each waits for its last step.
+  template <class Numbers>
+  void look(const Numbers& x, int64_t n) {
+    Range more[3];
+    int64_t i = 0;
+    for (; i + 4 * LANES <= n; i += 4 * LANES) {
+      look(x.at(i));
+      for (int part = 0; part < 3; part++) more[part].look(x.at(i + (part + 1) * LANES));
+    }
+    for (; i + LANES <= n; i += LANES) look(x.at(i));
+    if (i < n) look(x.part(i, n - i));
+    more[0].join(more[1]);
+    join(more[2]);
+    join(more[0]);
   }
   template <class T>
   void look(const T* x, int64_t n) {
-    const int64_t whole = n / LANES * LANES;
-    for (int64_t i = 0; i < whole; i += LANES) look(load(x + i));
-    if (whole < n) look(load_part(x + whole, n - whole));
+    look(Plain<T>{x}, n);
   }
   void join(const Range& other) {
     low = least(other.low, low);
     high = most(other.high, high);
-    largest = other.largest > largest ? other.largest : largest;
+    poison = poison + other.poison;
+  }
+
+  bool finite() const {
+#if defined(__AVX512F__)
+    return !_mm512_cmp_ps_mask((__m512)poison, (__m512)poison, _CMP_UNORD_Q);
+#else
+    bool found = true;
+    for (int i = 0; i < LANES; i++) found &= poison[i] == poison[i];
+    return found;
+#endif
+  }
+  // Over all lanes.
+  void bounds(float& bottom, float& top) const {
+#if defined(__AVX512F__)
+    // Both at once, as minima: of the lowest in the lower half, of minus the highest in the upper.
+    const __m512 a = (__m512)low, b = (__m512)-high;
+    __m512 m = _mm512_min_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+    m = _mm512_min_ps(m, _mm512_shuffle_f32x4(m, m, 0xb1));
+    m = _mm512_min_ps(m, _mm512_permute_ps(m, 0x4e));
+    m = _mm512_min_ps(m, _mm512_permute_ps(m, 0xb1));
+    bottom = _mm512_cvtss_f32(m);
+    top = -_mm_cvtss_f32(_mm512_extractf32x4_ps(m, 2));
+#else
+    bottom = top = 0;
+    for (int i = 0; i < LANES; i++) {
+      bottom = low[i] < bottom ? low[i] : bottom;
+      top = high[i] > top ? high[i] : top;
+    }
+#endif
   }
 };
 
@@ -93,8 +157,9 @@ struct Steps {
   bool finite;
 
   explicit Steps(const Range& range) {
-    const float bottom = least_of(range.low), top = most_of(range.high);
-    finite = most_of(range.largest) < 0x7f800000;
+    float bottom, top;
+    range.bounds(bottom, top);
+    finite = range.finite();
     row = {bits<float>(0x7fc00000), 0};
     if (!finite) return;
     const float step = top * (1.0f / 255) - bottom * (1.0f / 255);
@@ -103,18 +168,26 @@ struct Steps {
     row.zero = bits<int32_t>(-bottom * inverse + SHIFT) - bits<int32_t>(SHIFT);
   }
 
+  // What becomes of 16 numbers, before it is cut off.
+  Ints steps_of(Floats v) const {
+    return (Ints)(v * inverse + SHIFT) - (bits<int32_t>(SHIFT) - row.zero);
+  }
   // 16 bytes, each in a lane.
-  Ints bytes_of(Floats v) const {
-    Ints whole_steps = (Ints)(v * inverse + SHIFT) - bits<int32_t>(SHIFT) + row.zero;
-    whole_steps = whole_steps < 0 ? 0 : whole_steps;
-    return whole_steps > 255 ? 255 : whole_steps;
+  Ints bytes_of(Floats v) const { return cut_off(steps_of(v)); }
+  template <class Numbers>
+  void put(const Numbers& x, int64_t n, uint8_t* q) const {
+    int64_t i = 0;
+    for (; i + 4 * LANES <= n; i += 4 * LANES) {
+      const Ints numbers[4] = {steps_of(x.at(i)), steps_of(x.at(i + LANES)),
+                               steps_of(x.at(i + 2 * LANES)), steps_of(x.at(i + 3 * LANES))};
+      store_bytes(numbers, q + i);
+    }
+    for (; i + LANES <= n; i += LANES) store_bytes(steps_of(x.at(i)), q + i, LANES);
+    if (i < n) store_bytes(steps_of(x.part(i, n - i)), q + i, n - i);
   }
   template <class T>
   void put(const T* x, int64_t n, uint8_t* q) const {
-    const int64_t whole = n / LANES * LANES;
-    for (int64_t i = 0; i < whole; i += LANES) store_bytes(bytes_of(load(x + i)), q + i, LANES);
-    const int64_t left = n - whole;
-    if (left) store_bytes(bytes_of(load_part(x + whole, left)), q + whole, left);
+    put(Plain<T>{x}, n, q);
   }
 
   // Adding it rounds to the nearest integer, half to even.
@@ -132,27 +205,25 @@ struct SideBySide {
     step = step < SMALLEST ? Floats{} + SMALLEST : step;
     inverse = 1.0f / step;
     zero = (Ints)(-ranges.low * inverse + Steps::SHIFT) - bits<int32_t>(Steps::SHIFT);
-    const Ints finite = ranges.largest < 0x7f800000;
+    const Ints finite = ranges.poison == ranges.poison;
     step = finite ? step : Floats{} + bits<float>(0x7fc00000);
     zero = finite ? zero : Ints{};
   }
   Row row(int lane) const { return {step[lane], zero[lane]}; }
 
   Ints bytes_of(Floats v) const {
-    Ints whole_steps = (Ints)(v * inverse + Steps::SHIFT) - bits<int32_t>(Steps::SHIFT) + zero;
-    whole_steps = whole_steps < 0 ? 0 : whole_steps;
-    return whole_steps > 255 ? 255 : whole_steps;
+    return cut_off((Ints)(v * inverse + Steps::SHIFT) - bits<int32_t>(Steps::SHIFT) + zero);
   }
 };
 
 // q: bytes up to `padded`. A row with a NaN or an infinity gets a step of NaN.
-template <class T>
-Row quantize_row(const T* x, int64_t n, int64_t padded, uint8_t* q) {
+template <class Numbers>
+Row quantize_row(const Numbers& x, int64_t n, int64_t padded, uint8_t* q) {
   Range range;
   range.look(x, n);
   const Steps steps(range);
-  const int64_t from = steps.finite ? n / LANES * LANES : 0;
-  memset(q + from, 0, padded - from);
+  const int64_t from = steps.finite ? n : 0;
+  if (from < padded) memset(q + from, 0, padded - from);
   if (steps.finite) steps.put(x, n, q);
   return steps.row;
 }

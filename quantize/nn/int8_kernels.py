@@ -190,7 +190,7 @@ def _eager(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Ten
     chosen = _choose(x, weight, KERNELS)
     y = chosen(x, weight, scale, bias)
     if chosen is native and _forced is None:
-        native_int8.prefer(weight, scale, bias, x.numel() // weight.shape[1])
+        native_int8.prefer(x, weight, scale, bias)
     return y
 
 

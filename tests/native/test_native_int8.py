@@ -16,7 +16,7 @@ import torch
 from helpers import randn
 from torch import Tensor
 
-from quantize.native import build, int8, isa
+from quantize.native import build, int8, int8_library, isa
 from quantize.nn import int8_kernels as kernels
 from quantize.nn.int8 import Int8Linear
 
@@ -40,9 +40,9 @@ def stock(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tens
 def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The kernels are those of one instruction set."""
     monkeypatch.setenv(isa.SWITCH, request.param)
-    int8.functions.cache_clear()
+    int8_library.functions.cache_clear()
     yield request.param
-    int8.functions.cache_clear()
+    int8_library.functions.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -304,7 +304,7 @@ def test_without_a_compiler(monkeypatch):
     weight, scale, bias = weights(24, 40)
     x = randn(5, 40)
     expected = stock(x, weight, scale, bias)
-    int8.functions.cache_clear()
+    int8_library.functions.cache_clear()
     monkeypatch.setattr(build, "_outcomes", {})
     monkeypatch.setattr(build.shutil, "which", lambda name: None)
     monkeypatch.setattr(kernels, "_chosen", {})
@@ -315,14 +315,14 @@ def test_without_a_compiler(monkeypatch):
         with kernels.kernel("native"), pytest.raises(OSError, match=r"no C\+\+ compiler"):
             kernels.linear(x, fresh, scale, bias)
     finally:
-        int8.functions.cache_clear()
+        int8_library.functions.cache_clear()
 
 
 def test_a_library_of_another_version_is_refused(monkeypatch):
     """A struct of another size, and a library without the functions."""
     with pytest.raises(OSError, match="lacks a symbol"):
-        int8.read(ctypes.CDLL(None))
-    monkeypatch.setattr(int8.ctypes, "sizeof", lambda kind: 8)
+        int8_library.read(ctypes.CDLL(None))
+    monkeypatch.setattr(int8_library.ctypes, "sizeof", lambda kind: 8)
     monkeypatch.setattr(build, "_outcomes", {})
-    with pytest.raises(OSError, match="struct of 32 bytes, this version of 8"):
-        build.library(int8.code("generic"))
+    with pytest.raises(OSError, match="struct of 80 bytes, this version of 8"):
+        build.library(int8_library.code("generic"))
