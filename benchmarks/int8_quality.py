@@ -39,7 +39,7 @@ in_int8 = partial(quantize_dynamic, prefer="size")
 
 def one_scale() -> AbstractContextManager:
     """While it lasts, int8 layers quantize their inputs by `per_tensor`."""
-    names = ("quantize_rows", "_quantize_many_rows")
+    names = ("quantize_rows", "quantize_many_rows")
     return mock.patch.multiple(int8_kernels, **dict.fromkeys(names, per_tensor))
 
 

@@ -16,11 +16,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from quantize.native.int8_library import HEADERS, Layer, functions
+from quantize.native import int8_library
+from quantize.native.int8_library import Layer, functions
+from quantize.native.outliers import Outliers, contradiction, state_of
 
+HEADERS = int8_library.HEADERS
 KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as in int8.cpp
 MOST_INPUTS = 1 << 16  # products of 255 and 127 fit 32 bits that often
-MOST_LOUD = 4  # as in int8.cpp
 _PANEL, _STEP = 16, 64
 _PRODUCTS_A_THREAD = 1 << 19
 _MOST_SHAPES = 64  # of inputs that are remembered for a weight
@@ -32,18 +34,6 @@ _WORTH_A_THREAD = 1 << 14  # cycles; fewer are done before another thread wakes 
 
 # ------------------------------------------------------------------------------------------------
 # weights
-
-
-class Apart(NamedTuple):
-    """Channels of a layer's input that are treated apart; see `quantize.nn.int8_kernels`.
-
-    factor: float32 [inputs]. channels: int64 [loud], loud up to MOST_LOUD. kept: float32
-    [loud, outputs].
-    """
-
-    factor: Tensor
-    channels: Tensor
-    kept: Tensor
 
 
 class Shape(NamedTuple):
@@ -61,8 +51,8 @@ class Shape(NamedTuple):
 class Packed:
     """A weight in the kernel's layout, and what it was last called with.
 
-    Attributes: packed, sums: as in int8.cpp. bound: scale, bias and channels apart that `layer` was
-        made of. shapes: of the inputs that `again` may compute with them.
+    Attributes: packed, sums: as in int8.cpp. bound: with scale, bias and outliers. shapes: of the
+        inputs that `again` may compute with them.
     """
 
     def __init__(self, weight: Tensor, owner: weakref.ref[Tensor]) -> None:
@@ -106,14 +96,17 @@ class Packed:
 
 
 class Bound:
-    """A packed weight with its scale, bias and channels apart, as the struct that the kernel takes.
+    """A packed weight with its scale, bias and outliers, as the struct that the kernel takes.
 
-    Attributes: scale, bias: the tensors, and where their numbers lay. compute: int8.cpp's `linear`.
-        address: of the struct, its first argument. held: what else must live as long as this.
+    Attributes: scale, bias: the tensors, and where their numbers lay. outliers: as they were given,
+        with what tells whether they changed. compute: int8.cpp's `linear`. address: of the struct,
+        its first argument. held: what else must live as long as this.
+
+    Raises: ValueError: outliers that don't fit the weight.
     """
 
     def __init__(
-        self, found: Packed, scale: Tensor, bias: Tensor | None, apart: Apart | None = None
+        self, found: Packed, scale: Tensor, bias: Tensor | None, outliers: Outliers | None = None
     ) -> None:
         self.scale, self.scale_pointer = scale, scale.data_ptr()
         self.bias, self.bias_pointer = bias, None if bias is None else bias.data_ptr()
@@ -121,19 +114,33 @@ class Bound:
         self.layer = Layer(found.inputs, found.outputs)
         self.layer.packed, self.layer.sums = found.packed.data_ptr(), found.sums.data_ptr()
         self.layer.scale, self.layer.bias = self.scale_pointer, self.bias_pointer
-        self.held = (found, *(() if apart is None else self._set_apart(apart)))
+        self.held: tuple[object, ...] = (found,)
+        self.outliers, self.state = outliers, state_of(outliers)
+        if outliers is not None:
+            self._set_outliers(outliers)
         self.address = ctypes.addressof(self.layer)
 
-    def _set_apart(self, apart: Apart) -> tuple[Tensor, ...]:
-        """Write the channels into the struct; returns the tensors that it points into."""
-        factor = apart.factor.float().contiguous()
-        channels = apart.channels.long().contiguous()
-        outputs = self.layer.outputs
-        kept = torch.zeros(len(channels), -(-outputs // _PANEL) * _PANEL, dtype=torch.float32)
-        kept[:, :outputs] = apart.kept
-        self.layer.factor, self.layer.loud = factor.data_ptr(), len(channels)
+    def _set_outliers(self, outliers: Outliers) -> None:
+        """Write the channels into the struct, as copies that the kernel can read."""
+        inputs, outputs = self.layer.inputs, self.layer.outputs
+        problem = contradiction(outliers, inputs, outputs)
+        if problem is not None:
+            raise ValueError(problem)
+        factor = outliers.factor.float().contiguous()
+        channels = outliers.channels.contiguous().clone()
+        width = -(-outputs // _PANEL) * _PANEL
+        kept = torch.zeros(len(channels), width, dtype=torch.float32, device="cpu")
+        kept[:, :outputs] = outliers.kept
+        self.layer.factor, self.layer.outliers = factor.data_ptr(), len(channels)
         self.layer.channels, self.layer.kept = channels.data_ptr(), kept.data_ptr()
-        return factor, channels, kept
+        self.held += factor, channels, kept
+
+    def has(self, outliers: Outliers | None) -> bool:
+        """Was it made of these outliers, as they are now?"""
+        if outliers is None or self.outliers is None:
+            return outliers is self.outliers
+        same = all(a is b for a, b in zip(outliers, self.outliers, strict=True))
+        return same and self.state == state_of(outliers)
 
 
 _packs: dict[int, Packed] = {}  # by the identity of a weight, until it dies or changes
@@ -181,7 +188,11 @@ def takes(x: Tensor) -> bool:
 
 
 def linear(
-    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, apart: Apart | None = None
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    outliers: Outliers | None = None,
 ) -> Tensor:
     """y = x W^T * scale + bias, with each row of x in 8 bits.
 
@@ -190,12 +201,12 @@ def linear(
         weight: int8 [outputs, inputs], no inference tensor; inputs up to MOST_INPUTS, none empty.
         scale: [outputs] of any float dtype.
         bias: [outputs] of any float dtype, or None.
-        apart: channels of x that are treated apart.
+        outliers: channels of x that count in float.
 
     Returns: [..., outputs], in x's dtype.
 
-    Raises: OSError: there is no native code here (see `functions`). ValueError: a scale or bias of
-        another size.
+    Raises: OSError: there is no native code here (see `functions`). ValueError: a scale, bias or
+        outliers of another size.
     """
     found = packed(weight)
     for vector in (scale,) if bias is None else (scale, bias):
@@ -204,7 +215,7 @@ def linear(
     scale = scale.float().contiguous()
     bias = None if bias is None else bias.float().contiguous()
     x = x.contiguous()
-    return _call(Bound(found, scale, bias, apart), x, found.shape(x))
+    return _call(Bound(found, scale, bias, outliers), x, found.shape(x))
 
 
 def _call(bound: Bound, x: Tensor, shape: Shape) -> Tensor:
@@ -224,7 +235,13 @@ def _no_memory(bound: Bound, shape: Shape) -> MemoryError:
     return MemoryError(f"no memory for {shape.rows} rows of {bound.layer.inputs} bytes")
 
 
-def again(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor | None:
+def again(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    outliers: Outliers | None = None,
+) -> Tensor | None:
     """`linear` for tensors that `prefer` has seen, and inputs of a shape that it has, with few
     checks: None for whatever needs more of them. Narrow layers take as long as their checks, so
     they stand here in a row, without calls.
@@ -244,6 +261,7 @@ def again(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tens
         or bound.bias is not bias
         or bound.scale_pointer != scale.data_ptr()
         or (bias is not None and bound.bias_pointer != bias.data_ptr())
+        or not (outliers is bound.outliers or bound.has(outliers))
         or not x.is_contiguous()
         or not takes(x)
     ):
@@ -256,14 +274,22 @@ def again(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tens
     return y
 
 
-def prefer(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+def prefer(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    outliers: Outliers | None = None,
+) -> None:
     """Let `again` compute inputs of this shape with these tensors."""
     found = _packs.get(id(weight))
     if found is None or x.dtype not in KINDS or not found.is_of(weight):
         return
     if not all(_is_plain(v) for v in (scale, bias) if v is not None):
         return
-    found.bound = Bound(found, scale, bias)
+    if outliers is not None and not state_of(outliers):
+        return  # its changes can't be seen
+    found.bound = Bound(found, scale, bias, outliers)
     if len(found.shapes) >= _MOST_SHAPES:
         found.shapes.clear()
     found.shapes[x.shape, x.dtype] = found.shape(x)

@@ -34,7 +34,7 @@ class Layer(ctypes.Structure):
         ("scale", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
         ("factor", ctypes.c_void_p),
-        ("loud", ctypes.c_int64),
+        ("outliers", ctypes.c_int64),
         ("channels", ctypes.c_void_p),
         ("kept", ctypes.c_void_p),
     ]

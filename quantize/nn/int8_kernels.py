@@ -6,11 +6,17 @@
     q[m, k]  = round(x[m, k] / step[m]) + zero[m]             in 0..255
     y[m, n]  = float32(sum_k (q[m, k] - zero[m]) w[n, k]) * s[n] * step[m] + b[n]
 
-Divisions by 255 and by a step are products with the rounded inverse; halves round to even. The sum
-is exact in integers, and everything else is one float32 operation at a time in this order, rounded
-to x's dtype in the end. So every way of computing it gives the same bits: a row's result depends
-neither on the other rows of the batch, nor on the CPU, nor on the kernel. That is why the kernel
-can be chosen by a stopwatch:
+Divisions by 255 and by a step are products with the rounded inverse; halves round to even. A layer
+may have a few outlier channels c, which hold most of a row's energy, and a factor f for each
+channel:
+
+    x[m, k] above is x[m, k] * f[k], with f = 0 for the outliers
+    y[m, n]  = ... * s[n] * step[m] + x[m, c] * kept[c, n] for one c after the other + b[n]
+
+The sum is exact in integers, and everything else is one float32 operation at a time in this order,
+rounded to x's dtype in the end. So every way of computing it gives the same bits: a row's result
+depends neither on the other rows of the batch, nor on the CPU, nor on the kernel. That is why the
+kernel can be chosen by a stopwatch:
 
 - `native`: all of it in one call of compiled C++ (see `quantize.native.int8`).
 - `int_mm`, `onednn`, `reference`: stock operations around one of the products in `int8_products`.
@@ -25,107 +31,104 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from quantize import clock
 from quantize.native import int8 as native_int8
+from quantize.native.outliers import Outliers
 from quantize.nn import int8_products as products
 from quantize.nn.int8_products import PRODUCTS, int_mm
+from quantize.nn.int8_rows import CHUNK, Rows, quantize_many_rows, quantize_rows, quantize_weight
 
-# x [..., K], int8 weight [N, K], float32 scale [N], bias [N] or None to y [..., N] in x's dtype
-Kernel = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
+# x [..., K], int8 weight [N, K], float32 scale [N], bias [N] or None, and outliers or None, to y
+# [..., N] in x's dtype
+Kernel = Callable[..., Tensor]
+
+__all__ = ["Outliers", "Rows", "in_graph", "kernel", "linear", "quantize_rows", "quantize_weight"]
 
 SWITCH = "QUANTIZE_INT8_KERNEL"
-_SMALLEST = 1e-30  # step of a row of zeros
 _MANY = 1024  # rows above which a kernel's rank no longer changes
-_CHUNK = 1 << 17  # activations quantized at a time, so that the steps find them in the cache
-
-
-class Rows(NamedTuple):
-    """Rows in 8 bits: x is about (q + shift) * step."""
-
-    q: Tensor  # int8 [M, K]; 128 less than in the module's header
-    step: Tensor  # float32 [M, 1]
-    shift: Tensor  # int32 [M, 1]
-
-
-def quantize_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`[N, K]` of any float dtype to int8 `[N, K]` in -127..127 and one float32 scale per output
-    channel, `[N]`.
-    """
-    weight = weight.detach().float()
-    scale = weight.abs().amax(1) / 127
-    q = (
-        torch.where(scale[:, None] > 0, weight / scale[:, None], 0.0)
-        .round_()
-        .clamp_(-127, 127)
-        .to(torch.int8)
-    )
-    return q.contiguous(), scale
-
-
-def quantize_rows(x: Tensor) -> Rows:
-    """`[M, K]` of a float dtype in 8 bits, as the module's header says.
-
-    A row with a NaN or an infinity gets a step of NaN: no output of it is finite.
-    """
-    x = x.float()
-    low, high = torch.aminmax(x, dim=-1, keepdim=True)
-    low, high = low.clamp_max(0), high.clamp_min(0)
-    step = high * (1 / 255) - low * (1 / 255)
-    step = (step + (step - step)).clamp_min(_SMALLEST)  # infinity becomes NaN
-    inverse = step.reciprocal()
-    shift = (low * inverse).round() + 128
-    q = (x * inverse).round_().sub_(shift).clamp_(-128, 127).to(torch.int8)
-    return Rows(q, step, shift.to(torch.int32))
-
-
-def _quantize_many_rows(x: Tensor) -> Rows:
-    """`quantize_rows`, a cache-sized piece at a time."""
-    step = max(16, _CHUNK // x.shape[1])
-    q, steps, shifts = zip(*map(quantize_rows, x.split(step)), strict=True)
-    return Rows(torch.cat(q), torch.cat(steps), torch.cat(shifts))
 
 
 # Kernels.
 
 
-def _dequantize(total: Tensor, rows: Rows, scale: Tensor, bias: Tensor | None) -> Tensor:
+def _results(total: Tensor, rows: Rows, scale: Tensor, bias: Tensor | None) -> Tensor:
     y = torch.mul(total, scale).mul_(rows.step)
     return y if bias is None else y.add_(bias.float())
 
 
-def _stock(
-    product: products.Product, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None
+def _with_outliers(
+    total: Tensor, rows: Rows, scale: Tensor, bias: Tensor | None, x: Tensor, outliers: Outliers
 ) -> Tensor:
-    rows = _rows_of(x)
+    """`_results`, and the products of the outlier channels of x `[M, K]`."""
+    y = _results(total, rows, scale, None)
+    values = x.float().index_select(1, outliers.channels)  # [M, C]
+    for value, kept in zip(values.unbind(1), outliers.kept, strict=True):
+        y = y + value.unsqueeze(1) * kept
+    return y if bias is None else y.add_(bias.float())
+
+
+def _stock(
+    product: products.Product,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    outliers: Outliers | None = None,
+) -> Tensor:
+    if outliers is None:
+        rows = _rows_of(x)
+    else:
+        flat = _flat(x)
+        rows = quantize_many_rows(flat.float() * outliers.factor)
     total = product(rows.q, weight).addcmul_(rows.shift, products.sums(weight))
-    y = _dequantize(total, rows, scale, bias)
+    if outliers is None:
+        y = _results(total, rows, scale, bias)
+    else:
+        y = _with_outliers(total, rows, scale, bias, flat, outliers)
     return y.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
 
 
-def native(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+def native(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    outliers: Outliers | None = None,
+) -> Tensor:
     """One call of compiled C++; stock operations for tensors that it can't read. Raises OSError
     where there is no compiled code.
     """
     if native_int8.takes(x) and not weight.is_inference():
         if x.dtype in native_int8.KINDS:
-            return native_int8.linear(x, weight, scale, bias)
+            return native_int8.linear(x, weight, scale, bias, outliers)
         if x.dtype is torch.float64:
-            return native_int8.linear(x.float(), weight, scale, bias).double()
-    return _choose(x, weight, STOCK)(x, weight, scale, bias)
+            return native_int8.linear(x.float(), weight, scale, bias, outliers).double()
+    return _choose(x, weight, STOCK)(x, weight, scale, bias, outliers)
 
 
-def in_graph(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, sums: Tensor) -> Tensor:
+def in_graph(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    sums: Tensor,
+    outliers: Outliers | None = None,
+) -> Tensor:
     """Stock operations, for a graph that is recorded. sums: int32 `[N]`, of each output's
     weights.
     """
-    rows = quantize_rows(x.detach().reshape(-1, weight.shape[1]))
+    flat = x.detach().reshape(-1, weight.shape[1])
+    rows = quantize_rows(flat if outliers is None else flat.float() * outliers.factor)
     total = int_mm(rows.q, weight).add(rows.shift * sums)
-    y = _dequantize(total, rows, scale, bias)
+    if outliers is None:
+        y = _results(total, rows, scale, bias)
+    else:
+        y = _with_outliers(total, rows, scale, bias, flat, outliers)
     return y.to(x.dtype).reshape(*x.shape[:-1], weight.shape[0])
 
 
@@ -153,54 +156,90 @@ def _rows_of(x: Tensor) -> Rows:
     counted = not x.is_inference()  # under inference_mode nobody counts changes
     if counted and _last.x() is x and _last.version == x._version and _last.rows is not None:
         return _last.rows
-    if not x.is_floating_point():
-        raise TypeError(f"the input must be a floating point tensor, got {x.dtype}")
-    rows = (x.detach() if x.requires_grad else x).reshape(-1, x.shape[-1])
-    found = (_quantize_many_rows if rows.numel() > _CHUNK else quantize_rows)(rows)
+    rows = _flat(x)
+    found = (quantize_many_rows if rows.numel() > CHUNK else quantize_rows)(rows)
     if counted:
         _last.x, _last.version, _last.rows = weakref.ref(x), x._version, found
     return found
 
 
+def _flat(x: Tensor) -> Tensor:
+    """x `[..., K]` as rows `[M, K]` without a history."""
+    if not x.is_floating_point():
+        raise TypeError(f"the input must be a floating point tensor, got {x.dtype}")
+    return (x.detach() if x.requires_grad else x).reshape(-1, x.shape[-1])
+
+
 # The layer.
 
 
-def linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    outliers: Outliers | None = None,
+) -> Tensor:
     """x `[..., K]` of a float dtype, int8 weight `[N, K]`, float32 scale `[N]`, bias `[N]`; result
     `[..., N]` in x's dtype.
     """
     if torch.jit.is_tracing() or torch.compiler.is_compiling():
         leaves = torch.compiler.is_exporting() or not torch.compiler.is_dynamo_compiling()
         if leaves or x.device.type != "cpu":
-            return in_graph(x, weight, scale, bias, weight.sum(1, dtype=torch.int32))
-        return torch.ops.quantize.int8_linear(x.detach(), weight, scale, bias)
+            sums = weight.sum(1, dtype=torch.int32)
+            return in_graph(x, weight, scale, bias, sums, outliers)
+        apart = (None, None, None) if outliers is None else outliers
+        return torch.ops.quantize.int8_linear(x.detach(), weight, scale, bias, *apart)
     if _forced is None:
-        y = native_int8.again(x, weight, scale, bias)
+        y = native_int8.again(x, weight, scale, bias, outliers)
         if y is not None:
             return y
-    return _eager(x, weight, scale, bias)
+    return _eager(x, weight, scale, bias, outliers)
 
 
-def _eager(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+def _eager(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    outliers: Outliers | None = None,
+) -> Tensor:
     if x.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"the last axis of the input is {x.shape[-1]}, but the layer takes "
             f"{weight.shape[1]} features"
         )
     chosen = _choose(x, weight, KERNELS)
-    y = chosen(x, weight, scale, bias)
+    y = chosen(x, weight, scale, bias, outliers)
     if chosen is native and _forced is None:
-        native_int8.prefer(x, weight, scale, bias)
+        native_int8.prefer(x, weight, scale, bias, outliers)
     return y
 
 
+def _operator(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    factor: Tensor | None = None,
+    channels: Tensor | None = None,
+    kept: Tensor | None = None,
+) -> Tensor:
+    if factor is None or channels is None or kept is None:
+        return _eager(x, weight, scale, bias)
+    return _eager(x, weight, scale, bias, Outliers(factor, channels, kept))
+
+
 _library = torch.library.Library("quantize", "DEF")
-_library.define("int8_linear(Tensor x, Tensor weight, Tensor scale, Tensor? bias) -> Tensor")
-_library.impl("int8_linear", _eager, "CPU")
+_library.define(
+    "int8_linear(Tensor x, Tensor weight, Tensor scale, Tensor? bias, Tensor? factor=None, "
+    "Tensor? channels=None, Tensor? kept=None) -> Tensor"
+)
+_library.impl("int8_linear", _operator, "CPU")
 
 
 @torch.library.register_fake("quantize::int8_linear")
-def _fake_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+def _fake_linear(x: Tensor, weight: Tensor, *_: Tensor | None) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +45,9 @@ class Timing:
 _known: dict[tuple[Any, ...], Timing] = {}
 
 
-def time_layers(plain: nn.Module, make_small: Callable[[], nn.Module], x: Tensor) -> Timing:
+def time_layers(
+    plain: nn.Module, make_small: Callable[[], nn.Module], x: Tensor, *, kind: Hashable = None
+) -> Timing:
     """Time a float layer and what takes its place, once for each shape in this process.
 
     Copies of a layer take turns, so that its weights are not in the nearest cache, as in a whole
@@ -56,10 +58,11 @@ def time_layers(plain: nn.Module, make_small: Callable[[], nn.Module], x: Tensor
             and dtypes, count as one.
         make_small: makes the int8 layer; called only where the shape isn't known yet.
         x: an input of both, on the CPU; its numbers don't matter.
+        kind: of the int8 layer, where layers that count as one may become several kinds.
 
     Returns: the median times of a call.
     """
-    key = (*_kind(plain), tuple(x.shape), x.dtype, torch.get_num_threads())
+    key = (kind, *_kind(plain), tuple(x.shape), x.dtype, torch.get_num_threads())
     if key not in _known:
         runs = [_Cycle(layer, x) for layer in (plain, make_small())]
         warm_up = max(run.copies for run in runs)

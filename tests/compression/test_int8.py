@@ -226,7 +226,9 @@ def timings(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """
     shapes = []
 
-    def timed(plain: nn.Module, make_small: object, x: torch.Tensor) -> timing.Timing:
+    def timed(
+        plain: nn.Module, make_small: object, x: torch.Tensor, *, kind: object
+    ) -> timing.Timing:
         numbers = plain.weight.numel()
         shapes.append(tuple(x.shape))
         return timing.Timing(tuple(x.shape), numbers * 1e-9 + 1e-6, numbers / 4e9 + 1e-5)

@@ -9,6 +9,7 @@ import torch
 from helpers import cosine, in_int8, randn
 from torch import Tensor, nn
 
+import quantize
 from quantize.nn import int8_kernels as kernels
 
 WIDTH, DOMINANT = 96, 17
@@ -42,17 +43,28 @@ def symmetric_rows(x: Tensor) -> kernels.Rows:
     return kernels.Rows((x / step).round().to(torch.int8), step, torch.zeros_like(step).int())
 
 
+def distance(model: nn.Module, expected: Tensor, x: Tensor) -> float:
+    """1 - cosine over the channels that differ: the dominant one alone makes all rows alike."""
+    keep = [i for i in range(WIDTH) if i != DOMINANT]
+    return 1 - cosine(model(x)[:, keep], expected[:, keep])
+
+
+@torch.no_grad()
 def test_a_zero_point_halves_the_distance(monkeypatch: pytest.MonkeyPatch):
     """The dominant channel is one-sided, so a row's own zero point makes its steps half as wide:
-    1 - cosine to float is less than half of what steps around zero give.
+    1 - cosine to float is less than half of what steps around zero give. With calibration the
+    channel counts in float, or the others are evened out with it: it is less than a fifth.
     """
     model, x = encoder(), randn(64, WIDTH)
     expected = model(x)
     small = in_int8(model)
-    keep = [i for i in range(WIDTH) if i != DOMINANT]  # whose value alone makes all rows alike
-    affine = 1 - cosine(small(x)[:, keep], expected[:, keep])
+    calibrated = in_int8(model, calibration=[randn(64, WIDTH, seed=1)])
+    affine, apart = (distance(m, expected, x) for m in (small, calibrated))
     monkeypatch.setattr(kernels, "quantize_rows", symmetric_rows)
     with kernels.kernel("reference"):
-        symmetric = 1 - cosine(small(x.clone())[:, keep], expected[:, keep])
+        symmetric = distance(small, expected, x.clone())
     assert 0 < 2 * affine < symmetric
     assert affine < 5e-4
+    assert 0 < 5 * apart < symmetric and 2 * apart < affine
+    done = quantize.summary(calibrated).done
+    assert done["3.up"] == "int8, 1 outlier channel in float" and done["3.down"] == "int8"

@@ -1,7 +1,8 @@
 """Dynamic int8: `quantize_dynamic`.
 
 `layers` says which layers can become int8, and converts them; `speed` which of them a stopwatch
-finds slower; `limit` which cost too much of the output; `transform` does all of it to a model.
+finds slower; `outliers` which channels count in float; `limit` which layers cost too much of the
+output; `transform` does all of it to a model.
 """
 
 from quantize.compression.int8.transform import quantize_dynamic

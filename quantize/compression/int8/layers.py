@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from quantize import surgery
 from quantize.nn import without_fast_paths
 from quantize.nn.int8 import Int8Linear
 from quantize.nn.int8_conv import Int8Conv
 from quantize.nn.int8_embedding import Int8Embedding, Int8EmbeddingBag
+from quantize.nn.int8_outliers import Int8OutlierLinear
 from quantize.nn.int8_recurrent import Int8GRU, Int8LSTM
 
 INT8 = (Int8Linear, Int8Conv, Int8Embedding, Int8LSTM, Int8GRU)
@@ -21,6 +22,23 @@ _SMALL = 32  # weights of an output of a convolution
 _KINDS = "only linear layers, convolutions, LSTMs, GRUs and embeddings"
 Report = dict[str, str]  # by layer: why it stays in float
 Skipped = Callable[[str, nn.Module], bool]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a linear layer becomes int8 where some channels of its input are outliers.
+
+    Args:
+        factor: float32 [in], of the inputs that are quantized.
+        channels: int64 [C], those that count in float.
+    """
+
+    factor: Tensor
+    channels: Tensor
+
+    def made(self, weight: Tensor, bias: Tensor | None) -> Int8OutlierLinear:
+        """The int8 layer of a float weight [out, in]."""
+        return Int8OutlierLinear.from_outliers(weight, bias, self.factor, self.channels)
 
 
 @dataclass(frozen=True)
@@ -130,15 +148,23 @@ def _follows(held: surgery.Facts, fact: surgery.Facts) -> bool:
     return kind and held.obstacle is None and held.transposed == fact.transposed
 
 
-def convert(model: nn.Module, names: Collection[str]) -> nn.Module:
-    """Put int8 layers in the places of those `names`, in place; returns the (possibly new) root."""
+def convert(
+    model: nn.Module, names: Collection[str], plans: Mapping[str, Plan] | None = None
+) -> nn.Module:
+    """Put int8 layers in the places of those `names`, in place; returns the (possibly new) root.
+
+    Args:
+        model: changed in place.
+        names: of the layers.
+        plans: by layer, for those that have outliers.
+    """
     facts = surgery.facts(model)
     replacements: dict[nn.Module, nn.Module] = {}
     # By identity of the float weight: layers that shared it share the int8 one.
     tables: dict[int, Any] = {}
     for name in names:
         fact = facts[name]
-        new = converted(fact)
+        new = converted(fact, (plans or {}).get(name))
         weight = fact.module._parameters.get("weight")
         if weight is not None:
             first = tables.setdefault(id(weight), new)
@@ -151,7 +177,7 @@ def convert(model: nn.Module, names: Collection[str]) -> nn.Module:
     return model
 
 
-def converted(fact: surgery.Facts) -> Any:
+def converted(fact: surgery.Facts, plan: Plan | None = None) -> Any:
     """The int8 layer that takes the place of a float one."""
     module: Any = fact.module
     if fact.recurrent:
@@ -163,6 +189,7 @@ def converted(fact: surgery.Facts) -> Any:
         return Int8EmbeddingBag.from_layer(module)
     if isinstance(module, nn.Embedding):
         return Int8Embedding.from_weight(weight, module.padding_idx)
-    new = Int8Linear.from_weight(weight, module.bias)
+    made = Int8Linear.from_weight if plan is None else plan.made
+    new = made(weight, module.bias)
     new.transposed = fact.transposed
     return new

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from quantize import calibration as calibrating
 from quantize import surgery
 from quantize.compression import smooth
-from quantize.compression.int8.layers import Choice, Report, convert
+from quantize.compression.int8.layers import Choice, Plan, Report, convert
 
 Group = tuple[str, ...]  # layers that share a weight: all of them are int8, or none
 
@@ -26,11 +26,13 @@ class Trial:
         source: the float model.
         calibration: batches.
         expected: what the original gives for them.
+        plans: by layer, for those that have outliers.
     """
 
     source: nn.Module
     calibration: Iterable[Any]
     expected: Sequence[Tensor]
+    plans: Mapping[str, Plan] = field(default_factory=dict)
 
     def error(self, model: nn.Module) -> float:
         """Relative error of a model's outputs."""
@@ -40,7 +42,7 @@ class Trial:
     def made(self, groups: Sequence[Group]) -> tuple[nn.Module, float]:
         """The model with these layers in int8, and its error."""
         names = itertools.chain.from_iterable(groups)
-        model = convert(surgery.clone(self.source), list(names))
+        model = convert(surgery.clone(self.source), list(names), self.plans)
         return model, self.error(model)
 
 

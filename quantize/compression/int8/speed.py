@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from quantize import surgery
-from quantize.compression.int8.layers import Choice, Report, converted
+from quantize.compression.int8.layers import Choice, Plan, Report, converted
 from quantize.native.conv import channels_last
 from quantize.nn.timing import Timing, time_layers
 
@@ -38,6 +38,20 @@ def slower(choice: Choice, shapes: Mapping[str, Shapes]) -> Report:
         lost = [str(timing) for timing in timings if timing.int8_s > timing.float_s]
         if lost:
             found[name] = f"int8 is slower here: {', '.join(lost)}"
+    return found
+
+
+def affordable(
+    plans: Mapping[str, Plan], choice: Choice, shapes: Mapping[str, Shapes]
+) -> dict[str, Plan]:
+    """Those plans for layers with outliers with which a layer still isn't slower than in float."""
+    found = {}
+    for name, plan in plans.items():
+        fact = choice.chosen[name]
+        own = timed_shapes(fact, shapes.get(name, ()))
+        timings = [_timed(fact, shape, plan) for shape in own]
+        if all(timing.int8_s <= timing.float_s for timing in timings):
+            found[name] = plan
     return found
 
 
@@ -80,7 +94,7 @@ def _three(ordered: list[Any]) -> list[Any]:
     return [ordered[at] for at in sorted(places)]
 
 
-def _timed(fact: surgery.Facts, shape: Shape) -> Timing:
+def _timed(fact: surgery.Facts, shape: Shape, plan: Plan | None = None) -> Timing:
     """A layer in float and in int8 on an input of that shape; on the CPU."""
     module: Any = fact.module
     dtype = next(module.parameters()).dtype
@@ -88,4 +102,5 @@ def _timed(fact: surgery.Facts, shape: Shape) -> Timing:
     x = torch.randn(shape, generator=generator, dtype=torch.float32).to(dtype)
     if x.dim() == 4 and channels_last(module.weight):
         x = x.contiguous(memory_format=torch.channels_last)
-    return time_layers(module, partial(converted, fact), x)
+    outliers = None if plan is None else len(plan.channels)
+    return time_layers(module, partial(converted, fact, plan), x, kind=outliers)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from quantize import calibration as calibrating
 from quantize import surgery
@@ -23,10 +24,13 @@ from quantize.compression.int8.layers import (
     small,
 )
 from quantize.compression.int8.limit import Trial, within
-from quantize.compression.int8.speed import slower
+from quantize.compression.int8.outliers import find_plans
+from quantize.compression.int8.speed import affordable, slower
 from quantize.nn import project_attentions, restore_attentions
 from quantize.nn.int8 import Int8Linear
+from quantize.nn.int8_outliers import Int8OutlierLinear
 
+Shapes = Mapping[str, set[tuple[int, ...]]]  # by layer, of its inputs on calibration
 PREFERENCES = ("speed", "size")
 _CLEARLY = 0.9  # smaller gains are not seen again on other data
 _MUCH = 0.4
@@ -59,14 +63,17 @@ def quantize_dynamic(
 
     Calls of single layers are what is timed. A decoder that goes on to `for_decoding` should be
     converted with prefer="size": there a step of one row is one native call for the whole model,
-    and reading a quarter of the bytes is faster at every width.
+    and reading a quarter of the bytes is faster at every width. Layers with outliers (below) are
+    none that this step knows, so such a decoder runs layer by layer.
 
     Args:
         model: any nn.Module; it stays as it is.
         skip: names, globs or types of modules that stay as they are (`surgery.select`).
-        calibration: batches as `calibration.collect` takes. They try SmoothQuant, which is kept if
-            the outputs on them come at least a tenth closer to the float model's, and they say at
-            how many rows each layer is timed: the fewest, the middle and the most it gets.
+        calibration: batches as `calibration.collect` takes. SmoothQuant is tried on them, then for
+            each layer up to 4 outlier channels of its input in float, and a factor for each of the
+            others; what brings the outputs at least a tenth closer to the float model's is kept.
+            They also say at how many rows each layer is timed: the fewest, the middle and the most
+            it gets.
         embeddings: convert all embedding tables, or (False) only those tied to a head; None: those
             of 1048576 numbers and more too, which take 4 MB in float32.
         prefer: "speed": layers stay float that a stopwatch finds slower in int8 at any of these
@@ -88,7 +95,8 @@ def quantize_dynamic(
             the layer), calibration without batches, another `prefer`, `max_error` without
             calibration or not above 0, and one that no layer keeps (naming the numbers).
 
-    Source: SmoothQuant (Xiao et al., arXiv 2211.10438).
+    Source: SmoothQuant (Xiao et al., arXiv 2211.10438), LLM.int8() (Dettmers et al., arXiv
+        2208.07339).
     """
     _check(prefer, max_error, calibration)
     source = surgery.clone(model)
@@ -99,7 +107,7 @@ def quantize_dynamic(
         choice = choice.without(small(choice))
     if not choice.chosen:
         raise ValueError(_nothing(source, choice.left))
-    shapes: dict[str, set[tuple[int, ...]]] = {}
+    shapes: Shapes = {}
     if calibration is not None:
         facts = surgery.facts(source).items()
         layers = {name: fact.module for name, fact in facts if computes(fact)}
@@ -114,15 +122,16 @@ def quantize_dynamic(
     if calibration is None:
         new, distance = convert(source, choice.chosen), None
     else:
-        new, distance, settings, source = _calibrated(source, choice, calibration, expected)
+        trial = Trial(source, calibration, expected)
+        trial, settings = _improved(trial, choice, shapes if prefer == "speed" else None)
+        new, distance = trial.made(choice.groups())
         if max_error is not None:
             settings["max_error"] = max_error
-            trial = Trial(source, calibration, expected)
             if distance > max_error:
                 new, distance, choice = within(trial, choice, max_error)
     new = restore_attentions(new, attentions, (Int8Linear,))
     told, total = _with_shares(new, choice.left | left)
-    done = {n: "int8" for n, m in new.named_modules() if isinstance(m, INT8)}
+    done = {n: _became(m) for n, m in new.named_modules() if isinstance(m, INT8)}
     done |= {norm: f"folded into {conv}" for conv, norm in folded.items()}
     if total:
         settings["stays_float"] = total
@@ -177,23 +186,46 @@ def _unconverted(model: nn.Module, left: Report) -> nn.Module:
     return new
 
 
-def _calibrated(
-    source: nn.Module, choice: Choice, calibration: Iterable[Any], expected: list[Tensor]
-) -> tuple[nn.Module, float, dict[str, Any], nn.Module]:
-    """The int8 model, smoothed if that brings it clearly closer; its distance from what is
-    expected, the settings to note, and the float model that was converted.
+def _improved(trial: Trial, choice: Choice, shapes: Shapes | None) -> tuple[Trial, dict[str, Any]]:
+    """The trial with smoothed norms and with outliers in float, each if it brings the int8 model
+    clearly closer; and the settings to note. shapes: of the inputs at which a layer with outliers
+    must not be slower than in float; None: it may be.
     """
-    plain = Trial(source, calibration, expected)
     groups = choice.groups()
-    new, distance = plain.made(groups)
-    smoothed = surgery.clone(source)
+    distance = trial.made(groups)[1]
+    settings: dict[str, Any] = {}
+    smoothed = surgery.clone(trial.source)
     layers = {n: m for n, m in _smoothable(smoothed) if n in choice.chosen}
-    norms = smooth.smooth(smoothed, layers, calibration)
+    norms = smooth.smooth(smoothed, layers, trial.calibration)
     if norms:
-        folded, closer = Trial(smoothed, calibration, expected).made(groups)
+        folded = dataclasses.replace(trial, source=smoothed)
+        closer = folded.made(groups)[1]
         if closer < _CLEARLY * distance:
-            return folded, closer, {"smoothed": norms}, smoothed
-    return new, distance, {}, source
+            trial, distance, settings = folded, closer, {"smoothed": norms}
+            choice = dataclasses.replace(choice, chosen=_facts_of(smoothed, choice))
+    plans = find_plans(trial.source, choice, trial.calibration)
+    if shapes is not None:
+        plans = affordable(plans, choice, shapes)
+    if plans:
+        apart = dataclasses.replace(trial, plans=plans)
+        if apart.made(groups)[1] < _CLEARLY * distance:
+            trial = apart
+    return trial, settings
+
+
+def _facts_of(model: nn.Module, choice: Choice) -> dict[str, surgery.Facts]:
+    facts = surgery.facts(model)
+    return {name: facts[name] for name in choice.chosen}
+
+
+def _became(layer: nn.Module) -> str:
+    """What became of a layer, in words."""
+    if not isinstance(layer, Int8OutlierLinear):
+        return "int8"
+    count = len(layer.channels)
+    if not count:
+        return "int8, inputs evened out"
+    return f"int8, {count} outlier channel{'s' if count > 1 else ''} in float"
 
 
 def _smoothable(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:

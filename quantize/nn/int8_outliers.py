@@ -1,0 +1,136 @@
+"""Int8OutlierLinear: an int8 layer a few of whose input channels count in float."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantize import surgery
+from quantize.native.outliers import Outliers, contradiction
+from quantize.nn import Operands, dtype_name, dtype_named, is_transposed
+from quantize.nn import int8_kernels as kernels
+from quantize.nn.int8 import Int8Linear
+
+
+@surgery.builder
+class Int8OutlierLinear(Int8Linear):
+    """An `Int8Linear` for inputs of which a few channels hold most of the energy.
+
+    Those channels, up to 4, are multiplied in float; the others are multiplied by `factor` before a
+    row is quantized, and the columns of the weight were divided by it (0 for the channels in
+    float). `factor` float32 `[in]`, `channels` int64 `[C]`, `kept` float32 `[C, out]`; the rest is
+    as in `Int8Linear`.
+
+    Source: LLM.int8() (Dettmers et al., arXiv 2208.07339), SmoothQuant (Xiao et al., arXiv
+    2211.10438).
+    """
+
+    exact = ("scale", "factor", "kept")
+
+    factor: Tensor
+    channels: Tensor
+    kept: Tensor
+
+    def __init__(
+        self,
+        packed: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        outliers: Outliers,
+        *,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(packed, scale, bias, dtype=dtype)
+        for name, tensor in outliers._asdict().items():
+            self.register_buffer(name, tensor)
+
+    @classmethod
+    def from_outliers(
+        cls, weight: Tensor, bias: Tensor | None, factor: Tensor, channels: Tensor
+    ) -> Int8OutlierLinear:
+        """Quantize a float weight `[out, in]`.
+
+        Args:
+            weight, bias: of the float layer.
+            factor: float32 [in], above 0, of the inputs; what `channels` have isn't used.
+            channels: int64 [C], those that count in float.
+        """
+        dense = weight.detach().float()
+        kept = dense[:, channels].t().contiguous()
+        rest = dense / factor
+        rest[:, channels] = 0
+        own = factor.float().clone()
+        own[channels] = 0
+        own_bias = None if bias is None else bias.detach().clone()
+        packed, scale = kernels.quantize_weight(rest)
+        outliers = Outliers(own, channels.clone(), kept)
+        new = cls(packed, scale, own_bias, outliers, dtype=weight.dtype)
+        surgery.record(
+            new,
+            "Int8OutlierLinear",
+            in_features=new.in_features,
+            out_features=new.out_features,
+            bias=None if bias is None else dtype_name(bias.dtype),
+            outliers=len(channels),
+            dtype=dtype_name(weight.dtype),
+        )
+        return new
+
+    @classmethod
+    def rebuild(
+        cls,
+        module: nn.Module,
+        in_features: int,
+        out_features: int,
+        bias: str | None,
+        outliers: int,
+        dtype: str = "float32",
+    ) -> Int8OutlierLinear:
+        """An empty layer (on the meta device) in place of `module`, for a file's tensors."""
+        empty = Outliers(
+            torch.empty(in_features, dtype=torch.float32, device="meta"),
+            torch.empty(outliers, dtype=torch.int64, device="meta"),
+            torch.empty(outliers, out_features, dtype=torch.float32, device="meta"),
+        )
+        new = cls(
+            torch.empty(out_features, in_features, dtype=torch.int8, device="meta"),
+            torch.empty(out_features, dtype=torch.float32, device="meta"),
+            None
+            if bias is None
+            else torch.empty(out_features, dtype=dtype_named(bias), device="meta"),
+            empty,
+            dtype=dtype_named(dtype),
+        )
+        new.transposed = is_transposed(module)
+        return new.train(module.training)
+
+    def outliers(self) -> Outliers:
+        """The channels in float, as the kernels take them."""
+        buffers: Any = self._buffers
+        return Outliers(buffers["factor"], buffers["channels"], buffers["kept"])
+
+    def contradiction(self) -> str | None:
+        """See `surgery.contradiction`."""
+        found = super().contradiction()
+        if found is None:
+            found = contradiction(self.outliers(), self.in_features, self.out_features)
+        return found
+
+    def forward(self, x: Tensor) -> Tensor:
+        buffers: Any = self._buffers
+        own = buffers["packed"], buffers["scale"], buffers["bias"]
+        return kernels.linear(x, *own, self.outliers())
+
+    def dense_weight(self) -> Tensor:
+        dense = self.packed.float() * self.scale.unsqueeze(-1) * self.factor
+        dense[:, self.channels] += self.kept.t()
+        return dense
+
+    def operands(self) -> Operands | None:
+        """None: it isn't one product of a stored weight."""
+        return None
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, outliers={self.channels.tolist()}"
