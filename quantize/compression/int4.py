@@ -1,8 +1,7 @@
 """4-bit weights for decoding one token at a time: which layers get them, and from what calibration.
 
 The layer is `nn/int4.py`. With calibration batches the rounding is GPTQ's, without them each weight
-goes to its nearest value. Left out: activations in integers (that is `int8.py`), other bit widths,
-embeddings.
+goes to its nearest value. Left out: other bit widths, embeddings.
 """
 
 from __future__ import annotations

@@ -8,8 +8,9 @@ weight is widened, to bfloat16 where the CPU multiplies that, and multiplied as 
 
 With calibration batches the rounding is GPTQ's (Frantar et al., arXiv 2210.17323): each column's
 rounding error is made up for by the columns after it, as far as the layer's inputs are correlated.
-Without them, each weight goes to its nearest value. Left out: activations in integers (that is
-`quantize.compression.int8`), other bit widths, embeddings.
+Without them, each weight goes to its nearest value. A decoder's native passes take the same weights
+with inputs in 8 bits, a step for every 32 (see `run/decoding/int4.h`). Left out: other bit widths,
+embeddings.
 """
 
 from __future__ import annotations

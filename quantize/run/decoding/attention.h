@@ -25,7 +25,7 @@ inline void fetch(const T* rows, int64_t count, int64_t d) {
 // them.
 template <int M, class T>
 inline void weigh(const float (*s)[CHUNK], const T* v, const T* next, int64_t n, int64_t d,
-                  float* y) {
+                  float* const* y) {
   int64_t i = 0;
   for (; i + 4 * LANES <= d; i += 4 * LANES) {
     Floats t[M][4] = {};
@@ -36,7 +36,7 @@ inline void weigh(const float (*s)[CHUNK], const T* v, const T* next, int64_t n,
         for (int m = 0; m < M; m++) t[m][j] = multiply_add(Floats{} + s[m][p], x, t[m][j]);
       }
     }
-    for (int m = 0; m < M; m++) memcpy(y + m * d + i, t[m], sizeof t[m]);
+    for (int m = 0; m < M; m++) memcpy(y[m] + i, t[m], sizeof t[m]);
   }
   for (; i + LANES <= d; i += LANES) {
     Floats t[M] = {};
@@ -44,95 +44,106 @@ inline void weigh(const float (*s)[CHUNK], const T* v, const T* next, int64_t n,
       const Floats x = load(v + p * d + i);
       for (int m = 0; m < M; m++) t[m] = multiply_add(Floats{} + s[m][p], x, t[m]);
     }
-    for (int m = 0; m < M; m++) memcpy(y + m * d + i, &t[m], sizeof t[m]);
+    for (int m = 0; m < M; m++) memcpy(y[m] + i, &t[m], sizeof t[m]);
   }
   for (; i < d; i++)
     for (int m = 0; m < M; m++) {
-      y[m * d + i] = 0;
-      for (int64_t p = 0; p < n; p++) y[m * d + i] += s[m][p] * widen(v[p * d + i]);
+      y[m][i] = 0;
+      for (int64_t p = 0; p < n; p++) y[m][i] += s[m][p] * widen(v[p * d + i]);
     }
 }
 
-// s[m] = the scores of n rows of k [n, d] for query m: q[m] . k. next: rows that are read after
-// them.
+// s[m] = the scores of n rows of k [n, d] for query m: q[m] . k, which don't depend on n. next:
+// rows that are read after them.
 template <int M, class T>
-inline void score(const float* q, const T* k, const T* next, int64_t n, int64_t d,
+inline void score(const float* const* q, const T* k, const T* next, int64_t n, int64_t d,
                   float (*s)[CHUNK]) {
-  int64_t p = 0;
-  for (; p + 4 <= n; p += 4) {
+  for (int64_t p = 0; p < n; p += 4) {
+    const T* row[4];
+    for (int64_t j = 0; j < 4; j++) row[j] = k + (p + j < n ? p + j : n - 1) * d;
     fetch(next + p * d, 4, d);
     Floats t[M][4] = {};
     int64_t i = 0;
     for (; i + LANES <= d; i += LANES) {
-      Floats row[4];
-      for (int j = 0; j < 4; j++) row[j] = load(k + (p + j) * d + i);
+      Floats keys[4];
+      for (int j = 0; j < 4; j++) keys[j] = load(row[j] + i);
       for (int m = 0; m < M; m++) {
-        const Floats x = load(q + m * d + i);
-        for (int j = 0; j < 4; j++) t[m][j] = multiply_add(row[j], x, t[m][j]);
+        const Floats x = load(q[m] + i);
+        for (int j = 0; j < 4; j++) t[m][j] = multiply_add(keys[j], x, t[m][j]);
       }
     }
     for (int m = 0; m < M; m++) sum4(t[m], s[m] + p);
     for (; i < d; i++)
       for (int m = 0; m < M; m++)
-        for (int j = 0; j < 4; j++) s[m][p + j] += q[m * d + i] * widen(k[(p + j) * d + i]);
-  }
-  for (; p < n; p++) {
-    Floats t[M] = {};
-    int64_t i = 0;
-    for (; i + LANES <= d; i += LANES)
-      for (int m = 0; m < M; m++)
-        t[m] = multiply_add(load(k + p * d + i), load(q + m * d + i), t[m]);
-    for (int m = 0; m < M; m++) s[m][p] = sum(t[m]);
-    for (; i < d; i++)
-      for (int m = 0; m < M; m++) s[m][p] += q[m * d + i] * widen(k[p * d + i]);
+        for (int j = 0; j < 4; j++) s[m][p + j] += q[m][i] * widen(row[j][i]);
   }
 }
 
 // What some heads' queries found in a part of a text.
 struct Found {
   float *sums, *peak, *total;  // unnormalized [heads, d]; largest score; sum of weights [heads]
+
+  Found of(int64_t head, int64_t d) const { return {sums + head * d, peak + head, total + head}; }
 };
 
-// `heads` queries over n <= CHUNK positions.
-template <int64_t D, class T>
-void attend(const float* q, int64_t heads, const T* k, const T* v, const Brain* k_scale,
-            const Brain* v_scale, int64_t n, int64_t width, Found to) {
-  const int64_t d = D ? D : width;
+// A head's query over the first n of some positions.
+struct Query {
+  const float* x;
+  int64_t n;
+  Found to;
+};
+
+template <class T>
+struct Keys {  // positions of one head of keys and values; the scales may be null
+  const T *k, *v;
+  const Brain *k_scale, *v_scale;
+};
+
+constexpr int64_t MOST_QUERIES = 6;  // whose sums fit the registers
+
+// M queries over the same positions, up to CHUNK of them.
+template <int M, class T>
+void attend(const Query* query, const Keys<T>& in, int64_t d) {
   const float factor = 1 / sqrtf(float(d));
-  float scores[4][CHUNK];
-  for (int64_t head = 0; head < heads; head += 4) {
-    const int64_t many = heads - head < 4 ? heads - head : 4;
-    const float* x = q + head * d;
-    if (many == 4)
-      score<4>(x, k, v, n, d, scores);
-    else if (many == 3)
-      score<3>(x, k, v, n, d, scores);
-    else if (many == 2)
-      score<2>(x, k, v, n, d, scores);
-    else
-      score<1>(x, k, v, n, d, scores);
-    for (int64_t h = 0; h < many; h++) {
-      float *s = scores[h], top = -INFINITY, sum = 0;
-      for (int64_t p = 0; p < n; p++) s[p] *= k_scale ? factor * widen(k_scale[p]) : factor;
-#pragma omp simd reduction(max : top)
-      for (int64_t p = 0; p < n; p++) top = s[p] > top ? s[p] : top;
-#pragma omp simd reduction(+ : sum)
-      for (int64_t p = 0; p < n; p++) sum += s[p] = exponential(s[p] - top);
-      to.peak[head + h] = top;
-      to.total[head + h] = sum;
-      if (v_scale)
-        for (int64_t p = 0; p < n; p++) s[p] *= widen(v_scale[p]);
-    }
-    float* y = to.sums + head * d;
-    if (many == 4)
-      weigh<4>(scores, v, k + n * d, n, d, y);
-    else if (many == 3)
-      weigh<3>(scores, v, k + n * d, n, d, y);
-    else if (many == 2)
-      weigh<2>(scores, v, k + n * d, n, d, y);
-    else
-      weigh<1>(scores, v, k + n * d, n, d, y);
+  alignas(64) float scores[M][CHUNK];
+  const float* x[M];
+  float* y[M];
+  int64_t n = 0;
+  for (int m = 0; m < M; m++) {
+    x[m] = query[m].x;
+    y[m] = query[m].to.sums;
+    n = query[m].n > n ? query[m].n : n;
   }
+  score<M>(x, in.k, in.v, n, d, scores);
+  for (int m = 0; m < M; m++) {
+    float *s = scores[m], top = -INFINITY, sum = 0;
+    const int64_t own = query[m].n;
+    for (int64_t p = 0; p < own; p++) s[p] *= in.k_scale ? factor * widen(in.k_scale[p]) : factor;
+#pragma omp simd reduction(max : top)
+    for (int64_t p = 0; p < own; p++) top = s[p] > top ? s[p] : top;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t p = 0; p < own; p++) sum += s[p] = exponential(s[p] - top);
+    *query[m].to.peak = top;
+    *query[m].to.total = sum;
+    if (in.v_scale)
+      for (int64_t p = 0; p < own; p++) s[p] *= widen(in.v_scale[p]);
+    for (int64_t p = own; p < n; p++) s[p] = 0;
+  }
+  weigh<M>(scores, in.v, in.k + n * d, n, d, y);
+}
+
+template <class T>
+void attend_all(const Query* query, int64_t many, const Keys<T>& in, int64_t d) {
+  for (; many >= MOST_QUERIES; query += MOST_QUERIES, many -= MOST_QUERIES)
+    attend<MOST_QUERIES>(query, in, d);
+  if (many >= 4) {
+    attend<4>(query, in, d);
+    query += 4;
+    many -= 4;
+  }
+  if (many == 3) attend<3>(query, in, d);
+  if (many == 2) attend<2>(query, in, d);
+  if (many == 1) attend<1>(query, in, d);
 }
 
 // Add to what was found before it in the text.
@@ -203,23 +214,23 @@ struct Context {
 };
 
 template <class T>
-void attend_width(const float* q, const Context& in, const Held& held, int64_t at, int64_t n,
-                  Found to) {
-  const int64_t d = in.d;
-  const T *k = (const T*)held.k + at * d, *v = (const T*)held.v + at * d;
-  const Brain* k_scale = held.k_scale ? (const Brain*)held.k_scale + at : nullptr;
-  const Brain* v_scale = held.v_scale ? (const Brain*)held.v_scale + at : nullptr;
-  auto run = d == 64 ? attend<64, T> : d == 128 ? attend<128, T> : attend<0, T>;
-  run(q, in.group(), k, v, k_scale, v_scale, n, d, to);
+Keys<T> keys_at(const Held& held, int64_t at, int64_t d) {
+  return {(const T*)held.k + at * d, (const T*)held.v + at * d,
+          held.k_scale ? (const Brain*)held.k_scale + at : nullptr,
+          held.v_scale ? (const Brain*)held.v_scale + at : nullptr};
 }
 
-inline void attend_part(const float* q, const Context& in, const Held& held, int64_t at, int64_t n,
-                        Found to) {
-  auto run = in.pass.kind == F32    ? attend_width<float>
-             : in.pass.kind == F16  ? attend_width<Half>
-             : in.pass.kind == BF16 ? attend_width<Brain>
-                                    : attend_width<int8_t>;
-  run(q, in, held, at, n, to);
+inline void attend_part(const Query* query, int64_t many, const Context& in, const Held& held,
+                        int64_t at) {
+  const int64_t d = in.d;
+  if (in.pass.kind == F32)
+    attend_all(query, many, keys_at<float>(held, at, d), d);
+  else if (in.pass.kind == F16)
+    attend_all(query, many, keys_at<Half>(held, at, d), d);
+  else if (in.pass.kind == BF16)
+    attend_all(query, many, keys_at<Brain>(held, at, d), d);
+  else
+    attend_all(query, many, keys_at<int8_t>(held, at, d), d);
 }
 
 // Attention of neighbouring rows of one text in one cache, a chunk for all of them after the other.
@@ -227,15 +238,19 @@ struct Neighbours {
   static constexpr int64_t MOST = 32;
   const Context& in;
   const Held& held;
+  const int64_t together;  // rows whose queries are computed at once
   std::vector<float> sums, peak, total, part, k, v;
+  std::vector<Query> query;
 
   explicit Neighbours(const Context& in)
       : in(in),
         held(in.held(0)),
+        together(in.group() < MOST_QUERIES ? MOST_QUERIES / in.group() : 1),
         sums(MOST * in.group() * in.d),
         peak(MOST * in.group()),
         total(MOST * in.group()),
-        part(in.group() * (in.d + 2)) {
+        part(together * in.group() * (in.d + 2)),
+        query(together * in.group()) {
     if (in.pass.kind == F32) return;
     k.resize(CHUNK * in.d);
     v.resize(CHUNK * in.d);
@@ -264,8 +279,6 @@ struct Neighbours {
 
   void add_chunk(int64_t low, int64_t high, int64_t kv, int64_t chunk, const float* q,
                  int64_t stride) {
-    const int64_t group = in.group(), d = in.d;
-    const Found one = {part.data(), part.data() + group * d, part.data() + group * (d + 1)};
     Seen wide = {held.capacity, 0};
     for (int64_t row = low; row < high; row++) {
       const Seen own = part_of(row, chunk);
@@ -275,17 +288,41 @@ struct Neighbours {
     }
     const bool widened = in.pass.kind != F32 && wide.high - wide.low <= CHUNK;
     if (widened) widen_rows(in.at(low, kv, wide.low), wide.high - wide.low);
-    for (int64_t row = low; row < high; row++) {
+    for (int64_t row = low; row < high;) {
       const Seen own = part_of(row, chunk);
-      if (own.low >= own.high) continue;
-      const float* x = q + row * stride + kv * group * d;
-      const int64_t at = in.at(row, kv, own.low), n = own.high - own.low;
-      if (widened)
-        attend_floats(x, at, own.low - wide.low, n, one);
-      else
-        attend_part(x, in, held, at, n, one);
-      join(found(row - low), one, group, d);
+      int64_t end = row + 1;
+      while (end < high && end < row + together && part_of(end, chunk).low == own.low) end++;
+      if (own.low < own.high) {
+        const int64_t many = ask(row, end, kv, chunk, q, stride);
+        const int64_t at = in.at(row, kv, own.low);
+        if (widened)
+          attend_floats(many, at, own.low - wide.low);
+        else
+          attend_part(query.data(), many, in, held, at);
+        for (int64_t i = 0; i < end - row; i++)
+          join(found(row + i - low), part_found(i), in.group(), in.d);
+      }
+      row = end;
     }
+  }
+
+  Found part_found(int64_t i) {
+    const int64_t many = together * in.group();
+    float *peak_of = part.data() + many * in.d, *total_of = peak_of + many;
+    return Found{part.data(), peak_of, total_of}.of(i * in.group(), in.d);
+  }
+
+  // The queries of some rows' heads; returns how many.
+  int64_t ask(int64_t row, int64_t end, int64_t kv, int64_t chunk, const float* q, int64_t stride) {
+    const int64_t group = in.group(), d = in.d;
+    int64_t many = 0;
+    for (int64_t r = row; r < end; r++) {
+      const Seen own = part_of(r, chunk);
+      const float* x = q + r * stride + kv * group * d;
+      for (int64_t h = 0; h < group; h++)
+        query[many++] = {x + h * d, own.high - own.low, part_found(r - row).of(h, d)};
+    }
+    return many;
   }
 
   // Nothing of a chunk that isn't the row's.
@@ -309,12 +346,11 @@ struct Neighbours {
     for (int64_t i = 0; i < many; i++) v[i] = widen(values[i]);
   }
 
-  void attend_floats(const float* q, int64_t at, int64_t offset, int64_t n, Found to) {
-    const int64_t d = in.d;
-    const Brain* k_scale = held.k_scale ? (const Brain*)held.k_scale + at : nullptr;
-    const Brain* v_scale = held.v_scale ? (const Brain*)held.v_scale + at : nullptr;
-    auto run = d == 64 ? attend<64, float> : d == 128 ? attend<128, float> : attend<0, float>;
-    run(q, in.group(), &k[offset * d], &v[offset * d], k_scale, v_scale, n, d, to);
+  void attend_floats(int64_t many, int64_t at, int64_t offset) {
+    Keys<float> keys = {&k[offset * in.d], &v[offset * in.d], nullptr, nullptr};
+    if (held.k_scale) keys.k_scale = (const Brain*)held.k_scale + at;
+    if (held.v_scale) keys.v_scale = (const Brain*)held.v_scale + at;
+    attend_all(query.data(), many, keys, in.d);
   }
 };
 

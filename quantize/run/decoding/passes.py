@@ -29,9 +29,9 @@ from quantize.run.decoding.recognition import (
 )
 from quantize.run.kv_cache import KVCache
 
-# Tokens times layers after which 3 s of compiling are paid back, at half a millisecond saved in
+# Tokens times layers after which 6 s of compiling are paid back, at half a millisecond saved in
 # each layer.
-WORTH_COMPILING = 6000
+WORTH_COMPILING = 12000
 # tokens times layers that this process decoded without native code, for want of a compiled library
 _run_without = 0
 

@@ -104,13 +104,16 @@ inline int64_t kinds_of(const Linear& a) {
 // ------------------------------------------------------------------------------------------------
 // floats
 
-// y[m][o] = w[o] . x[m] for M rows of inputs and O outputs, each `n` apart.
+// y[m][o] = w[o] . x[m] for M rows of inputs and O outputs, each `n` apart. A single row takes
+// weights as fast as memory gives them, if they are asked for.
 template <int M, int O, class W>
 inline void dot(const W* w, const float* x, int64_t n, float (*y)[O]) {
+  constexpr int64_t AHEAD = 3 * 4096 / sizeof(W);
   Floats total[M][O] = {};
   int64_t i = 0;
   for (; i + LANES <= n; i += LANES)
     for (int o = 0; o < O; o++) {
+      if (M * O == 1) __builtin_prefetch(w + i + AHEAD);
       const Floats v = load(w + o * n + i);
       for (int m = 0; m < M; m++) total[m][o] = multiply_add(v, load(x + m * n + i), total[m][o]);
     }

@@ -38,7 +38,7 @@ def for_decoding(model: DecoderLM, *, backend: str | None = None) -> DecodingLM:
 
     Args:
         model: a `DecoderLM`, compressed or not. It isn't changed, its mode included.
-        backend: "native" compiles a C++ file when first asked for (3 s; kept in the user's cache
+        backend: "native" compiles a C++ file when first asked for (6 s; kept in the user's cache
             folder) and follows later changes of the model, but for those made through `.data` in
             float16 weights. "torchscript" traces a copy with merged layers and follows none. None
             takes native where there is a compiler and every layer is of a kind that it knows, else

@@ -226,8 +226,12 @@ struct Run {
           if (chunks.low + i >= chunks.high) continue;
           const Seen part = context.part(row, chunks.low + i);
           const float* q = &qkv[row * wide + kv * group * d];
-          attend_part(q, context, context.held(row), context.at(row, kv, part.low),
-                      part.high - part.low, found(row, i, kv * group));
+          const Found to = found(row, i, kv * group);
+          std::vector<Query> query(group);
+          for (int64_t h = 0; h < group; h++)
+            query[h] = {q + h * d, part.high - part.low, to.of(h, d)};
+          attend_part(query.data(), group, context, context.held(row),
+                      context.at(row, kv, part.low));
         }
     const Span own = own_part(rows * heads);
     for (int64_t task = own.low; task < own.high; task++) {

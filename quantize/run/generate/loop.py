@@ -40,8 +40,8 @@ def generate(model: nn.Module, prompt: Prompt, **options: Any) -> Tensor | list[
     max_new_tokens.
 
     A `DecoderLM` on a CPU in eval mode is decoded by native code where there is a compiler (see
-    `decoding.passes`), without a second copy of its weights. Compiling takes 3 s, once, and waits
-    until a process has decoded 6000 tokens times layers without it. With float32 weights the logits
+    `decoding.passes`), without a second copy of float weights. Compiling takes 6 s, once, and waits
+    until a process has decoded 12000 tokens times layers without it. With float32 weights logits
     equal those of the model's own forward to rounding. Native code reads a model with int8 or int4
     weights from its first token on, and its text is the same with and without a cache of the
     model's dtype, alone and in a batch, with and without a draft, on any number of threads. The

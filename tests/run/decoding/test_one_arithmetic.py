@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import helpers
@@ -94,6 +95,25 @@ def test_on_one_thread(model, expected, one_thread):
     """The order of sums isn't that of threads."""
     for prompt, text in zip(PROMPTS, expected, strict=True):
         assert torch.equal(generate(model, prompt, max_new_tokens=NEW), text)
+
+
+def test_eight_threads_at_once(model, expected):
+    """On one model that nobody has run yet, so that they pack its weights together."""
+    shared = copy.deepcopy(model)
+    with ThreadPoolExecutor(8) as pool:
+        texts = pool.map(lambda prompt: generate(shared, prompt, max_new_tokens=64), PROMPTS[:8])
+    for text, whole in zip(texts, expected, strict=False):
+        assert torch.equal(text, whole[:, : text.shape[1]])
+
+
+def test_under_another_default_dtype(model, expected):
+    """Nothing of a pass is made in the default dtype."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        text = generate(model, PROMPTS[0], max_new_tokens=64)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(text, expected[0][:, : text.shape[1]])
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16, torch.int8])
