@@ -74,6 +74,17 @@ struct CodeSums {
 // ------------------------------------------------------------------------------------------------
 // rows
 
+// Over all lanes.
+inline int32_t largest_of(Ints x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_epi32((__m512i)x);
+#else
+  int32_t found = x[0];
+  for (int i = 1; i < LANES; i++) found = x[i] > found ? x[i] : found;
+  return found;
+#endif
+}
+
 // q: bytes [n]; step, sum: one for every 32, the sum times the step. n: a multiple of 32. A block
 // with a NaN or an infinity gets a step of NaN.
 inline void quantize_blocks(const float* x, int64_t n, int8_t* q, float* step, float* sum) {
@@ -81,7 +92,7 @@ inline void quantize_blocks(const float* x, int64_t n, int8_t* q, float* step, f
   for (int64_t block = 0; block < n / BLOCK; block++) {
     const Floats part[2] = {load(x + BLOCK * block), load(x + BLOCK * block + LANES)};
     const Ints size[2] = {(Ints)part[0] & 0x7fffffff, (Ints)part[1] & 0x7fffffff};
-    const int32_t largest = most_of(size[0] > size[1] ? size[0] : size[1]);
+    const int32_t largest = largest_of(size[0] > size[1] ? size[0] : size[1]);
     const bool finite = largest < 0x7f800000;
     float s = bits<float>(largest) * (1.0f / 127);
     s = s < SMALLEST ? SMALLEST : s;
