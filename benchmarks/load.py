@@ -63,7 +63,7 @@ class Client:
             if b"transfer-encoding: chunked" in head:
                 await self._chunks(answer, started)
             else:
-                length = int(head.split(b"content-length: ")[1].split(b"\r\n")[0])
+                length = int(head.split(b"\r\ncontent-length: ")[1].split(b"\r\n")[0])
                 await self.reader.readexactly(length)
                 answer.bytes = length
             if b"connection: close" in head:

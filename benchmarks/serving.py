@@ -2,8 +2,6 @@
 
     uv run python benchmarks/serving.py
     uv run python benchmarks/serving.py --questions streams --shapes 135M
-    uv run --with litserve python benchmarks/serving.py --questions overhead crowd --peers litserve
-    uv run --group bench python benchmarks/serving.py --questions streams --peers llama.cpp
 
 Questions:
 
