@@ -156,22 +156,25 @@ def embeddings(folder: Path) -> Service:
     return Service("encoder", place, requests, call, lambda count: call(0, count))
 
 
-def decoder(folder: Path, shape: str, new: int) -> Service:
-    """A decoder in int8 that streams `new` tokens to prompts of its own."""
-    model = quantize.quantize_dynamic(build(shape), prefer="size")
+def decoder(folder: Path, shape: str) -> Callable[[int], Service]:
+    """A decoder in int8; gives the service that streams so many tokens to prompts of its own."""
+    model: Any = quantize.quantize_dynamic(build(shape), prefer="size")
     place = folder / shape
     quantize.save_folder(model, place)
     size = model.config.vocab_size
     write_words(place, size)
     texts = sentences(64, PROMPT, PROMPT, size)
 
-    def call(number: int) -> Any:
-        ids = torch.tensor([[int(word[1:]) for word in texts[number % len(texts)].split()]])
-        return generate(model, ids, max_new_tokens=new)
+    def service(new: int) -> Service:
+        def call(number: int) -> Any:
+            ids = torch.tensor([[int(word[1:]) for word in texts[number % len(texts)].split()]])
+            return generate(model, ids, max_new_tokens=new)
 
-    content = {"model": shape, "max_tokens": new, "temperature": 0, "stream": True}
-    requests = [post("/v1/completions", {**content, "prompt": text}) for text in texts]
-    return Service(shape, place, requests, call)
+        content = {"model": shape, "max_tokens": new, "temperature": 0, "stream": True}
+        requests = [post("/v1/completions", {**content, "prompt": text}) for text in texts]
+        return Service(shape, place, requests, call)
+
+    return service
 
 
 class Server:
@@ -369,8 +372,8 @@ def _rows_of_a_decoder(
     arguments: argparse.Namespace, folder: Path, shape: str, asked: set[str]
 ) -> Iterator[Row]:
     named = {"engine": "quantize int8", "model": shape}
-    service = decoder(folder, shape, NEW)
-    first = decoder(folder, shape, 1) if "overhead" in asked else service
+    make = decoder(folder, shape)
+    service, first = make(NEW), make(1)
     flags = ("--name", shape)
     with contextlib.ExitStack() as stack:
         if asked & {"overhead", "streams"}:

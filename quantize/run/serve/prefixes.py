@@ -1,8 +1,9 @@
 """Prompts read a short while ago, kept so that what they share isn't read again.
 
 A prompt is taken over whole, or in whole pieces of `generate`'s CHUNK: so much of it was computed
-in the very passes in which the other would compute it, and gives the same bits. Nothing is copied
-before one of the two texts goes on.
+in the very passes in which the other would compute it, and gives the same bits. Models of integer
+weights give the same bits in whatever passes a prompt is read, so any part of it is taken over.
+Nothing is copied before one of the two texts goes on.
 """
 
 from __future__ import annotations
@@ -49,9 +50,13 @@ class Prefixes:
         while self.nbytes > self.most_bytes:
             self._kept.popitem(last=False)
 
-    def find(self, ids: Tensor, like: KVCache) -> Prefix | None:
-        """The most that is kept of prompt ids [T], in a cache of the caller's own, of the dtype and
-        the limit of `like`.
+    def find(self, ids: Tensor, like: KVCache, piece: int = CHUNK) -> Prefix | None:
+        """The most that is kept of a prompt, in a cache of the caller's own.
+
+        Args:
+            ids: of the prompt [T].
+            like: a cache of the dtype and the limit that it has to have.
+            piece: a part of a prompt is taken over in whole pieces of so many tokens.
         """
         name = like.dtype, ids.numpy().tobytes()
         if name in self._kept:
@@ -59,7 +64,9 @@ class Prefixes:
             self._kept.move_to_end(name)
             return Prefix(_twin(whole.cache, like), whole.logits)
         shared = {
-            key: _shared(ids, kept) for key, (kept, _) in self._kept.items() if key[0] == like.dtype
+            key: _shared(ids, kept, piece)
+            for key, (kept, _) in self._kept.items()
+            if key[0] == like.dtype
         }
         best = max(shared, key=lambda key: shared[key], default=None)
         if best is None or not shared[best]:
@@ -79,8 +86,8 @@ def _twin(cache: KVCache, like: KVCache) -> KVCache:
     return twin
 
 
-def _shared(ids: Tensor, kept: Tensor) -> int:
+def _shared(ids: Tensor, kept: Tensor, piece: int) -> int:
     """Tokens that two prompts have in common, in whole pieces; fewer than `ids` has."""
     reach = min(len(ids) - 1, len(kept))
     same = int((ids[:reach] == kept[:reach]).cumprod(0).sum())
-    return same // CHUNK * CHUNK
+    return same // piece * piece

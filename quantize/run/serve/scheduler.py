@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from quantize.models import DecoderLM
 from quantize.run.decoding.native import MOST_ROWS, Step
+from quantize.run.decoding.passes import NativePasses
 from quantize.run.decoding.recognition import obstacle
 from quantize.run.decoding.together import read_together
 from quantize.run.generate.reader import CHUNK
@@ -41,6 +42,7 @@ class Writer:
         is_ours = isinstance(model, DecoderLM)
         self.reason = obstacle(model) if is_ours else f"{type(model).__name__} isn't a DecoderLM"
         self._step = Step(model, narrow=False) if is_ours and not self.reason else None
+        self.passes = NativePasses(model) if isinstance(model, DecoderLM) else None
 
     def step(self, texts: list[Sequence]) -> list[tuple[Sequence, Event]]:
         """Go on with each text; what came of it, for those that got a token or failed."""

@@ -13,7 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantize.run.generate import Generation
+from quantize.models import DecoderLM
+from quantize.run.decoding.passes import NativePasses
+from quantize.run.decoding.recognition import multiplies_integers
+from quantize.run.generate import Generation, prefill
 from quantize.run.generate.reader import CHUNK, CachedReader
 from quantize.run.kv_cache import KVCache
 from quantize.run.serve.prefixes import Prefixes
@@ -41,6 +44,7 @@ class Sequence(Generation):
         model: as in `generate`.
         prompt: token ids.
         prefixes: prompts read before.
+        passes: native ones of the model, which texts share; None: the text makes its own.
         top: how many of the most probable tokens come along with each; None: no probabilities.
         options: those of `generate`, for one row.
 
@@ -54,11 +58,15 @@ class Sequence(Generation):
         prompt: list[int],
         *,
         prefixes: Prefixes | None = None,
+        passes: NativePasses | None = None,
         top: int | None = None,
         **options: Any,
     ) -> None:
         super().__init__(model, torch.tensor([prompt], dtype=torch.int64), **options)
         self.prefixes, self.top = prefixes, top
+        if passes is not None:
+            self._reader.passes = passes
+        self._natively = isinstance(model, DecoderLM) and multiplies_integers(model)
         self.cancelled = False
         self._read, self._first = 0, self.ids.shape[1]
         self._logits: Tensor | None = None  # [1, V] after the prompt
@@ -83,7 +91,10 @@ class Sequence(Generation):
         if self._read == 0 and self._take_prefix(reader):
             return 0
         piece = self.ids[:, self._read : min(self._read + CHUNK, self._first)]
-        logits = reader.read(piece, last=1)[:, -1]
+        if self._natively:
+            logits = reader.read(piece, last=1)[:, -1]
+        else:  # as `generate` reads it: a short last piece, too, by the model's own layers
+            logits = prefill(self.model, piece, reader.cache)
         self._read += piece.shape[1]
         if self._read == self._first:
             self._logits = logits
@@ -121,7 +132,9 @@ class Sequence(Generation):
         """Take over what is kept of the prompt; whether that is all of it."""
         found = None
         if self.prefixes is not None:
-            found = self.prefixes.find(self.ids[0], reader.cache)
+            # Integer layers give the same bits however a prompt is cut.
+            piece = 1 if self._natively else CHUNK
+            found = self.prefixes.find(self.ids[0], reader.cache, piece)
         if found is None:
             return False
         reader.cache, self._read = found.cache, found.cache.length

@@ -140,6 +140,7 @@ class Texts:
                 self.decoder.model,
                 prompt,
                 prefixes=model.prefixes,
+                passes=self.decoder.writer.passes,
                 top=self.asked.top,
                 max_new_tokens=new,
                 **options,

@@ -10,7 +10,9 @@ from helpers import decoder
 from hypothesis import given
 from hypothesis import strategies as st
 
+from quantize import quantize_dynamic
 from quantize.models import ConvNet, ConvNetConfig
+from quantize.run.decoding.passes import NativePasses
 from quantize.run.generate.reader import CHUNK
 from quantize.run.serve import app
 from quantize.run.serve.batching import Job, choose
@@ -77,6 +79,26 @@ def test_prompts_are_kept_whole_or_in_whole_pieces():
         read((torch.arange(LEAST) + i) % 61, small)
         assert small.nbytes <= small.most_bytes
     assert small.nbytes
+
+
+def test_integer_layers_share_any_part_of_a_prompt():
+    """With the logits, bit for bit, of reading all of it."""
+    model = quantize_dynamic(decoder(max_length=400), prefer="size", embeddings=True)
+    prefixes = Prefixes(1 << 30)
+    passes = NativePasses(model)
+
+    def read(ids: list[int], kept: Prefixes | None) -> tuple[int, torch.Tensor]:
+        text = Sequence(model, ids, prefixes=kept, passes=passes, max_new_tokens=4)
+        count = 0
+        while text.reading:
+            count += text.read_piece()
+        return count, text._logits
+
+    first = [i % 61 for i in range(90)]
+    read(first, prefixes)
+    other = [*first[:70], 5, 4, 3]
+    count, logits = read(other, prefixes)
+    assert count == 3 and torch.equal(logits, read(other, None)[1])
 
 
 def test_rows_that_see_each_other_are_never_joined():
