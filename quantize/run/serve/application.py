@@ -93,11 +93,11 @@ async def docs(request: Request) -> Response:
 
 
 HANDLERS = {Refused: on_refused, Gone: on_gone, HTTPException: on_status, Exception: on_failure}
-ROUTES = [
-    Route("/", page),
-    Route("/docs", docs),
-    Route("/metrics", metrics),
+ROUTES = [  # the first that fits is taken: those that are asked most come first
     *oip.ROUTES,
     *openai.ROUTES,
     *embeddings.ROUTES,
+    Route("/", page),
+    Route("/docs", docs),
+    Route("/metrics", metrics),
 ]

@@ -99,13 +99,14 @@ def from_bytes(name: str, data: memoryview, shape: Sequence[int], datatype: str)
 
 def to_bytes(tensor: Tensor) -> bytes:
     """Little-endian bytes of a tensor."""
-    raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return bytes(_little_endian(memoryview(raw.numpy().tobytes()), tensor.dtype))
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    whole = flat.view(torch.int16) if tensor.dtype is torch.bfloat16 else flat
+    return bytes(_little_endian(whole.numpy().tobytes(), tensor.dtype))
 
 
 def to_json(name: str, tensor: Tensor) -> list[Any]:
     """A tensor's numbers as a flat list. Raises Refused where JSON has no such number."""
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+    if tensor.is_floating_point() and not _is_finite(tensor.detach().cpu()):
         raise Refused(
             f"output {name!r} holds NaN or infinity, which JSON can't: ask for binary data",
             status=500,
@@ -114,12 +115,18 @@ def to_json(name: str, tensor: Tensor) -> list[Any]:
 
 
 def _finite(name: str, tensor: Tensor) -> Tensor:
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+    if tensor.is_floating_point() and not _is_finite(tensor):
         raise Refused(f"input {name!r} holds NaN or infinity")
     return tensor
 
 
-def _little_endian(data: memoryview, dtype: torch.dtype) -> bytes | memoryview:
+def _is_finite(tensor: Tensor) -> bool:
+    if tensor.dtype is torch.bfloat16:
+        return bool(torch.isfinite(tensor).all())
+    return bool(np.isfinite(tensor.numpy()).all())  # takes a tenth of the time for a few numbers
+
+
+def _little_endian(data: bytes | memoryview, dtype: torch.dtype) -> bytes | memoryview:
     if sys.byteorder == "little":
         return data
     numbers = np.frombuffer(data, dtype=f"u{dtype.itemsize}")

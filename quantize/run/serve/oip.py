@@ -184,16 +184,16 @@ def _model(request: Request) -> state.Running:
 
 def _routes_of_a_model(prefix: str) -> list[Route]:
     return [
-        Route(prefix, model_metadata),
-        Route(f"{prefix}/ready", model_ready),
         Route(f"{prefix}/infer", infer, methods=["POST"]),
+        Route(f"{prefix}/ready", model_ready),
+        Route(prefix, model_metadata),
     ]
 
 
 ROUTES = [
+    *_routes_of_a_model("/v2/models/{name}"),
+    *_routes_of_a_model("/v2/models/{name}/versions/{version}"),
     Route("/v2", server_metadata),
     Route("/v2/health/live", live),
     Route("/v2/health/ready", ready),
-    *_routes_of_a_model("/v2/models/{name}"),
-    *_routes_of_a_model("/v2/models/{name}/versions/{version}"),
 ]

@@ -191,6 +191,8 @@ class Supervisor:
         except Exception as error:
             LOG.error("the changed model isn't served: %s", error)
             return
+        if self.stopping:
+            return
         self.models, self.generation = models, self.generation + 1
         LOG.info("the models were loaded again")
         for _ in range(self.count):
