@@ -55,7 +55,7 @@ def running() -> int:
     """Replicas that answer, as Ray's controller counts them."""
     application = serve.status().applications[ours.NAME]
     states = application.deployments[ours.NAME].replica_states
-    return int({str(name.value): count for name, count in states.items()}.get("RUNNING", 0))
+    return sum(count for name, count in states.items() if "RUNNING" in str(name))
 
 
 def killed_under_load(service: Any, place: Any, total: int, rate: float) -> Row:

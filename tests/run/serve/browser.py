@@ -23,13 +23,14 @@ class Page:
         read_here, write_there = os.pipe()
         read_there, write_here = os.pipe()
         self._to, self._from = write_here, read_here
-        # The browser reads from descriptor 3 and writes to 4.
-        script = f'exec "$@" 3<&{read_there} 4>&{write_there}'
+
+        def wire() -> None:  # the browser reads from descriptor 3 and writes to 4
+            os.dup2(read_there, 3)
+            os.dup2(write_there, 4)
+
         command = [PROGRAM or "", *FLAGS, f"--user-data-dir={profile}", "about:blank"]
         self._process = subprocess.Popen(
-            ["sh", "-c", script, "sh", *command],
-            pass_fds=(read_there, write_there),
-            stderr=subprocess.DEVNULL,
+            command, preexec_fn=wire, pass_fds=(3, 4), stderr=subprocess.DEVNULL
         )
         os.close(read_there)
         os.close(write_there)
