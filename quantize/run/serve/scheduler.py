@@ -9,6 +9,7 @@ gets the bits that it gets alone; others, one after the other.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
@@ -27,6 +28,7 @@ from quantize.run.serve.errors import Refused, busy
 from quantize.run.serve.sequence import Sequence, Token
 from quantize.run.serve.settings import Settings
 
+LOG = logging.getLogger("quantize.serve")
 Event = Token | Refused
 Events = asyncio.Queue[tuple[int, Event]]
 
@@ -41,6 +43,8 @@ class Writer:
         self.model = model
         is_ours = isinstance(model, DecoderLM)
         self.reason = obstacle(model) if is_ours else f"{type(model).__name__} isn't a DecoderLM"
+        if self.reason is not None:
+            LOG.warning("texts are written one after the other: %s", " ".join(self.reason.split()))
         self._step = Step(model, narrow=False) if is_ours and not self.reason else None
         self.passes = NativePasses(model) if isinstance(model, DecoderLM) else None
 
