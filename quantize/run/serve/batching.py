@@ -94,6 +94,8 @@ class Batcher:
         if self._runner is None or self._runner.done():
             self._runner = asyncio.create_task(self._work())
         try:
+            if len(jobs) == 1:
+                return [await jobs[0].done]
             return await asyncio.gather(*(job.done for job in jobs))
         except BaseException:
             for job in jobs:

@@ -87,16 +87,25 @@ def answer(content: object, status: int = 200, headers: dict[str, str] | None = 
 
 async def unless_gone(request: Request, work: Awaitable[T]) -> T:
     """What `work` gives; it is cancelled, and Gone raised, as soon as the client goes."""
-    task = asyncio.ensure_future(work)
-    watch = asyncio.ensure_future(_disconnected(request.receive))
+    task, gone = asyncio.current_task(), False
+
+    async def watch() -> None:
+        nonlocal gone
+        await _disconnected(request.receive)
+        gone = True
+        if task is not None:
+            task.cancel()
+
+    watcher = asyncio.create_task(watch())
     try:
-        await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise Gone
-        return task.result()
+        return await work
+    except asyncio.CancelledError:
+        if not gone or task is None:
+            raise
+        task.uncancel()
+        raise Gone from None
     finally:
-        task.cancel()
-        watch.cancel()
+        watcher.cancel()
 
 
 async def _disconnected(receive: Receive) -> None:

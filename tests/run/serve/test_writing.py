@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import httpx
 import openai
 import pytest
 import torch
@@ -183,14 +184,19 @@ def test_wrong_conversations_are_named(running, messages: list):
     assert reply.status_code == 400 and "messages" in reply.json()["error"]["message"]
 
 
-def test_a_client_that_goes_stops_its_text(running):
-    """The next step is without it."""
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_stops_its_text(running, stream: bool):
+    """The next step is without it, whether or not the text was streamed."""
     scheduler = running.server.config.app.app.state.serving.models["lm"].scheduler
-    body = {"model": "lm", "prompt": "go on", "max_tokens": 1000, "stream": True}
+    body = {"model": "lm", "prompt": "go on", "max_tokens": 1000, "stream": stream}
     before = running.numbers("quantize_cancelled_total", "lm")
-    with running.client.stream("POST", "/v1/completions", json=body) as reply:
-        next(reply.iter_lines())
-        assert len(scheduler.active) == 1
+    if stream:
+        with running.client.stream("POST", "/v1/completions", json=body) as reply:
+            next(reply.iter_lines())
+            assert len(scheduler.active) == 1
+    else:
+        with pytest.raises(httpx.ReadTimeout):
+            running.client.post("/v1/completions", json=body, timeout=0.05)
     for _ in range(500):
         if not scheduler.active:
             break
