@@ -5,8 +5,9 @@
 
 A row of benchmarks/results/zoo.csv is one model at one batch size, eager float32 beside eager int8
 in one process, in turns: the median milliseconds of a call, the ratio, the relative error of the
-output, the bytes of both files, and how many layers became int8 or stayed. Calibration is a batch
-of each size. Weights are random; speed doesn't depend on them.
+output, the bytes of both files, and how many layers became int8 or stayed. Recurrent layers alone
+have PyTorch's legacy int8 beside them. Calibration is a batch of each size. Weights are random;
+speed doesn't depend on them.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ def t5_encoder() -> nn.Module:
 
 def whisper_encoder() -> nn.Module:
     sizes = {"d_model": 256, "encoder_layers": 4, "encoder_attention_heads": 4}
-    config = transformers.WhisperConfig(encoder_ffn_dim=1024, max_source_positions=100, **sizes)
+    sizes |= {"decoder_attention_heads": 4, "decoder_layers": 1, "max_source_positions": 100}
+    config = transformers.WhisperConfig(encoder_ffn_dim=1024, **sizes)
     return transformers.WhisperModel(config).encoder
 
 
@@ -107,11 +109,23 @@ def compared(name: str, batches: list[int]) -> list[rows.Row]:
         x = inputs(batch)
         with torch.no_grad():
             error = calibration.relative_error([small(x)], [model(x)])
-        calls = [partial(model, x), partial(small, x)]
-        plain_s, small_s = clock.race(calls, least=5, seconds=0.6)
-        times = {"ms": 1e3 * plain_s, "int8_ms": 1e3 * small_s, "speedup": plain_s / small_s}
-        found.append({"model": name, "batch": batch, **times, "error": error, **about})
+        contenders = [model, small]
+        row = {"model": name, "batch": batch, "error": error, **about}
+        if isinstance(model.model, nn.RNNBase):
+            contenders.append(legacy(model))
+            with torch.no_grad():
+                row["legacy_error"] = calibration.relative_error([contenders[-1](x)], [model(x)])
+        calls = [partial(one, x) for one in contenders]
+        times = clock.race(calls, least=5, seconds=0.6)
+        names = ("ms", "int8_ms", "legacy_ms")
+        row |= {key: 1e3 * seconds for key, seconds in zip(names, times, strict=False)}
+        found.append(row | {"speedup": times[0] / times[1]})
     return found
+
+
+def legacy(model: nn.Module) -> nn.Module:
+    """PyTorch's own int8 of recurrent layers, which leaves with `torch.ao.quantization`."""
+    return torch.ao.quantization.quantize_dynamic(model, {nn.LSTM, nn.GRU}, dtype=torch.qint8)
 
 
 def _bytes(model: nn.Module) -> int:

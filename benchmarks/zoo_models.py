@@ -4,8 +4,6 @@ in plain PyTorch.
 
 from __future__ import annotations
 
-import itertools
-
 import models
 import torch
 from torch import Tensor, nn
@@ -156,6 +154,6 @@ class Tagger(nn.Module):
 
 
 def mlp() -> nn.Module:
-    widths = (512, 1024, 1024)
-    layers = [nn.Linear(a, b) for a, b in itertools.pairwise(widths)]
-    return nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), nn.Linear(1024, 10))
+    """Three linear layers."""
+    first, second, last = nn.Linear(512, 1024), nn.Linear(1024, 1024), nn.Linear(1024, 10)
+    return nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), last)

@@ -48,6 +48,7 @@ class _Seen(TorchFunctionMode):
         self.layers, self.names = layers, names
         self.outputs: dict[int, tuple[str, torch.Tensor]] = {}  # by identity
         self.readers: dict[str, list[str]] = {name: [] for name in layers}
+        self.ran: set[str] = set()
         self.reading: list[Any] = []  # outputs that modules at work were given
 
     def handles(self, model: nn.Module) -> list[Any]:
@@ -67,11 +68,13 @@ class _Seen(TorchFunctionMode):
         self.reading.append(given if known is not None else None)
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.reading.pop()
+        if self.reading.pop() is output:  # changed in place: from here on it is this module's
+            self.outputs.pop(id(output), None)
         name = self.names[module]
         if name in self.layers and isinstance(output, torch.Tensor):
-            if name in {known for known, _ in self.outputs.values()}:
+            if name in self.ran:
                 self.readers[name].append("")  # it runs more than once
+            self.ran.add(name)
             self.outputs[id(output)] = name, output
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

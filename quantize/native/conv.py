@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,8 +20,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from quantize.native import build, int8, isa
+from quantize.native.recurrent import versions_of
 
 _LANES, _STEP = 16, 64
+_MOST_BYTES = 1 << 40  # of padded images; the kernel's sizes don't overflow below
 
 _SOURCE = Path(__file__).with_name("conv.cpp")
 _NUMBER, _POINTER = ctypes.c_int64, ctypes.c_void_p
@@ -159,7 +162,7 @@ class Packed:
         counts = per_group * groups, weight.shape[0], groups, taps
         self.layer = Layer(*ones, *zeros, *counts, *pointers)
         self.vectors: tuple[Tensor | None, ...] = ()  # the scale and bias given last,
-        self.versions: tuple[int, ...] = ()
+        self.versions: tuple[int | None, ...] = ()
         self.held: list[Tensor | None] = []  # and what the kernel reads of them
 
     def is_of(self, weight: Tensor, geometry: Geometry) -> bool:
@@ -183,9 +186,9 @@ class Packed:
         call.
         """
         vectors = (scale, bias)
-        versions = tuple(-1 if v is None or v.is_inference() else v._version for v in vectors)
+        versions = versions_of(vectors)
         same = all(a is b for a, b in zip(vectors, self.vectors, strict=False))
-        if not self.vectors or not same or versions != self.versions or scale.is_inference():
+        if not self.vectors or not same or versions != self.versions or None in versions:
             self.held = [None if v is None else self.blocked(v.float()) for v in vectors]
             self.vectors, self.versions = vectors, versions
             pointers = [None if v is None else v.data_ptr() for v in self.held]
@@ -236,7 +239,8 @@ def convolve(
 
     Returns: float32 [N, outputs, *out], in the memory format of x.
 
-    Raises: OSError: there is no native code here (see `functions`).
+    Raises: OSError: there is no native code here (see `functions`). MemoryError: for images that
+        are too large.
     """
     found = packed(weight, geometry)
     layer = found.with_vectors(scale, bias)
@@ -249,8 +253,11 @@ def convolve(
     format = torch.contiguous_format
     if last:
         format = torch.channels_last if len(size) == 2 else torch.channels_last_3d
+    padded = map(sum, zip(size, geometry.before, geometry.after, strict=True))
+    if x.shape[0] * (x.shape[1] + 4) * math.prod(padded) > _MOST_BYTES:
+        raise MemoryError(f"no memory for {list(x.shape)} with padding {geometry.before}")
     y = torch.empty(shape, dtype=torch.float32, device="cpu", memory_format=format)
-    products = y.numel() * weight[0].numel()
+    products = y.numel() * (weight.numel() // len(weight))
     threads = int8.threads(products)
     call = Call(x.shape[0], threads, last, _three(size, 1), _three(out, 1))
     call.x, call.y = x.data_ptr(), y.data_ptr()

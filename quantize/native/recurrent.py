@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,6 +103,17 @@ def functions() -> Functions:
 # weights
 
 
+def versions_of(tensors: Sequence[Tensor | None]) -> tuple[int | None, ...]:
+    """How often each was changed; None where nobody counts, -1 for one that is missing."""
+    found: list[int | None] = []
+    for tensor in tensors:
+        if tensor is None:
+            found.append(-1)
+        else:
+            found.append(None if tensor.is_inference() else tensor._version)
+    return tuple(found)
+
+
 class Packed:
     """A weight int8 [parts * units, inputs] in the kernel's layout: blocks of 16 units, in each the
     rows of all parts (the gates) side by side.
@@ -118,7 +129,7 @@ class Packed:
         pointers = self.packed.data_ptr(), self.sums.data_ptr()
         int8.functions().pack(rows.data_ptr(), len(rows), self.inputs, *pointers)
         self.vectors: tuple[Tensor | None, ...] = ()  # the scale and bias given last,
-        self.versions: tuple[int, ...] = ()
+        self.versions: tuple[int | None, ...] = ()
         self.blocked_vectors: list[Tensor | None] = []  # and what the kernel reads of them
 
     def is_of(self, weight: Tensor) -> bool:
@@ -144,9 +155,9 @@ class Packed:
         call.
         """
         vectors = (scale, bias)
-        versions = tuple(-1 if v is None or v.is_inference() else v._version for v in vectors)
+        versions = versions_of(vectors)
         same = all(a is b for a, b in zip(vectors, self.vectors, strict=False))
-        if not self.vectors or not same or versions != self.versions or -1 in versions:
+        if not self.vectors or not same or versions != self.versions or None in versions:
             blocked = [None if v is None else self.blocked(v.float()) for v in vectors]
             self.vectors, self.versions, self.blocked_vectors = vectors, versions, blocked
         found = self.blocked_vectors

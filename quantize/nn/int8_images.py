@@ -146,7 +146,8 @@ def _eager(
         raise TypeError(f"the input must be a floating point tensor, got {x.dtype}")
     dtype = x.dtype
     x = x.detach().float()
-    plain = native_int8.takes(x) and not weight.is_inference()
+    fits = weight.numel() // len(weight) <= native_int8.MOST_INPUTS
+    plain = fits and native_int8.takes(x) and not weight.is_inference()
     if plain and x.numel() and kernels.native_allowed() and is_exact():
         return conv.convolve(x, weight, scale, bias, geometry, relu).to(dtype)
     y = stock(products.reference, x, weight, scale, bias, geometry, relu)

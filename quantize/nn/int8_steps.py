@@ -136,7 +136,8 @@ def _eager(
     x: Tensor, h: Tensor, c: Tensor | None, weights: Weights, batches: Tensor | None, reverse: bool
 ) -> States:
     held = [t for t in (weights.weight, weights.projection) if t is not None]
-    plain = all(map(native_int8.takes, (x, h))) and not any(t.is_inference() for t in held)
+    fits = max(weights.width, weights.units) <= native_int8.MOST_INPUTS
+    plain = fits and all(map(native_int8.takes, (x, h))) and not any(t.is_inference() for t in held)
     if plain and x.numel() and kernels.native_allowed() and is_exact(weights.gates):
         return recurrent.steps(x, h, c, weights, batches, reverse=reverse)
     return stock(x, h, c, weights, batches, reverse=reverse)

@@ -8,7 +8,6 @@ compiler, `fuse` or a native decoding step would make of the layer.
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
@@ -62,7 +61,8 @@ def time_layers(
 
     Returns: the median times of a call.
     """
-    key = (kind, *_kind(plain), tuple(x.shape), x.dtype, torch.get_num_threads())
+    form = tuple(x.shape), x.stride(), x.dtype
+    key = (kind, *_kind(plain), *form, torch.get_num_threads())
     if key not in _known:
         runs = [_Cycle(layer, x) for layer in (plain, make_small())]
         warm_up = max(run.copies for run in runs)
@@ -94,7 +94,8 @@ class _Cycle:
 
 def _copy(layer: nn.Module) -> nn.Module:
     """A copy on the CPU, with tensors of its own and everything else shared."""
-    new = copy.copy(layer)
+    new = type(layer).__new__(type(layer))  # copy.copy refuses parametrized layers
+    new.__dict__ |= layer.__dict__
     for kind in ("_parameters", "_buffers"):
         own = {name: _on_cpu(tensor) for name, tensor in vars(layer)[kind].items()}
         new.__dict__[kind] = own

@@ -27,7 +27,7 @@ from quantize.surgery.edit import (
     skip_filter,
     uncompiled,
 )
-from quantize.surgery.norms import fold_norms, traced_followers
+from quantize.surgery.norms import absorb, fold_norms, is_plain, traced_followers
 from quantize.surgery.record import (
     Note,
     Summary,
@@ -48,6 +48,7 @@ __all__ = [
     "Note",
     "Skip",
     "Summary",
+    "absorb",
     "amend",
     "builder",
     "check_count",
@@ -59,6 +60,7 @@ __all__ = [
     "facts",
     "fold_norms",
     "holders",
+    "is_plain",
     "is_transposed",
     "mismatch",
     "note",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -40,23 +40,30 @@ def fold_norms(model: nn.Module, followers: Mapping[str, str]) -> dict[str, str]
     modules = dict(model.named_modules(remove_duplicate=False))
     places = Counter(map(id, modules.values()))
     folded: dict[str, str] = {}
-    replacements: dict[nn.Module, nn.Module] = {}
     for conv_name, norm_name in followers.items():
         conv, norm = modules[conv_name], modules[norm_name]
         if places[id(conv)] == places[id(norm)] == 1 and _folds(conv, norm):
             _fold(conv, norm)
-            identity = nn.Identity().train(norm.training)
-            record(identity, "folded_norm")
-            replacements[norm], folded[conv_name] = identity, norm_name
-    for norm, identity in replacements.items():
-        take_place(norm, identity)
-    replace(model, replacements)
+            folded[conv_name] = norm_name
+    absorb(model, folded.values())
     return folded
 
 
+def absorb(model: nn.Module, names: Iterable[str]) -> None:
+    """Put nn.Identity in the places of modules whose work the layers before them do, in place."""
+    replacements: dict[nn.Module, nn.Module] = {}
+    for name in names:
+        module = model.get_submodule(name)
+        identity = absorbed(module)
+        record(identity, "absorbed")
+        take_place(module, identity)
+        replacements[module] = identity
+    replace(model, replacements)
+
+
 @builder
-def folded_norm(module: nn.Module) -> nn.Module:
-    """nn.Identity in place of a BatchNorm whose numbers went into the layer before it."""
+def absorbed(module: nn.Module) -> nn.Module:
+    """nn.Identity in place of a module whose work the layer before it does."""
     return nn.Identity().train(module.training)
 
 
@@ -92,8 +99,8 @@ def traced_followers(model: nn.Module, names: Collection[str]) -> dict[str, str]
     other module and nowhere else: the name of that module; none where `torch.fx` can't follow.
     """
     modules = model.modules()
-    norms = tuple(_PAIRS.values())
-    graph = _graph(model) if any(isinstance(module, norms) for module in modules) else None
+    readers = (*_PAIRS.values(), nn.ReLU)
+    graph = _graph(model) if any(isinstance(module, readers) for module in modules) else None
     if graph is None:
         return {}
     calls = Counter(str(node.target) for node in graph.nodes if node.op == "call_module")
@@ -111,14 +118,14 @@ def traced_followers(model: nn.Module, names: Collection[str]) -> dict[str, str]
     return found
 
 
-def _plain(module: nn.Module, kinds: Collection[type[nn.Module]]) -> bool:
+def is_plain(module: nn.Module, kinds: Collection[type[nn.Module]]) -> bool:
     """Is it just what torch defines, with nobody watching its output?"""
     watched = any(getattr(module, kind, None) for kind in _HOOKS)
     return type(module) in kinds and not watched and "forward" not in module.__dict__
 
 
 def _folds(conv: Any, norm: Any) -> bool:
-    if not _plain(conv, _PAIRS) or not _plain(norm, [_PAIRS[type(conv)]]):
+    if not is_plain(conv, _PAIRS) or not is_plain(norm, [_PAIRS[type(conv)]]):
         return False
     if norm.training or norm.running_mean is None or "_half" in vars(conv) | vars(norm):
         return False

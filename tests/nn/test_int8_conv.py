@@ -13,6 +13,7 @@ import pytest
 import torch
 from helpers import in_int8, randn
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 import quantize
 from quantize import calibration, surgery
@@ -94,6 +95,13 @@ def test_empty_batch_and_refusals():
         new(randn(2, 32, 5, 5))
     with pytest.raises(ValueError, match="smaller than the kernel"):
         Int8Conv.from_layer(layer("stride"))(randn(2, 33, 2, 2))
+
+
+def test_padding_beyond_all_memory_is_refused():
+    """Sizes that a file may claim don't overflow in the kernel."""
+    huge = nn.Conv2d(4, 4, 3, stride=1 << 30, padding=1 << 30)
+    with pytest.raises(MemoryError, match="no memory"):
+        Int8Conv.from_layer(huge)(randn(1, 4, 5, 5))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -187,6 +195,27 @@ def test_norms_that_are_not_folded(net: nn.Module):
     assert surgery.fold_norms(model, FOLLOWERS) == {}
 
 
+def test_activations_are_folded(tmp_path):
+    """ReLU modules that alone read a convolution or its norm, with the same answers; through a
+    file.
+    """
+
+    def make() -> nn.Module:
+        first, second = nn.Conv2d(4, 32, 3), nn.Conv2d(32, 32, 3)
+        return nn.Sequential(first, nn.BatchNorm2d(32), nn.ReLU(), second, nn.ReLU(inplace=True))
+
+    plain, x = make().eval(), randn(2, 4, 8, 8)
+    watched = copy.deepcopy(plain)
+    watched[2].register_forward_hook(lambda *_: None)
+    small, other = in_int8(plain), in_int8(watched, calibration=[x])
+    assert small[0].relu and small[3].relu and not other[0].relu and other[3].relu
+    assert quantize.summary(small).done["2"] == "folded into 0"
+    quantize.save(small, tmp_path / "model.pth")
+    with torch.no_grad():
+        assert torch.equal(small(x), other(x))
+        assert torch.equal(quantize.load(tmp_path / "model.pth", model=make())(x), small(x))
+
+
 class KeepsOutput(Net):
     """Keeps what lies between a convolution and its norm, and decides on a value."""
 
@@ -265,3 +294,11 @@ def test_every_instruction_set_and_thread_count(level: str, monkeypatch):
     for threads in (1, 3):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         assert images.is_exact.__wrapped__()
+
+
+def test_a_computed_weight_is_timed_and_converted():
+    """weight_norm as a parametrization, with the stopwatch on."""
+    plain = nn.Sequential(parametrizations.weight_norm(nn.Conv1d(64, 64, 5))).eval()
+    small, x = quantize.quantize_dynamic(plain), randn(1, 64, 40)
+    with torch.no_grad():
+        assert (small(x) - plain(x)).norm() <= 0.02 * plain(x).norm()

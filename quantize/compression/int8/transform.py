@@ -14,6 +14,7 @@ from torch import nn
 from quantize import calibration as calibrating
 from quantize import surgery
 from quantize.compression import smooth
+from quantize.compression.int8.joining import following, fuse_activations
 from quantize.compression.int8.layers import (
     INT8,
     Choice,
@@ -51,10 +52,10 @@ def quantize_dynamic(
     Can be converted: `nn.Linear` (and subclasses that keep its forward), GPT-2 style `Conv1D`,
     convolutions of 1 to 3 dimensions, `nn.LSTM`, `nn.GRU`, `nn.MultiheadAttention`, and
     `nn.Embedding` and `nn.EmbeddingBag` tables that are large or share their weight with a linear
-    layer (a tied head). `quantize.summary(result)` says what was converted, what was not, and
-    why, and what part of the bytes stays float; a UserWarning does too where that is more than 40
-    percent. A BatchNorm in eval mode that alone reads the output of a convolution is folded into
-    it: calibration shows that, or else `torch.fx` where it can follow the model's forward.
+    layer (a tied head). `quantize.summary(result)` says what was converted, what was not, and why,
+    and what part of the bytes stays float; a UserWarning does too where that is more than 40
+    percent. A BatchNorm in eval mode and a ReLU that alone read the output of a convolution are
+    folded into it: calibration shows that, or else `torch.fx` where it can follow the forward.
 
     By default the result is never slower than the model: each layer is timed here in float and in
     int8, and stays in float where int8 loses; the summary has both times. So the result depends on
@@ -118,7 +119,8 @@ def quantize_dynamic(
         return _unconverted(model, choice.left | left)
     settings: dict[str, Any] = {}
     expected = [] if calibration is None else smooth.outputs(source, calibration)
-    folded = _without_norms(source, choice, calibration)
+    readers = following(source, choice, calibration)
+    folded = {norm: conv for conv, norm in surgery.fold_norms(source, readers).items()}
     if calibration is None:
         new, distance = convert(source, choice.chosen), None
     else:
@@ -129,28 +131,15 @@ def quantize_dynamic(
             settings["max_error"] = max_error
             if distance > max_error:
                 new, distance, choice = within(trial, choice, max_error)
+    folded |= fuse_activations(new, readers, folded)
     new = restore_attentions(new, attentions, (Int8Linear,))
     told, total = _with_shares(new, choice.left | left)
     done = {n: _became(m) for n, m in new.named_modules() if isinstance(m, INT8)}
-    done |= {norm: f"folded into {conv}" for conv, norm in folded.items()}
+    done |= {gone: f"folded into {conv}" for gone, conv in folded.items()}
     if total:
         settings["stays_float"] = total
     surgery.note(new, "int8", done=done, left=told, distance=distance, **settings)
     return new
-
-
-def _without_norms(
-    source: nn.Module, choice: Choice, calibration: Iterable[Any] | None
-) -> dict[str, str]:
-    """Fold the BatchNorms behind chosen convolutions, in place; their names by convolution."""
-    convolutions = {n: f.module for n, f in choice.chosen.items() if f.convolution}
-    if not convolutions:
-        return {}
-    if calibration is None:
-        found = surgery.traced_followers(source, convolutions)
-    else:
-        found = calibrating.followers(source, calibration, convolutions)
-    return surgery.fold_norms(source, found)
 
 
 def _check(prefer: str, max_error: float | None, calibration: Iterable[Any] | None) -> None:
