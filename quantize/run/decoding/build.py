@@ -9,7 +9,7 @@ from quantize.native import library as native_library
 from quantize.run.decoding.structs import read
 
 SOURCE = Path(__file__).with_name("step.cpp")
-_OWN = ("structs.h", "int4.h", "products.h", "attention.h")
+_OWN = ("structs.h", "int4.h", "inputs.h", "products.h", "attention.h", "contexts.h")
 _SHARED = ("integers.h", "rows.h")
 HEADERS = (
     *map(SOURCE.with_name, _OWN),

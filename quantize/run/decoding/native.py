@@ -11,18 +11,24 @@ import ctypes
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quantize.host import usable_cores
 from quantize.models import DecoderLM
-from quantize.nn import operands
 from quantize.nn.half import HalfLinear
 from quantize.nn.int4 import Int4Linear
 from quantize.nn.int8 import Int8Linear
+from quantize.nn.int8_outliers import Int8OutlierLinear
 from quantize.nn.low_rank import LowRankLinear
 from quantize.run.decoding.build import built
 from quantize.run.decoding.packing import Panels, int4_panels, int8_panels
-from quantize.run.decoding.recognition import KINDS, linears, multiplies_integers
+from quantize.run.decoding.recognition import (
+    KINDS,
+    linears,
+    multiplies_integers,
+    stored_in,
+)
 from quantize.run.decoding.sizes import blocks_of
 from quantize.run.decoding.structs import NORMS, Held, Layer, Linear, Model, Pass
 from quantize.run.kv_cache import KVCache
@@ -31,6 +37,7 @@ from quantize.run.kv_cache import KVCache
 # matrix and a vector.
 MOST_ROWS = 16
 PIECE_ROWS = 512  # rows of a call: bounds the memory of activations
+PANEL = 16  # outputs
 CACHE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
 
 
@@ -132,21 +139,29 @@ class Step:
             outer = self._linear(layer.second)
             outer.first = ctypes.pointer(first)
             return outer
-        stored = operands(layer)
+        stored = stored_in(layer)
         if stored is None:
             raise TypeError(f"a {type(layer).__name__} has no operands")
         panels = self._panels(layer, stored.weight)
         self.kept.append(panels)
-        return Linear(
-            KINDS[panels.weight.dtype],
-            layer.out_features,
-            layer.in_features,
-            stored.group,
-            panels.weight.data_ptr(),
-            self._keep(stored.scale, torch.float32) if type(layer) is Int8Linear else None,
-            None if panels.sums is None else panels.sums.data_ptr(),
-            self._keep(stored.bias, torch.float32),
+        described = Linear(
+            kind=KINDS[panels.weight.dtype],
+            outputs=layer.out_features,
+            inputs=layer.in_features,
+            group=stored.group,
+            weight=panels.weight.data_ptr(),
+            scale=self._keep(stored.scale, torch.float32) if panels.sums is not None else None,
+            sums=None if panels.sums is None else panels.sums.data_ptr(),
+            bias=self._keep(stored.bias, torch.float32),
         )
+        if type(layer) is Int8OutlierLinear:
+            own = layer.outliers()
+            missing = -layer.out_features % PANEL
+            described.outliers = len(own.channels)
+            described.factor = self._keep(own.factor, torch.float32)
+            described.channels = self._keep(own.channels, torch.int64)
+            described.kept = self._keep(F.pad(own.kept, (0, missing)), torch.float32)
+        return described
 
     def _panels(self, layer: nn.Module, weight: Tensor) -> Panels:
         """The weight in the form that step.cpp reads; floats as they are."""

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from quantize.models import Attention, DecoderBlock, DecoderLM, FeedForward, RMSNorm
 from quantize.native import int8
-from quantize.nn import operands
+from quantize.nn import Operands, operands
 from quantize.nn.half import HalfLinear
 from quantize.nn.int4 import Int4Linear
 from quantize.nn.int8 import Int8Linear
+from quantize.nn.int8_outliers import Int8OutlierLinear
 from quantize.nn.low_rank import LowRankLinear
 from quantize.run.decoding.build import library
 from quantize.run.decoding.sizes import blocks_of, contradictions
@@ -43,7 +44,7 @@ def obstacle(model: DecoderLM, *, compile_now: bool = True) -> str | None:
         return found
     try:
         compiled = library(compile_now=compile_now)
-        if any(type(module) is Int8Linear for module in model.modules()):
+        if any(isinstance(module, Int8Linear) for module in model.modules()):
             int8.functions()  # which pack the weights
     except OSError as error:
         return str(error)
@@ -99,14 +100,16 @@ def _odd_parts(model: DecoderLM) -> Iterator[str]:
     for block in blocks_of(model):
         layers += linears(block).values()
     for layer in layers:
-        for part in parts_of(layer):
-            known = type(part) in (nn.Linear, HalfLinear, Int8Linear, Int4Linear)
-            stored = operands(part) if known else None
+        parts = parts_of(layer)
+        for part in parts:
+            with_outliers = type(part) is Int8OutlierLinear and len(parts) == 1
+            known = with_outliers or type(part) in (nn.Linear, HalfLinear, Int8Linear, Int4Linear)
+            stored = stored_in(part) if known else None
             if stored is None:
                 yield f"it has a {type(part).__name__}"
             elif stored.weight.dtype not in KINDS:
                 yield f"it has a {type(part).__name__} of {stored.weight.dtype}"
-            elif type(part) is Int8Linear and part.in_features > int8.MOST_INPUTS:
+            elif isinstance(part, Int8Linear) and part.in_features > int8.MOST_INPUTS:
                 yield f"it has an Int8Linear of {part.in_features} inputs"
 
 
@@ -124,6 +127,7 @@ _OWN_CODE = {
         (nn.Linear, "forward"),
         (HalfLinear, "forward"),
         (Int8Linear, "forward"),
+        (Int8OutlierLinear, "forward"),
         (Int4Linear, "forward"),
         (LowRankLinear, "forward"),
         (nn.Module, "__call__"),
@@ -161,6 +165,11 @@ def parts_of(layer: Any) -> tuple[Any, ...]:
     return (layer.first, layer.second) if type(layer) is LowRankLinear else (layer,)
 
 
+def stored_in(part: nn.Module) -> Operands | None:
+    """What a layer that multiplies stores; of one with outliers, its integers."""
+    return Int8Linear.operands(part) if type(part) is Int8OutlierLinear else operands(part)
+
+
 def multiplies_integers(model: DecoderLM) -> bool:
     """Whether a linear layer of the blocks multiplies integers. Native code then reads prompts too:
     its integer products of many rows are the faster ones, and every way to read a text rounds
@@ -172,4 +181,4 @@ def multiplies_integers(model: DecoderLM) -> bool:
         parts = list(chain.from_iterable(map(parts_of, layers)))
     except AttributeError:  # it isn't made as a DecoderLM is
         return False
-    return any(type(part) in (Int8Linear, Int4Linear) for part in parts)
+    return any(isinstance(part, Int8Linear | Int4Linear) for part in parts)

@@ -6,7 +6,7 @@
 // on how many tokens are computed with it, nor on the number of threads (compiled without
 // contraction: every operation rounds by itself). native.py builds the structs.
 
-#include "attention.h"
+#include "contexts.h"
 #include "products.h"
 
 namespace {
@@ -74,7 +74,7 @@ struct Sizes {
   void note(const Linear& a) {
     kinds |= kinds_of(a);
     raise(inputs, a.first ? a.first->inputs : a.inputs);
-    if (!a.first) return;
+    if (!a.first && !a.factor) return;
     raise(inner, a.inputs);
     inner_kinds |= int64_t(1) << a.kind;
   }

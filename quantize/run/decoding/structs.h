@@ -6,11 +6,14 @@
 enum Kind : int64_t { F32, F16, BF16, INT8, INT4 };
 
 struct Linear {  // y = W x + b, or W (W' x) + b with W' = *first
-  int64_t kind, outputs, inputs, group;
-  const void* weight;   // floats [outputs, inputs]; int8: panels of integers.h; int4: of int4.h
-  const float* scale;   // int8: [outputs]
-  const int32_t* sums;  // int8: of each output's weights, as many as there are in whole panels
-  const float* bias;    // [outputs], or null
+  int64_t kind, outputs, inputs, group, outliers;
+  const void* weight;       // floats [outputs, inputs]; int8: panels of integers.h; int4: of int4.h
+  const float* scale;       // int8: [outputs]
+  const int32_t* sums;      // int8: of each output's weights, as many as there are in whole panels
+  const float* bias;        // [outputs], or null
+  const float* factor;      // int8 with outliers: of the inputs before they are quantized [inputs]
+  const int64_t* channels;  // those that count in float [outliers]
+  const float* kept;        // their weights [outliers, outputs in whole panels]
   const Linear* first;
 };
 

@@ -16,8 +16,9 @@ class Linear(ctypes.Structure):
 
 
 Linear._fields_ = [
-    *((name, _number) for name in ("kind", "outputs", "inputs", "group")),
+    *((name, _number) for name in ("kind", "outputs", "inputs", "group", "outliers")),
     *((name, _pointer) for name in ("weight", "scale", "sums", "bias")),
+    *((name, _pointer) for name in ("factor", "channels", "kept")),
     ("first", ctypes.POINTER(Linear)),
 ]
 NORMS = ("attention_norm", "ffn_norm", "q_norm", "k_norm")

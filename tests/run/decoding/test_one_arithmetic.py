@@ -14,8 +14,10 @@ from helpers import randn, tokens
 from torch import nn
 
 import quantize
+from quantize import surgery
 from quantize.models import DecoderLM
 from quantize.native import build
+from quantize.nn.int8_outliers import Int8OutlierLinear
 from quantize.run.generate import generate
 from quantize.run.kv_cache import KVCache
 
@@ -129,6 +131,24 @@ def test_pieces_with_some_float_layers():
     for dtype, layer in ((torch.float16, "q"), (torch.bfloat16, "v")):
         getattr(mixed.blocks[0].attention, layer).to(dtype)
     check_pieces(mixed, None)
+
+
+def test_pieces_with_outlier_channels():
+    """Layers that count a few channels in float run natively, close to their own forward."""
+    model = trained_like()
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    replacements = {}
+    for i, layer in enumerate(layers):
+        factor = 0.5 + randn(layer.in_features, seed=i).abs()
+        channels = torch.arange(i % 5) * 3
+        replacements[layer] = Int8OutlierLinear.from_outliers(layer.weight, None, factor, channels)
+    model = surgery.replace(model, replacements)
+    check_pieces(model, None)
+    ids, fast = tokens(1, 60), quantize.for_decoding(model, backend="native")
+    cache = KVCache.for_model(model)
+    with torch.no_grad():
+        got = torch.cat([fast(piece, cache) for piece in ids.split([50, 1, 9], 1)], 1)
+        assert helpers.cosine(got, model(ids)) > 0.9999
 
 
 def check_pieces(model: nn.Module, dtype: torch.dtype | None) -> None:
