@@ -32,8 +32,7 @@ import torch.nn.utils.prune
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from quantize import clock, load, prune_ln_structured, save
-from quantize.compression.pruning import summary
+from quantize import clock, load, prune_ln_structured, save, summary
 
 Models = dict[str, nn.Module | Exception]
 
@@ -140,9 +139,7 @@ def pruned(task: tasks.Task, model: nn.Module, amount: float, methods: list[str]
     """The model pruned by each method, or why one failed."""
     x = task.batches(0)[0][:2]
     plain = prune_ln_structured(model, x, amount=amount)
-    layers: list[str] = []
-    for group in summary(plain).pruned:
-        layers += group.layers
+    layers = list(summary(plain).done)
     calibration = [task.batches(i)[0] for i in range(16)]
     ours = partial(prune_ln_structured, model, x, amount=amount, calibration=calibration)
     builders = {

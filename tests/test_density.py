@@ -82,18 +82,9 @@ BROKEN = {
     "two loops": has_two_loops,
 }
 STILL: dict[str, set[str]] = {
-    "long file": {
-        "quantize/compression/pruning/prune.py",
-        "quantize/compression/pruning/rules.py",
-    },
-    "nested conditional": {
-        "quantize/compression/pruning/rules.py",
-    },
     "two loops": {
         "quantize/compression/pruning/choose.py",
-        "quantize/compression/pruning/cut.py",
         "quantize/compression/pruning/scores.py",
-        "quantize/compression/pruning/trace.py",
     },
 }
 

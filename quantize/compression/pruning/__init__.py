@@ -2,6 +2,6 @@
 repaired.
 """
 
-from quantize.compression.pruning.prune import Pruned, Summary, prune_ln_structured, summary
+from quantize.compression.pruning.prune import prune_ln_structured
 
-__all__ = ["Pruned", "Summary", "prune_ln_structured", "summary"]
+__all__ = ["prune_ln_structured"]

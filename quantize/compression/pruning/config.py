@@ -18,11 +18,12 @@ from torch import nn
 from quantize.calibration import untouched
 from quantize.compression.pruning.cut import same_outputs
 
+# attributes that stand for a multiple of the width while they are None
 IMPLIED = (
     "n_inner",
     "intermediate_size",
     "ffn_dim",
-)  # attributes that stand for a multiple of the width while they are None
+)
 
 
 def follow_config(

@@ -18,6 +18,8 @@ from quantize import surgery
 from quantize.compression.pruning import budget, scores
 from quantize.compression.pruning.choose import choose, refuse_infinite, refuse_unfit, savable
 from quantize.compression.pruning.cut import layers_of, owners
+from quantize.compression.pruning.exporting import export
+from quantize.compression.pruning.follow import follow
 from quantize.compression.pruning.groups import Group, find_groups
 from quantize.compression.pruning.readers import (
     by_readers,
@@ -25,7 +27,6 @@ from quantize.compression.pruning.readers import (
     reached_groups,
     survey_readers,
 )
-from quantize.compression.pruning.trace import Trace, export
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def removable(
     """
     work = surgery.clone(model).eval()
     refuse_unfit(work)
-    trace = Trace(export(surgery.clone(work), example_inputs), work)
+    trace = follow(export(surgery.clone(work), example_inputs), work)
     groups, stuck = find_groups(trace.labels)
     wanted, left = choose(work, groups, stuck, {"*": 0.5}, ())
     wanted = savable(work, wanted, left)

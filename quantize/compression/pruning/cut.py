@@ -12,8 +12,8 @@ from quantize import surgery
 from quantize.calibration import output_tensors
 from quantize.compression.pruning.groups import Group
 from quantize.compression.pruning.labels import Key, Value, varying
-from quantize.compression.pruning.rules import SHAPED
-from quantize.compression.pruning.trace import Trace
+from quantize.compression.pruning.moves import SHAPED
+from quantize.compression.pruning.trace import Trace, operation
 
 HEAD_COUNTS = ("head", "group")  # an attribute of such a name counts heads ...
 NOT_COUNTS = ("dim", "size", "per")  # ... unless it says that it is a width
@@ -40,17 +40,17 @@ def owners(model: nn.Module, name: str) -> list[tuple[str, nn.Module, str]]:
     """
     path, _, local = name.rpartition(".")
     tensor = stored(model.get_submodule(path), local)
-    return [
-        (place, module, key)
-        for place, module in model.named_modules()
-        for key, held in [*module._parameters.items(), *module._buffers.items()]
-        if held is tensor
-    ]
+    places: list[tuple[str, nn.Module, str]] = []
+    for place, module in model.named_modules():
+        own = [*module._parameters.items(), *module._buffers.items()]
+        places += [(place, module, key) for key, held in own if held is tensor]
+    return places
 
 
 def layers_of(model: nn.Module, group: Group) -> list[str]:
     """The layers whose outputs a group cuts, by the first of their names."""
-    return [place for name, _ in group.outputs for place, _, _ in owners(model, name)[:1]]
+    first = [owners(model, name)[0] for name, _ in group.outputs]
+    return [place for place, _, _ in first]
 
 
 def stored(module: nn.Module, name: str) -> torch.Tensor:
@@ -84,12 +84,10 @@ def cut(
         parent, _, local = place.rpartition(".")
         pair = model.get_submodule(parent)
         side = {"first": "in_", "second": "out_"}.get(local)
-        if side is not None and hasattr(
-            pair, "dense_weight"
-        ):  # a low-rank pair notes the widths of its two layers
-            surgery.resize(
-                pair, tensors={}, attributes={k: v for k, v in sizes.items() if k.startswith(side)}
-            )
+        if side is not None and hasattr(pair, "dense_weight"):
+            # a low-rank pair notes the widths of its two layers
+            outer = {name: size for name, size in sizes.items() if name.startswith(side)}
+            surgery.resize(pair, tensors={}, attributes=outer)
     for place, attributes in edits.items():
         surgery.resize(model.get_submodule(place), tensors={}, attributes=attributes)
     return model
@@ -101,34 +99,35 @@ def _sizes(module: nn.Module, new: dict[str, torch.Tensor]) -> dict[str, Any]:
     attributes: dict[str, Any] = {}
     if hasattr(module, "num_features"):
         attributes["num_features"] = len(next(iter(new.values())))
-    if weight is None:
-        return {k: v for k, v in attributes.items() if getattr(module, k) != v}
-    if hasattr(module, "in_features") and hasattr(module, "out_features") and weight.ndim == 2:
-        attributes |= {"out_features": weight.shape[0], "in_features": weight.shape[1]}
-    elif isinstance(module, nn.modules.conv._ConvNd):
+    if weight is not None:
+        attributes |= _widths(module, weight)
+    return {name: size for name, size in attributes.items() if getattr(module, name) != size}
+
+
+def _widths(module: nn.Module, weight: torch.Tensor) -> dict[str, Any]:
+    """What a layer with this weight calls its widths."""
+    matrix = weight.ndim == 2
+    if matrix and hasattr(module, "in_features") and hasattr(module, "out_features"):
+        return {"out_features": weight.shape[0], "in_features": weight.shape[1]}
+    if isinstance(module, nn.modules.conv._ConvNd):
         outputs, inputs = weight.shape[:2]
         if module.transposed:
             outputs, inputs = inputs, outputs
-        groups = (
-            module.groups if module.groups == 1 else outputs * module.groups // module.out_channels
-        )
-        attributes |= {"out_channels": outputs, "in_channels": inputs * groups, "groups": groups}
-    elif isinstance(module, nn.GroupNorm):
-        attributes |= {
-            "num_channels": len(weight),
-            "num_groups": len(weight) * module.num_groups // module.num_channels,
-        }
-    elif hasattr(module, "embedding_dim") and weight.ndim == 2:
-        attributes["embedding_dim"] = weight.shape[1]
-    elif hasattr(module, "nf") and weight.ndim == 2:  # GPT-2's Conv1D, [in, out]
-        attributes |= {
-            k: v
-            for k, v in (("nf", weight.shape[1]), ("nx", weight.shape[0]))
-            if hasattr(module, k)
-        }
-    elif isinstance(module, nn.PReLU):
-        attributes["num_parameters"] = len(weight)
-    return {k: v for k, v in attributes.items() if getattr(module, k) != v}
+        groups = module.groups
+        if groups > 1:  # all of one size, as before
+            groups = outputs * groups // module.out_channels
+        return {"out_channels": outputs, "in_channels": inputs * groups, "groups": groups}
+    if isinstance(module, nn.GroupNorm):
+        groups = len(weight) * module.num_groups // module.num_channels
+        return {"num_channels": len(weight), "num_groups": groups}
+    if matrix and hasattr(module, "embedding_dim"):
+        return {"embedding_dim": weight.shape[1]}
+    if matrix and hasattr(module, "nf"):  # GPT-2's Conv1D, [in, out]
+        sizes = {"nf": weight.shape[1], "nx": weight.shape[0]}
+        return {name: size for name, size in sizes.items() if hasattr(module, name)}
+    if isinstance(module, nn.PReLU):
+        return {"num_parameters": len(weight)}
+    return {}
 
 
 def stale_attributes(trace: Trace, groups: Iterable[Group], model: nn.Module) -> tuple[dict, dict]:
@@ -145,8 +144,7 @@ def stale_attributes(trace: Trace, groups: Iterable[Group], model: nn.Module) ->
             gone[trace.labels.keys[key][places[group.removed].flatten()]] = True
     changes: dict[str, dict[int, set[int]]] = {}
     for node, value in trace.values.items():
-        name = getattr(getattr(node.target, "overloadpacket", None), "__name__", "")
-        if name not in SHAPED:
+        if operation(node) not in SHAPED:
             continue
         for v in [*trace.tensors(node.args), *([value] if isinstance(value, Value) else value)]:
             for old, new in _resized(v, gone):

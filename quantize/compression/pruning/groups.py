@@ -31,12 +31,10 @@ class Group:
     parameters: int = 0  # that go with one unit, when nothing else is pruned
     amount: float = 0.0  # fraction of the units to remove
     asked: str = ""  # what named the group in `amount`
-    removed: torch.Tensor = field(
-        default_factory=lambda: torch.empty(0, dtype=torch.long)
-    )  # units, by number
-    readers: list[tuple[str, nn.Module, Key]] = field(
-        default_factory=list
-    )  # that sum over its channels, seen in calibration
+    # units, by number
+    removed: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    # that sum over its channels, seen in calibration
+    readers: list[tuple[str, nn.Module, Key]] = field(default_factory=list)
 
     @property
     def units(self) -> int:

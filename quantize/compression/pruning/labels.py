@@ -48,12 +48,10 @@ class Labels:
     def __init__(self, shapes: dict[str, torch.Size]):
         self.shapes = shapes  # parameters and buffers by name
         self.keys: dict[Key, torch.Tensor] = {}  # labels along each dimension in use
-        self.outputs: dict[
-            Key, str
-        ] = {}  # dimensions that are some layer's output channels, and the operation
-        self.inputs: dict[
-            Key, str
-        ] = {}  # dimensions that are summed over, and the module whose forward does it
+        # dimensions that are some layer's output channels, and the operation
+        self.outputs: dict[Key, str] = {}
+        # dimensions that are summed over, and the module whose forward does it
+        self.inputs: dict[Key, str] = {}
         self.count = 0
         self.edges: list[torch.Tensor] = []  # [N, 2] each
         self.pins: list[tuple[torch.Tensor, str]] = []
@@ -111,11 +109,8 @@ class Labels:
         name, moves = value.source
         shape, found = self.shapes[name], {}
         for dim, size in enumerate(shape):
-            index = (
-                torch.arange(size)
-                .view([-1 if d == dim else 1 for d in range(len(shape))])
-                .expand(shape)
-            )
+            alone = [-1 if d == dim else 1 for d in range(len(shape))]
+            index = torch.arange(size).view(alone).expand(shape)
             for move in moves:
                 index = move(index)
             found[dim] = compress(index)
@@ -125,19 +120,23 @@ class Labels:
         """A parameter's name and which of its dimensions stands at each dimension of the value, if
         only permuted.
         """
+        if value.source is None:
+            return None
+        name, _ = value.source
         order: list[int] = [-1] * len(value.shape)
         for dim, index in self.axes(value).items():
-            size = self.shapes[value.source[0]][dim]  # type: ignore[index]
-            places = [d for d in range(len(value.shape)) if value.shape[d] == size and order[d] < 0]
+            size = self.shapes[name][dim]
+            if not torch.equal(index.flatten(), torch.arange(size)):
+                return None
             places = [
-                d
-                for d in places
-                if varying(index) <= {d} and torch.equal(index.flatten(), torch.arange(size))
+                place
+                for place, length in enumerate(value.shape)
+                if length == size and order[place] < 0 and varying(index) <= {place}
             ]
             if not places:
                 return None
             order[places[0]] = dim
-        return None if value.source is None or -1 in order else (value.source[0], order)
+        return None if -1 in order else (name, order)
 
     def settle(self, shape: Sequence[int], labels: torch.Tensor | None, why: str = "") -> Value:
         """Make a value; a label on a whole tensor means that one channel was picked out by number,
@@ -148,8 +147,8 @@ class Labels:
             if not varying(labels):
                 self.pin(labels, why)
                 labels = None
-        if len(varying(labels)) > 1:
-            self.ragged.append(labels)  # type: ignore[arg-type]
+        if labels is not None and len(varying(labels)) > 1:
+            self.ragged.append(labels)
         return Value(tuple(shape), labels)
 
     def elementwise(self, values: Sequence[Value], shape: Sequence[int], why: str) -> Value:
@@ -205,8 +204,10 @@ class Labels:
         """Labels of a parameter that meets labelled data along `dims` (of the n dimensions it is
         broadcast to).
         """
+        assert value.source is not None
+        name, _ = value.source
         for dim, index in self.axes(value).items():
             index = index.reshape((1,) * (n - index.ndim) + index.shape)
             if varying(index) == dims:
-                return self.along(value.source[0], dim)[index]  # type: ignore[index]
+                return self.along(name, dim)[index]
         return None

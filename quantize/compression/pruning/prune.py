@@ -1,6 +1,7 @@
 """`prune_ln_structured`: remove channels, neurons and heads from a copy of any model.
 
-Trace (labels.py, trace.py), group (groups.py), score (scores.py), cut (cut.py), repair (repair.py).
+Export (exporting.py), follow channels through the graph (labels.py, follow.py), group (groups.py),
+score (scores.py), cut (cut.py), repair (repair.py).
 A cut is believed only after the pruned model gave the same outputs as its masked twin; groups for
 which it doesn't (a size is written into the model's code) stay.
 """
@@ -8,7 +9,6 @@ which it doesn't (a size is written into the model's code) stay.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -45,53 +45,15 @@ from quantize.compression.pruning.cut import (
     same_outputs,
     stale_attributes,
 )
+from quantize.compression.pruning.exporting import export
+from quantize.compression.pruning.follow import follow
 from quantize.compression.pruning.groups import Group, find_groups
 from quantize.compression.pruning.labels import Key
 from quantize.compression.pruning.plan import repair_steps
 from quantize.compression.pruning.readers import find_readers, reached_groups, survey_readers
 from quantize.compression.pruning.repair import repair_layers
-from quantize.compression.pruning.trace import Trace, export
+from quantize.compression.pruning.trace import Trace
 from quantize.seeding import seed_devices
-
-
-@dataclass
-class Pruned:
-    """One group: the layers whose outputs shrank, and units before and after (a unit is `size`
-    channels).
-    """
-
-    layers: list[str]
-    before: int
-    after: int
-    size: int
-
-
-@dataclass
-class Summary:
-    """What pruning did: groups cut, and layers left whole with the reason."""
-
-    pruned: list[Pruned] = field(default_factory=list)
-    left: dict[str, str] = field(default_factory=dict)
-    parameters_before: int = 0
-    parameters_after: int = 0
-
-    def __str__(self) -> str:
-        lines = [f"parameters {self.parameters_before} -> {self.parameters_after}"]
-        lines += [
-            f"{', '.join(p.layers)}: {p.before * p.size} -> {p.after * p.size} channels"
-            for p in self.pruned
-        ]
-        return "\n".join(lines + [f"{name}: left whole, {why}" for name, why in self.left.items()])
-
-
-def summary(model: nn.Module) -> Summary:
-    """What `prune_ln_structured` did to make `model`; ValueError for a model it didn't make."""
-    found = model.__dict__.get("_pruning")
-    if found is None:
-        raise ValueError(
-            f"{type(model).__name__} was not made by prune_ln_structured in this process"
-        )
-    return found
 
 
 def prune_ln_structured(
@@ -110,16 +72,16 @@ def prune_ln_structured(
     loss: Callable[[nn.Module, Any], torch.Tensor] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> nn.Module:
-    """Smaller dense copy of `model`: output channels, hidden neurons and attention heads removed,
-    in eval mode.
+    """Smaller dense copy of a model: channels, neurons and attention heads removed, in eval mode.
 
     Channels that are tied go together (residual adds, norms, gates, grouped convolutions, heads
     with their queries, keys and values), and whoever reads them follows. Inputs and outputs of the
     model keep their shapes. Layers stay what they are, with fewer channels. What can't be followed
-    or can't go (channels that a LayerNorm averages over) stays whole: `summary(model)` names it
-    with the reason.
+    or can't go (channels that a LayerNorm averages over) stays whole: `quantize.summary(model)`
+    names it with the reason.
 
     Args:
+        model: any module; it stays as it is.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments; the model is
             traced on them.
         amount: fraction of channels removed, in [0, 1); or a dict to it from the name of a layer
@@ -145,13 +107,17 @@ def prune_ln_structured(
         loss: for "taylor", a function (model, batch) -> scalar.
         progress: called with a line for people before each piece of work, with the layer's name.
 
+    Returns:
+        The smaller copy, or with `masked` its full-sized twin.
+
     Raises:
         ValueError: for values out of range, names that match nothing or can't be pruned, inputs
             that don't run, a model that can't be exported, calibration that doesn't run or isn't
             finite, and when nothing in the model can be pruned.
         TypeError: for arguments of the wrong type.
 
-    Norm criterion: Li et al., arXiv 1608.08710, as in `torch.nn.utils.prune.ln_structured`.
+    Source:
+        Norm criterion: Li et al., arXiv 1608.08710, as in `torch.nn.utils.prune.ln_structured`.
     """
     amounts = check_amount(amount)
     check_options(n, score, scope, round_to, loss, calibration, skip)
@@ -161,7 +127,7 @@ def prune_ln_structured(
     work = surgery.clone(model).eval()
     refuse_unfit(work)
     say(f"tracing {type(work).__name__}")
-    trace = Trace(export(surgery.clone(work), example_inputs), work)
+    trace = follow(export(surgery.clone(work), example_inputs), work)
     groups, stuck = find_groups(trace.labels)
     wanted, left = choose(work, groups, stuck, amounts, skip)
     wanted = savable(work, wanted, left)
@@ -290,11 +256,6 @@ def _write_down(
     sizes = {"parameters_before": _parameters(model), "parameters_after": _parameters(small)}
     done = _done(trace, model, kept)
     left = _left(trace, model, done, left)
-    pruned = [
-        Pruned(layers_of(model, g), g.units, g.units - len(g.removed), g.unit_size())
-        for g in groups
-    ]
-    result.__dict__["_pruning"] = Summary(pruned, left, **sizes)
     try:
         with without_cache(result, model):
             away = distance(result, model, [inputs])
@@ -339,21 +300,20 @@ def _left(
 ) -> dict[str, str]:
     """Every layer that gives as many channels as before, and the reason."""
     ran = {trace.place(node) for node in trace.values if node.op == "call_function"}
-    found = {}
+    reasons: dict[str, str] = {}
     for name, module in model.named_modules():
         if name in done or not _has_channels(name, module):
             continue
         why = left.get(name) or trace.computed.get(name)
         if why is None and name not in ran:
             why = "example_inputs never reach it"
-        found[name] = why or "its channels weren't asked for, or can't be followed"
-    return found
+        reasons[name] = why or "its channels weren't asked for, or can't be followed"
+    return reasons
 
 
 def _has_channels(name: str, module: nn.Module) -> bool:
     if ".parametrizations." in f".{name}.":
         return False
-    layers = (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd)
-    return isinstance(module, layers) or any(
-        p is not None and p.ndim > 1 for p in module._parameters.values()
-    )
+    if isinstance(module, (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd)):
+        return True
+    return any(p is not None and p.ndim > 1 for p in module._parameters.values())

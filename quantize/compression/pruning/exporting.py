@@ -1,0 +1,90 @@
+"""The graph of a model and its inputs, by `torch.export`.
+
+Export is used because it traces what models really do (data-dependent Python control flow
+excepted). Composite operations are kept whole: a linear, a convolution, an attention or a norm is
+easier to follow than its decomposition.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from quantize.calibration import arguments, call, copied, untouched, without_cache
+
+
+def export(model: nn.Module, example_inputs: Any) -> torch.export.ExportedProgram:
+    """Graph of `model` (in eval mode; it may be changed) on the inputs.
+
+    Raises ValueError when the model doesn't run on them or can't be exported.
+    """
+    check_inputs(example_inputs)
+    with untouched(model), without_cache(model), torch.no_grad():
+        try:
+            call(model, example_inputs)
+        except Exception as error:
+            raise ValueError(
+                f"{type(model).__name__} doesn't run on example_inputs: {_first_line(error)}"
+            ) from error
+    _return_plain_containers(model)
+    args, kwargs = arguments(copied(example_inputs, {}))
+    fast = torch.backends.mha.get_fastpath_enabled()
+    try:
+        # or a whole encoder layer becomes one opaque operation
+        torch.backends.mha.set_fastpath_enabled(False)
+        with untouched(model), without_cache(model), torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.export.export(model, args, kwargs, strict=False)
+    except Exception as error:
+        message = (
+            f"{type(model).__name__} can't be exported, so its channels can't be followed: "
+            f"{_first_line(error)}"
+        )
+        raise ValueError(message) from error
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def check_inputs(inputs: Any) -> None:
+    """Raise TypeError for inputs that are no tensor, tuple or dict."""
+    if not isinstance(inputs, (torch.Tensor, tuple, list, Mapping)):
+        raise TypeError(
+            f"example_inputs must be a tensor, a tuple or a dict, got {type(inputs).__name__}"
+        )
+
+
+def _return_plain_containers(model: nn.Module) -> None:
+    """Make `model` return dicts where it returns dataclasses, which export doesn't know."""
+    forward = model.forward
+
+    @functools.wraps(forward)
+    def returning_dicts(*args: Any, **kwargs: Any) -> Any:
+        return _plain(forward(*args, **kwargs))
+
+    model.forward = returning_dicts
+
+
+def _plain(output: Any) -> Any:
+    kind: Any = type(output)
+    if dataclasses.is_dataclass(kind) and not isinstance(output, Mapping):
+        names = [field.name for field in dataclasses.fields(kind)]
+        return {name: _plain(getattr(output, name)) for name in names}
+    if kind is type:
+        return output
+    if type(output) in (tuple, list):
+        parts = [_plain(part) for part in output]
+        return parts if type(output) is list else tuple(parts)
+    if type(output) is dict:
+        return {key: _plain(part) for key, part in output.items()}
+    return output
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"
