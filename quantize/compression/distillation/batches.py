@@ -116,9 +116,9 @@ class _Cycle:
     """Batches of a re-iterable in order, over and over; the ranks take turns."""
 
     def __init__(self, batches: Iterable[Any]) -> None:
-        self.batches = batches
+        self.batches: Any = batches
         self.indexable = hasattr(batches, "__getitem__") and hasattr(batches, "__len__")
-        self.count = len(batches) if self.indexable else sum(1 for _ in batches)  # type: ignore[arg-type]
+        self.count = len(self.batches) if self.indexable else sum(1 for _ in batches)
         self.next, self.iterator = self.count, iter(())
         self.trained = list(range(self.count))
         self.cut: list[int] = []  # rows of each batch to train on; empty: all
@@ -141,7 +141,7 @@ class _Cycle:
 
     def at(self, index: int) -> Any:
         if self.indexable:
-            return self.batches[index]  # type: ignore[index]
+            return self.batches[index]
         if index < self.next:
             self.next, self.iterator = 0, iter(self.batches)
         for batch in self.iterator:

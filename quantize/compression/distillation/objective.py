@@ -190,7 +190,8 @@ class Objective:
 
     def _task(self, output: Any, targets: Any) -> Tensor:
         exact = output.float() if isinstance(output, Tensor) else output
-        task = self.loss(exact, targets)  # type: ignore[misc]
+        assert self.loss is not None  # checked with the arguments
+        task = self.loss(exact, targets)
         if not isinstance(task, Tensor) or task.numel() != 1:
             raise TypeError(f"loss must return a scalar tensor, got {task!r}")
         return task

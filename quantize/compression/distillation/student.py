@@ -24,12 +24,13 @@ from quantize.calibration import (
 )
 from quantize.compression.pruning import prune_ln_structured
 
+# attributes in which modules keep their place in a stack
 LAYER_NUMBERS = (
     "layer",
     "layer_id",
     "layer_idx",
     "layer_index",
-)  # attributes in which modules keep their place in a stack
+)
 
 
 def make_student(
@@ -152,8 +153,8 @@ def _shorten(
     for name in _stacks(model):
         if any(name.startswith(f"{outer}.") for outer in done):
             continue
-        blocks = model.get_submodule(name)
-        count = len(blocks)  # type: ignore[arg-type]
+        blocks: Any = model.get_submodule(name)  # a ModuleList or a Sequential
+        count = len(blocks)
         tries = [_kept([range(count)], depth), _kept(_stages(model, blocks, inputs), depth)]
         if len(tries[0]) == count:
             left[name] = f"has only {count} blocks"
@@ -214,11 +215,11 @@ def _stages(model: nn.Module, blocks: nn.Module, inputs: Any) -> list[list[int]]
 def _without_blocks(model: nn.Module, name: str, indices: list[int]) -> nn.Module:
     """A copy in which only these blocks of the stack stay, numbered anew."""
     shorter = surgery.clone(model)
-    blocks = shorter.get_submodule(name)
+    blocks: Any = shorter.get_submodule(name)
     kept_blocks(blocks, indices)
     surgery.record(blocks, "kept_blocks", indices=indices)
     for new, old in enumerate(indices):
-        _renumber(blocks[new], old, new)  # type: ignore[index]
+        _renumber(blocks[new], old, new)
     return shorter
 
 

@@ -195,7 +195,7 @@ def _fit(
         fit(objective.trained, numbered, objective, config, judge=best, **options)
     except TrainingError as error:
         objective.take_back_step()
-        error.student = _finished(objective.student)  # type: ignore[attr-defined]
+        error.student = _finished(objective.student)  # type: ignore[attr-defined]  # for callers
         raise
 
 

@@ -241,7 +241,8 @@ def _step(value: Any) -> Step:
     kind = Step.kinds.get(name)
     if kind is None:
         raise ValueError(f"a recipe has the step {name!r:.100}; known: {', '.join(Step.kinds)}")
-    known = [each.name for each in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    fields = dataclasses.fields(kind)  # type: ignore[arg-type]  # every step is a dataclass
+    known = [each.name for each in fields]
     for key in arguments:
         if key not in known:
             raise ValueError(f"step {name} has the field {key!r:.100}; known: {', '.join(known)}")

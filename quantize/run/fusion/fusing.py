@@ -49,8 +49,7 @@ def fuse(
     backend: str = "torchscript",
     progress: Callable[[str], None] | None = None,
 ) -> nn.Module:
-    """A fused version of an eval-mode model: called like the model, equal to it call after call,
-    with `.save(path)`.
+    """A fused version of an eval-mode model: called like it, equal call after call, with `.save`.
 
     Sizes that the model leaves free (batch, length) stay free; another value of a size that it
     fixes is refused when called. State in tensors (a buffer that the forward changes) is carried
@@ -58,6 +57,7 @@ def fuse(
     example inputs stay as they are. The result returns what the model returns.
 
     Args:
+        model: in eval mode, with all its submodules.
         example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments, on
             the model's device.
         backend: `"torchscript"` gives a `torch.jit.ScriptModule` whose file (`.pt`) needs nothing
@@ -69,6 +69,9 @@ def fuse(
             fastest that agrees with the model.
         progress: called with a line for people before each stage; a model of some size takes
             minutes.
+
+    Returns:
+        What is called like the model; `.save(path)` writes its file.
 
     Raises:
         ValueError: a model or submodule in training mode, inputs on another device, control flow

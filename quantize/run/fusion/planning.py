@@ -123,12 +123,23 @@ def plan(
 def fold(
     model: nn.Module, example_inputs: Any, *, progress: Callable[[str], None] | None = None
 ) -> nn.Module:
-    """Our own passes only: an ordinary module, called like the model and returning what it returns,
-    with fewer operators.
+    """An ordinary module with fewer operators, made by this package's own passes alone.
 
-    Arguments and what is raised: as for `quantize.fuse`, and ValueError for a model that
-    `torch.export` can't follow. The result can be copied, but not pickled or saved; for a file,
-    `quantize.fuse` the model.
+    It is equal to the model call after call, as what `quantize.fuse` returns, but runs in Python.
+
+    Args:
+        model: in eval mode, with all its submodules.
+        example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments, on
+            the model's device.
+        progress: called with a line for people before each stage.
+
+    Returns:
+        What is called like the model and returns what it returns. It can be copied, but not pickled
+        or saved; for a file, `quantize.fuse` the model.
+
+    Raises:
+        ValueError: as `quantize.fuse`, and for a model that `torch.export` can't follow.
+        TypeError: inputs or outputs that aren't made of tensors.
     """
     check_inputs(model, example_inputs)
     try:

@@ -1,6 +1,4 @@
-"""`generate` and `generate_stream`: check everything, read the prompt, then guess, read and choose
-until done.
-"""
+"""`generate` and `generate_stream`: check everything, read the prompt, then guess, read, choose."""
 
 from __future__ import annotations
 
@@ -90,10 +88,18 @@ def generate(model: nn.Module, prompt: Prompt, **options: Any) -> Tensor | list[
 
 
 def generate_stream(model: nn.Module, prompt: Prompt, **options: Any) -> Generation:
-    """`generate`, token by token: an iterator of int64 [B], one id per row, as soon as each is
-    known.
+    """`generate`, token by token.
 
-    Takes the arguments of `generate` and checks them at once, before the first token is asked for.
+    Args:
+        model, prompt, max_new_tokens, cache: as `generate` takes them; all are checked at once.
+        stop_tokens, stop_strings, to_text, draft, draft_tokens, log_probs: the same.
+        temperature, top_k, top_p, min_p, repetition_penalty, seed: the same.
+
+    Returns:
+        An iterator of int64 [B], one id per row, as soon as each is known.
+
+    Raises:
+        TypeError, ValueError: as `generate`.
     """
     return Generation(model, prompt, **options)
 
@@ -139,7 +145,7 @@ class Generation:
         if self._stop_strings and to_text is None:
             raise ValueError("stop_strings need to_text, a function from a list of ids to text")
 
-        self.settings = _sampling(sampling)
+        self.settings = Sampling.of(sampling)
         self._choose = Chooser(self.settings, self.batch)
         self._reader = self._open(model, cache)
         self._draft = self._open_draft(draft, draft_tokens)
@@ -325,13 +331,6 @@ class Generation:
             )
         reader = self._open(draft, True)
         return ModelDraft(reader, lambda logits, position: self._choose(logits, position))
-
-
-def _sampling(options: dict[str, Any]) -> Sampling:
-    unknown = options.keys() - inspect.signature(Sampling).parameters.keys()
-    if unknown:
-        raise TypeError(f"generate has no argument named {', '.join(sorted(unknown))}")
-    return Sampling(**options)
 
 
 def _show_arguments(*functions: Callable[..., object]) -> None:

@@ -9,9 +9,11 @@ al., arXiv 2408.07978), and what is kept is always the model's own draw.
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +37,14 @@ class Sampling:
     min_p: float | None = None
     repetition_penalty: float = 1.0
     seed: int | Sequence[int] | None = None
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> Sampling:
+        """From arguments of `generate`. Raises TypeError naming those that it doesn't have."""
+        unknown = options.keys() - {field.name for field in dataclasses.fields(cls)}
+        if unknown:
+            raise TypeError(f"generate has no argument named {', '.join(sorted(unknown))}")
+        return cls(**options)
 
     def __post_init__(self) -> None:
         number = (int, float)
