@@ -19,6 +19,7 @@ from quantize.models import (
     causal_attention,
     rope_table,
 )
+from quantize.models.published import our_name
 from quantize.run.kv_cache import KVCache
 
 TINY = {"vocab_size": 61, "width": 32, "layers": 2, "heads": 4, "kv_heads": 2, "ffn_width": 48}
@@ -44,23 +45,6 @@ REFERENCES = {
     "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM, {}),
     "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM, {"head_dim": 16}),
 }
-NAMES = {
-    "self_attn.q_proj": "attention.q",
-    "self_attn.k_proj": "attention.k",
-    "self_attn.v_proj": "attention.v",
-    "self_attn.o_proj": "attention.out",
-    "self_attn.q_norm": "attention.q_norm",
-    "self_attn.k_norm": "attention.k_norm",
-    "input_layernorm": "attention_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn.gate",
-    "mlp.up_proj": "ffn.up",
-    "mlp.down_proj": "ffn.down",
-    "model.layers": "blocks",
-    "model.embed_tokens": "embedding",
-    "model.norm": "norm",
-    "lm_head": "head",
-}
 
 
 @pytest.mark.parametrize("family", REFERENCES)
@@ -82,20 +66,15 @@ def test_decoder_matches_transformers(family, tied):
     torch.manual_seed(0)
     reference = model_class(config).eval()
     with torch.no_grad():
-        for (
-            parameter
-        ) in reference.parameters():  # biases and norms start at 0 and 1: make them matter
+        for parameter in reference.parameters():
+            # biases and norms start at 0 and 1: make them matter
             parameter.add_(0.1 * torch.randn_like(parameter))
     qwen3 = family == "qwen3"
     model = decoder(
         tied_head=tied, qkv_bias=family == "qwen2", qk_norm=qwen3, head_dim=16 if qwen3 else None
     )
-    weights = {}
-    for name, value in reference.state_dict().items():
-        for theirs, ours in NAMES.items():
-            name = name.replace(theirs, ours)
-        weights[name] = value
-    model.load_state_dict(weights)
+    weights = reference.state_dict()
+    model.load_state_dict({our_name(name): value for name, value in weights.items()})
     text = tokens(2, 37)
     with torch.no_grad():
         assert (model(text) - reference(text).logits).abs().max() < 1e-4
@@ -219,10 +198,11 @@ def variant(kind):
                 shrink(block.ffn.up, rows=24),
                 shrink(block.ffn.down, columns=24),
             )
+            # one of two key-value groups
             (
                 shrink(block.attention.q, rows=16),
                 shrink(block.attention.out, columns=16),
-            )  # one of two key-value groups
+            )
             shrink(block.attention.k, rows=8), shrink(block.attention.v, rows=8)
     return model.eval()
 
