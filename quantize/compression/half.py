@@ -139,10 +139,11 @@ class _Rounding:
         return True
 
 
+# their fast paths take weights without calling layers
 _READS_WEIGHTS = (
     nn.MultiheadAttention,
     nn.TransformerEncoderLayer,
-)  # their fast paths take weights without calling layers
+)
 
 
 def _free_layers(model: nn.Module) -> set[str]:

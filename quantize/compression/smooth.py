@@ -76,9 +76,8 @@ def _groups(model: nn.Module, layers: set[nn.Module], example: Any) -> dict[str,
     """By the norm's name: the layers that take a norm's output as it is, for norms with a weight as
     wide as the layer.
     """
-    produced: dict[
-        int, tuple[str, torch.Tensor]
-    ] = {}  # the tensor is held, so that its identity can't be used again
+    # the tensor is held, so that its identity can't be used again
+    produced: dict[int, tuple[str, torch.Tensor]] = {}
     groups: dict[str, list[nn.Linear]] = {}
     owners: dict[nn.Module, str] = {}
 

@@ -89,9 +89,8 @@ class Worker:
         finally:
             os.close(stdin)
             os.close(stdout)
-        self._lines: queue.SimpleQueue[bytes | None] = (
-            queue.SimpleQueue()
-        )  # None: the child is gone
+        # None: the child is gone
+        self._lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         threading.Thread(
             target=_pump, args=(os.fdopen(replies, "rb"), self._lines), daemon=True
         ).start()

@@ -71,9 +71,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None = None) -> Tensor:
         heads = (*x.shape[:2], -1, self.head_dim)
         q = apply_rope(self.q_norm(self.q(x).view(heads)).transpose(1, 2), cos, sin)  # [B, H, T, D]
-        k = apply_rope(
-            self.k_norm(self.k(x).view(heads)).transpose(1, 2), cos, sin
-        )  # [B, KV, T, D]
+        # [B, KV, T, D]
+        k = apply_rope(self.k_norm(self.k(x).view(heads)).transpose(1, 2), cos, sin)
         v = self.v(x).view(heads).transpose(1, 2)
         return self.out(self.attend(q, k, v, cache).transpose(1, 2).flatten(2))
 

@@ -98,9 +98,8 @@ def obstacle(module: nn.Module) -> str | None:
     if "forward" in module.__dict__:
         return "its forward was replaced on the instance"
     base = next((plain for plain in _PLAIN if isinstance(module, plain)), None)
-    stands_in = getattr(
-        kind, "stands_in", False
-    )  # a layer of this package that computes what its base does
+    # a layer of this package that computes what its base does
+    stands_in = getattr(kind, "stands_in", False)
     if base is not None and kind.forward is not base.forward and not stands_in:
         return f"{kind.__name__} is a subclass of nn.{base.__name__} with a forward of its own"
     if isinstance(module, _TABLES) and module.max_norm is not None:

@@ -52,9 +52,8 @@ class ProgressPrinter:
         self.bar.stop()
 
     def __call__(self, at: Progress) -> None:
-        loss = (
-            f"{at.loss:.3f}" if at.loss >= 0.1 else f"{at.loss:.3g}"
-        )  # a good student's is 0.000432
+        # a good student's is 0.000432
+        loss = f"{at.loss:.3f}" if at.loss >= 0.1 else f"{at.loss:.3g}"
         status = f"loss {loss}  {at.units_per_s:,.0f} {self.unit}/s  {at.seconds_left:.0f} s left"
         now = time.monotonic()
         if self.console.is_terminal:

@@ -155,9 +155,8 @@ def read_state(path: Path) -> dict:
         )
     try:
         file = io.BytesIO(content[header:])
-        start, stop = zip_entries(file)[
-            "data.pkl"
-        ]  # stored, not compressed: no tensor is larger than the file
+        # stored, not compressed: no tensor is larger than the file
+        start, stop = zip_entries(file)["data.pkl"]
         file.seek(start)
         scan_pickle(file.read(stop - start), more_opcodes=_OPCODES, more_globals=_GLOBALS)
         file.seek(0)

@@ -94,9 +94,8 @@ def test_traced_and_exported():
     exported = torch.export.export(
         model, (randn(3, 64),), dynamic_shapes=({0: torch.export.Dim("batch")},)
     )
-    helpers.assert_close(
-        traced(x), model(x), dtype=torch.bfloat16
-    )  # eager multiplies in bfloat16 where that is fast
+    # eager multiplies in bfloat16 where that is fast
+    helpers.assert_close(traced(x), model(x), dtype=torch.bfloat16)
     assert torch.equal(exported.module()(x), traced(x))
 
 

@@ -79,10 +79,11 @@ def test_rows_do_not_depend_on_their_batch(dtype: torch.dtype):
     """A row alone, in a batch, and in a batch cut into chunks has the same bits: cached and
     uncached decoding agree.
     """
+    # more than the numbers that are quantized at a time
     layer, x = (
         layer_of(48, 4096),
         randn(3000, 48).to(dtype),
-    )  # more than the numbers that are quantized at a time
+    )
     together = layer(x)
     assert torch.equal(together[:1], layer(x[:1]))
     assert torch.equal(together[300:333], layer(x[300:333]))

@@ -32,9 +32,8 @@ def test_zoo(name, dtype, tmp_path):
     before = copy.deepcopy(model.state_dict())
     half = quantize.to_half(model, dtype)
     output = run(half, inputs)
-    assert cosine(output, run(model, inputs)) > (
-        0.999 if dtype == torch.float16 else 0.98
-    )  # the worst: MobileNetV2, 52 layers
+    # the worst: MobileNetV2, 52 layers
+    assert cosine(output, run(model, inputs)) > (0.999 if dtype == torch.float16 else 0.98)
     assert all(
         torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True)
     )

@@ -44,9 +44,8 @@ def frozen(value: Any) -> Any:
 def _bits(tensor: torch.Tensor) -> Bits:
     if nn.parameter.is_lazy(tensor):
         return Bits(tensor, ("lazy", tensor.requires_grad), b"", None)
-    dense = (
-        tensor if tensor.layout == torch.strided else tensor.detach().to_dense()
-    )  # a kernel's own layout
+    # a kernel's own layout
+    dense = tensor if tensor.layout == torch.strided else tensor.detach().to_dense()
     plain = dense.detach().cpu().contiguous().reshape(-1)
     about = (
         type(tensor),

@@ -51,6 +51,7 @@ WHOLE = os.environ.get("CONTRACT") == "whole"
 CHEAP = ("half bf16", "int8 smooth", "int4 calibrated", "low rank calibrated")
 SLOWER = ("pruned calibrated", "recovered", "fused")
 TRACING = ("pruned", "pruned calibrated", "student", "recovered", "fused", "folded")
+# models with which all transforms run; those of `TRACING` only the first three in every suite
 OFTEN = (
     "mlp",
     "decoder",
@@ -68,7 +69,7 @@ OFTEN = (
     "keywords only",
     "nested",
     "training",
-)  # models with which all transforms run; those of `TRACING` only the first three in every suite
+)
 
 
 def share(transform: str, model: str) -> str:

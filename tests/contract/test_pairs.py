@@ -35,10 +35,11 @@ PAIRED = (
     "fused",
     "folded",
 )
+# compute in bfloat16, which another order of operations rounds otherwise
 COARSE = (
     "half bf16",
     "int4 calibrated",
-)  # compute in bfloat16, which another order of operations rounds otherwise
+)
 MODELS = ("mlp", "decoder", "conv net")
 
 

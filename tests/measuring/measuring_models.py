@@ -55,9 +55,8 @@ def sleep_long(model):
 
 
 def multiply(model):
-    torch.ones(512, 512) @ torch.ones(
-        512, 512
-    )  # hangs in a child that was forked from a process with a thread pool
+    # hangs in a child that was forked from a process with a thread pool
+    torch.ones(512, 512) @ torch.ones(512, 512)
     return {"product": 1.0}
 
 

@@ -67,9 +67,8 @@ def test_a_foreign_architecture_is_measured_from_its_file(tmp_path):
     save(Net().eval(), tmp_path / "net.safetensors")
     m = measure(tmp_path / "net.safetensors", {"x": INPUTS, "scale": 2.0}, model=Net, **QUICK)
     assert m.notes == () and m.peak_rss_mb and m.latency_ms.median > 0
-    assert (
-        m.parameters == 16 * 16 + 2 * 16 + 2 * 16 + 16
-    )  # tied weight once, BatchNorm's statistics and the mask not
+    # tied weight once, BatchNorm's statistics and the mask not
+    assert m.parameters == 16 * 16 + 2 * 16 + 2 * 16 + 16
 
 
 @pytest.mark.slow

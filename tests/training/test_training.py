@@ -145,9 +145,8 @@ def test_progress_counts_steps_and_tokens():
         on_progress=seen.append,
     )
     assert [at.step for at in seen] == [1, 2, 3, 4]
-    assert seen[0].loss == pytest.approx(
-        torch.tensor(256.0).log().item(), rel=1e-2
-    )  # before training: even odds
+    # before training: even odds
+    assert seen[0].loss == pytest.approx(torch.tensor(256.0).log().item(), rel=1e-2)
     assert seen[-1].seconds_left == 0 and seen[-1].units_per_s > 0
 
 

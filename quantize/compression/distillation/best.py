@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+# shares of the steps after which training is judged
 CHECKS = (
     1 / 32,
     1 / 8,
@@ -18,7 +19,7 @@ CHECKS = (
     1 / 2,
     3 / 4,
     1,
-)  # shares of the steps after which training is judged
+)
 SLOWER = 1 / 4  # what is left of the learning rates after training went astray
 
 

@@ -22,9 +22,8 @@ def divergences(student: Tensor, teacher: Tensor) -> Tensor:
     """
     p, d = teacher.exp(), teacher - student
     near = p * (d + torch.expm1(-d))  # exact for a small d; overflows for a large negative one
-    far = (
-        torch.where(p == 0, 0.0, p * d) - p + student.exp()
-    )  # a probability of 0 is fine, also where a logit is -inf
+    # a probability of 0 is fine, also where a logit is -inf
+    far = torch.where(p == 0, 0.0, p * d) - p + student.exp()
     return torch.where(d.abs() < 1, near, far).clamp(min=0)
 
 
@@ -130,9 +129,8 @@ def top_kl(
         s = torch.cat([s, rest_s.clamp(min=1e-7).log()], dim=-1)
         t = torch.cat([t, rest_t.clamp(min=1e-7).log()], dim=-1)
     p = t.exp()
-    parts = (
-        torch.where(p == 0, 0.0, p * (t - s)) - p + s.exp()
-    )  # as in `divergences`: no sum of them is below 0
+    # as in `divergences`: no sum of them is below 0
+    parts = torch.where(p == 0, 0.0, p * (t - s)) - p + s.exp()
     weight = row_weights(parts.shape[:-1], mask, student.device)
     return parts.sum(-1).clamp(min=0).flatten() @ weight * temperature**2
 

@@ -108,9 +108,8 @@ def aligned(
 
 
 def _key(name: str) -> str:
-    return "map/" + name.replace(
-        ".", "/"
-    )  # a ModuleDict's keys hold no dot and mustn't be names of its own attributes
+    # a ModuleDict's keys hold no dot and mustn't be names of its own attributes
+    return "map/" + name.replace(".", "/")
 
 
 class Projections(nn.ModuleDict):

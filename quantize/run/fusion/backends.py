@@ -185,9 +185,8 @@ def _open_openvino(file: Path) -> Callable[..., list[Any]]:
 
     def engine(*inputs: torch.Tensor) -> list[Any]:
         result = compiled([t.detach().contiguous().numpy() for t in inputs])
-        return [
-            result[i].copy() for i in range(len(compiled.outputs))
-        ]  # the engine writes into the same arrays again
+        # the engine writes into the same arrays again
+        return [result[i].copy() for i in range(len(compiled.outputs))]
 
     return engine
 

@@ -118,9 +118,8 @@ def _is_rows(node: Any) -> bool:
         or not value.dim()
     ):
         return False
-    return (
-        shape(node)[-1].isdigit()
-    )  # a size that the export found out to be fixed is still a symbol's name for its number
+    # a size that the export found out to be fixed is still a symbol's name for its number
+    return shape(node)[-1].isdigit()
 
 
 def _norm(program: Program, x: fx.Node) -> fx.Node:

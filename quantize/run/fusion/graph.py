@@ -33,23 +33,19 @@ class Program:
     arguments: dict[str, Spec]  # the caller's arguments by name, in order
     keyword: bool  # the caller passes them by name
     output: Spec
-    sizes: list[
-        list[int | str]
-    ]  # per tensor and dimension: a fixed size, or the name of a size that varies
+    # per tensor and dimension: a fixed size, or the name of a size that varies
+    sizes: list[list[int | str]]
     largest: dict[str, int] = field(default_factory=dict)  # varying sizes that have an upper bound
-    conditions: list[str] = field(
-        default_factory=list
-    )  # on `input_0.size(1)` and so on: where the export took a decision
-    doubtful: list[str] = field(
-        default_factory=list
-    )  # more of them, which matter only if the model asked, not torch
+    # on `input_0.size(1)` and so on: where the export took a decision
+    conditions: list[str] = field(default_factory=list)
+    # more of them, which matter only if the model asked, not torch
+    doubtful: list[str] = field(default_factory=list)
     widened: int = (
         1  # 2 if a batch of one was doubled for the export: hints about sizes are too large by this
     )
     notes: list[str] = field(default_factory=list)  # what the passes did, for people
-    state: dict[str, torch.Tensor] = field(
-        default_factory=dict
-    )  # constants that the graph writes into, as they were
+    # constants that the graph writes into, as they were
+    state: dict[str, torch.Tensor] = field(default_factory=dict)
     writes_inputs: bool = False
 
     @property

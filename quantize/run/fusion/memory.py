@@ -19,9 +19,8 @@ from quantize.run.fusion.edit import argument, may_be_view, mutates, shape
 from quantize.run.fusion.graph import Program, aten
 
 _CONVOLUTION = torch.ops.mkldnn._convolution_pointwise
-_BINARY = {
-    _CONVOLUTION.binary: torch.ops.mkldnn._convolution_pointwise_.binary
-}  # writes into its second operand
+# writes into its second operand
+_BINARY = {_CONVOLUTION.binary: torch.ops.mkldnn._convolution_pointwise_.binary}
 _FIRST = {  # write into their first operand
     aten.mul.Tensor: aten.mul_.Tensor,
     aten.add.Tensor: aten.add_.Tensor,

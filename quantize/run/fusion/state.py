@@ -43,9 +43,8 @@ class Answers:
     spec: Spec  # of the inputs
     calls: list[Call] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)  # names of buffers and attributes
-    written: list[str] = field(
-        default_factory=list
-    )  # those that were tensors before the first call
+    # those that were tensors before the first call
+    written: list[str] = field(default_factory=list)
     read: list[str] = field(default_factory=list)  # the others, if the answers depend on them
     counted: list[str] = field(default_factory=list)  # of plain values that went on changing
 

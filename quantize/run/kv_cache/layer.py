@@ -22,14 +22,12 @@ class Layer:
     def __init__(self, kv_heads: int, head_dim: int, window: int | None):
         self.kv_heads, self.head_dim, self.window = kv_heads, head_dim, window
         self.tensors: dict[str, Tensor] = {}  # k, v; int8: k_scale, v_scale too
-        self.sinks: dict[
-            str, Tensor
-        ] = {}  # k, v of the first positions, once the window has left them behind
+        # k, v of the first positions, once the window has left them behind
+        self.sinks: dict[str, Tensor] = {}
         self.memory: dict[str, Tensor] = {}  # k, v, mask of cross-attention
         self.first = 0
-        self.sharers = [
-            1
-        ]  # how many caches use these tensors; a list, because they share the count as well
+        # how many caches use these tensors; a list, because they share the count as well
+        self.sharers = [1]
 
     @property
     def capacity(self) -> int:

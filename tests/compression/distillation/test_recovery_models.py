@@ -198,9 +198,8 @@ def test_models_that_cannot_be_taught_are_refused_by_name():
         ):
             recover(packed, wide, data(), steps=1)
     masked = net()
-    masked.register_buffer(
-        "mask", torch.ones(2, 2, dtype=torch.uint8)
-    )  # an integer buffer alone is no weight
+    # an integer buffer alone is no weight
+    masked.register_buffer("mask", torch.ones(2, 2, dtype=torch.uint8))
     recover(masked, net(), data(), steps=1)
     with pytest.raises(TrainingError, match="nothing to train"):
         recover(net().requires_grad_(False), net(), data(), steps=1)

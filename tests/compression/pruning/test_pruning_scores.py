@@ -171,9 +171,8 @@ def test_calibration_is_streamed():
             for i in range(6):
                 batch = randn(32, 8) + i
                 alive.append(weakref.ref(batch))
-                assert (
-                    sum(ref() is not None for ref in alive) <= 2
-                )  # the one in use, until the name is bound again
+                # the one in use, until the name is bound again
+                assert sum(ref() is not None for ref in alive) <= 2
                 yield batch
 
     prune_ln_structured(model, X, calibration=Batches())

@@ -182,9 +182,8 @@ def test_where_nothing_can_be_kept(compiler, monkeypatch, tmp_path):
     monkeypatch.setattr(Path, "home", lambda: Path("/proc/no/such/home"))
     assert "compiled for this process only" in load(monkeypatch).note
     assert not Path("relative").exists()
-    assert (
-        load(monkeypatch, compile_now=False) is None
-    )  # for `generate`, which asks only where it pays
+    # for `generate`, which asks only where it pays
+    assert load(monkeypatch, compile_now=False) is None
 
 
 def test_libraries_of_another_version_are_refused(content, monkeypatch, compiler):
@@ -236,9 +235,8 @@ def test_a_compiler_that_hangs_or_fails(script, reason, monkeypatch, tmp_path):
     reason.
     """
     os.mkfifo(tmp_path / "alive")
-    alive = os.open(
-        tmp_path / "alive", os.O_RDONLY | os.O_NONBLOCK
-    )  # ends when nobody is left who could write
+    # ends when nobody is left who could write
+    alive = os.open(tmp_path / "alive", os.O_RDONLY | os.O_NONBLOCK)
     program = tmp_path / "compiler"
     program.write_text(
         f"#!/bin/sh\necho started >> {tmp_path}/log\nexec 9> {tmp_path}/alive\n{script}\n"
