@@ -64,7 +64,7 @@ VARIANTS = {
 # and the shapes that are timed.
 MODELS = {
     "decoder": (models.decoder, models.ids, (0, 1), ((1, 1), (1, 32), (1, 256), (8, 256))),
-    "bert": (models.small_bert, models.ids, (0, 1), ((1, 16), (1, 128), (8, 128))),
+    "bert": (models.small_bert, models.ids, (0, 1), ((1, 16), (1, 32), (1, 128), (8, 128))),
     "vit": (models.vit, lambda batch, _: models.pixels(batch), (0,), ((1, 197), (8, 197))),
 }
 KEY = ("model", "width", "layers", "batch", "length", "variant")
