@@ -64,8 +64,7 @@ def quantize_dynamic(
 
     Calls of single layers are what is timed. A decoder that goes on to `for_decoding` should be
     converted with prefer="size": there a step of one row is one native call for the whole model,
-    and reading a quarter of the bytes is faster at every width. Layers with outliers (below) are
-    none that this step knows, so such a decoder runs layer by layer.
+    and reading a quarter of the bytes is faster at every width.
 
     Args:
         model: any nn.Module; it stays as it is.
