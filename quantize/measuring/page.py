@@ -121,7 +121,8 @@ def _plot(points: Sequence[tuple[int, Row, float]], label: str) -> str:
     sign = 1 if metric["higher_is_better"] else -1
     qualities = [sign * row["metric"]["value"] for _, row, _ in points]
     low, high = _span(qualities)
-    most = 1.1 * max(cost for *_, cost in points) or 1.0
+    tick = _round_step(1.1 * max(cost for *_, cost in points) / _TICKS)
+    most = tick * _TICKS
     costs = [cost for _, _, cost in points]
     front = _front(costs, qualities)
 
@@ -132,7 +133,7 @@ def _plot(points: Sequence[tuple[int, Row, float]], label: str) -> str:
 
     name = f"{metric['name'] or 'metric'} ({'higher' if sign > 0 else 'lower'} is better)"
     parts = [_axes(most, (low, high), sign, label, name.replace("_", " "))]
-    on_front = sorted((points[i][2], qualities[i]) for i in front)
+    on_front = sorted((costs[i], qualities[i]) for i in front if qualities[i] >= low)
     line = " ".join("{:.1f},{:.1f}".format(*place(*point)) for point in on_front)
     parts.append(f'<polyline class="front" points="{line}"/>')
     for i, (number, row, cost) in enumerate(points):
@@ -174,6 +175,14 @@ def _axes(most: float, span: tuple[float, float], sign: int, label: str, name: s
     turned = f'transform="rotate(-90 11 {middle:.0f})"'
     parts.append(f"<text x=11 y={middle:.0f} class=x {turned}>{escape(name)}</text>")
     return "".join(parts)
+
+
+def _round_step(step: float) -> float:
+    """The next larger one of 1, 2, 2.5, 5 times a power of ten."""
+    if step <= 0:
+        return 1.0
+    power = 10.0 ** math.floor(math.log10(step))
+    return next(power * times for times in (1, 2, 2.5, 5, 10) if power * times >= step * 0.999)
 
 
 def _span(qualities: Sequence[float]) -> tuple[float, float]:

@@ -23,23 +23,29 @@ FINEST = 0.04  # two shares that are nearer are not told apart
 PRUNED, FACTORIZED = "pruned", "low_rank"
 
 
-def whole(small_wanted: bool, by_layer: bool) -> Iterator[Recipe]:
+def whole(small_wanted: bool) -> Iterator[Recipe]:
     """Recipes that keep every channel: other weights for the same layers.
 
     Args:
         small_wanted: whether bytes or memory are asked for.
-        by_layer: whether layers are chosen one by one later, which ones are int8 among the rest.
     """
     if native_bf16("cpu"):
         yield Recipe((Half("bfloat16"),))
     elif small_wanted:
         yield Recipe((Half("float16"),))
-    if not by_layer:
-        yield Recipe((Int8(prefer="speed"),))
     yield Recipe((Int8(embeddings=small_wanted),))
-    yield Recipe((Int8(embeddings=small_wanted, smooth=True),))
     if small_wanted:
         yield Recipe((Int4(),))
+
+
+def where_faster() -> Recipe:
+    """Int8 where a stopwatch finds it faster, for a model whose layers aren't chosen one by one."""
+    return Recipe((Int8(prefer="speed"),))
+
+
+def smoothed(small_wanted: bool) -> Recipe:
+    """Int8 after SmoothQuant, for a model that loses something without."""
+    return Recipe((Int8(embeddings=small_wanted, smooth=True),))
 
 
 def reduced(share: float, kind: str, tail: Recipe | None) -> Recipe:

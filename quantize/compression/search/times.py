@@ -21,8 +21,8 @@ from quantize.compression.int8.layers import choose, convert
 from quantize.nn import low_rank as pairs
 
 FLOAT, INT8, BF16 = "float", "int8", "bf16"
-_CACHE_BYTES, _MOST_COPIES = 8 << 20, 8  # copies take turns: a model's weights are cold
-_FEWEST, _SECONDS = 5, 0.006  # timed calls of a contender, and about how long they take
+_CACHE_BYTES, _MOST_COPIES = 8 << 20, 4  # copies take turns: a model's weights are cold
+_FEWEST, _SECONDS = 5, 0.004  # timed calls of a contender, and about how long they take
 _MOST_NUMBERS = 1 << 21  # in an input; more of them change the time in proportion
 
 Seconds = dict[str, float]

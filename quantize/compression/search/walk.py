@@ -147,21 +147,41 @@ class _Search:
     def run(self) -> list[Row]:
         self.rows.append(self.trial.original())
         self.has_layout = self._is_faster_channels_last()
-        layered = self._survey()
-        for recipe in strategy.whole(self.small_wanted, by_layer=layered is not None):
+        for recipe in strategy.whole(self.small_wanted):
             self._try(recipe)
+        self._smooth()
+        if self._is_done():
+            return self.rows
+        layered = self._survey()
+        if layered is None:
+            self._try(strategy.where_faster())
         tail = self._tail()
         most = MOST_SHARES if layered is None else min(FEW_SHARES, MOST_SHARES)
         for kind in (strategy.PRUNED, strategy.FACTORIZED):
             self._reduce(kind, tail, most)
-        if layered is not None:
+        if layered is not None and not self._is_done():
             self._by_layer(layered)
-        self._recover()
+        if not self._is_done():
+            self._recover()
         return self.rows
 
+    def _is_done(self) -> bool:
+        """Whether a point reaches the targets and has lost nothing that noise isn't."""
+        made = [row for row in self.rows if row["recipe"] and row["fits"]]
+        return self.has_targets and any(row["loss"] <= row["loss_noise"] for row in made)
+
+    def _smooth(self) -> None:
+        """Try SmoothQuant where int8 loses something that it could win back."""
+        losing = [row for row in self.rows if strategy.uniform_kind(row["recipe"]) == INT8]
+        if any(row["file"] and row["loss"] > row["loss_noise"] for row in losing):
+            self._try(strategy.smoothed(self.small_wanted))
+
     def _is_faster_channels_last(self) -> bool:
-        """Whether the order of the convolutions' weights alone makes the model faster."""
-        if not any(isinstance(module, nn.Conv2d) for module in self.trial.model.modules()):
+        """Whether the order of the convolutions' weights alone makes a convolutional network
+        faster.
+        """
+        kinds = [type(module) for module in self.trial.model.modules()]
+        if not kinds.count(nn.Conv2d) > kinds.count(nn.Linear):
             return False
         row = self._try(strategy.channels_last(None))
         noise = self.rows[0]["speed_noise"]
