@@ -39,11 +39,13 @@ class Nurseries(ExitStack):
 
 
 def time_briefly(patch: pytest.MonkeyPatch) -> None:
-    """Let comparisons time one call of each artifact, and races one turn."""
+    """Let comparisons time one call of each artifact, and races one turn, after one that isn't counted:
+    the first call of an int8 layer tries kernels.
+    """
 
     def one_round(turns: Any, rounds: int, burst_s: float, *rest: Any, **options: Any) -> Any:
         return take_turns(turns, 1, 0.0, *rest, **options)
 
-    once = partial(clock.race, least=1, warm_up=0)
+    once = partial(clock.race, least=1)
     patch.setattr("quantize.measuring.comparison.take_turns", one_round)
     patch.setattr("quantize.clock.race", lambda calls, **_: once(calls))
