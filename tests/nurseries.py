@@ -39,8 +39,8 @@ class Nurseries(ExitStack):
 
 
 def time_briefly(patch: pytest.MonkeyPatch) -> None:
-    """Let comparisons time one call of each artifact, and races one turn, after one that isn't counted:
-    the first call of an int8 layer tries kernels.
+    """Let comparisons time one call of each artifact, and races one turn, after a call that isn't
+    counted: the first one of an int8 layer tries kernels.
     """
 
     def one_round(turns: Any, rounds: int, burst_s: float, *rest: Any, **options: Any) -> Any:

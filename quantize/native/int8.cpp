@@ -248,11 +248,12 @@ void pack(const int8_t* weight, int64_t outputs, int64_t inputs, int8_t* packed,
   }
 }
 
-// 0, or 1 where there is no memory.
-int linear(const Layer* layer, int64_t rows, int64_t kind, int64_t threads, const void* x,
-           void* y) {
-  const Call call = {rows, threads, x, y};
-  switch (kind) {
+// 0, or 1 where there is no memory. `what` holds the rows in its lowest 40 bits, the kind in the
+// next 8, and the threads in the rest: for few rows each argument takes a noticeable part of a
+// call.
+int linear(const Layer* layer, int64_t what, const void* x, void* y) {
+  const Call call = {what & 0xffffffffff, what >> 48, x, y};
+  switch (what >> 40 & 0xff) {
     case F32:
       return run<float>(*layer, call);
     case F16:

@@ -24,6 +24,8 @@ HEADERS = int8_library.HEADERS
 KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as in int8.cpp
 MOST_INPUTS = 1 << 16  # products of 255 and 127 fit 32 bits that often
 _PANEL, _STEP = 16, 64
+_KIND, _THREADS = 40, 48  # where they stand in an argument, as in int8.cpp
+_ONE = 1 << _THREADS  # thread
 _PRODUCTS_A_THREAD = 1 << 19
 _MOST_SHAPES = 64  # of inputs that are remembered for a weight
 
@@ -39,11 +41,11 @@ _WORTH_A_THREAD = 1 << 14  # cycles; fewer are done before another thread wakes 
 class Shape(NamedTuple):
     """What a call with inputs of one shape and dtype needs.
 
-    kind: as in int8.cpp. threads: at most. result: a tensor like the output, without memory.
+    rows, kind: in one number, as int8.cpp takes them. threads: at most. result: a tensor like the
+    output, without memory.
     """
 
-    rows: int
-    kind: int
+    what: int
     threads: int
     result: Tensor
 
@@ -82,8 +84,8 @@ class Packed:
         result = torch.empty((), dtype=x.dtype, device="cpu")  # one number, read in all places
         result = result.expand(*x.shape[:-1], self.outputs)
         if not torch.empty_like(result).is_contiguous():
-            raise AssertionError(f"torch orders a tensor of {list(result.shape)} in another way")
-        return Shape(rows, KINDS[x.dtype], self._threads(rows), result)
+            result = result.contiguous()
+        return Shape(rows + (KINDS[x.dtype] << _KIND), self._threads(rows), result)
 
     def _threads(self, rows: int) -> int:
         """How many threads so many rows are worth; 1 at least."""
@@ -100,7 +102,8 @@ class Bound:
 
     Attributes: scale, bias: the tensors, and where their numbers lay. outliers: as they were given,
         with what tells whether they changed. compute: int8.cpp's `linear`. address: of the struct,
-        its first argument. held: what else must live as long as this.
+        its first argument. held: what else must live as long as this. The packed weight holds this,
+        not the other way round.
 
     Raises: ValueError: outliers that don't fit the weight.
     """
@@ -114,7 +117,7 @@ class Bound:
         self.layer = Layer(found.inputs, found.outputs)
         self.layer.packed, self.layer.sums = found.packed.data_ptr(), found.sums.data_ptr()
         self.layer.scale, self.layer.bias = self.scale_pointer, self.bias_pointer
-        self.held: tuple[object, ...] = (found,)
+        self.held: tuple[Tensor, ...] = ()
         self.outliers, self.state = outliers, state_of(outliers)
         if outliers is not None:
             self._set_outliers(outliers)
@@ -220,19 +223,19 @@ def linear(
 
 def _call(bound: Bound, x: Tensor, shape: Shape) -> Tensor:
     y = torch.empty_like(shape.result)
-    pointers = x.data_ptr(), y.data_ptr()
-    if bound.compute(bound.address, shape.rows, shape.kind, _threads(shape), *pointers):
-        raise _no_memory(bound, shape)
+    if bound.compute(bound.address, _what(shape), x.data_ptr(), y.data_ptr()):
+        raise _no_memory(x)
     return y
 
 
-def _threads(shape: Shape) -> int:
-    """OpenMP's threads don't follow a process that forks."""
-    return 1 if _forked else min(torch.get_num_threads(), shape.threads)
+def _what(shape: Shape) -> int:
+    """The kernel's second argument. OpenMP's threads don't follow a process that forks."""
+    threads = 1 if _forked else min(torch.get_num_threads(), shape.threads)
+    return shape.what + (threads << _THREADS)
 
 
-def _no_memory(bound: Bound, shape: Shape) -> MemoryError:
-    return MemoryError(f"no memory for {shape.rows} rows of {bound.layer.inputs} bytes")
+def _no_memory(x: Tensor) -> MemoryError:
+    return MemoryError(f"no memory for the rows of {list(x.shape)} as bytes")
 
 
 def again(
@@ -263,14 +266,15 @@ def again(
         or (bias is not None and bound.bias_pointer != bias.data_ptr())
         or not (outliers is bound.outliers or bound.has(outliers))
         or not x.is_contiguous()
-        or not takes(x)
+        or torch._C._dispatch_keys(x).raw_repr() not in _plain_keys()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
     ):
         return None
     y = torch.empty_like(shape.result)
-    threads = 1 if shape.threads == 1 else _threads(shape)
-    pointers = x.data_ptr(), y.data_ptr()
-    if bound.compute(bound.address, shape.rows, shape.kind, threads, *pointers):
-        raise _no_memory(bound, shape)
+    what = shape.what + _ONE if shape.threads == 1 else _what(shape)
+    if bound.compute(bound.address, what, x.data_ptr(), y.data_ptr()):
+        raise _no_memory(x)
     return y
 
 

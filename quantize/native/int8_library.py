@@ -67,7 +67,7 @@ def read(library: ctypes.CDLL) -> Functions:
         )
     functions.pack.argtypes = [pointer, number, number, pointer, pointer]
     functions.pack.restype = None
-    functions.linear.argtypes = [pointer, number, number, number, pointer, pointer]
+    functions.linear.argtypes = [pointer, number, pointer, pointer]
     return functions
 
 
