@@ -30,6 +30,7 @@ import torch
 from quantize.allocator import allocator_state, keep_allocations
 from quantize.checkpoint import CheckpointError
 from quantize.measuring.artifact import Artifact, MeasurementError
+from quantize.native import int8
 
 # Linux's prctl.h: the signal that comes when the parent dies; orphans below become children of this
 # process.
@@ -106,6 +107,7 @@ def _become_child(control: socket.socket, streams: list[int]) -> None:
     nursery's socket.
     """
     os.setpgid(0, 0)
+    int8.allow_threads()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.close(control.detach())

@@ -318,6 +318,14 @@ def forked() -> bool:
     return _forked
 
 
+def allow_threads() -> None:
+    """In a child process: the thread that forked it had never computed, so OpenMP's threads can
+    start here.
+    """
+    global _forked
+    _forked = False
+
+
 def _note_fork() -> None:
     global _forked
     _forked = True

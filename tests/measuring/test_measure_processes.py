@@ -23,6 +23,7 @@ from quantize.measuring.artifact import MeasurementError
 from quantize.measuring.comparison import compare, measure
 from quantize.measuring.nursery import Nursery
 from quantize.models import MLP, MLPConfig
+from quantize.native import int8
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
 
@@ -144,6 +145,18 @@ def test_a_nursery_that_dies_is_named(file, tmp_path, monkeypatch):
     (tmp_path / "quantize" / "__init__.py").write_text("raise ImportError('no torch here')")
     with pytest.raises(MeasurementError, match="ImportError: no torch here"):
         measure(file, INPUTS, **QUICK)
+
+
+def threads_of_a_large_layer(model) -> float:
+    return float(int8.threads(1 << 40))
+
+
+def test_int8_layers_may_use_the_threads_of_a_measurement(file):
+    """A child of the nursery isn't one whose parent has computed."""
+    found = compare(
+        {"a": file}, INPUTS, evaluate=threads_of_a_large_layer, **QUICK | {"threads": 2}
+    )
+    assert list(found[0].metrics.values()) == [2.0]
 
 
 def nap(model, seconds: float) -> float:

@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
+from quantize.native import int8
 from quantize.run.serve.keeping import Kept
 from quantize.run.serve.metrics import Metrics
 from quantize.run.serve.process import Parent, run_worker
@@ -139,6 +140,7 @@ class Supervisor:
         pid = os.fork()
         if pid == 0:
             self._leave_to_parent()
+            int8.allow_threads()  # see the header
             os.close(ready)
             self.metrics.take_row(row)
             parent = Parent(self.listener, said, kept.workers_end)
