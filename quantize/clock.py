@@ -1,4 +1,5 @@
-"""The only stopwatch: how long calls take, side by side.
+"""The stopwatch behind every latency that is reported or decides something: how long calls take,
+side by side.
 
 Contenders take turns, so that a moment in which the machine is slow hits all of them, and medians
 count, so that one interrupted call doesn't. They run under `torch.no_grad`, as `generate` runs

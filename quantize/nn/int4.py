@@ -1,8 +1,8 @@
 """4-bit weights for decoding one token at a time, where a layer's time is the time to read its
 weight.
 
-`quantize_weights` replaces linear layers by `Int4Linear`: groups of `group_size` weights of a row
-share a scale and a zero point, activations stay float. With few rows the stock kernel
+In an `Int4Linear`, which `compression/int4.py` puts in, groups of `group_size` weights of a row
+share a scale and a zero point, and activations stay float. With few rows the stock kernel
 `_weight_int4pack_mm_for_cpu` multiplies the 4-bit weight as it is, in bfloat16; with many the
 weight is widened, to bfloat16 where the CPU multiplies that, and multiplied as usual.
 

@@ -112,11 +112,10 @@ def choose(
 ) -> tuple[list[Group], dict[str, str]]:
     """Groups to prune (with their `amount` set), and the layers left whole with the reason."""
     skipped = surgery.skip_filter(model, skip)
-    left = {place: why for (name, _), why in stuck.items() for place, _, _ in owners(model, name)}
-    layers = {
-        i: [p for name, _ in g.outputs for p, _, _ in owners(model, name)]
-        for i, g in enumerate(groups)
-    }
+    left: dict[str, str] = {}
+    for (name, _), why in stuck.items():
+        left |= dict.fromkeys(_places(model, name), why)
+    layers = {i: _layers(model, group) for i, group in enumerate(groups)}
     free: dict[int, Group] = {}
     for i, group in enumerate(groups):
         if any(skipped(p, model.get_submodule(p)) for p in layers[i]):
@@ -286,3 +285,14 @@ def _reconstruction(
             for i, removed in zip(family, given, strict=True):
                 keeps[i] = groups[i].units - removed
     return [None if r is None else r[0] for r in ranked], keeps
+
+
+def _places(model: nn.Module, name: str) -> list[str]:
+    """The modules that hold a parameter."""
+    return [place for place, _, _ in owners(model, name)]
+
+
+def _layers(model: nn.Module, group: Group) -> list[str]:
+    """The modules whose output channels a group has."""
+    names = (name for name, _ in group.outputs)
+    return list(itertools.chain.from_iterable(_places(model, name) for name in names))

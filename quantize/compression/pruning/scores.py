@@ -4,6 +4,7 @@ be rebuilt without it.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -122,7 +123,7 @@ def _elimination(reader: Reader, remove: int, ridge: float, *, known: bool) -> E
     moment, weight = reader.seen.second_moment.double(), reader.weight.double()
     moment.diagonal().add_(ridge * moment.diagonal().mean() + 1e-12)
     if known:
-        half = root(reader.metric)  # type: ignore[arg-type]
+        half = root(reader.metric)  # type: ignore[arg-type]  # known: the metric is there
         by_output = weight.reshape(len(half), -1)  # [out, taps * K]
         weight = (half @ by_output).view(weight.shape) * reader.seen.count**0.5
     else:
@@ -203,7 +204,8 @@ def taylor(
     [units] per group.
     """
     totals = [torch.zeros(g.units, dtype=torch.float64) for g in groups]
-    weights = {name: _weight(model, name) for g in groups for name, _ in g.outputs}
+    outputs = itertools.chain.from_iterable(group.outputs for group in groups)
+    weights = {name: _weight(model, name) for name, _ in outputs}
     trained = {name: weight.requires_grad for name, weight in weights.items()}
     for weight in weights.values():
         weight.requires_grad_(True)

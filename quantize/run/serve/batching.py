@@ -1,4 +1,5 @@
-"""Requests that wait for the same model, run together.
+"""Requests that wait for the same model, run together. Texts that are being written join one
+another in `scheduler` instead.
 
 A batch is taken as soon as the model is free, so a lone request never waits for company: what
 arrived while the last batch ran is the next one. The oldest request always goes first; beside it go

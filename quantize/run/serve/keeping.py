@@ -24,7 +24,7 @@ DIED = Refused("the worker that wrote this has died", status=502)
 _transports: dict[Any, Any] = {}  # of the connections of this worker, by the address of the client
 
 
-class Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
+class Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]  # of two kinds
     """uvicorn's protocol, that can be found by its client."""
 
     client: Any  # its address; set by uvicorn
