@@ -22,227 +22,33 @@ benchmarks/results/serving.csv.
 from __future__ import annotations
 
 import argparse
-import base64
 import contextlib
-import json
 import os
-import re
 import statistics
-import subprocess
-import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import rows
-import torch
-from decoding import build
-from models import small_bert
 from rows import Row, host
-from tokenizers import Tokenizer, models, pre_tokenizers
+from services import (
+    Server,
+    Service,
+    decoder,
+    embeddings,
+    images,
+    load,
+    milliseconds,
+    per_second,
+    serve,
+)
 
-import quantize
 from quantize import clock
-from quantize.models import ConvNet, ConvNetConfig
-from quantize.run.generate import generate
-from quantize.run.serve.batching import Job
-from quantize.run.serve.datatypes import to_bytes
-from quantize.run.serve.encoder import Encoder
 
-LOAD = Path(__file__).with_name("load.py")
 QUESTIONS = ("overhead", "crowd", "streams", "memory", "flat", "burst")
 KEY = ("question", "engine", "model", "clients")
 CLIENTS = 64
-NEW, PROMPT = 64, 32  # tokens of a stream
-VOCABULARY = 4096  # of the encoder
-
-
-@dataclass
-class Service:
-    """Something that is served, and the same thing as a call of the library.
-
-    Args:
-        name: of the model.
-        path: what is served.
-        requests: whole HTTP requests.
-        call: the library's call for request number i.
-        batched: the library's call for the first so many requests at once; None: no such thing.
-    """
-
-    name: str
-    path: Path
-    requests: list[bytes]
-    call: Callable[[int], Any]
-    batched: Callable[[int], Any] | None = None
-
-
-def http(path: str, body: bytes, **headers: object) -> bytes:
-    """A whole request."""
-    lines = [f"POST {path} HTTP/1.1", "Host: benchmark", f"Content-Length: {len(body)}"]
-    lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
-    return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
-
-
-def post(path: str, content: object) -> bytes:
-    return http(path, json.dumps(content).encode(), Content_Type="application/json")
-
-
-def images(folder: Path) -> Service:
-    """A small CNN, asked with binary tensors."""
-    torch.manual_seed(0)
-    model = ConvNet(ConvNetConfig()).eval()
-    quantize.save(model, folder / "cnn.safetensors")
-    inputs = torch.randn(256, 1, 28, 28)
-
-    def request(x: torch.Tensor) -> bytes:
-        data = to_bytes(x)
-        port = {"name": "images", "datatype": "FP32", "shape": list(x.shape)}
-        entry = {**port, "parameters": {"binary_data_size": len(data)}}
-        content = {"inputs": [entry], "parameters": {"binary_data_output": True}}
-        head = json.dumps(content).encode()
-        sizes = {"Inference-Header-Content-Length": len(head)}
-        return http("/v2/models/cnn/infer", head + data, **sizes)
-
-    def call(start: int, count: int = 1) -> torch.Tensor:
-        with torch.no_grad():
-            return model(inputs[start % len(inputs) :][:count])
-
-    requests = [request(x[None]) for x in inputs]
-    path = folder / "cnn.safetensors"
-    return Service("cnn", path, requests, call, lambda count: call(0, count))
-
-
-def write_words(folder: Path, size: int) -> None:
-    """A tokenizer whose words are w0, w1, ..."""
-    words = {f"w{i}": i for i in range(size)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.save(str(folder / "tokenizer.json"))
-
-
-def sentences(count: int, low: int, high: int, size: int) -> list[str]:
-    generator = torch.Generator().manual_seed(0)
-    texts = []
-    for _ in range(count):
-        length = int(torch.randint(low, high + 1, (), generator=generator))
-        ids = torch.randint(1, size, (length,), generator=generator).tolist()
-        texts.append(" ".join(f"w{i}" for i in ids))
-    return texts
-
-
-def embeddings(folder: Path) -> Service:
-    """An encoder of 6 layers of width 384, asked for vectors of sentences of 8 to 48 words."""
-    from transformers import BertModel
-
-    torch.manual_seed(0)
-    config: Any = small_bert(384, 6).config
-    config.vocab_size, config.num_attention_heads = VOCABULARY, 12
-    model = BertModel(config).eval()
-    place = folder / "encoder"
-    quantize.save_folder(model, place)
-    write_words(place, VOCABULARY)
-    texts = sentences(256, 8, 48, VOCABULARY)
-    encoder = Encoder(model, place)
-
-    def call(start: int, count: int = 1) -> Any:
-        encoded = [encoder.encode(texts[(start + i) % len(texts)]) for i in range(count)]
-        encoded.sort(key=lambda each: len(each[0]))
-        return encoder.run([Job(each, 1, len(each[0]), done=None) for each in encoded])
-
-    content = [{"model": "encoder", "input": text} for text in texts]
-    requests = [post("/v1/embeddings", each) for each in content]
-    return Service("encoder", place, requests, call, lambda count: call(0, count))
-
-
-def decoder(folder: Path, shape: str) -> Callable[[int], Service]:
-    """A decoder in int8; gives the service that streams so many tokens to prompts of its own."""
-    model: Any = quantize.quantize_dynamic(build(shape), prefer="size")
-    place = folder / shape
-    quantize.save_folder(model, place)
-    size = model.config.vocab_size
-    write_words(place, size)
-    texts = sentences(64, PROMPT, PROMPT, size)
-
-    def service(new: int) -> Service:
-        def call(number: int) -> Any:
-            ids = torch.tensor([[int(word[1:]) for word in texts[number % len(texts)].split()]])
-            return generate(model, ids, max_new_tokens=new)
-
-        content = {"model": shape, "max_tokens": new, "temperature": 0, "stream": True}
-        requests = [post("/v1/completions", {**content, "prompt": text}) for text in texts]
-        return Service(shape, place, requests, call)
-
-    return service
-
-
-class Server:
-    """`quantize serve`, under way."""
-
-    def __init__(self, command: Sequence[str], ready: str = r"http://(\S+)") -> None:
-        self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if address := re.search(ready, line):
-                self.address = address[1]
-                return
-        raise RuntimeError("the server didn't start")
-
-    def __enter__(self) -> Server:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.process.terminate()
-        self.process.wait(60)
-
-    def memory_mb(self) -> float:
-        """What the process and its children hold, pages that they share counted once."""
-        pid = self.process.pid
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        total = 0
-        for each in (str(pid), *children):
-            text = Path(f"/proc/{each}/smaps_rollup").read_text()
-            total += int(re.search(r"^Pss: +(\d+)", text, re.MULTILINE)[1])  # type: ignore[index]
-        return total / 1024
-
-
-def serve(arguments: argparse.Namespace, path: Path, *flags: str) -> Server:
-    """Our server of one model."""
-    threads = ["--threads", str(arguments.threads)]
-    command = [sys.executable, "-m", "quantize", "serve", str(path), "--port", "0"]
-    return Server([*command, *threads, *flags])
-
-
-def load(
-    server: Server,
-    requests: list[bytes],
-    *,
-    clients: int = 1,
-    total: int,
-    rate: float | None = None,
-    limit_s: float = 20,
-) -> list[dict[str, Any]]:
-    """Answers to requests from a process of their own."""
-    encoded = [base64.b64encode(request).decode() for request in requests]
-    job = {"address": server.address, "requests": encoded, "clients": clients, "total": total}
-    job |= {"rate": rate, "limit_s": limit_s}
-    command, text = [sys.executable, str(LOAD)], json.dumps(job)
-    return json.loads(subprocess.check_output(command, input=text, text=True))
-
-
-def milliseconds(answers: list[dict[str, Any]], name: str = "end_s") -> list[float]:
-    good = [answer for answer in answers if answer["status"] == 200 and not answer["error"]]
-    if len(good) < len(answers):
-        raise RuntimeError(f"{len(answers) - len(good)} of {len(answers)} requests failed")
-    return [1000 * answer[name] for answer in good]
-
-
-def per_second(answers: list[dict[str, Any]]) -> float:
-    """Answers per second, from the first request to the last answer."""
-    return len(answers) / max(answer["start_s"] + answer["end_s"] for answer in answers)
+NEW = 64  # tokens of a stream
 
 
 def overhead(service: Service, server: Server, total: int, name: str) -> Row:

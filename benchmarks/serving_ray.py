@@ -22,7 +22,8 @@ from typing import Any
 import ray
 import rows
 from ray import serve
-from serving import Row, images, load
+from rows import Row
+from services import images, load
 
 from quantize.run.serve import Settings
 from quantize.run.serve import ray as ours

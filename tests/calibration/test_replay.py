@@ -6,6 +6,7 @@ import copy
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -66,7 +67,7 @@ def check(model: nn.Module, batches: list, **options) -> Walk:
     groups = trace_calls(model, batches[0], {n: model.get_submodule(n) for n in names}).groups
     streams = find_streams(model, batches[0], names)
     changed = copy.deepcopy(model)
-    walk = Walk(model, batches, [name for group in groups for name in group], **options)
+    walk = Walk(model, batches, list(chain.from_iterable(groups)), **options)
     for group in groups:
         here = streams.intersection(group)
         shown = list(walk.show((model, changed), group, here))

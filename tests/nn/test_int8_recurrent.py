@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import pytest
@@ -28,7 +29,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "no bias": {"bias": False},
     "deep, both ways": {"num_layers": 2, "bidirectional": True, "batch_first": True},
 }
-CASES = [(kind, name) for kind in (nn.LSTM, nn.GRU) for name in OPTIONS]
+CASES = list(product((nn.LSTM, nn.GRU), OPTIONS))
 each_layer = pytest.mark.parametrize(("kind", "options"), CASES, ids=str)
 
 

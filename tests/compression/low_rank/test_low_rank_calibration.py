@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 from helpers import assert_close, zoo
@@ -163,8 +165,7 @@ def test_grouping_of_passes_is_only_a_matter_of_precision():
     model, x = mlp(64, 64, 64, 64), data(64)
     sizes = {
         parameters(factorize_low_rank(model, calibration=x, max_passes=passes, memory=memory))
-        for passes in (1, 2, 64)
-        for memory in (1, 1 << 30)
+        for passes, memory in product((1, 2, 64), (1, 1 << 30))
     }
     assert len(sizes) == 1
 

@@ -42,8 +42,9 @@ def test_full_rank_reproduces_the_weight(shape, whiten, weigh, deficient):
     """
     m, k = shape
     weight = torch.randn(m, k, generator=torch.Generator().manual_seed(m * k)).double()
-    s = moment(k, max(1, k // 3) if deficient else 3 * k) if whiten else None
-    g = moment(m, max(1, m // 3) if deficient else 3 * m, seed=1) if weigh else None
+    rows_of_s, rows_of_g = (max(1, n // 3) if deficient else 3 * n for n in (k, m))
+    s = moment(k, rows_of_s) if whiten else None
+    g = moment(m, rows_of_g, seed=1) if weigh else None
     first, second, _ = maths.whitened_svd(weight, s, g)
     assert_close(second @ first, weight, dtype=torch.float32)
 
