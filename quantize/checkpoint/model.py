@@ -7,7 +7,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -66,10 +66,9 @@ def save(model: nn.Module, path: str | Path, *, metadata: dict[str, Any] | None 
     path = Path(path)
     if path.suffix not in SUFFIXES:
         raise ValueError(f"a checkpoint's name ends in {' or '.join(SUFFIXES)}, got {str(path)!r}")
-    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
-        raise TypeError(
-            f"model must be an nn.Module and no TorchScript, got {type(model).__name__}"
-        )
+    if not _is_plain_module(model):
+        kind = type(model).__name__
+        raise TypeError(f"model must be an nn.Module and no TorchScript, got {kind}")
     if metadata is not None and not isinstance(metadata, dict):
         raise TypeError(f"metadata must be a dict, got {type(metadata).__name__}")
     for module in model.modules():
@@ -109,9 +108,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
             altered, foreign, newer, unsafe, or of another architecture.
         TypeError: `model` is no nn.Module.
     """
-    if model is not None and (
-        not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule)
-    ):
+    if model is not None and not _is_plain_module(model):
         raise TypeError(
             f"model must be an nn.Module and no TorchScript, got {model!r}; to load Net's file, "
             f"pass model=Net()"
@@ -120,21 +117,35 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         record, places = read_header(file, Path(path).suffix)
         notes = _notes(record)
         empty = build(record) if model is None else without_data(surgery.uncompiled(model))
-        odd = contradictions(empty, record)
-        with torch.device("meta"), Bounded(allowed_tensors(record, edits=len(record["structure"]))):
-            empty = surgery.rebuild(empty, record["structure"])
+        known = contradictions(empty, record)
+        empty = _restructured(empty, record)
         dtypes = fit(record, empty)
-        tensors = {}
-        for (name, spec), place in zip(record["tensors"].items(), places, strict=True):
-            tensor = read_tensor(file, *place, **spec)
-            tensors[name] = (
-                restride(tensor, record["strides"][name]) if name in record["strides"] else tensor
-            )
-        filled = fill(empty, tensors, record["aliases"], dtypes)
+        filled = fill(empty, _read(file, record, places), record["aliases"], dtypes)
         for name, reason in contradictions(filled, record).items():
-            require(name in odd, f"module {name!r} contradicts itself: {reason}")
+            require(name in known, f"module {name!r} contradicts itself: {reason}")
     _give_notes(filled, notes)
     return filled
+
+
+def _is_plain_module(model: object) -> bool:
+    return isinstance(model, nn.Module) and not isinstance(model, torch.jit.ScriptModule)
+
+
+def _restructured(empty: nn.Module, record: dict[str, Any]) -> nn.Module:
+    """The model without data after the edits of the file, which make no more than it may hold."""
+    edits = record["structure"]
+    with torch.device("meta"), Bounded(allowed_tensors(record, edits=len(edits))):
+        return surgery.rebuild(empty, edits)
+
+
+def _read(file: BinaryIO, record: dict[str, Any], places: list[Any]) -> dict[str, torch.Tensor]:
+    """The file's tensors by name, in the order of memory in which they were saved."""
+    tensors: dict[str, torch.Tensor] = {}
+    strides = record["strides"]
+    for (name, spec), place in zip(record["tensors"].items(), places, strict=True):
+        tensor = read_tensor(file, *place, **spec)
+        tensors[name] = restride(tensor, strides[name]) if name in strides else tensor
+    return tensors
 
 
 def read_record(path: str | Path) -> dict[str, Any]:
@@ -237,13 +248,11 @@ def _structure(model: nn.Module) -> list[dict[str, Any]]:
     surgery.check_count(edits)
     modules = dict(model.named_modules(remove_duplicate=False))
     for edit in edits:
-        module = modules.get(edit["module"])  # None: inside of what another edit replaced
-        lost = (
-            set()
-            if module is None
-            else module._non_persistent_buffers_set & edit["arguments"].get("shapes", {}).keys()
-        )
-        if lost:
+        module = modules.get(edit["module"])
+        if module is None:  # inside of what another edit replaced
+            continue
+        resized = edit["arguments"].get("shapes", {}).keys()
+        if lost := module._non_persistent_buffers_set & resized:
             raise TypeError(
                 f"{edit['module']!r} has resized non-persistent buffers, which a file can't "
                 f"restore: {sorted(lost)}"
@@ -251,45 +260,52 @@ def _structure(model: nn.Module) -> list[dict[str, Any]]:
     return edits
 
 
-def _tensors(
-    model: nn.Module,
-) -> tuple[dict[str, torch.Tensor], dict[str, str], dict[str, list[int]]]:
-    """What to store: each tensor once, contiguous on the CPU with storage of its own; other names
-    of each; their strides.
-
-    Strides are noted for dense tensors in another order (channels last, a transposed weight):
-    kernels are chosen by them.
+class _Stored(NamedTuple):
+    """What a file holds of a model's state: each tensor once, the other names of each, and the
+    strides of those in another order.
     """
+
+    tensors: dict[str, torch.Tensor]
+    aliases: dict[str, str]
+    strides: dict[str, list[int]]
+
+
+def _tensors(model: nn.Module) -> _Stored:
     live = live_tensors(model)
-    tensors: dict[str, torch.Tensor] = {}
-    aliases: dict[str, str] = {}
+    stored = _Stored({}, {}, {})
     owners: dict[Any, str] = {}
-    strides: dict[str, list[int]] = {}
     storages: set[int] = set()
     for name, value in model.state_dict().items():
         _check_plain(name, value)
-        origin = live.get(name)
-        if origin is not None:
-            start = origin.data_ptr() if origin.numel() else id(origin)
-            place = (origin.device, start, origin.dtype, origin.shape, origin.stride())
-            owner = owners.setdefault((isinstance(origin, nn.Parameter), value.dtype, *place), name)
-            if owner != name:
-                aliases[name] = owner
-                continue
-        tensor = (
-            value.detach().as_subclass(torch.Tensor).cpu().resolve_conj().resolve_neg().contiguous()
-        )
-        if (
-            tensor.untyped_storage().nbytes() != tensor.nbytes
-            or tensor.untyped_storage()._cdata in storages
-        ):
-            tensor = tensor.clone()
-        storages.add(tensor.untyped_storage()._cdata)
-        tensors[name] = tensor
-        order = torch.empty_like(value, device="meta").stride()
-        if order != torch.empty(value.shape, device="meta").stride():
-            strides[name] = list(order)
-    return tensors, aliases, strides
+        owner = name
+        if name in live:
+            owner = owners.setdefault(_identity(live[name], value), name)
+        if owner != name:
+            stored.aliases[name] = owner
+            continue
+        stored.tensors[name] = _alone(value, storages)
+        strides = torch.empty_like(value, device="meta").stride()
+        if strides != torch.empty(value.shape, device="meta").stride():
+            stored.strides[name] = list(strides)
+    return stored
+
+
+def _identity(live: torch.Tensor, value: torch.Tensor) -> tuple:
+    """The same for two names of one tensor. A parameter and a buffer are two."""
+    start = live.data_ptr() if live.numel() else id(live)
+    place = live.device, start, live.dtype, live.shape, live.stride()
+    return isinstance(live, nn.Parameter), value.dtype, *place
+
+
+def _alone(value: torch.Tensor, storages: set[int]) -> torch.Tensor:
+    """The values, contiguous on the CPU, in a storage that none of `storages` is; it joins them."""
+    plain = value.detach().as_subclass(torch.Tensor).cpu()
+    tensor = plain.resolve_conj().resolve_neg().contiguous()
+    storage = tensor.untyped_storage()
+    if storage.nbytes() != tensor.nbytes or storage._cdata in storages:
+        tensor = tensor.clone()
+    storages.add(tensor.untyped_storage()._cdata)
+    return tensor
 
 
 def _check_plain(name: str, value: object) -> None:

@@ -156,9 +156,8 @@ def _open_onnxruntime(file: Path) -> Callable[..., list[Any]]:
     names = [i.name for i in session.get_inputs()]
 
     def engine(*inputs: torch.Tensor) -> list[Any]:
-        return session.run(
-            None, {n: t.detach().contiguous().numpy() for n, t in zip(names, inputs, strict=True)}
-        )
+        arrays = {n: t.detach().contiguous().numpy() for n, t in zip(names, inputs, strict=True)}
+        return list(session.run(None, arrays))
 
     return engine
 

@@ -117,8 +117,7 @@ def _external(
     say(f"building: {backend}")
     try:
         fused = backends.build(simple, backend, tensors)
-    # its compiler knows what the model's authors wrote, and perhaps not what the passes made of it
-    except ValueError:
+    except ValueError:  # it may not know operations that the passes put in: as the authors wrote it
         fused = backends.build(program, backend, tensors)
     say(f"comparing with the model: {backend}")
     checker = Checker(model, example_inputs, seen, sizes=False)
@@ -175,17 +174,15 @@ def compare(
             else:
                 row.model = fuse(model, example_inputs, backend=name, progress=progress)
             with untouched(model):
-                row.difference = difference(
-                    outputs(row.model, example_inputs), outputs(model, example_inputs)
-                )
+                actual, expected = (outputs(m, example_inputs) for m in (row.model, model))
+                row.difference = difference(actual, expected)
             row.rewind()
         except (ValueError, TypeError) as error:
             row.model, row.reason = None, str(error)
     say("timing")
+    built = {row.backend: row.model for row in rows if row.model is not None}
     with untouched(model):
-        times = race(
-            {r.backend: r.model for r in rows if r.model is not None}, example_inputs, seconds=1.0
-        )
+        times = race(built, example_inputs, seconds=1.0)
     for row in rows:
         row.latency_ms = times.get(row.backend)
         row.rewind()
