@@ -13,8 +13,6 @@ from quantize.native.conv import Geometry
 from quantize.nn import PackedLayer, dtype_name, dtype_named, int8_images
 from quantize.nn import int8_kernels as kernels
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
 
 @surgery.builder
 class Int8Conv(PackedLayer):

@@ -27,9 +27,6 @@ MOST_NUMBERS = (
     2**20
 )  # in an input: more of them change the time, but not which of the two is faster
 
-PATIENCE = 0.2  # seconds of runs after which the fewest are enough
-FEWEST_RUNS = 5
-
 _KNOWN: dict[tuple, float | None] = {}
 
 
