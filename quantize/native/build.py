@@ -18,6 +18,7 @@ import signal
 import subprocess
 import tempfile
 import threading
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +62,7 @@ class Library:
 
 # By code, of this process: a compiler that failed isn't asked again.
 _outcomes: dict[Code, Library | OSError] = {}
+_has_warned = False  # that nothing is kept
 _lock = threading.Lock()
 
 
@@ -92,9 +94,23 @@ def library(code: Code, *, compile_now: bool = True) -> Library | None:
                 outcome = error
             if outcome is not None:
                 _outcomes[code] = outcome
+        if isinstance(outcome, Library) and outcome.note:
+            _warn_once(outcome.note)
         if isinstance(outcome, OSError):
             raise OSError(*outcome.args)
         return outcome
+
+
+def _warn_once(note: str) -> None:
+    global _has_warned
+    if _has_warned:
+        return
+    _has_warned = True
+    warnings.warn(
+        f"native code is {note}. Every process spends some seconds on that; XDG_CACHE_HOME can "
+        f"name another folder to keep it in",
+        stacklevel=4,
+    )
 
 
 def _find(code: Code, compile_now: bool) -> Library | None:

@@ -101,5 +101,5 @@ def keep(content: bytes, path: Path) -> str | None:
             os.fchmod(file.fileno(), 0o600)
             file.write(content + hashlib.sha256(content).digest())
     except OSError as error:
-        return f"compiled for this process only: {error}"
+        return f"compiled for this process only: {path.parent}: {error.strerror or error}"
     return None
