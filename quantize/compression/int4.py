@@ -24,6 +24,7 @@ def quantize_weights(
     group_size: int = 32,
     skip: surgery.Skip = (),
     calibration: Iterable[Any] | None = None,
+    progress: Callable[[str], None] | None = None,
 ) -> nn.Module:
     """Copy of `model` whose linear layers store 4-bit weights, for decoding at batch 1.
 
@@ -38,6 +39,7 @@ def quantize_weights(
         group_size: 32, 64, 128 or 256 weights of a row share a scale.
         skip: names, globs or types of modules that stay as they are (`surgery.select`).
         calibration: batches as `calibration.collect` takes; they turn on GPTQ rounding.
+        progress: called with a line for people before each piece of work, with the layer's name.
 
     Returns:
         The copy, for inference only.
@@ -51,6 +53,7 @@ def quantize_weights(
         raise ValueError(f"bits must be 4 (for 8 use quantize_dynamic), got {bits!r}")
     if group_size not in GROUP_SIZES:
         raise ValueError(f"group_size must be one of {GROUP_SIZES}, got {group_size!r}")
+    say = progress or (lambda line: None)
     model = surgery.clone(model)
     skipped = surgery.skip_filter(model, skip)
     model, attentions, left = project_attentions(model, skipped)
@@ -64,18 +67,20 @@ def quantize_weights(
     moments: dict[str, Tensor] = {}
     if calibration is not None:
         original = surgery.clone(model)
+        say(f"inputs of {len(chosen)} layers")
         layers = {name: fact.module for name, fact in chosen.items()}
         run = calibrating.reached(model, calibration, layers)
         statistics = calibrating.collect(
             model, calibration, {name: layers[name] for name in layers if name in run}
         )
         moments = {name: seen.second_moment for name, seen in statistics.items()}
-    replacements = {
-        f.module: Int4Linear.from_linear(f.module, group_size, moments.get(n))
-        for n, f in chosen.items()
-    }
-    for old, new in replacements.items():
-        surgery.take_place(old, new)
+    replacements: dict[nn.Module, nn.Module] = {}
+    pace = calibrating.Pace(len(chosen))
+    for name, fact in chosen.items():
+        say(pace.next(f"rounding {name or 'the model'}"))
+        old = fact.module
+        replacements[old] = Int4Linear.from_linear(old, group_size, moments.get(name))
+        surgery.take_place(old, replacements[old])
     model = surgery.replace(model, replacements)
     without_fast_paths(model)
     model = restore_attentions(model, attentions, (Int4Linear,))

@@ -41,6 +41,7 @@ def make_student(
     example_inputs: Any,
     calibration: Iterable[Any] | None = None,
     skip: surgery.Skip = (),
+    progress: Callable[[str], None] | None = None,
 ) -> nn.Module:
     """A smaller copy of `teacher` in eval mode, to be distilled.
 
@@ -56,6 +57,7 @@ def make_student(
         calibration: re-iterable batches like `example_inputs`; with them the channels to keep are
             chosen by what they do, and layers are refitted.
         skip: names, globs or types of layers whose channels stay.
+        progress: called with a line for people before each piece of work, with the layer's name.
 
     Returns:
         The student, with the teacher's weights, refitted where `calibration` is given.
@@ -85,7 +87,12 @@ def make_student(
             copied.use_cache = config.use_cache
     if width is not None and width < 1:
         student = prune_ln_structured(
-            student, example_inputs, amount=1 - width, calibration=calibration, skip=skip
+            student,
+            example_inputs,
+            amount=1 - width,
+            calibration=calibration,
+            skip=skip,
+            progress=progress,
         )
     if depth is not None:
         surgery.note(student, "student", done=done, left=left, depth=depth)

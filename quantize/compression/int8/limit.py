@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,7 +46,9 @@ class Trial:
         return model, self.error(model)
 
 
-def within(trial: Trial, choice: Choice, max_error: float) -> tuple[nn.Module, float, Choice]:
+def within(
+    trial: Trial, choice: Choice, max_error: float, say: Callable[[str], None]
+) -> tuple[nn.Module, float, Choice]:
     """The model with as many layers in int8 as the error allows, those that cost least; its error;
     and the choice of layers.
 
@@ -55,7 +57,11 @@ def within(trial: Trial, choice: Choice, max_error: float) -> tuple[nn.Module, f
     Raises: ValueError: not one layer may become int8.
     """
     groups = choice.groups()
-    costs = {group: trial.made([group])[1] for group in groups}
+    costs: dict[Group, float] = {}
+    pace = calibrating.Pace(len(groups))
+    for group in groups:
+        say(pace.next(f"int8 in {', '.join(group)} alone"))
+        costs[group] = trial.made([group])[1]
     groups.sort(key=costs.__getitem__)
     count = _foreseen([costs[group] for group in groups], max_error)
     model, error = trial.made(groups[:count])

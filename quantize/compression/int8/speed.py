@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 
 from quantize import surgery
+from quantize.calibration import Pace
 from quantize.compression.int8.layers import Choice, Plan, Report, converted
 from quantize.native.conv import channels_last
 from quantize.nn.timing import Timing, time_layers
@@ -22,7 +23,7 @@ Shape = tuple[int, ...]
 Shapes = Collection[Shape]
 
 
-def slower(choice: Choice, shapes: Mapping[str, Shapes]) -> Report:
+def slower(choice: Choice, shapes: Mapping[str, Shapes], say: Callable[[str], None]) -> Report:
     """The chosen layers that are slower in int8 on one of their inputs, with the two times.
 
     Args:
@@ -31,9 +32,12 @@ def slower(choice: Choice, shapes: Mapping[str, Shapes]) -> Report:
             smallest, the middle and the largest. Without any, a linear layer is timed at ROWS, a
             recurrent one on STEPS steps of as many sequences as SEQUENCES says, a convolution on
             one sample of about PIXELS.
+        say: called with a line for people before each layer.
     """
     found: Report = {}
+    pace = Pace(len(choice.chosen))
     for name, fact in choice.chosen.items():
+        say(pace.next(f"timing {name or 'the model'} in float and in int8"))
         timings = [_timed(fact, shape) for shape in timed_shapes(fact, shapes.get(name, ()))]
         lost = [str(timing) for timing in timings if timing.int8_s > timing.float_s]
         if lost:
@@ -42,11 +46,16 @@ def slower(choice: Choice, shapes: Mapping[str, Shapes]) -> Report:
 
 
 def affordable(
-    plans: Mapping[str, Plan], choice: Choice, shapes: Mapping[str, Shapes]
+    plans: Mapping[str, Plan],
+    choice: Choice,
+    shapes: Mapping[str, Shapes],
+    say: Callable[[str], None],
 ) -> dict[str, Plan]:
     """Those plans for layers with outliers with which a layer still isn't slower than in float."""
     found = {}
+    pace = Pace(len(plans))
     for name, plan in plans.items():
+        say(pace.next(f"timing {name or 'the model'} with outlier channels"))
         fact = choice.chosen[name]
         own = timed_shapes(fact, shapes.get(name, ()))
         timings = [_timed(fact, shape, plan) for shape in own]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -45,6 +45,7 @@ def quantize_dynamic(
     embeddings: bool | None = None,
     prefer: str = "speed",
     max_error: float | None = None,
+    progress: Callable[[str], None] | None = None,
 ) -> nn.Module:
     """Copy of `model` whose layers store and compute in int8, with the activations quantized as
     they come.
@@ -86,6 +87,7 @@ def quantize_dynamic(
             outputs, over all floating point tensors that it returns for all batches. Layers go
             back to float until it holds, first those that change the output most when they alone
             are int8; the summary has both numbers. It takes a run over calibration per layer.
+        progress: called with a line for people before each piece of work, with the layer's name.
 
     Returns:
         The copy, for inference only.
@@ -99,6 +101,7 @@ def quantize_dynamic(
         2208.07339).
     """
     _check(prefer, max_error, calibration)
+    say = progress or (lambda line: None)
     source = surgery.clone(model)
     skipped = surgery.skip_filter(source, skip)
     source, attentions, left = project_attentions(source, skipped)
@@ -113,7 +116,7 @@ def quantize_dynamic(
         layers = {name: fact.module for name, fact in facts if computes(fact)}
         shapes = calibrating.input_shapes(source, calibration, layers)
     if prefer == "speed":
-        choice = choice.without(slower(choice, shapes))
+        choice = choice.without(slower(choice, shapes, say))
     if not choice.chosen:
         return _unconverted(model, choice.left | left)
     settings: dict[str, Any] = {}
@@ -124,12 +127,12 @@ def quantize_dynamic(
         new, distance = convert(source, choice.chosen), None
     else:
         trial = Trial(source, calibration, expected)
-        trial, settings = _improved(trial, choice, shapes if prefer == "speed" else None)
+        trial, settings = _improved(trial, choice, shapes if prefer == "speed" else None, say)
         new, distance = trial.made(choice.groups())
         if max_error is not None:
             settings["max_error"] = max_error
             if distance > max_error:
-                new, distance, choice = within(trial, choice, max_error)
+                new, distance, choice = within(trial, choice, max_error, say)
     folded |= fuse_activations(new, readers, folded)
     new = restore_attentions(new, attentions, (Int8Linear,))
     told, total = _with_shares(new, choice.left | left)
@@ -174,12 +177,15 @@ def _unconverted(model: nn.Module, left: Report) -> nn.Module:
     return new
 
 
-def _improved(trial: Trial, choice: Choice, shapes: Shapes | None) -> tuple[Trial, dict[str, Any]]:
+def _improved(
+    trial: Trial, choice: Choice, shapes: Shapes | None, say: Callable[[str], None]
+) -> tuple[Trial, dict[str, Any]]:
     """The trial with smoothed norms and with outliers in float, each if it brings the int8 model
     clearly closer; and the settings to note. shapes: of the inputs at which a layer with outliers
     must not be slower than in float; None: it may be.
     """
     groups = choice.groups()
+    say("trying SmoothQuant")
     distance = trial.made(groups)[1]
     settings: dict[str, Any] = {}
     smoothed = surgery.clone(trial.source)
@@ -191,9 +197,10 @@ def _improved(trial: Trial, choice: Choice, shapes: Shapes | None) -> tuple[Tria
         if closer < _CLEARLY * distance:
             trial, distance, settings = folded, closer, {"smoothed": norms}
             choice = dataclasses.replace(choice, chosen=_facts_of(smoothed, choice))
+    say("trying outlier channels in float")
     plans = find_plans(trial.source, choice, trial.calibration)
     if shapes is not None:
-        plans = affordable(plans, choice, shapes)
+        plans = affordable(plans, choice, shapes, say)
     if plans:
         apart = dataclasses.replace(trial, plans=plans)
         if apart.made(groups)[1] < _CLEARLY * distance:

@@ -172,6 +172,7 @@ class Int8(Step):
             prefer=self.prefer,
             skip=self.skip,
             calibration=given.calibration if self.smooth else None,
+            progress=given.progress,
         )
 
 
@@ -196,5 +197,9 @@ class Int4(Step):
     def __call__(self, model: nn.Module, given: Given) -> nn.Module:
         """A copy of `model` in int4; raises what `quantize_weights` raises."""
         return quantize_weights(
-            model, group_size=self.group_size, skip=self.skip, calibration=given.calibration
+            model,
+            group_size=self.group_size,
+            skip=self.skip,
+            calibration=given.calibration,
+            progress=given.progress,
         )

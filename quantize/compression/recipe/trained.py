@@ -97,6 +97,7 @@ class Student(Step):
             example_inputs=given.example_inputs,
             calibration=given.calibration,
             skip=self.skip,
+            progress=given.progress,
         )
         options = {"steps": self.steps, "temperature": self.temperature}
         return _taught(distill, student, replace(given, teacher=model), batches, options)
