@@ -92,7 +92,8 @@ def _fit_layer(
         target = torch.add(seen.target_covariance(weight), weight, alpha=floor)
     product = calibrate.compensate(weight, moment, target)
     if rank is not None:
-        first, second, product, split = factors(layer, product, moment, gradient, rank, split)
+        weighing = maths.with_unseen(moment, seen.count)
+        first, second, product, split = factors(layer, product, weighing, gradient, rank, split)
     bias = None
     if own_bias is not None:
         bias = seen.target_mean(weight, own_bias.double()) - product @ seen.mean

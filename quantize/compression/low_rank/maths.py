@@ -60,6 +60,24 @@ def cholesky(moment: Tensor, ridge: float) -> Tensor:
         ridge = max(10 * ridge, 1e-12)
 
 
+def with_unseen(moment: Tensor, count: int) -> Tensor:
+    """The moment [K, K] of `count` rows of inputs, with some energy in all directions where there
+    are fewer rows than inputs.
+
+    Directions that few rows never show must not look free of charge: a layer would lose them, and
+    answer well on calibration only. A new row has about e / (count + e) of its energy there, where
+    e is the number of directions that share the energy of the known ones.
+    """
+    power, k = moment.diagonal().sum(), len(moment)
+    if count >= k or power <= 0:
+        return moment
+    directions = power.square() / moment.square().sum()
+    hidden = directions / (count + directions)
+    moment = moment.clone()
+    moment.diagonal().add_((1 - count / k) * hidden * power / k)
+    return moment
+
+
 def _scale(moment: Tensor) -> Tensor:
     """Mean of the diagonal, or 1 for a moment of nothing but zeros."""
     mean = moment.double().diagonal().mean()

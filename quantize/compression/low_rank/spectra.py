@@ -30,6 +30,7 @@ def spectra(
     for name, layer in layers.items():
         seen, weight = survey.inputs(name), pairs.matrix(layer)
         moment = _moment(seen, centred=layer.bias is not None)
+        moment = maths.with_unseen(moment, seen.count)
         gradient = usable(survey.gradient(name))
         if gradient is None:
             unweighted.append(name)

@@ -180,6 +180,7 @@ def _losses(
     """The spectrum, and the loss of rounding by kind; both summed over the rows seen."""
     weight = pairs.matrix(layer).double()
     moment = seen.covariance if layer.bias is not None else seen.second_moment
+    moment = maths.with_unseen(moment, seen.count)
     spectrum = maths.whitened_spectrum(weight, moment, gradient) * math.sqrt(seen.count)
     rounding = {FLOAT: 0.0}
     if BF16 in kinds:

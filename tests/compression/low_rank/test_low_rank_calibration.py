@@ -28,6 +28,19 @@ def test_calibration_beats_the_plain_svd():
     assert errors[1] < 0.5 * errors[0]
 
 
+def test_few_rows_of_calibration_are_no_worse_than_none():
+    """Directions that few rows don't show are kept as plain SVD keeps them."""
+    model, rows = mlp(96, 192, 16), data(96, rows=6, batches=1)
+    (unseen,) = data(96, batches=1, seed=1)
+    with torch.no_grad():
+        expected = model(unseen)
+        errors = [
+            (quantize.factorize_low_rank(model, calibration=given)(unseen) - expected).norm()
+            for given in (None, rows)
+        ]
+    assert errors[1] <= errors[0]
+
+
 class Residual(nn.Module):
     """x + first(x), then the same with second: no activation between, so what first loses can be
     made up for.
