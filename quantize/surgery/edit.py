@@ -134,8 +134,8 @@ def skip_filter(model: nn.Module, skip: Skip) -> Callable[[str, nn.Module], bool
 
 
 def replace(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.Module:
-    """Put each value where its key stands in `model`, in place and at every place; returns the
-    (possibly new) root.
+    """Put each value where its key stands in `model`, in place and at every place, also in plain
+    attributes; returns the (possibly new) root.
 
     Edits recorded on the old module, or inside it, go over to the new one: they come first when a
     file repeats them.
@@ -147,7 +147,35 @@ def replace(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn
         for name, child in parent._modules.items():
             if child is not None and child in replacements:
                 parent._modules[name] = replacements[child]
+        _replace_kept(parent, replacements)
     return replacements.get(model, model)
+
+
+_INTERNAL = frozenset(vars(nn.Module()))
+
+
+def _replace_kept(parent: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
+    """`replace` in the attributes of `parent` that keep modules without registering them: a forward
+    may call the layers in a plain list.
+    """
+    for name, value in list(vars(parent).items()):
+        if name not in _INTERNAL:
+            parent.__dict__[name] = _replaced(value, replacements)
+
+
+def _replaced(value: Any, replacements: Mapping[nn.Module, nn.Module]) -> Any:
+    """`value` with modules replaced; lists and dicts are changed in place."""
+    if isinstance(value, nn.Module):
+        return replacements.get(value, value)
+    if type(value) is tuple:
+        parts = [_replaced(part, replacements) for part in value]
+        same = all(new is old for new, old in zip(parts, value, strict=True))
+        return value if same else tuple(parts)
+    if type(value) is list:
+        value[:] = [_replaced(part, replacements) for part in value]
+    elif type(value) is dict:
+        value.update({key: _replaced(part, replacements) for key, part in value.items()})
+    return value
 
 
 def _inherit(old: nn.Module, new: nn.Module) -> None:
@@ -185,6 +213,7 @@ def rebuild(model: nn.Module, edits: Sequence[Mapping[str, Any]]) -> nn.Module:
             places.replace(module, new)
             model = new if module is model else model
         places.note(new, deep=new is not module)
+    places.finish(model)
     guard_folders(model)
     return model
 
@@ -223,6 +252,7 @@ class _Places:
 
     def __init__(self, model: nn.Module) -> None:
         self.parents: dict[nn.Module, dict[tuple[int, str], nn.Module]] = {}
+        self.swaps: list[tuple[nn.Module, nn.Module]] = []  # in their order
         self.note(model, deep=True)
 
     def note(self, module: nn.Module, deep: bool) -> None:
@@ -240,3 +270,14 @@ class _Places:
             if parent._modules.get(key) is old:
                 parent._modules[key] = new
         self.parents.setdefault(new, {}).update(here)
+        self.swaps.append((old, new))
+
+    def finish(self, model: nn.Module) -> None:
+        """Replace in plain attributes, too."""
+        newest: dict[nn.Module, nn.Module] = {}
+        for old, new in reversed(self.swaps):
+            newest[old] = newest.get(new, new)
+        made = {new for _, new in self.swaps}
+        for module in model.modules():
+            if module not in made:
+                _replace_kept(module, newest)
