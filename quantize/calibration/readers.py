@@ -1,12 +1,14 @@
 """Which module alone reads what another one gives, seen while the model runs.
 
-Every torch function that is given such an output is seen, and so is whoever keeps it. Left out:
-code that reads memory without torch.
+Every torch function that is given such an output is seen, and so is whoever keeps it; likewise
+those that are given a weight of a module that isn't at work. Left out: code that reads memory
+without torch.
 """
 
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -23,7 +25,8 @@ def followers(
     model: nn.Module, batches: Iterable[Any], layers: Mapping[str, nn.Module]
 ) -> dict[str, str]:
     """For each of `layers` that runs once a batch, in eval mode, and whose output goes into one
-    other module and nowhere else: the name of that module. On all batches.
+    other module and nowhere else: the name of that module. On all batches. Left out where that
+    module runs more than once, or where something else computes with a tensor of the two.
     """
     names = {module: name for name, module in model.named_modules()}
     found: dict[str, set[str]] = {name: set() for name in layers}
@@ -48,7 +51,13 @@ class _Seen(TorchFunctionMode):
         self.layers, self.names = layers, names
         self.outputs: dict[int, tuple[str, torch.Tensor]] = {}  # by identity
         self.readers: dict[str, list[str]] = {name: [] for name in layers}
-        self.ran: set[str] = set()
+        self.calls: Counter[str] = Counter()  # of modules that hold no others
+        self.holders: dict[int, str] = {}  # by identity of a tensor
+        for module, name in names.items():
+            own = (*module._parameters.values(), *module._buffers.values())
+            self.holders |= {id(tensor): name for tensor in own if tensor is not None}
+        self.shown: set[str] = set()  # modules with whose tensors others compute
+        self.working: list[str] = []
         self.reading: list[Any] = []  # outputs that modules at work were given
 
     def handles(self, model: nn.Module) -> list[Any]:
@@ -66,21 +75,25 @@ class _Seen(TorchFunctionMode):
         if known is not None:
             self.readers[known[0]].append(self.names[module])
         self.reading.append(given if known is not None else None)
+        self.working.append(self.names[module])
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.working.pop()
         if self.reading.pop() is output:  # changed in place: from here on it is this module's
             self.outputs.pop(id(output), None)
         name = self.names[module]
+        self.calls[name] += 1
         if name in self.layers and isinstance(output, torch.Tensor):
-            if name in self.ran:
-                self.readers[name].append("")  # it runs more than once
-            self.ran.add(name)
             self.outputs[id(output)] = name, output
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         values = tree_leaves((args, kwargs or {}))
         self.note_uses([value for value in values if not self._is_being_read(value)])
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        held = [self.holders[id(value)] for value in values if id(value) in self.holders]
+        if held and any(isinstance(part, torch.Tensor) for part in tree_leaves(result)):
+            self.shown.update(name for name in held if name not in self.working)
+        return result
 
     def _is_being_read(self, value: Any) -> bool:
         return any(value is given for given in self.reading)
@@ -95,7 +108,8 @@ class _Seen(TorchFunctionMode):
     def reader(self, name: str) -> str:
         """Of this layer's output: the only one, or "" where there are others, or none."""
         readers = self.readers[name]
-        if len(readers) != 1:
+        both = {name, *readers}
+        if len(readers) != 1 or both & self.shown or any(self.calls[one] != 1 for one in both):
             return ""
         for known, output in self.outputs.values():
             # this variable, the tuple, and the argument of the call hold it

@@ -6,6 +6,7 @@ follows the forward of a copy. Where it can't, nothing is folded.
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
@@ -96,16 +97,39 @@ def _fold(conv: Any, norm: Any) -> None:
 
 def traced_followers(model: nn.Module, names: Collection[str]) -> dict[str, str]:
     """For each layer of `names` that the model's forward calls once, and whose output goes into one
-    other module and nowhere else: the name of that module; none where `torch.fx` can't follow.
+    other module and nowhere else, whichever arguments it is called with: the name of that module;
+    none where `torch.fx` can't follow.
     """
     modules = model.modules()
     readers = (*_PAIRS.values(), nn.ReLU)
-    graph = _graph(model) if any(isinstance(module, readers) for module in modules) else None
-    if graph is None:
+    if not any(isinstance(module, readers) for module in modules):
         return {}
     calls = Counter(str(node.target) for node in graph.nodes if node.op == "call_module")
     read = {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
     found = {}
+    found: dict[str, str] | None = None
+    for absent in _ways_to_call(model):
+        graph = _graph(model, absent)
+        if graph is None:
+            return {}
+        seen = _followers(graph, names)
+        found = seen if found is None else dict(found.items() & seen.items())
+    return found or {}
+
+
+def _ways_to_call(model: nn.Module) -> list[list[str]]:
+    """Which arguments a call may leave out: none, all that are None by default, and all of these
+    but one. A forward asks whether they are None, and a trace doesn't see that it asks.
+    """
+    parameters = inspect.signature(model.forward).parameters.values()
+    optional = [p.name for p in parameters if p.default is None]
+    ways = [[], optional]
+    ways += [[other for other in optional if other != name] for name in optional]
+    return [way for i, way in enumerate(ways) if way not in ways[:i]]
+
+
+def _followers(graph: fx.Graph, names: Collection[str]) -> dict[str, str]:
+    """`traced_followers` of one graph."""
     for node in graph.nodes:
         name = str(node.target)
         if node.op != "call_module" or name not in names or len(node.users) != 1:
@@ -142,13 +166,15 @@ class _Tracer(fx.Tracer):
         return ours or super().is_leaf_module(m, module_qualified_name)
 
 
-def _graph(model: nn.Module) -> fx.Graph | None:
-    """The forward of a copy as a graph; None where it can't be followed."""
+def _graph(model: nn.Module, absent: Collection[str]) -> fx.Graph | None:
+    """The forward of a copy, called without the arguments `absent`, as a graph; None where it can't
+    be followed.
+    """
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
         with torch.random.fork_rng(devices=[]):
-            return _Tracer().trace(clone(model))
+            return _Tracer().trace(clone(model), dict.fromkeys(absent))
     except Exception:  # a forward that reads values, or whatever else a proxy can't answer
         return None
     finally:

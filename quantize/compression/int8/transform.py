@@ -35,6 +35,7 @@ Shapes = Mapping[str, set[tuple[int, ...]]]  # by layer, of its inputs on calibr
 PREFERENCES = ("speed", "size")
 _CLEARLY = 0.9  # smaller gains are not seen again on other data
 _MUCH = 0.4
+_FAR = 0.05  # a relative error of the outputs above it comes with a warning
 
 
 def quantize_dynamic(
@@ -54,9 +55,10 @@ def quantize_dynamic(
     convolutions of 1 to 3 dimensions, `nn.LSTM`, `nn.GRU`, `nn.MultiheadAttention`, and
     `nn.Embedding` and `nn.EmbeddingBag` tables that are large or share their weight with a linear
     layer (a tied head). `quantize.summary(result)` says what was converted, what was not, and why,
-    and what part of the bytes stays float; a UserWarning does too where that is more than 40
-    percent. A BatchNorm in eval mode and a ReLU that alone read the output of a convolution are
-    folded into it: calibration shows that, or else `torch.fx` where it can follow the forward.
+    and what part of the bytes stays float. A UserWarning does too where that is more than 40
+    percent, and another one says where the outputs moved by more than 5 percent on calibration. A
+    BatchNorm in eval mode and a ReLU that alone read the output of a convolution are folded into
+    it: calibration shows that, or else `torch.fx` where it can follow the forward.
 
     By default the result is never slower than the model: each layer is timed here in float and in
     int8, and stays in float where int8 loses; the summary has both times. So the result depends on
@@ -133,8 +135,13 @@ def quantize_dynamic(
             settings["max_error"] = max_error
             if distance > max_error:
                 new, distance, choice = within(trial, choice, max_error, say)
-    folded |= fuse_activations(new, readers, folded)
+    joined = fuse_activations(new, readers, folded)
+    folded |= joined
     new = restore_attentions(new, attentions, (Int8Linear,))
+    if joined and calibration is not None:
+        distance = calibrating.relative_error(smooth.outputs(new, calibration), expected)
+    if distance is not None and distance > _FAR and max_error is None:
+        _warn_of_distance(model, distance)
     told, total = _with_shares(new, choice.left | left)
     done = {n: _became(m) for n, m in new.named_modules() if isinstance(m, INT8)}
     done |= {gone: f"folded into {conv}" for gone, conv in folded.items()}
@@ -175,6 +182,14 @@ def _unconverted(model: nn.Module, left: Report) -> nn.Module:
     )
     surgery.note(new, "int8", left=left)
     return new
+
+
+def _warn_of_distance(model: nn.Module, distance: float) -> None:
+    warnings.warn(
+        f"int8: the outputs of {type(model).__name__} moved by {distance:.0%} on calibration; "
+        f"max_error={_FAR} would put layers back into float until it holds",
+        stacklevel=3,
+    )
 
 
 def _improved(
