@@ -13,9 +13,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.utils import prune
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
 
 from quantize import surgery
@@ -235,7 +232,7 @@ def fill(
     lost = [name for name, tensor in live.items() if tensor.is_meta]
     require(not lost, f"the file has no data for {', '.join(lost[:3])}")
     model.eval()
-    _compute_weights(model)
+    surgery.recompute_weights(model)  # who reads them earlier must see the file's
     return model
 
 
@@ -273,14 +270,3 @@ def _assign_below(
             _assign_below(child, below.get(key, {}), f"{prefix}{key}.", metadata, faults)
     for hook in module._load_state_dict_post_hooks.values():
         hook(module, torch.nn.modules.module._IncompatibleKeys(*faults[:2]))
-
-
-def _compute_weights(model: nn.Module) -> None:
-    """Weights that torch's older norms and masks compute before each call: who reads them earlier
-    must see the file's.
-    """
-    for module in model.modules():
-        for hook in module._forward_pre_hooks.values():
-            if isinstance(hook, WeightNorm | SpectralNorm | prune.BasePruningMethod):
-                with torch.no_grad():
-                    hook(module, ())

@@ -17,6 +17,7 @@ from quantize.surgery.candidates import (
     stays_float,
     take_place,
 )
+from quantize.surgery.computed import computing_hooks, recompute_weights
 from quantize.surgery.edit import (
     Skip,
     clone,
@@ -55,6 +56,7 @@ __all__ = [
     "check_finite",
     "check_initialised",
     "clone",
+    "computing_hooks",
     "contradiction",
     "deepcopy",
     "facts",
@@ -67,6 +69,7 @@ __all__ = [
     "notes",
     "obstacle",
     "rebuild",
+    "recompute_weights",
     "record",
     "replace",
     "resize",

@@ -3,9 +3,9 @@ adds what it alone asks.
 
 The policies, for all techniques: hooks follow the layer that takes another's place, and so does its
 training flag (`take_place`). A weight that several modules hold is shared by their replacements, or
-the layer stays and is named. A weight that a parametrization computes is read once; one that a hook
-computes (old weight_norm, spectral_norm, pruning masks) makes the layer stay, and so do a forward
-of its own and a weight that is no floating tensor. A weight that is not finite is an error.
+the layer stays and is named. A weight that a parametrization or a hook of torch's computes
+(weight_norm, spectral_norm, pruning masks) is read once. A forward of its own and a weight that is
+no floating tensor make a layer stay. A weight that is not finite is an error.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
+
+from quantize.surgery.computed import computing_hooks, recompute_weights
 
 _OPAQUE = "NonDynamicallyQuantizableLinear"
 _HOOKS = (
@@ -63,9 +65,10 @@ class Facts:
 
 
 def facts(model: nn.Module) -> dict[str, Facts]:
-    """Of every linear layer, embedding, convolution, LSTM and GRU of `model`, by name, each
-    once.
+    """Of every linear layer, embedding, convolution, LSTM and GRU of `model`, by name, each once.
+    Weights that hooks compute are brought up to date, in place.
     """
+    recompute_weights(model)
     known = holders(model)
     found: dict[str, Facts] = {}
     for name, module in model.named_modules():
@@ -75,7 +78,10 @@ def facts(model: nn.Module) -> dict[str, Facts]:
                 if parameter is not None and parameter.ndim > 1:
                     names |= dict.fromkeys(known[id(parameter)])
             found[name] = Facts(
-                module, tuple(names) or (name,), is_transposed(module), obstacle(module)
+                module,
+                tuple(names) or (name,),
+                is_transposed(module),
+                obstacle(module),
             )
     return found
 
@@ -123,14 +129,13 @@ def _recurrent_obstacle(module: nn.RNNBase) -> str | None:
 
 
 def _weight_obstacle(module: Any) -> str | None:
-    computed = parametrize.is_parametrized(module)
+    parametrized = parametrize.is_parametrized(module)
+    hooked = "weight" in computing_hooks(module).values()
     weight = module._parameters.get("weight")
-    if weight is None and not (computed and "weight" in module.parametrizations):
-        return (
-            "its weight is computed by a hook (weight_norm, spectral_norm, prune): make it "
-            "permanent first"
-        )
-    if any(name not in ("weight", "bias") for name in module._parameters):
+    if weight is None and not hooked and not (parametrized and "weight" in module.parametrizations):
+        return "its weight is computed by other code: make it permanent first"
+    sources = ("weight_g", "weight_v", "weight_orig") if hooked else ()
+    if any(name not in ("weight", "bias", *sources) for name in module._parameters):
         return "it has parameters besides weight and bias"
     if weight is not None and is_lazy(weight):
         return "its weight is not initialised yet: run the model once"
@@ -167,6 +172,7 @@ def check_finite(name: str, module: nn.Module) -> None:
     not finite.
     """
     tensors = dict(module._parameters)
+    tensors |= {kind: getattr(module, kind) for kind in computing_hooks(module).values()}
     if parametrize.is_parametrized(module):
         computed: Any = module.parametrizations
         tensors |= {kind: getattr(module, kind) for kind in computed}
@@ -189,10 +195,15 @@ def check_initialised(model: nn.Module) -> None:
 
 
 def take_place(old: nn.Module, new: nn.Module) -> None:
-    """Give `new` what stays of `old` when it takes its place: the training flag and the hooks."""
+    """Give `new` what stays of `old` when it takes its place: the training flag and the hooks, but
+    for those that compute a weight.
+    """
     new.train(old.training)
     for kind in _HOOKS:
         setattr(new, kind, getattr(old, kind))
+    new._forward_pre_hooks = old._forward_pre_hooks.copy()
+    for key in computing_hooks(old):
+        del new._forward_pre_hooks[key]
 
 
 @torch.no_grad()

@@ -10,9 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import prune
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
 
 from quantize.calibration import call, output_tensors, untouched
 from quantize.seeding import seed_devices
@@ -133,14 +130,3 @@ def running_norms(model: nn.Module) -> list[nn.Module]:
     return [
         module for module in model.modules() if getattr(module, "running_mean", None) is not None
     ]
-
-
-@torch.no_grad()
-def recompute_weights(model: nn.Module) -> None:
-    """Weights that a hook computes before each pass (`weight_norm`, `spectral_norm`, masks) from
-    the parameters as they are.
-    """
-    for module in model.modules():
-        for hook in module._forward_pre_hooks.values():
-            if isinstance(hook, WeightNorm | SpectralNorm | prune.BasePruningMethod):
-                hook(module, ())

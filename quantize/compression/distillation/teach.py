@@ -29,7 +29,6 @@ from quantize.compression.distillation.cache import TeacherCache
 from quantize.compression.distillation.checks import check_modules, check_steps, check_trainable
 from quantize.compression.distillation.objective import Objective
 from quantize.compression.distillation.preparing import precision, prepare
-from quantize.compression.distillation.state import recompute_weights
 from quantize.training import Batches, TrainConfig, TrainingError, fit, ranks
 
 LEAST_RATE = 2**-6  # times the rates of training from scratch
@@ -211,7 +210,7 @@ def _finished(model: nn.Module) -> nn.Module:
         parameter.grad = None
     model.eval()
     surgery.round_stored(model)
-    recompute_weights(model)
+    surgery.recompute_weights(model)
     return model
 
 

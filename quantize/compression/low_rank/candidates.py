@@ -79,6 +79,11 @@ def _obstacle(module: nn.Module, others: Sequence[str], inside: bool) -> str | N
         return "its owner reads the weight directly"
     if parametrize.is_parametrized(module):
         return "its weight is computed by a parametrization: make it permanent first"
+    if surgery.computing_hooks(module):
+        return (
+            "its weight is computed by a hook (weight_norm, spectral_norm, prune): make it "
+            "permanent first"
+        )
     general = surgery.obstacle(module)
     if general is not None:
         return general

@@ -14,10 +14,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.utils.prune import BasePruningMethod
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
 
+from quantize import surgery
 from quantize.calibration import call, untouched
 from quantize.run.fusion.nested import Spec, duplicate, flatten, plain, unflatten
 
@@ -194,29 +192,13 @@ def settled(model: nn.Module) -> nn.Module:
     """Weights that hooks compute before every call (weight and spectral norm, pruning masks) as
     parameters, in place.
     """
+    surgery.recompute_weights(model)
     for module in model.modules():
-        for key, (hook, name) in _computed(module).items():
-            with torch.no_grad():
-                hook(module, ())
+        for key, name in surgery.computing_hooks(module).items():
             value = module.__dict__.pop(name).detach()
             setattr(module, name, nn.Parameter(value, requires_grad=False))
             del module._forward_pre_hooks[key]
     return model
-
-
-def _computed(module: nn.Module) -> dict[int, tuple[Any, str]]:
-    """Hooks that compute a weight from other parameters, and the attribute that they set; not
-    state, though it changes.
-    """
-    kinds = (WeightNorm, SpectralNorm, BasePruningMethod)
-    hooks = {
-        key: hook for key, hook in module._forward_pre_hooks.items() if isinstance(hook, kinds)
-    }
-    return {key: (hook, _tensor_name(hook)) for key, hook in hooks.items()}
-
-
-def _tensor_name(hook: Any) -> str:
-    return getattr(hook, "name", None) or hook._tensor_name
 
 
 def _state(model: nn.Module) -> dict[str, Any]:
@@ -224,7 +206,7 @@ def _state(model: nn.Module) -> dict[str, Any]:
     found: dict[str, Any] = {}
     seen: set[int] = set()
     for name, module in model.named_modules():
-        left_out = _STRUCTURE | {name for _, name in _computed(module).values()}
+        left_out = _STRUCTURE | set(surgery.computing_hooks(module).values())
         own = {key: value for key, value in module.__dict__.items() if key not in left_out}
         for key, value in {**module._parameters, **module._buffers, **own}.items():
             for path, leaf in _leaves(value, f"{name}.{key}".strip("."), seen, 0):
