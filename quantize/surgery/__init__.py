@@ -5,6 +5,7 @@ Every technique goes through here. `edit` changes a model, `record` keeps what a
 why), `sizes` tells whether a module agrees with its own tensors.
 """
 
+from quantize.surgery.asked import asked_classes
 from quantize.surgery.candidates import (
     Facts,
     check_finite,
@@ -51,6 +52,7 @@ __all__ = [
     "Summary",
     "absorb",
     "amend",
+    "asked_classes",
     "builder",
     "check_count",
     "check_finite",

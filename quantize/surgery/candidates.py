@@ -4,8 +4,9 @@ adds what it alone asks.
 The policies, for all techniques: hooks follow the layer that takes another's place, and so does its
 training flag (`take_place`). A weight that several modules hold is shared by their replacements, or
 the layer stays and is named. A weight that a parametrization or a hook of torch's computes
-(weight_norm, spectral_norm, pruning masks) is read once. A forward of its own and a weight that is
-no floating tensor make a layer stay. A weight that is not finite is an error.
+(weight_norm, spectral_norm, pruning masks) is read once. A forward of its own, a weight that is no
+floating tensor, and a model that asks of what class the layer is make it stay. A weight that is not
+finite is an error.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from quantize.surgery.asked import asked_classes
 from quantize.surgery.computed import computing_hooks, recompute_weights
 
 _OPAQUE = "NonDynamicallyQuantizableLinear"
@@ -69,6 +71,7 @@ def facts(model: nn.Module) -> dict[str, Facts]:
     Weights that hooks compute are brought up to date, in place.
     """
     recompute_weights(model)
+    asked = asked_classes(model)
     known = holders(model)
     found: dict[str, Facts] = {}
     for name, module in model.named_modules():
@@ -81,7 +84,7 @@ def facts(model: nn.Module) -> dict[str, Facts]:
                 module,
                 tuple(names) or (name,),
                 is_transposed(module),
-                obstacle(module),
+                obstacle(module) or asked.get(module),
             )
     return found
 

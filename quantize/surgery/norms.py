@@ -16,6 +16,7 @@ import torch
 from torch import fx, nn
 from torch.nn.utils import fuse_conv_bn_weights
 
+from quantize.surgery.asked import asked_classes
 from quantize.surgery.candidates import take_place
 from quantize.surgery.edit import clone, replace
 from quantize.surgery.record import builder, record
@@ -40,10 +41,12 @@ def fold_norms(model: nn.Module, followers: Mapping[str, str]) -> dict[str, str]
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     places = Counter(map(id, modules.values()))
+    asked = asked_classes(model)
     folded: dict[str, str] = {}
     for conv_name, norm_name in followers.items():
         conv, norm = modules[conv_name], modules[norm_name]
-        if places[id(conv)] == places[id(norm)] == 1 and _folds(conv, norm):
+        once = places[id(conv)] == places[id(norm)] == 1
+        if once and norm not in asked and _folds(conv, norm):
             _fold(conv, norm)
             folded[conv_name] = norm_name
     absorb(model, folded.values())
@@ -104,9 +107,6 @@ def traced_followers(model: nn.Module, names: Collection[str]) -> dict[str, str]
     readers = (*_PAIRS.values(), nn.ReLU)
     if not any(isinstance(module, readers) for module in modules):
         return {}
-    calls = Counter(str(node.target) for node in graph.nodes if node.op == "call_module")
-    read = {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
-    found = {}
     found: dict[str, str] | None = None
     for absent in _ways_to_call(model):
         graph = _graph(model, absent)
@@ -130,6 +130,9 @@ def _ways_to_call(model: nn.Module) -> list[list[str]]:
 
 def _followers(graph: fx.Graph, names: Collection[str]) -> dict[str, str]:
     """`traced_followers` of one graph."""
+    calls = Counter(str(node.target) for node in graph.nodes if node.op == "call_module")
+    read = {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
+    found = {}
     for node in graph.nodes:
         name = str(node.target)
         if node.op != "call_module" or name not in names or len(node.users) != 1:

@@ -133,3 +133,33 @@ def test_what_others_hold_or_compute_is_shared_or_left(transform):
     assert small[0].packed is small[1].packed and "forward" in quantize.summary(small).left["2"]
     with torch.no_grad():
         assert relative(small(x), model(x)) < 0.03
+
+
+class AsksForClasses(nn.Module):
+    """Its forward decides by the classes of its layers what to do with their outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.rnn = nn.LSTM(32, 64, batch_first=True)
+        self.features = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32))
+        self.head = nn.Linear(64, 8)
+
+    def last(self, x: Tensor) -> Tensor:
+        state = self.rnn(x)[1]
+        return (state[0] if isinstance(self.rnn, nn.LSTM) else state)[-1]
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        x = self.last(x)
+        return [self.head(x), self.features(x)]
+
+
+def test_layers_whose_class_is_asked_for_stay():
+    """A method that forward calls asks for nn.LSTM; the other layers are converted."""
+    model, x = AsksForClasses().eval(), randn(2, 5, 32)
+    with torch.no_grad():
+        for technique in (in_int8, quantize.factorize_low_rank):
+            small = technique(model)
+            noted = quantize.summary(small)
+            assert type(small.rnn) is nn.LSTM and "head" in {*noted.done, *noted.left}
+            assert [t.shape for t in small(x)] == [t.shape for t in model(x)]
+    assert "asks whether" in quantize.summary(in_int8(model)).left["rnn"]

@@ -40,13 +40,15 @@ def fuse_activations(
         The convolution that does the work of each activation, by its name.
     """
     found: dict[str, str] = {}
+    asked = surgery.asked_classes(model)
     for last, name in readers.items():
         conv_name = folded.get(last, last)
         conv: Any = model.get_submodule(conv_name)
         activation = model.get_submodule(name)
         joined = isinstance(conv, Int8Conv) and surgery.is_plain(conv, [Int8Conv])
         watched = last in folded and not surgery.is_plain(model.get_submodule(last), [nn.Identity])
-        if joined and not watched and surgery.is_plain(activation, [nn.ReLU]):
+        stays = watched or activation in asked
+        if joined and not stays and surgery.is_plain(activation, [nn.ReLU]):
             conv.relu = True
             surgery.amend(conv, "Int8Conv", relu=True)
             found[name] = conv_name
