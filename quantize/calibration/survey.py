@@ -5,6 +5,7 @@ memory allows: one, if all of it fits.
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
@@ -21,6 +22,7 @@ from quantize.calibration.sums import InputStatistics
 log = logging.getLogger(__name__)
 
 MEMORY = 1 << 30  # bytes of moments at a time
+_SCARCE = 4  # fewer rows than one for so many inputs are said
 _NO_GRADIENTS = (RuntimeError, TypeError, ValueError, NotImplementedError)
 
 
@@ -70,6 +72,7 @@ class Survey:
         self.differentiable = gradients
         self.loss = loss
         self.say = say
+        self.widths = widths
         self.sizes = {name: (4 * k**2, 4 * m**2) for name, (k, m) in widths.items()}  # bytes
         self.memory = memory
         # are all moments of gradients kept, from the first pass on?
@@ -77,6 +80,7 @@ class Survey:
         self.reached = set(self.layers)  # until the first pass knows better
         self.statistics: dict[str, InputStatistics] = {}
         self.moments: dict[str, torch.Tensor] = {}  # of gradients
+        self.rows: dict[str, int] = {}  # of inputs, by layer that was looked at
         self.current: set[str] = set()  # layers that were looked at last
         self.plan(self.layers, inputs=True)
         self.look = self._pass(self.runs[0])
@@ -118,6 +122,22 @@ class Survey:
             self._pass(self._run_of(name))
         return self.moments.get(name)
 
+    def warn_if_few_rows(self, technique: str) -> None:
+        """A UserWarning where a layer has far fewer rows than inputs: it can be made to answer well
+        on so few, and no others. technique: that fits to the rows.
+        """
+        few = [name for name, rows in self.rows.items() if _SCARCE * rows < self.widths[name][0]]
+        if not few:
+            return
+        name, others = few[0], len(few) - 1
+        also = f", and {others} more layers as few" if others else ""
+        warnings.warn(
+            f"{technique}: calibration gives {name!r} {self.rows[name]} rows for its "
+            f"{self.widths[name][0]} inputs{also}: outputs may move much more on other inputs than "
+            f"on these; give more batches",
+            stacklevel=3,
+        )
+
     def _run_of(self, name: str) -> list[str]:
         return next((run for run in self.runs if name in run), [name])
 
@@ -158,6 +178,7 @@ class Survey:
         if inputs is not None:
             self.statistics = {n: seen for n, seen in inputs.statistics.items() if seen.count}
             check_reached(self.statistics)
+            self.rows |= {name: seen.count for name, seen in self.statistics.items()}
         if gradients is not None:
             moments = gradients.result()
             self.moments |= {name: m for name, m in moments.items() if is_finite(m)}

@@ -122,6 +122,7 @@ def factorize_low_rank(
     else:
         steps = {"max_passes": max_passes, "split": split, "left": left, "say": say}
         result = fit(result, survey, ranks, **steps)
+        survey.warn_if_few_rows("low rank")
     surgery.round_stored(result)
     write_down(result, model, left, calibration, warn=not isinstance(value, Mapping))
     return result

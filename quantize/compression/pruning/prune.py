@@ -149,6 +149,7 @@ def prune_ln_structured(
     kept = kept_indices(trace, wanted)
     if survey is not None and repair and wanted:
         repair_layers(work, small, repair_steps(trace, work, kept), survey, say)
+        survey.warn_if_few_rows("pruning")
     follow_config(small, _sizes(trace, wanted, kept), lambda: _two_calls(small, example_inputs))
     result = mask(trace, work, small, kept) if masked else small
     surgery.round_stored(result)

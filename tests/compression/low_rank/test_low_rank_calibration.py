@@ -29,7 +29,7 @@ def test_calibration_beats_the_plain_svd():
 
 
 def test_few_rows_of_calibration_are_no_worse_than_none():
-    """Directions that few rows don't show are kept as plain SVD keeps them."""
+    """Directions that few rows don't show are kept as plain SVD keeps them; and it is said."""
     model, rows = mlp(96, 192, 16), data(96, rows=6, batches=1)
     (unseen,) = data(96, batches=1, seed=1)
     with torch.no_grad():
@@ -39,6 +39,8 @@ def test_few_rows_of_calibration_are_no_worse_than_none():
             for given in (None, rows)
         ]
     assert errors[1] <= errors[0]
+    with pytest.warns(UserWarning, match="calibration gives '0' 6 rows for its 96 inputs, and 1"):
+        quantize.factorize_low_rank(model, calibration=rows)
 
 
 class Residual(nn.Module):
