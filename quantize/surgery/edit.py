@@ -27,7 +27,7 @@ Skip = Sequence[str | type[nn.Module]]
 def clone(model: nn.Module) -> nn.Module:
     """Deep copy: tensors that modules share stay shared, hooks and training flags stay.
 
-    Raises TypeError for a TorchScript module, which can't be edited.
+    Raises TypeError for a TorchScript module, or one inside: they can't be edited.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
@@ -35,9 +35,20 @@ def clone(model: nn.Module) -> nn.Module:
         raise TypeError(
             "model is a TorchScript module, which can't be edited: compress the original, then fuse"
         )
+    refuse_scripted(model)
     copied = deepcopy(uncompiled(model))
     guard_folders(copied)
     return copied
+
+
+def refuse_scripted(model: nn.Module) -> None:
+    """Raise TypeError naming a TorchScript module inside `model`."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise TypeError(
+                f"module {name!r} is a TorchScript module, which can't be edited: put what it was "
+                f"scripted from in its place"
+            )
 
 
 def uncompiled(model: nn.Module) -> nn.Module:

@@ -60,6 +60,9 @@ def test_clone_refuses_what_it_cannot_edit(net):
         scripted = torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2))
     with pytest.raises(TypeError, match="TorchScript"):
         surgery.clone(scripted)
+    net.body[0] = scripted
+    with pytest.raises(TypeError, match=r"'body.0' is a TorchScript module"):
+        surgery.clone(net)
 
 
 # select and skip

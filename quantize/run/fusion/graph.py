@@ -87,6 +87,7 @@ def check_inputs(model: nn.Module, example_inputs: Any) -> None:
         raise TypeError(
             "model is already a TorchScript module: fuse the nn.Module it was made from"
         )
+    surgery.refuse_scripted(model)
     if reason := getattr(type(model), "not_fused", None):
         raise TypeError(reason)
     for name, module in model.named_modules():
