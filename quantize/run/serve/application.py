@@ -65,7 +65,8 @@ def app(
         state.compute.shutdown()
 
     starlette = Starlette(routes=ROUTES, lifespan=lifespan, exception_handlers=HANDLERS)
-    return Guard(starlette, settings.token)
+    direct = {oip.infer_path(name): (oip.infer, {"name": name}) for name in names}
+    return Guard(starlette, settings.token, direct)
 
 
 async def page(request: Request) -> Response:

@@ -19,6 +19,7 @@ from quantize.run.serve.errors import Refused
 T = TypeVar("T")
 
 JSON = "application/json"
+WATCH_AFTER_S = 0.05  # only after so long is it worth a task to see whether a client has gone
 
 
 class Gone(Exception):
@@ -53,18 +54,8 @@ def _too_large(size: int, most: int) -> Refused:
 def parse_json(body: bytes | memoryview) -> dict[str, Any]:
     """The object in a body. Raises Refused for what isn't one, for NaN, and for a key twice."""
 
-    def no_constant(name: str) -> None:
-        raise ValueError(f"{name} is no JSON number")
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        content = dict(pairs)
-        if len(content) != len(pairs):
-            raise ValueError("a key stands there twice")
-        return content
-
     try:
-        text = bytes(body).decode()
-        content = json.loads(text, parse_constant=no_constant, object_pairs_hook=unique)
+        content = _DECODER.decode(bytes(body).decode())
     except RecursionError:
         raise Refused("the body isn't JSON: it is nested too deeply") from None
     except ValueError as error:
@@ -75,9 +66,24 @@ def parse_json(body: bytes | memoryview) -> dict[str, Any]:
     return content
 
 
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        raise ValueError("a key stands there twice")
+    return content
+
+
+_DECODER = json.JSONDecoder(parse_constant=_no_constant, object_pairs_hook=_unique)
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+
+
 def to_json(content: object) -> bytes:
     """JSON as short as it gets."""
-    return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
+    return _ENCODER.encode(content).encode()
 
 
 def answer(content: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
@@ -86,8 +92,11 @@ def answer(content: object, status: int = 200, headers: dict[str, str] | None = 
 
 
 async def unless_gone(request: Request, work: Awaitable[T]) -> T:
-    """What `work` gives; it is cancelled, and Gone raised, as soon as the client goes."""
+    """What `work` gives; it is cancelled, and Gone raised, when it takes longer than WATCH_AFTER_S
+    and the client goes.
+    """
     task, gone = asyncio.current_task(), False
+    watcher: asyncio.Task | None = None
 
     async def watch() -> None:
         nonlocal gone
@@ -96,7 +105,11 @@ async def unless_gone(request: Request, work: Awaitable[T]) -> T:
         if task is not None:
             task.cancel()
 
-    watcher = asyncio.create_task(watch())
+    def begin() -> None:
+        nonlocal watcher
+        watcher = asyncio.create_task(watch())
+
+    start = asyncio.get_running_loop().call_later(WATCH_AFTER_S, begin)
     try:
         return await work
     except asyncio.CancelledError:
@@ -105,7 +118,9 @@ async def unless_gone(request: Request, work: Awaitable[T]) -> T:
         task.uncancel()
         raise Gone from None
     finally:
-        watcher.cancel()
+        start.cancel()
+        if watcher is not None:
+            watcher.cancel()
 
 
 async def _disconnected(receive: Receive) -> None:

@@ -175,6 +175,11 @@ def _answer(
     return Response(body, 200, headers, media_type="application/octet-stream")
 
 
+def infer_path(name: str) -> str:
+    """Where a model is asked to `infer`."""
+    return f"/v2/models/{name}/infer"
+
+
 def _model(request: Request) -> state.Running:
     version = request.path_params.get("version", VERSION)
     if version != VERSION:
