@@ -20,6 +20,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,8 +51,9 @@ def _flags() -> script.Parser:
     parser.add_argument("--name", nargs="+", default=[], help=names_help)
     parser.flag("--host", "address to listen on; 0.0.0.0 for every one", default="127.0.0.1")
     parser.flag("--port", "port to listen on; 0 for a free one", type=_port, default=8000)
-    parser.flag("--workers", "processes that answer requests", type=script.count, default=1)
-    threads_help = "of torch, in each worker; none: the usable cores shared among the workers"
+    workers_help = "processes that answer requests; none: one per core, one in all for decoders"
+    parser.flag("--workers", workers_help, type=script.count)
+    threads_help = "of torch, in each worker; none: the cores shared among those that compute"
     parser.flag("--threads", threads_help, type=script.threads)
     tokens_help = "tokens of one call of a model, padding included"
     parser.flag("--max-batch-tokens", tokens_help, type=script.count, default=4096)
@@ -80,11 +82,10 @@ def _serve(arguments: argparse.Namespace) -> None:
     names = arguments.name or [default_name(path) for path in arguments.path]
     if len(names) != len(arguments.path) or len(set(names)) != len(names):
         raise ValueError(f"--name gives {names} for {len(arguments.path)} models")
-    cores = default_threads()
     settings = Settings(
         max_batch_tokens=arguments.max_batch_tokens,
         max_queue=arguments.max_queue,
-        threads=arguments.threads or max(1, cores // arguments.workers),
+        threads=arguments.threads,
         token=os.environ.pop(TOKEN, None) or None,
     )
     if arguments.ray:
@@ -112,8 +113,9 @@ def _serve_on_ray(arguments: argparse.Namespace, names: list[str], settings: Any
     from quantize.run.serve import ray
 
     paths = [path.resolve() for path in arguments.path]
-    replicas = arguments.workers, arguments.workers
-    application = ray.deployment(paths, names, settings, replicas, settings.most_active)
+    count = arguments.workers or 1
+    settings = replace(settings, threads=settings.threads or max(1, default_threads() // count))
+    application = ray.deployment(paths, names, settings, (count, count), settings.most_active)
     ray.run(application, arguments.host, arguments.port)
 
 

@@ -116,7 +116,7 @@ class Batcher:
         while self.waiting:
             self.waiting = [job for job in self.waiting if not job.done.done()]
             if not self.waiting:
-                return
+                break
             jobs = choose(self.waiting, self.settings.max_batch_tokens)
             taken = set(map(id, jobs))
             self.waiting = [job for job in self.waiting if id(job) not in taken]

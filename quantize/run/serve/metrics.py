@@ -6,13 +6,16 @@ its own row and reads all of them, so no answer depends on which worker was aske
 
 from __future__ import annotations
 
+import math
 import mmap
+import time
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+RECENT_S = 0.1  # a worker that computed so lately will soon do so again
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 HISTOGRAMS = {
     "quantize_request_seconds": ("Seconds from a request to the end of its answer", SECONDS),
@@ -53,8 +56,10 @@ class Metrics:
             for name, (_, bounds) in HISTOGRAMS.items():
                 self._places[name, model] = size
                 size += len(bounds) + 2  # a count for each bound and above, and the sum
+        self._computed, size = size, size + 1  # when it did last, on the clock of all processes
         shared = mmap.mmap(-1, max(1, workers * size * 8))
         self._numbers = np.frombuffer(shared, dtype=np.float64).reshape(workers, size)
+        self._numbers[:, self._computed] = -math.inf
 
     def add(self, name: str, model: str, value: float = 1) -> None:
         """Count."""
@@ -72,11 +77,24 @@ class Metrics:
         numbers[place + len(bounds) + 1] += value
 
     def take_row(self, row: int) -> None:
-        """Write into this row from now on; gauges of a worker that wrote there before are gone."""
+        """Write into this row from now on."""
         self.row = row
+        self.forget(row)
+
+    def forget(self, row: int) -> None:
+        """A worker has ended: its gauges are nothing, and it computes no more."""
         for (name, _), place in self._places.items():
             if name in GAUGES:
-                self._numbers[self.row, place] = 0
+                self._numbers[row, place] = 0
+        self._numbers[row, self._computed] = -math.inf
+
+    def computes(self, now: bool) -> None:
+        """Whether this worker computes from now on."""
+        self._numbers[self.row, self._computed] = math.inf if now else time.monotonic()
+
+    def busy(self) -> int:
+        """Workers that compute, or did within the last RECENT_S."""
+        return int((self._numbers[:, self._computed] > time.monotonic() - RECENT_S).sum())
 
     def text(self) -> str:
         """All metrics, of all workers."""

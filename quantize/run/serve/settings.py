@@ -15,7 +15,9 @@ class Settings:
         max_queue: requests that wait for one model; the next one gets 503.
         max_body: bytes of a request.
         max_texts: texts, documents or choices of one request.
-        threads: of torch, for the calls of the models; None: as torch chooses.
+        workers: processes that share the cores.
+        threads: of torch, for the calls of the models; None: a batch shares the cores with the
+            workers that computed lately, texts get an equal part of them.
         most_active: texts that are written at the same time; others wait.
         prefix_bytes: what is kept of the prompts read last, to be read again for nothing.
         token: what `Authorization: Bearer` must hold; None: whoever reaches the port is served.
@@ -25,6 +27,7 @@ class Settings:
     max_queue: int = 256
     max_body: int = 32 << 20
     max_texts: int = 256
+    workers: int = 1
     threads: int | None = None
     most_active: int = 16
     prefix_bytes: int = 256 << 20

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from starlette.requests import Request
 
-from quantize.run.serve.batching import Batcher
+from quantize.host import default_threads
+from quantize.run.serve.batching import Batcher, Job
 from quantize.run.serve.errors import Refused, busy
 from quantize.run.serve.exchange import Gone
 from quantize.run.serve.keeping import Keeper
@@ -35,13 +37,15 @@ class Running:
         self.served, self.name = served, served.name
         self.created = int(time.time())
         compute, settings = state.compute, state.settings
-        self._metrics = state.metrics
+        self._metrics, self._state = state.metrics, state
         self.prefixes = Prefixes(settings.prefix_bytes)
         self.tensors = self.encoder = self.scheduler = None
         if served.tensors is not None:
-            self.tensors = Batcher(served.tensors.run, compute, settings, self._seen)
+            run = partial(self._run, served.tensors.run)
+            self.tensors = Batcher(run, compute, settings, self._seen)
         if served.encoder is not None:
-            self.encoder = Batcher(served.encoder.run, compute, settings, self._seen)
+            run = partial(self._run, served.encoder.run)
+            self.encoder = Batcher(run, compute, settings, self._seen)
         if served.decoder is not None:
             writer = served.decoder.writer
             self.scheduler = Scheduler(writer, compute, settings, self._seen)
@@ -51,7 +55,16 @@ class Running:
         if self.scheduler is not None and self.scheduler.full:
             raise busy(len(self.scheduler.waiting))
 
+    def _run(self, run: Callable[[list[Job]], Sequence[Any]], jobs: list[Job]) -> Sequence[Any]:
+        """A batch, on the threads that it may have now."""
+        torch.set_num_threads(self._state.batch_threads())
+        try:
+            return run(jobs)
+        finally:
+            torch.set_num_threads(self._state.text_threads)
+
     def _seen(self, rows: int, waiting: int) -> None:
+        self._metrics.computes(rows > 0)
         self._metrics.put("quantize_waiting", self.name, waiting)
         self._metrics.put("quantize_active", self.name, rows)
         if rows:
@@ -72,11 +85,16 @@ class State:
         self, models: Sequence[Served], settings: Settings, metrics: Metrics, keeper: Keeper
     ) -> None:
         self.settings, self.metrics, self.keeper = settings, metrics, keeper
-        threads = settings.threads or torch.get_num_threads()
-        set_threads = partial(torch.set_num_threads, threads)
+        self.cores = default_threads()
+        self.text_threads = settings.threads or max(1, self.cores // settings.workers)
+        set_threads = partial(torch.set_num_threads, self.text_threads)
         self.compute = ThreadPoolExecutor(1, "compute", initializer=set_threads)
         self.models = {served.name: Running(served, self) for served in models}
         self.draining = False
+
+    def batch_threads(self) -> int:
+        """Threads of a batch: workers that computed lately share the cores."""
+        return self.settings.threads or max(1, self.cores // max(1, self.metrics.busy()))
 
     def find(self, name: object, status: int = 404) -> Running:
         """The model of a name. Raises Refused for one that isn't served."""

@@ -23,10 +23,11 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 
+from quantize.host import default_threads
 from quantize.native import int8
 from quantize.run.serve.keeping import Kept
 from quantize.run.serve.metrics import Metrics
@@ -36,6 +37,7 @@ from quantize.run.serve.settings import Settings
 
 LOG = logging.getLogger("quantize.serve")
 POLL_S = 0.25
+MOST_WORKERS = 8  # that are started unasked
 LEAST_LIFE_S = 1.0  # a worker that dies sooner is replaced only after so long
 BACKLOG = 2048
 Load = Callable[[], list[Served]]
@@ -70,7 +72,7 @@ class Supervisor:
         files: whose change means that the models have to be loaded again.
         listener: the open port.
         settings: of every worker.
-        count: workers.
+        count: workers; None: as many as `fitting` says.
     """
 
     def __init__(
@@ -79,17 +81,18 @@ class Supervisor:
         files: Sequence[Path],
         listener: socket.socket,
         settings: Settings,
-        count: int,
+        count: int | None = None,
     ) -> None:
         self.load, self.files, self.listener = load, files, listener
-        self.settings, self.count = settings, count
         self.workers: dict[int, Worker] = {}
         self.stopping = False
         self.generation = 0
         self.models = in_a_thread(load)
+        self.count = count or fitting(self.models)
+        self.settings = replace(settings, workers=self.count)
         self._seen = self._changed = fingerprint(files)
         # While models are replaced there are two workers for each.
-        self.metrics = Metrics([served.name for served in self.models], 2 * count)
+        self.metrics = Metrics([served.name for served in self.models], 2 * self.count)
 
     def run(self, started: Callable[[], None] = lambda: None) -> None:
         """Serve until a signal says to stop, and every accepted request is answered.
@@ -164,6 +167,7 @@ class Supervisor:
                 continue
             del self.workers[pid]
             os.close(worker.ready)
+            self.metrics.forget(worker.row)
             told = worker.kept.end()
             if self.stopping or worker.generation != self.generation:
                 continue
@@ -199,6 +203,15 @@ class Supervisor:
         LOG.info("the models were loaded again")
         for _ in range(self.count):
             self._fork()
+
+
+def fitting(models: Iterable[Served]) -> int:
+    """Workers that answer most: one for each core, as small requests cost Python as much time as
+    the model; but one for a decoder, which reads its weights once for all texts of a worker.
+    """
+    if any(served.decoder is not None for served in models):
+        return 1
+    return min(MOST_WORKERS, default_threads())
 
 
 def _is_ready(worker: Worker) -> bool:

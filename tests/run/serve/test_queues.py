@@ -11,16 +11,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quantize import quantize_dynamic
+from quantize.host import default_threads
 from quantize.models import ConvNet, ConvNetConfig
 from quantize.run.decoding.passes import NativePasses
 from quantize.run.generate.reader import CHUNK
-from quantize.run.serve import app
+from quantize.run.serve import Settings, app, serve_model
 from quantize.run.serve.batching import Job, choose
+from quantize.run.serve.keeping import Keeper
 from quantize.run.serve.metrics import Metrics
 from quantize.run.serve.prefixes import LEAST, Prefixes
 from quantize.run.serve.sequence import Sequence
+from quantize.run.serve.state import State
 from quantize.run.serve.stopping import StopStrings
 from quantize.run.serve.tensors import TensorModel
+from quantize.run.serve.workers import MOST_WORKERS, fitting
 
 
 def jobs(*sizes: tuple[int, int, str]) -> list[Job]:
@@ -129,6 +133,33 @@ def test_numbers_of_all_workers_are_added():
     assert 'quantize_batch_rows_bucket{model="m",le="2"} 0.0' in lines
     assert 'quantize_batch_rows_bucket{model="m",le="4"} 2.0' in lines
     assert 'quantize_batch_rows_sum{model="m"} 8.0' in lines
+
+
+def test_a_batch_gets_the_cores_that_no_other_worker_computes_on():
+    """All of them alone, half beside one; a worker that has ended takes none; texts get a part."""
+    metrics, models = Metrics(["net"], workers=3), [serve_model(net(), "net")]
+    state = State(models, Settings(workers=2), metrics, Keeper())
+    state.cores = 4
+    assert metrics.busy() == 0 and state.batch_threads() == 4
+    for row, threads in ((0, 4), (2, 2)):
+        metrics.row = row
+        metrics.computes(True)
+        assert state.batch_threads() == threads
+    metrics.forget(2)
+    assert state.batch_threads() == 4
+    fixed = State(models, Settings(workers=2, threads=3), metrics, Keeper())
+    assert fixed.batch_threads() == fixed.text_threads == 3
+
+
+def test_workers_that_nobody_asked_for():
+    """One for each core, and one where texts are written."""
+    text = serve_model(decoder(vocab_size=256), "lm")
+    assert fitting([serve_model(net(), "net")]) == min(MOST_WORKERS, default_threads())
+    assert fitting([serve_model(net(), "net"), text]) == 1
+
+
+def net() -> ConvNet:
+    return ConvNet(ConvNetConfig()).eval()
 
 
 def test_models_that_cannot_be_served_are_refused():
