@@ -15,8 +15,8 @@ import pytest
 import torch
 
 import quantize
-from quantize import host
-from quantize.allocator import allocator_state, keep_allocations
+from quantize import allocator, host
+from quantize.allocator import allocator_state, keep_allocations, use_huge_pages
 from quantize.host import (
     cpu_quota,
     default_threads,
@@ -201,3 +201,14 @@ def test_scripts_bound_waiting_before_torch_is_imported(script):
     found = re.search(r'setdefault\("GOMP_SPINCOUNT", "(\d+)"\)', text)
     assert found and found[1] == host.SPIN_COUNT
     assert found.start() < min(text.index("import torch"), text.index("from quantize"))
+
+
+def test_huge_pages_keep_addresses_and_values():
+    """Where the system gives them, the pages that lie wholly inside; neighbours are joined."""
+    data = torch.arange(4 << 20, dtype=torch.int32)
+    address, expected = data.data_ptr(), data.clone()
+    assert use_huge_pages([(address, data.nbytes)]) <= data.nbytes
+    assert data.data_ptr() == address and torch.equal(data, expected)
+    page = 2 << 20
+    halves = [(page + 5, page), (2 * page + 9, 2 * page), (9 * page, page - 1)]
+    assert list(allocator._whole_pages(halves)) == [(2 * page, 4 * page)]

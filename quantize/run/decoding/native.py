@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from quantize.allocator import use_huge_pages
 from quantize.host import usable_cores
 from quantize.models import DecoderLM
 from quantize.nn.half import HalfLinear
@@ -76,6 +77,7 @@ class Step:
         self.vocabulary = model.head.out_features
         self.answers = model.head.weight.dtype if isinstance(model.head, HalfLinear) else None
         self.shapes = [block.attention.cache_shape[:2] for block in blocks_of(model)]
+        use_huge_pages(self._blocks())
 
     def __call__(self, ids: Tensor, cache: KVCache, logits_to_keep: int) -> Tensor | None:
         """Logits of the last tokens, all for 0; None for a pass that is left to the model, which
@@ -124,6 +126,13 @@ class Step:
         """The embeddings [B, T, width] of ids [B, T]; None if the model's are of another shape."""
         embedded = self.model.embedding(ids).detach()
         return embedded if embedded.shape == (*ids.shape, self.described.width) else None
+
+    def _blocks(self) -> Iterator[tuple[int, int]]:
+        """Address and bytes of all weights."""
+        for kept in self.kept:
+            weight = kept.weight if isinstance(kept, Panels) else kept
+            if isinstance(weight, Tensor):
+                yield weight.data_ptr(), weight.nbytes
 
     def _takes(self, ids: Tensor, cache: KVCache) -> bool:
         if ids.dim() != 2 or ids.device.type != "cpu" or ids.numel() == 0:
