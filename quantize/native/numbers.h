@@ -69,6 +69,23 @@ typedef float Floats __attribute__((vector_size(64)));
 typedef int32_t Ints __attribute__((vector_size(64)));
 constexpr int64_t LANES = 16;
 
+inline Floats exponential(Floats x) {  // as of one number, bit for bit
+  const Floats most = Floats{} + 88, least = Floats{} - 87;
+  x = x > most ? most : x;
+  x = x < least ? least : x;
+  const float shift = 0x1.8p23f;  // adding it rounds to the nearest integer, half to even
+  const Floats shifted = x * 1.44269504f + shift;
+  const Floats n = shifted - shift;
+  const Floats r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  Floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  const Ints power = ((Ints)shifted - bits<int32_t>(shift) + 127) << 23;
+  return (p * r * r + r + 1) * (Floats)power;
+}
+
 inline Ints load_bytes(const uint8_t* p) {
 #if defined(__AVX512F__)
   return (Ints)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));

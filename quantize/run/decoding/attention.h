@@ -5,19 +5,9 @@
 // query gets the same bits alone and in a batch, one at a time and with a whole prompt.
 
 #pragma once
-#include "int4.h"
+#include "int8_attention.h"
 
 namespace {
-
-constexpr int64_t CHUNK = 256;
-
-// Asks for rows that are read next: a chunk is too short for the CPU to notice by itself where it
-// goes on.
-template <class T>
-inline void fetch(const T* rows, int64_t count, int64_t d) {
-  for (int64_t i = 0; i < count * d * int64_t(sizeof(T)); i += 64)
-    __builtin_prefetch((const char*)rows + i);
-}
 
 // y[m] = the sum of n rows of v [n, d], each times its weight s[m]. next: rows that are read after
 // them.
@@ -99,6 +89,20 @@ struct Keys {  // positions of one head of keys and values; the scales may be nu
 
 constexpr int64_t MOST_QUERIES = 6;  // whose sums fit the registers
 
+// s[p] becomes exp(s[p] - top); returns the sum.
+inline float exponentials(float* s, int64_t n, float top) {
+  Floats sums = {};
+  int64_t p = 0;
+  for (; p + LANES <= n; p += LANES) {
+    const Floats found = exponential(load(s + p) - top);
+    memcpy(s + p, &found, sizeof found);
+    sums += found;
+  }
+  float total = sum(sums);
+  for (; p < n; p++) total += s[p] = exponential(s[p] - top);
+  return total;
+}
+
 // M queries over the same positions, up to CHUNK of them.
 template <int M, class T>
 void attend(const Query* query, const Keys<T>& in, int64_t d) {
@@ -112,15 +116,16 @@ void attend(const Query* query, const Keys<T>& in, int64_t d) {
     y[m] = query[m].to.sums;
     n = query[m].n > n ? query[m].n : n;
   }
+  if (in.k_scale) fetch(in.k_scale, n, 1);
+  if (in.v_scale) fetch(in.v_scale, n, 1);
   score<M>(x, in.k, in.v, n, d, scores);
   for (int m = 0; m < M; m++) {
-    float *s = scores[m], top = -INFINITY, sum = 0;
+    float *s = scores[m], top = -INFINITY;
     const int64_t own = query[m].n;
     for (int64_t p = 0; p < own; p++) s[p] *= in.k_scale ? factor * widen(in.k_scale[p]) : factor;
 #pragma omp simd reduction(max : top)
     for (int64_t p = 0; p < own; p++) top = s[p] > top ? s[p] : top;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t p = 0; p < own; p++) sum += s[p] = exponential(s[p] - top);
+    const float sum = exponentials(s, own, top);
     *query[m].to.peak = top;
     *query[m].to.total = sum;
     if (in.v_scale)

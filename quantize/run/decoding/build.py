@@ -9,7 +9,15 @@ from quantize.native import library as native_library
 from quantize.run.decoding.structs import read
 
 SOURCE = Path(__file__).with_name("step.cpp")
-_OWN = ("structs.h", "int4.h", "inputs.h", "products.h", "attention.h", "contexts.h")
+_OWN = (
+    "structs.h",
+    "int4.h",
+    "inputs.h",
+    "products.h",
+    "int8_attention.h",
+    "attention.h",
+    "contexts.h",
+)
 _SHARED = ("integers.h", "rows.h")
 HEADERS = (
     *map(SOURCE.with_name, _OWN),

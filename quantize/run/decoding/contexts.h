@@ -99,10 +99,13 @@ struct Neighbours {
         total(MOST * in.group()),
         part(together * in.group() * (in.d + 2)),
         query(together * in.group()) {
-    if (in.pass.kind == F32) return;
+    if (!widens()) return;
     k.resize(CHUNK * in.d);
     v.resize(CHUNK * in.d);
   }
+
+  // Whether keys and values are made floats once for all rows.
+  bool widens() const { return in.pass.kind == F16 || in.pass.kind == BF16; }
 
   Found found(int64_t i) {
     return {&sums[i * in.group() * in.d], &peak[i * in.group()], &total[i * in.group()]};
@@ -134,7 +137,7 @@ struct Neighbours {
       wide.low = own.low < wide.low ? own.low : wide.low;
       wide.high = own.high > wide.high ? own.high : wide.high;
     }
-    const bool widened = in.pass.kind != F32 && wide.high - wide.low <= CHUNK;
+    const bool widened = widens() && wide.high - wide.low <= CHUNK;
     if (widened) widen_rows(in.at(low, kv, wide.low), wide.high - wide.low);
     for (int64_t row = low; row < high;) {
       const Seen own = part_of(row, chunk);
@@ -144,7 +147,7 @@ struct Neighbours {
         const int64_t many = ask(row, end, kv, chunk, q, stride);
         const int64_t at = in.at(row, kv, own.low);
         if (widened)
-          attend_floats(many, at, own.low - wide.low);
+          attend_floats(many, own.low - wide.low);
         else
           attend_part(query.data(), many, in, held, at);
         for (int64_t i = 0; i < end - row; i++)
@@ -183,10 +186,8 @@ struct Neighbours {
     const int64_t from = at * in.d, many = n * in.d;
     if (in.pass.kind == F16)
       widen_all((const Half*)held.k + from, (const Half*)held.v + from, many);
-    else if (in.pass.kind == BF16)
-      widen_all((const Brain*)held.k + from, (const Brain*)held.v + from, many);
     else
-      widen_all((const int8_t*)held.k + from, (const int8_t*)held.v + from, many);
+      widen_all((const Brain*)held.k + from, (const Brain*)held.v + from, many);
   }
   template <class T>
   void widen_all(const T* keys, const T* values, int64_t many) {
@@ -194,10 +195,8 @@ struct Neighbours {
     for (int64_t i = 0; i < many; i++) v[i] = widen(values[i]);
   }
 
-  void attend_floats(int64_t many, int64_t at, int64_t offset) {
-    Keys<float> keys = {&k[offset * in.d], &v[offset * in.d], nullptr, nullptr};
-    if (held.k_scale) keys.k_scale = (const Brain*)held.k_scale + at;
-    if (held.v_scale) keys.v_scale = (const Brain*)held.v_scale + at;
+  void attend_floats(int64_t many, int64_t offset) {
+    const Keys<float> keys = {&k[offset * in.d], &v[offset * in.d], nullptr, nullptr};
     attend_all(query.data(), many, keys, in.d);
   }
 };

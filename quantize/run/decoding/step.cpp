@@ -27,18 +27,6 @@ void rotate(float* x, const float* cosine, const float* sine, int64_t d) {
   }
 }
 
-// The largest size; NaN if there is a NaN or an infinity, whose rounded form must not look like a
-// number.
-float largest(const float* x, int64_t n) {
-  float most = 0, nan = 0;
-#pragma omp simd reduction(max : most) reduction(+ : nan)
-  for (int64_t i = 0; i < n; i++) {
-    most = fabsf(x[i]) > most ? fabsf(x[i]) : most;
-    nan += x[i] * 0;
-  }
-  return most + nan;
-}
-
 void store(const float* x, int64_t n, int64_t kind, void* held, void* scales, int64_t row) {
   if (kind == F32) memcpy((float*)held + row * n, x, n * sizeof(float));
   if (kind == F16)
@@ -82,6 +70,7 @@ struct Sizes {
 
 struct Run {
   static constexpr int64_t FEW_ROWS = 16;  // up to so many, threads share a row's chunks
+  static constexpr int64_t TOGETHER = 4;   // chunks in turn, as each asks for the next one's keys
   const Model& model;
   const Pass& pass;
   const Sizes size;
@@ -218,7 +207,7 @@ struct Run {
   // Few rows: chunks are shared out, and joined when all are there.
   void attend_chunks(const Context& context, int64_t wide) {
     const int64_t heads = context.heads, kv_heads = context.kv_heads, group = context.group();
-#pragma omp for schedule(dynamic) collapse(3)
+#pragma omp for schedule(dynamic, TOGETHER) collapse(3)
     for (int64_t row = 0; row < rows; row++)
       for (int64_t kv = 0; kv < kv_heads; kv++)
         for (int64_t i = 0; i < most_chunks; i++) {

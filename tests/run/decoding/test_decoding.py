@@ -95,6 +95,19 @@ def test_native_equals_a_pass_without_a_cache(kind, cache):
 
 
 @NATIVE
+@pytest.mark.parametrize("head_dim", [10, 64, 80])
+def test_integer_attention_costs_no_accuracy(head_dim):
+    """Over parts of vectors and of chunks: what floats give over the same cache of int8."""
+    model = decoder(width=64, head_dim=head_dim, max_length=600)
+    fast, held = for_decoding(model, backend="native"), KVCache.for_model(model, dtype=torch.int8)
+    for length in (1, 14, 240, 2, 270):
+        run(lambda ids: model(ids, held), tokens(1, length))
+        twin, ids = held.fork(), tokens(1, 1)
+        exact = run(lambda ids, cache=twin: model(ids, cache), ids)
+        assert_close(run(lambda ids: fast(ids, held), ids), exact, factor=30.0)
+
+
+@NATIVE
 @pytest.mark.parametrize("width", [32, 36, 80, 100])
 def test_native_takes_any_width(width):
     """Widths that fill no vector register, and pruned ones, as much as round ones."""
