@@ -21,6 +21,7 @@ from contract.snapshots import changes as changes
 from contract.snapshots import frozen as frozen
 from contract.snapshots import state_of as state_of
 from contract.snapshots import world as world
+from quantize import surgery
 from quantize.checkpoint import CheckpointError
 
 SUFFIXES = (".pth", ".safetensors")
@@ -266,14 +267,17 @@ HOOKS = (
 
 def hooks_kept(result: nn.Module, original: nn.Module) -> Iterator[str]:
     """The hooks of every module that is still there under its name are the same functions, in the
-    same order.
+    same order. One that computes a weight goes with the layer that had it.
     """
     places = dict(result.named_modules(remove_duplicate=False))
     for name, module in original.named_modules():
+        stays = type(places.get(name)) is type(module)
+        gone = {} if stays else surgery.computing_hooks(module)
         for kind in HOOKS:
             held = [
                 getattr(hook, "__qualname__", str(type(hook)))
-                for hook in getattr(module, kind).values()
+                for key, hook in getattr(module, kind).items()
+                if key not in gone
             ]
             if held and name not in places:
                 yield f"{name}: gone, with its {kind}"
