@@ -1,63 +1,27 @@
-// An int8 convolution in one call, with each sample of the input in 8 bits, or each pixel where the
-// kernel is one pixel: a step and a zero point, found when the input arrives.
+// Int8 convolutions, one or a whole program of them, in one call. Each sample of an input is in 8
+// bits, or each pixel where the kernel is one pixel: a step and a zero point, found when it
+// arrives.
 //
-// Threads share out the numbers to find the ranges of samples, then lines of the images to quantize
-// them (with their padding, channels side by side), then rows: a row holds the bytes that one
-// output pixel looks at. Rows are multiplied as in a linear layer. Sums are exact integers, and
-// what follows is one IEEE operation at a time (compiled without contraction), so neither the
-// instruction set nor the number of threads or samples changes a bit. quantize/nn/int8_images.py
-// says the same in PyTorch.
+// Threads share out the numbers to find the ranges of samples (unless the step before has noted
+// them while it stored its results), then lines of the images to quantize them (with their padding,
+// channels side by side), then rows: a row holds the bytes that one output pixel looks at. Rows are
+// multiplied as in a linear layer. Where a layer's weights are few beside its rows, each thread
+// gathers and multiplies rows of its own; else threads share the rows and divide the weights. Sums
+// are exact integers, and what follows is one IEEE operation at a time (compiled without
+// contraction), so neither the instruction set nor the number of threads or samples changes a bit.
+// quantize/nn/int8_images.py says the same in PyTorch.
 
 #include "gemm.h"
-
-struct Layer {
-  // of depth, height and width; a dimension that the input doesn't have is 1
-  int64_t kernel[3], stride[3], dilation[3], before[3], after[3];  // before, after: the padding
-  int64_t channels, outputs, groups;
-  int64_t taps;               // channels that a row holds of each place: of a group, perhaps more
-  const int8_t* packed;       // [groups] weights of [panels of a group], rows [taps] of every place
-  const int32_t* sums;        // of the weights of an output [groups][16 panels]
-  const float *scale, *bias;  // [groups][16 panels]; bias may be null
-  int64_t relu;
-};
-
-struct Call {
-  int64_t samples, threads, last;  // last: channels are the last dimension of x and y
-  int64_t size[3], out[3];
-  const float* x;
-  float* y;
-};
+#include "planes.h"
+#include "steps.h"
+#include "windows.h"
 
 namespace {
 
+constexpr int64_t HEIGHT = 32;           // rows of a block
+constexpr int64_t NEAR_BYTES = 1 << 20;  // of weights that stay in the cache for every block
+
 thread_local Scratch scratch;
-
-// The first, or the last, eight numbers of two vectors in turns.
-template <class T>
-inline T lower(T a, T b) {
-  const Ints places = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
-  return __builtin_shuffle(a, b, places);
-}
-template <class T>
-inline T upper(T a, T b) {
-  const Ints places = {8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  return __builtin_shuffle(a, b, places);
-}
-
-// 16 vectors of 16 numbers, columns to rows.
-inline void transpose(Floats* v) {
-  Floats other[LANES];
-  for (int turn = 0; turn < 2; turn++) {
-    for (int i = 0; i < 8; i++) {
-      other[2 * i] = lower(v[i], v[i + 8]);
-      other[2 * i + 1] = upper(v[i], v[i + 8]);
-    }
-    for (int i = 0; i < 8; i++) {
-      v[2 * i] = lower(other[i], other[i + 8]);
-      v[2 * i + 1] = upper(other[i], other[i + 8]);
-    }
-  }
-}
 
 // memcpy of few bytes, without a call.
 inline void copy(uint8_t* to, const uint8_t* from, int64_t n) {
@@ -68,64 +32,80 @@ inline void copy(uint8_t* to, const uint8_t* from, int64_t n) {
 }
 
 struct Job {
+  const Step& step;
   const Layer& layer;
-  const Call& call;
+  const float *x, *other;
+  float* y;
+  int64_t threads;
   int64_t full[3];  // sizes with the padding
   int64_t pitch;    // bytes of a pixel
   int64_t plane, pixels, inputs, padded, stride, panels, rows, chunk;
   bool pointwise;  // a row is a pixel of the input
+  bool own_rows;   // does each thread have rows of its own?
   uint8_t *image = nullptr, *gathered = nullptr;
-  Range* ranges = nullptr;  // [threads][samples]
-  Row* found = nullptr;     // steps of each sample, or of each row of a chunk
+  Range *ranges = nullptr, *y_ranges;  // [threads][samples]
+  Row* found = nullptr;                // steps of each sample, or of each row of a chunk
 
-  Job(const Layer& layer, const Call& call) : layer(layer), call(call) {
-    plane = call.size[0] * call.size[1] * call.size[2];
-    pixels = call.out[0] * call.out[1] * call.out[2];
+  Job(const Step& step, const Run& run)
+      : step(step),
+        layer(*step.layer),
+        x(run.numbers(step.x)),
+        other(run.numbers(step.other)),
+        y(run.numbers(step.y)),
+        threads(run.threads),
+        y_ranges(run.ranges(step.y_range)) {
+    plane = step.size[0] * step.size[1] * step.size[2];
+    pixels = step.out[0] * step.out[1] * step.out[2];
     pointwise = layer.groups == 1;
     for (int d = 0; d < 3; d++) {
-      full[d] = layer.before[d] + call.size[d] + layer.after[d];
+      full[d] = layer.before[d] + step.size[d] + layer.after[d];
       pointwise =
-          pointwise && layer.kernel[d] == 1 && layer.stride[d] == 1 && full[d] == call.size[d];
+          pointwise && layer.kernel[d] == 1 && layer.stride[d] == 1 && full[d] == step.size[d];
     }
     inputs = layer.kernel[0] * layer.kernel[1] * layer.kernel[2] * layer.taps;
     padded = up(inputs, 64), stride = row_stride(inputs);
     pitch = up(layer.channels, 4);
     panels = up(layer.outputs / layer.groups, LANES) / LANES;
-    rows = call.samples * pixels;
-    chunk = rows_at_once(stride, rows);
+    rows = step.samples * pixels;
+    const int64_t weights = panels * LANES * padded;
+    own_rows = rows >= HEIGHT * threads && weights <= NEAR_BYTES && weights <= rows * stride;
+    chunk = own_rows ? HEIGHT : up(rows_at_once(stride, rows), HEIGHT);
   }
 
   int64_t volume() const { return full[0] * full[1] * full[2]; }
+  int64_t image_bytes() const { return pointwise ? 0 : up(step.samples * volume() * pitch, 64); }
+  int64_t row_bytes() const { return chunk * stride * (own_rows ? threads : 1); }
+  int64_t range_bytes() const { return threads * step.samples * sizeof(Range); }
+  int64_t found_bytes() const {
+    const int64_t count = pointwise ? chunk * (own_rows ? threads : 1) : step.samples;
+    return up(count * sizeof(Row), 64);
+  }
+  int64_t bytes() const { return image_bytes() + row_bytes() + range_bytes() + found_bytes(); }
 
-  bool open() {
-    const int64_t images = pointwise ? 0 : up(call.samples * volume() * pitch, 64);
-    const int64_t row_bytes = up(chunk, 32) * stride;
-    const int64_t range_bytes = call.threads * call.samples * sizeof(Range);
-    const int64_t steps = pointwise ? chunk : call.samples;
-    if (!scratch.reserve(images + row_bytes + range_bytes + steps * sizeof(Row))) return false;
-    image = scratch.memory;
-    gathered = image + images;
-    ranges = (Range*)(gathered + row_bytes);
-    found = (Row*)(ranges + call.threads * call.samples);
-    return true;
+  void open(uint8_t* memory, const Run& run) {
+    image = memory;
+    gathered = image + image_bytes();
+    ranges = (Range*)(gathered + row_bytes());
+    found = (Row*)((uint8_t*)ranges + range_bytes());
+    if (step.x_range != NOWHERE) ranges = run.ranges(step.x_range);
   }
 
   // --------------------------------------------------------------------------------- quantizing
 
-  void look(int64_t thread, int64_t threads) const {
+  void look(int64_t thread) const {
     const int64_t many = layer.channels * plane;
-    for (int64_t sample = 0; sample < call.samples; sample++) {
+    for (int64_t sample = 0; sample < step.samples; sample++) {
       const int64_t first = many * thread / threads, end = many * (thread + 1) / threads;
       Range range;
-      range.look(call.x + sample * many + first, end - first);
-      ranges[thread * call.samples + sample] = range;
+      range.look(x + sample * many + first, end - first);
+      ranges[thread * step.samples + sample] = range;
     }
   }
 
-  Steps steps_of(int64_t sample, int64_t threads) const {
+  Steps steps_of(int64_t sample) const {
     Range range = ranges[sample];
     for (int64_t thread = 1; thread < threads; thread++)
-      range.join(ranges[thread * call.samples + sample]);
+      range.join(ranges[thread * step.samples + sample]);
     return Steps(range);
   }
 
@@ -151,9 +131,9 @@ struct Job {
       for (int i = 0; i < 4; i++) four[i] = four_channels(steps, x, c + 4 * i, some);
       const Ints even[2] = {lower(four[0], four[2]), upper(four[0], four[2])};
       const Ints odd[2] = {lower(four[1], four[3]), upper(four[1], four[3])};
-      const Ints pixels_of[4] = {lower(even[0], odd[0]), upper(even[0], odd[0]),
-                                 lower(even[1], odd[1]), upper(even[1], odd[1])};
-      const uint8_t* bytes = (const uint8_t*)pixels_of;
+      const Ints four_pixels[4] = {lower(even[0], odd[0]), upper(even[0], odd[0]),
+                                   lower(even[1], odd[1]), upper(even[1], odd[1])};
+      const uint8_t* bytes = (const uint8_t*)four_pixels;
       for (int64_t i = 0; i < some; i++) memcpy(to + i * apart + c, bytes + 16 * i, 16);
     }
     for (; c < layer.channels; c += 4) {
@@ -174,29 +154,36 @@ struct Job {
     const int64_t width = full[2];
     uint8_t* to = image + ((sample * full[0] + depth) * full[1] + height) * width * pitch;
     const int64_t d = depth - layer.before[0], h = height - layer.before[1];
-    const bool inside = d >= 0 && d < call.size[0] && h >= 0 && h < call.size[1];
-    const int64_t many = inside && steps.finite ? call.size[2] : 0;
+    const bool inside = d >= 0 && d < step.size[0] && h >= 0 && h < step.size[1];
+    const int64_t many = inside && steps.finite ? step.size[2] : 0;
     const int64_t low = many ? layer.before[2] : 0;
     if (many < width || pitch != layer.channels) memset(to, steps.row.zero, width * pitch);
     if (!many) return;
-    const int64_t first = (d * call.size[1] + h) * call.size[2];
-    const float* x = call.x + sample * layer.channels * plane;
-    if (call.last)
-      put_pixels(steps, x + first * layer.channels, many, to + low * pitch);
+    const int64_t first = (d * step.size[1] + h) * step.size[2];
+    const float* own = x + sample * layer.channels * plane;
+    if (step.x_last)
+      put_pixels(steps, own + first * layer.channels, many, to + low * pitch);
     else
       for (int64_t p = 0; p < many; p += LANES)
-        put_planes(steps, x + first + p, many - p < LANES ? many - p : LANES,
+        put_planes(steps, own + first + p, many - p < LANES ? many - p : LANES,
                    to + (low + p) * pitch, pitch);
   }
 
-  void quantize(int64_t thread, int64_t threads) const {
-    const int64_t lines = full[0] * full[1], all = call.samples * lines;
+  // Does a window look at this place of a padded dimension?
+  bool is_seen(int d, int64_t at) const {
+    return layer.dilation[d] > 1 || at % layer.stride[d] < layer.kernel[d];
+  }
+
+  void quantize(int64_t thread) const {
+    const int64_t lines = full[0] * full[1], all = step.samples * lines;
     const int64_t end = all * (thread + 1) / threads;
     for (int64_t at = all * thread / threads; at < end;) {
       const int64_t sample = at / lines;
-      const Steps steps = steps_of(sample, threads);
-      for (; at < end && at / lines == sample; at++)
-        line(steps, sample, at % lines / full[1], at % lines % full[1]);
+      const Steps steps = steps_of(sample);
+      for (; at < end && at / lines == sample; at++) {
+        const int64_t depth = at % lines / full[1], height = at % lines % full[1];
+        if (is_seen(0, depth) && is_seen(1, height)) line(steps, sample, depth, height);
+      }
     }
   }
 
@@ -206,14 +193,14 @@ struct Job {
       const int64_t sample = row / pixels, pixel = row % pixels, left = pixels - pixel;
       int64_t some = end - row < left ? end - row : left;
       some = some < LANES ? some : LANES;
-      const float* x = call.x + sample * layer.channels * plane;
-      if (call.last) {
-        const float* from = x + pixel * layer.channels;
+      const float* own = x + sample * layer.channels * plane;
+      if (step.x_last) {
+        const float* from = own + pixel * layer.channels;
         for (int64_t i = 0; i < some; i++)
           steps[i] =
               quantize_row(from + i * layer.channels, layer.channels, padded, to + i * stride);
       } else {
-        quantize_columns(x + pixel, some, to, steps);
+        quantize_columns(own + pixel, some, to, steps);
       }
       row += some, to += some * stride, steps += some;
     }
@@ -239,12 +226,12 @@ struct Job {
 
   // What the output pixels from `row` on look at in one group.
   void gather(int64_t row, int64_t end, int64_t group, uint8_t* to) const {
-    const int64_t lines = call.out[1] * call.out[2];
+    const int64_t lines = step.out[1] * step.out[2];
     while (row < end) {
-      const int64_t sample = row / pixels, pixel = row % pixels, at = pixel % call.out[2];
+      const int64_t sample = row / pixels, pixel = row % pixels, at = pixel % step.out[2];
       const int64_t depth = sample * full[0] + pixel / lines * layer.stride[0];
-      const int64_t height = pixel % lines / call.out[2] * layer.stride[1];
-      const int64_t left = call.out[2] - at, many = end - row < left ? end - row : left;
+      const int64_t height = pixel % lines / step.out[2] * layer.stride[1];
+      const int64_t left = step.out[2] - at, many = end - row < left ? end - row : left;
       const int64_t first = (depth * full[1] + height) * full[2] + at * layer.stride[2];
       const uint8_t* from = image + first * pitch + group * (layer.channels / layer.groups);
       for (int64_t i = 0; i < many; i++, to += stride, from += layer.stride[2] * pitch)
@@ -267,30 +254,47 @@ struct Job {
     }
   }
 
-  void run(int64_t thread, int64_t threads) const;
+  // Rows from `first` on, as bytes.
+  void fill(int64_t first, int64_t count, int64_t group, uint8_t* to, Row* steps) const {
+    if (pointwise)
+      quantize_pixels(first, first + count, to, steps);
+    else
+      gather(first, first + count, group, to);
+  }
+
+  void run(int64_t thread) const;
+  void multiply_own(int64_t group, int64_t thread) const;
+  void multiply_shared(int64_t group, int64_t thread) const;
 };
 
-// What becomes of the sums of the rows from `first` on.
+// What becomes of the sums of the rows from `first` on. steps: of these rows, or of all samples.
 struct Results {
   const Job& job;
   int64_t group, first;
+  const Row* steps;
+  Range* ranges;  // of each sample of y, as this thread sees it; may be null
 
   // What the 16 outputs of a panel share.
   struct Panel {
+    const Results& all;
     const Job& job;
-    int64_t first, channel, many;
+    int64_t channel, many;
     Floats scale, bias;
     Ints sums;
 
     void put(const int32_t* from, int64_t apart, int64_t row, int64_t count) const {
-      for (int64_t r = first + row, end = r + count; r < end;) {
+      for (int64_t r = all.first + row, end = r + count; r < end;) {
         const int64_t sample = r / job.pixels, pixel = r % job.pixels;
-        const int64_t left = job.pixels - pixel < end - r ? job.pixels - pixel : end - r;
-        const int64_t some = left < LANES ? left : LANES;
+        const int64_t some = least_of(least_of(job.pixels - pixel, end - r), LANES);
         Floats y[LANES];
-        for (int64_t i = 0; i < some; i++)
-          y[i] = output(from + i * apart, job.found[job.pointwise ? r - first + i : sample]);
-        if (job.call.last)
+        Range range;
+        for (int64_t i = 0; i < some; i++) {
+          const Row& step = all.steps[job.pointwise ? r - all.first + i : sample];
+          y[i] = output(from + i * apart, step, r + i);
+          if (all.ranges) range.look(y[i]);
+        }
+        if (all.ranges) all.ranges[sample].join(range);
+        if (job.step.y_last)
           store_pixels(y, r, some);
         else
           store_planes(y, sample, pixel, some);
@@ -298,33 +302,27 @@ struct Results {
       }
     }
 
-    Floats output(const int32_t* from, const Row& step) const {
+    Floats output(const int32_t* from, const Row& step, int64_t row) const {
       Ints sum;
       memcpy(&sum, from, sizeof sum);
       const Ints exact = sum - step.zero * sums;
       Floats y = __builtin_convertvector(exact, Floats) * scale * step.step;
       if (job.layer.bias) y = y + bias;
-      if (job.layer.relu) y = y < 0 ? Floats{} : y;
-      return y;
+      y = job.step.limits.cut(y);
+      if (!job.other) return y;
+      y = y + load_some(job.other + row * job.layer.outputs + channel, many);
+      return job.step.last_limits.cut(y);
     }
 
     void store_pixels(const Floats* y, int64_t row, int64_t some) const {
-      float* to = job.call.y + row * job.layer.outputs + channel;
-      for (int64_t i = 0; i < some; i++, to += job.layer.outputs)
-        if (many == LANES)
-          memcpy(to, y + i, sizeof *y);
-        else
-          memcpy(to, y + i, many * sizeof(float));
+      float* to = job.y + row * job.layer.outputs + channel;
+      for (int64_t i = 0; i < some; i++, to += job.layer.outputs) store(y[i], to, many);
     }
 
     void store_planes(Floats* y, int64_t sample, int64_t pixel, int64_t some) const {
-      float* to = job.call.y + (sample * job.layer.outputs + channel) * job.pixels + pixel;
+      float* to = job.y + (sample * job.layer.outputs + channel) * job.pixels + pixel;
       transpose(y);
-      for (int64_t i = 0; i < many; i++, to += job.pixels)
-        if (some == LANES)
-          memcpy(to, y + i, sizeof *y);
-        else
-          memcpy(to, y + i, some * sizeof(float));
+      for (int64_t i = 0; i < many; i++, to += job.pixels) store(y[i], to, some);
     }
   };
 
@@ -332,39 +330,94 @@ struct Results {
     const Layer& layer = job.layer;
     const int64_t own = layer.outputs / layer.groups, at = panel * LANES;
     const int64_t shared = (group * job.panels + panel) * LANES;
-    Panel found = {job, first, group * own + at, own - at < LANES ? own - at : LANES};
+    Panel found = {*this, job, group * own + at, least_of(own - at, LANES)};
     found.scale = load(layer.scale + shared);
     if (layer.bias) found.bias = load(layer.bias + shared);
     memcpy(&found.sums, layer.sums + shared, sizeof found.sums);
     return found;
   }
+
+  // A thread's part of the products of `count` rows.
+  void multiply(const uint8_t* q, int64_t count, int64_t thread, int64_t threads) const {
+    const int8_t* packed = job.layer.packed + group * job.panels * LANES * job.padded;
+    const Gemm<Results> gemm = {q, packed, job.stride, job.padded, job.panels, *this};
+    gemm.share(count, thread, threads);
+  }
 };
 
-void Job::run(int64_t thread, int64_t threads) const {
-  if (!pointwise) {
-    look(thread, threads);
+void Job::multiply_own(int64_t group, int64_t thread) const {
+  const int64_t blocks = up(rows, HEIGHT) / HEIGHT;
+  const int64_t end = least_of(blocks * (thread + 1) / threads * HEIGHT, rows);
+  uint8_t* q = gathered + thread * chunk * stride;
+  Row* steps = pointwise ? found + thread * chunk : found;
+  Range* seen = y_ranges ? y_ranges + thread * step.samples : nullptr;
+  for (int64_t first = blocks * thread / threads * HEIGHT; first < end; first += chunk) {
+    const int64_t count = least_of(end - first, chunk);
+    fill(first, count, group, q, steps);
+    Results{*this, group, first, steps, seen}.multiply(q, count, 0, 1);
+  }
+}
+
+void Job::multiply_shared(int64_t group, int64_t thread) const {
+  Range* seen = y_ranges ? y_ranges + thread * step.samples : nullptr;
+  for (int64_t first = 0; first < rows; first += chunk) {
+    const int64_t count = least_of(rows - first, chunk);
+    const int64_t low = count * thread / threads, end = count * (thread + 1) / threads;
+    fill(first + low, end - low, group, gathered + low * stride, found + low);
     barrier(threads);
-    quantize(thread, threads);
-    for (int64_t sample = 0; sample < call.samples && thread == 0; sample++)
-      found[sample] = steps_of(sample, threads).row;
+    Results{*this, group, first, found, seen}.multiply(gathered, count, thread, threads);
     barrier(threads);
   }
-  for (int64_t group = 0; group < layer.groups; group++) {
-    for (int64_t first = 0; first < rows; first += chunk) {
-      const int64_t count = rows - first < chunk ? rows - first : chunk;
-      const int64_t low = count * thread / threads, end = count * (thread + 1) / threads;
-      uint8_t* to = gathered + low * stride;
-      if (pointwise)
-        quantize_pixels(first + low, first + end, to, found + low);
-      else
-        gather(first + low, first + end, group, to);
-      barrier(threads);
-      const int8_t* packed = layer.packed + group * panels * LANES * padded;
-      const Results results = {*this, group, first};
-      Gemm<Results>{gathered, packed, stride, padded, panels, results}.share(count, thread,
-                                                                             threads);
+}
+
+void Job::run(int64_t thread) const {
+  if (y_ranges)
+    for (int64_t s = 0; s < step.samples; s++) y_ranges[thread * step.samples + s] = Range();
+  if (!pointwise) {
+    if (step.x_range == NOWHERE) {
+      look(thread);
       barrier(threads);
     }
+    quantize(thread);
+    for (int64_t sample = 0; sample < step.samples && thread == 0; sample++)
+      found[sample] = steps_of(sample).row;
+    barrier(threads);
+  }
+  for (int64_t group = 0; group < layer.groups; group++)
+    own_rows ? multiply_own(group, thread) : multiply_shared(group, thread);
+}
+
+int64_t window_bytes(const Step& step) { return Windows::bytes(step); }
+
+// The most memory that a step needs.
+int64_t most_bytes(const Step* steps, int64_t count, const Run& run) {
+  int64_t most = 0;
+  for (int64_t i = 0; i < count; i++) {
+    const bool product = steps[i].kind == CONVOLUTION;
+    const int64_t own = product ? Job(steps[i], run).bytes() : window_bytes(steps[i]) * run.threads;
+    most = own > most ? own : most;
+  }
+  return most;
+}
+
+void run_steps(const Step* steps, int64_t count, const Run& run, uint8_t* memory, int64_t thread) {
+  for (int64_t i = 0; i < count; i++) {
+    if (steps[i].kind == CONVOLUTION) {
+      Job job(steps[i], run);
+      job.open(memory, run);
+      job.run(thread);
+    } else {
+      run_window(steps[i], run, thread, memory + thread * window_bytes(steps[i]));
+    }
+    barrier(run.threads);
+  }
+}
+
+void run_turns(const Step* steps, int64_t count, const Turns& call, Run run, uint8_t* memory,
+               int64_t thread) {
+  for (int64_t turn = 0; turn < call.turns; turn++) {
+    run_steps(steps, count, run, memory, thread);
+    run.input += call.x_apart, run.output += call.y_apart;
   }
 }
 
@@ -373,25 +426,38 @@ void Job::run(int64_t thread, int64_t threads) const {
 extern "C" {
 
 // What conv.py compares with its own before the first call.
-extern const int64_t layer_bytes, call_bytes;
+extern const int64_t layer_bytes, step_bytes, turns_bytes, range_bytes;
 const int64_t layer_bytes = sizeof(Layer);
-const int64_t call_bytes = sizeof(Call);
+const int64_t step_bytes = sizeof(Step);
+const int64_t turns_bytes = sizeof(Turns);
+const int64_t range_bytes = sizeof(Range);
 
 // 0 if this process may run the code.
 int open_library() { return open_matrices(); }
 
-// 0, or 1 where there is no memory.
-int convolve(const Layer* layer, const Call* call) {
-  Job job(*layer, *call);
-  if (!job.open()) return 1;
+// A program for some samples after the other, `turns` times. 0, or 1 where there is no memory.
+int run_program(const Step* steps, int64_t count, const Turns* call) {
+  Run run = {call->input, call->output, call->arena, call->threads};
+  bool enough = true;
+  uint8_t* memory = nullptr;
 #if defined(_OPENMP)
-  if (call->threads > 1) {
+  if (run.threads > 1) {
 #pragma omp parallel num_threads(int(call->threads))
-    job.run(omp_get_thread_num(), omp_get_num_threads());
-    return 0;
+    {
+#pragma omp master
+      {
+        run.threads = omp_get_num_threads();
+        enough = scratch.reserve(most_bytes(steps, count, run));
+        memory = scratch.memory;
+      }
+#pragma omp barrier
+      if (enough) run_turns(steps, count, *call, run, memory, omp_get_thread_num());
+    }
+    return !enough;
   }
 #endif
-  job.run(0, 1);
+  if (!scratch.reserve(most_bytes(steps, count, run))) return 1;
+  run_turns(steps, count, *call, run, scratch.memory, 0);
   return 0;
 }
 }

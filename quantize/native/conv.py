@@ -1,8 +1,7 @@
-"""An int8 convolution in one native call (conv.cpp).
+"""Int8 convolutions in one native call (conv.cpp): one of them, or a program of many.
 
-What it computes, and what stock operations compute in its place, is said in
-`quantize.nn.int8_images`; both give the same bits. The packed copy of a weight lies outside of the
-modules, so that no copy, move or file carries a stale one along.
+What a convolution computes, and what stock operations compute in its place, is said in
+`quantize.nn.int8_images`; both give the same bits.
 """
 
 from __future__ import annotations
@@ -19,80 +18,80 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from quantize.native import build, int8, isa
-from quantize.native.recurrent import versions_of
+from quantize.native import int8, packs
 
 _LANES, _STEP = 16, 64
+_MOST_SHAPES = 64  # of inputs that are remembered for a weight
 _MOST_BYTES = 1 << 40  # of padded images; the kernel's sizes don't overflow below
+_HEADERS = tuple(Path(__file__).with_name(f"{n}.h") for n in ("planes", "steps", "windows"))
 
-_SOURCE = Path(__file__).with_name("conv.cpp")
+# as in steps.h
+CONVOLUTION, DEPTHWISE, LARGEST, TO_LAST, TO_PLANES = range(5)
+INPUT, OUTPUT, NOWHERE = -1, -2, -3
+
 _NUMBER, _POINTER = ctypes.c_int64, ctypes.c_void_p
 _THREE = _NUMBER * 3
 
+Limits = tuple[float, float]  # what is below the first one becomes it, and above the second one
+UNLIMITED: Limits = (-math.inf, math.inf)
+
 
 class Layer(ctypes.Structure):
-    """As in conv.cpp."""
+    """As in steps.h."""
 
     _fields_ = [
         *((name, _THREE) for name in ("kernel", "stride", "dilation", "before", "after")),
         *((name, _NUMBER) for name in ("channels", "outputs", "groups", "taps")),
-        *((name, _POINTER) for name in ("packed", "sums", "scale", "bias")),
-        ("relu", _NUMBER),
+        *((name, _POINTER) for name in ("packed", "sums", "scale", "bias", "weights")),
     ]
 
 
-class Call(ctypes.Structure):
-    """As in conv.cpp."""
+class Step(ctypes.Structure):
+    """As in steps.h."""
 
     _fields_ = [
-        *((name, _NUMBER) for name in ("samples", "threads", "last")),
+        ("layer", _POINTER),
+        *((name, _NUMBER) for name in ("kind", "samples")),
         *((name, _THREE) for name in ("size", "out")),
-        *((name, _POINTER) for name in ("x", "y")),
+        *((name, _NUMBER) for name in ("x", "y", "other", "x_last", "y_last")),
+        *((name, _NUMBER) for name in ("x_range", "y_range")),
+        *((name, ctypes.c_float) for name in ("low", "high", "last_low", "last_high")),
+    ]
+
+
+class Turns(ctypes.Structure):
+    """As in steps.h."""
+
+    _fields_ = [
+        *((name, _NUMBER) for name in ("turns", "threads", "x_apart", "y_apart")),
+        *((name, _POINTER) for name in ("input", "output", "arena")),
     ]
 
 
 @dataclass(frozen=True)
 class Functions:
-    """What conv.cpp exports."""
+    """What conv.cpp exports. range_bytes: of the range of a sample, as one thread sees it."""
 
     open_library: Callable[[], int]
-    convolve: Callable[..., int]
+    run_program: Callable[..., int]
+    range_bytes: int
 
 
 def read(library: ctypes.CDLL) -> Functions:
     """The functions of a compiled conv.cpp. Raises OSError for a library that isn't one of this
     version.
     """
-    try:
-        sizes = [_NUMBER.in_dll(library, name).value for name in ("layer_bytes", "call_bytes")]
-        functions = Functions(library.open_library, library.convolve)
-    except (AttributeError, ValueError) as error:
-        raise OSError(f"the compiled library lacks a symbol: {error}") from None
-    expected = [ctypes.sizeof(Layer), ctypes.sizeof(Call)]
-    if sizes != expected:
-        raise OSError(f"the compiled library has structs of {sizes} bytes, not of {expected}")
-    functions.convolve.argtypes = [_POINTER, _POINTER]
-    return functions
-
-
-def code(level: str) -> build.Code:
-    """conv.cpp for a level of `isa`. Contraction is off, as for int8.cpp."""
-    flags = (*isa.FLAGS[level], "-ffp-contract=off", "-Wno-psabi")
-    return build.Code(f"conv-{level}", _SOURCE, int8.HEADERS, flags, read)
+    structs = {"layer_bytes": Layer, "step_bytes": Step, "turns_bytes": Turns}
+    sizes = {name: ctypes.sizeof(struct) for name, struct in structs.items()}
+    open_library, run_program = packs.symbols(library, ("open_library", "run_program"), sizes)
+    run_program.argtypes = [_POINTER, _NUMBER, _POINTER]
+    return Functions(open_library, run_program, _NUMBER.in_dll(library, "range_bytes").value)
 
 
 @functools.cache
 def functions() -> Functions:
-    """The kernels for the best instruction set that this process may use. Compiles at the first
-    call.
-
-    Raises: OSError: there are none; the message says why. ValueError: QUANTIZE_ISA names no level.
-    """
-    for level in reversed(isa.levels()):
-        library = build.library(code(level))
-        if library is not None and library.functions.open_library() == 0:
-            return library.functions
-    raise OSError("this process may not use the instruction sets that the CPU has")
+    """The kernels for the best instruction set that this process may use; see `packs.best`."""
+    return packs.best("conv", (*_HEADERS, *int8.HEADERS), read)
 
 
 @dataclass(frozen=True)
@@ -116,6 +115,12 @@ class Geometry:
         still = (*kernel, *self.stride) == (1,) * (2 * len(kernel))
         return still and self.groups == 1 and not any((*self.before, *self.after))
 
+    def depthwise(self, weight: Tensor) -> bool:
+        """Does each output look at one channel, and each channel go to one output? Weights:
+        [outputs, channels / groups, *kernel].
+        """
+        return self.groups > 1 and weight.shape[:2] == (self.groups, 1)
+
     def sizes(self, size: Sequence[int], kernel: Sequence[int]) -> tuple[int, ...]:
         """Of the output. Raises ValueError where the padded input is smaller than the kernel."""
         found = []
@@ -130,89 +135,76 @@ class Geometry:
             found.append((whole - reach) // self.stride[d] + 1)
         return tuple(found)
 
+    def layer(self, kernel: Sequence[int], channels: int, outputs: int, taps: int = 0) -> Layer:
+        """The struct, but for what it points to."""
+        zeros = [_three(v, 0) for v in (self.before, self.after)]
+        ones = [_three(v, 1) for v in (kernel, self.stride, self.dilation)]
+        return Layer(*ones, *zeros, channels, outputs, self.groups, taps)
+
 
 def _three(values: Sequence[int], missing: int) -> ctypes.Array[ctypes.c_int64]:
     return _THREE(*[missing] * (3 - len(values)), *values)
 
 
-class Packed:
+class Packed(packs.Pack):
     """A weight int8 [outputs, channels of a group, *kernel] in the kernel's layout.
 
-    Attributes: layer: the struct, but for its scale and bias.
+    Attributes: layer: the struct, but for its scale and bias. kernel: of the weight. products: of
+        an output number.
     """
 
-    def __init__(self, weight: Tensor, geometry: Geometry, owner: weakref.ref[Tensor]) -> None:
-        self.owner, self.version, self.pointer = owner, weight._version, weight.data_ptr()
-        self.geometry = geometry
-        groups, per_group = geometry.groups, weight.shape[1]
+    def __init__(self, weight: Tensor, how: Geometry, owner: weakref.ref[Tensor]) -> None:
+        super().__init__(weight, how, owner)
+        self.geometry, self.kernel = how, tuple(weight.shape[2:])
+        self.products = weight[0].numel()
+        groups, per_group = how.groups, weight.shape[1]
         self.outputs = weight.shape[0] // groups
-        self.padded = -(-self.outputs // _LANES) * _LANES
-        rows = weight.movedim(1, -1)  # [outputs, *kernel, channels]
+        self.depthwise = how.depthwise(weight)
+        # one block for all outputs of a depthwise layer, else one for those of each group
+        self.blocks = 1 if self.depthwise else groups
         taps = -(-per_group // 4) * 4 if groups == 1 else per_group
-        rows = F.pad(rows, [0, taps - per_group]).flatten(1)
-        rows = self.blocked(rows)
+        self.layer = how.layer(self.kernel, per_group * groups, weight.shape[0], taps)
+        self.steps: dict[tuple[torch.Size, bool, Limits], Step] = {}
+        if self.depthwise:
+            self.integers = weight.flatten(1).float()
+            return
+        rows = F.pad(weight.movedim(1, -1), [0, taps - per_group])  # [outputs, *kernel, channels]
+        rows = self.blocked(rows.flatten(1))
         inputs = rows.shape[1]
         size = len(rows) * (-(-inputs // _STEP) * _STEP)
         self.packed = torch.empty(size, dtype=torch.int8, device="cpu")
         self.sums = torch.empty(len(rows), dtype=torch.int32, device="cpu")
         pointers = self.packed.data_ptr(), self.sums.data_ptr()
         int8.functions().pack(rows.data_ptr(), len(rows), inputs, *pointers)
-        zeros = [_three(v, 0) for v in (geometry.before, geometry.after)]
-        ones = [_three(v, 1) for v in (weight.shape[2:], geometry.stride, geometry.dilation)]
-        counts = per_group * groups, weight.shape[0], groups, taps
-        self.layer = Layer(*ones, *zeros, *counts, *pointers)
-        self.vectors: tuple[Tensor | None, ...] = ()  # the scale and bias given last,
-        self.versions: tuple[int | None, ...] = ()
-        self.held: list[Tensor | None] = []  # and what the kernel reads of them
-
-    def is_of(self, weight: Tensor, geometry: Geometry) -> bool:
-        """Was it made of this weight, as it is now?"""
-        return (
-            self.owner() is weight
-            and self.version == weight._version
-            and self.pointer == weight.data_ptr()
-            and self.geometry == geometry
-        )
+        self.layer.packed, self.layer.sums = pointers
 
     def blocked(self, tensor: Tensor) -> Tensor:
-        """[outputs, ...] with the outputs of each group filled up to whole panels."""
+        """[outputs, ...] with the outputs of each block filled up to whole panels."""
         trailing = tensor.shape[1:]
-        grouped = tensor.reshape(self.geometry.groups, self.outputs, *trailing)
-        pads = [0, 0] * len(trailing) + [0, self.padded - self.outputs]
+        grouped = tensor.reshape(self.blocks, -1, *trailing)
+        missing = -grouped.shape[1] % _LANES
+        pads = [0, 0] * len(trailing) + [0, missing]
         return F.pad(grouped, pads).reshape(-1, *trailing).contiguous()
 
     def with_vectors(self, scale: Tensor, bias: Tensor | None) -> Layer:
         """The struct with these. It points into tensors that this object holds until the next
         call.
         """
-        vectors = (scale, bias)
-        versions = versions_of(vectors)
-        same = all(a is b for a, b in zip(vectors, self.vectors, strict=False))
-        if not self.vectors or not same or versions != self.versions or None in versions:
-            self.held = [None if v is None else self.blocked(v.float()) for v in vectors]
-            self.vectors, self.versions = vectors, versions
-            pointers = [None if v is None else v.data_ptr() for v in self.held]
-            self.layer.scale, self.layer.bias = pointers
+        if not self.are_held((scale, bias)):
+            self.layer.scale, self.layer.bias = self.pointers(scale, bias)
+            if self.depthwise:
+                floats = self.integers * scale.float().unsqueeze(1)
+                self.floats = self.blocked(floats).t().contiguous()  # [places, channels]
+                self.layer.weights = self.floats.data_ptr()
         return self.layer
 
 
-_packs: dict[int, Packed] = {}  # by the identity of a weight, until it dies or changes
+_packs: packs.Packs[Packed] = packs.Packs(Packed)
 
 
 def packed(weight: Tensor, geometry: Geometry) -> Packed:
     """`weight` in the kernel's layout."""
-    key = id(weight)
-    found = _packs.get(key)
-    if found is None or not found.is_of(weight, geometry):
-        owner = weakref.ref(weight, functools.partial(_forget, key))
-        found = _packs[key] = Packed(weight, geometry, owner)
-    return found
-
-
-def _forget(key: int, owner: weakref.ref[Tensor]) -> None:
-    found = _packs.get(key)
-    if found is not None and found.owner is owner:
-        del _packs[key]
+    return _packs.of(weight, geometry)
 
 
 def channels_last(x: Tensor) -> bool:
@@ -221,12 +213,41 @@ def channels_last(x: Tensor) -> bool:
     """
     if x.dim() == 3 or x.is_contiguous():
         return False
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    return x.is_contiguous(memory_format=formats[x.dim()])
+    return x.is_contiguous(memory_format=LAST[x.dim()])
+
+
+LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def step(kind: int, layer: Layer, shape: Sequence[int], out: Sequence[int]) -> Step:
+    """A step of a program, but for where its tensors lie.
+
+    Args:
+        kind: one of those above.
+        layer: must live as long as the step.
+        shape: [samples, channels, *size] of the input.
+        out: sizes of the output.
+
+    Raises: MemoryError: for images that are too large.
+    """
+    size = list(shape[2:])
+    pads = list(layer.before), list(layer.after)
+    padded = map(sum, zip(_three(size, 1), *pads, strict=True))
+    if shape[0] * (shape[1] + 4) * math.prod(padded) > _MOST_BYTES:
+        raise MemoryError(f"no memory for {list(shape)} with padding {pads[0]}")
+    made = Step(ctypes.addressof(layer), kind, shape[0], _three(size, 1), _three(out, 1))
+    made.other = made.x_range = made.y_range = NOWHERE
+    made.low, made.high = made.last_low, made.last_high = UNLIMITED
+    return made
 
 
 def convolve(
-    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, geometry: Geometry, relu: bool
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    geometry: Geometry,
+    limits: Limits = UNLIMITED,
 ) -> Tensor:
     """The convolution of x, each sample of it in 8 bits.
 
@@ -235,7 +256,7 @@ def convolve(
         weight: int8 [outputs, channels / groups, *kernel], no inference tensor.
         scale: float32 [outputs]. bias: [outputs], or None.
         geometry: see there.
-        relu: negative outputs become 0.
+        limits: the least and the largest output.
 
     Returns: float32 [N, outputs, *out], in the memory format of x.
 
@@ -243,24 +264,32 @@ def convolve(
         are too large.
     """
     found = packed(weight, geometry)
-    layer = found.with_vectors(scale, bias)
-    layer.relu = relu
+    found.with_vectors(scale, bias)
     last = channels_last(x)
     x = x if last else x.contiguous()
-    size, kernel = x.shape[2:], weight.shape[2:]
-    out = geometry.sizes(size, kernel)
-    shape = (x.shape[0], weight.shape[0], *out)
-    format = torch.contiguous_format
-    if last:
-        format = torch.channels_last if len(size) == 2 else torch.channels_last_3d
-    padded = map(sum, zip(size, geometry.before, geometry.after, strict=True))
-    if x.shape[0] * (x.shape[1] + 4) * math.prod(padded) > _MOST_BYTES:
-        raise MemoryError(f"no memory for {list(x.shape)} with padding {geometry.before}")
+    key = x.shape, last, limits
+    one = found.steps.get(key)
+    if one is None:
+        one = _single(found, x, last, limits)
+        if len(found.steps) >= _MOST_SHAPES:
+            found.steps.clear()
+        found.steps[key] = one
+    sizes = one.out[3 - len(found.kernel) :]
+    format = LAST[x.dim()] if last else torch.contiguous_format
+    shape = x.shape[0], found.layer.outputs, *sizes
     y = torch.empty(shape, dtype=torch.float32, device="cpu", memory_format=format)
-    products = y.numel() * (weight.numel() // len(weight))
-    threads = int8.threads(products)
-    call = Call(x.shape[0], threads, last, _three(size, 1), _three(out, 1))
-    call.x, call.y = x.data_ptr(), y.data_ptr()
-    if functions().convolve(ctypes.byref(layer), ctypes.byref(call)):
+    threads = int8.threads(y.numel() * found.products)
+    call = Turns(1, threads, 0, 0, x.data_ptr(), y.data_ptr(), None)
+    if functions().run_program(ctypes.addressof(one), 1, ctypes.byref(call)):
         raise MemoryError(f"no memory for a convolution of {list(x.shape)}")
     return y
+
+
+def _single(found: Packed, x: Tensor, last: bool, limits: Limits) -> Step:
+    """The step of a convolution alone."""
+    out = found.geometry.sizes(x.shape[2:], found.kernel)
+    kind = DEPTHWISE if found.depthwise else CONVOLUTION
+    one = step(kind, found.layer, x.shape, out)
+    one.x, one.y, one.x_last, one.y_last = INPUT, OUTPUT, last, last
+    one.low, one.high = limits
+    return one

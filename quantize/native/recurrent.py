@@ -1,8 +1,7 @@
 """All steps of one direction of an int8 LSTM or GRU layer in one native call (recurrent.cpp).
 
 What it computes, and what stock operations compute in its place, is said in
-`quantize.nn.int8_steps`; both give the same bits. The packed copy of a weight lies outside of the
-modules, so that no copy, move or file carries a stale one along.
+`quantize.nn.int8_steps`; both give the same bits.
 """
 
 from __future__ import annotations
@@ -10,19 +9,16 @@ from __future__ import annotations
 import ctypes
 import functools
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from quantize.native import build, int8, isa
+from quantize.native import int8, packs
 
 _LANES, _STEP = 16, 64
-
-_SOURCE = Path(__file__).with_name("recurrent.cpp")
 
 _NUMBER, _POINTER = ctypes.c_int64, ctypes.c_void_p
 
@@ -67,78 +63,36 @@ def read(library: ctypes.CDLL) -> Functions:
     """The functions of a compiled recurrent.cpp. Raises OSError for a library that isn't one of
     this version.
     """
-    try:
-        sizes = [_NUMBER.in_dll(library, name).value for name in ("layer_bytes", "call_bytes")]
-        functions = Functions(library.open_library, library.steps)
-    except (AttributeError, ValueError) as error:
-        raise OSError(f"the compiled library lacks a symbol: {error}") from None
-    expected = [ctypes.sizeof(Layer), ctypes.sizeof(Call)]
-    if sizes != expected:
-        raise OSError(f"the compiled library has structs of {sizes} bytes, not of {expected}")
-    functions.steps.argtypes = [_POINTER, _POINTER]
-    return functions
-
-
-def code(level: str) -> build.Code:
-    """recurrent.cpp for a level of `isa`. Contraction is off, as for int8.cpp."""
-    flags = (*isa.FLAGS[level], "-ffp-contract=off", "-Wno-psabi")
-    return build.Code(f"recurrent-{level}", _SOURCE, int8.HEADERS, flags, read)
+    sizes = {"layer_bytes": ctypes.sizeof(Layer), "call_bytes": ctypes.sizeof(Call)}
+    open_library, steps = packs.symbols(library, ("open_library", "steps"), sizes)
+    steps.argtypes = [_POINTER, _POINTER]
+    return Functions(open_library, steps)
 
 
 @functools.cache
 def functions() -> Functions:
-    """The kernels for the best instruction set that this process may use. Compiles at the first
-    call.
-
-    Raises: OSError: there are none; the message says why. ValueError: QUANTIZE_ISA names no level.
-    """
-    for level in reversed(isa.levels()):
-        library = build.library(code(level))
-        if library is not None and library.functions.open_library() == 0:
-            return library.functions
-    raise OSError("this process may not use the instruction sets that the CPU has")
+    """The kernels for the best instruction set that this process may use; see `packs.best`."""
+    return packs.best("recurrent", int8.HEADERS, read)
 
 
 # ------------------------------------------------------------------------------------------------
 # weights
 
 
-def versions_of(tensors: Sequence[Tensor | None]) -> tuple[int | None, ...]:
-    """How often each was changed; None where nobody counts, -1 for one that is missing."""
-    found: list[int | None] = []
-    for tensor in tensors:
-        if tensor is None:
-            found.append(-1)
-        else:
-            found.append(None if tensor.is_inference() else tensor._version)
-    return tuple(found)
-
-
-class Packed:
+class Packed(packs.Pack):
     """A weight int8 [parts * units, inputs] in the kernel's layout: blocks of 16 units, in each the
     rows of all parts (the gates) side by side.
     """
 
-    def __init__(self, weight: Tensor, parts: int, owner: weakref.ref[Tensor]) -> None:
-        self.owner, self.version, self.pointer = owner, weight._version, weight.data_ptr()
-        self.parts, self.inputs = parts, weight.shape[1]
+    def __init__(self, weight: Tensor, how: int, owner: weakref.ref[Tensor]) -> None:
+        super().__init__(weight, how, owner)
+        self.parts, self.inputs = how, weight.shape[1]
         padded = -(-self.inputs // _STEP) * _STEP
         rows = self.blocked(weight)
         self.packed = torch.empty(len(rows) * padded, dtype=torch.int8, device="cpu")
         self.sums = torch.empty(len(rows), dtype=torch.int32, device="cpu")
         pointers = self.packed.data_ptr(), self.sums.data_ptr()
         int8.functions().pack(rows.data_ptr(), len(rows), self.inputs, *pointers)
-        self.vectors: tuple[Tensor | None, ...] = ()  # the scale and bias given last,
-        self.versions: tuple[int | None, ...] = ()
-        self.blocked_vectors: list[Tensor | None] = []  # and what the kernel reads of them
-
-    def is_of(self, weight: Tensor) -> bool:
-        """Was it made of this weight, as it is now?"""
-        return (
-            self.owner() is weight
-            and self.version == weight._version
-            and self.pointer == weight.data_ptr()
-        )
 
     def blocked(self, tensor: Tensor) -> Tensor:
         """[parts * units, ...] as [blocks * parts * 16, ...], missing units as zeros."""
@@ -154,34 +108,16 @@ class Packed:
         """What the kernel reads. It points into tensors that this object holds until the next
         call.
         """
-        vectors = (scale, bias)
-        versions = versions_of(vectors)
-        same = all(a is b for a, b in zip(vectors, self.vectors, strict=False))
-        if not self.vectors or not same or versions != self.versions or None in versions:
-            blocked = [None if v is None else self.blocked(v.float()) for v in vectors]
-            self.vectors, self.versions, self.blocked_vectors = vectors, versions, blocked
-        found = self.blocked_vectors
-        pointers = [None if v is None else v.data_ptr() for v in found]
-        return Product(self.inputs, self.packed.data_ptr(), self.sums.data_ptr(), *pointers)
+        own = self.packed.data_ptr(), self.sums.data_ptr()
+        return Product(self.inputs, *own, *self.pointers(scale, bias))
 
 
-_packs: dict[int, Packed] = {}  # by the identity of a weight, until it dies or changes
+_packs: packs.Packs[Packed] = packs.Packs(Packed)
 
 
 def packed(weight: Tensor, parts: int) -> Packed:
     """`weight`, int8 [parts * units, inputs], in the kernel's layout."""
-    key = id(weight)
-    found = _packs.get(key)
-    if found is None or not found.is_of(weight) or found.parts != parts:
-        owner = weakref.ref(weight, functools.partial(_forget, key))
-        found = _packs[key] = Packed(weight, parts, owner)
-    return found
-
-
-def _forget(key: int, owner: weakref.ref[Tensor]) -> None:
-    found = _packs.get(key)
-    if found is not None and found.owner is owner:
-        del _packs[key]
+    return _packs.of(weight, parts)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quantize import surgery
-from quantize.native.conv import Geometry
+from quantize.native.conv import Geometry, Limits
 from quantize.nn import PackedLayer, dtype_name, dtype_named, int8_images
 from quantize.nn import int8_kernels as kernels
 
@@ -21,7 +22,9 @@ class Int8Conv(PackedLayer):
 
     The state is plain tensors: `packed` int8 `[out, C / groups, *kernel]`, `scale` float32 `[out]`,
     `bias` `[out]` or None. `weight` reads as `packed * scale`. Each sample of x is quantized as a
-    whole when it arrives (see `int8_images`). No gradient flows through the layer.
+    whole when it arrives; a depthwise layer stores int8 and computes in float32 (see
+    `int8_images`), and so does one with `floats`, in torch's own convolution. relu: negative
+    outputs become 0; ceiling: what larger outputs become. No gradient flows through the layer.
 
     Source: `torch.nn.Conv2d`.
     """
@@ -42,35 +45,40 @@ class Int8Conv(PackedLayer):
         groups: int = 1,
         padding_mode: str = "zeros",
         relu: bool = False,
+        ceiling: float | None = None,
+        floats: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__(dtype, "cpu" if packed.is_meta else packed.device)
         self.out_channels, per_group, *kernel = packed.shape
         self.in_channels, self.groups = per_group * groups, groups
         self.kernel_size, self.stride, self.dilation = tuple(kernel), stride, dilation
-        self.padding, self.padding_mode, self.relu = padding, padding_mode, relu
+        self.padding, self.padding_mode = padding, padding_mode
+        self.relu, self.ceiling, self.floats = relu, ceiling, floats
         before, after = _pads(self.kernel_size, padding, dilation)
-        self._pads: list[int] = []  # as F.pad takes them: pairs, the last dimension first
-        for pair in zip(before, after, strict=True):
-            self._pads = [*pair, *self._pads]
+        self._pads = int8_images.pads_of(Geometry(stride, dilation, before, after))
         if padding_mode != "zeros":
             before = after = (0,) * len(kernel)
-        self._geometry = Geometry(stride, dilation, before, after, groups)
+        self.geometry = Geometry(stride, dilation, before, after, groups)
         self.register_buffer("packed", packed)
         self.register_buffer("scale", scale)
         self.register_buffer("bias", bias)
 
     @classmethod
-    def from_layer(cls, layer: Any, *, relu: bool = False) -> Int8Conv:
-        """Quantize a float convolution; the bias is kept as it is. relu: negative outputs become
-        0.
+    def from_layer(cls, layer: Any, *, relu: bool = False, floats: bool = False) -> Int8Conv:
+        """Quantize a float convolution; the bias is kept as it is.
+
+        Args:
+            layer: of 1 to 3 dimensions.
+            relu: negative outputs become 0.
+            floats: store int8, but compute in float.
         """
         weight, bias = layer.weight, layer.bias
         packed, scale = kernels.quantize_weight(weight.flatten(1))
         packed = packed.reshape(weight.shape)
         own_bias = None if bias is None else bias.detach().clone()
         settings: dict[str, Any] = {name: getattr(layer, name) for name in _SETTINGS}
-        settings["relu"] = relu
+        settings |= {"relu": relu, "floats": floats}
         new = cls(packed, scale, own_bias, dtype=weight.dtype, **settings)
         listed = {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
         surgery.record(
@@ -100,11 +108,15 @@ class Int8Conv(PackedLayer):
         relu: bool,
         bias: str | None,
         dtype: str = "float32",
+        ceiling: float | None = None,
+        floats: bool = False,
     ) -> Int8Conv:
         """An empty layer (on the meta device) in place of `module`, for a file's tensors."""
         _check_settings(in_channels, out_channels, kernel_size, stride, padding, dilation, groups)
         if padding_mode not in ("zeros", "reflect", "replicate", "circular"):
             raise ValueError(f"padding_mode={padding_mode!r} is none that torch knows")
+        if ceiling is not None and not (type(ceiling) is float and ceiling > 0):
+            raise ValueError(f"ceiling={ceiling!r} is no number above 0")
         shape = (out_channels, in_channels // groups, *kernel_size)
         empty = None
         if bias is not None:
@@ -119,6 +131,8 @@ class Int8Conv(PackedLayer):
             groups=groups,
             padding_mode=padding_mode,
             relu=bool(relu),
+            ceiling=ceiling,
+            floats=bool(floats),
             dtype=dtype_named(dtype),
         )
         return new.train(module.training)
@@ -139,9 +153,16 @@ class Int8Conv(PackedLayer):
         batch = x if x.dim() == dims + 2 else x.unsqueeze(0)
         if self.padding_mode != "zeros":
             batch = F.pad(batch, self._pads, mode=self.padding_mode)
+        compute = int8_images.in_float if self.floats else int8_images.convolve
         held = self.packed, self.scale, self.bias
-        y = int8_images.convolve(batch, *held, self._geometry, self.relu)
+        y = compute(batch, *held, self.geometry, self.limits)
         return y if x.dim() == dims + 2 else y.squeeze(0)
+
+    @property
+    def limits(self) -> Limits:
+        """The least and the largest output."""
+        low = 0.0 if self.relu else -math.inf
+        return low, math.inf if self.ceiling is None else self.ceiling
 
     def dense_weight(self) -> Tensor:
         scale = self.scale.reshape(-1, *[1] * (self.packed.dim() - 1))

@@ -7,7 +7,12 @@
 where k runs over the channels and the places that output pixel p looks at; padding is q = zero,
 which stands for 0. Where the kernel is one pixel, moves by one and nothing is padded, each pixel
 has a range of its own, as the rows of a linear layer: that is finer, and takes one pass less. The
-sum is exact in integers, and everything else is one float32 operation at a time in this order. So
+sum is exact in integers, and everything else is one float32 operation at a time in this order. A
+depthwise layer has a few products for each number that it reads: it computes in float32,
+
+    y[s, n, p] = x[s, n, first of p] * (w[n, first] s[n]) + x[s, n, second of p] * ... + b[n]
+
+place after place, each product and each sum rounded. At last y is cut off at the layer's limits. So
 every way of computing it gives the same bits, and a sample's result depends neither on the others
 of the batch nor on the CPU: compiled C++ (`quantize.native.conv`) in one call, and the stock
 operations here, for graphs and where there is no compiler.
@@ -18,18 +23,20 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from quantize.native import conv
 from quantize.native import int8 as native_int8
-from quantize.native.conv import Geometry
+from quantize.native.conv import UNLIMITED, Geometry, Limits
 from quantize.nn import int8_kernels as kernels
 from quantize.nn import int8_products as products
+from quantize.nn import is_traced
 
 # ------------------------------------------------------------------------------------------------
 # stock operations
@@ -42,13 +49,18 @@ def stock(
     scale: Tensor,
     bias: Tensor | None,
     geometry: Geometry,
-    relu: bool,
+    limits: Limits = UNLIMITED,
 ) -> Tensor:
     """The convolution around one of the products of `int8_products`. Arguments and result: as for
     `conv.convolve`.
     """
+    if geometry.depthwise(weight):
+        y = _depthwise(x, weight, scale, geometry)
+        shape = [-1, *[1] * (x.dim() - 2)]
+        y = y if bias is None else y + bias.float().reshape(shape)
+        return cut(y, limits)
     if geometry.pointwise(weight.shape[2:]):
-        return _pointwise(product, x, weight.flatten(1), scale, bias, relu)
+        return _pointwise(product, x, weight.flatten(1), scale, bias, limits)
     rows = kernels.quantize_rows(x.flatten(1))
     q = _padded(rows.q.reshape(x.shape), rows.shift, geometry)
     groups, kernel = geometry.groups, weight.shape[2:]
@@ -63,8 +75,14 @@ def stock(
     sums = products.sum_weights(weight.flatten(1))
     y = torch.mul(total + rows.shift.unsqueeze(-1) * sums, scale) * rows.step.unsqueeze(-1)
     y = y if bias is None else y + bias.float()
-    y = y.relu() if relu else y
-    return y.transpose(1, 2).reshape(x.shape[0], weight.shape[0], *out)
+    return cut(y, limits).transpose(1, 2).reshape(x.shape[0], weight.shape[0], *out)
+
+
+def cut(y: Tensor, limits: Limits) -> Tensor:
+    """y with the numbers beyond the limits replaced by them."""
+    if limits == UNLIMITED:
+        return y
+    return y.relu() if limits == (0, math.inf) else y.clamp(*limits)
 
 
 def _pointwise(
@@ -73,41 +91,65 @@ def _pointwise(
     weight: Tensor,
     scale: Tensor,
     bias: Tensor | None,
-    relu: bool,
+    limits: Limits,
 ) -> Tensor:
     """A linear layer on the channels of each pixel."""
     pixels = x.movedim(1, -1)
     rows = kernels.quantize_rows(pixels.reshape(-1, x.shape[1]))
     total = product(rows.q, weight) + rows.shift * products.sum_weights(weight)
     y = torch.mul(total, scale) * rows.step
-    y = y if bias is None else y + bias.float()
-    y = y.relu() if relu else y
+    y = cut(y if bias is None else y + bias.float(), limits)
     return y.reshape(*pixels.shape[:-1], weight.shape[0]).movedim(-1, 1).contiguous()
+
+
+def _depthwise(x: Tensor, weight: Tensor, scale: Tensor, geometry: Geometry) -> Tensor:
+    """Each channel by itself, the places of the kernel one after the other."""
+    kernel = weight.shape[2:]
+    out = geometry.sizes(x.shape[2:], kernel)
+    x = F.pad(x, pads_of(geometry))
+    weights = weight.flatten(1).float() * scale.float().unsqueeze(1)  # [channels, places]
+    shape = [-1, *[1] * len(kernel)]
+    total = x.new_zeros(x.shape[0], x.shape[1], *out)
+    for place, own in zip(_places(x, kernel, out, geometry), weights.unbind(1), strict=True):
+        total = total + place * own.reshape(shape)
+    return total
+
+
+def pads_of(geometry: Geometry) -> list[int]:
+    """The padding as F.pad takes it: pairs, the last dimension first."""
+    pads: list[int] = []
+    for before, after in zip(geometry.before, geometry.after, strict=True):
+        pads = [before, after, *pads]
+    return pads
 
 
 def _padded(q: Tensor, shift: Tensor, geometry: Geometry) -> Tensor:
     """q `[N, C, *size]` of int8 with the value that stands for 0 around it."""
-    if not any(geometry.before) and not any(geometry.after):
+    pads = pads_of(geometry)
+    if not any(pads):
         return q
-    pads: list[int] = []
-    for before, after in zip(geometry.before, geometry.after, strict=True):
-        pads = [before, after, *pads]
     wide = shift.reshape(-1, *[1] * (q.dim() - 1))
     return (F.pad(q.to(torch.int32) + wide, pads) - wide).to(torch.int8)
 
 
 def _gathered(q: Tensor, kernel: Sequence[int], out: Sequence[int], geometry: Geometry) -> Tensor:
     """What each output pixel looks at: `[N * pixels, C * places]`."""
-    places = []
+    places = [part.flatten(2) for part in _places(q, kernel, out, geometry)]
+    gathered = torch.stack(places, 2)  # [N, C, places, pixels]
+    return gathered.flatten(1, 2).transpose(1, 2).reshape(-1, q.shape[1] * len(places))
+
+
+def _places(
+    x: Tensor, kernel: Sequence[int], out: Sequence[int], geometry: Geometry
+) -> Iterator[Tensor]:
+    """By place of the kernel, what all output pixels see there of a padded x: `[N, C, *out]`."""
     for place in itertools.product(*map(range, kernel)):
-        part = q
+        part = x
         for d, at in enumerate(place):
             start, stride = at * geometry.dilation[d], geometry.stride[d]
             end = start + stride * (out[d] - 1) + 1
             part = part[(slice(None),) * (d + 2) + (slice(start, end, stride),)]
-        places.append(part.flatten(2))
-    gathered = torch.stack(places, 2)  # [N, C, places, pixels]
-    return gathered.flatten(1, 2).transpose(1, 2).reshape(-1, q.shape[1] * len(places))
+        yield part
 
 
 # ------------------------------------------------------------------------------------------------
@@ -115,32 +157,91 @@ def _gathered(q: Tensor, kernel: Sequence[int], out: Sequence[int], geometry: Ge
 
 
 def convolve(
-    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, geometry: Geometry, relu: bool
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    geometry: Geometry,
+    limits: Limits = UNLIMITED,
 ) -> Tensor:
     """x `[N, C, *size]` of a float dtype; the result is in x's dtype and memory format. Arguments:
     as for `conv.convolve`.
     """
     if torch.jit.is_tracing() or torch.compiler.is_exporting():
-        return in_graph(x, weight, scale, bias, geometry, relu)
+        return in_graph(x, weight, scale, bias, geometry, limits)
     if torch.compiler.is_compiling():
         found = torch.ops.quantize.int8_conv(
             x.detach(), weight, scale, bias, geometry.stride, geometry.dilation, geometry.before,
-            geometry.after, geometry.groups, relu,
+            geometry.after, geometry.groups, *limits,
         )  # fmt: skip
         return found
-    return _eager(x, weight, scale, bias, geometry, relu)
+    return _eager(x, weight, scale, bias, geometry, limits)
 
 
 def in_graph(
-    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, geometry: Geometry, relu: bool
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    geometry: Geometry,
+    limits: Limits,
 ) -> Tensor:
-    """Stock operations, for a graph that is recorded."""
-    y = stock(products.int_mm, x.detach().float(), weight, scale, bias, geometry, relu)
+    """Stock operations, for a graph that is recorded. A depthwise layer is one convolution there,
+    which adds its products in an order of its own.
+    """
+    if geometry.depthwise(weight):
+        return in_float(x.detach(), weight, scale, bias, geometry, limits)
+    y = stock(products.int_mm, x.detach().float(), weight, scale, bias, geometry, limits)
     return y.to(x.dtype)
 
 
+def in_float(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    geometry: Geometry,
+    limits: Limits,
+) -> Tensor:
+    """A convolution of torch with the weight as it reads, for layers that store int8 and compute in
+    float. Arguments: as for `stock`, x of any float dtype.
+    """
+    function = (F.conv1d, F.conv2d, F.conv3d)[weight.dim() - 3]
+    own = None if bias is None else bias.float()
+    even = geometry.before == geometry.after
+    floats = x.float() if even else F.pad(x.float(), pads_of(geometry))
+    padding = geometry.before if even else 0
+    moves = geometry.stride, padding, geometry.dilation, geometry.groups
+    return cut(function(floats, dense(weight, scale), own, *moves), limits).to(x.dtype)
+
+
+# by stored weight: the scale, how often both were changed, and the float weight
+_floats = WeakTensorKeyDictionary()
+
+
+def dense(
+    weight: Tensor, scale: Tensor, arranged: Callable[[Tensor], Tensor] = torch.Tensor.contiguous
+) -> Tensor:
+    """The weight as it reads, computed when it is first asked for. arranged: puts it in order."""
+    counted = not (weight.is_inference() or scale.is_inference() or is_traced())
+    state = (weight._version, scale._version) if counted else None
+    known = _floats.get(weight) if counted else None
+    if known is not None and known[0] is scale and known[1] == state:
+        return known[2]
+    shape = -1, *[1] * (weight.dim() - 1)
+    made = arranged(weight.float() * scale.reshape(shape))
+    if counted:
+        _floats[weight] = scale, state, made
+    return made
+
+
 def _eager(
-    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, geometry: Geometry, relu: bool
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    geometry: Geometry,
+    limits: Limits,
 ) -> Tensor:
     if not x.is_floating_point():
         raise TypeError(f"the input must be a floating point tensor, got {x.dtype}")
@@ -149,8 +250,8 @@ def _eager(
     fits = weight.numel() // len(weight) <= native_int8.MOST_INPUTS
     plain = fits and native_int8.takes(x) and not weight.is_inference()
     if plain and x.numel() and kernels.native_allowed() and is_exact():
-        return conv.convolve(x, weight, scale, bias, geometry, relu).to(dtype)
-    y = stock(products.reference, x, weight, scale, bias, geometry, relu)
+        return conv.convolve(x, weight, scale, bias, geometry, limits).to(dtype)
+    y = stock(products.reference, x, weight, scale, bias, geometry, limits)
     if conv.channels_last(x):
         y = y.to(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
     return y.to(dtype)
@@ -162,7 +263,9 @@ def is_exact() -> bool:
     largest sums?
     """
     generator = torch.Generator().manual_seed(0)
-    geometry = Geometry((1, 2), (1, 1), (1, 0), (1, 1))
+    moving = Geometry((1, 2), (1, 1), (1, 0), (1, 1))
+    still = Geometry((1, 1), (1, 1), (0, 0), (0, 0))
+    alone = Geometry((2, 1), (1, 1), (1, 0), (0, 1), 20)
     with torch.inference_mode(False), torch.no_grad():
         weight = torch.randint(-127, 128, (40, 20, 3, 2), generator=generator).to(torch.int8)
         weight[0], weight[1] = 127, -127
@@ -170,17 +273,15 @@ def is_exact() -> bool:
         bias = torch.randn(40, generator=generator, dtype=torch.float32)
         x = torch.randn(2, 20, 6, 7, generator=generator, dtype=torch.float32)
         x[1] = 1
-        moving = x, weight, scale, bias, geometry, True
-        still = (
-            x,
-            weight[:, :, 1:2, 1:],
-            scale,
-            bias,
-            Geometry((1, 1), (1, 1), (0, 0), (0, 0)),
-            True,
-        )
+        own = weight[:20, :1].contiguous(), scale[:20], bias[:20]
+        cases = [
+            (x, weight, scale, bias, moving, (0.0, math.inf)),
+            (x, weight[:, :, 1:2, 1:], scale, bias, still, (-1.0, 6.0)),
+            (x, *own, alone, UNLIMITED),
+            (x.contiguous(memory_format=torch.channels_last), *own, alone, UNLIMITED),
+        ]
         try:
-            return all(map(_agrees, (moving, still)))
+            return all(map(_agrees, cases))
         except OSError:
             return False
 
@@ -195,7 +296,7 @@ def _agrees(arguments: Any) -> bool:
 _library = torch.library.Library("quantize", "FRAGMENT")
 _library.define(
     "int8_conv(Tensor x, Tensor weight, Tensor scale, Tensor? bias, int[] stride, int[] dilation, "
-    "int[] before, int[] after, int groups, bool relu) -> Tensor"
+    "int[] before, int[] after, int groups, float low, float high) -> Tensor"
 )
 
 
@@ -209,17 +310,18 @@ def _operator(
     before: Sequence[int],
     after: Sequence[int],
     groups: int,
-    relu: bool,
+    low: float,
+    high: float,
 ) -> Tensor:
     geometry = Geometry(tuple(stride), tuple(dilation), tuple(before), tuple(after), groups)
-    return _eager(x, weight, scale, bias, geometry, relu).contiguous()
+    return _eager(x, weight, scale, bias, geometry, (low, high)).contiguous()
 
 
 _library.impl("int8_conv", _operator, "CPU")
 
 
 @torch.library.register_fake("quantize::int8_conv")
-def _fake_conv(x, weight, scale, bias, stride, dilation, before, after, groups, relu):
+def _fake_conv(x, weight, scale, bias, stride, dilation, before, after, groups, *_):
     geometry = Geometry(tuple(stride), tuple(dilation), tuple(before), tuple(after), groups)
     out = geometry.sizes(x.shape[2:], weight.shape[2:])
     return x.new_empty(x.shape[0], weight.shape[0], *out)

@@ -29,7 +29,13 @@ LAYERS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     "stride": (nn.Conv2d, {"kernel_size": (3, 2), "stride": (2, 1), "bias": False}),
     "dilation, same size": (nn.Conv2d, {"kernel_size": 3, "dilation": 2, "padding": "same"}),
     "groups": (nn.Conv2d, {"kernel_size": 3, "groups": 3}),
-    "depthwise": (nn.Conv2d, {"kernel_size": 5, "groups": 33, "padding": 2}),
+    "two outputs of each channel": (nn.Conv2d, {"kernel_size": 5, "groups": 33, "padding": 2}),
+    "depthwise": (nn.Conv2d, {"kernel_size": 5, "groups": 33, "padding": 2, "out_channels": 33}),
+    "depthwise, stride": (
+        nn.Conv2d,
+        {"kernel_size": 3, "groups": 33, "padding": 1, "out_channels": 33, "stride": (2, 3)},
+    ),
+    "depthwise sound": (nn.Conv1d, {"kernel_size": 3, "groups": 33, "out_channels": 33}),
     "reflected": (nn.Conv2d, {"kernel_size": 3, "padding": 1, "padding_mode": "reflect"}),
     "sound": (nn.Conv1d, {"kernel_size": 5, "stride": 2, "padding": 2}),
     "circular sound": (nn.Conv1d, {"kernel_size": 4, "padding": 3, "padding_mode": "circular"}),
@@ -42,7 +48,7 @@ def layer(name: str) -> Any:
     kind, options = LAYERS[name]
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return kind(33, 66, **options).eval()
+        return kind(33, **{"out_channels": 66, **options}).eval()
 
 
 def image(plain: nn.Module, batch: int = 2) -> Tensor:

@@ -1,0 +1,72 @@
+// Images in two orders: channels as planes, or last, side by side for each pixel. Vectors of 16
+// numbers are turned from one into the other.
+
+#pragma once
+#include "rows.h"
+
+namespace {
+
+// The first, or the last, eight numbers of two vectors in turns.
+template <class T>
+inline T lower(T a, T b) {
+  const Ints places = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
+  return __builtin_shuffle(a, b, places);
+}
+template <class T>
+inline T upper(T a, T b) {
+  const Ints places = {8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  return __builtin_shuffle(a, b, places);
+}
+
+// 16 vectors of 16 numbers, columns to rows.
+inline void transpose(Floats* v) {
+  Floats other[LANES];
+  for (int turn = 0; turn < 2; turn++) {
+    for (int i = 0; i < 8; i++) {
+      other[2 * i] = lower(v[i], v[i + 8]);
+      other[2 * i + 1] = upper(v[i], v[i + 8]);
+    }
+    for (int i = 0; i < 8; i++) {
+      v[2 * i] = lower(other[i], other[i + 8]);
+      v[2 * i + 1] = upper(other[i], other[i + 8]);
+    }
+  }
+}
+
+inline void store(Floats v, float* to, int64_t n = LANES) {
+  if (n == LANES)
+    memcpy(to, &v, sizeof v);
+  else
+    memcpy(to, &v, n * sizeof(float));
+}
+
+inline Floats load_some(const float* x, int64_t n) {
+  return n == LANES ? load(x) : load_part(x, n);
+}
+
+// Numbers up to 16, of 16 columns or fewer, to their places in rows. columns: `from_apart` numbers
+// from one to the next; rows: `to_apart`.
+inline void turn(const float* from, int64_t from_apart, int64_t columns, float* to,
+                 int64_t to_apart, int64_t rows) {
+  Floats v[LANES] = {};
+  for (int64_t i = 0; i < columns; i++) v[i] = load_some(from + i * from_apart, rows);
+  transpose(v);
+  for (int64_t i = 0; i < rows; i++) store(v[i], to + i * to_apart, columns);
+}
+
+inline int64_t least_of(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// A matrix [rows, columns] to [columns, rows], a thread's part of it: of its columns.
+inline void turn_all(const float* from, int64_t rows, int64_t columns, float* to, int64_t thread,
+                     int64_t threads) {
+  const int64_t blocks = (columns + LANES - 1) / LANES, end = blocks * (thread + 1) / threads;
+  for (int64_t block = blocks * thread / threads; block < end; block++) {
+    const int64_t c = block * LANES, wide = least_of(columns - c, LANES);
+    for (int64_t r = 0; r < rows; r += LANES) {
+      const int64_t high = least_of(rows - r, LANES);
+      turn(from + r * columns + c, columns, high, to + c * rows + r, rows, wide);
+    }
+  }
+}
+
+}  // namespace
