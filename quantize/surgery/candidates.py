@@ -35,7 +35,9 @@ _HOOKS = (
 )
 _RECURRENT = (nn.LSTM, nn.GRU)
 _TABLES = (nn.Embedding, nn.EmbeddingBag)
-_PLAIN = (nn.Linear, *_TABLES, nn.Conv1d, nn.Conv2d, nn.Conv3d, *_RECURRENT)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_UPWARDS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_PLAIN = (nn.Linear, *_TABLES, *_CONVOLUTIONS, *_UPWARDS, *_RECURRENT)
 
 
 @dataclass(frozen=True)
@@ -63,12 +65,16 @@ class Facts:
 
     @property
     def convolution(self) -> bool:
-        return isinstance(self.module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+        return isinstance(self.module, _CONVOLUTIONS)
+
+    @property
+    def transposed_convolution(self) -> bool:
+        return isinstance(self.module, _UPWARDS)
 
 
 def facts(model: nn.Module) -> dict[str, Facts]:
-    """Of every linear layer, embedding, convolution, LSTM and GRU of `model`, by name, each once.
-    Weights that hooks compute are brought up to date, in place.
+    """Of every linear layer, embedding, convolution (transposed ones too), LSTM and GRU of `model`,
+    by name, each once. Weights that hooks compute are brought up to date, in place.
     """
     recompute_weights(model)
     asked = asked_classes(model)

@@ -104,7 +104,7 @@ def traced_followers(model: nn.Module, names: Collection[str]) -> dict[str, str]
     none where `torch.fx` can't follow.
     """
     modules = model.modules()
-    readers = (*_PAIRS.values(), nn.ReLU)
+    readers = (*_PAIRS.values(), nn.ReLU, nn.ReLU6)
     if not any(isinstance(module, readers) for module in modules):
         return {}
     found: dict[str, str] | None = None

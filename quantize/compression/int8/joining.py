@@ -1,4 +1,4 @@
-"""What joins an int8 convolution: the BatchNorm and the ReLU that alone read its output."""
+"""What joins an int8 convolution: the BatchNorm, the ReLU or ReLU6 that alone read its output."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ def following(
 def fuse_activations(
     model: nn.Module, readers: Mapping[str, str], folded: Mapping[str, str]
 ) -> dict[str, str]:
-    """Let int8 convolutions do the work of the nn.ReLU that alone reads their output, in place.
+    """Let int8 convolutions do the work of the activation that alone reads their output, in place:
+    nn.ReLU or nn.ReLU6.
 
     Args:
         readers: as `following` gives them.
@@ -48,9 +49,9 @@ def fuse_activations(
         joined = isinstance(conv, Int8Conv) and surgery.is_plain(conv, [Int8Conv])
         watched = last in folded and not surgery.is_plain(model.get_submodule(last), [nn.Identity])
         stays = watched or activation in asked
-        if joined and not stays and surgery.is_plain(activation, [nn.ReLU]):
-            conv.relu = True
-            surgery.amend(conv, "Int8Conv", relu=True)
+        if joined and not stays and surgery.is_plain(activation, [nn.ReLU, nn.ReLU6]):
+            conv.relu, conv.ceiling = True, 6.0 if isinstance(activation, nn.ReLU6) else None
+            surgery.amend(conv, "Int8Conv", relu=True, ceiling=conv.ceiling)
             found[name] = conv_name
     surgery.absorb(model, found)
     return found

@@ -15,8 +15,9 @@ from quantize.nn.int8_conv import Int8Conv
 from quantize.nn.int8_embedding import Int8Embedding, Int8EmbeddingBag
 from quantize.nn.int8_outliers import Int8OutlierLinear
 from quantize.nn.int8_recurrent import Int8GRU, Int8LSTM
+from quantize.nn.int8_transposed import Int8ConvTranspose, windows_touch
 
-INT8 = (Int8Linear, Int8Conv, Int8Embedding, Int8LSTM, Int8GRU)
+INT8 = (Int8Linear, Int8Conv, Int8ConvTranspose, Int8Embedding, Int8LSTM, Int8GRU)
 LARGE_TABLE = 1 << 20  # numbers of an embedding that becomes int8 by itself
 _SMALL = 32  # weights of an output of a convolution
 _KINDS = "only linear layers, convolutions, LSTMs, GRUs and embeddings"
@@ -39,6 +40,16 @@ class Plan:
     def made(self, weight: Tensor, bias: Tensor | None) -> Int8OutlierLinear:
         """The int8 layer of a float weight [out, in]."""
         return Int8OutlierLinear.from_outliers(weight, bias, self.factor, self.channels)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A layer whose weight is stored in int8 and which computes in float. reason: why it does."""
+
+    reason: str
+
+
+Plans = Mapping[str, Plan | Stored]  # by layer, of those that don't become int8 like all others
 
 
 @dataclass(frozen=True)
@@ -98,7 +109,7 @@ def _has_kind(fact: surgery.Facts) -> bool:
 
 def computes(fact: surgery.Facts) -> bool:
     """Is it a layer that multiplies?"""
-    return fact.linear or fact.recurrent or fact.convolution
+    return fact.linear or fact.recurrent or fact.convolution or fact.transposed_convolution
 
 
 def small(choice: Choice) -> Report:
@@ -106,10 +117,26 @@ def small(choice: Choice) -> Report:
     found: Report = {}
     for name, fact in choice.chosen.items():
         module: Any = fact.module
-        if fact.convolution and module.weight[0].numel() < _SMALL:
-            count = module.weight[0].numel()
+        if not fact.convolution or is_depthwise(module):
+            continue
+        count = module.weight[0].numel()
+        if count < _SMALL:
             found[name] = f"each of its outputs has {count} weights, too few for an int8 product"
     return found
+
+
+def overlapping(choice: Choice) -> Report:
+    """The chosen layers that can be stored in int8, but not computed in it."""
+    return {
+        name: "a transposed convolution whose windows overlap or are padded"
+        for name, fact in choice.chosen.items()
+        if fact.transposed_convolution and not windows_touch(fact.module)
+    }
+
+
+def is_depthwise(conv: Any) -> bool:
+    """Does each output of a convolution look at a channel of its own?"""
+    return 1 < conv.groups == conv.in_channels == conv.out_channels
 
 
 def _is_left(module: nn.Module) -> bool:
@@ -148,15 +175,13 @@ def _follows(held: surgery.Facts, fact: surgery.Facts) -> bool:
     return kind and held.obstacle is None and held.transposed == fact.transposed
 
 
-def convert(
-    model: nn.Module, names: Collection[str], plans: Mapping[str, Plan] | None = None
-) -> nn.Module:
+def convert(model: nn.Module, names: Collection[str], plans: Plans | None = None) -> nn.Module:
     """Put int8 layers in the places of those `names`, in place; returns the (possibly new) root.
 
     Args:
         model: changed in place.
         names: of the layers.
-        plans: by layer, for those that have outliers.
+        plans: by layer, for those that have outliers or compute in float.
     """
     facts = surgery.facts(model)
     replacements: dict[nn.Module, nn.Module] = {}
@@ -177,19 +202,21 @@ def convert(
     return model
 
 
-def converted(fact: surgery.Facts, plan: Plan | None = None) -> Any:
+def converted(fact: surgery.Facts, plan: Plan | Stored | None = None) -> Any:
     """The int8 layer that takes the place of a float one."""
     module: Any = fact.module
     if fact.recurrent:
         return (Int8LSTM if isinstance(module, nn.LSTM) else Int8GRU).from_layer(module)
+    if fact.transposed_convolution:
+        return Int8ConvTranspose.from_layer(module, floats=isinstance(plan, Stored))
     if fact.convolution:
-        return Int8Conv.from_layer(module)
+        return Int8Conv.from_layer(module, floats=isinstance(plan, Stored))
     weight = module.weight.t() if fact.transposed else module.weight
     if isinstance(module, nn.EmbeddingBag):
         return Int8EmbeddingBag.from_layer(module)
     if isinstance(module, nn.Embedding):
         return Int8Embedding.from_weight(weight, module.padding_idx)
-    made = Int8Linear.from_weight if plan is None else plan.made
+    made = plan.made if isinstance(plan, Plan) else Int8Linear.from_weight
     new = made(weight, module.bias)
     new.transposed = fact.transposed
     return new

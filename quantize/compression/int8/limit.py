@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from quantize import calibration as calibrating
 from quantize import surgery
 from quantize.compression import smooth
-from quantize.compression.int8.layers import Choice, Plan, Report, convert
+from quantize.compression.int8.layers import Choice, Plans, Report, convert
 
 Group = tuple[str, ...]  # layers that share a weight: all of them are int8, or none
 
@@ -26,13 +26,13 @@ class Trial:
         source: the float model.
         calibration: batches.
         expected: what the original gives for them.
-        plans: by layer, for those that have outliers.
+        plans: by layer, for those that have outliers or compute in float.
     """
 
     source: nn.Module
     calibration: Iterable[Any]
     expected: Sequence[Tensor]
-    plans: Mapping[str, Plan] = field(default_factory=dict)
+    plans: Plans = field(default_factory=dict)
 
     def error(self, model: nn.Module) -> float:
         """Relative error of a model's outputs."""

@@ -23,7 +23,12 @@ Shape = tuple[int, ...]
 Shapes = Collection[Shape]
 
 
-def slower(choice: Choice, shapes: Mapping[str, Shapes], say: Callable[[str], None]) -> Report:
+def slower(
+    choice: Choice,
+    shapes: Mapping[str, Shapes],
+    say: Callable[[str], None],
+    decided: Collection[str] = (),
+) -> Report:
     """The chosen layers that are slower in int8 on one of their inputs, with the two times.
 
     Args:
@@ -33,10 +38,12 @@ def slower(choice: Choice, shapes: Mapping[str, Shapes], say: Callable[[str], No
             recurrent one on STEPS steps of as many sequences as SEQUENCES says, a convolution on
             one sample of about PIXELS.
         say: called with a line for people before each layer.
+        decided: layers that aren't timed.
     """
     found: Report = {}
-    pace = Pace(len(choice.chosen))
-    for name, fact in choice.chosen.items():
+    timed = {name: fact for name, fact in choice.chosen.items() if name not in decided}
+    pace = Pace(len(timed))
+    for name, fact in timed.items():
         say(pace.next(f"timing {name or 'the model'} in float and in int8"))
         timings = [_timed(fact, shape) for shape in timed_shapes(fact, shapes.get(name, ()))]
         lost = [str(timing) for timing in timings if timing.int8_s > timing.float_s]
@@ -70,11 +77,11 @@ def timed_shapes(fact: surgery.Facts, shapes: Shapes) -> list[Shape]:
     if fact.linear:
         inputs = module.weight.shape[0 if fact.transposed else 1]
         return [(count, inputs) for count in row_counts(shapes)]
-    if not (fact.recurrent or fact.convolution):
+    if not (fact.recurrent or fact.convolution or fact.transposed_convolution):
         return []
     if shapes:
         return _three(sorted(shapes, key=math.prod))
-    if fact.convolution:
+    if not fact.recurrent:
         return [(1, module.in_channels, *_sizes(module, pixels)) for pixels in PIXELS]
     sizes = [(count, STEPS) if module.batch_first else (STEPS, count) for count in SEQUENCES]
     return [(*size, module.input_size) for size in sizes]

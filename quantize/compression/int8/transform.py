@@ -18,10 +18,13 @@ from quantize.compression.int8.joining import following, fuse_activations
 from quantize.compression.int8.layers import (
     INT8,
     Choice,
+    Plans,
     Report,
+    Stored,
     choose,
     computes,
     convert,
+    overlapping,
     small,
 )
 from quantize.compression.int8.limit import Trial, within
@@ -52,18 +55,20 @@ def quantize_dynamic(
     they come.
 
     Can be converted: `nn.Linear` (and subclasses that keep its forward), GPT-2 style `Conv1D`,
-    convolutions of 1 to 3 dimensions, `nn.LSTM`, `nn.GRU`, `nn.MultiheadAttention`, and
-    `nn.Embedding` and `nn.EmbeddingBag` tables that are large or share their weight with a linear
-    layer (a tied head). `quantize.summary(result)` says what was converted, what was not, and why,
-    and what part of the bytes stays float. A UserWarning does too where that is more than 40
-    percent, and another one says where the outputs moved by more than 5 percent on calibration. A
-    BatchNorm in eval mode and a ReLU that alone read the output of a convolution are folded into
-    it: calibration shows that, or else `torch.fx` where it can follow the forward.
+    convolutions of 1 to 3 dimensions (transposed ones compute in int8 where windows touch, and else
+    in float), `nn.LSTM`, `nn.GRU`, `nn.MultiheadAttention`, and `nn.Embedding` and
+    `nn.EmbeddingBag` tables that are large or share their weight with a linear layer (a tied head).
+    `quantize.summary(result)` says what was converted, what was not, and why, and what part of the
+    bytes stays float. A UserWarning does too where that is more than 40 percent, and another one
+    says where the outputs moved by more than 5 percent on calibration. A BatchNorm in eval mode and
+    a ReLU that alone read the output of a convolution are folded into it: calibration shows that,
+    or else `torch.fx` where it can follow the forward.
 
     By default the result is never slower than the model: each layer is timed here in float and in
-    int8, and stays in float where int8 loses; the summary has both times. So the result depends on
-    the machine. Where int8 loses in every layer, the result is a float copy, with a UserWarning and
-    a summary that say so; it is no error, since one that depends on a stopwatch would come and go.
+    int8, and computes in float where int8 loses; the summary has both times. A convolution's weight
+    is stored in int8 then, too. So the result depends on the machine. Where int8 loses in every
+    layer, the result is a float copy, with a UserWarning and a summary that say so; it is no error,
+    since one that depends on a stopwatch would come and go.
 
     Calls of single layers are what is timed. A decoder that goes on to `for_decoding` should be
     converted with prefer="size": there a step of one row is one native call for the whole model,
@@ -79,9 +84,9 @@ def quantize_dynamic(
             it gets.
         embeddings: convert all embedding tables, or (False) only those tied to a head; None: those
             of 1048576 numbers and more too, which take 4 MB in float32.
-        prefer: "speed": layers stay float that a stopwatch finds slower in int8 at any of these
-            numbers of rows (without calibration 1, 16 and 256, images of 14 and of 56 pixels a
-            side, and 32 steps of 1 and of 16 sequences). "size": all become int8, but for
+        prefer: "speed": layers compute in float that a stopwatch finds slower in int8 at any of
+            these numbers of rows (without calibration 1, 16 and 256, images of 14 and of 56 pixels
+            a side, and 32 steps of 1 and of 16 sequences). "size": all become int8, but for
             convolutions with a few weights per output (depthwise ones), and the result doesn't
             depend on the machine.
         max_error: largest relative error of the result on calibration: the square root of the
@@ -112,13 +117,11 @@ def quantize_dynamic(
         choice = choice.without(small(choice))
     if not choice.chosen:
         raise ValueError(_nothing(source, choice.left))
-    shapes: Shapes = {}
-    if calibration is not None:
-        facts = surgery.facts(source).items()
-        layers = {name: fact.module for name, fact in facts if computes(fact)}
-        shapes = calibrating.input_shapes(source, calibration, layers)
+    shapes = {} if calibration is None else _input_shapes(source, calibration)
+    plans: dict[str, Stored] = {n: Stored(why) for n, why in overlapping(choice).items()}
     if prefer == "speed":
-        choice = choice.without(slower(choice, shapes, say))
+        choice, stored = _faster(choice, slower(choice, shapes, say, plans))
+        plans |= stored
     if not choice.chosen:
         return _unconverted(model, choice.left | left)
     settings: dict[str, Any] = {}
@@ -126,9 +129,9 @@ def quantize_dynamic(
     readers = following(source, choice, calibration)
     folded = {norm: conv for conv, norm in surgery.fold_norms(source, readers).items()}
     if calibration is None:
-        new, distance = convert(source, choice.chosen), None
+        new, distance = convert(source, choice.chosen, plans), None
     else:
-        trial = Trial(source, calibration, expected)
+        trial = Trial(source, calibration, expected, plans)
         trial, settings = _improved(trial, choice, shapes if prefer == "speed" else None, say)
         new, distance = trial.made(choice.groups())
         if max_error is not None:
@@ -143,7 +146,7 @@ def quantize_dynamic(
     if distance is not None and distance > _FAR and max_error is None:
         _warn_of_distance(model, distance)
     told, total = _with_shares(new, choice.left | left)
-    done = {n: _became(m) for n, m in new.named_modules() if isinstance(m, INT8)}
+    done = {n: _became(n, m, plans) for n, m in new.named_modules() if isinstance(m, INT8)}
     done |= {gone: f"folded into {conv}" for gone, conv in folded.items()}
     if total:
         settings["stays_float"] = total
@@ -217,7 +220,7 @@ def _improved(
     if shapes is not None:
         plans = affordable(plans, choice, shapes, say)
     if plans:
-        apart = dataclasses.replace(trial, plans=plans)
+        apart = dataclasses.replace(trial, plans={**trial.plans, **plans})
         if apart.made(groups)[1] < _CLEARLY * distance:
             trial = apart
     return trial, settings
@@ -228,8 +231,31 @@ def _facts_of(model: nn.Module, choice: Choice) -> dict[str, surgery.Facts]:
     return {name: facts[name] for name in choice.chosen}
 
 
-def _became(layer: nn.Module) -> str:
+def _input_shapes(model: nn.Module, calibration: Iterable[Any]) -> Shapes:
+    facts = surgery.facts(model).items()
+    layers = {name: fact.module for name, fact in facts if computes(fact)}
+    return calibrating.input_shapes(model, calibration, layers)
+
+
+def _faster(choice: Choice, reasons: Report) -> tuple[Choice, dict[str, Stored]]:
+    """The choice less the layers that are slower in int8, and those of them that can store it and
+    compute in float.
+    """
+    stored, left = dict[str, Stored](), dict[str, str]()
+    for name, why in reasons.items():
+        fact = choice.chosen[name]
+        if fact.convolution or fact.transposed_convolution:
+            stored[name] = Stored(why)
+        else:
+            left[name] = why
+    return choice.without(left), stored
+
+
+def _became(name: str, layer: nn.Module, plans: Plans) -> str:
     """What became of a layer, in words."""
+    plan = plans.get(name)
+    if isinstance(plan, Stored):
+        return f"stored in int8, computes in float: {plan.reason}"
     if not isinstance(layer, Int8OutlierLinear):
         return "int8"
     count = len(layer.channels)

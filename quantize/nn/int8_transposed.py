@@ -1,0 +1,227 @@
+"""Int8ConvTranspose: a transposed convolution that stores int8.
+
+Where windows touch (the stride is the size of the kernel and nothing is padded), each input pixel
+gives a block of output pixels that no other one reaches. So the layer is a convolution of one pixel
+(`int8_images`) with outputs for every place of the kernel, and its results are put into their
+places. Where windows overlap, the layer computes in float, in torch's own convolution.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from quantize import surgery
+from quantize.native.conv import Geometry
+from quantize.nn import PackedLayer, dtype_name, dtype_named, int8_images
+from quantize.nn import int8_kernels as kernels
+
+
+def windows_touch(layer: Any) -> bool:
+    """Does each output pixel of a transposed convolution belong to one input pixel?"""
+    plain = not any((*layer.padding, *layer.output_padding)) and layer.groups == 1
+    still = all(n == 1 for n in layer.dilation)
+    return plain and still and tuple(layer.stride) == tuple(layer.kernel_size)
+
+
+@surgery.builder
+class Int8ConvTranspose(PackedLayer):
+    """A transposed convolution of 1 to 3 dimensions with int8 weights, for inference: x
+    `[N, C, *size]` (or one sample without N) of any float dtype, y the same.
+
+    The state is plain tensors, a row for each place of the kernel: `packed` int8
+    `[out / groups * places, C, 1, ...]`, `scale` float32 `[out / groups * places]`, `bias` `[out]`
+    or None, one for each row in a layer that computes in int8. `weight` reads as in the layer that
+    was quantized. floats: it computes in float. No gradient flows through the layer.
+
+    Source: `torch.nn.ConvTranspose2d`.
+    """
+
+    packed: Tensor
+    scale: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        packed: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        *,
+        kernel_size: tuple[int, ...],
+        stride: tuple[int, ...],
+        padding: tuple[int, ...],
+        output_padding: tuple[int, ...],
+        dilation: tuple[int, ...],
+        groups: int,
+        floats: bool,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(dtype, "cpu" if packed.is_meta else packed.device)
+        self.kernel_size, self.stride, self.padding = kernel_size, stride, padding
+        self.output_padding, self.dilation = output_padding, dilation
+        self.groups, self.floats = groups, floats
+        self.in_channels = packed.shape[1]
+        self.out_channels = len(packed) // math.prod(kernel_size) * groups
+        if not floats and not windows_touch(self):
+            raise ValueError("a transposed convolution whose windows overlap computes in float")
+        self.register_buffer("packed", packed)
+        self.register_buffer("scale", scale)
+        self.register_buffer("bias", bias)
+
+    @classmethod
+    def from_layer(cls, layer: Any, *, floats: bool = False) -> Int8ConvTranspose:
+        """Quantize a float layer. floats: compute in float, as a layer must whose windows
+        overlap.
+        """
+        weight, bias = layer.weight.detach(), layer.bias
+        rows = weight.movedim(0, -1).reshape(-1, weight.shape[0])
+        packed, scale = kernels.quantize_weight(rows)
+        settings = {name: getattr(layer, name) for name in _SETTINGS} | {"floats": floats}
+        own = None if bias is None else bias.detach().clone()
+        if own is not None and not floats:
+            own = own.repeat_interleave(math.prod(layer.kernel_size))
+        packed = packed.reshape(*rows.shape, *[1] * len(layer.kernel_size))
+        new = cls(packed, scale, own, dtype=weight.dtype, **settings)
+        listed = {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
+        surgery.record(
+            new,
+            "Int8ConvTranspose",
+            in_channels=new.in_channels,
+            out_channels=new.out_channels,
+            bias=None if bias is None else dtype_name(bias.dtype),
+            dtype=dtype_name(weight.dtype),
+            **listed,
+        )
+        return new
+
+    @classmethod
+    def rebuild(
+        cls,
+        module: nn.Module,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: list[int],
+        groups: int,
+        floats: bool,
+        bias: str | None,
+        dtype: str,
+        **sizes: list[int],
+    ) -> Int8ConvTranspose:
+        """An empty layer (on the meta device) in place of `module`, for a file's tensors."""
+        _check(in_channels, out_channels, groups, kernel_size, sizes)
+        rows = out_channels // groups * math.prod(kernel_size)
+        packed = torch.empty(
+            (rows, in_channels, *[1] * len(kernel_size)), dtype=torch.int8, device="meta"
+        )
+        biases = out_channels if floats else rows
+        new = cls(
+            packed,
+            torch.empty(rows, dtype=torch.float32, device="meta"),
+            None if bias is None else torch.empty(biases, dtype=dtype_named(bias), device="meta"),
+            kernel_size=tuple(kernel_size),
+            groups=groups,
+            floats=bool(floats),
+            dtype=dtype_named(dtype),
+            **{name: tuple(size) for name, size in sizes.items()},
+        )
+        return new.train(module.training)
+
+    def contradiction(self) -> str | None:
+        """See `surgery.contradiction`."""
+        rows = self.out_channels // self.groups * math.prod(self.kernel_size)
+        packed = rows, self.in_channels, *[1] * len(self.kernel_size)
+        biases = self.out_channels if self.floats else rows
+        shapes = {"packed": packed, "scale": (rows,), "bias": (biases,)}
+        return surgery.mismatch(self, shapes, {"packed": torch.int8, "scale": torch.float32})
+
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        dims = len(self.stride)
+        if x.dim() not in (dims + 1, dims + 2) or x.shape[-dims - 1] != self.in_channels:
+            raise ValueError(
+                f"the input must be [N, {self.in_channels}, ...] with {dims} dimensions of size, "
+                f"got {list(x.shape)}"
+            )
+        batch = x if x.dim() == dims + 2 else x.unsqueeze(0)
+        more = self._output_padding(batch, output_size)
+        y = self._in_float(batch, more) if self.floats else self._in_int8(batch)
+        return y if x.dim() == dims + 2 else y.squeeze(0)
+
+    def _output_padding(self, x: Tensor, output_size: list[int] | None) -> tuple[int, ...]:
+        """What is added behind each dimension so that the output has this size."""
+        if output_size is None:
+            return self.output_padding
+        least = [
+            (n - 1) * s - 2 * p + d * (k - 1) + 1
+            for n, s, p, d, k in zip(
+                x.shape[2:], self.stride, self.padding, self.dilation, self.kernel_size, strict=True
+            )
+        ]
+        asked = list(output_size)[-len(least) :]
+        more = tuple(a - n for a, n in zip(asked, least, strict=True))
+        most = self.stride if self.floats else (1,) * len(least)
+        if not all(0 <= m < s for m, s in zip(more, most, strict=True)):
+            raise ValueError(f"output_size must be {least} for {list(x.shape)}, or little more")
+        return more
+
+    def _in_float(self, x: Tensor, output_padding: tuple[int, ...]) -> Tensor:
+        function = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+        weight = int8_images.dense(self.packed, self.scale, self._unrolled)
+        bias = None if self.bias is None else self.bias.float()
+        moves = self.stride, self.padding, output_padding, self.groups, self.dilation
+        y = function[len(self.stride) - 1](x.float(), weight, bias, *moves)
+        return y.to(x.dtype)
+
+    def _in_int8(self, x: Tensor) -> Tensor:
+        dims = len(self.stride)
+        ones, zeros = (1,) * dims, (0,) * dims
+        geometry = Geometry(ones, ones, zeros, zeros)
+        y = int8_images.convolve(x, self.packed, self.scale, self.bias, geometry)
+        blocks = y.reshape(y.shape[0], self.out_channels, *self.stride, *y.shape[2:])
+        order: list[int] = []
+        for axis in range(dims):
+            order += [2 + dims + axis, 2 + axis]  # a size of x, and the places inside
+        size = [n * s for n, s in zip(x.shape[2:], self.stride, strict=True)]
+        return blocks.permute(0, 1, *order).reshape(y.shape[0], self.out_channels, *size)
+
+    def _unrolled(self, rows: Tensor) -> Tensor:
+        """Rows [out / groups * places, C, 1, ...] as [C, out / groups, *kernel]."""
+        outputs = self.out_channels // self.groups
+        blocks = rows.reshape(outputs, *self.kernel_size, self.in_channels)
+        return blocks.movedim(-1, 0).contiguous()
+
+    def dense_weight(self) -> Tensor:
+        shape = -1, *[1] * (self.packed.dim() - 1)
+        return self._unrolled(self.packed.float() * self.scale.reshape(shape))
+
+    def weight_shape(self) -> tuple[int, ...]:
+        return self.in_channels, self.out_channels // self.groups, *self.kernel_size
+
+    def extra_repr(self) -> str:
+        parts = [f"{self.in_channels}, {self.out_channels}"]
+        parts += [f"{name}={getattr(self, name)}" for name in _SETTINGS]
+        return ", ".join(parts)
+
+
+_SETTINGS = ("kernel_size", "stride", "padding", "output_padding", "dilation", "groups")
+
+
+def _check(
+    in_channels: int,
+    out_channels: int,
+    groups: int,
+    kernel_size: list[int],
+    sizes: dict[str, list[int]],
+) -> None:
+    """Raise ValueError for numbers from a file that make no transposed convolution."""
+    moves = [sizes.get(name, []) for name in ("stride", "dilation")]
+    pads = [sizes.get(name, []) for name in ("padding", "output_padding")]
+    counts = [in_channels, out_channels, groups, *kernel_size, *moves[0], *moves[1]]
+    whole = all(type(n) is int and 0 < n < 1 << 31 for n in counts)
+    whole = whole and all(type(n) is int and 0 <= n < 1 << 31 for n in (*pads[0], *pads[1]))
+    even = all(len(one) == len(kernel_size) <= 3 for one in (*moves, *pads)) and len(sizes) == 4
+    if not whole or not even or in_channels % groups or out_channels % groups:
+        raise ValueError(f"{counts} and {pads} make no transposed convolution")
