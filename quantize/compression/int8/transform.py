@@ -29,6 +29,7 @@ from quantize.compression.int8.layers import (
 )
 from quantize.compression.int8.limit import Trial, within
 from quantize.compression.int8.outliers import find_plans
+from quantize.compression.int8.regions import make_regions
 from quantize.compression.int8.speed import affordable, slower
 from quantize.nn import project_attentions, restore_attentions
 from quantize.nn.int8 import Int8Linear
@@ -140,6 +141,7 @@ def quantize_dynamic(
                 new, distance, choice = within(trial, choice, max_error, say)
     joined = fuse_activations(new, readers, folded)
     folded |= joined
+    make_regions(new)
     new = restore_attentions(new, attentions, (Int8Linear,))
     if joined and calibration is not None:
         distance = calibrating.relative_error(smooth.outputs(new, calibration), expected)

@@ -1,0 +1,226 @@
+"""The operations of `int8_program` for inputs of one shape: steps that one native call runs, and
+where each value lies between them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantize.native import conv, int8
+from quantize.native.conv import Geometry
+from quantize.nn.int8_program import SOURCE, Op, Unfit
+
+_ALIGNED = 64  # bytes
+_NEAR_BYTES = 1 << 22  # of the nearest cache of two cores
+
+
+class _Arena:
+    """Where values lie between steps: places in one block, used again after the last reader."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        self.free: list[tuple[int, int]] = []  # sizes and places
+
+    def take(self, size: int) -> int:
+        """A place for so many bytes."""
+        size = _whole(size)
+        fitting = [piece for piece in self.free if piece[0] >= size]
+        if not fitting:
+            self.size += size
+            return self.size - size
+        found = min(fitting)
+        self.free.remove(found)
+        if found[0] > size:
+            self.free.append((found[0] - size, found[1] + size))
+        return found[1]
+
+    def give(self, place: int, size: int) -> None:
+        """Back, what `take` gave."""
+        self.free.append((_whole(size), place))
+
+
+def _whole(size: int) -> int:
+    return -(-size // _ALIGNED) * _ALIGNED
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What runs for inputs of one shape.
+
+    Args:
+        steps: an array, as the kernel reads it.
+        shape: of the result of a turn.
+        arena: bytes of the values between the steps.
+        threads: at most.
+        held: what the steps point to.
+    """
+
+    steps: Any
+    shape: tuple[int, ...]
+    arena: int
+    threads: int
+    held: Sequence[conv.Layer]
+
+    def run(self, x: Tensor) -> Tensor:
+        """The result for x, in its memory format: samples in turns of as many as the plan was made
+        for. Raises MemoryError.
+        """
+        last = conv.channels_last(x)
+        x = x if last else x.contiguous()
+        format = conv.LAST[x.dim()] if last else torch.contiguous_format
+        shape = x.shape[0], *self.shape[1:]
+        y = torch.empty(shape, dtype=torch.float32, device="cpu", memory_format=format)
+        arena = torch.empty(self.arena, dtype=torch.uint8, device="cpu")
+        turns = x.shape[0] // self.shape[0]
+        threads = 1 if int8.forked() else self.threads
+        apart = x.numel() // turns, y.numel() // turns
+        pointers = x.data_ptr(), y.data_ptr(), arena.data_ptr()
+        call = conv.Turns(turns, threads, *apart, *pointers)
+        address = ctypes.addressof(self.steps)
+        if conv.functions().run_program(address, len(self.steps), ctypes.byref(call)):
+            raise MemoryError(f"no memory for convolutions of {list(x.shape)}")
+        return y
+
+
+def planned(ops: Sequence[Op], layers: Sequence[conv.Layer | None], x: Tensor) -> Plan:
+    """The plan for inputs like x. Few samples take a turn where what lies between the steps would
+    push itself out of the cache, and more where the weights would.
+
+    Raises: Unfit: not for inputs of this shape.
+    """
+    last, samples = conv.channels_last(x), x.shape[0]
+    one = Planner(ops, layers, x.shape, samples=1, last=last).plan()
+    weights = sum(op.module.packed.numel() for op in ops if op.kind != conv.LARGEST)
+    fitting = max(_NEAR_BYTES, weights) // max(one.arena, 1)
+    most = max(n for n in range(1, samples + 1) if samples % n == 0 and n <= max(1, fitting))
+    return Planner(ops, layers, x.shape, samples=most, last=last).plan()
+
+
+class Planner:
+    """Makes the plan for some samples.
+
+    Args:
+        ops: what runs.
+        layers: of each convolution among them, as the kernel reads it; None for others.
+        shape: of the input.
+        samples: of a turn.
+        last: are channels the last dimension of the input in memory?
+
+    Raises: Unfit: not for inputs of this shape.
+    """
+
+    def __init__(
+        self,
+        ops: Sequence[Op],
+        layers: Sequence[conv.Layer | None],
+        shape: Sequence[int],
+        *,
+        samples: int,
+        last: bool,
+    ) -> None:
+        self.ops, self.last = ops, last
+        self.shapes: dict[int, tuple[int, ...]] = {SOURCE: (samples, *shape[1:])}
+        for at, op in enumerate(ops):
+            self.shapes[at] = self._shape(op)
+            if op.other is not None and self.shapes[op.other] != self.shapes[at]:
+                raise Unfit("a sum of different shapes")
+        self.layers = [own or self._pooling(op) for op, own in zip(ops, layers, strict=True)]
+        self.threads = int8.threads(sum(map(self._products, range(len(ops)))))
+        self.arena, self.steps = _Arena(), list[conv.Step]()
+        self.places: dict[int, int] = {SOURCE: conv.INPUT}
+        self.ranges: dict[int, int] = {}
+
+    def _shape(self, op: Op) -> tuple[int, ...]:
+        samples, channels, *size = self.shapes[op.x]
+        if op.kind != conv.LARGEST:
+            if channels != op.module.in_channels:
+                raise Unfit("another number of channels")
+            channels = op.module.out_channels
+        return samples, channels, *op.geometry.sizes(size, op.kernel)
+
+    def _pooling(self, op: Op) -> conv.Layer:
+        channels = self.shapes[op.x][1]
+        return op.geometry.layer(op.kernel, channels, channels)
+
+    def _products(self, at: int) -> int:
+        op = self.ops[at]
+        each = 1 if op.kind == conv.LARGEST else op.module.packed[0].numel()
+        return math.prod(self.shapes[at]) * each
+
+    def _bytes(self, value: int) -> int:
+        return 4 * math.prod(self.shapes[value])
+
+    # ------------------------------------------------------------------------------- steps
+
+    def plan(self) -> Plan:
+        """All steps."""
+        plain = [op for op in self.ops if op.x == SOURCE and op.kind != conv.CONVOLUTION]
+        summed = any(op.other == SOURCE for op in self.ops)
+        if not self.last and (plain or summed):
+            # only products read channels as planes
+            place = self.arena.take(self._bytes(SOURCE))
+            self._turn(conv.TO_LAST, SOURCE, conv.INPUT, place)
+            self.places[SOURCE] = place
+        for at in range(len(self.ops)):
+            self._append(at)
+        steps = (conv.Step * len(self.steps))(*self.steps)
+        shape = self.shapes[len(self.ops) - 1]
+        return Plan(steps, shape, self.arena.size, self.threads, self.layers)
+
+    def _append(self, at: int) -> None:
+        op = self.ops[at]
+        step = conv.step(op.kind, self.layers[at], self.shapes[op.x], self.shapes[at][2:])
+        final = at == len(self.ops) - 1
+        # and only they write them
+        direct = final and (self.last or op.kind == conv.CONVOLUTION)
+        self.places[at] = conv.OUTPUT if direct else self.arena.take(self._bytes(at))
+        step.x, step.y = self.places[op.x], self.places[at]
+        step.x_last, step.y_last = self._is_last(step.x), self._is_last(step.y)
+        step.low, step.high = op.limits
+        if op.other is not None:
+            step.other = self.places[op.other]
+            step.last_low, step.last_high = op.last_limits
+        self._set_ranges(at, step)
+        self.steps.append(step)
+        if final and not direct:
+            self._turn(conv.TO_PLANES, at, step.y, conv.OUTPUT)
+        self._free(at)
+
+    def _is_last(self, place: int) -> bool:
+        return self.last or place not in (conv.INPUT, conv.OUTPUT)
+
+    def _set_ranges(self, at: int, step: conv.Step) -> None:
+        """A convolution notes the ranges of its samples where a later one asks for them."""
+        op = self.ops[at]
+        if op.needs_range():
+            step.x_range = self.ranges.get(op.x, conv.NOWHERE)
+        asked = any(other.x == at and other.needs_range() for other in self.ops)
+        if asked and op.kind == conv.CONVOLUTION:
+            each = conv.functions().range_bytes
+            step.y_range = self.arena.take(self.threads * self.shapes[at][0] * each)
+            self.ranges[at] = step.y_range
+
+    def _turn(self, kind: int, value: int, x: int, y: int) -> None:
+        """Copy a value into the other order of channels."""
+        shape = self.shapes[value]
+        ones, zeros = (1,) * len(shape[2:]), (0,) * len(shape[2:])
+        layer = Geometry(ones, ones, zeros, zeros).layer(ones, shape[1], shape[1])
+        self.layers.append(layer)
+        step = conv.step(kind, layer, shape, shape[2:])
+        step.x, step.y = x, y
+        self.steps.append(step)
+
+    def _free(self, at: int) -> None:
+        """Give back the places of values that no later operation reads."""
+        later = set(itertools.chain.from_iterable(op.reads for op in self.ops[at + 1 :]))
+        for value in dict.fromkeys(self.ops[at].reads):
+            if value not in later and self.places[value] >= 0:
+                self.arena.give(self.places[value], self._bytes(value))
