@@ -182,7 +182,7 @@ def openvino(case: Case) -> Build:
         program = torch.export.export(case.build(), (case.inputs,))
         openvino.save_model(openvino.convert_model(program), path, compress_to_fp16=False)
 
-    return Build(partial(_openvino_engine, "f32"), case.file("model.xml", export))
+    return openvino_file("f32", case.file("model.xml", export))
 
 
 def openvino_int8(case: Case) -> Build:
@@ -197,7 +197,12 @@ def openvino_int8(case: Case) -> Build:
         small = nncf.quantize(whole, data, model_type=nncf.ModelType.TRANSFORMER)
         openvino.save_model(small, path, compress_to_fp16=False)
 
-    return Build(partial(_openvino_engine, "bf16"), case.file("int8.xml", export))
+    return openvino_file("bf16", case.file("int8.xml", export))
+
+
+def openvino_file(precision: str, file: Path) -> Build:
+    """A file of OpenVINO's, computing in this precision around int8."""
+    return Build(partial(_openvino_engine, precision), file)
 
 
 def _openvino_engine(precision: str, file: Path) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -2,22 +2,28 @@
 
     uv run python benchmarks/zoo.py                      # all, about ten minutes
     uv run python benchmarks/zoo.py --models lstm_256 resnet18
+    uv run --group bench python benchmarks/zoo.py --models resnet50 --peers onnxruntime openvino
 
 A row of benchmarks/results/zoo.csv is one model at one batch size, eager float32 beside eager int8
 in one process, in turns: the median milliseconds of a call, the ratio, the relative error of the
 output, the bytes of both files, and how many layers became int8 or stayed. Recurrent layers alone
 have PyTorch's legacy int8 beside them. Calibration is a batch of each size. Weights are random;
-speed doesn't depend on them.
+speed doesn't depend on them. With --peers each of these engines runs in a process of its own, in
+turns with the int8 model: its median milliseconds stand in a column of its name.
 """
 
 from __future__ import annotations
 
+import argparse
+import tempfile
 import warnings
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import models
+import peers
 import rows
 import torch
 import transformers
@@ -82,6 +88,7 @@ MODELS: dict[str, Maker] = {
     "convnext_tiny": (partial(models.classifier, "ConvNext"), models.pixels),
     "convnet": (models.convnet, partial(models.pixels, size=32)),
     "resnet18": (own.ResNet18, models.pixels),
+    "digits": (own.digits, lambda batch: models.pixels(batch, 8)[:, :1]),
     "vgg_small": (own.vgg, partial(models.pixels, size=64)),
     "unet": (own.UNet, partial(models.pixels, size=128)),
     "pitch_net": (own.pitch_net, lambda batch: steps(batch, 1, 4096)),
@@ -123,6 +130,64 @@ def compared(name: str, batches: list[int]) -> list[rows.Row]:
     return found
 
 
+def small_of(case: peers.Case, batches: list[int], inputs: Callable[[int], Any]) -> peers.Source:
+    """The int8 model, made in the process that measures."""
+    batches_of = partial(_quantized, calibration=[inputs(batch) for batch in batches])
+    return peers.eager(case, batches_of)
+
+
+def _quantized(model: nn.Module, calibration: list[torch.Tensor]) -> nn.Module:
+    return quantize.quantize_dynamic(model, calibration=calibration)
+
+
+def fused_int8(case: peers.Case) -> peers.Source:
+    """One TorchScript file of the int8 model."""
+
+    def export(path: Path) -> None:
+        small = _quantized(case.build(), [case.inputs])
+        quantize.fuse(small, case.inputs).save(path)
+
+    return case.file("int8.pt", export)
+
+
+def openvino_static(case: peers.Case) -> peers.Source:
+    """OpenVINO with static int8 of NNCF, calibrated on the inputs."""
+
+    def export(path: Path) -> None:
+        import nncf
+        import openvino
+
+        whole = openvino.convert_model(case.build(), example_input=case.inputs)
+        small = nncf.quantize(whole, nncf.Dataset([case.inputs.numpy()]))
+        openvino.save_model(small, path, compress_to_fp16=False)
+
+    return peers.openvino_file("f32", case.file("static.xml", export))
+
+
+PEERS: dict[str, Callable[[peers.Case], peers.Source]] = {
+    "fused_fp32": peers.fused,
+    "fused_int8": fused_int8,
+    "onnxruntime": peers.onnxruntime,
+    "openvino": peers.openvino,
+    "openvino_static": openvino_static,
+}
+
+
+def beside(name: str, batch: int, arguments: argparse.Namespace) -> rows.Row:
+    """The columns of the engines that run a model beside ours."""
+    make, inputs = MODELS[name]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = (arguments.cache or Path(temporary)) / f"{name}-{batch}"
+        case = peers.Case(make, inputs(batch), folder)
+        ours = partial(small_of, batches=arguments.batches, inputs=inputs)
+        others = {engine: PEERS[engine] for engine in arguments.peers}
+        found = peers.side_by_side({"int8": ours, **others}, case, arguments)
+    row: rows.Row = {}
+    for engine, told in found:
+        row[f"{engine}_own_ms"] = told.get("latency_ms", told.get("problem"))
+    return row
+
+
 def legacy(model: nn.Module) -> nn.Module:
     """PyTorch's own int8 of recurrent layers, which leaves with `torch.ao.quantization`."""
     return torch.ao.quantization.quantize_dynamic(model, {nn.LSTM, nn.GRU}, dtype=torch.qint8)
@@ -136,10 +201,16 @@ def main() -> None:
     parser = rows.Parser(__doc__, "zoo.csv")
     parser.some("--models", "which models", of=MODELS)
     parser.flag("--batches", "batch sizes", [1, 8])
+    parser.add_argument("--peers", help="other engines too", nargs="*", choices=PEERS, default=[])
+    parser.file("--cache", "folder that keeps what is exported for peers")
+    parser.flag("--rounds", "turns of each engine", 6)
+    parser.flag("--seconds", "length of a turn", 0.25)
     arguments = parser.parse()
     warnings.simplefilter("ignore")
     for name in arguments.models:
         found = [row | rows.host() for row in compared(name, arguments.batches)]
+        for row in found if arguments.peers else ():
+            row |= beside(name, row["batch"], arguments)
         rows.write(arguments.out, found, key=("model", "batch"))
 
 

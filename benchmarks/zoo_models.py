@@ -8,6 +8,8 @@ import models
 import torch
 from torch import Tensor, nn
 
+from quantize import ConvNet, ConvNetConfig
+
 
 class Block(nn.Module):
     """Two 3x3 convolutions and a shortcut."""
@@ -157,3 +159,8 @@ def mlp() -> nn.Module:
     """Three linear layers."""
     first, second, last = nn.Linear(512, 1024), nn.Linear(1024, 1024), nn.Linear(1024, 10)
     return nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), last)
+
+
+def digits() -> nn.Module:
+    """What `train.py --task image` trains."""
+    return ConvNet(ConvNetConfig(widths=(64, 128), blocks=2))
