@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,8 +16,6 @@ from torch.nn.utils import parametrizations
 
 import quantize
 from quantize import calibration, surgery
-from quantize.native import build, conv, isa
-from quantize.native import int8 as native_int8
 from quantize.nn import int8_images as images
 from quantize.nn import int8_kernels as kernels
 from quantize.nn.int8_conv import Int8Conv
@@ -281,22 +278,8 @@ def test_compiled(net: nn.Module):
 # native code
 
 
-@pytest.fixture(params=isa.levels())
-def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The kernels are those of one instruction set."""
-    monkeypatch.setenv(isa.SWITCH, request.param)
-    caches = conv.functions, native_int8.functions
-    for found in caches:
-        found.cache_clear()
-    yield request.param
-    for found in caches:
-        found.cache_clear()
-
-
-@pytest.mark.skipif(build.compiler() is None, reason="needs a C++ compiler")
 def test_every_instruction_set_and_thread_count(level: str, monkeypatch):
     """The bits of stock operations on the largest sums, on one thread and on three."""
-    monkeypatch.setattr(native_int8, "_WORTH_A_THREAD", 1)
     for threads in (1, 3):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         assert images.is_exact.__wrapped__()

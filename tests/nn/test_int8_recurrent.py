@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
@@ -18,8 +17,6 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import quantize
-from quantize.native import build, isa, recurrent
-from quantize.native import int8 as native_int8
 from quantize.nn import int8_kernels as kernels
 from quantize.nn import int8_steps as stepping
 from quantize.nn.int8_recurrent import Int8GRU, Int8LSTM
@@ -223,29 +220,14 @@ def test_layers_that_stay(tagger: nn.Module):
 # native code
 
 
-@pytest.fixture(params=isa.levels())
-def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The kernels are those of one instruction set."""
-    monkeypatch.setenv(isa.SWITCH, request.param)
-    caches = recurrent.functions, native_int8.functions
-    for found in caches:
-        found.cache_clear()
-    yield request.param
-    for found in caches:
-        found.cache_clear()
-
-
-@pytest.mark.skipif(build.compiler() is None, reason="needs a C++ compiler")
 @pytest.mark.parametrize("gates", [4, 3])
 def test_every_instruction_set_and_thread_count(level: str, gates: int, monkeypatch):
     """The bits of stock operations on the largest sums, on one thread and on three."""
-    monkeypatch.setattr(recurrent, "_WORTH_THREADS", 1)
     for threads in (1, 3):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         assert stepping.is_exact.__wrapped__(gates)
 
 
-@pytest.mark.skipif(build.compiler() is None, reason="needs a C++ compiler")
 def test_states_that_are_not_finite():
     """A NaN in one sequence reaches no other one."""
     new = small(layer(nn.LSTM))

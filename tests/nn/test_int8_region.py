@@ -107,6 +107,18 @@ def test_the_bits_of_the_forward(name: str):
                 assert torch.equal(module(one), actual)
 
 
+@torch.no_grad()
+def test_every_instruction_set_and_thread_count(level: str, monkeypatch: pytest.MonkeyPatch):
+    """The bits of the forward in stock operations, and those of each sample alone."""
+    module, x = region(lambda: Block(32, 48, 2)), randn(4, 32, 10, 11)
+    with kernels.kernel("reference"):
+        expected = module(x)
+    for threads in (1, 2):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        assert torch.equal(module(x), expected) and program_of(module) is not None
+        assert torch.equal(module(x[2:3]), expected[2:3])
+
+
 class Pair(nn.Module):
     """Two convolutions."""
 
