@@ -96,6 +96,17 @@ class Unfit(Exception):
 # from a forward
 
 
+class _Call(nn.Module):
+    """A call with one argument: the forward inside has its defaults for all others."""
+
+    def __init__(self, inside: nn.Module) -> None:
+        super().__init__()
+        self.inside = inside
+
+    def forward(self, x: Any) -> Any:
+        return self.inside(x)
+
+
 class _Tracer(fx.Tracer):
     """Goes into all modules but LEAVES. channels: of the input, which a forward may ask for."""
 
@@ -155,7 +166,7 @@ def trace(module: nn.Module) -> list[Op] | None:
     try:
         copied = surgery.deepcopy(module, memo)
         channels = next(m.in_channels for m in module.modules() if isinstance(m, Int8Conv))
-        ops = _Reading(module, _Tracer(channels).trace(copied)).ops
+        ops = _Reading(_Call(module), _Tracer(channels).trace(_Call(copied))).ops
         reads = {op.module.in_channels for op in ops if op.x == SOURCE and op.kind != conv.LARGEST}
         return ops if reads == {channels} else None
     except Exception:  # a forward that reads values, or whatever else a proxy can't answer

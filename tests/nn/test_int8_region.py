@@ -146,6 +146,14 @@ class Keeps(Pair):
         return self.last(y.relu()) + y
 
 
+class Optional(Pair):
+    """Another branch for an argument that is mostly left out."""
+
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        y = self.last(self.first(x))
+        return y.relu() if scale is None else y
+
+
 class Decides(Pair):
     """Asks for a size that its inputs don't share."""
 
@@ -158,6 +166,15 @@ class Decides(Pair):
 def test_forwards_that_are_no_program(kind: type[Pair]):
     models = [in_int8(nn.Sequential(one()).eval()) for one in (Pair, kind)]
     assert [trace(model[0]) is None for model in models] == [False, True]
+
+
+@torch.no_grad()
+def test_an_argument_that_is_left_out():
+    """The program is the branch without it, and a call with it runs the forward."""
+    module, x = region(Optional), randn(2, 32, 8, 8)
+    program = program_of(module)
+    assert program is not None and program.ops[-1].limits[0] == 0
+    assert torch.equal(module(x), module(x, scale=x).relu())
 
 
 @torch.no_grad()
