@@ -92,7 +92,7 @@ class Pack:
             self.owner() is weight
             and self.version == weight._version
             and self.pointer == weight.data_ptr()
-            and self.how == how
+            and (self.how is how or self.how == how)
         )
 
     def blocked(self, tensor: Tensor) -> Tensor:

@@ -34,10 +34,15 @@ inline void transpose(Floats* v) {
 }
 
 inline void store(Floats v, float* to, int64_t n = LANES) {
-  if (n == LANES)
+  if (n == LANES) {
     memcpy(to, &v, sizeof v);
-  else
-    memcpy(to, &v, n * sizeof(float));
+    return;
+  }
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_ps(to, __mmask16((1 << n) - 1), (__m512)v);
+#else
+  memcpy(to, &v, n * sizeof(float));
+#endif
 }
 
 inline Floats load_some(const float* x, int64_t n) {

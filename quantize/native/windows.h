@@ -57,35 +57,43 @@ struct Windows {
       }
   }
 
-  template <bool LARGEST_OF>
-  Floats window(const float* image, const int64_t* lines, int64_t first, int64_t c,
-                int64_t many) const {
+  // V vectors of channels at once: each waits for its last sum. many: numbers of the last vector.
+  template <bool LARGEST_OF, int V>
+  void window(const float* image, const int64_t* lines, int64_t first, int64_t c, int64_t many,
+              float* to) const {
     const int64_t width = up(layer.channels, LANES), rows = layer.kernel[0] * layer.kernel[1];
     const float* weight = layer.weights + c;
-    Floats result = LARGEST_OF ? Floats{} - INFINITY : Floats{};
+    Floats result[V];
+    for (int v = 0; v < V; v++) result[v] = LARGEST_OF ? Floats{} - INFINITY : Floats{};
     for (int64_t line = 0; line < rows; line++)
       for (int64_t w = 0; w < layer.kernel[2]; w++, weight += width) {
         const int64_t u = first + w * layer.dilation[2];
         if (lines[line] < 0 || u < 0 || u >= step.size[2]) continue;
-        const Floats v = load_some(image + (lines[line] + u) * layer.channels + c, many);
-        if (LARGEST_OF)
-          result = (v > result) | (v != v) ? v : result;
-        else
-          result = result + v * load(weight);
+        const float* from = image + (lines[line] + u) * layer.channels + c;
+        for (int v = 0; v < V; v++) {
+          const Floats x = load_some(from + v * LANES, v + 1 < V ? LANES : many);
+          if (LARGEST_OF)
+            result[v] = (x > result[v]) | (x != x) ? x : result[v];
+          else
+            result[v] = result[v] + x * load(weight + v * LANES);
+        }
       }
-    return result;
+    for (int v = 0; v < V; v++) {
+      Floats y = result[v];
+      if (!LARGEST_OF && layer.bias) y = y + load(layer.bias + c + v * LANES);
+      store(step.limits.cut(y), to + c + v * LANES, v + 1 < V ? LANES : many);
+    }
   }
 
   template <bool LARGEST_OF>
   void line_last(const float* image, const int64_t* lines, float* to) const {
     for (int64_t at = 0; at < step.out[2]; at++, to += layer.channels) {
       const int64_t first = at * layer.stride[2] - layer.before[2];
-      for (int64_t c = 0; c < layer.channels; c += LANES) {
-        const int64_t many = least_of(layer.channels - c, LANES);
-        Floats result = window<LARGEST_OF>(image, lines, first, c, many);
-        if (!LARGEST_OF && layer.bias) result = result + load(layer.bias + c);
-        store(step.limits.cut(result), to + c, many);
-      }
+      int64_t c = 0;
+      for (; c + 4 * LANES <= layer.channels; c += 4 * LANES)
+        window<LARGEST_OF, 4>(image, lines, first, c, LANES, to);
+      for (; c < layer.channels; c += LANES)
+        window<LARGEST_OF, 1>(image, lines, first, c, least_of(layer.channels - c, LANES), to);
     }
   }
 
@@ -102,22 +110,24 @@ struct Windows {
 
   // ----------------------------------------------------------------------------- planes
 
-  // A channel with its padding.
+  // A channel into the middle of its padding, which holds zeros.
   void pad(const float* from, float* to) const {
-    const int64_t volume = full[0] * full[1] * full[2];
-    memset(to, 0, (volume + room(layer)) * sizeof(float));
     for (int64_t z = 0; z < step.size[0]; z++)
-      for (int64_t v = 0; v < step.size[1]; v++) {
+      for (int64_t v = 0; v < step.size[1]; v++, from += step.size[2]) {
         const int64_t line = (z + layer.before[0]) * full[1] + v + layer.before[1];
-        memcpy(to + line * full[2] + layer.before[2], from, step.size[2] * sizeof(float));
-        from += step.size[2];
+        float* own = to + line * full[2] + layer.before[2];
+        for (int64_t u = 0; u < step.size[2]; u += LANES) {
+          const int64_t many = least_of(step.size[2] - u, LANES);
+          store(load_some(from + u, many), own + u, many);
+        }
       }
   }
 
-  // 16 numbers that are `apart` from each other.
+  // 16 numbers that are `apart` from each other: A of them, where that is known.
+  template <int A>
   static Floats load_apart(const float* from, int64_t apart) {
-    if (apart == 1) return load(from);
-    if (apart == 2) {
+    if (A == 1) return load(from);
+    if (A == 2) {
       const Ints even = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
       return __builtin_shuffle(load(from), load(from + LANES), even);
     }
@@ -126,41 +136,68 @@ struct Windows {
     return found;
   }
 
-  Floats sum(const float* from, int64_t channel) const {
-    const int64_t width = up(layer.channels, LANES);
-    const float* weight = layer.weights + channel;
-    Floats total = {};
+  // Sums of V output lines at once, 16 numbers of each. apart: between the lines in the input.
+  template <int V, int A>
+  void sums(const float* from, int64_t apart, const float* weight, Floats* total) const {
+    for (int v = 0; v < V; v++) total[v] = Floats{};
     for (int64_t d = 0; d < layer.kernel[0]; d++)
       for (int64_t h = 0; h < layer.kernel[1]; h++) {
         const int64_t line = d * layer.dilation[0] * full[1] + h * layer.dilation[1];
-        for (int64_t w = 0; w < layer.kernel[2]; w++, weight += width) {
-          const float* v = from + line * full[2] + w * layer.dilation[2];
-          total = total + load_apart(v, layer.stride[2]) * *weight;
+        for (int64_t w = 0; w < layer.kernel[2]; w++, weight++) {
+          const float* x = from + line * full[2] + w * layer.dilation[2];
+          for (int v = 0; v < V; v++)
+            total[v] = total[v] + load_apart<A>(x + v * apart, layer.stride[2]) * *weight;
         }
       }
-    return total;
+  }
+
+  // V output lines of a channel. own: its weights.
+  template <int V, int A>
+  void channel_lines(const float* from, int64_t channel, const float* own, float* to) const {
+    const int64_t apart = layer.stride[1] * full[2];
+    for (int64_t w = 0; w < step.out[2]; w += LANES) {
+      Floats total[V];
+      sums<V, A>(from + w * layer.stride[2], apart, own, total);
+      for (int v = 0; v < V; v++) {
+        const Floats y = layer.bias ? total[v] + layer.bias[channel] : total[v];
+        store(step.limits.cut(y), to + v * step.out[2] + w, least_of(step.out[2] - w, LANES));
+      }
+    }
   }
 
   void run_planes(float* padded) const {
     const int64_t all = step.samples * layer.channels, end = all * (thread + 1) / threads;
+    const int64_t volume = full[0] * full[1] * full[2] + room(layer);
+    const int64_t width = up(layer.channels, LANES);
+    const int64_t places = layer.kernel[0] * layer.kernel[1] * layer.kernel[2];
+    float* own = padded + volume;
+    memset(padded, 0, volume * sizeof(float));
     for (int64_t at = all * thread / threads; at < end; at++) {
       const int64_t channel = at % layer.channels;
+      for (int64_t p = 0; p < places; p++) own[p] = layer.weights[p * width + channel];
       pad(x + at * plane, padded);
-      float* to = y + at * pixels;
-      for (int64_t d = 0; d < step.out[0]; d++)
-        for (int64_t h = 0; h < step.out[1]; h++, to += step.out[2]) {
-          const int64_t line = d * layer.stride[0] * full[1] + h * layer.stride[1];
-          channel_line(padded + line * full[2], channel, to);
-        }
+      for (int64_t d = 0; d < step.out[0]; d++) {
+        const float* from = padded + d * layer.stride[0] * full[1] * full[2];
+        float* to = y + at * pixels + d * step.out[1] * step.out[2];
+        if (layer.stride[2] == 1)
+          plane_of<1>(from, channel, own, to);
+        else if (layer.stride[2] == 2)
+          plane_of<2>(from, channel, own, to);
+        else
+          plane_of<0>(from, channel, own, to);
+      }
     }
   }
 
-  void channel_line(const float* from, int64_t channel, float* to) const {
-    for (int64_t w = 0; w < step.out[2]; w += LANES) {
-      Floats result = sum(from + w * layer.stride[2], channel);
-      if (layer.bias) result = result + layer.bias[channel];
-      store(step.limits.cut(result), to + w, least_of(step.out[2] - w, LANES));
-    }
+  template <int A>
+  void plane_of(const float* from, int64_t channel, const float* own, float* to) const {
+    const int64_t apart = layer.stride[1] * full[2];
+    int64_t h = 0;
+    for (; h + 4 <= step.out[1]; h += 4, to += 4 * step.out[2])
+      channel_lines<4, A>(from + h * apart, channel, own, to);
+    for (; h + 2 <= step.out[1]; h += 2, to += 2 * step.out[2])
+      channel_lines<2, A>(from + h * apart, channel, own, to);
+    if (h < step.out[1]) channel_lines<1, A>(from + h * apart, channel, own, to);
   }
 };
 

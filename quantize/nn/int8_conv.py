@@ -144,19 +144,20 @@ class Int8Conv(PackedLayer):
         return surgery.mismatch(self, shapes, {"packed": torch.int8, "scale": torch.float32})
 
     def forward(self, x: Tensor) -> Tensor:
-        dims = len(self.kernel_size)
-        if x.dim() not in (dims + 1, dims + 2) or x.shape[-dims - 1] != self.in_channels:
+        buffers: Any = self._buffers  # read without nn.Module's __getattr__: it costs a microsecond
+        held = buffers["packed"], buffers["scale"], buffers["bias"]
+        dims, given = len(self.kernel_size), x.dim()
+        if given not in (dims + 1, dims + 2) or x.shape[-dims - 1] != self.in_channels:
             raise ValueError(
                 f"the input must be [N, {self.in_channels}, ...] with {dims} dimensions of size, "
                 f"got {list(x.shape)}"
             )
-        batch = x if x.dim() == dims + 2 else x.unsqueeze(0)
+        batch = x if given == dims + 2 else x.unsqueeze(0)
         if self.padding_mode != "zeros":
             batch = F.pad(batch, self._pads, mode=self.padding_mode)
         compute = int8_images.in_float if self.floats else int8_images.convolve
-        held = self.packed, self.scale, self.bias
         y = compute(batch, *held, self.geometry, self.limits)
-        return y if x.dim() == dims + 2 else y.squeeze(0)
+        return y if given == dims + 2 else y.squeeze(0)
 
     @property
     def limits(self) -> Limits:

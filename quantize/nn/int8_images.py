@@ -23,13 +23,13 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from quantize.native import conv
 from quantize.native import int8 as native_int8
@@ -208,31 +208,47 @@ def in_float(
     """
     function = (F.conv1d, F.conv2d, F.conv3d)[weight.dim() - 3]
     own = None if bias is None else bias.float()
-    even = geometry.before == geometry.after
-    floats = x.float() if even else F.pad(x.float(), pads_of(geometry))
-    padding = geometry.before if even else 0
+    floats, padding = x.float(), geometry.before
+    if geometry.before != geometry.after:
+        floats, padding = F.pad(floats, pads_of(geometry)), 0
     moves = geometry.stride, padding, geometry.dilation, geometry.groups
     return cut(function(floats, dense(weight, scale), own, *moves), limits).to(x.dtype)
 
 
-# by stored weight: the scale, how often both were changed, and the float weight
-_floats = WeakTensorKeyDictionary()
+class _Float(NamedTuple):
+    """A float weight, and the stored one, its scale and their versions that it was made of."""
+
+    owner: weakref.ref[Tensor]
+    scale: Tensor
+    versions: tuple[int, int]
+    made: Tensor
+
+
+_floats: dict[int, _Float] = {}  # by the identity of a stored weight, until it dies
 
 
 def dense(
     weight: Tensor, scale: Tensor, arranged: Callable[[Tensor], Tensor] = torch.Tensor.contiguous
 ) -> Tensor:
     """The weight as it reads, computed when it is first asked for. arranged: puts it in order."""
-    counted = not (weight.is_inference() or scale.is_inference() or is_traced())
-    state = (weight._version, scale._version) if counted else None
-    known = _floats.get(weight) if counted else None
-    if known is not None and known[0] is scale and known[1] == state:
-        return known[2]
     shape = -1, *[1] * (weight.dim() - 1)
-    made = arranged(weight.float() * scale.reshape(shape))
-    if counted:
-        _floats[weight] = scale, state, made
+    if weight.is_inference() or scale.is_inference() or is_traced():
+        return arranged(weight.float() * scale.reshape(shape))
+    key, versions = id(weight), (weight._version, scale._version)
+    known = _floats.get(key)
+    if known is not None and known.owner() is weight:
+        if known.scale is scale and known.versions == versions:
+            return known.made
+    made = arranged(weight.detach().float() * scale.reshape(shape))
+    owner = weakref.ref(weight, functools.partial(_forget, key))
+    _floats[key] = _Float(owner, scale, versions, made)
     return made
+
+
+def _forget(key: int, owner: weakref.ref[Tensor]) -> None:
+    known = _floats.get(key)
+    if known is not None and known.owner is owner:
+        del _floats[key]
 
 
 def _eager(
