@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import copy
 from functools import partial
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -39,29 +41,53 @@ def linear(layer: Int8Linear, x: Tensor) -> Tensor:
 def looks_at_one_pixel(layer: Int8Conv) -> bool:
     """Whether each output pixel looks at one input pixel, in order: each has steps of its own."""
     still = {*layer.kernel_size, *layer.stride, layer.groups} == {1}
-    return still and not any(layer._geometry.before + layer._geometry.after)
+    return still and not any(layer.geometry.before + layer.geometry.after)
+
+
+def depthwise(layer: Int8Conv, x: Tensor) -> Tensor:
+    """What a layer of one channel for each output must give, without its bias: float32 products,
+    added place after place.
+    """
+    weight = layer.packed.float() * layer.scale.reshape(-1, *[1] * (x.dim() - 1))
+    one_place = torch.zeros(weight[0].numel(), *weight[0].shape)
+    one_place.flatten(1).fill_diagonal_(1)
+    placed: Any = layer.stride, layer.padding, layer.dilation, layer.groups
+    shape = -1, *[1] * (x.dim() - 2)
+    total = torch.zeros(())
+    for place, own in zip(one_place, weight.flatten(1).unbind(1), strict=True):
+        seen = CONVOLUTIONS[x.dim()](x, place.expand_as(weight), None, *placed)
+        total = total + seen * own.reshape(shape)
+    return total
 
 
 def convolution(layer: Int8Conv, x: Tensor) -> Tensor:
     """What the layer must answer to a batch `[N, C, *size]`; its padding is zeros."""
-    values = x.detach().float()
-    spatial = [1] * (x.dim() - 2)
-    if looks_at_one_pixel(layer):
-        pixels = values.movedim(1, -1)
-        steps, step = in_steps(pixels.reshape(-1, x.shape[1]))
-        steps = steps.reshape(pixels.shape).movedim(-1, 1)
-        step = step.reshape(*pixels.shape[:-1], 1).movedim(-1, 1)
+    values, spatial = x.detach().float(), [1] * (x.dim() - 2)
+    if 1 < layer.groups == layer.in_channels == layer.out_channels:
+        y = depthwise(layer, values)
     else:
-        steps, step = in_steps(values.flatten(1))
-        steps, step = steps.reshape(x.shape), step.reshape(-1, 1, *spatial)
-    placed = layer.stride, layer.padding, layer.dilation, layer.groups
-    total = CONVOLUTIONS[x.dim()](steps.double(), layer.packed.double(), None, *placed).float()
-    y = total * layer.scale.reshape(-1, *spatial) * step
+        y = products(layer, values)
     if layer.bias is not None:
         y = y + layer.bias.float().reshape(-1, *spatial)
     if layer.relu:
         y = y.relu()
-    return y.to(x.dtype)
+    return (y if layer.ceiling is None else y.clamp(max=layer.ceiling)).to(x.dtype)
+
+
+def products(layer: Int8Conv, x: Tensor) -> Tensor:
+    """What the layer must give, without its bias."""
+    spatial = [1] * (x.dim() - 2)
+    if looks_at_one_pixel(layer):
+        pixels = x.movedim(1, -1)
+        steps, step = in_steps(pixels.reshape(-1, x.shape[1]))
+        steps = steps.reshape(pixels.shape).movedim(-1, 1)
+        step = step.reshape(*pixels.shape[:-1], 1).movedim(-1, 1)
+    else:
+        steps, step = in_steps(x.flatten(1))
+        steps, step = steps.reshape(x.shape), step.reshape(-1, 1, *spatial)
+    placed: Any = layer.stride, layer.padding, layer.dilation, layer.groups
+    total = CONVOLUTIONS[x.dim()](steps.double(), layer.packed.double(), None, *placed).float()
+    return total * layer.scale.reshape(-1, *spatial) * step
 
 
 ORACLES = {Int8Linear: linear, Int8Conv: convolution}

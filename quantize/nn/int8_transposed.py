@@ -80,7 +80,8 @@ class Int8ConvTranspose(PackedLayer):
         weight, bias = layer.weight.detach(), layer.bias
         rows = weight.movedim(0, -1).reshape(-1, weight.shape[0])
         packed, scale = kernels.quantize_weight(rows)
-        settings = {name: getattr(layer, name) for name in _SETTINGS} | {"floats": floats}
+        settings: dict[str, Any] = {name: getattr(layer, name) for name in _SETTINGS}
+        settings["floats"] = floats
         own = None if bias is None else bias.detach().clone()
         if own is not None and not floats:
             own = own.repeat_interleave(math.prod(layer.kernel_size))
