@@ -28,7 +28,6 @@ _METHODS = (
 _DESCRIBES = {getattr(Tensor, name).__get__ for name in _PROPERTIES if hasattr(Tensor, name)}
 _DESCRIBES |= {getattr(Tensor, name) for name in _METHODS if hasattr(Tensor, name)}
 _REQUIRES_GRAD: Any = Tensor.requires_grad  # at run time a descriptor
-_COPIES = (Tensor.__deepcopy__, Tensor.__reduce_ex__)
 _SETS_GRADIENT = (Tensor.requires_grad_, _REQUIRES_GRAD.__set__)
 _ADDRESSES = (Tensor.data_ptr, Tensor.untyped_storage, Tensor.storage)
 _WRITES = set(

@@ -48,7 +48,7 @@ def check_amount(amount: Any) -> dict[str, float]:
 
 
 def check_options(
-    n: Any, score: Any, scope: Any, round_to: Any, loss: Any, calibration: Any, skip: Any
+    n: Any, score: Any, scope: Any, round_to: Any, loss: Any, calibration: Any
 ) -> None:
     if isinstance(n, bool) or not isinstance(n, (int, float)):
         raise TypeError(f"n must be a number > 0, got {n!r}")

@@ -178,9 +178,7 @@ def _resized(value: Value, gone: torch.Tensor) -> list[tuple[int, int]]:
     return sizes
 
 
-def mask(
-    trace: Trace, original: nn.Module, pruned: nn.Module, kept: dict[Key, torch.Tensor]
-) -> nn.Module:
+def mask(original: nn.Module, pruned: nn.Module, kept: dict[Key, torch.Tensor]) -> nn.Module:
     """Copy of `original` holding the pruned model's values where channels stay, and zeros where
     they were removed.
 

@@ -120,7 +120,7 @@ def prune_ln_structured(
         Norm criterion: Li et al., arXiv 1608.08710, as in `torch.nn.utils.prune.ln_structured`.
     """
     amounts = check_amount(amount)
-    check_options(n, score, scope, round_to, loss, calibration, skip)
+    check_options(n, score, scope, round_to, loss, calibration)
     if calibration is not None:
         check_batches(calibration)
     say = progress or (lambda line: None)
@@ -151,7 +151,7 @@ def prune_ln_structured(
         repair_layers(work, small, repair_steps(trace, work, kept), survey, say)
         survey.warn_if_few_rows("pruning")
     follow_config(small, _sizes(trace, wanted, kept), lambda: _two_calls(small, example_inputs))
-    result = mask(trace, work, small, kept) if masked else small
+    result = mask(work, small, kept) if masked else small
     surgery.round_stored(result)
     _write_down(result, small, work, trace, wanted, left, example_inputs)
     return result
@@ -172,7 +172,7 @@ def _attempt(trace: Trace, model: nn.Module, groups: list[Group], inputs: Any) -
         small = cut(surgery.clone(model), kept, edits)
         try:
             if expected is None:
-                expected = _two_calls(mask(trace, model, small, kept), inputs)
+                expected = _two_calls(mask(model, small, kept), inputs)
             if same_outputs(_two_calls(small, inputs), expected, 1e-3 if exact else 3e-2):
                 return small
         except Exception:  # whatever the model's code raises: these channels can't go

@@ -109,7 +109,7 @@ class Writer:
         lines = [self.head(defaults=False), *checks]
         bound: dict[str, str] = {}
         for i, sizes in enumerate(self.program.sizes):
-            lines += self._sizes(i, leaves[i], sizes, bound)
+            lines += self._sizes(leaves[i], sizes, bound)
         lines += [f"    input_{i} = {leaf}" for i, leaf in leaves.items()]
         for condition in self.program.conditions:
             text = _unquoted(re.sub(r"input_(\d+)", lambda m: leaves[int(m[1])], condition))
@@ -138,9 +138,7 @@ class Writer:
             for key, child in zip(keys, spec.children, strict=True):
                 self._bind(child, f"{path}[{key}]", leaves, checks)
 
-    def _sizes(
-        self, index: int, leaf: str, sizes: list[int | str], bound: dict[str, str]
-    ) -> list[str]:
+    def _sizes(self, leaf: str, sizes: list[int | str], bound: dict[str, str]) -> list[str]:
         """Refuse other sizes than the graph is good for, rather than answer wrongly."""
         label = _unquoted(leaf)
         dims = len(sizes)
