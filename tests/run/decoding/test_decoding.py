@@ -36,6 +36,29 @@ KINDS = {
 }
 
 
+class EightBit(nn.Linear):
+    """What step.cpp computes with 4-bit weights: every 32 inputs share a step of 1/127 of the
+    largest.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        blocks = x.unflatten(-1, (-1, 32))
+        step = (blocks.abs().amax(-1, keepdim=True) * (1 / 127)).clamp_min(1e-30)
+        return super().forward(((blocks * step.reciprocal()).round() * step).flatten(-2))
+
+
+@torch.no_grad()
+def eight_bit_twin(small: nn.Module, source: nn.Module) -> nn.Module:
+    """`source` with the 4-bit weights of `small` and inputs in 8 bits, as native code computes."""
+    twin = copy.deepcopy(source)
+    for name, layer in small.named_modules():
+        if isinstance(layer, Int4Linear):
+            place = twin.get_submodule(name)
+            place.weight.copy_(layer.dense_weight())
+            place.__class__ = EightBit
+    return twin
+
+
 NATIVE = pytest.mark.skipif(build.compiler() is None, reason="needs a C++ compiler")
 CHANGES = {"qk_norm": True, "qkv_bias": True, "tied_head": True}
 BACKENDS = [pytest.param("native", marks=NATIVE), "torchscript"]
@@ -48,13 +71,16 @@ def test_same_logits_and_tokens(kind, changes, backend):
     """Of every compressed kind, in one pass and token by token, growing past the first block, for
     one row and several.
     """
-    model = KINDS[kind](decoder(**changes))
+    source = decoder(**changes)
+    model = KINDS[kind](source)
     fast = for_decoding(model, backend=backend)
     ids = tokens(2, 40)
     # Eager bf16 multiplies in bfloat16, whose sums depend on how many rows there are; native is
     # more exact. Native int4 has inputs in 8 bits, as `EightBit` says.
     rounded = torch.bfloat16 if kind in ("int4", "bf16") else None
     assert_close(run(fast, ids), run(model, ids), dtype=rounded)
+    if (kind, backend) == ("int4", "native"):
+        model, rounded = eight_bit_twin(model, source), None
     for batch in (1, 2):
         caches = [KVCache.for_model(m, batch=batch, block=8) for m in (model, fast)]
         for piece in ids[:batch, :35].split([5] + [1] * 30, dim=1):
@@ -62,10 +88,7 @@ def test_same_logits_and_tokens(kind, changes, backend):
                 run(lambda i, m=m, c=c: m(i, c), piece)
                 for m, c in zip((model, fast), caches, strict=True)
             )
-            if (kind, backend) == ("int4", "native"):
-                assert cosine(quick, slow) > 0.995
-            else:
-                assert_close(quick, slow, dtype=rounded, factor=2.0)
+            assert_close(quick, slow, dtype=rounded, factor=2.0)
     if rounded is None:
         assert torch.equal(
             generate(fast, ids[:, :5], max_new_tokens=50),
@@ -80,18 +103,27 @@ def test_native_equals_a_pass_without_a_cache(kind, cache):
     """Several tokens at a time and one by one, after a prompt, give the logits of a single pass
     over the whole text.
     """
-    model = KINDS[kind](decoder(qk_norm=True, max_length=512))
+    source = decoder(qk_norm=True, max_length=512)
+    model = KINDS[kind](source)
     ids = tokens(2, 300)
-    expected, held = run(model, ids), KVCache.for_model(model, batch=2, dtype=cache)
+    exact = eight_bit_twin(model, source) if kind == "int4" else model
+    expected, held = run(exact, ids), KVCache.for_model(model, batch=2, dtype=cache)
     fast = for_decoding(model, backend="native")
     pieces = ids.split([270, 8, 1, 3, 1, 1, 7, 2, 7], dim=1)
     got = torch.cat([run(lambda i: fast(i, held), piece) for piece in pieces], dim=1)
-    if (
-        "int" in kind or cache is torch.int8
-    ):  # a number that rounds the other way is a whole step off
-        assert cosine(got, expected) > 0.995
-    else:
-        assert_close(got, expected, dtype=torch.bfloat16 if kind == "bf16" else cache, factor=3.0)
+    if "int" not in kind and cache is not torch.int8:
+        rounded = torch.bfloat16 if kind == "bf16" else cache
+        assert_close(got, expected, dtype=rounded, factor=3.0)
+        return
+    assert cosine(got, expected) > 0.995
+    if cache is not None:
+        own = KVCache.for_model(exact, batch=2, dtype=cache)
+        expected = run(lambda i: exact(i, own), ids)
+    # A number that rounds the other way is a whole step off, here and at later positions: more of
+    # them where attention has 16-bit operands.
+    least = 0.2 if cache is torch.int8 else 0.8
+    off = (got - expected).abs().amax(-1) / expected.abs().max()
+    assert (off < 3e-5).float().mean() > least and off.max() < 0.05
 
 
 @NATIVE
@@ -126,17 +158,6 @@ def test_native_takes_any_width(width):
                 assert_close(quick, slow)
 
 
-class EightBit(nn.Linear):
-    """What step.cpp computes with 4-bit weights: every 32 inputs share a step of 1/127 of the
-    largest.
-    """
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        blocks = x.unflatten(-1, (-1, 32))
-        step = (blocks.abs().amax(-1, keepdim=True) * (1 / 127)).clamp_min(1e-30)
-        return super().forward(((blocks * step.reciprocal()).round() * step).flatten(-2))
-
-
 @NATIVE
 @pytest.mark.parametrize(
     ("width", "group_size"), [(32, 32), (96, 32), (544, 32), (192, 64), (640, 128)]
@@ -148,12 +169,7 @@ def test_native_multiplies_four_bit_weights_of_any_width(width, group_size):
         for layer in [m for m in model.modules() if isinstance(m, nn.Linear)]:
             layer.weight /= width**0.5  # so that rounding isn't amplified from layer to layer
     small = quantize_weights(model, group_size=group_size)
-    exact = copy.deepcopy(model)
-    with torch.no_grad():
-        for name, layer in small.named_modules():
-            if isinstance(layer, Int4Linear):
-                exact.get_submodule(name).weight.copy_(layer.dense_weight())
-                exact.get_submodule(name).__class__ = EightBit
+    exact = eight_bit_twin(small, model)
     fast, ids = for_decoding(small, backend="native"), tokens(1, 32)
     caches = [KVCache.for_model(m) for m in (exact, fast)]
     for piece in ids.split([1, 2, 3, 1, 4, 21], dim=1):
