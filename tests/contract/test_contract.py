@@ -4,8 +4,8 @@ name.
 What is promised is in `invariants.py`; the models are in `models.py`, the transforms in
 `transforms.py`, and the cells that are refused in `known.py`. A transform is what passes here.
 
-Every suite runs the cheap transforms on the models of `OFTEN` and every odd model with some
-transform (see `share`); the slow tests add all transforms on these models, and others' models.
+Every suite runs all transforms on the models of `OFTEN` and every odd model with some transform
+(see `share`); the slow tests add more of them, and others' models.
 `CONTRACT=whole uv run pytest tests/contract` runs all 1400 cells, in about six minutes of one core.
 
 The policy, in plain words:
@@ -50,8 +50,7 @@ from contract.transforms import TRANSFORMS
 WHOLE = os.environ.get("CONTRACT") == "whole"
 CHEAP = ("half bf16", "int8 smooth", "int4 calibrated", "low rank calibrated")
 SLOWER = ("pruned calibrated", "recovered", "fused")
-TRACING = ("pruned", "pruned calibrated", "student", "recovered", "fused", "folded")
-# models with which all transforms run; those of `TRACING` only the first three in every suite
+# models with which all transforms run in every suite
 OFTEN = (
     "mlp",
     "decoder",
@@ -79,8 +78,7 @@ def share(transform: str, model: str) -> str:
     tests run, which give others' architectures one of the cheap ones.
     """
     if model in OFTEN:
-        often = transform not in TRACING or model in OFTEN[:3]
-        return "always" if often else "slow"
+        return "always"
     if transform in CHEAP:
         place = CHEAP.index(transform)
         if model in ODD:
