@@ -158,15 +158,17 @@ def test_padding_moves_into_the_convolution(pad: tuple[int, ...], stride: int) -
     model = randomized(
         nn.Sequential(nn.ZeroPad2d(pad), nn.Conv2d(3, 4, 3, stride=stride, padding=1))
     )
+    made = plan(model, randn(2, 3, 8, 8))
     for size in (8, 9):
         x = randn(2, 3, size, size)
-        made = plan(model, x)
         assert_close(made.fused(x), model(x))
-        assert not any("pad" in op.split(".")[1] for op in made.after)
+    assert not any("pad" in op.split(".")[1] for op in made.after)
 
 
-@pytest.mark.parametrize("word", ["same", "valid"])
-@pytest.mark.parametrize(("kernel", "dilation"), [(1, 1), (2, 1), (3, 2), (4, 1)])
+@pytest.mark.parametrize(
+    ("word", "kernel", "dilation"),
+    [("same", 1, 1), ("same", 2, 1), ("same", 3, 2), ("same", 4, 1), ("valid", 3, 2)],
+)
 @pytest.mark.parametrize(
     ("conv", "norm", "size"),
     [
