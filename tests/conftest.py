@@ -18,6 +18,12 @@ sys.dont_write_bytecode = False
 
 import torch  # noqa: E402
 
+# What messages about a graph would show is the test's own stack, taken at each operation.
+torch.fx.config.do_not_emit_stack_traces = True
+
+# Thousands of small files, none of which must outlive a power cut.
+os.fsync = lambda descriptor: None
+
 # Seeds of devices that aren't there would be queued, with the text of a deep call stack, thousands
 # of times (see quantize/seeding.py).
 torch.manual_seed = torch.default_generator.manual_seed
@@ -26,12 +32,15 @@ torch.manual_seed = torch.default_generator.manual_seed
 # Of the models that others wrote (helpers.ZOO) these are met with the slow tests only; a text
 # encoder, two decoders and a residual network are met always.
 SLOWER_MODELS = {"convnext", "mistral", "mobilenet_v2", "qwen2", "t5", "vit", "whisper"}
+SERVERS = {"running", "command"}  # fixtures that take seconds: all their tests run in one worker
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
-    """Mark as slow what is parametrized by one of the slower models."""
+    """Mark as slow what is parametrized by one of the slower models, and start servers once."""
     for item in items:
+        for server in SERVERS.intersection(item.fixturenames):
+            item.add_marker(pytest.mark.xdist_group(server))
         parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
         if any(isinstance(value, str) and value in SLOWER_MODELS for value in parameters):
             item.add_marker(pytest.mark.slow)
@@ -44,6 +53,11 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 20)
+
+
+def pytest_sessionfinish() -> None:
+    """Let the interpreter end as always."""
+    gc.unfreeze()
 
 
 @pytest.fixture

@@ -74,16 +74,17 @@ OFTEN = (
 def share(transform: str, model: str) -> str:
     """What a run takes a cell for: "always", "slow" (not with -m "not slow"), or "" (only whole).
 
-    Odd models meet two of the cheap transforms in every run, and one of the slower ones where slow
-    tests run, which give others' architectures one of the cheap ones.
+    Odd models meet one of the cheap transforms in every run. Slow runs add another one, one of the
+    slower ones, and one of the cheap ones for others' architectures.
     """
     if model in OFTEN:
         return "always"
     if transform in CHEAP:
-        place = CHEAP.index(transform)
+        models = ODD if model in ODD else FOREIGN
+        turn = (models.index(model) + CHEAP.index(transform)) % len(CHEAP)
         if model in ODD:
-            return "always" if (list(ODD).index(model) + place) % 2 == 0 else ""
-        return "slow" if (list(FOREIGN).index(model) + place) % len(CHEAP) == 0 else ""
+            return ("always", "", "slow", "")[turn]
+        return "slow" if turn == 0 else ""
     if transform in SLOWER and model in ODD:
         turn = list(ODD).index(model) + SLOWER.index(transform)
         return "slow" if turn % len(SLOWER) == 0 else ""

@@ -16,7 +16,11 @@ def _quick(no_clock: None) -> None:
     """Candidates of a fusion don't race."""
 
 
-@pytest.mark.parametrize("seed", range(30))
+QUICK = 2 * len(NAMES)  # each technique on a plain and on an odd model
+SEEDS = [*range(QUICK), *(pytest.param(n, marks=pytest.mark.slow) for n in range(QUICK, 30))]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
 def test_random_model(seed: int):
     """No crash, no hang and no wrong answer without a word; every second model has odd steps."""
     name = NAMES[seed // 2 % len(NAMES)]

@@ -16,7 +16,7 @@ import torch
 from helpers import randn
 from torch import Tensor
 
-from quantize.native import build, int8, int8_library, isa
+from quantize.native import build, cache, int8, int8_library, isa
 from quantize.nn import int8_kernels as kernels
 from quantize.nn.int8 import Int8Linear
 
@@ -323,7 +323,13 @@ def test_a_library_of_another_version_is_refused(monkeypatch):
     """A struct of another size, and a library without the functions."""
     with pytest.raises(OSError, match="lacks a symbol"):
         int8_library.read(ctypes.CDLL(None))
+    code = int8_library.code("generic")
+    if build.library(code).note is None:  # the compiler would make of it what is kept
+        _, folder = cache.open_folder()
+        content = cache.kept(folder, build.file_name(code, build.compiler()))
+        os.close(folder)
+        monkeypatch.setattr(build, "_compile", lambda *_: content)
     monkeypatch.setattr(int8_library.ctypes, "sizeof", lambda kind: 8)
     monkeypatch.setattr(build, "_outcomes", {})
     with pytest.raises(OSError, match="struct of 80 bytes, this version of 8"):
-        build.library(int8_library.code("generic"))
+        build.library(code)

@@ -24,6 +24,7 @@ from quantize.run.kv_cache import KVCache
 pytestmark = [
     pytest.mark.skipif(build.compiler() is None, reason="needs a C++ compiler"),
     pytest.mark.usefixtures("compiled"),
+    pytest.mark.xdist_group("one arithmetic"),
 ]
 KINDS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "int8": partial(quantize.quantize_dynamic, prefer="size"),
