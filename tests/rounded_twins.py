@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from quantize.nn.elementary import ACTIVATIONS
 from quantize.nn.int8 import Int8Linear
 from quantize.nn.int8_conv import Int8Conv
 
@@ -35,6 +36,8 @@ def linear(layer: Int8Linear, x: Tensor) -> Tensor:
     total = (steps.double() @ layer.packed.double().t()).float()
     y = total * layer.scale * step
     y = y if layer.bias is None else y + layer.bias.float()
+    if layer.activation is not None:
+        y = ACTIVATIONS[layer.activation](y)
     return y.to(x.dtype).reshape(*x.shape[:-1], -1)
 
 

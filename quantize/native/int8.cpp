@@ -1,5 +1,6 @@
 // A dynamic int8 linear layer in one call:
-// y = (sum_k (q[k] - zero) w[k] * scale) * step + sum of a few channels in float + bias.
+// y = (sum_k (q[k] - zero) w[k] * scale) * step + sum of a few channels in float + bias, and an
+// activation of it.
 //
 // Where there are many rows, each thread quantizes its own and multiplies them by all weights, as
 // many at a time as its cache holds; where there are few, threads share out the rows to quantize
@@ -7,6 +8,7 @@
 // (compiled without contraction), so neither the instruction set nor the number of threads or rows
 // changes a bit. quantize/nn/int8_kernels.py says the same in PyTorch.
 
+#include "elementary.h"
 #include "gemm.h"
 
 enum Kind : int64_t { F32, F16, BF16 };
@@ -20,6 +22,7 @@ struct Layer {
   int64_t outliers;           // channels that count in float, at most MOST_OUTLIERS
   const int64_t* channels;    // [outliers]
   const float* kept;          // their weights [outliers][16 panels]
+  int64_t activation;         // of the outputs; see elementary.h
 };
 
 struct Call {
@@ -73,7 +76,7 @@ struct Results {
   struct Panel {
     const Quantized* rows;
     T* to;
-    int64_t outputs, many, outliers;
+    int64_t outputs, many, outliers, activation;
     Floats scale, bias = {}, kept[MOST_OUTLIERS];
     Ints sums;
 
@@ -93,14 +96,16 @@ struct Results {
       Floats result = __builtin_convertvector(exact, Floats) * scale * q.row.step;
       if (OUTLIERS)
         for (int64_t i = 0; i < outliers; i++) result = result + kept[i] * q.outlier[i];
-      return BIAS ? result + bias : result;
+      if (BIAS) result = result + bias;
+      return activated(result, activation);
     }
   };
 
   Panel panel(int64_t panel) const {
     const int64_t at = panel * LANES, left = layer.outputs - at;
-    Panel shared = {rows, y + at, layer.outputs, left < LANES ? left : LANES, layer.outliers};
-    const bool whole = shared.many == LANES;
+    const bool whole = left >= LANES;
+    Panel shared = {rows, y + at, layer.outputs, whole ? LANES : left};
+    shared.outliers = layer.outliers, shared.activation = layer.activation;
     shared.scale = whole ? load(layer.scale + at) : load_part(layer.scale + at, left);
     if (BIAS) shared.bias = whole ? load(layer.bias + at) : load_part(layer.bias + at, left);
     memcpy(&shared.sums, layer.sums + at, sizeof shared.sums);

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from quantize.native import int8_library
-from quantize.native.int8_library import Layer, functions
+from quantize.native.int8_library import ACTIVATIONS, Layer, functions
 from quantize.native.outliers import Outliers, contradiction, state_of
 
 HEADERS = int8_library.HEADERS
@@ -98,18 +98,23 @@ class Packed:
 
 
 class Bound:
-    """A packed weight with its scale, bias and outliers, as the struct that the kernel takes.
+    """A packed weight with all else of a layer, as the struct that the kernel takes.
 
     Attributes: scale, bias: the tensors, and where their numbers lay. outliers: as they were given,
-        with what tells whether they changed. compute: int8.cpp's `linear`. address: of the struct,
-        its first argument. held: what else must live as long as this. The packed weight holds this,
-        not the other way round.
+        with what tells whether they changed. activation: its name, or None. compute: int8.cpp's
+        `linear`. address: of the struct, its first argument. held: what else must live as long as
+        this. The packed weight holds this, not the other way round.
 
     Raises: ValueError: outliers that don't fit the weight.
     """
 
     def __init__(
-        self, found: Packed, scale: Tensor, bias: Tensor | None, outliers: Outliers | None = None
+        self,
+        found: Packed,
+        scale: Tensor,
+        bias: Tensor | None,
+        outliers: Outliers | None = None,
+        activation: str | None = None,
     ) -> None:
         self.scale, self.scale_pointer = scale, scale.data_ptr()
         self.bias, self.bias_pointer = bias, None if bias is None else bias.data_ptr()
@@ -117,6 +122,8 @@ class Bound:
         self.layer = Layer(found.inputs, found.outputs)
         self.layer.packed, self.layer.sums = found.packed.data_ptr(), found.sums.data_ptr()
         self.layer.scale, self.layer.bias = self.scale_pointer, self.bias_pointer
+        self.layer.activation = ACTIVATIONS[activation]
+        self.activation = activation
         self.held: tuple[Tensor, ...] = ()
         self.outliers, self.state = outliers, state_of(outliers)
         if outliers is not None:
@@ -196,8 +203,9 @@ def linear(
     scale: Tensor,
     bias: Tensor | None,
     outliers: Outliers | None = None,
+    activation: str | None = None,
 ) -> Tensor:
-    """y = x W^T * scale + bias, with each row of x in 8 bits.
+    """y = x W^T * scale + bias, with each row of x in 8 bits, or an activation of it.
 
     Args:
         x: [..., inputs], float32, float16 or bfloat16, one that `takes` takes.
@@ -205,6 +213,7 @@ def linear(
         scale: [outputs] of any float dtype.
         bias: [outputs] of any float dtype, or None.
         outliers: channels of x that count in float.
+        activation: of the result, one of int8_library.ACTIVATIONS.
 
     Returns: [..., outputs], in x's dtype.
 
@@ -218,7 +227,7 @@ def linear(
     scale = scale.float().contiguous()
     bias = None if bias is None else bias.float().contiguous()
     x = x.contiguous()
-    return _call(Bound(found, scale, bias, outliers), x, found.shape(x))
+    return _call(Bound(found, scale, bias, outliers, activation), x, found.shape(x))
 
 
 def _call(bound: Bound, x: Tensor, shape: Shape) -> Tensor:
@@ -244,6 +253,7 @@ def again(
     scale: Tensor,
     bias: Tensor | None,
     outliers: Outliers | None = None,
+    activation: str | None = None,
 ) -> Tensor | None:
     """`linear` for tensors that `prefer` has seen, and inputs of a shape that it has, with few
     checks: None for whatever needs more of them. Narrow layers take as long as their checks, so
@@ -264,6 +274,7 @@ def again(
         or bound.bias is not bias
         or bound.scale_pointer != scale.data_ptr()
         or (bias is not None and bound.bias_pointer != bias.data_ptr())
+        or bound.activation != activation
         or not (outliers is bound.outliers or bound.has(outliers))
         or not x.is_contiguous()
         or torch._C._dispatch_keys(x).raw_repr() not in _plain_keys()
@@ -284,6 +295,7 @@ def prefer(
     scale: Tensor,
     bias: Tensor | None,
     outliers: Outliers | None = None,
+    activation: str | None = None,
 ) -> None:
     """Let `again` compute inputs of this shape with these tensors."""
     found = _packs.get(id(weight))
@@ -293,7 +305,7 @@ def prefer(
         return
     if outliers is not None and not state_of(outliers):
         return  # its changes can't be seen
-    found.bound = Bound(found, scale, bias, outliers)
+    found.bound = Bound(found, scale, bias, outliers, activation)
     if len(found.shapes) >= _MOST_SHAPES:
         found.shapes.clear()
     found.shapes[x.shape, x.dtype] = found.shape(x)

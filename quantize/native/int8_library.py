@@ -18,9 +18,12 @@ _PRODUCTS = {"generic": 2, "avx2": 16, "avx512": 32, "vnni": 64, "amx": 512}
 
 _SOURCE = Path(__file__).with_name("int8.cpp")
 HEADERS = (
-    *(_SOURCE.with_name(name) for name in ("gemm.h", "integers.h", "rows.h")),
+    *(_SOURCE.with_name(name) for name in ("elementary.h", "gemm.h", "integers.h", "rows.h")),
     build.NUMBERS,
 )
+
+# Of the outputs, by name: as in elementary.h.
+ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 
 
 class Layer(ctypes.Structure):
@@ -37,6 +40,7 @@ class Layer(ctypes.Structure):
         ("outliers", ctypes.c_int64),
         ("channels", ctypes.c_void_p),
         ("kept", ctypes.c_void_p),
+        ("activation", ctypes.c_int64),
     ]
 
 

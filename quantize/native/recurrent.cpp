@@ -6,6 +6,7 @@
 // one IEEE operation at a time (compiled without contraction), so neither the instruction set nor
 // the number of threads or rows changes a bit. quantize/nn/int8_steps.py says the same in PyTorch.
 
+#include "elementary.h"
 #include "gemm.h"
 
 // A product of int8 weights, its outputs in blocks of `parts` panels: the gates of 16 units.
@@ -36,29 +37,6 @@ namespace {
 
 constexpr int64_t MOST_AT_ONCE = 32;  // rows of a block
 constexpr int64_t TILE_ROWS = 8;      // fewer are multiplied without tiles
-
-// ------------------------------------------------------------------------------------------------
-// gates
-
-// exp to 2e-7 of its size between -80 and 80, and no further; NaN stays NaN.
-inline Floats exponential(Floats x) {
-  const Floats most = Floats{} + 80;
-  x = x > most ? most : x;
-  x = x < -most ? -most : x;
-  const float shift = 0x1.8p23f;  // adding it rounds to the nearest integer, half to even
-  const Floats shifted = x * 1.44269504f + shift;
-  const Floats n = shifted - shift;
-  const Floats r = x - n * 0.693359375f + n * 2.12194440e-4f;
-  Floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  const Ints power = ((Ints)shifted - bits<int32_t>(shift) + 127) << 23;
-  return (p * r * r + r + 1) * (Floats)power;
-}
-inline Floats sigmoid(Floats x) { return 1 / (exponential(-x) + 1); }
-inline Floats hyperbolic(Floats x) { return 1 / (exponential(x * -2) + 1) * 2 - 1; }
 
 // ------------------------------------------------------------------------------------------------
 // products

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from quantize import surgery
 from quantize.nn import Operands, PackedLayer, dtype_name, dtype_named, is_transposed
 from quantize.nn import int8_kernels as kernels
+from quantize.nn.elementary import ACTIVATIONS
 
 
 @surgery.builder
@@ -20,7 +21,8 @@ class Int8Linear(PackedLayer):
     The state is plain tensors: `packed` int8 `[out, in]`, `scale` float32 `[out]` (which stays
     float32 under `.half()`), `bias` `[out]` or None. `weight` reads as `packed * scale`, in the
     dtype of the layer that was quantized. Each row of x is quantized when it arrives (see
-    `kernels`). No gradient flows through the layer.
+    `kernels`). y is an activation of that where `activation` names one of
+    `elementary.ACTIVATIONS`. No gradient flows through the layer.
     """
 
     packed: Tensor
@@ -37,6 +39,7 @@ class Int8Linear(PackedLayer):
     ) -> None:
         super().__init__(dtype, "cpu" if packed.is_meta else packed.device)
         self.out_features, self.in_features = packed.shape
+        self.activation: str | None = None
         self.register_buffer("packed", packed)
         self.register_buffer("scale", scale)
         self.register_buffer("bias", bias)
@@ -46,15 +49,15 @@ class Int8Linear(PackedLayer):
         """Quantize a float weight `[out, in]`; the bias is kept as it is."""
         own_bias = None if bias is None else bias.detach().clone()
         new = cls(*kernels.quantize_weight(weight), own_bias, dtype=weight.dtype)
-        surgery.record(
-            new,
-            "Int8Linear",
-            in_features=new.in_features,
-            out_features=new.out_features,
-            bias=None if bias is None else dtype_name(bias.dtype),
-            dtype=dtype_name(weight.dtype),
-        )
+        new.note()
         return new
+
+    def note(self, **more: Any) -> None:
+        """Record how `rebuild` makes this layer; more: arguments of its own kind."""
+        sizes = {"in_features": self.in_features, "out_features": self.out_features}
+        bias = None if self.bias is None else dtype_name(self.bias.dtype)
+        dtype = dtype_name(self.like.dtype)
+        surgery.record(self, type(self).__name__, **sizes, bias=bias, dtype=dtype, **more)
 
     @classmethod
     def rebuild(
@@ -64,18 +67,27 @@ class Int8Linear(PackedLayer):
         out_features: int,
         bias: str | None,
         dtype: str = "float32",
+        activation: str | None = None,
     ) -> Int8Linear:
         """An empty layer (on the meta device) in place of `module`, for a file's tensors."""
-        new = cls(
-            torch.empty(out_features, in_features, dtype=torch.int8, device="meta"),
-            torch.empty(out_features, dtype=torch.float32, device="meta"),
-            None
-            if bias is None
-            else torch.empty(out_features, dtype=dtype_named(bias), device="meta"),
-            dtype=dtype_named(dtype),
-        )
-        new.transposed = is_transposed(module)
-        return new.train(module.training)
+        new = cls(*empty(in_features, out_features, bias), dtype=dtype_named(dtype))
+        return new.in_place_of(module, activation)
+
+    def in_place_of(self, module: nn.Module, activation: str | None) -> Self:
+        """This layer, with what it has of the module that it replaces.
+
+        Raises: ValueError: an activation that there isn't.
+        """
+        if activation is not None and activation not in ACTIVATIONS:
+            raise ValueError(f"activation={activation!r} is none of {', '.join(ACTIVATIONS)}")
+        self.activation = activation
+        self.transposed = is_transposed(module)
+        return self.train(module.training)
+
+    def activate(self, activation: str) -> None:
+        """Give an activation of the result from here on, one of `elementary.ACTIVATIONS`."""
+        self.activation = activation
+        surgery.amend(self, type(self).__name__, activation=activation)
 
     def contradiction(self) -> str | None:
         """See `surgery.contradiction`."""
@@ -88,7 +100,8 @@ class Int8Linear(PackedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         buffers: Any = self._buffers  # read without nn.Module's __getattr__: it costs a microsecond
-        return kernels.linear(x, buffers["packed"], buffers["scale"], buffers["bias"])
+        own = buffers["packed"], buffers["scale"], buffers["bias"]
+        return kernels.linear(x, *own, None, self.activation)
 
     def dense_weight(self) -> Tensor:
         return self.packed.float() * self.scale.unsqueeze(-1)
@@ -96,11 +109,25 @@ class Int8Linear(PackedLayer):
     def weight_shape(self) -> tuple[int, ...]:
         return self.out_features, self.in_features
 
-    def operands(self) -> Operands:
+    def operands(self) -> Operands | None:
+        """None where an activation follows the product."""
+        if self.activation is not None:
+            return None
         return Operands(self.packed, self.bias, self.scale)
 
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}"
+            f"bias={self.bias is not None}, activation={self.activation}"
         )
+
+
+def empty(
+    in_features: int, out_features: int, bias: str | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`packed`, `scale` and `bias` (of that dtype, if any) on the meta device."""
+    packed = torch.empty(out_features, in_features, dtype=torch.int8, device="meta")
+    scale = torch.empty(out_features, dtype=torch.float32, device="meta")
+    if bias is None:
+        return packed, scale, None
+    return packed, scale, torch.empty(out_features, dtype=dtype_named(bias), device="meta")

@@ -13,6 +13,8 @@ channel:
     x[m, k] above is x[m, k] * f[k], with f = 0 for the outliers
     y[m, n]  = ... * s[n] * step[m] + x[m, c] * kept[c, n] for one c after the other + b[n]
 
+An activation of y may follow, made of such operations too (see `elementary`).
+
 The sum is exact in integers, and everything else is one float32 operation at a time in this order,
 rounded to x's dtype in the end. So every way of computing it gives the same bits: a row's result
 depends neither on the other rows of the batch, nor on the CPU, nor on the kernel. That is why the
@@ -20,16 +22,15 @@ kernel can be chosen by a stopwatch:
 
 - `native`: all of it in one call of compiled C++ (see `quantize.native.int8`).
 - `int_mm`, `onednn`, `reference`: stock operations around one of the products in `int8_products`.
-  A graph that leaves this process (torch.export, TorchScript) is made of them.
+  A graph that leaves this process (torch.export, TorchScript) is made of them, with torch's own
+  activations.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import threading
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import cast
 
@@ -40,57 +41,13 @@ from quantize import clock
 from quantize.native import int8 as native_int8
 from quantize.native.outliers import Outliers
 from quantize.nn import int8_products as products
-from quantize.nn.int8_products import PRODUCTS, int_mm
-from quantize.nn.int8_rows import CHUNK, Rows, quantize_many_rows, quantize_rows, quantize_weight
-
-# x [..., K], int8 weight [N, K], float32 scale [N], bias [N] or None, and outliers or None, to y
-# [..., N] in x's dtype
-Kernel = Callable[..., Tensor]
+from quantize.nn.int8_rows import Rows, quantize_rows, quantize_weight
+from quantize.nn.int8_stock import STOCK, Kernel, in_graph
 
 __all__ = ["Outliers", "Rows", "in_graph", "kernel", "linear", "quantize_rows", "quantize_weight"]
 
 SWITCH = "QUANTIZE_INT8_KERNEL"
 _MANY = 1024  # rows above which a kernel's rank no longer changes
-
-
-# Kernels.
-
-
-def _results(total: Tensor, rows: Rows, scale: Tensor, bias: Tensor | None) -> Tensor:
-    y = torch.mul(total, scale).mul_(rows.step)
-    return y if bias is None else y.add_(bias.float())
-
-
-def _with_outliers(
-    total: Tensor, rows: Rows, scale: Tensor, bias: Tensor | None, x: Tensor, outliers: Outliers
-) -> Tensor:
-    """`_results`, and the products of the outlier channels of x `[M, K]`."""
-    y = _results(total, rows, scale, None)
-    values = x.float().index_select(1, outliers.channels)  # [M, C]
-    for value, kept in zip(values.unbind(1), outliers.kept, strict=True):
-        y = y + value.unsqueeze(1) * kept
-    return y if bias is None else y.add_(bias.float())
-
-
-def _stock(
-    product: products.Product,
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    outliers: Outliers | None = None,
-) -> Tensor:
-    if outliers is None:
-        rows = _rows_of(x)
-    else:
-        flat = _flat(x)
-        rows = quantize_many_rows(flat.float() * outliers.factor)
-    total = product(rows.q, weight).addcmul_(rows.shift, products.sums(weight))
-    if outliers is None:
-        y = _results(total, rows, scale, bias)
-    else:
-        y = _with_outliers(total, rows, scale, bias, flat, outliers)
-    return y.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
 
 
 def native(
@@ -99,75 +56,21 @@ def native(
     scale: Tensor,
     bias: Tensor | None,
     outliers: Outliers | None = None,
+    activation: str | None = None,
 ) -> Tensor:
     """One call of compiled C++; stock operations for tensors that it can't read. Raises OSError
     where there is no compiled code.
     """
+    rest = weight, scale, bias, outliers, activation
     if native_int8.takes(x) and not weight.is_inference():
         if x.dtype in native_int8.KINDS:
-            return native_int8.linear(x, weight, scale, bias, outliers)
+            return native_int8.linear(x, *rest)
         if x.dtype is torch.float64:
-            return native_int8.linear(x.float(), weight, scale, bias, outliers).double()
-    return _choose(x, weight, STOCK)(x, weight, scale, bias, outliers)
+            return native_int8.linear(x.float(), *rest).double()
+    return _choose(x, weight, STOCK)(x, *rest)
 
 
-def in_graph(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    sums: Tensor,
-    outliers: Outliers | None = None,
-) -> Tensor:
-    """Stock operations, for a graph that is recorded. sums: int32 `[N]`, of each output's
-    weights.
-    """
-    flat = x.detach().reshape(-1, weight.shape[1])
-    rows = quantize_rows(flat if outliers is None else flat.float() * outliers.factor)
-    total = int_mm(rows.q, weight).add(rows.shift * sums)
-    if outliers is None:
-        y = _results(total, rows, scale, bias)
-    else:
-        y = _with_outliers(total, rows, scale, bias, flat, outliers)
-    return y.to(x.dtype).reshape(*x.shape[:-1], weight.shape[0])
-
-
-STOCK: dict[str, Kernel] = {name: partial(_stock, product) for name, product in PRODUCTS.items()}
 KERNELS: dict[str, Kernel] = {"native": native, **STOCK}
-
-
-class _Last(threading.local):
-    """The input that this thread quantized last: query, key and value (gate and up) projections
-    take the same one.
-    """
-
-    x: Callable[[], Tensor | None] = staticmethod(lambda: None)
-    version: int = -1
-    rows: Rows | None = None
-
-
-_last = _Last()
-
-
-def _rows_of(x: Tensor) -> Rows:
-    """`quantize_rows` of x `[..., K]`, remembered until the next tensor comes or this one
-    changes.
-    """
-    counted = not x.is_inference()  # under inference_mode nobody counts changes
-    if counted and _last.x() is x and _last.version == x._version and _last.rows is not None:
-        return _last.rows
-    rows = _flat(x)
-    found = (quantize_many_rows if rows.numel() > CHUNK else quantize_rows)(rows)
-    if counted:
-        _last.x, _last.version, _last.rows = weakref.ref(x), x._version, found
-    return found
-
-
-def _flat(x: Tensor) -> Tensor:
-    """x `[..., K]` as rows `[M, K]` without a history."""
-    if not x.is_floating_point():
-        raise TypeError(f"the input must be a floating point tensor, got {x.dtype}")
-    return (x.detach() if x.requires_grad else x).reshape(-1, x.shape[-1])
 
 
 # The layer.
@@ -179,22 +82,24 @@ def linear(
     scale: Tensor,
     bias: Tensor | None,
     outliers: Outliers | None = None,
+    activation: str | None = None,
 ) -> Tensor:
     """x `[..., K]` of a float dtype, int8 weight `[N, K]`, float32 scale `[N]`, bias `[N]`; result
-    `[..., N]` in x's dtype.
+    `[..., N]` in x's dtype. activation: of the result, one of `elementary.ACTIVATIONS`.
     """
     if torch.jit.is_tracing() or torch.compiler.is_compiling():
         leaves = torch.compiler.is_exporting() or not torch.compiler.is_dynamo_compiling()
         if leaves or x.device.type != "cpu":
             sums = weight.sum(1, dtype=torch.int32)
-            return in_graph(x, weight, scale, bias, sums, outliers)
+            return in_graph(x, weight, scale, bias, sums, outliers, activation)
         apart = (None, None, None) if outliers is None else outliers
-        return torch.ops.quantize.int8_linear(x.detach(), weight, scale, bias, *apart)
+        x = x.detach()
+        return torch.ops.quantize.int8_linear(x, weight, scale, bias, *apart, activation)
     if _forced is None:
-        y = native_int8.again(x, weight, scale, bias, outliers)
+        y = native_int8.again(x, weight, scale, bias, outliers, activation)
         if y is not None:
             return y
-    return _eager(x, weight, scale, bias, outliers)
+    return _eager(x, weight, scale, bias, outliers, activation)
 
 
 def _eager(
@@ -203,6 +108,7 @@ def _eager(
     scale: Tensor,
     bias: Tensor | None,
     outliers: Outliers | None = None,
+    activation: str | None = None,
 ) -> Tensor:
     if x.shape[-1] != weight.shape[1]:
         raise ValueError(
@@ -210,9 +116,9 @@ def _eager(
             f"{weight.shape[1]} features"
         )
     chosen = _choose(x, weight, KERNELS)
-    y = chosen(x, weight, scale, bias, outliers)
+    y = chosen(x, weight, scale, bias, outliers, activation)
     if chosen is native and _forced is None:
-        native_int8.prefer(x, weight, scale, bias, outliers)
+        native_int8.prefer(x, weight, scale, bias, outliers, activation)
     return y
 
 
@@ -224,22 +130,24 @@ def _operator(
     factor: Tensor | None = None,
     channels: Tensor | None = None,
     kept: Tensor | None = None,
+    activation: str | None = None,
 ) -> Tensor:
-    if factor is None or channels is None or kept is None:
-        return _eager(x, weight, scale, bias)
-    return _eager(x, weight, scale, bias, Outliers(factor, channels, kept))
+    outliers = None
+    if factor is not None and channels is not None and kept is not None:
+        outliers = Outliers(factor, channels, kept)
+    return _eager(x, weight, scale, bias, outliers, activation)
 
 
 _library = torch.library.Library("quantize", "DEF")
 _library.define(
     "int8_linear(Tensor x, Tensor weight, Tensor scale, Tensor? bias, Tensor? factor=None, "
-    "Tensor? channels=None, Tensor? kept=None) -> Tensor"
+    "Tensor? channels=None, Tensor? kept=None, str? activation=None) -> Tensor"
 )
 _library.impl("int8_linear", _operator, "CPU")
 
 
 @torch.library.register_fake("quantize::int8_linear")
-def _fake_linear(x: Tensor, weight: Tensor, *_: Tensor | None) -> Tensor:
+def _fake_linear(x: Tensor, weight: Tensor, *_: Tensor | str | None) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 

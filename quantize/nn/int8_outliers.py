@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from quantize import surgery
 from quantize.native.outliers import Outliers, contradiction
-from quantize.nn import Operands, dtype_name, dtype_named, is_transposed
+from quantize.nn import Operands, dtype_named
 from quantize.nn import int8_kernels as kernels
-from quantize.nn.int8 import Int8Linear
+from quantize.nn.int8 import Int8Linear, empty
 
 
 @surgery.builder
@@ -67,15 +67,7 @@ class Int8OutlierLinear(Int8Linear):
         packed, scale = kernels.quantize_weight(rest)
         outliers = Outliers(own, channels.clone(), kept)
         new = cls(packed, scale, own_bias, outliers, dtype=weight.dtype)
-        surgery.record(
-            new,
-            "Int8OutlierLinear",
-            in_features=new.in_features,
-            out_features=new.out_features,
-            bias=None if bias is None else dtype_name(bias.dtype),
-            outliers=len(channels),
-            dtype=dtype_name(weight.dtype),
-        )
+        new.note(outliers=len(channels))
         return new
 
     @classmethod
@@ -87,24 +79,17 @@ class Int8OutlierLinear(Int8Linear):
         bias: str | None,
         outliers: int,
         dtype: str = "float32",
+        activation: str | None = None,
     ) -> Int8OutlierLinear:
         """An empty layer (on the meta device) in place of `module`, for a file's tensors."""
-        empty = Outliers(
+        apart = Outliers(
             torch.empty(in_features, dtype=torch.float32, device="meta"),
             torch.empty(outliers, dtype=torch.int64, device="meta"),
             torch.empty(outliers, out_features, dtype=torch.float32, device="meta"),
         )
-        new = cls(
-            torch.empty(out_features, in_features, dtype=torch.int8, device="meta"),
-            torch.empty(out_features, dtype=torch.float32, device="meta"),
-            None
-            if bias is None
-            else torch.empty(out_features, dtype=dtype_named(bias), device="meta"),
-            empty,
-            dtype=dtype_named(dtype),
-        )
-        new.transposed = is_transposed(module)
-        return new.train(module.training)
+        common = empty(in_features, out_features, bias)
+        new = cls(*common, apart, dtype=dtype_named(dtype))
+        return new.in_place_of(module, activation)
 
     def outliers(self) -> Outliers:
         """The channels in float, as the kernels take them."""
@@ -121,7 +106,7 @@ class Int8OutlierLinear(Int8Linear):
     def forward(self, x: Tensor) -> Tensor:
         buffers: Any = self._buffers
         own = buffers["packed"], buffers["scale"], buffers["bias"]
-        return kernels.linear(x, *own, self.outliers())
+        return kernels.linear(x, *own, self.outliers(), self.activation)
 
     def dense_weight(self) -> Tensor:
         dense = self.packed.float() * self.scale.unsqueeze(-1) * self.factor

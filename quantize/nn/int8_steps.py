@@ -7,9 +7,9 @@
     GRU   s(x_r + r_r), s(x_z + r_z), tanh(x_n + s(x_r + r_r) r_n)  h = n + z (h - n)
 
 Sums are exact integers. Everything else is one float32 operation at a time in the order of the
-functions below, exp too: it is a polynomial, since every library rounds its own one differently. So
-each way of computing it gives the same bits: compiled C++ (`quantize.native.recurrent`), which runs
-all steps in one call, and the stock operations here, which run where there is no compiler.
+functions below, exp too (see `elementary`). So each way of computing it gives the same bits:
+compiled C++ (`quantize.native.recurrent`), which runs all steps in one call, and the stock
+operations here, which run where there is no compiler.
 """
 
 from __future__ import annotations
@@ -23,35 +23,12 @@ from quantize.native import int8 as native_int8
 from quantize.native import recurrent
 from quantize.native.recurrent import Weights
 from quantize.nn import int8_kernels as kernels
+from quantize.nn.elementary import sigmoid, tanh
 
 States = tuple[Tensor, Tensor, "Tensor | None"]  # outputs, state, cells
 
 # ------------------------------------------------------------------------------------------------
 # gates
-
-
-def exponential(x: Tensor) -> Tensor:
-    """exp of float32 to 2e-7 of its size between -80 and 80, and no further."""
-    x = x.clamp(-80.0, 80.0)
-    n = (x * 1.44269504).round()
-    r = x - n * 0.693359375 + n * 2.12194440e-4
-    p = r * 1.9875691500e-4 + 1.3981999507e-3
-    p = p * r + 8.3334519073e-3
-    p = p * r + 4.1665795894e-2
-    p = p * r + 1.6666665459e-1
-    p = p * r + 5.0000001201e-1
-    power = ((n.nan_to_num().to(torch.int32) + 127) << 23).view(torch.float32)
-    return (p * r * r + r + 1.0) * power
-
-
-def sigmoid(x: Tensor) -> Tensor:
-    """1 / (1 + exp(-x))."""
-    return (exponential(-x) + 1.0).reciprocal()
-
-
-def tanh(x: Tensor) -> Tensor:
-    """2 / (1 + exp(-2 x)) - 1."""
-    return (exponential(x * -2.0) + 1.0).reciprocal() * 2.0 - 1.0
 
 
 def lstm_cell(x: Tensor, r: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:

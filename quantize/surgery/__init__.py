@@ -30,7 +30,8 @@ from quantize.surgery.edit import (
     skip_filter,
     uncompiled,
 )
-from quantize.surgery.norms import absorb, fold_norms, is_plain, traced_followers
+from quantize.surgery.following import traced_followers
+from quantize.surgery.norms import absorb, fold_norms, is_plain
 from quantize.surgery.record import (
     Note,
     Summary,

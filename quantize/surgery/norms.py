@@ -1,24 +1,22 @@
 """BatchNorm folded into the convolution before it, where nothing else reads what lies between.
 
-Who reads it is seen on calibration (`calibration.followers`), or else told by `torch.fx`, which
-follows the forward of a copy. Where it can't, nothing is folded.
+Who reads it is seen on calibration (`calibration.followers`), or else told by `torch.fx`
+(`following`). Where neither can, nothing is folded.
 """
 
 from __future__ import annotations
 
-import inspect
-import logging
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 from torch.nn.utils import fuse_conv_bn_weights
 
 from quantize.surgery.asked import asked_classes
 from quantize.surgery.candidates import take_place
-from quantize.surgery.edit import clone, replace
+from quantize.surgery.edit import replace
 from quantize.surgery.record import builder, record
 
 _PAIRS: dict[type[nn.Module], type[nn.Module]] = {
@@ -98,53 +96,6 @@ def _fold(conv: Any, norm: Any) -> None:
     conv.bias.copy_(bias)
 
 
-def traced_followers(model: nn.Module, names: Collection[str]) -> dict[str, str]:
-    """For each layer of `names` that the model's forward calls once, and whose output goes into one
-    other module and nowhere else, whichever arguments it is called with: the name of that module;
-    none where `torch.fx` can't follow.
-    """
-    modules = model.modules()
-    readers = (*_PAIRS.values(), nn.ReLU, nn.ReLU6)
-    if not any(isinstance(module, readers) for module in modules):
-        return {}
-    found: dict[str, str] | None = None
-    for absent in _ways_to_call(model):
-        graph = _graph(model, absent)
-        if graph is None:
-            return {}
-        seen = _followers(graph, names)
-        found = seen if found is None else dict(found.items() & seen.items())
-    return found or {}
-
-
-def _ways_to_call(model: nn.Module) -> list[list[str]]:
-    """Which arguments a call may leave out: none, all that are None by default, and all of these
-    but one. A forward asks whether they are None, and a trace doesn't see that it asks.
-    """
-    parameters = inspect.signature(model.forward).parameters.values()
-    optional = [p.name for p in parameters if p.default is None]
-    ways = [[], optional]
-    ways += [[other for other in optional if other != name] for name in optional]
-    return [way for i, way in enumerate(ways) if way not in ways[:i]]
-
-
-def _followers(graph: fx.Graph, names: Collection[str]) -> dict[str, str]:
-    """`traced_followers` of one graph."""
-    calls = Counter(str(node.target) for node in graph.nodes if node.op == "call_module")
-    read = {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
-    found = {}
-    for node in graph.nodes:
-        name = str(node.target)
-        if node.op != "call_module" or name not in names or len(node.users) != 1:
-            continue
-        user = next(iter(node.users))
-        reader = str(user.target)
-        alone = calls[name] == calls[reader] == 1 and not read & {name, reader}
-        if user.op == "call_module" and alone and user.args == (node,):
-            found[name] = reader
-    return found
-
-
 def is_plain(module: nn.Module, kinds: Collection[type[nn.Module]]) -> bool:
     """Is it just what torch defines, with nobody watching its output?"""
     watched = any(getattr(module, kind, None) for kind in _HOOKS)
@@ -159,26 +110,3 @@ def _folds(conv: Any, norm: Any) -> bool:
     stored = conv._parameters.get("weight")
     same = stored is not None and stored.dtype == norm.running_mean.dtype
     return same and norm.num_features == conv.out_channels
-
-
-class _Tracer(fx.Tracer):
-    """Goes into a model's own modules, and into none of torch's or this package's."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        ours = type(m).__module__.startswith("quantize.nn")
-        return ours or super().is_leaf_module(m, module_qualified_name)
-
-
-def _graph(model: nn.Module, absent: Collection[str]) -> fx.Graph | None:
-    """The forward of a copy, called without the arguments `absent`, as a graph; None where it can't
-    be followed.
-    """
-    before = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            return _Tracer().trace(clone(model), dict.fromkeys(absent))
-    except Exception:  # a forward that reads values, or whatever else a proxy can't answer
-        return None
-    finally:
-        logging.disable(before)

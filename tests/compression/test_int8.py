@@ -45,7 +45,7 @@ def test_zoo(name: str):
     left = [n for n, m in small.named_modules() if isinstance(m, nn.Linear)]
     assert not left
     (step,) = quantize.summary(small).steps
-    assert set(step.done.values()) == {"int8"}
+    assert {what for what in step.done.values() if "folded into" not in what} == {"int8"}
     known = ("embedding", "too few for an int8 product")
     assert all(any(part in why.lower() for part in known) for why in step.left.values())
 

@@ -16,6 +16,8 @@ from torch import nn
 from quantize.native import build
 from quantize.nn import int8_kernels as kernels
 from quantize.nn.int8 import Int8Linear
+from quantize.nn.int8_rows import quantize_many_rows
+from quantize.nn.int8_stock import stock
 
 # Native code needs a compiler.
 KERNELS = list(kernels.KERNELS if build.compiler() else kernels.STOCK)
@@ -166,7 +168,7 @@ def test_many_rows_are_quantized_like_few():
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         x = randn(900, 300).to(dtype)
         x[5] = 0
-        rows, many = kernels.quantize_rows(x), kernels.quantize_many_rows(x)
+        rows, many = kernels.quantize_rows(x), quantize_many_rows(x)
         assert all(map(torch.equal, rows, many))
 
 
@@ -211,6 +213,6 @@ def test_a_kernel_that_saturates_is_not_chosen():
     def saturating(q: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return (q.float() @ weight.float().t()).clamp(max=32767).to(torch.int32)
 
-    wrong = partial(kernels._stock, saturating)
+    wrong = partial(stock, saturating)
     candidates = {"int_mm": wrong, "onednn": wrong, "reference": kernels.STOCK["reference"]}
     assert kernels._fastest(4, 8, 256, candidates) is kernels.STOCK["reference"]

@@ -22,7 +22,7 @@ def test_skip_and_summary():
     small = in_int8(model, skip=("2",))
     assert type(small[2]) is nn.Linear
     (step,) = quantize.summary(small).steps
-    assert step.done == {"0": "int8"}
+    assert step.done == {"0": "int8", "1": "folded into 0"}
     assert list(step.left) == ["2"] and step.left["2"].startswith("named by skip")
 
 

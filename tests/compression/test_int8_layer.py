@@ -7,8 +7,9 @@ import pickle
 import threading
 
 import torch
-from helpers import in_int8, linear, mlp, randn
+from helpers import in_int8, linear, randn
 from int8_models import layer_of
+from torch import nn
 
 from quantize.nn import int8_kernels as kernels
 from quantize.nn.int8 import Int8Linear
@@ -66,7 +67,7 @@ def test_traced_and_exported_layers_stay_int8():
     """torch.jit.trace and torch.export give the same bits at another batch size, with the int8
     product inside.
     """
-    model, x = in_int8(mlp(24, 40, 8)), randn(5, 24)
+    model, x = in_int8(nn.Sequential(linear(24, 40), linear(40, 8)).eval()), randn(5, 24)
     traced = torch.jit.trace(model, randn(3, 24, seed=1))
     assert "_int_mm" in str(traced.inlined_graph)
     assert torch.equal(traced(x), model(x))

@@ -1,4 +1,6 @@
-"""What joins an int8 convolution: the BatchNorm, the ReLU or ReLU6 that alone read its output."""
+"""What joins an int8 layer: the BatchNorm and the ReLU or ReLU6 that alone read a convolution's
+output, and the activation that alone reads a linear layer's.
+"""
 
 from __future__ import annotations
 
@@ -10,48 +12,71 @@ from torch import nn
 from quantize import calibration as calibrating
 from quantize import surgery
 from quantize.compression.int8.layers import Choice
+from quantize.nn.activations import activation_of
+from quantize.nn.int8 import Int8Linear
 from quantize.nn.int8_conv import Int8Conv
+from quantize.nn.int8_outliers import Int8OutlierLinear
+
+_NORMS = nn.modules.batchnorm._BatchNorm
+_CEILINGS = {nn.ReLU: None, nn.ReLU6: 6.0}  # of what convolutions do the work of
 
 
 def following(
     model: nn.Module, choice: Choice, calibration: Iterable[Any] | None
 ) -> dict[str, str]:
-    """By name of a chosen convolution, or of a norm: the module that alone reads its output."""
-    if not any(fact.convolution for fact in choice.chosen.values()):
-        return {}
-    kinds = nn.modules.batchnorm._BatchNorm
+    """By name of a chosen layer, or of a norm: the module that alone reads its output."""
+    linears = [name for name, fact in choice.chosen.items() if fact.linear]
+    found = surgery.traced_followers(model, linears, _is_activation)
     layers = {name: fact.module for name, fact in choice.chosen.items() if fact.convolution}
-    layers |= {name: norm for name, norm in model.named_modules() if isinstance(norm, kinds)}
+    if not layers:
+        return found
+    layers |= {name: norm for name, norm in model.named_modules() if isinstance(norm, _NORMS)}
     if calibration is None:
-        return surgery.traced_followers(model, layers)
-    return calibrating.followers(model, calibration, layers)
+        return found | surgery.traced_followers(model, layers, _joins_convolutions)
+    return found | calibrating.followers(model, calibration, layers)
+
+
+def _is_activation(module: nn.Module) -> bool:
+    return activation_of(module) is not None
+
+
+def _joins_convolutions(module: nn.Module) -> bool:
+    return isinstance(module, (_NORMS, *_CEILINGS))
 
 
 def fuse_activations(
     model: nn.Module, readers: Mapping[str, str], folded: Mapping[str, str]
 ) -> dict[str, str]:
-    """Let int8 convolutions do the work of the activation that alone reads their output, in place:
-    nn.ReLU or nn.ReLU6.
+    """Let int8 layers do the work of the activation that alone reads their output, in place: linear
+    layers of those in `elementary.ACTIVATIONS`, convolutions of nn.ReLU and nn.ReLU6.
 
     Args:
         readers: as `following` gives them.
         folded: by norm, the convolution that it was folded into.
 
     Returns:
-        The convolution that does the work of each activation, by its name.
+        The layer that does the work of each activation, by its name.
     """
     found: dict[str, str] = {}
     asked = surgery.asked_classes(model)
     for last, name in readers.items():
-        conv_name = folded.get(last, last)
-        conv: Any = model.get_submodule(conv_name)
-        activation = model.get_submodule(name)
-        joined = isinstance(conv, Int8Conv) and surgery.is_plain(conv, [Int8Conv])
+        layer_name = folded.get(last, last)
         watched = last in folded and not surgery.is_plain(model.get_submodule(last), [nn.Identity])
-        stays = watched or activation in asked
-        if joined and not stays and surgery.is_plain(activation, [nn.ReLU, nn.ReLU6]):
-            conv.relu, conv.ceiling = True, 6.0 if isinstance(activation, nn.ReLU6) else None
-            surgery.amend(conv, "Int8Conv", relu=True, ceiling=conv.ceiling)
-            found[name] = conv_name
+        reader = model.get_submodule(name)
+        if not watched and reader not in asked and _joins(model.get_submodule(layer_name), reader):
+            found[name] = layer_name
     surgery.absorb(model, found)
     return found
+
+
+def _joins(layer: Any, reader: nn.Module) -> bool:
+    """Let a layer do the work of a module that reads its output, if it can; says whether it does."""
+    if surgery.is_plain(layer, [Int8Conv]) and surgery.is_plain(reader, _CEILINGS):
+        layer.relu, layer.ceiling = True, _CEILINGS[type(reader)]
+        surgery.amend(layer, "Int8Conv", relu=True, ceiling=layer.ceiling)
+        return True
+    activation = activation_of(reader)
+    if activation is not None and surgery.is_plain(layer, [Int8Linear, Int8OutlierLinear]):
+        layer.activate(activation)
+        return True
+    return False

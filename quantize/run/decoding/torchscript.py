@@ -136,7 +136,7 @@ def _kind(layer: nn.Module) -> tuple[object, tuple[str, ...], type[nn.Module]] |
     make.
     """
     bias = () if getattr(layer, "bias", None) is None else ("bias",)
-    if type(layer) is Int8Linear:
+    if type(layer) is Int8Linear and layer.activation is None:
         return layer.in_features, ("packed", "scale", *bias), Int8Linear
     if type(layer) is Int4Linear:
         return (layer.in_features, layer.group_size), ("packed", "scale", "zero", *bias), Int4Linear
