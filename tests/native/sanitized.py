@@ -1,7 +1,10 @@
 """Run the tests of native code on a build that stops at wrong addresses and undefined behaviour.
 
     uv run python tests/native/sanitized.py
-    uv run python tests/native/sanitized.py -k bits tests/run/decoding/test_decoding.py
+    uv run python tests/native/sanitized.py -k bits
+    uv run python tests/native/sanitized.py tests/run/decoding/test_decoding.py
+
+Every library is covered: int8.cpp, conv.cpp, recurrent.cpp and decoding's step.cpp.
 
 Needs g++ with its sanitizers (libasan, libubsan), on Linux. Started by pytest as a plugin, it adds
 the flags to every library that is compiled; started as a script, it starts pytest so, with the
@@ -18,6 +21,13 @@ from pathlib import Path
 
 FLAGS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1", "-g1")
 ROOT = Path(__file__).parents[2]
+TESTS = (
+    "tests/native",
+    "tests/compression/test_int8_activations.py",
+    "tests/nn/test_int8_conv.py",
+    "tests/nn/test_int8_recurrent.py",
+    "tests/run/decoding/test_decoding_caches.py",
+)
 
 
 def pytest_configure() -> None:
@@ -37,8 +47,8 @@ def library(name: str) -> str:
 
 
 def main() -> int:
-    """Run pytest on the tests beside this file, with the arguments of the command line."""
-    options = ["-n", "0", "-p", "sanitized", "tests/native", *sys.argv[1:]]
+    """Run pytest on TESTS, with the arguments of the command line."""
+    options = ["-n", "0", "-p", "sanitized", *TESTS, *sys.argv[1:]]
     command = [sys.executable, "-m", "pytest", *options]
     preloaded = [library(name) for name in ("libasan.so", "libubsan.so", "libstdc++.so")]
     with tempfile.TemporaryDirectory(prefix="quantize-") as cache:
