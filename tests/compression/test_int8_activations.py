@@ -245,6 +245,17 @@ def test_same_bits_as_side_by_side(model: nn.Module, monkeypatch: pytest.MonkeyP
     assert torch.equal(small(x), apart(x))
 
 
+def test_what_calibration_shows():
+    """A forward that can't be followed is watched."""
+    model, inputs = zoo("t5")
+    assert joined(in_int8(model)) == {}
+    small = in_int8(model, calibration=[inputs])
+    assert len(joined(small)) == 4 and set(joined(small).values()) == {"relu"}
+    models = Decides(nn.Sequential(*ROW)), Decides(Keeps())
+    found = [joined(in_int8(m.eval(), calibration=[randn(3, 24)])) for m in models]
+    assert found == [{"inner.0": "gelu"}, {}]
+
+
 def test_a_file_keeps_it(tmp_path):
     """The same bits; a record of an activation that there isn't is refused."""
     model, x = Feeds().eval(), randn(5, 24)

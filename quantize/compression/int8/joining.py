@@ -25,15 +25,16 @@ def following(
     model: nn.Module, choice: Choice, calibration: Iterable[Any] | None
 ) -> dict[str, str]:
     """By name of a chosen layer, or of a norm: the module that alone reads its output."""
-    linears = [name for name, fact in choice.chosen.items() if fact.linear]
+    linears = {name: fact.module for name, fact in choice.chosen.items() if fact.linear}
     found = surgery.traced_followers(model, linears, _is_activation)
     layers = {name: fact.module for name, fact in choice.chosen.items() if fact.convolution}
-    if not layers:
-        return found
-    layers |= {name: norm for name, norm in model.named_modules() if isinstance(norm, _NORMS)}
+    if layers:
+        layers |= {name: norm for name, norm in model.named_modules() if isinstance(norm, _NORMS)}
     if calibration is None:
         return found | surgery.traced_followers(model, layers, _joins_convolutions)
-    return found | calibrating.followers(model, calibration, layers)
+    left = {name: layer for name, layer in linears.items() if name not in found}
+    layers |= {name: layer for name, layer in left.items() if _has_activation(model, name)}
+    return found | (calibrating.followers(model, calibration, layers) if layers else {})
 
 
 def _is_activation(module: nn.Module) -> bool:
@@ -42,6 +43,12 @@ def _is_activation(module: nn.Module) -> bool:
 
 def _joins_convolutions(module: nn.Module) -> bool:
     return isinstance(module, (_NORMS, *_CEILINGS))
+
+
+def _has_activation(model: nn.Module, name: str) -> bool:
+    """Does an activation stand beside this layer?"""
+    owner = model.get_submodule(name.rpartition(".")[0])
+    return any(map(_is_activation, owner.children()))
 
 
 def fuse_activations(
@@ -70,7 +77,7 @@ def fuse_activations(
 
 
 def _joins(layer: Any, reader: nn.Module) -> bool:
-    """Let a layer do the work of a module that reads its output, if it can; says whether it does."""
+    """Let a layer do the work of a module that reads it, if it can; says whether it does."""
     if surgery.is_plain(layer, [Int8Conv]) and surgery.is_plain(reader, _CEILINGS):
         layer.relu, layer.ceiling = True, _CEILINGS[type(reader)]
         surgery.amend(layer, "Int8Conv", relu=True, ceiling=layer.ceiling)

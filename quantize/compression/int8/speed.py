@@ -1,15 +1,18 @@
-"""Which layers a stopwatch finds slower in int8 on this machine."""
+"""Which layers a stopwatch finds slower in int8 on this machine, and whether the whole model is."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from quantize import surgery
+from quantize import calibration as calibrating
+from quantize import clock, surgery
 from quantize.calibration import Pace
 from quantize.compression.int8.layers import Choice, Plan, Report, converted
 from quantize.native.conv import channels_last
@@ -18,6 +21,8 @@ from quantize.nn.timing import Timing, time_layers
 ROWS = (1, 16, 256)  # of an input, where no calibration says how many a layer gets
 STEPS, SEQUENCES = 32, (1, 16)  # and of a recurrent layer's
 PIXELS = (14**2, 56**2)  # and of a convolution's
+_SURELY = 0.8  # of the float model's time: one call is enough to tell
+_ALIKE = 1.03  # of it: nobody can tell
 _MOST_PRODUCTS = 1 << 28  # of a convolution that is timed; images are smaller where it has more
 Shape = tuple[int, ...]
 Shapes = Collection[Shape]
@@ -69,6 +74,31 @@ def affordable(
         if all(timing.int8_s <= timing.float_s for timing in timings):
             found[name] = plan
     return found
+
+
+def slower_as_a_whole(plain: nn.Module, small: nn.Module, calibration: Iterable[Any]) -> str | None:
+    """The two times of a call, if the int8 model takes longer than the float one for the smallest
+    or the largest batch.
+
+    Args:
+        plain, small: the float model and the int8 one; they run in eval mode.
+        calibration: batches.
+    """
+    batches = min(calibration, key=_numbers), max(calibration, key=_numbers)
+    with calibrating.watching((), plain, small):
+        for batch in batches:
+            calls = [partial(calibrating.call, model, batch) for model in (plain, small)]
+            float_s, int8_s = clock.race(calls, least=1)
+            if int8_s > _SURELY * float_s:  # a second look, as long as it takes to be sure
+                float_s, int8_s = clock.race(calls, least=9, seconds=0.3)
+            if int8_s > _ALIKE * float_s:
+                times = f"{1e3 * int8_s:.3g} ms against {1e3 * float_s:.3g}"
+                return f"{times} for a batch of {_numbers(batch)} numbers"
+    return None
+
+
+def _numbers(batch: Any) -> int:
+    return sum(x.numel() for x in tree_leaves(batch) if isinstance(x, Tensor))
 
 
 def timed_shapes(fact: surgery.Facts, shapes: Shapes) -> list[Shape]:

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from quantize.compression.int8.layers import (
 from quantize.compression.int8.limit import Trial, within
 from quantize.compression.int8.outliers import find_plans
 from quantize.compression.int8.regions import make_regions
-from quantize.compression.int8.speed import affordable, slower
+from quantize.compression.int8.speed import affordable, slower, slower_as_a_whole
 from quantize.nn import project_attentions, restore_attentions
 from quantize.nn.int8 import Int8Linear
 from quantize.nn.int8_outliers import Int8OutlierLinear
@@ -63,13 +64,15 @@ def quantize_dynamic(
     bytes stays float. A UserWarning does too where that is more than 40 percent, and another one
     says where the outputs moved by more than 5 percent on calibration. A BatchNorm in eval mode and
     a ReLU that alone read the output of a convolution are folded into it: calibration shows that,
-    or else `torch.fx` where it can follow the forward.
+    or else `torch.fx` where it can follow the forward. So a linear layer does the work of the GELU,
+    ReLU or SiLU module that alone reads its output.
 
     By default the result is never slower than the model: each layer is timed here in float and in
     int8, and computes in float where int8 loses; the summary has both times. A convolution's weight
-    is stored in int8 then, too. So the result depends on the machine. Where int8 loses in every
-    layer, the result is a float copy, with a UserWarning and a summary that say so; it is no error,
-    since one that depends on a stopwatch would come and go.
+    is stored in int8 then, too. So the result depends on the machine. With calibration the whole
+    model is timed too, on the smallest batch and on the largest. Where int8 loses in every layer or
+    as a whole, the result is a float copy, with a UserWarning and a summary that say so; it is no
+    error, since one that depends on a stopwatch would come and go.
 
     Calls of single layers are what is timed. A decoder that goes on to `for_decoding` should be
     converted with prefer="size": there a step of one row is one native call for the whole model,
@@ -124,36 +127,77 @@ def quantize_dynamic(
         choice, stored = _faster(choice, slower(choice, shapes, say, plans))
         plans |= stored
     if not choice.chosen:
-        return _unconverted(model, choice.left | left)
-    settings: dict[str, Any] = {}
-    expected = [] if calibration is None else smooth.outputs(source, calibration)
+        why = f"no layer of {type(model).__name__} is faster in int8 here"
+        return _unconverted(model, choice.left | left, why)
+    trial = None
+    if calibration is not None:
+        trial = Trial(source, calibration, smooth.outputs(source, calibration), plans)
     readers = following(source, choice, calibration)
     folded = {norm: conv for conv, norm in surgery.fold_norms(source, readers).items()}
-    if calibration is None:
-        new, distance = convert(source, choice.chosen, plans), None
+    if trial is None:
+        made = Made(convert(source, choice.chosen, plans), choice)
     else:
-        trial = Trial(source, calibration, expected, plans)
-        trial, settings = _improved(trial, choice, shapes if prefer == "speed" else None, say)
-        new, distance = trial.made(choice.groups())
-        if max_error is not None:
-            settings["max_error"] = max_error
-            if distance > max_error:
-                new, distance, choice = within(trial, choice, max_error, say)
-    joined = fuse_activations(new, readers, folded)
-    folded |= joined
-    make_regions(new)
-    new = restore_attentions(new, attentions, (Int8Linear,))
-    if joined and calibration is not None:
-        distance = calibrating.relative_error(smooth.outputs(new, calibration), expected)
-    if distance is not None and distance > _FAR and max_error is None:
-        _warn_of_distance(model, distance)
-    told, total = _with_shares(new, choice.left | left)
-    done = {n: _became(n, m, plans) for n, m in new.named_modules() if isinstance(m, INT8)}
-    done |= {gone: f"folded into {conv}" for gone, conv in folded.items()}
+        made = _calibrated(trial, choice, shapes if prefer == "speed" else None, max_error, say)
+    joined = fuse_activations(made.model, readers, folded)
+    make_regions(made.model)
+    made.model = restore_attentions(made.model, attentions, (Int8Linear,))
+    if trial is not None and joined:
+        made.distance = trial.error(made.model)
+    if trial is not None and prefer == "speed":
+        times = slower_as_a_whole(model, made.model, trial.calibration)
+        if times is not None:
+            why = f"{type(model).__name__} as a whole is slower in int8 here, {times}"
+            stays = dict.fromkeys(made.choice.chosen, why)
+            return _unconverted(model, stays | made.choice.left | left, why)
+    if max_error is None and made.distance is not None and made.distance > _FAR:
+        _warn_of_distance(model, made.distance)
+    _tell(made, plans, left, folded | joined)
+    return made.model
+
+
+@dataclass
+class Made:
+    """A model in int8.
+
+    Args:
+        model: with int8 layers.
+        choice: which ones.
+        distance: its relative error on calibration, if there is any.
+        settings: to be noted.
+    """
+
+    model: nn.Module
+    choice: Choice
+    distance: float | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+def _calibrated(
+    trial: Trial,
+    choice: Choice,
+    shapes: Shapes | None,
+    max_error: float | None,
+    say: Callable[[str], None],
+) -> Made:
+    """The int8 model as close as calibration can bring it; see `_improved` for `shapes`."""
+    trial, settings = _improved(trial, choice, shapes, say)
+    new, distance = trial.made(choice.groups())
+    if max_error is not None:
+        settings["max_error"] = max_error
+        if distance > max_error:
+            new, distance, choice = within(trial, choice, max_error, say)
+    return Made(new, choice, distance, settings)
+
+
+def _tell(made: Made, plans: Plans, left: Report, folded: Mapping[str, str]) -> None:
+    """Note on the model what became of its layers."""
+    told, total = _with_shares(made.model, made.choice.left | left)
+    layers = {n: m for n, m in made.model.named_modules() if isinstance(m, INT8)}
+    done = {name: _became(name, layer, plans) for name, layer in layers.items()}
+    done |= {gone: f"folded into {layer}" for gone, layer in folded.items()}
     if total:
-        settings["stays_float"] = total
-    surgery.note(new, "int8", done=done, left=told, distance=distance, **settings)
-    return new
+        made.settings["stays_float"] = total
+    surgery.note(made.model, "int8", done=done, left=told, distance=made.distance, **made.settings)
 
 
 def _check(prefer: str, max_error: float | None, calibration: Iterable[Any] | None) -> None:
@@ -177,12 +221,12 @@ def _nothing(model: nn.Module, left: Report) -> str:
     return f"{type(model).__name__} has no layer left to quantize: {why} ({detail})"
 
 
-def _unconverted(model: nn.Module, left: Report) -> nn.Module:
+def _unconverted(model: nn.Module, left: Report, why: str) -> nn.Module:
     """A float copy that says why it is one."""
     new = surgery.clone(model)
     warnings.warn(
-        f"no layer of {type(model).__name__} is faster in int8 here, so the result is a float "
-        f"copy; prefer='size' converts all ({surgery.shortened(left)})",
+        f"{why}, so the result is a float copy; prefer='size' converts all "
+        f"({surgery.shortened(left)})",
         stacklevel=3,
     )
     surgery.note(new, "int8", left=left)
@@ -292,7 +336,7 @@ def _with_shares(model: nn.Module, report: Report) -> tuple[Report, str | None]:
     if total > _MUCH * whole:
         most = [name for name in sizes if name in report][:4]
         reasons = "; ".join(f"{name or '(the model)'}: {told[name]}" for name in most)
-        warnings.warn(f"int8: {words} stay in floating point ({reasons})", stacklevel=3)
+        warnings.warn(f"int8: {words} stay in floating point ({reasons})", stacklevel=4)
     return told, words
 
 
