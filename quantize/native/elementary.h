@@ -1,4 +1,4 @@
-// erf, and the activations made of it and of exp, sixteen numbers at a time: one IEEE operation
+// Activations, sixteen numbers at a time: one IEEE operation
 // after the other, so that quantize/nn/elementary.py gives the same bits in PyTorch.
 
 #pragma once
@@ -18,33 +18,39 @@ inline Floats limited_exponential(Floats x) { return exponential(clamped(x, 80))
 inline Floats sigmoid(Floats x) { return 1 / (limited_exponential(-x) + 1); }
 inline Floats hyperbolic(Floats x) { return 1 / (limited_exponential(x * -2) + 1) * 2 - 1; }
 
-// erf to 5e-7, by polynomials in x^2, never above 1.
-inline Floats error_function(Floats x) {
-  x = clamped(x, 3.8325069f);
-  const Floats s = x * x;
-  Floats p = s * 2.2905066e-4f + 3.4082910e-3f;
-  p = p * s + 5.0955696e-2f;
-  p = p * s + 1.8520832e-1f;
-  p = p * s + 1.1283791f;
-  Floats q = s * -1.1791603e-7f + 2.3547966e-5f;
-  q = q * s + 1.0179626e-3f;
-  q = q * s + 1.4070470e-2f;
-  q = q * s + 1.1098505e-1f;
-  q = q * s + 4.9746925e-1f;
-  q = q * s + 1;
-  return clamped(x * p / q, 1);
+// The entries of a table of 16.
+inline Floats entries(const float* table, Ints index) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_permutexvar_ps((__m512i)index, (__m512)load(table));
+#else
+  Floats found;
+  for (int i = 0; i < LANES; i++) found[i] = table[index[i]];
+  return found;
+#endif
 }
 
-enum Activation : int64_t { NONE, RELU, GELU, GELU_TANH, SILU };
+// relu(x) - |x| tail(|x|); tails: [5][16] as in tails.py.
+inline Floats with_tail(Floats x, const float* tails) {
+  const float shift = 0x1.8p23f;  // adding it rounds to the nearest integer, half to even
+  const Floats size = (Floats)((Ints)x & 0x7fffffff), limit = Floats{} + 5.4f;
+  const Floats within = size < limit ? size : limit;
+  const Floats place = within * 2.7777778f, shifted = place + shift;
+  const Floats distance = place - (shifted - shift);
+  const Ints point = (Ints)shifted & 15;
+  Floats tail = entries(tails + 64, point);
+  for (int power = 3; power >= 0; power--)
+    tail = tail * distance + entries(tails + 16 * power, point);
+  return (x < 0 ? Floats{} : x) - within * tail;
+}
 
-inline Floats activated(Floats x, int64_t activation) {
+enum Activation : int64_t { NONE, RELU, GELU, SILU };
+
+inline Floats activated(Floats x, int64_t activation, const float* tails) {
   switch (activation) {
     case RELU:
       return x < 0 ? Floats{} : x;
     case GELU:
-      return x * 0.5f * (error_function(x * 0.70710678f) + 1);
-    case GELU_TANH:
-      return x * sigmoid((x * x * 0.071354816f + 1.5957691f) * x);
+      return with_tail(x, tails);
     case SILU:
       return x * sigmoid(x);
     default:

@@ -23,6 +23,7 @@ struct Layer {
   const int64_t* channels;    // [outliers]
   const float* kept;          // their weights [outliers][16 panels]
   int64_t activation;         // of the outputs; see elementary.h
+  const float* tails;         // of GELU [5][16], or null
 };
 
 struct Call {
@@ -77,6 +78,7 @@ struct Results {
     const Quantized* rows;
     T* to;
     int64_t outputs, many, outliers, activation;
+    const float* tails;
     Floats scale, bias = {}, kept[MOST_OUTLIERS];
     Ints sums;
 
@@ -97,7 +99,7 @@ struct Results {
       if (OUTLIERS)
         for (int64_t i = 0; i < outliers; i++) result = result + kept[i] * q.outlier[i];
       if (BIAS) result = result + bias;
-      return activated(result, activation);
+      return activated(result, activation, tails);
     }
   };
 
@@ -105,7 +107,8 @@ struct Results {
     const int64_t at = panel * LANES, left = layer.outputs - at;
     const bool whole = left >= LANES;
     Panel shared = {rows, y + at, layer.outputs, whole ? LANES : left};
-    shared.outliers = layer.outliers, shared.activation = layer.activation;
+    shared.outliers = layer.outliers, shared.activation = layer.activation,
+    shared.tails = layer.tails;
     shared.scale = whole ? load(layer.scale + at) : load_part(layer.scale + at, left);
     if (BIAS) shared.bias = whole ? load(layer.bias + at) : load_part(layer.bias + at, left);
     memcpy(&shared.sums, layer.sums + at, sizeof shared.sums);

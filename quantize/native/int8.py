@@ -19,6 +19,7 @@ from torch import Tensor
 from quantize.native import int8_library
 from quantize.native.int8_library import ACTIVATIONS, Layer, functions
 from quantize.native.outliers import Outliers, contradiction, state_of
+from quantize.native.tails import TAILS
 
 HEADERS = int8_library.HEADERS
 KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as in int8.cpp
@@ -123,6 +124,8 @@ class Bound:
         self.layer.packed, self.layer.sums = found.packed.data_ptr(), found.sums.data_ptr()
         self.layer.scale, self.layer.bias = self.scale_pointer, self.bias_pointer
         self.layer.activation = ACTIVATIONS[activation]
+        if activation in TAILS:
+            self.layer.tails = TAILS[activation].data_ptr()
         self.activation = activation
         self.held: tuple[Tensor, ...] = ()
         self.outliers, self.state = outliers, state_of(outliers)

@@ -23,7 +23,7 @@ HEADERS = (
 )
 
 # Of the outputs, by name: as in elementary.h.
-ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
+ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh": 2, "silu": 3}
 
 
 class Layer(ctypes.Structure):
@@ -41,6 +41,7 @@ class Layer(ctypes.Structure):
         ("channels", ctypes.c_void_p),
         ("kept", ctypes.c_void_p),
         ("activation", ctypes.c_int64),
+        ("tails", ctypes.c_void_p),
     ]
 
 

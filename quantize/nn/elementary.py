@@ -1,5 +1,4 @@
-"""exp, erf and the activations made of them, on float32 tensors, one IEEE operation after the
-other.
+"""exp, and activations, on float32 tensors, one IEEE operation after the other.
 
 Every library rounds its own exp and erf differently. These give the bits of compiled C++
 (`native/elementary.h`) on every CPU; they are as exact as torch's.
@@ -11,6 +10,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from quantize.native.tails import LIMIT, STEPS, TAILS
 
 
 def exponential(x: Tensor) -> Tensor:
@@ -37,31 +38,27 @@ def tanh(x: Tensor) -> Tensor:
     return (exponential(x * -2.0) + 1.0).reciprocal() * 2.0 - 1.0
 
 
-def error_function(x: Tensor) -> Tensor:
-    """erf of float32 to 5e-7, by polynomials in x^2 as in XLA and Eigen, never above 1."""
-    x = x.clamp(-3.8325069, 3.8325069)
-    s = x * x
-    p = s * 2.2905066e-4 + 3.4082910e-3
-    p = p * s + 5.0955696e-2
-    p = p * s + 1.8520832e-1
-    p = p * s + 1.1283791
-    q = s * -1.1791603e-7 + 2.3547966e-5
-    q = q * s + 1.0179626e-3
-    q = q * s + 1.4070470e-2
-    q = q * s + 1.1098505e-1
-    q = q * s + 4.9746925e-1
-    q = q * s + 1.0
-    return (x * p / q).clamp(-1.0, 1.0)
-
-
 def gelu(x: Tensor) -> Tensor:
     """0.5 x (1 + erf(x / sqrt(2)))."""
-    return x * 0.5 * (error_function(x * 0.70710678) + 1.0)
+    return _with_tail(x, TAILS["gelu"])
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
     """0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))."""
-    return x * sigmoid((x * x * 0.071354816 + 1.5957691) * x)
+    return _with_tail(x, TAILS["gelu_tanh"])
+
+
+def _with_tail(x: Tensor, tails: Tensor) -> Tensor:
+    """relu(x) - |x| tail(|x|); see `native.tails`."""
+    size = x.abs()
+    within = torch.where(size < LIMIT, size, LIMIT)
+    place = within * STEPS
+    point = place.round()
+    powers = tails.to(x.device)[:, point.long()].unbind()
+    tail = powers[4]
+    for coefficient in powers[3::-1]:
+        tail = tail * (place - point) + coefficient
+    return torch.where(x < 0, 0.0, x) - within * tail
 
 
 def silu(x: Tensor) -> Tensor:
@@ -69,7 +66,7 @@ def silu(x: Tensor) -> Tensor:
     return x * sigmoid(x)
 
 
-# By name, in the order of `Activation` in native/elementary.h after NONE.
+# By name.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,
     "gelu": gelu,
