@@ -100,8 +100,8 @@ class Int8Linear(PackedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         buffers: Any = self._buffers  # read without nn.Module's __getattr__: it costs a microsecond
-        own = buffers["packed"], buffers["scale"], buffers["bias"]
-        return kernels.linear(x, *own, None, self.activation)
+        weight, scale, bias = buffers["packed"], buffers["scale"], buffers["bias"]
+        return kernels.linear(x, weight, scale, bias, None, self.activation)
 
     def dense_weight(self) -> Tensor:
         return self.packed.float() * self.scale.unsqueeze(-1)
