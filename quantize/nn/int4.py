@@ -201,7 +201,8 @@ class Int4Linear(PackedLayer):
         dtypes = {"packed": torch.uint8, "scale": torch.bfloat16, "zero": torch.bfloat16}
         return surgery.mismatch(self, shapes, dtypes)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
+        x = input
         traced = is_traced()
         if not traced:
             self._check(x)

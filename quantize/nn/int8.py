@@ -98,10 +98,10 @@ class Int8Linear(PackedLayer):
         }
         return surgery.mismatch(self, shapes, {"packed": torch.int8, "scale": torch.float32})
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         buffers: Any = self._buffers  # read without nn.Module's __getattr__: it costs a microsecond
         weight, scale, bias = buffers["packed"], buffers["scale"], buffers["bias"]
-        return kernels.linear(x, weight, scale, bias, None, self.activation)
+        return kernels.linear(input, weight, scale, bias, None, self.activation)
 
     def dense_weight(self) -> Tensor:
         return self.packed.float() * self.scale.unsqueeze(-1)

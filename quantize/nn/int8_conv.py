@@ -143,7 +143,8 @@ class Int8Conv(PackedLayer):
         shapes = {"packed": self.weight_shape(), "scale": outputs, "bias": outputs}
         return surgery.mismatch(self, shapes, {"packed": torch.int8, "scale": torch.float32})
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
+        x = input
         buffers: Any = self._buffers  # read without nn.Module's __getattr__: it costs a microsecond
         held = buffers["packed"], buffers["scale"], buffers["bias"]
         dims, given = len(self.kernel_size), x.dim()

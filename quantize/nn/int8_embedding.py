@@ -75,8 +75,8 @@ class Int8Embedding(PackedLayer):
         }
         return surgery.mismatch(self, shapes, {"packed": torch.int8})
 
-    def forward(self, ids: Tensor) -> Tensor:
-        rows = F.embedding(ids, self.packed) * F.embedding(ids, self.scale.unsqueeze(-1))
+    def forward(self, input: Tensor) -> Tensor:
+        rows = F.embedding(input, self.packed) * F.embedding(input, self.scale.unsqueeze(-1))
         return rows.to(self.like.dtype)
 
     def dense_weight(self) -> Tensor:

@@ -103,10 +103,10 @@ class Int8OutlierLinear(Int8Linear):
             found = contradiction(self.outliers(), self.in_features, self.out_features)
         return found
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         buffers: Any = self._buffers
         own = buffers["packed"], buffers["scale"], buffers["bias"]
-        return kernels.linear(x, *own, self.outliers(), self.activation)
+        return kernels.linear(input, *own, self.outliers(), self.activation)
 
     def dense_weight(self) -> Tensor:
         dense = self.packed.float() * self.scale.unsqueeze(-1) * self.factor

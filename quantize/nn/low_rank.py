@@ -65,8 +65,8 @@ class _Pair(CompressedLayer):
     def bias(self) -> Tensor | None:
         return self.second.bias
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.second(self.first(x))
+    def forward(self, input: Tensor) -> Tensor:
+        return self.second(self.first(input))
 
 
 @surgery.builder

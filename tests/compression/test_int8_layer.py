@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 import threading
 
@@ -11,6 +12,7 @@ from helpers import in_int8, linear, randn
 from int8_models import layer_of
 from torch import nn
 
+import quantize
 from quantize.nn import int8_kernels as kernels
 from quantize.nn.int8 import Int8Linear
 
@@ -76,3 +78,14 @@ def test_traced_and_exported_layers_stay_int8():
     )
     assert "_int_mm" in str(exported.graph)
     assert torch.equal(exported.module()(x), model(x))
+
+
+def test_layers_name_their_arguments_as_torch_does():
+    """A forward may give the input of a layer by its name."""
+    layers = [nn.Conv1d(32, 32, 3), nn.Embedding(8, 32), nn.LSTM(32, 32), nn.Linear(32, 32)]
+    small = in_int8(nn.ModuleList(layers).eval(), embeddings=True)
+    pair = quantize.factorize_low_rank(nn.Sequential(nn.Linear(32, 32)))[0]
+    packed = quantize.quantize_weights(nn.Sequential(nn.Linear(32, 32)))[0]
+    for new in (*small, pair, packed):
+        assert not type(new).__module__.startswith("torch.")
+        assert next(iter(inspect.signature(new.forward).parameters)) == "input"
