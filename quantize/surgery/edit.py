@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from quantize.surgery.candidates import take_place
 from quantize.surgery.folder import guard_folders
+from quantize.surgery.kept import Swap, copy_closures
 from quantize.surgery.record import BUILDERS, check_count, edits_of, join, record
 from quantize.surgery.sizes import widths
 
@@ -67,11 +68,14 @@ def deepcopy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
 
     Raises TypeError naming the module that holds something that can't be copied.
     """
+    memo = {} if memo is None else memo
     try:
         with _ResultsAsValues():
-            return copy.deepcopy(model, {} if memo is None else memo)
+            copied = copy.deepcopy(model, memo)
     except (TypeError, RuntimeError) as error:
         raise TypeError(f"{_uncopiable(model)} can't be copied: {error}") from error
+    copy_closures(copied, memo)
+    return copied
 
 
 class _ResultsAsValues(TorchFunctionMode):
@@ -145,8 +149,8 @@ def skip_filter(model: nn.Module, skip: Skip) -> Callable[[str, nn.Module], bool
 
 
 def replace(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.Module:
-    """Put each value where its key stands in `model`, in place and at every place, also in plain
-    attributes; returns the (possibly new) root.
+    """Put each value where its key stands in `model`, in place and at every place, also where an
+    attribute keeps it (see `kept`); returns the (possibly new) root.
 
     Edits recorded on the old module, or inside it, go over to the new one: they come first when a
     file repeats them.
@@ -154,39 +158,13 @@ def replace(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn
     for old, new in replacements.items():
         if new is not old:
             _inherit(old, new)
+    swap = Swap(replacements)
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child is not None and child in replacements:
                 parent._modules[name] = replacements[child]
-        _replace_kept(parent, replacements)
+        swap(parent)
     return replacements.get(model, model)
-
-
-_INTERNAL = frozenset(vars(nn.Module()))
-
-
-def _replace_kept(parent: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
-    """`replace` in the attributes of `parent` that keep modules without registering them: a forward
-    may call the layers in a plain list.
-    """
-    for name, value in list(vars(parent).items()):
-        if name not in _INTERNAL:
-            parent.__dict__[name] = _replaced(value, replacements)
-
-
-def _replaced(value: Any, replacements: Mapping[nn.Module, nn.Module]) -> Any:
-    """`value` with modules replaced; lists and dicts are changed in place."""
-    if isinstance(value, nn.Module):
-        return replacements.get(value, value)
-    if type(value) is tuple:
-        parts = [_replaced(part, replacements) for part in value]
-        same = all(new is old for new, old in zip(parts, value, strict=True))
-        return value if same else tuple(parts)
-    if type(value) is list:
-        value[:] = [_replaced(part, replacements) for part in value]
-    elif type(value) is dict:
-        value.update({key: _replaced(part, replacements) for key, part in value.items()})
-    return value
 
 
 def _inherit(old: nn.Module, new: nn.Module) -> None:
@@ -289,6 +267,7 @@ class _Places:
         for old, new in reversed(self.swaps):
             newest[old] = newest.get(new, new)
         made = {new for _, new in self.swaps}
+        swap = Swap(newest)
         for module in model.modules():
             if module not in made:
-                _replace_kept(module, newest)
+                swap(module)

@@ -6,11 +6,9 @@ import threading
 
 import pytest
 import torch
-from helpers import in_int8, linear, randn
 from surgery_models import scale
 from torch import nn
 
-import quantize
 from quantize import surgery
 
 
@@ -153,30 +151,3 @@ def test_clone_names_what_cannot_be_copied(net):
     net.lock = threading.Lock()
     with pytest.raises(TypeError, match=r"module '1' .*can't be copied"):
         surgery.clone(holder)
-
-
-class PlainLists(nn.Module):
-    """Calls its layers by attributes that register no modules."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.second = linear(32, 32), linear(32, 8, seed=1)
-        self.order = {"all": [self.first, (self.second,)]}
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        first, (second,) = self.order["all"]
-        return second(first(x).relu())
-
-
-def test_layers_in_plain_lists(tmp_path):
-    """What a forward finds in a list is the int8 layer, also after loading; the original keeps its
-    own.
-    """
-    model, x = PlainLists().eval(), randn(4, 32)
-    small = in_int8(model)
-    assert small.order == {"all": [small.first, (small.second,)]}
-    assert model.order == {"all": [model.first, (model.second,)]}
-    assert not torch.equal(small(x), model(x))
-    quantize.save(small, tmp_path / "small.pth")
-    again = quantize.load(tmp_path / "small.pth", model=PlainLists())
-    assert torch.equal(again(x), small(x))
