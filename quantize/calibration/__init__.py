@@ -6,9 +6,10 @@ change; `patches` the rows that a layer's weight multiplies; `sums` sums over th
 those of a model's layers; `gradients` how much the output depends on each layer's; `look` passes
 that show all of that at once, `survey` as few of them as memory allows; `observe` single calls of
 layers, `replay` those of two models side by side; `readers` who reads what a layer gives; `refit`
-least squares.
+least squares; `exporting` what torch.export needs around it.
 """
 
+from quantize.calibration.exporting import exporting
 from quantize.calibration.gradients import collect_gradients, fisher_loss
 from quantize.calibration.inputs import (
     arguments,
@@ -62,6 +63,7 @@ __all__ = [
     "copied",
     "distance",
     "exact",
+    "exporting",
     "find_streams",
     "fisher_loss",
     "followers",

@@ -9,14 +9,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from quantize.calibration import arguments, call, copied, untouched, without_cache
+from quantize.calibration import (
+    arguments,
+    call,
+    copied,
+    exporting,
+    untouched,
+    without_cache,
+)
 
 
 def export(model: nn.Module, example_inputs: Any) -> torch.export.ExportedProgram:
@@ -38,8 +44,7 @@ def export(model: nn.Module, example_inputs: Any) -> torch.export.ExportedProgra
     try:
         # or a whole encoder layer becomes one opaque operation
         torch.backends.mha.set_fastpath_enabled(False)
-        with untouched(model), without_cache(model), torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with untouched(model), without_cache(model), torch.no_grad(), exporting():
             return torch.export.export(model, args, kwargs, strict=False)
     except Exception as error:
         message = (

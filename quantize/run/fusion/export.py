@@ -8,11 +8,7 @@ data-dependent control flow, and state that changes its shape: each is refused b
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +16,7 @@ from torch import nn
 from torch._guards import detect_fake_mode
 
 from quantize import surgery
+from quantize.calibration import exporting
 from quantize.run.fusion.graph import CaptureError, Program, named_arguments
 from quantize.run.fusion.importing import Flat, Importer
 from quantize.run.fusion.nested import Spec, flatten
@@ -156,7 +153,7 @@ def _traced(flat: Flat, tensors: list[torch.Tensor], free: Callable[[int], bool]
         m.register_forward_pre_hook(count, with_kwargs=True) for m in flat.modules() if free(1)
     ]
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), _silent():
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), exporting():
             exported = torch.export.export(
                 flat, tuple(tensors), dynamic_shapes=(dynamic,), strict=False
             )
@@ -166,19 +163,6 @@ def _traced(flat: Flat, tensors: list[torch.Tensor], free: Callable[[int], bool]
     if free(1) and len(exported._guards_code) > _MOST_DECISIONS:
         raise TooFree("too many decisions on sizes")
     return exported
-
-
-@contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """`torch.export` prints the graph so far when it can't go on, beside raising."""
-    before = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
 
 
 def _first_line(error: BaseException) -> str:

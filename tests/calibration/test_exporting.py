@@ -1,0 +1,58 @@
+"""Models that torch.export follows only with help, and what it says of others."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import randn
+from torch import Tensor, nn
+
+import quantize
+from quantize import calibration
+
+
+class Translator(nn.Module):
+    """nn.Transformer with a causal mask that it computes."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Transformer(32, 4, 1, 1, 64, batch_first=True)
+
+    def forward(self, source: Tensor, target: Tensor) -> Tensor:
+        mask = nn.Transformer.generate_square_subsequent_mask(target.shape[1])
+        return self.body(source, target, tgt_mask=mask)
+
+
+def test_masks_of_a_transformer():
+    """It is followed, and the causal mask counts: no output depends on targets that come later."""
+    model, inputs = Translator().eval(), (randn(2, 6, 32), randn(2, 5, 32, seed=1))
+    with torch.no_grad(), calibration.exporting():
+        program = torch.export.export(model, inputs, strict=False).module()
+        expected = model(*inputs)
+        assert torch.allclose(program(*inputs), expected, atol=1e-5)
+        later = inputs[1].clone()
+        later[:, -1] += 1
+        moved = (program(inputs[0], later) - expected).abs().amax((0, 2))
+    assert moved[:-1].max() < 1e-5 < moved[-1]
+    small = quantize.prune_ln_structured(model, inputs)
+    assert small.body.encoder.layers[0].linear1.out_features == 32
+
+
+class Decides(nn.Module):
+    """Decides on a value."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up(x)
+        return self.down(x.relu() if x.sum() > 0 else x)
+
+
+@pytest.mark.parametrize("technique", [quantize.prune_ln_structured, quantize.fold])
+def test_a_refusal_prints_nothing(technique, capfd):
+    """The error says it all; torch.export prints the graph so far."""
+    with pytest.raises(ValueError, match="Decides can't be"):
+        technique(Decides().eval(), randn(4, 32))
+    assert capfd.readouterr() == ("", "")
