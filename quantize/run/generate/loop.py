@@ -47,7 +47,8 @@ def generate(model: nn.Module, prompt: Prompt, **options: Any) -> Tensor | list[
     one may come. It runs where a model has hooks, is in training mode, or has foreign parts.
 
     Args:
-        model: maps ids [B, T] to logits [B, T, V], or to an object with `.logits`.
+        model: maps ids [B, T] to logits [B, T, V] (the last position's will do for prompts of one
+            length and no draft), to a tuple that begins with them, or an object with `.logits`.
         prompt: a tensor [B, T], or a list of B texts of any length (1-D tensors or lists of ids),
             which gives a list of B 1-D tensors.
         max_new_tokens: an integer >= 1.

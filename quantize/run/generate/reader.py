@@ -269,10 +269,16 @@ def _call(model: nn.Module, ids: Tensor, *, cache: KVCache | None = None, last: 
     if "use_cache" in known:
         options["use_cache"] = False
     output = model(ids, **options)
-    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    first = output[0] if isinstance(output, tuple) and output else output
+    logits = first if isinstance(first, Tensor) else getattr(output, "logits", None)
     if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[0] != ids.shape[0]:
         found = tuple(logits.shape) if isinstance(logits, Tensor) else type(output).__name__
         raise TypeError(
             f"{type(model).__name__} must map ids [B, T] to logits [B, T, V], got {found}"
+        )
+    if logits.shape[1] < (last or ids.shape[1]):
+        raise TypeError(
+            f"{type(model).__name__} gives logits of {logits.shape[1]} positions for "
+            f"{ids.shape[1]} ids: drafts and prompts of different lengths need those of more"
         )
     return logits

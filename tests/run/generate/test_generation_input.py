@@ -97,3 +97,23 @@ def test_wrong_types_are_named():
         generate(model, tokens(1, 3), max_new_tokens=3, cache="yes")
     with pytest.raises(TypeError, match=r"Identity must map ids \[B, T\] to logits"):
         generate(nn.Identity(), tokens(1, 3), max_new_tokens=3)
+
+
+class LastLogits(nn.Module):
+    """Gives logits of the last position only, and a loss, as nanoGPT does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = decoder()
+
+    def forward(self, ids, targets=None):
+        return self.inner(ids)[:, [-1]], None
+
+
+def test_a_tuple_that_begins_with_logits():
+    """It is read; texts of different lengths need logits of all positions, and say so."""
+    model, prompt = LastLogits().eval(), tokens(2, 5)
+    expected = generate(model.inner, prompt, max_new_tokens=4, stop_tokens=())
+    assert torch.equal(generate(model, prompt, max_new_tokens=4, stop_tokens=()), expected)
+    with pytest.raises(TypeError, match="LastLogits gives logits of 1 positions for 5 ids"):
+        generate(model, [prompt[0], prompt[1, :3]], max_new_tokens=4)
