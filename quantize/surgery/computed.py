@@ -31,8 +31,11 @@ def _attribute(hook: Any) -> str:
 def recompute_weights(model: nn.Module) -> None:
     """Compute them from the parameters as they are, in place, for who reads them between calls."""
     for module in model.modules():
+        keys = computing_hooks(module)
+        if not keys:
+            continue
         training = module.training
         module.training = False  # where a spectral norm keeps its vectors
-        for key in computing_hooks(module):
+        for key in keys:
             module._forward_pre_hooks[key](module, ())
         module.training = training
