@@ -91,7 +91,7 @@ def holds_integers(module: nn.Module) -> bool:
     one?
     """
     if isinstance(module, CompressedLayer):
-        return not module.trainable
+        return isinstance(module, PackedLayer)
     origin = type(module).__module__.split(".")
     if origin[0] == "torch" and "quantized" in origin:
         return True

@@ -24,7 +24,8 @@ def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
     matrices, others = [], []
     for parameter in model.parameters():
         if parameter.requires_grad:
-            is_matrix = parameter.ndim == 2 and id(parameter) not in excluded
+            plain = parameter.is_floating_point()  # Muon knows no complex numbers
+            is_matrix = plain and parameter.ndim == 2 and id(parameter) not in excluded
             (matrices if is_matrix else others).append(parameter)
     if not matrices and not others:
         raise TrainingError(
@@ -98,7 +99,7 @@ def build_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.
                 lr=config.lr,
                 betas=(0.9, 0.95),
                 weight_decay=config.weight_decay,
-                fused=True,
+                fused=all(parameter.is_floating_point() for parameter in others),
             )
         )
     for optimizer in optimizers:

@@ -18,6 +18,7 @@ from quantize import distill, recover
 from quantize.calibration import call, distance, main_output, watching
 from quantize.compression.distillation import soft_kl
 from quantize.compression.distillation.batches import Numbered
+from quantize.nn.low_rank import LowRankLinear
 from quantize.training import TrainingError
 
 
@@ -223,3 +224,38 @@ def test_models_of_transformers_need_no_setting(name):
     result = recover(student, teacher, [example], steps=2)
     assert teacher.config.use_cache and student.config.use_cache and result.config.use_cache
     assert quantize.summary(result).steps[-1].technique == "recover"
+
+
+class Spectral(nn.Module):
+    """Mixes frequencies by a complex matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.mix = net(), nn.Parameter(torch.eye(3, dtype=torch.complex64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.fft.irfft(torch.fft.rfft(self.net(x)) @ self.mix, n=5)
+
+
+def test_complex_parameters_are_trained():
+    """Beside real ones, in both parts."""
+    teacher = Spectral().eval()
+    with torch.no_grad():
+        teacher.mix.mul_(1 + 0.5j)
+    student = nearby(Spectral().eval())
+    before = student.mix.detach().clone()
+    result = recover(student, teacher, data(), steps=10)
+    assert distance(result, teacher, data()) < distance(student, teacher, data())
+    change = result.mix - before
+    assert change.real.abs().max() > 0 and change.imag.abs().max() > 0
+
+
+def test_a_frozen_pair_of_low_rank_is_no_obstacle():
+    """It holds floating numbers that happen not to be trained; the others are."""
+    teacher = net()
+    student = quantize.factorize_low_rank(teacher, rank=2)
+    pair = next(module for module in student if isinstance(module, LowRankLinear))
+    frozen = pair.requires_grad_(False).first.weight.clone()
+    result = recover(student, teacher, data(), steps=10)
+    assert distance(result, teacher, data()) < distance(student, teacher, data())
+    assert any(torch.equal(p, frozen) for p in result.parameters())
