@@ -139,7 +139,8 @@ class Int8ConvTranspose(PackedLayer):
         shapes = {"packed": packed, "scale": (rows,), "bias": (biases,)}
         return surgery.mismatch(self, shapes, {"packed": torch.int8, "scale": torch.float32})
 
-    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        x = input
         dims = len(self.stride)
         if x.dim() not in (dims + 1, dims + 2) or x.shape[-dims - 1] != self.in_channels:
             raise ValueError(

@@ -82,7 +82,8 @@ def test_traced_and_exported_layers_stay_int8():
 
 def test_layers_name_their_arguments_as_torch_does():
     """A forward may give the input of a layer by its name."""
-    layers = [nn.Conv1d(32, 32, 3), nn.Embedding(8, 32), nn.LSTM(32, 32), nn.Linear(32, 32)]
+    layers = [nn.Conv1d(32, 32, 3), nn.ConvTranspose1d(32, 32, 3), nn.LSTM(32, 32)]
+    layers += [nn.Embedding(8, 32), nn.Linear(32, 32)]
     small = in_int8(nn.ModuleList(layers).eval(), embeddings=True)
     pair = quantize.factorize_low_rank(nn.Sequential(nn.Linear(32, 32)))[0]
     packed = quantize.quantize_weights(nn.Sequential(nn.Linear(32, 32)))[0]
