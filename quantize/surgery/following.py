@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from quantize.surgery.edit import clone, deepcopy
 from quantize.surgery.record import join
 
+_MOST_OPTIONAL = 3  # arguments, each of which doubles the number of traces
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
@@ -75,15 +76,19 @@ def _followers(
     return found
 
 
-def _ways_to_call(model: nn.Module) -> list[list[str]]:
-    """Which arguments a call may leave out: none, all that are None by default, and all of these
-    but one. A forward asks whether they are None, and a trace doesn't see that it asks.
+def _ways_to_call(model: nn.Module) -> list[tuple[str, ...]]:
+    """Which of the arguments that are None by default a call may leave out: all choices, and none
+    where there are too many. A forward asks whether they are None, and a trace doesn't see that it
+    asks.
     """
     parameters = inspect.signature(model.forward).parameters.values()
     optional = [p.name for p in parameters if p.default is None]
-    ways = [[], optional]
-    ways += [[other for other in optional if other != name] for name in optional]
-    return [way for i, way in enumerate(ways) if way not in ways[:i]]
+    if len(optional) > _MOST_OPTIONAL:
+        return []
+    ways: list[tuple[str, ...]] = []
+    for count in range(len(optional) + 1):
+        ways += itertools.combinations(optional, count)
+    return ways
 
 
 def _pairs(graph: fx.Graph, names: Collection[str]) -> Iterator[tuple[str, str]]:
