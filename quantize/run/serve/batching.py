@@ -3,8 +3,9 @@ another in `scheduler` instead.
 
 A batch is taken as soon as the model is free, so a lone request never waits for company: what
 arrived while the last batch ran is the next one. The oldest request always goes first; beside it go
-those whose lengths are nearest, so that little is padded, up to a budget of tokens, padding
-included.
+those of the next oldest whose lengths are nearest, so that little is padded, up to a budget of
+tokens, padding included: what the settings allow, and what takes BATCH_S at the pace of the batches
+before. More would answer hardly more per second, and everyone later.
 
 All model calls of a process run in one thread, `compute`: PyTorch has its own threads below it, and
 two callers at once would only take each other's cores.
@@ -14,9 +15,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+import time
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 from quantize.run.serve.errors import Refused, busy
@@ -24,6 +28,9 @@ from quantize.run.serve.settings import Settings
 
 LOG = logging.getLogger("quantize.serve")
 MOST_ROWS = 256
+BATCH_S = 0.1
+WINDOW = 4  # budgets of the oldest tokens, from which a batch is chosen: nobody is left far behind
+SHARE = 0.2  # of the last batch in the pace
 
 
 @dataclass(eq=False)
@@ -52,7 +59,11 @@ def choose(waiting: Sequence[Job], most_tokens: int) -> list[Job]:
         most_tokens: rows x longest length of the batch.
     """
     oldest = waiting[0]
-    others = [job for job in waiting if job.key == oldest.key and job is not oldest]
+    alike = [job for job in waiting if job.key == oldest.key]
+    counts = accumulate(job.rows * job.length for job in alike)
+    most_seen = WINDOW * most_tokens
+    seen = [job for job, count in zip(alike, counts, strict=True) if count <= most_seen]
+    others = [job for job in seen if job is not oldest]
     others.sort(key=lambda job: abs(job.length - oldest.length))
     chosen, rows, longest = [oldest], oldest.rows, oldest.length
     for job in others:
@@ -83,6 +94,7 @@ class Batcher:
     ) -> None:
         self.run, self.compute, self.settings, self.seen = run, compute, settings, seen
         self.waiting: list[Job] = []
+        self._pace = math.inf  # tokens per second
         self._runner: asyncio.Task | None = None
 
     async def submit(self, jobs: Sequence[Job]) -> list[Any]:
@@ -117,14 +129,27 @@ class Batcher:
             self.waiting = [job for job in self.waiting if not job.done.done()]
             if not self.waiting:
                 break
-            jobs = choose(self.waiting, self.settings.max_batch_tokens)
+            jobs = choose(self.waiting, self._budget())
             taken = set(map(id, jobs))
             self.waiting = [job for job in self.waiting if id(job) not in taken]
             self.seen(sum(job.rows for job in jobs), len(self.waiting))
+            started = time.monotonic()
             results = await loop.run_in_executor(self.compute, self._results, jobs)
+            self._note_pace(jobs, time.monotonic() - started)
             for job, result in zip(jobs, results, strict=True):
                 self._finish(job, result)
         self.seen(0, 0)
+
+    def _budget(self) -> int:
+        """Tokens of the next batch."""
+        most = self.settings.max_batch_tokens
+        return int(min(most, max(1.0, self._pace * BATCH_S)))
+
+    def _note_pace(self, jobs: Sequence[Job], seconds: float) -> None:
+        tokens = sum(job.rows for job in jobs) * max(job.length for job in jobs)
+        pace = tokens / max(seconds, 1e-6)
+        known = math.isfinite(self._pace)
+        self._pace = self._pace + SHARE * (pace - self._pace) if known else pace
 
     @staticmethod
     def _finish(job: Job, result: Any) -> None:

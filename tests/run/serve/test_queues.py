@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from quantize.models import ConvNet, ConvNetConfig
 from quantize.run.decoding.passes import NativePasses
 from quantize.run.generate.reader import CHUNK
 from quantize.run.serve import Settings, app, serve_model
-from quantize.run.serve.batching import Job, choose
+from quantize.run.serve.batching import Batcher, Job, choose
 from quantize.run.serve.keeping import Keeper
 from quantize.run.serve.metrics import Metrics
 from quantize.run.serve.prefixes import LEAST, Prefixes
@@ -43,6 +44,33 @@ def test_the_oldest_goes_first_with_its_nearest():
     assert chosen == [waiting[2], waiting[0]]
     assert choose(waiting, 1) == [waiting[0]]
     assert choose(waiting, 10**6) == [waiting[i] for i in (4, 2, 0, 1)]
+
+
+def test_a_batch_takes_no_longer_than_it_should(monkeypatch: pytest.MonkeyPatch):
+    """Of many that wait, as many go as took so long before; what is far too large goes alone."""
+    sizes = []
+
+    def run(batch: list[Job]) -> list[int]:
+        sizes.append(len(batch))
+        return [0] * len(batch)
+
+    async def work() -> None:
+        with ThreadPoolExecutor(1) as compute:
+            batcher = Batcher(run, compute, Settings())
+            batcher._note_pace([Job(None, 1, 10)], 0.01)  # 1000 a second: 100 in BATCH_S
+            monkeypatch.setattr(batcher, "_note_pace", lambda jobs, seconds: None)
+            await batcher.submit([Job(None, 1, 10) for _ in range(25)])
+            await batcher.submit([Job(None, 4, 200)])
+
+    asyncio.run(work())
+    assert sizes == [10, 10, 5, 1]
+
+
+def test_a_batch_is_chosen_from_the_oldest():
+    """However near the lengths of those are that came long after them."""
+    waiting = jobs((1, 10, "a"), *[(1, 40, "a")] * 8, *[(1, 10, "a")] * 8)
+    assert choose(waiting, 80) == [waiting[0], waiting[1]]
+    assert choose(waiting, 90) == [waiting[i] for i in (0, 9, 10, 11)]
 
 
 @given(st.text("abc", max_size=30), st.lists(st.text("abc", min_size=1, max_size=4), max_size=3))
