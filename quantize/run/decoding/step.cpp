@@ -70,7 +70,6 @@ struct Sizes {
 
 struct Run {
   static constexpr int64_t FEW_ROWS = 16;  // up to so many, threads share a row's chunks
-  static constexpr int64_t TOGETHER = 4;   // chunks in turn, as each asks for the next one's keys
   const Model& model;
   const Pass& pass;
   const Sizes size;
@@ -204,10 +203,13 @@ struct Run {
     }
   }
 
-  // Few rows: chunks are shared out, and joined when all are there.
+  // Few rows: chunks are shared out, and joined when all are there. A thread takes several in turn,
+  // as each asks for the next one's keys, but not so many that a long row is left to it alone.
   void attend_chunks(const Context& context, int64_t wide) {
     const int64_t heads = context.heads, kv_heads = context.kv_heads, group = context.group();
-#pragma omp for schedule(dynamic, TOGETHER) collapse(3)
+    const int64_t takes = kv_heads * most_chunks / (2 * thread_count());
+    const int64_t in_turn = takes > 1 ? takes : 1;
+#pragma omp for schedule(dynamic, in_turn) collapse(3)
     for (int64_t row = 0; row < rows; row++)
       for (int64_t kv = 0; kv < kv_heads; kv++)
         for (int64_t i = 0; i < most_chunks; i++) {
