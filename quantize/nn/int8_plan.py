@@ -91,16 +91,15 @@ class Plan:
 
 
 def planned(ops: Sequence[Op], layers: Sequence[conv.Layer | None], x: Tensor) -> Plan:
-    """The plan for inputs like x. Few samples take a turn where what lies between the steps would
-    push itself out of the cache, and more where the weights would.
+    """The plan for inputs like x: as many samples in a turn as what lies between its steps fits the
+    cache, one at least.
 
     Raises: Unfit: not for inputs of this shape.
     """
     last, samples = conv.channels_last(x), x.shape[0]
     one = Planner(ops, layers, x.shape, samples=1, last=last).plan()
-    weights = sum(op.module.packed.numel() for op in ops if op.kind != conv.LARGEST)
-    fitting = max(_NEAR_BYTES, weights) // max(one.arena, 1)
-    most = max(n for n in range(1, samples + 1) if samples % n == 0 and n <= max(1, fitting))
+    fitting = max(1, _NEAR_BYTES // max(one.arena, 1))
+    most = max(n for n in range(1, samples + 1) if samples % n == 0 and n <= fitting)
     return Planner(ops, layers, x.shape, samples=most, last=last).plan()
 
 

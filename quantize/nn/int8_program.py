@@ -157,8 +157,9 @@ def trace(module: nn.Module) -> list[Op] | None:
     """The operations of a module's forward, whose last one gives its result; None where it does
     anything else.
     """
-    if not all(m._modules or isinstance(m, LEAVES) for m in module.modules()):
-        return None
+    for inside in module.modules():
+        if (inside._parameters or inside._buffers) and not isinstance(inside, LEAVES):
+            return None
     # the copy's forward may keep what it is traced with; tensors are not copied
     memo = {id(t): t for t in (*module.parameters(), *module.buffers())}
     before = logging.root.manager.disable

@@ -27,7 +27,7 @@ class Block(nn.Module):
         super().__init__()
         self.first, self.last = nn.Conv2d(inputs, 32, 1), nn.Conv2d(32, outputs, 1)
         self.middle, self.norm = nn.Conv2d(32, 32, 3, stride, 1, bias=False), nn.BatchNorm2d(32)
-        self.shortcut: nn.Module = nn.Identity()
+        self.shortcut: nn.Module = nn.Sequential()
         if stride > 1 or inputs != outputs:
             self.shortcut = nn.Conv2d(inputs, outputs, 1, stride)
 
