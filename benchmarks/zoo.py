@@ -32,6 +32,7 @@ from torch import nn
 
 import quantize
 from quantize import calibration, clock
+from quantize.measuring import Build
 
 Maker = tuple[Callable[[], nn.Module], Callable[[int], torch.Tensor]]
 
@@ -103,11 +104,17 @@ MODELS: dict[str, Maker] = {
 }
 
 
-def compared(name: str, batches: list[int]) -> list[rows.Row]:
-    """The rows of one model."""
+def made(name: str, batches: list[int]) -> tuple[nn.Module, nn.Module]:
+    """A model, and what `quantize_dynamic` makes of it."""
     make, inputs = MODELS[name]
     model = models.build(make, inputs(2))
-    small = quantize.quantize_dynamic(model, calibration=[inputs(batch) for batch in batches])
+    calibration = [inputs(batch) for batch in batches]
+    return model, quantize.quantize_dynamic(model, calibration=calibration)
+
+
+def compared(name: str, batches: list[int], model: nn.Module, small: nn.Module) -> list[rows.Row]:
+    """The rows of one model."""
+    inputs = MODELS[name][1]
     told = quantize.summary(small)
     about = {"bytes": _bytes(model), "int8_bytes": _bytes(small)}
     about |= {"int8_layers": len(told.done), "float_layers": len(told.left)}
@@ -130,21 +137,16 @@ def compared(name: str, batches: list[int]) -> list[rows.Row]:
     return found
 
 
-def small_of(case: peers.Case, batches: list[int], inputs: Callable[[int], Any]) -> peers.Source:
-    """The int8 model, made in the process that measures."""
-    batches_of = partial(_quantized, calibration=[inputs(batch) for batch in batches])
-    return peers.eager(case, batches_of)
-
-
-def _quantized(model: nn.Module, calibration: list[torch.Tensor]) -> nn.Module:
-    return quantize.quantize_dynamic(model, calibration=calibration)
+def fused_fp32(case: peers.Case) -> peers.Source:
+    """`quantize.fuse` of the float model; a file that is there is used again."""
+    return case.file("fused.pt", lambda path: quantize.fuse(case.build(), case.inputs).save(path))
 
 
 def fused_int8(case: peers.Case) -> peers.Source:
     """One TorchScript file of the int8 model."""
 
     def export(path: Path) -> None:
-        small = _quantized(case.build(), [case.inputs])
+        small = quantize.quantize_dynamic(case.build(), calibration=[case.inputs])
         quantize.fuse(small, case.inputs).save(path)
 
     return case.file("int8.pt", export)
@@ -165,7 +167,7 @@ def openvino_static(case: peers.Case) -> peers.Source:
 
 
 PEERS: dict[str, Callable[[peers.Case], peers.Source]] = {
-    "fused_fp32": peers.fused,
+    "fused_fp32": fused_fp32,
     "fused_int8": fused_int8,
     "onnxruntime": peers.onnxruntime,
     "openvino": peers.openvino,
@@ -173,19 +175,25 @@ PEERS: dict[str, Callable[[peers.Case], peers.Source]] = {
 }
 
 
-def beside(name: str, batch: int, arguments: argparse.Namespace) -> rows.Row:
+def beside(name: str, batch: int, small: nn.Module, arguments: argparse.Namespace) -> rows.Row:
     """The columns of the engines that run a model beside ours."""
     make, inputs = MODELS[name]
     with tempfile.TemporaryDirectory() as temporary:
         folder = (arguments.cache or Path(temporary)) / f"{name}-{batch}"
         case = peers.Case(make, inputs(batch), folder)
-        ours = partial(small_of, batches=arguments.batches, inputs=inputs)
+        own = Path(temporary) / "int8.model"
+        torch.save(small, own)
         others = {engine: PEERS[engine] for engine in arguments.peers}
-        found = peers.side_by_side({"int8": ours, **others}, case, arguments)
+        engines = {"int8": lambda _: Build(_opened, own), **others}
+        found = peers.side_by_side(engines, case, arguments)
     row: rows.Row = {}
     for engine, told in found:
         row[f"{engine}_own_ms"] = told.get("latency_ms", told.get("problem"))
     return row
+
+
+def _opened(path: Path) -> nn.Module:
+    return torch.load(path, weights_only=False)
 
 
 def legacy(model: nn.Module) -> nn.Module:
@@ -208,9 +216,11 @@ def main() -> None:
     arguments = parser.parse()
     warnings.simplefilter("ignore")
     for name in arguments.models:
-        found = [row | rows.host() for row in compared(name, arguments.batches)]
+        model, small = made(name, arguments.batches)
+        found = compared(name, arguments.batches, model, small)
+        found = [row | rows.host() for row in found]
         for row in found if arguments.peers else ():
-            row |= beside(name, row["batch"], arguments)
+            row |= beside(name, row["batch"], small, arguments)
         rows.write(arguments.out, found, key=("model", "batch"))
 
 

@@ -2,7 +2,7 @@
 
 `layers` says which layers can become int8, and converts them; `speed` which of them a stopwatch
 finds slower; `outliers` which channels count in float; `limit` which layers cost too much of the
-output; `transform` does all of it to a model.
+output; `regions` which modules run in one native call; `transform` does all of it to a model.
 """
 
 from quantize.compression.int8.transform import quantize_dynamic
