@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import base64
 import json
+import os
 import re
 import subprocess
 import sys
@@ -183,10 +184,10 @@ class Server:
 
 
 def serve(arguments: argparse.Namespace, path: Path, *flags: str) -> Server:
-    """Our server of one model."""
-    threads = ["--threads", str(arguments.threads)]
+    """Our server of one model, on as many cores as the benchmark has threads."""
+    os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
     command = [sys.executable, "-m", "quantize", "serve", str(path), "--port", "0"]
-    return Server([*command, *threads, *flags])
+    return Server([*command, *flags])
 
 
 def load(
