@@ -67,7 +67,7 @@ MODELS = {
     "bert": (models.small_bert, models.ids, (0, 1), ((1, 16), (1, 32), (1, 128), (8, 128))),
     "vit": (models.vit, lambda batch, _: models.pixels(batch), (0,), ((1, 197), (8, 197))),
 }
-KEY = ("model", "width", "layers", "batch", "length", "variant")
+KEY = ("model", "width", "layers", "batch", "length", "variant", "threads")
 
 
 def rows_of(
@@ -84,6 +84,7 @@ def rows_of(
         axes=axes,
     )
     about = {"model": name, "width": width, "layers": layers, "batch": batch, "length": length}
+    about["threads"] = arguments.threads
     found = []
     for variant, row in peers.side_by_side(
         peers.chosen(VARIANTS, arguments.variants), case, arguments
