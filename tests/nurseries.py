@@ -5,6 +5,7 @@ times many.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,9 @@ class Nurseries(ExitStack):
         super().__init__()
         self.started: dict[tuple[int, Path], Nursery] = {}
 
-    def __call__(self, *, threads: int) -> AbstractContextManager[Nursery]:
+    def __call__(
+        self, *, threads: int, modules: Sequence[str] = ()
+    ) -> AbstractContextManager[Nursery]:
         if not hasattr(os, "fork"):
             return Nursery(threads=threads)
         key = threads, Path.cwd()
@@ -33,9 +36,9 @@ class Nurseries(ExitStack):
         return nullcontext(self.started[key])
 
     def are_reaped(self) -> bool:
-        """Whether all of them have ended and were waited for."""
+        """Whether all that forked something have ended and were waited for."""
         processes = [nursery._process for nursery in self.started.values()]
-        return all(process is not None and process.returncode is not None for process in processes)
+        return all(process is None or process.returncode is not None for process in processes)
 
 
 def time_briefly(patch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib
 import json
 import os
 import pickle
@@ -21,7 +22,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -46,6 +47,13 @@ class CannotSend(Exception):
 # What a child may raise by name; everything else that goes wrong becomes a MeasurementError.
 _KNOWN = (CheckpointError, TypeError, ValueError, CannotSend, MeasurementError)
 ERRORS: dict[str, type[Exception]] = {error.__name__: error for error in _KNOWN}
+
+
+def preload(modules: Sequence[str]) -> None:
+    """Import what all children will need; they say themselves what can't be imported."""
+    for name in modules:
+        with contextlib.suppress(Exception):
+            importlib.import_module(name)
 
 
 def nursery(control: socket.socket) -> None:

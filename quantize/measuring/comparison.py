@@ -28,6 +28,7 @@ import torch
 
 from quantize.host import default_threads
 from quantize.measuring.artifact import Build, check_there
+from quantize.measuring.nursery import Nursery
 from quantize.measuring.result import Measurement
 from quantize.measuring.turns import Evaluate, Fresh, Given, Source, open_turns, take_turns
 
@@ -79,6 +80,7 @@ def compare(
     keep_going: bool = False,
     timeout_s: float = 600.0,
     progress: Callable[[str], None] | None = None,
+    nursery: Nursery | None = None,
 ) -> list[Measurement]:
     """Measure artifacts side by side; the first one is the baseline of `speedup`.
 
@@ -105,6 +107,8 @@ def compare(
             says why (`failed`) and the others are measured; otherwise its error is raised.
         timeout_s: for each answer of a process (loading, a burst, `evaluate`), not for its start.
         progress: called with a line for people before each phase.
+        nursery: what the processes are forked from, with so many `threads`, so that many
+            comparisons import torch once; None: one of this comparison's own.
 
     Raises:
         CheckpointError: a file can't be read.
@@ -114,10 +118,11 @@ def compare(
     sources = _named(artifacts)
     for source in list(sources.values())[: 1 if keep_going else None]:
         _check_there(source)
-    threads = default_threads() if threads is None else threads
+    if threads is None:
+        threads = default_threads() if nursery is None else nursery.threads
     _check(threads, rounds, burst_seconds, timeout_s)
     say = progress or (lambda line: None)
-    given = Given(example_inputs, evaluate, model, threads, keep, timeout_s)
+    given = Given(example_inputs, evaluate, model, threads, keep, timeout_s, nursery)
     with ExitStack() as stack:
         stack.enter_context(_torch_threads(threads))
         say(f"starting {len(sources)} processes")

@@ -1,12 +1,12 @@
 """The process that starts the measuring ones, from the caller's side: `child.py` runs in it.
 
-Fresh means: of one Python that has imported torch and this package and nothing else, the nursery,
-each child is forked. The nursery runs no tensor operation and sees no model, so a child starts
-without thread pools, packed weights or chosen kernels, and with the nursery's few pages as its
-memory; only the seconds that importing takes are spent once instead of per artifact. Where there is
-no fork (Windows) each child is a Python of its own. `multiprocessing` would run the caller's script
-again in each child, which a script without `if __name__ == "__main__"` and a notebook don't
-survive.
+Fresh means: of one Python that has imported torch, this package and the installed packages that the
+models' classes are of, and nothing else, the nursery, each child is forked. The nursery runs no
+tensor operation and sees no model, so a child starts without thread pools, packed weights or chosen
+kernels, and with the nursery's few pages as its memory; only the seconds that importing takes are
+spent once instead of per artifact. Where there is no fork (Windows) each child is a Python of its
+own. `multiprocessing` would run the caller's script again in each child, which a script without
+`if __name__ == "__main__"` and a notebook don't survive.
 """
 
 from __future__ import annotations
@@ -16,11 +16,14 @@ import os
 import socket
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from torch import nn
 
 from quantize.host import with_waiting
 from quantize.measuring.artifact import MeasurementError
@@ -32,11 +35,16 @@ START_S = 300.0
 
 
 class Nursery:
-    """Starts the children of one comparison, with `threads` threads each. A context manager, to be
-    left after them.
+    """Starts the children of comparisons, with `threads` threads each; begun by the first of them.
+    A context manager, to be left after them.
+
+    Args:
+        threads: of each child.
+        modules: imported before any child is forked, see `modules_of`.
     """
 
-    def __init__(self, *, threads: int):
+    def __init__(self, *, threads: int, modules: Sequence[str] = ()):
+        self.modules = tuple(modules)
         environment = with_waiting(os.environ) | {
             "OMP_NUM_THREADS": str(threads),
             "MKL_NUM_THREADS": str(threads),
@@ -45,22 +53,24 @@ class Nursery:
             filter(None, [_PACKAGE_PARENT, os.environ.get("PYTHONPATH")])
         )
         self._environment, self.threads, self._process = environment, threads, None
-        if hasattr(os, "fork"):
-            self._control, theirs = socket.socketpair()
-            self._control.settimeout(START_S)
-            self._stderr = tempfile.TemporaryFile()
-            with theirs:
-                self._process = self._python(
-                    "--nursery", stdin=theirs, stdout=self._stderr, stderr=self._stderr
-                )
-            try:
-                self._answer()
-            except BaseException:
-                self.close()
-                raise
+
+    def _begin(self) -> None:
+        self._control, theirs = socket.socketpair()
+        self._control.settimeout(START_S)
+        self._stderr = tempfile.TemporaryFile()
+        with theirs:
+            streams = {"stdin": theirs, "stdout": self._stderr, "stderr": self._stderr}
+            self._process = self._python("--nursery", *self.modules, **streams)
+        try:
+            self._answer()
+        except BaseException:
+            self.close()
+            raise
 
     def start(self, stdin: int, stdout: int, stderr: int) -> Forked | Spawned:
         """A child with these file descriptors as its standard streams."""
+        if self._process is None and hasattr(os, "fork"):
+            self._begin()
         if self._process is None:
             return Spawned(self._python("--serve", stdin=stdin, stdout=stdout, stderr=stderr))
         return Forked(int(self.ask("fork", [stdin, stdout, stderr])), self)
@@ -100,12 +110,12 @@ class Nursery:
             )
         return reply.decode()
 
-    def _python(self, role: str, **streams: Any) -> subprocess.Popen:
+    def _python(self, *arguments: str, **streams: Any) -> subprocess.Popen:
         """A session of its own keeps the terminal's Ctrl-C, which is the caller's to handle, from
         it.
         """
         # -P: a folder named like a module, where the caller stands, must not get in
-        command = [sys.executable, "-P", "-m", "quantize.measuring", role]
+        command = [sys.executable, "-P", "-m", "quantize.measuring", *arguments]
         return subprocess.Popen(command, env=self._environment, start_new_session=True, **streams)
 
 
@@ -161,6 +171,22 @@ class Spawned:
             kill_group(self.process.pid)
         self.process.kill()
         self.process.wait()
+
+
+def modules_of(*models: Any) -> list[str]:
+    """The modules of installed packages (transformers, timm, ...) that the classes of models are
+    of: to import them takes seconds. Others may compute when they are imported, and a process that
+    has computed can't be forked.
+    """
+    places = tuple(sysconfig.get_path(name) for name in ("purelib", "platlib"))
+    found = set()
+    for model in models:
+        kinds = (
+            {type(module) for module in model.modules()} if isinstance(model, nn.Module) else set()
+        )
+        found.update(kind.__module__ for kind in kinds)
+    files = {name: getattr(sys.modules.get(name), "__file__", None) or "" for name in found}
+    return sorted(name for name, file in files.items() if file.startswith(places))
 
 
 def last_line(file: BinaryIO) -> str:

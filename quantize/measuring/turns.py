@@ -20,7 +20,7 @@ from quantize.checkpoint import CheckpointError
 from quantize.host import waiting_policy, with_waiting
 from quantize.measuring.artifact import Artifact, Build, MeasurementError
 from quantize.measuring.child import CannotSend
-from quantize.measuring.nursery import Nursery
+from quantize.measuring.nursery import Nursery, modules_of
 from quantize.measuring.process import Worker, pack, pack_inputs, payload
 from quantize.measuring.result import Latency, Measurement, latency_of
 
@@ -42,6 +42,7 @@ class Given:
     threads: int
     keep: bool = True
     timeout_s: float = 600.0
+    nursery: Nursery | None = None
 
 
 @dataclass
@@ -96,7 +97,10 @@ def open_turns(stack: ExitStack, sources: Mapping[str, Source], given: Given) ->
         given: what they share.
     """
     packed, why_here, why_evaluate_here = _packed(given)
-    nursery = None if why_here else stack.enter_context(Nursery(threads=given.threads))
+    nursery = given.nursery
+    if nursery is None and not why_here:
+        modules = modules_of(given.model, *sources.values())
+        nursery = stack.enter_context(Nursery(threads=given.threads, modules=modules))
     turns: list[Turn] = []
     for name, source in sources.items():
         here = Artifact(source, given.example_inputs, evaluate=given.evaluate, model=given.model)
@@ -106,7 +110,7 @@ def open_turns(stack: ExitStack, sources: Mapping[str, Source], given: Given) ->
         if here.in_memory:
             turn.notes.append("in memory: no file was loaded")
         try:
-            if nursery is None:
+            if nursery is None or why_here:
                 raise CannotSend(why_here)
             worker = _worker(nursery, here, source, packed, given)
         except CannotSend as reason:

@@ -16,12 +16,13 @@ from pathlib import Path
 import pytest
 import torch
 from measuring_models import start_children_and_answer
+from torch import nn
 
 import quantize
 from quantize.checkpoint import save
 from quantize.measuring.artifact import MeasurementError
 from quantize.measuring.comparison import compare, measure
-from quantize.measuring.nursery import Nursery
+from quantize.measuring.nursery import Nursery, modules_of
 from quantize.models import MLP, MLPConfig
 from quantize.native import int8
 
@@ -229,3 +230,25 @@ def test_what_the_script_defines_is_measured_in_a_fresh_process(tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout == "[(), ('in memory: no file was loaded',)]\n"
+
+
+def has_wave(model) -> float:
+    return float("wave" in sys.modules)
+
+
+def test_children_have_what_their_nursery_has_imported(file):
+    """One nursery serves several comparisons; a module that isn't there is no error of its own."""
+    with Nursery(threads=1, modules=("wave", "no.such.module")) as nursery:
+        for _ in range(2):
+            found = compare({"a": file}, INPUTS, evaluate=has_wave, nursery=nursery, **QUICK)
+            assert list(found[0].metrics.values()) == [1.0]
+
+
+def test_only_installed_packages_are_imported_before():
+    """Classes of the caller's own files may compute when they are imported."""
+
+    class Own(nn.Module):
+        pass
+
+    found = modules_of(nn.Sequential(nn.Linear(2, 2), Own()), lambda x: x, None)
+    assert "torch.nn.modules.linear" in found and Own.__module__ not in found
