@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from quantize import clock, surgery
@@ -229,22 +229,59 @@ def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
 
 def as_metrics(result: Any) -> dict[str, float]:
     """What `evaluate` returned, as name -> value: a number (named "metric"), a (name, value) pair,
-    or a mapping.
+    or a mapping. Values of single examples count by their mean; those of the first name also give
+    "standard_error" and "examples".
+
+    Raises:
+        TypeError: nothing of the kind.
     """
-    if isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], str):
-        result = dict([result])
-    elif not isinstance(result, Mapping):
-        result = {"metric": result}
+    named = _named(result)
     try:
-        metrics = {str(name): float(value) for name, value in result.items()}
+        values = {name: _values(value) for name, value in named.items()}
+        metrics = {name: float(value.mean()) for name, value in values.items()}
     except (TypeError, ValueError, RuntimeError):
         metrics = {}
     if not metrics:
         raise TypeError(
-            f"evaluate must return a number, a (name, number) pair or a dict of them, got "
-            f"{result!r:.100}"
+            f"evaluate must return a number or one for each example, a (name, number) pair or a "
+            f"dict of them, got {result!r:.100}"
         )
+    first = next(iter(values.values()))
+    if len(first) > 1:
+        sampled = {"standard_error": standard_error(first), "examples": float(len(first))}
+        metrics = {**metrics, **sampled}
     return metrics
+
+
+def per_example(result: Any) -> Tensor | None:
+    """The values of single examples, float64 [N], that `evaluate` returned under its first name;
+    None where it returned one number.
+    """
+    value = _values(next(iter(_named(result).values())))
+    return value if len(value) > 1 else None
+
+
+def _named(result: Any) -> dict[str, Any]:
+    if isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], str):
+        return dict([result])
+    if isinstance(result, Mapping):
+        return {str(name): value for name, value in result.items()}
+    return {"metric": result}
+
+
+def _values(value: Any) -> Tensor:
+    """One number or many, float64 [N]. Raises TypeError, ValueError, RuntimeError."""
+    if not hasattr(value, "__len__"):
+        value = [float(value)]
+    numbers = torch.as_tensor(value, dtype=torch.float64).detach().cpu().flatten()
+    if len(numbers) == 0:
+        raise ValueError("no numbers")
+    return numbers
+
+
+def standard_error(values: Tensor) -> float:
+    """Of the mean of independent values [N]: what a bootstrap of them tends to; 0 for one value."""
+    return float(values.double().std(correction=0) / math.sqrt(len(values)))
 
 
 def fingerprint(model: Any, example_inputs: Any) -> str:

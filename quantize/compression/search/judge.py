@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from quantize import clock
 from quantize.calibration import call, main_output, watching, without_cache
-from quantize.measuring.artifact import as_metrics
+from quantize.measuring.artifact import as_metrics, per_example, standard_error
 from quantize.measuring.rows import higher_is_better, metric_noise
 
-RESAMPLES = 200  # of the held-out batches, for the noise of their mean
+SLOW = 0.1  # share of the minutes: an evaluation that takes more isn't repeated for its noise
 
 
 @dataclass(frozen=True)
@@ -36,38 +38,90 @@ class Score:
 class Evaluated:
     """Judges by the user's function.
 
+    Its noise is known from the values of single examples, from "standard_error" or "examples" among
+    the metrics, and from a second call with the same model. Where there are values of single
+    examples, a loss has the noise of their differences, example by example.
+
     Args:
-        evaluate: called with a model; gives a number, a (name, number) pair or a dict of numbers.
+        evaluate: called with a model; gives a number, or one for each example, a (name, number)
+            pair or a dict of them.
         original: called twice, so that a metric that varies by itself is known.
+        seconds: that the search may take; a second call of a slow function is left out.
+        say: called with a line for people.
 
     Raises:
-        ValueError: it gives something that isn't finite for the original.
+        ValueError: it fails for the original, or gives something that isn't finite.
         TypeError: it gives no number.
     """
 
-    def __init__(self, evaluate: Callable[[Any], Any], original: nn.Module) -> None:
+    def __init__(
+        self,
+        evaluate: Callable[[Any], Any],
+        original: nn.Module,
+        seconds: float = math.inf,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
         self.evaluate = evaluate
-        first, again = (as_metrics(evaluate(original)) for _ in range(2))
-        self.name, self.value = next(iter(first.items()))
+        result, taken = clock.timed(partial(self._first, original))
+        self.metrics = as_metrics(result)
+        self.each = per_example(result)
+        self.name, self.value = next(iter(self.metrics.items()))
         if not math.isfinite(self.value):
             raise ValueError(f"evaluate gives {self.name}={self.value} for the original model")
+        self.scale = abs(self.value)  # what a loss in percent is a share of
         self.higher = higher_is_better(self.name)
-        sampled = metric_noise(self.value, self.value, first)
-        self.noise = max(abs(again[self.name] - self.value), sampled)
-        self.metrics = first
+        self.noise = metric_noise(self.value, self.value, self.metrics)
+        self.varies = 0.0  # from one call to the next
+        if taken > SLOW * seconds:
+            say(f"evaluate takes {taken:.3g} s a call: whether it varies isn't tried")
+        else:
+            self._repeat(original, say)
 
     def score(self, model: Any) -> Score:
         """Raises ValueError where the metric isn't finite, and what `evaluate` raises."""
-        metrics = as_metrics(self.evaluate(model))
+        result = self.evaluate(model)
+        metrics = as_metrics(result)
         if self.name not in metrics or not math.isfinite(metrics[self.name]):
             raise ValueError(f"evaluate gives {self.name}={metrics.get(self.name)}")
         change = metrics[self.name] - self.value
         loss = 0.0 - change if self.higher else change  # no -0.0
-        return Score(metrics, loss, self.noise)
+        return Score(metrics, loss, self._noise(per_example(result)))
+
+    def _first(self, original: nn.Module) -> Any:
+        try:
+            return self.evaluate(original)
+        except Exception as error:  # of somebody's code
+            said = f"{type(error).__name__}: {error}"
+            raise ValueError(f"evaluate fails for the original model: {said}") from error
+
+    def _repeat(self, original: nn.Module, say: Callable[[str], None]) -> None:
+        again = as_metrics(self._first(original))
+        varies = abs(again.get(self.name, math.nan) - self.value)
+        if not math.isfinite(varies):
+            raise ValueError(
+                f"evaluate gives {self.name}={self.value:.6g} for the original model, and "
+                f"{again} when it is called again: each call must read its data from the start"
+            )
+        if varies > 0:
+            say(
+                f"evaluate gives {self.name}={self.value:.6g}, then {again[self.name]:.6g} for the "
+                f"same model: changes of that size are taken as noise"
+            )
+        self.noise = max(self.noise, varies)
+        self.varies = varies
+
+    def _noise(self, each: Tensor | None) -> float:
+        """Of a loss: of the differences where examples can be paired, else the metric's own."""
+        if self.each is None or each is None or each.shape != self.each.shape:
+            return self.noise
+        return max(standard_error(each - self.each), self.varies)
 
 
 class Divergence:
     """Judges by the outputs on held-out batches: KL divergence of logits, else 1 - cosine.
+
+    `scale` is what a loss in percent is a share of: the entropy of the original's answers, which is
+    its cross-entropy against itself and rises by the divergence; of a cosine, 1.
 
     Args:
         original: its outputs are kept.
@@ -83,6 +137,7 @@ class Divergence:
         self.name = "kl_divergence" if self.logits else "cosine_distance"
         self.value = 0.0
         self.noise = 0.0
+        self.scale = _entropy([rows for rows, _ in self.expected]) if self.logits else 1.0
         self.metrics = {self.name: 0.0}
 
     def score(self, model: Any) -> Score:
@@ -100,7 +155,7 @@ class Divergence:
         if not torch.isfinite(each).all():
             raise ValueError("its outputs are not finite")
         loss = each.mean().item()
-        return Score({self.name: loss}, loss, _bootstrap(each))
+        return Score({self.name: loss}, loss, standard_error(each))
 
 
 def _answer(model: Any, batch: Any) -> tuple[Tensor, bool]:
@@ -118,13 +173,12 @@ def _answer(model: Any, batch: Any) -> tuple[Tensor, bool]:
     return rows.float().clone(), named or bare
 
 
+def _entropy(logits: Sequence[Tensor]) -> float:
+    """Of the answers in batches of rows [N, C], in nats, on average."""
+    logs = torch.cat(list(logits)).log_softmax(-1)
+    return -(logs.exp() * logs).sum(-1).mean().item()
+
+
 def _kl(actual: Tensor, expected: Tensor) -> Tensor:
     target = expected.log_softmax(-1)
     return F.kl_div(actual.log_softmax(-1), target, log_target=True, reduction="batchmean")
-
-
-def _bootstrap(values: Tensor) -> float:
-    """Standard error of the mean, from means of resamples; 0 for a single value."""
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.randint(len(values), (RESAMPLES, len(values)), generator=generator)
-    return values[drawn].mean(1).std().item()
