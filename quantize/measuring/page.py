@@ -51,7 +51,8 @@ def page(report: Report) -> str:
 
 def _title(report: Report) -> str:
     chosen = report["data"].get("chosen")
-    return f"{chosen} and what it was chosen from" if chosen else "What each file costs"
+    names = [row["name"] for row in report["rows"] if chosen and row["file"] == chosen]
+    return f"{names[0]} and what it was chosen from" if names else "What each file costs"
 
 
 def _paragraph(text: Any) -> str:
@@ -89,7 +90,8 @@ def _layers(layers: Iterable[Any]) -> str:
         return ""
     lines = [_line(("layer", "got", "why"), "th")]
     lines += [_line((part["name"], part["got"], part["why"]), "td") for part in known]
-    return f"<h2>Layers</h2><div class=wide><table>{''.join(lines)}</table></div>"
+    table = f"<table class=layers>{''.join(lines)}</table>"
+    return f"<h2>Layers</h2><div class=wide>{table}</div>"
 
 
 def _how_to_load(rows: Sequence[Row], data: Any) -> str:
