@@ -80,5 +80,6 @@ def one_nursery() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch, Nurseries() as nurseries:
         patch.setattr("quantize.measuring.turns.Nursery", nurseries)
+        patch.setattr("quantize.compression.search.finding.Nursery", nurseries)
         yield
     assert nurseries.are_reaped()

@@ -22,6 +22,7 @@ from quantize.calibration.inputs import (
     on_tensors,
     output_tensors,
     relative_error,
+    run_batch,
     watching,
     without_cache,
 )
@@ -77,6 +78,7 @@ __all__ = [
     "reached",
     "relative_error",
     "rows",
+    "run_batch",
     "trace_calls",
     "untouched",
     "watching",

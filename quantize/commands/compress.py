@@ -7,8 +7,9 @@
 
 Every row of the table is measured from a file, loaded again in a fresh process, in turns with the
 original. Without --evaluate, a loss is the KL divergence of logits (or 1 - cosine of other outputs)
-from the original's, on the half of the data that nothing is fitted to. `quantize.open_model` opens
-the folder. OUT.search holds every point; the same command goes on from there. The exit code is 1
+from the original's, on the half of the data that nothing is fitted to, and 1% is of the entropy of
+its answers (or of 1). `quantize.open_model` opens the folder. OUT.search holds every point: the
+same command goes on from there, and one with another budget starts with them. The exit code is 1
 where the budget can't be met: then the folder holds the best that was found.
 """
 

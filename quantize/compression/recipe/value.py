@@ -118,8 +118,8 @@ class Step:
 class Recipe:
     """Steps that are applied one after the other: `Prune(0.5) >> Recover(160) >> Int8()`.
 
-    Steps that remove or train work on float weights; `Half`, `Int8` and `Int4` round these, so one
-    of them can only come last; `Half` may follow the others, for what they left. `Student` starts
+    Steps that remove or train work on float weights; `Half`, `Int8` and `Int4` round these, so they
+    come last, `Int4` before `Int8` before `Half`, each for what is left. `Student` starts
     from the original model, so it comes first. `Recover` needs a `Prune` or `LowRank` before it
     since the last training.
 
@@ -257,11 +257,11 @@ def _finite(value: Any) -> Any:
     return str(value) if isinstance(value, float) and math.isinf(value) else value
 
 
-def _rounds_the_rest(before: Sequence[Step], step: Step) -> bool:
-    """Does the step store in 16 bits what the integers before it left in float?"""
-    parts = [other.part for other in before]
-    integers = parts[-1] in ("int8", "int4")
-    return integers and step.part in ("fp16", "bf16")
+def _rounds_the_rest(before: Step, step: Step) -> bool:
+    """Does the step store what the integers before it left in float, in more bits than they?"""
+    bits = {"int4": 4, "int8": 8, "fp16": 16, "bf16": 16}
+    first, then = bits.get(before.part, 16), bits.get(step.part, 0)
+    return first < then
 
 
 def _check_order(steps: Sequence[Step]) -> None:
@@ -270,7 +270,7 @@ def _check_order(steps: Sequence[Step]) -> None:
     for index, step in enumerate(steps):
         name = type(step).__name__
         before = type(steps[index - 1]).__name__
-        if index and steps[index - 1].rounds and not _rounds_the_rest(steps[:index], step):
+        if index and steps[index - 1].rounds and not _rounds_the_rest(steps[index - 1], step):
             raise ValueError(
                 f"{name} can't follow {before}, which rounds the weights: put {before} last"
             )

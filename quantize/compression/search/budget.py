@@ -55,47 +55,58 @@ class Budget:
         loss, unit = _limit(budget.get("max_loss"))
         return cls(**targets, loss=loss, loss_unit=unit)
 
-    def allowed_loss(self, value: float, noise: float) -> float:
+    @property
+    def has_targets(self) -> bool:
+        """Whether anything beside the loss is asked for."""
+        return any(getattr(self, name) is not None for name in TARGETS)
+
+    def allowed_loss(self, scale: float, noise: float) -> float:
         """The largest loss, in the metric's units; infinite where none is given.
 
         Args:
-            value: of the original.
+            scale: what a loss in percent is a share of: the original's value.
             noise: of the metric.
         """
         if self.loss is None:
             return math.inf
-        factors = {"": 1.0, "%": abs(value) / 100, "noise": noise}
+        factors = {"": 1.0, "%": abs(scale) / 100, "noise": noise}
         return self.loss * factors[self.loss_unit]
 
     def misses(self, row: Mapping[str, Any]) -> list[str]:
         """Which targets a measured row misses, in words; empty where it reaches all."""
         found = []
-        latency = (row["latency_ms"] or {}).get("median")
-        for name, value, limit, reached in (
-            ("speedup", row["speedup"], self.speedup, _at_least),
-            ("latency_ms", latency, self.latency_ms, _at_most),
-            ("bytes", row["bytes"], self.bytes, _at_most),
-            ("memory_mb", row["peak_rss_mb"], self.memory_mb, _at_most),
-        ):
-            if limit is None:
-                continue
-            if value is None or not reached(value, limit):
+        for name, value, limit in self._measured(row):
+            if value is None or _excess(name, value, limit) > 0:
                 shown = "not measured" if value is None else f"{value:.4g}"
                 found.append(f"{name} is {shown}, asked for {limit:.4g}")
         return found
+
+    def excess(self, row: Mapping[str, Any]) -> float:
+        """The share by which a row misses the target that it misses most; below 0 where it reaches
+        all with something to spare, infinite where one wasn't measured.
+        """
+        shares = [-math.inf]
+        for name, value, limit in self._measured(row):
+            shares.append(math.inf if value is None else _excess(name, value, limit))
+        return max(shares)
+
+    def _measured(self, row: Mapping[str, Any]) -> list[tuple[str, float | None, float]]:
+        """Name, measured value and limit of what was asked for."""
+        latency = (row["latency_ms"] or {}).get("median")
+        values = {"speedup": row["speedup"], "latency_ms": latency}
+        values |= {"bytes": row["bytes"], "memory_mb": row["peak_rss_mb"]}
+        limits = {name: getattr(self, name) for name in TARGETS}
+        return [(name, values[name], limits[name]) for name in TARGETS if limits[name] is not None]
+
+
+def _excess(name: str, value: float, limit: float) -> float:
+    """The share by which a value misses its limit; below 0 where it keeps it."""
+    return limit / value - 1 if name == "speedup" else value / limit - 1
 
 
 def _positive(value: Any) -> bool:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return number and 0 < value < math.inf
-
-
-def _at_least(value: float, limit: float) -> bool:
-    return value >= limit
-
-
-def _at_most(value: float, limit: float) -> bool:
-    return value <= limit
 
 
 def _limit(value: Any) -> tuple[float | None, str]:

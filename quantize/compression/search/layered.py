@@ -11,14 +11,14 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from quantize.compression.recipe import Half, Int8, LowRank, Prune, Recipe, Step
+from quantize.compression.recipe import Half, Int4, Int8, LowRank, Prune, Recipe, Step
 from quantize.compression.search.budget import Budget
 from quantize.compression.search.fits import Factors, Parts, Seen, fitted
 from quantize.compression.search.knapsack import Frontier, solve
-from quantize.compression.search.times import BF16, FLOAT, INT8
+from quantize.compression.search.times import BF16, FLOAT, INT4, INT8
 from quantize.compression.search.units import Option, Unit
 
-ROUNDS = 6
+ROUNDS = 8
 _MARGIN, _MORE = 0.02, 0.04  # of a target: asked for beyond it, and more after each miss
 _MIXES = (0.5, 0.25, 0.75, 0.1, 0.9, 0.0, 1.0)  # share of latency where bytes count too
 
@@ -55,21 +55,21 @@ class Layered:
 
     # What was measured.
 
-    def learn(self, row: Row, choice: Sequence[Option]) -> None:
-        """Take a measured row of this choice into the predictions."""
+    def learn(self, row: Row, parts: Parts) -> None:
+        """Take a measured row of a choice with these parts into the predictions."""
         if row["file"] is None or not row["latency_ms"]:
             return
         saved = self.original_s * (1 - 1 / row["speedup"])
         loss = max(row["loss"], 0.5 * row["loss_noise"], 1e-12)
-        self.points.append(Seen(Parts.of(choice), saved, loss, row["bytes"]))
+        self.points.append(Seen(parts, saved, loss, row["bytes"]))
 
-    def uniform(self, kind: str) -> list[Option]:
-        """Every unit whole and of this kind; as it is where it has no such option."""
+    def uniform(self, kind: str) -> Parts:
+        """Of every unit whole and of this kind; as it is where it has no such option."""
         found = []
         for unit in self.units:
             whole = [o for o in unit.options if o.kind == kind and o.amount == 0 and o.ratio == 1]
             found.append((whole or unit.options)[0])
-        return found
+        return Parts.of(found)
 
     @property
     def factors(self) -> Factors:
@@ -160,7 +160,7 @@ class Layered:
     def recipe(self, choice: Choice) -> Recipe | None:
         """The steps that make the model; None where every unit stays as it is."""
         amounts, ratios = {}, {}
-        by_kind: dict[str, list[str]] = {FLOAT: [], INT8: [], BF16: []}
+        by_kind: dict[str, list[str]] = {FLOAT: [], INT8: [], BF16: [], INT4: []}
         for unit, option in zip(self.units, self.options(choice), strict=True):
             by_kind[option.kind] += unit.layers
             if option.amount:
@@ -172,8 +172,10 @@ class Layered:
             steps.append(Prune(amounts))
         if ratios:
             steps.append(LowRank(ratios, only_faster=False))
-        if by_kind[INT8]:
-            stays = (*by_kind[FLOAT], *by_kind[BF16])
+        stays = (*by_kind[FLOAT], *by_kind[BF16])
+        if by_kind[INT4]:
+            steps.append(Int4(skip=(*stays, *by_kind[INT8])))
+        if by_kind[INT8] or (by_kind[INT4] and self.embeddings):
             steps.append(Int8(embeddings=self.embeddings, skip=stays))
         if by_kind[BF16]:
             steps.append(Half("bfloat16", skip=tuple(by_kind[FLOAT])))
@@ -244,4 +246,12 @@ def from_values(values: Sequence[Mapping[str, Any]]) -> list[Unit]:
     for value in values:
         options = tuple(Option(**option) for option in value["options"])
         found.append(Unit(value["name"], tuple(value["layers"]), options, value["seconds"]))
+    return found
+
+
+def kinds_of(values: Sequence[Mapping[str, Any]]) -> set[str]:
+    """The kinds among the options that `as_values` gave."""
+    found: set[str] = set()
+    for value in values:
+        found.update(option["kind"] for option in value["options"])
     return found

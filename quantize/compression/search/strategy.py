@@ -15,7 +15,8 @@ from quantize.compression.recipe import (
     Recipe,
     Recover,
 )
-from quantize.compression.search.times import BF16, INT8
+from quantize.compression.search.budget import Budget
+from quantize.compression.search.times import BF16, INT4, INT8
 from quantize.host import native_bf16
 
 SHARES = (0.25, 0.5, 0.125, 0.375, 0.625, 0.75)  # removed, in the order in which they are tried
@@ -23,19 +24,21 @@ FINEST = 0.04  # two shares that are nearer are not told apart
 PRUNED, FACTORIZED = "pruned", "low_rank"
 
 
-def whole(small_wanted: bool) -> Iterator[Recipe]:
+def whole(small_wanted: bool, mostly_linear: bool) -> Iterator[Recipe]:
     """Recipes that keep every channel: other weights for the same layers.
 
     Args:
         small_wanted: whether bytes or memory are asked for.
+        mostly_linear: whether linear layers, which alone can have 4 bits, have most of the weights.
     """
     if native_bf16("cpu"):
         yield Recipe((Half("bfloat16"),))
     elif small_wanted:
         yield Recipe((Half("float16"),))
     yield Recipe((Int8(embeddings=small_wanted),))
-    if small_wanted:
+    if small_wanted and mostly_linear:
         yield Recipe((Int4(),))
+        yield Int4() >> Int8(embeddings=True)  # tables, and layers that int4 can't have
 
 
 def where_faster() -> Recipe:
@@ -89,16 +92,29 @@ def channels_last(recipe: Recipe | None) -> Recipe:
     return Recipe((*before, ChannelsLast(), *rounding))
 
 
-def best(rows: Sequence[Mapping[str, Any]], *, fastest: bool) -> list[Mapping[str, Any]]:
-    """Rows that keep the budget, the preferred one first.
+def best(
+    rows: Sequence[Mapping[str, Any]], budget: Budget, noise: float
+) -> list[Mapping[str, Any]]:
+    """Rows that keep the budget, the preferred one first: where a target is given, the one that
+    lost least of those that reach it by more than noise; else the fastest.
 
     Args:
         rows: of all points.
-        fastest: whether speed is what counts, since nothing but a loss was asked for; else the
-            least loss does.
+        budget: what is asked for.
+        noise: of a speed-up, as a share.
     """
     fitting = [row for row in rows if row["fits"]]
-    return sorted(fitting, key=_by_speed if fastest else _by_loss)
+    if not budget.has_targets:
+        return sorted(fitting, key=_by_speed)
+    return sorted(fitting, key=lambda row: (budget.excess(row) > -noise, *_by_loss(row)))
+
+
+def nearly(
+    rows: Sequence[Mapping[str, Any]], budget: Budget, noise: float
+) -> list[Mapping[str, Any]]:
+    """Rows within the loss that miss a target by no more than noise, the nearest first."""
+    close = [row for row in rows if row["within"] and 0 < budget.excess(row) <= noise]
+    return sorted(close, key=budget.excess)
 
 
 def _by_loss(row: Mapping[str, Any]) -> tuple[float, float]:
@@ -116,11 +132,20 @@ def without_layout(recipe: Recipe) -> Recipe | None:
 
 
 def uniform_kind(recipe: Sequence[Mapping[str, Any]] | None) -> str | None:
-    """The kind ("int8", "bf16") that a row's recipe gives every layer; None for other recipes."""
+    """The kind ("int8", "bf16", "int4") that a row's recipe gives every layer; None for others."""
     steps = [step for step in recipe or () if step["step"] != "ChannelsLast"]
-    if len(steps) != 1:
+    if any(step.get("skip") for step in steps):
         return None
-    if steps[0]["step"] == "Int8":
-        plain = steps[0]["prefer"] == "size" and not steps[0]["smooth"]
-        return INT8 if plain else None
-    return BF16 if steps[0].get("dtype") == "bfloat16" else None
+    kinds = [_kind(step) for step in steps]
+    if kinds == [INT4, INT8]:
+        return INT4
+    return kinds[0] if kinds in ([INT8], [BF16]) else None
+
+
+def _kind(step: Mapping[str, Any]) -> str | None:
+    """What a step of a row's recipe stores layers as; None for one that does something else too."""
+    if step["step"] == "Int8":
+        return INT8 if step["prefer"] == "size" and not step["smooth"] else None
+    if step["step"] == "Half":
+        return BF16 if step["dtype"] == "bfloat16" else None
+    return INT4 if step["step"] == "Int4" else None

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from quantize import clock
 from quantize.compression.half import to_half
+from quantize.compression.int4 import quantize_weights
 from quantize.compression.int8.layers import choose, convert
 from quantize.nn import low_rank as pairs
 
-FLOAT, INT8, BF16 = "float", "int8", "bf16"
+FLOAT, INT8, BF16, INT4 = "float", "int8", "bf16", "int4"
 _CACHE_BYTES, _MOST_COPIES = 8 << 20, 4  # copies take turns: a model's weights are cold
 _FEWEST, _SECONDS = 5, 0.004  # timed calls of a contender, and about how long they take
 _MOST_NUMBERS = 1 << 21  # in an input; more of them change the time in proportion
@@ -32,7 +33,7 @@ class Stopwatch:
     """Times layers, each kind and shape once.
 
     Args:
-        kinds: what each is timed in, of "float", "int8", "bf16".
+        kinds: what each is timed in, of "float", "int8", "bf16", "int4".
     """
 
     def __init__(self, kinds: Sequence[str]) -> None:
@@ -66,12 +67,12 @@ class Stopwatch:
 
     def _race(self, layer: nn.Module, shape: Sequence[int]) -> Seconds:
         x, times = _input(shape)
-        made = {kind: _MADE[kind](layer) for kind in self.kinds}
-        runs = [_turns(one, x) for one in made.values()]
+        layers = {kind: made(layer, kind) for kind in self.kinds}
+        runs = [_turns(one, x) for one in layers.values()]
         calls = [run for run, _ in runs]
         warm_up = max(copies for _, copies in runs)  # a copy packs its weights in its first call
         seconds = clock.race(calls, least=_FEWEST, seconds=_SECONDS, warm_up=warm_up)
-        return {kind: times * taken for kind, taken in zip(made, seconds, strict=True)}
+        return {kind: times * taken for kind, taken in zip(layers, seconds, strict=True)}
 
 
 def _channel(layer: nn.Module) -> int:
@@ -90,10 +91,10 @@ def _like(layer: Any, inputs: int, outputs: int) -> nn.Module:
     settings = {
         name: getattr(layer, name) for name in ("kernel_size", "stride", "padding", "dilation")
     }
-    made = kind(inputs, outputs, groups=groups, bias=biased, **settings)
+    new = kind(inputs, outputs, groups=groups, bias=biased, **settings)
     if layer.weight.ndim == 4 and layer.weight.is_contiguous(memory_format=torch.channels_last):
-        made.to(memory_format=torch.channels_last)
-    return made
+        new.to(memory_format=torch.channels_last)
+    return new
 
 
 def _input(shape: Sequence[int]) -> tuple[Tensor, float]:
@@ -133,8 +134,23 @@ def as_bf16(layer: nn.Module) -> nn.Module:
     return _only(to_half(nn.Sequential(layer), torch.bfloat16).eval())
 
 
+def as_int4(layer: nn.Module) -> nn.Module:
+    """The layer in 4 bits, rounded to the nearest; in int8 where it can't be, as `Int4 >> Int8`
+    does.
+    """
+    try:
+        return _only(quantize_weights(nn.Sequential(layer)).eval())
+    except ValueError:
+        return as_int8(layer)
+
+
+def made(layer: nn.Module, kind: str) -> nn.Module:
+    """The layer in one of the kinds."""
+    return _MADE[kind](layer)
+
+
 def _only(model: nn.Module) -> nn.Module:
     return next(model.children())
 
 
-_MADE = {FLOAT: as_float, INT8: as_int8, BF16: as_bf16}
+_MADE = {FLOAT: as_float, INT8: as_int8, BF16: as_bf16, INT4: as_int4}

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
-import time
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,17 @@ from quantize.checkpoint import atomic_write
 from quantize.compression.recipe import Given, Recipe
 from quantize.compression.search.budget import Budget
 from quantize.measuring.comparison import compare
+from quantize.measuring.nursery import Nursery
 from quantize.measuring.rows import build_rows, grade
 
 STATE, ORIGINAL = "search.json", "original"
 SUFFIX = ".safetensors"
+BURST_S = 0.15  # length of a turn
+BUSY = 0.1  # share by which the original differs from itself where the machine is busy
+UNKNOWN_NOISE = 1e-3  # share of the metric that is noise where nobody knows it, as in reports
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# What a second measurement of a file leaves as it is.
+_JUDGED = ("loss", "loss_noise", "metric", "metric_change", "recipe", "predicted")
 
 Row = dict[str, Any]
 
@@ -48,7 +56,10 @@ class Points:
         if path.exists():
             held = json.loads(path.read_text())
             if held["identity"] != self.identity:
-                raise ValueError(f"{path} is of another model or other batches: give another out=")
+                differing = [k for k, v in self.identity.items() if held["identity"].get(k) != v]
+                raise ValueError(
+                    f"{path} is of another search (other {', '.join(differing)}): give another out="
+                )
             self.rows = [row for row in held["rows"] if self._is_whole(row)]
             self.units = held.get("units")
 
@@ -56,9 +67,13 @@ class Points:
         """The row of that name, if it was measured already."""
         return next((row for row in self.rows if row["name"] == name), None)
 
-    def add(self, row: Row) -> None:
-        """Keep a row, on disk too."""
-        self.rows.append(row)
+    def keep(self, row: Row) -> None:
+        """Keep a row, on disk too; one of the same name is replaced."""
+        names = [other["name"] for other in self.rows]
+        if row["name"] in names:
+            self.rows[names.index(row["name"])] = row
+        else:
+            self.rows.append(row)
         self._write()
 
     def keep_units(self, units: Any) -> None:
@@ -88,6 +103,7 @@ class Trial:
         budget: what is asked for.
         points: where rows are kept.
         say: called with a line for people.
+        nursery: what measuring processes are forked from.
     """
 
     def __init__(
@@ -99,11 +115,22 @@ class Trial:
         budget: Budget,
         points: Points,
         say: Callable[[str], None],
+        nursery: Nursery,
     ) -> None:
+        self.nursery = nursery
         self.model, self.example_inputs, self.given = model, example_inputs, given
         self.judge, self.budget, self.points, self.say = judge, budget, points, say
-        self.allowed = budget.allowed_loss(judge.value, judge.noise)
-        self.seconds: dict[str, float] = {}  # that a point took, by name
+        self.allowed = budget.allowed_loss(judge.scale, judge.noise)
+        self.least_noise = 0.0 if judge.noise else UNKNOWN_NOISE * judge.scale
+
+    def rows(self) -> list[Row]:
+        """All that is known of this model, in the order of measuring, judged by this budget."""
+        return [row | self._verdict(row) for row in self.points.rows]
+
+    def find(self, recipe: Recipe) -> Row | None:
+        """The row of a recipe that was measured, judged by this budget."""
+        known = self.points.find(file_name(recipe))
+        return None if known is None else known | self._verdict(known)
 
     def original(self) -> Row:
         """The row of the model as it is, measured against itself: its speed-up is noise."""
@@ -118,44 +145,45 @@ class Trial:
         noise = abs(1 - (again.speedup or 1.0))
         row |= {"speed_noise": max(noise, 0.01), "loss": 0.0, "loss_noise": self.judge.noise}
         row |= {"metric": self._metric(self.judge.metrics), "metric_change": 0.0}
+        if noise > BUSY:
+            self.say(f"a busy machine: the original against itself differs by {noise:.0%}")
         return self._keep(row, None)
 
     def point(self, recipe: Recipe, predicted: Row | None = None) -> Row:
         """The row of one recipe, with what was predicted of it; one that fails has no file and
-        says why.
+        says why. Raises OSError where the disk is full.
         """
         name = file_name(recipe)
-        known = self.points.find(name)
-        if known is not None:
-            return known | self._verdict(known)
-        started = time.monotonic()
         self.say(f"trying {name}")
         try:
             row = self._measured(recipe, name)
-        except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
-            row = self._failed(name, " ".join(str(error).split())[:300])
-        self.seconds[name] = time.monotonic() - started
+        except Exception as error:  # of somebody's model or metric
+            if isinstance(error, OSError) and error.errno in DISK_FULL:
+                raise
+            row = self._failed(name, _reason(error))
         row["predicted"] = predicted
         return self._keep(row, recipe)
 
     def path(self, name: str) -> Path:
         return self.points.folder / f"{name}{SUFFIX}"
 
-    def confirmed(self, row: Row, rounds: int = 11) -> Row:
-        """The row measured once more, against the original, with what a choice rests on."""
-        self.say(f"measuring {row['name']} once more")
-        files = {ORIGINAL: self.path(ORIGINAL), row["name"]: self.path(row["name"])}
-        measured = self._compare(files, rounds)
-        again = build_rows(measured)[1]
-        kept = {
-            key: row[key]
-            for key in ("loss", "loss_noise", "metric", "metric_change", "recipe", "predicted")
-        }
-        fresh = again | kept
-        return fresh | self._verdict(fresh)
+    def confirmed(self, rows: Sequence[Row], rounds: int = 11) -> list[Row]:
+        """Rows measured once more, side by side with the original; a choice rests on them."""
+        names = [row["name"] for row in rows]
+        self.say(f"measuring {', '.join(names)} once more")
+        files = {name: self.path(name) for name in (ORIGINAL, *names)}
+        measured = build_rows(self._compare(files, rounds))[1:]
+        fresh = []
+        for row, again in zip(rows, measured, strict=True):
+            new = again | {key: row[key] for key in _JUDGED}
+            self._mark(new)
+            fresh.append(new | self._verdict(new))
+        return fresh
 
     def _measured(self, recipe: Recipe, name: str) -> Row:
-        small = recipe(self.model, self.given)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # the model's summary has what was left
+            small = recipe(self.model, self.given)
         path = self.path(name)
         checkpoint.save(small, path, metadata={"recipe": recipe.as_values()})
         loaded = checkpoint.load(path, self.model)
@@ -164,11 +192,16 @@ class Trial:
         row = build_rows(self._compare(files))[1]
         row["metric"] = self._metric(score.metrics)
         row["metric_change"] = row["metric"]["value"] - self.judge.value
+        row |= {"loss": score.loss, "loss_noise": max(score.noise, self.least_noise)}
+        self._mark(row)
+        return row
+
+    def _mark(self, row: Row) -> None:
+        """Put how much worse a row is than the original before its other notes."""
         marks = [row["notes"]] if row["notes"] else []
         if self.judge.value:
-            marks[:0] = grade(self.judge.value, score.loss, score.noise)
+            marks[:0] = grade(self.judge.value, row["loss"], row["loss_noise"])
         row["notes"] = "; ".join(marks)
-        return row | {"loss": score.loss, "loss_noise": score.noise}
 
     def _metric(self, metrics: Mapping[str, float]) -> Row:
         (name, value), *others = metrics.items()
@@ -177,7 +210,12 @@ class Trial:
 
     def _compare(self, files: dict[str, Path], rounds: int = 5) -> list[Any]:
         return compare(
-            files, self.example_inputs, model=self.model, rounds=rounds, burst_seconds=0.15
+            files,
+            self.example_inputs,
+            model=self.model,
+            rounds=rounds,
+            burst_seconds=BURST_S,
+            nursery=self.nursery,
         )
 
     def _failed(self, name: str, reason: str) -> Row:
@@ -193,7 +231,7 @@ class Trial:
         row["recipe"] = None if recipe is None else recipe.as_values()
         row.setdefault("predicted", None)
         row |= self._verdict(row)
-        self.points.add(row)
+        self.points.keep(row)
         return row
 
     def _verdict(self, row: Row) -> Row:
@@ -206,6 +244,13 @@ class Trial:
         if not within:
             misses.append(f"the loss is {row['loss']:.4g}, at most {self.allowed:.4g} is allowed")
         return {"within": within, "reaches": reaches, "fits": not misses, "misses": misses}
+
+
+def _reason(error: Exception) -> str:
+    """In one line; errors of this package say by themselves whose they are."""
+    said = " ".join(str(error).split())[:300]
+    ours = (ValueError, TypeError, RuntimeError, NotImplementedError)
+    return said if isinstance(error, ours) and said else f"{type(error).__name__}: {said}"
 
 
 def file_name(recipe: Recipe) -> str:

@@ -1,7 +1,7 @@
 """What can be done to each part of a model, what it would lose and what it would take.
 
 A unit is a group of channels with the layers that give and read them, or a layer alone. Its options
-are ways to store its layers (float, bfloat16, int8), each at some widths or ranks. Losses are
+are ways to store its layers (float, bfloat16, int8, int4), each at some widths or ranks. Losses are
 squared changes of the model's output in closed form, from the second moments of inputs and
 gradients (K-FAC, as in `low_rank.maths`); times are those of layers of that size.
 """
@@ -9,6 +9,7 @@ gradients (K-FAC, as in `low_rank.maths`); times are those of layers of that siz
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,14 +24,16 @@ from quantize.compression.low_rank.candidates import find_layers
 from quantize.compression.low_rank.spectra import usable
 from quantize.compression.pruning.costs import Removable, removable
 from quantize.compression.recipe import Given
-from quantize.compression.search.times import BF16, FLOAT, INT8, Stopwatch, as_int8
+from quantize.compression.search.times import FLOAT, INT8, Stopwatch, made
+from quantize.nn import dense_weight
 from quantize.nn import low_rank as pairs
 
-AMOUNTS = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75)
-RATIOS = (0.75, 0.6, 0.45, 0.3)
+AMOUNTS = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
+RATIOS = (0.6, 0.45, 0.3, 0.2, 0.1)
 MEMORY = 1 << 29  # bytes of second moments held at once
 _RANGE = 4.0  # of a row's numbers, in root mean squares: what int8 inputs are rounded by
 _LEVELS = 255
+_LINE = 120  # characters of a line for people
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,7 @@ class Facts:
         calls: of it in such a call.
         spectrum: whitened singular values; None where it can't be a pair.
         rounding: loss by kind.
+        bytes: in a file, by kind.
     """
 
     layer: Any
@@ -92,6 +96,7 @@ class Facts:
     calls: int
     spectrum: Tensor | None
     rounding: dict[str, float]
+    bytes: dict[str, float]
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -110,7 +115,7 @@ def survey(
     Args:
         model: the original, in eval mode.
         given: with example_inputs and calibration.
-        kinds: "float", and any of "int8" and "bf16".
+        kinds: "float", and any of "int8", "bf16" and "int4".
         say: called with a line for people.
 
     Raises:
@@ -139,7 +144,7 @@ def survey(
 
 def _groups(model: nn.Module, given: Given, say: Callable[[str], None]) -> list[Removable]:
     try:
-        return removable(model, given.example_inputs, given.calibration or (), say)
+        return removable(model, given.example_inputs, given.calibration or (), _shortened(say))
     except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
         say(f"no channels can go: {' '.join(str(error).split())[:150]}")
         return []
@@ -157,7 +162,7 @@ def _facts(
     shapes = {name: pairs.matrix(layers[name]).shape for name in calls.shapes}
     widths = {name: (k, m) for name, (m, k) in shapes.items()}
     batches = given.calibration or ()
-    survey = calibrating.Survey(model, batches, widths, memory=MEMORY, say=say)
+    survey = calibrating.Survey(model, batches, widths, memory=MEMORY, say=_shortened(say))
     found: dict[str, Facts] = {}
     for name in widths:
         gradient = usable(survey.gradient(name)) if name in survey.reached else None
@@ -170,41 +175,42 @@ def _facts(
     return found
 
 
+def _shortened(say: Callable[[str], None]) -> Callable[[str], None]:
+    """Without most of the names of layers that a line lists."""
+    return lambda line: say(textwrap.shorten(line, _LINE, placeholder=" ..."))
+
+
 def _of(model: nn.Module, names: Any) -> dict[str, nn.Module]:
     return {name: model.get_submodule(name) for name in names}
 
 
 def _losses(
     layer: Any, seen: calibrating.InputStatistics, gradient: Tensor, kinds: Sequence[str]
-) -> tuple[Tensor, dict[str, float]]:
-    """The spectrum, and the loss of rounding by kind; both summed over the rows seen."""
+) -> tuple[Tensor, dict[str, float], dict[str, float]]:
+    """The spectrum, and by kind the loss of rounding and the bytes; losses are summed over the rows
+    seen.
+    """
     weight = pairs.matrix(layer).double()
     moment = seen.covariance if layer.bias is not None else seen.second_moment
     moment = maths.with_unseen(moment, seen.count)
     spectrum = maths.whitened_spectrum(weight, moment, gradient) * math.sqrt(seen.count)
-    rounding = {FLOAT: 0.0}
-    if BF16 in kinds:
-        error = weight - weight.bfloat16().double()
-        rounding[BF16] = seen.count * maths.weighted_error(error, seen.second_moment, gradient)
-    if INT8 in kinds:
-        rounding[INT8] = seen.count * _int8_loss(layer, weight, seen, gradient)
-    return spectrum, rounding
+    rounding, sizes = {}, {}
+    for kind in kinds:
+        small = made(layer, kind)
+        error = weight - dense_weight(small).double().reshape(weight.shape)
+        by_weight = maths.weighted_error(error, seen.second_moment, gradient)
+        by_input = _input_loss(weight, seen, gradient) if kind == INT8 else 0.0
+        rounding[kind] = seen.count * (by_weight + by_input)
+        sizes[kind] = float(sum(tensor.nbytes for tensor in small.state_dict().values()))
+    return spectrum, rounding, sizes
 
 
-def _int8_loss(
-    layer: Any, weight: Tensor, seen: calibrating.InputStatistics, gradient: Tensor
-) -> float:
-    """Of a row: by the rounded weight, and by inputs rounded to 255 steps of their range."""
-    small: Any = as_int8(layer)
-    if not hasattr(small, "dense_weight"):
-        return 0.0
-    error = weight - small.dense_weight().double().reshape(weight.shape)
-    by_weight = maths.weighted_error(error, seen.second_moment, gradient)
+def _input_loss(weight: Tensor, seen: calibrating.InputStatistics, gradient: Tensor) -> float:
+    """Of a row: by inputs rounded to 255 steps of their range."""
     power = seen.power.clamp(min=0)
     reach = max(_RANGE * power.mean().sqrt().item(), power.max().sqrt().item())
     step = 2 * reach / _LEVELS
-    by_input = step**2 / 12 * (weight.T @ gradient.double() * weight.T).sum().item()
-    return by_weight + by_input
+    return step**2 / 12 * (weight.T @ gradient.double() * weight.T).sum().item()
 
 
 # Options.
@@ -225,7 +231,7 @@ def _unit(
     for kind in kinds:
         saved = seconds - sum(times[kind] for times in full.values())
         rounding = sum(facts[layer].rounding[kind] for layer in own)
-        size = sum(_bytes(facts[layer], kind) for layer in own)
+        size = sum(facts[layer].bytes[kind] for layer in own)
         start = Option(kind, kind_s=saved, rounding=rounding, bytes=size)
         options.append(start)
         if group is not None:
@@ -266,7 +272,7 @@ def _narrower(
             before = _whole(facts[layer], watch, 0, 0)[start.kind]
             saved += before - _whole(facts[layer], watch, fewer_in, fewer_out)[start.kind]
             share = (1 - fewer_in / inputs) * (1 - fewer_out / outputs)
-            kept_bytes -= (1 - share) * _bytes(facts[layer], start.kind) * (layer in own)
+            kept_bytes -= (1 - share) * facts[layer].bytes[start.kind] * (layer in own)
         found[gone] = Option(
             start.kind,
             amount=amount,
@@ -301,7 +307,7 @@ def _factorized(
             saved += full[layer][start.kind] - fact.calls * times[start.kind]
             removal += fact.spectrum[rank:].double().square().sum().item()
             m, k = pairs.matrix(fact.layer).shape
-            kept_bytes -= (1 - rank * (m + k) / (m * k)) * _bytes(fact, start.kind)
+            kept_bytes -= (1 - rank * (m + k) / (m * k)) * fact.bytes[start.kind]
         found.append(
             Option(
                 start.kind,
@@ -323,10 +329,3 @@ def _rank(fact: Facts, ratio: float) -> int | None:
     unit = rank_unit((m, k))
     rank = max(rank // unit * unit, min(rank, unit))
     return rank if 0 < rank and rank * (m + k) < m * k else None
-
-
-def _bytes(fact: Facts, kind: str) -> float:
-    """Of the weight, and of what goes with an output channel."""
-    m, k = pairs.matrix(fact.layer).shape
-    each = {FLOAT: 4.0, BF16: 2.0, INT8: 1.0}[kind]
-    return m * k * each + 8.0 * m

@@ -1,180 +1,96 @@
-"""`compress`: tries recipes until the minutes are over, and returns the best one that was measured.
+"""Tries recipes until the minutes are over, and chooses the best one that was measured.
 
-First what keeps every channel (16 bits, int8, int4), then pruned and factorized models, then
-choices layer by layer, corrected by what was measured, then a training of what came near.
+First what keeps every channel (16 bits, int8, int4), then choices layer by layer, corrected by what
+was measured, then pruned and factorized models, then a training of what came near.
 """
 
 from __future__ import annotations
 
-import sys
-import tempfile
+import math
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
+from functools import partial
 
 from torch import nn
 
 from quantize import checkpoint, surgery
-from quantize.calibration import check_batches
-from quantize.compression.recipe import ChannelsLast, Given, Recipe
+from quantize.compression.recipe import ChannelsLast, Recipe
 from quantize.compression.search import strategy
-from quantize.compression.search.budget import TARGETS, Budget
-from quantize.compression.search.judge import Divergence, Evaluated
-from quantize.compression.search.layered import ROUNDS, Choice, Layered, as_values, from_values
-from quantize.compression.search.times import BF16, FLOAT, INT8
-from quantize.compression.search.trial import ORIGINAL, Points, Row, Trial, digest, file_name
+from quantize.compression.search.fits import Parts
+from quantize.compression.search.layered import (
+    ROUNDS,
+    Choice,
+    Layered,
+    as_values,
+    from_values,
+    kinds_of,
+)
+from quantize.compression.search.result import Result, doubts_of, facts_of, layers_of
+from quantize.compression.search.times import BF16, FLOAT, INT4, INT8
+from quantize.compression.search.trial import ORIGINAL, Row, Trial
 from quantize.compression.search.units import survey
-from quantize.host import machine, native_bf16
-from quantize.measuring.report import write_report
+from quantize.host import native_bf16
 
 MOST_SHARES, FEW_SHARES = 6, 1  # of one technique; where layers are chosen one by one too
-CANDIDATES = 3  # to measure again, the best first
+CANDIDATES = 3  # to measure again side by side, the best first
+CONFIRMATIONS = 2  # of so many each
+MOST_NOISE = 0.05  # share of a latency that is taken for noise
 FIRST_STEPS, MOST_STEPS = 20, 400  # of a training
 
 
-@dataclass(frozen=True)
-class Result:
-    """What `compress` found.
-
-    Args:
-        model: the chosen one, in eval mode; the original where nothing else keeps the loss.
-        file: where it is; `quantize.load(file, model=...)` reads it.
-        rows: one per point that was tried, as in the report, the original first, with "loss",
-            "fits" (whether it keeps the budget), "misses" (what it misses) and "recipe".
-        met: whether the chosen one kept the budget when it was measured once more.
-        reason: why it was chosen, or what couldn't be reached.
-        layers: what each layer of the chosen one got and why: dicts of "name", "got", "why".
-    """
-
-    model: nn.Module
-    file: Path
-    rows: list[Row] = field(repr=False)
-    met: bool = False
-    reason: str = ""
-    layers: list[dict[str, str]] = field(default_factory=list, repr=False)
-
-
-def compress(
-    model: nn.Module,
-    example_inputs: Any,
-    *,
-    calibration: Iterable[Any],
-    evaluate: Callable[[Any], Any] | None = None,
-    budget: Mapping[str, Any],
-    minutes: float = 5.0,
-    out: str | Path | None = None,
-    seed: int = 0,
-    progress: bool | Callable[[str], None] = True,
-) -> Result:
-    """The best compressed version of `model` that was measured to keep a budget.
-
-    Every point is saved, loaded again, judged, and timed in turns with the original, each in a
-    fresh process. Where only a loss is given, the fastest point within it is chosen; where a target
-    is given, the point with the least loss that reaches it. The chosen one is measured once more.
-
-    Args:
-        model: any nn.Module that `quantize.save` takes; it stays as it is.
-        example_inputs: what latency is measured on: a tensor, a tuple of positional arguments or a
-            dict of keyword arguments.
-        calibration: re-iterable batches like `example_inputs`. Without `evaluate` the second half
-            judges, and only the first one calibrates.
-        evaluate: evaluate(model) gives a number, a (name, number) pair or a dict whose first entry
-            counts. Without it the loss is the KL divergence of logits to the original's, or
-            1 - cosine of other outputs.
-        budget: any of "speedup", "latency_ms", "bytes", "memory_mb" (to be reached) and "max_loss"
-            (largest change of the metric for the worse: a number, "1%" of the original's value, or
-            "2 noise").
-        minutes: after which no new point is begun.
-        out: folder for the files, the rows and the report. A search that was interrupted goes on
-            from what is there. None: a temporary folder.
-        seed: of the trainings.
-        progress: True: lines on standard error; or a function that is called with each.
-
-    Returns:
-        A `Result`.
-
-    Raises:
-        ValueError: a budget, minutes, calibration or metric that can't be used, or a folder that
-            holds the search of another model.
-        TypeError: arguments of the wrong type, a model that no file can hold.
-        MeasurementError: the original fails on `example_inputs`.
-    """
-    wanted = Budget.of(budget)
-    if not (isinstance(minutes, (int, float)) and 0 < minutes < 10_000):
-        raise ValueError(f"minutes is {minutes!r}; allowed: a number > 0")
-    batches = list(check_batches(calibration))
-    lines = _line if progress else _nothing
-    say = progress if callable(progress) else lines
-    deadline = time.monotonic() + 60 * minutes
-    work = surgery.clone(model).eval()
-    half = len(batches) if evaluate is not None or len(batches) == 1 else (len(batches) + 1) // 2
-    if evaluate is None:
-        judge: Any = Divergence(work, batches[half:] or batches)
-    else:
-        judge = Evaluated(evaluate, work)
-    folder = Path(tempfile.mkdtemp(prefix="quantize-") if out is None else out)
-    folder.mkdir(parents=True, exist_ok=True)
-    identity = {"class": type(model).__name__, "state": digest(dict(work.state_dict()))}
-    identity |= {"calibration": digest(batches), "inputs": digest(example_inputs), "seed": seed}
-    given = Given(
-        example_inputs=example_inputs,
-        calibration=batches[:half],
-        batches=batches[:half],
-        seed=seed,
-    )
-    points = Points(folder, identity)
-    search = _Search(Trial(work, example_inputs, given, judge, wanted, points, say), deadline)
-    rows = search.run()
-    result = search.choose(rows)
-    _report(result, folder, minutes, seed)
-    say(result.reason)
-    return result
-
-
-class _Search:
+class Walk:
     """Walks over recipes until the time is over."""
 
     def __init__(self, trial: Trial, deadline: float) -> None:
         self.trial, self.deadline = trial, deadline
-        budget = trial.budget
-        self.has_targets = any(getattr(budget, name) is not None for name in TARGETS)
+        self.budget = budget = trial.budget
         self.small_wanted = budget.bytes is not None or budget.memory_mb is not None
-        self.rows: list[Row] = []
+        self.plain: list[Row] = []  # of recipes that keep every channel
         self.has_layout = False  # whether convolutions have their channels last
 
-    def run(self) -> list[Row]:
-        self.rows.append(self.trial.original())
+    @property
+    def noise(self) -> float:
+        """Of a speed-up, as a share: how far the original was from itself, within reason."""
+        return min(self.trial.original()["speed_noise"], MOST_NOISE)
+
+    def run(self) -> None:
+        """Try what the minutes allow; `Trial.rows` has what was measured."""
+        self.trial.original()
         self.has_layout = self._is_faster_channels_last()
-        for recipe in strategy.whole(self.small_wanted):
-            self._try(recipe)
+        mostly_linear = _share_of_linear(self.trial.model) > 0.5
+        for recipe in strategy.whole(self.small_wanted, mostly_linear):
+            row = self._try(recipe)
+            self.plain += [] if row is None else [row]
         self._smooth()
         if self._is_done():
-            return self.rows
+            return
         layered = self._survey()
+        most = MOST_SHARES
         if layered is None:
             self._try(strategy.where_faster())
+        else:
+            self._by_layer(layered)
+            most = min(FEW_SHARES, MOST_SHARES)
+        if self._is_done():
+            return
         tail = self._tail()
-        most = MOST_SHARES if layered is None else min(FEW_SHARES, MOST_SHARES)
         for kind in (strategy.PRUNED, strategy.FACTORIZED):
             self._reduce(kind, tail, most)
-        if layered is not None and not self._is_done():
-            self._by_layer(layered)
         if not self._is_done():
             self._recover()
-        return self.rows
 
     def _is_done(self) -> bool:
-        """Whether a point reaches the targets and has lost nothing that noise isn't."""
-        made = [row for row in self.rows if row["recipe"] and row["fits"]]
-        return self.has_targets and any(row["loss"] <= row["loss_noise"] for row in made)
+        """Whether a point reaches the targets beyond noise and has lost nothing but noise."""
+        made = [row for row in self.trial.rows() if row["recipe"] and row["fits"]]
+        sure = [row for row in made if self.budget.excess(row) <= -self.noise]
+        return self.budget.has_targets and any(row["loss"] <= row["loss_noise"] for row in sure)
 
     def _smooth(self) -> None:
         """Try SmoothQuant where int8 loses something that it could win back."""
-        losing = [row for row in self.rows if strategy.uniform_kind(row["recipe"]) == INT8]
+        losing = [row for row in self.plain if strategy.uniform_kind(row["recipe"]) == INT8]
         if any(row["file"] and row["loss"] > row["loss_noise"] for row in losing):
-            self._try(strategy.smoothed(self.small_wanted))
+            row = self._try(strategy.smoothed(self.small_wanted))
+            self.plain += [] if row is None else [row]
 
     def _is_faster_channels_last(self) -> bool:
         """Whether the order of the convolutions' weights alone makes a convolutional network
@@ -184,8 +100,7 @@ class _Search:
         if not kinds.count(nn.Conv2d) > kinds.count(nn.Linear):
             return False
         row = self._try(strategy.channels_last(None))
-        noise = self.rows[0]["speed_noise"]
-        return row is not None and row["file"] is not None and row["speedup"] > 1 + noise
+        return row is not None and row["file"] is not None and row["speedup"] > 1 + self.noise
 
     def _survey(self) -> Layered | None:
         """The parts of the model with their options; None where there are none, or no time."""
@@ -193,25 +108,29 @@ class _Search:
             return None
         trial = self.trial
         values = trial.points.units
-        if values is None:
-            kinds = [FLOAT, INT8, *([BF16] if native_bf16("cpu") else [])]
+        kinds = [FLOAT, INT8, *([BF16] if native_bf16("cpu") else [])]
+        kinds += [INT4] if self.small_wanted and _share_of_linear(trial.model) > 0 else []
+        if values is None or not kinds_of(values) >= set(kinds):
             layout = Recipe((ChannelsLast(),)) if self.has_layout else None
             model = trial.model if layout is None else layout(trial.model)
             try:
                 values = as_values(survey(model, trial.given, kinds, trial.say))
-            except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
+            except Exception as error:  # of somebody's model
                 trial.say(f"no choice by layers: {' '.join(str(error).split())[:200]}")
                 return None
-            trial.points.keep_units(values)
+            self._kept(partial(trial.points.keep_units, values))
         units = from_values(values)
-        return Layered(units, self.rows[0], trial.budget, trial.allowed, self.small_wanted)
+        original = trial.original()
+        return Layered(units, original, trial.budget, trial.allowed, self.small_wanted)
 
     def _by_layer(self, layered: Layered) -> None:
         """Choices of an option for every part, each corrected by what was measured before."""
-        for row in self.rows:
-            kind = strategy.uniform_kind(row["recipe"])
-            if kind is not None:
-                layered.learn(row, layered.uniform(kind))
+        learned = set()
+        for row in self.trial.rows():
+            parts = _parts(row, layered)
+            if parts is not None:
+                layered.learn(row, parts)
+                learned.add(row["name"])
         tried: dict[Choice, Row] = {}
         for _ in range(ROUNDS):
             choice = layered.next(tried)
@@ -222,27 +141,42 @@ class _Search:
             if row is None:
                 return
             tried[choice] = row
-            layered.learn(row, layered.options(choice))
+            if row["name"] not in learned:
+                layered.learn(row, Parts.of(layered.options(choice)))
+                learned.add(row["name"])
 
     def _try(self, recipe: Recipe, predicted: Row | None = None) -> Row | None:
-        if time.monotonic() > self.deadline:
-            return None
+        """The row of a recipe, known or measured now; None when the time or the disk is over."""
         if self.has_layout:
             recipe = strategy.channels_last(recipe)
-        name = file_name(recipe)
-        known = next((row for row in self.rows if row["name"] == name), None)
-        if known is not None:
+        known = self.trial.find(recipe)
+        if known is not None or time.monotonic() > self.deadline:
             return known
-        row = self.trial.point(recipe, predicted)
-        self.rows.append(row)
+        row: Row | None = None
+        try:
+            row = self.trial.point(recipe, predicted)
+        except OSError as error:  # a full disk
+            self._stop(error)
+            return None
         shown = row["misses"][0] if row["misses"] else "keeps the budget"
         speed = f"{row['speedup']:.2f}x, loss {row['loss']:.3g}, " if row["file"] else ""
         self.trial.say(f"{row['name']}: {speed}{shown}")
         return row
 
+    def _kept(self, write: Callable[[], None]) -> None:
+        """Write something that only a later search needs."""
+        try:
+            write()
+        except OSError as error:
+            self._stop(error)
+
+    def _stop(self, error: OSError) -> None:
+        self.trial.say(f"no more points: {error}")
+        self.deadline = -math.inf
+
     def _tail(self) -> Recipe | None:
         """What rounds the weights of smaller models: the best of those within the loss."""
-        made = [row for row in self.rows if row["recipe"] and row["within"]]
+        made = [row for row in self.plain if row["within"]]
         if self.small_wanted:
             made.sort(key=lambda row: row["bytes"])
         else:
@@ -257,12 +191,12 @@ class _Search:
             row = self._try(strategy.reduced(share, kind, tail))
             if row is None or row["file"] is None:
                 return
-            tried[share] = not row["reaches"] if self.has_targets else row["within"]
+            tried[share] = not row["reaches"] if self.budget.has_targets else row["within"]
             share = strategy.between(tried)
 
     def _recover(self) -> None:
         """Train what reaches the targets and has lost most; or what is fast and lost too much."""
-        smaller = [row for row in self.rows if row["recipe"] and self._is_smaller(row)]
+        smaller = [row for row in self.trial.rows() if row["recipe"] and self._is_smaller(row)]
         useful = [row for row in smaller if row["reaches"] and row["loss"] > row["loss_noise"]]
         useful.sort(key=lambda row: row["loss"])
         for row in useful[:CANDIDATES]:
@@ -283,57 +217,57 @@ class _Search:
         names = {step["step"] for step in row["recipe"]}
         return bool(names & {"Prune", "LowRank"}) and "Recover" not in names
 
-    def choose(self, rows: list[Any]) -> Result:
-        """The best row that keeps the budget when it is measured once more; else the best there
-        is, and why it isn't enough.
+    def choose(self) -> Result:
+        """The best row that keeps the budget when the best few are measured once more, side by
+        side; else the best there is, and why it isn't enough.
         """
-        for row in strategy.best(rows, fastest=not self.has_targets)[:CANDIDATES]:
-            again: Any = row if row["name"] == ORIGINAL else self.trial.confirmed(dict(row))
-            if again["fits"]:
-                return self._result(again, True, f"{row['name']} keeps the budget: {_facts(again)}")
-            rows[rows.index(row)] = again
+        rows = self.trial.rows()
+        wanted = strategy.best(rows, self.budget, self.noise)
+        wanted += strategy.nearly(rows, self.budget, MOST_NOISE)
+        for _ in range(CONFIRMATIONS):
+            group, wanted = wanted[:CANDIDATES], wanted[CANDIDATES:]
+            fresh = self._confirmed(group)
+            by_name = {row["name"]: row for row in fresh}
+            rows = [by_name.get(row["name"], row) for row in rows]
+            good = strategy.best([*rows[:1], *fresh], self.budget, self.noise)
+            if good:
+                row = good[0]
+                reason = f"{row['name']} keeps the budget: {facts_of(row)}"
+                return self._result(row, rows, True, reason + doubts_of(row, rows))
         within = [row for row in rows if row["within"]]
-        nearest = max(within, key=lambda row: (len(row["misses"]) == 0, row["speedup"] or 0.0))
-        if self.small_wanted:
-            nearest = min(within, key=lambda row: row["bytes"])
+        nearest = min(within, key=lambda row: self.budget.excess(row))
         why = "; ".join(nearest["misses"])
-        return self._result(
-            nearest, False, f"the budget can't be met here: {why}. {_facts(nearest)}"
-        )
+        reason = f"the budget can't be met here: {why}; the best is {nearest['name']}: "
+        reason += facts_of(nearest)
+        return self._result(nearest, rows, False, reason + doubts_of(nearest, rows))
 
-    def _result(self, row: Row, met: bool, reason: str) -> Result:
+    def _confirmed(self, group: list[Row]) -> list[Row]:
+        """The rows of a group measured again, without the original, which is measured beside."""
+        others = [row for row in group if row["name"] != ORIGINAL]
+        fresh = self.trial.confirmed(others) if others else []
+        for row in fresh:
+            self._kept(partial(self.trial.points.keep, row))
+        return fresh
+
+    def _result(self, row: Row, rows: list[Row], met: bool, reason: str) -> Result:
         file = self.trial.path(row["name"])
-        rows = [row if other["name"] == row["name"] else other for other in self.rows]
         model = checkpoint.load(file, self.trial.model)
-        return Result(model, file, rows, met, reason, _layers(row, model))
+        return Result(model, file, rows, met, reason, layers_of(row, model))
 
 
-def _layers(row: Row, model: nn.Module) -> list[dict[str, str]]:
-    """What each layer got and why: of a choice by layers its reasons, else what the steps say."""
-    if row.get("predicted"):
-        return row["predicted"]["layers"]
-    summary = checkpoint.summary(model)
-    left = {name: why for name, why in summary.left.items() if name not in summary.done}
-    told = [{"name": n, "got": got, "why": "by its recipe"} for n, got in summary.done.items()]
-    return told + [{"name": n, "got": "stays as it is", "why": why} for n, why in left.items()]
+def _share_of_linear(model: nn.Module) -> float:
+    """Of the parameters, how many are those of linear layers (`Conv1D` too)."""
+    linear = 0
+    for fact in surgery.facts(model).values():
+        if fact.linear:
+            linear += sum(parameter.numel() for parameter in fact.module.parameters())
+    total = sum(parameter.numel() for parameter in model.parameters())
+    return linear / max(total, 1)
 
 
-def _facts(row: Row) -> str:
-    latency = row["latency_ms"]
-    timed = f"{latency['median']:.4g} ms ({row['speedup']:.2f}x), " if latency else ""
-    return f"{row['name']}: {timed}{row['bytes']} bytes, loss {row['loss']:.3g}"
-
-
-def _report(result: Result, folder: Path, minutes: float, seed: int) -> None:
-    data = {"minutes": minutes, "seed": seed, "chosen": result.file.name, "reason": result.reason}
-    data["layers"] = result.layers
-    shown = [row for row in result.rows if row["metric"]]
-    write_report({"machine": machine(), "data": data, "rows": shown}, folder)
-
-
-def _line(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def _nothing(_line: str) -> None:
-    pass
+def _parts(row: Row, layered: Layered) -> Parts | None:
+    """The sums that a measured row was predicted from; None for recipes that have none."""
+    if row["predicted"]:
+        return Parts(**row["predicted"]["parts"])
+    kind = strategy.uniform_kind(row["recipe"])
+    return None if kind is None else layered.uniform(kind)

@@ -198,7 +198,7 @@ def test_an_interrupted_search_goes_on(batches, tmp_path, monkeypatch):
     for before, after in zip(whole.rows, resumed.rows, strict=True):
         assert [before[key] for key in told] == [after[key] for key in told]
     assert len(kept) >= 4 and len(made) == len(whole.rows) - len(kept)
-    with pytest.raises(ValueError, match="another model"):
+    with pytest.raises(ValueError, match="other calibration"):
         search(Net().eval(), batches[:2], {"speedup": 2.5}, out=tmp_path / "cut")
 
 

@@ -1,0 +1,76 @@
+"""What a search found: the chosen model, every point, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import nn
+
+from quantize import checkpoint
+from quantize.compression.search.trial import Row
+from quantize.host import machine
+from quantize.measuring.report import write_report
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `compress` found.
+
+    Args:
+        model: the chosen one, in eval mode; the original where nothing else keeps the loss.
+        file: where it is; `quantize.load(file, model=...)` reads it.
+        rows: one per point that was tried, as in the report, the original first, with "loss",
+            "fits" (whether it keeps the budget), "misses" (what it misses) and "recipe".
+        met: whether the chosen one kept the budget when it was measured once more.
+        reason: why it was chosen, or what couldn't be reached.
+        layers: what each layer of the chosen one got and why: dicts of "name", "got", "why".
+    """
+
+    model: nn.Module
+    file: Path
+    rows: list[Row] = field(repr=False)
+    met: bool = False
+    reason: str = ""
+    layers: list[dict[str, str]] = field(default_factory=list, repr=False)
+
+
+def layers_of(row: Row, model: nn.Module) -> list[dict[str, str]]:
+    """What each layer got and why: of a choice by layers its reasons, else what the steps say."""
+    if row.get("predicted"):
+        return row["predicted"]["layers"]
+    summary = checkpoint.summary(model)
+    left = {name: why for name, why in summary.left.items() if name not in summary.done}
+    told = [{"name": n, "got": got, "why": "by its recipe"} for n, got in summary.done.items()]
+    return told + [{"name": n, "got": "stays as it is", "why": why} for n, why in left.items()]
+
+
+def facts_of(row: Row) -> str:
+    latency = row["latency_ms"]
+    timed = f"{latency['median']:.4g} ms ({row['speedup']:.2f}x), " if latency else ""
+    return f"{timed}{row['bytes']} bytes, loss {row['loss']:.3g}"
+
+
+def doubts_of(row: Row, rows: list[Row]) -> str:
+    """What a reader must know of a choice: a busy machine, points that failed."""
+    told = [note for note in row["notes"].split("; ") if note.startswith("busy machine")]
+    failed = [other for other in rows if other["file"] is None]
+    if failed:
+        first = failed[0]
+        told.append(
+            f"{len(failed)} of {len(rows)} points failed, {first['name']}: {first['notes']}"
+        )
+    return "".join(f"; {line}" for line in told)
+
+
+def report(
+    result: Result, folder: Path, minutes: float, seed: int, say: Callable[[str], None]
+) -> None:
+    data = {"minutes": minutes, "seed": seed, "chosen": result.file.name, "reason": result.reason}
+    data["layers"] = result.layers
+    shown = [row for row in result.rows if row["metric"]]
+    try:
+        write_report({"machine": machine(), "data": data, "rows": shown}, folder)
+    except OSError as error:  # a full disk: the result is there
+        say(f"no report: {error}")

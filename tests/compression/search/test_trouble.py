@@ -1,0 +1,190 @@
+"""`compress` with what goes wrong: metrics that fail, vary or take long, calibration that doesn't
+fit, a full disk, a busy machine. Latencies are made up, as in `test_search`.
+"""
+
+from __future__ import annotations
+
+import errno
+
+import numpy as np
+import pytest
+import torch
+from compression.search.test_search import Net, batches, by_bytes, search
+from torch import Tensor, nn
+
+from quantize import checkpoint
+from quantize.compression.recipe import Recipe
+from quantize.compression.search.judge import Evaluated
+from quantize.measuring.artifact import as_metrics, per_example
+
+__all__ = ["batches", "by_bytes"]  # fixtures for the tests here
+
+
+def values_of(model: nn.Module) -> Tensor:
+    """A value for each of 500 examples, about 1, and 0.1 more for models without a first layer of
+    64 outputs.
+    """
+    generator = torch.Generator().manual_seed(0)
+    shift = 0.0 if getattr(model[0], "out_features", 0) == 64 else 0.1
+    return 1 + torch.randn(500, generator=generator) + shift
+
+
+def test_values_of_examples_tell_the_noise():
+    """The mean counts. Its noise, and that of a difference example by example, are what resampling
+    the examples gives.
+    """
+    first = values_of(Net())
+    second = first + 0.1 + 0.05 * torch.randn(500, generator=torch.Generator().manual_seed(1))
+    answers = iter([first, first, second])
+    judge = Evaluated(lambda model: {"error": next(answers)}, Net())
+    score = judge.score(Net())
+    assert judge.value == pytest.approx(first.double().mean().item())
+    assert score.loss == pytest.approx((second - first).double().mean().item(), rel=1e-5)
+    drawn = np.random.default_rng(0).integers(0, 500, (4000, 500))
+    for noise, values in ((judge.noise, first), (score.noise, second - first)):
+        assert noise == pytest.approx(values.numpy()[drawn].mean(1).std(), rel=0.05)
+    assert score.noise < judge.noise / 10
+
+
+@pytest.mark.parametrize("kind", [list, np.array, torch.tensor])
+def test_values_come_as_lists_arrays_and_tensors(kind):
+    """Booleans too; the other metrics of a dict stay numbers."""
+    metrics = as_metrics({"accuracy": kind([True, False, True, True]), "loss": 0.5})
+    assert metrics["accuracy"] == 0.75 and metrics["loss"] == 0.5 and metrics["examples"] == 4
+    assert metrics["standard_error"] == pytest.approx((0.75 * 0.25 / 4) ** 0.5)
+    each = per_example(("accuracy", kind([1.0, 0.0])))
+    assert each is not None and each.tolist() == [1, 0] and per_example(0.5) is None
+    with pytest.raises(TypeError, match="one for each example"):
+        as_metrics({"accuracy": kind([])})
+
+
+def test_a_loss_in_noise_needs_a_noise_that_is_known(batches):
+    """Of one number that never varies, and of a divergence, nobody knows it; of examples it is."""
+    for evaluate in (None, lambda model: 0.5):
+        with pytest.raises(ValueError, match="a value for each example"):
+            search(Net().eval(), batches, {"max_loss": "2 noise"}, evaluate=evaluate)
+    budget = {"max_loss": "2 noise", "bytes": 8_000}
+    assert search(Net().eval(), batches, budget, evaluate=values_of).met
+
+
+def fails(model: nn.Module) -> float:
+    raise KeyError("labels")
+
+
+def runs_out(answers: list[float]):
+    """As a metric that reads an iterator which is at its end the second time."""
+    return lambda model: answers.pop(0)
+
+
+@pytest.mark.parametrize(
+    ("evaluate", "message"),
+    [
+        (fails, "evaluate fails for the original model: KeyError: 'labels'"),
+        (runs_out([0.9, float("nan")]), "each call must read its data from the start"),
+        (lambda model: float("inf"), "metric=inf for the original model"),
+    ],
+    ids=["raises", "reads an iterator", "infinite"],
+)
+def test_a_metric_that_cannot_judge_the_original_is_refused(evaluate, message, batches):
+    with pytest.raises(ValueError, match=message):
+        search(Net().eval(), batches, {"bytes": 8_000}, evaluate=evaluate)
+
+
+def test_a_metric_that_varies_or_takes_long_is_said(batches):
+    """The change is noise; a second call of a slow one isn't made."""
+    told: list[str] = []
+    answers = [0.9, 0.8]
+    judge = Evaluated(runs_out(answers), Net(), say=told.append)
+    assert judge.noise == pytest.approx(0.1) and "for the same model" in told[0]
+    Evaluated(runs_out([0.9]), Net(), seconds=1e-9, say=told.append)
+    assert "whether it varies isn't tried" in told[1]
+
+
+def test_a_metric_that_fails_for_compressed_models_is_a_failed_point(batches):
+    """Whatever it raises; the result says how many failed, and why the first did."""
+
+    def picky(model: nn.Module) -> float:
+        return 0.9 if isinstance(model[0], nn.Linear) else {}["int8"]
+
+    result = search(Net().eval(), batches, {"bytes": 5_000}, evaluate=picky)
+    assert not result.met and "points failed" in result.reason
+    assert "KeyError: 'int8'" in result.reason
+
+
+def test_percents_of_a_divergence_are_of_the_entropy(batches):
+    """The original's cross-entropy against itself; so a loss of some percent can be kept."""
+    from quantize.compression.search.judge import Divergence
+
+    model = Net().eval()
+    with torch.no_grad():
+        odds = torch.cat([model(batch) for batch in batches]).softmax(-1)
+    expected = torch.distributions.Categorical(odds).entropy().mean().item()
+    assert Divergence(model, batches).scale == pytest.approx(expected, rel=1e-4)
+    assert Divergence(nn.Flatten(0), [torch.ones(2, 3)]).scale == 1
+    result = search(model, batches, {"max_loss": "1%", "bytes": 8_000})
+    assert result.met and result.file.stem != "original"
+
+
+def test_calibration_that_does_not_fit_is_refused(batches):
+    with pytest.raises(ValueError, match="doesn't run on the first batch of calibration"):
+        search(Net().eval(), [torch.randn(4, 5)], {"bytes": 8_000}, evaluate=lambda model: 0.5)
+
+
+def test_a_full_disk_ends_the_search_with_what_is_there(batches, tmp_path, monkeypatch):
+    """The points before it count, one line says why there are no more, no file is half there."""
+    told: list[str] = []
+    save = checkpoint.save
+    saved: list[str] = []
+
+    def until_full(model, path, **options):
+        if len(saved) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        saved.append(path.name)
+        save(model, path, **options)
+
+    monkeypatch.setattr("quantize.compression.search.trial.checkpoint.save", until_full)
+    options = {"out": tmp_path, "progress": told.append}
+    result = search(Net().eval(), batches, {"speedup": 3.0}, **options)
+    assert {row["name"] for row in result.rows} == {name.split(".s")[0] for name in saved}
+    assert any("No space left on device" in line for line in told)
+    assert result.met == (max(row["speedup"] for row in result.rows) >= 3.0)
+    assert result.file.is_file()
+
+
+def test_a_folder_answers_another_budget_from_its_points(batches, tmp_path, monkeypatch):
+    """What one budget measured counts for the next: nothing is made twice."""
+    model = Net().eval()
+    first = search(model, batches, {"speedup": 2.0}, out=tmp_path)
+    made = []
+    call = Recipe.__call__
+    monkeypatch.setattr(Recipe, "__call__", lambda self, *a: made.append(self) or call(self, *a))
+    second = search(model, batches, {"speedup": 2.5}, out=tmp_path)
+    names = [row["name"] for row in first.rows]
+    assert [row["name"] for row in second.rows][: len(names)] == names
+    assert len(made) == len(second.rows) - len(names)
+    again = search(model, batches, {"speedup": 2.0}, out=tmp_path)
+    lost = [max(row["loss"], row["loss_noise"]) for row in again.rows if row["fits"]]
+    chosen = next(row for row in again.rows if row["name"] == again.file.stem)
+    assert again.met and max(chosen["loss"], chosen["loss_noise"]) == min(lost)
+
+
+def test_few_bytes_are_met_with_four_bits(batches, tmp_path):
+    """Where bytes are asked for, layers may have 4 bits, and what these can't take has 8."""
+    torch.manual_seed(0)
+    wide = nn.Sequential(nn.Linear(16, 128), nn.ReLU(), nn.Linear(128, 128), nn.Linear(128, 4))
+    result = search(wide.eval(), batches, {"bytes": 16_000}, out=tmp_path)
+    steps = [{step["step"] for step in row["recipe"]} for row in result.rows if row["recipe"]]
+    assert {"Int4"} in steps and {"Int4", "Int8"} in steps
+    by_layer = [row for row in result.rows if row["predicted"] and row["file"]]
+    for row in by_layer:
+        assert row["predicted"]["bytes"] == pytest.approx(row["bytes"], rel=0.15)
+
+
+def test_a_folder_of_another_metric_is_refused(batches, tmp_path):
+    """Its losses are of something else: by its name, or by what the original has of it."""
+    budget = {"bytes": 15_000}
+    search(Net().eval(), batches, budget, evaluate=lambda model: {"error": 0.5}, out=tmp_path)
+    with pytest.raises(ValueError, match="other metric"):
+        search(Net().eval(), batches, budget, out=tmp_path)
+    with pytest.raises(ValueError, match=r"error of the original is 0\.5, here it is 0\.6"):
+        search(Net().eval(), batches, budget, evaluate=lambda model: {"error": 0.6}, out=tmp_path)
