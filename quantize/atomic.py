@@ -41,8 +41,10 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        if isinstance(error, OSError) and error.filename == str(temporary):
-            error.filename = str(path)
+        if isinstance(error, OSError) and error.errno is not None:
+            unnamed = error.filename is None  # of a write
+            if unnamed or error.filename == str(temporary):
+                error.filename = str(path)
         raise
     with contextlib.suppress(OSError):  # not every system can sync a folder
         folder = os.open(path.parent, os.O_RDONLY)

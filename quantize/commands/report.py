@@ -30,6 +30,8 @@ def _report(arguments: argparse.Namespace) -> None:
     path = arguments.path
     report = read_report(path)
     print_report(report)
+    if report["data"].get("reason"):
+        print(f"\n{report['data']['reason']}")
     folder = path if path.is_dir() else path.parent
     write_report(report, folder)
     print(f"\nwritten to {folder}: {', '.join(REPORT_FILES)}")

@@ -270,13 +270,15 @@ def _named(result: Any) -> dict[str, Any]:
 
 
 def _values(value: Any) -> Tensor:
-    """One number or many, float64 [N]. Raises TypeError, ValueError, RuntimeError."""
+    """One number or a sequence of them, float64 [N]. Raises TypeError, ValueError, RuntimeError."""
+    if isinstance(value, tuple):
+        raise TypeError("a tuple of numbers may be several metrics")
     if not hasattr(value, "__len__"):
         value = [float(value)]
-    numbers = torch.as_tensor(value, dtype=torch.float64).detach().cpu().flatten()
-    if len(numbers) == 0:
-        raise ValueError("no numbers")
-    return numbers
+    numbers = torch.as_tensor(value, dtype=torch.float64).detach().cpu()
+    if numbers.ndim > 1 or numbers.numel() == 0:
+        raise ValueError("no number and no sequence of numbers")
+    return numbers.reshape(-1)
 
 
 def standard_error(values: Tensor) -> float:

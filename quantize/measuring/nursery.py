@@ -69,7 +69,7 @@ class Nursery:
 
     def start(self, stdin: int, stdout: int, stderr: int) -> Forked | Spawned:
         """A child with these file descriptors as its standard streams."""
-        if self._process is None and hasattr(os, "fork"):
+        if hasattr(os, "fork") and (self._process is None or self._process.poll() is not None):
             self._begin()
         if self._process is None:
             return Spawned(self._python("--serve", stdin=stdin, stdout=stdout, stderr=stderr))

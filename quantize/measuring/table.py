@@ -24,6 +24,7 @@ _LEAST_FIRST = (
     *("p10-p90", "params", "peak MB", "load s", "of base"),
     *("change", "notes", "size", "speed"),
 )
+_SHOWN_ELSEWHERE = ("layers", "reason")  # than in the line of the run
 BUSY = "*"  # after a latency that was taken on a busy machine
 _PIPED_WIDTH, _NOTES_WIDTH = 140, 12
 
@@ -47,8 +48,11 @@ def _cells(row: Row, decimals: int) -> list[str]:
 
 
 def _decimals(rows: Sequence[Row]) -> int:
-    """Of a metric: four, and for a small one as many as show four digits of the baseline's."""
-    value = abs(rows[0]["metric"]["value"] or 1.0)
+    """Of a metric: four, and for a small one as many as show four digits of the baseline's; where
+    that is 0 (a divergence), of the largest.
+    """
+    values = [abs(row["metric"]["value"] or 0.0) for row in rows]
+    value = values[0] or max(values) or 1.0
     return min(10, max(4, 3 - math.floor(math.log10(value))))
 
 
@@ -76,10 +80,8 @@ def legend(rows: Sequence[Row]) -> list[str]:
     if metric:
         better = "higher" if metric["higher_is_better"] else "lower"
         grades = ", ".join(f"{name} above {100 * least:g}%" for least, name in GRADES.items())
-        lines.append(
-            f"{metric['name']}: {better} is better. Of its value at {base}: {grades}; less is "
-            f"noise."
-        )
+        told = f" Of its value at {base}: {grades}; less is noise." if metric["value"] else ""
+        lines.append(f"{metric['name']}: {better} is better.{told}")
     busy = [row["name"] for row in rows if "busy machine" in row["notes"]]
     if busy:
         lines.append(
@@ -91,7 +93,8 @@ def legend(rows: Sequence[Row]) -> list[str]:
 
 def described(report: Report) -> list[str]:
     """The machine and the run, a line each."""
-    facts = {k: v for k, v in report["data"].items() if v is not None}
+    data = report["data"]
+    facts = {k: v for k, v in data.items() if v is not None and k not in _SHOWN_ELSEWHERE}
     lines = describe_machine(report["machine"])
     if facts:
         lines.append("Run: " + "; ".join(_plain(k, v) for k, v in facts.items()))
@@ -104,6 +107,8 @@ def markdown(report: Report) -> str:
     """
     rows = report["rows"]
     lines = ["# Report", "", *(f"- {_escape(line)}" for line in described(report)), ""]
+    reason = report["data"].get("reason")
+    lines += [_escape(str(reason)), ""] if reason else []
     lines += [
         "| " + " | ".join(_header(rows)) + " |",
         "|---|" + "--:|" * (len(_COLUMNS) - 2) + "---|",

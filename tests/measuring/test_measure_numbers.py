@@ -33,7 +33,7 @@ def test_forms_of_a_metric(result, metrics):
     assert as_metrics(result) == metrics
 
 
-@pytest.mark.parametrize("result", [None, {}, "good", torch.ones(2)])
+@pytest.mark.parametrize("result", [None, {}, "good", (0.5, 0.6), torch.ones(0), torch.ones(2, 3)])
 def test_what_is_no_metric_is_refused(result):
     """With the value in the message."""
     with pytest.raises(TypeError, match="evaluate must return a number"):

@@ -11,12 +11,13 @@ makes what they share once.
 """
 
 from quantize.compression.recipe.make import Made, make
-from quantize.compression.recipe.steps import ChannelsLast, Half, Int4, Int8, LowRank, Prune
+from quantize.compression.recipe.steps import ChannelsLast, Drop, Half, Int4, Int8, LowRank, Prune
 from quantize.compression.recipe.trained import Recover, Student
 from quantize.compression.recipe.value import Given, Recipe, Step
 
 __all__ = [
     "ChannelsLast",
+    "Drop",
     "Given",
     "Half",
     "Int4",

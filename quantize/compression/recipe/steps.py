@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from quantize import surgery
+from quantize.compression.blocks import drop_blocks
 from quantize.compression.half import to_half
 from quantize.compression.int4 import quantize_weights
 from quantize.compression.int8 import quantize_dynamic
@@ -89,6 +90,26 @@ class LowRank(Step):
             calibration=given.calibration,
             progress=given.progress,
         )
+
+
+@dataclass(frozen=True)
+class Drop(Step):
+    """`drop_blocks`: whole blocks of a residual network are left out.
+
+    Args:
+        blocks: their names.
+    """
+
+    blocks: Sequence[str]
+    removes = True
+    part = "dropped"
+
+    def __post_init__(self) -> None:
+        self._set(blocks=checks.names(self, "blocks"))
+
+    def __call__(self, model: nn.Module, given: Given) -> nn.Module:
+        """A copy of `model` without them; raises what `drop_blocks` raises."""
+        return drop_blocks(model, self.blocks)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Predictions of a whole model from those of its parts, corrected by what was measured.
 
 A latency is the original's less what the kinds save and what the sizes save, a loss is what
-rounding and what removal lose, each times a factor. Factors start at what is known before anything
-was measured, and are fitted to the measured points, the ones with the smallest values as exactly.
+rounding and what removal lose, each times a factor, fitted to the measured points, the ones with
+the smallest values as exactly.
 """
 
 from __future__ import annotations
@@ -80,20 +80,20 @@ def fitted(points: Sequence[Seen], seconds: float, rest: float) -> Factors:
     if not points:
         return Factors(rest=rest)
     times = [((p.parts.kind_s, p.parts.size_s), p.saved_s, seconds) for p in points]
-    kind, size = _factors(times, 1.0)
-    sums = [point.parts.rounding + point.parts.removal for point in points]
-    ratios = [p.loss / total for p, total in zip(points, sums, strict=True) if total > 0]
-    guess = float(np.median(ratios)) if ratios else 1.0
+    kind, size = _factors(times)
     losses = [((p.parts.rounding, p.parts.removal), p.loss, p.loss) for p in points]
-    rounding, removal = _factors(losses, guess)
+    rounding, removal = _factors(losses)
     return Factors(kind, size, rounding, removal, points[-1].bytes - points[-1].parts.bytes)
 
 
 def _factors(
-    rows: Sequence[tuple[tuple[float, float], float, float]], guess: float
+    rows: Sequence[tuple[tuple[float, float], float, float]],
 ) -> tuple[float, float]:
-    """Least squares of (two sums, their total, its unit), drawn towards the guess."""
-    guess = max(guess, 1e-300)
+    """Least squares of (two sums, their total, its unit), both drawn towards the median of total
+    over sum: a factor that no point tells apart is that of the other.
+    """
+    ratios = [total / sum(parts) for parts, total, _ in rows if sum(parts) > 0 and total > 0]
+    guess = float(np.median(ratios)) if ratios else 1.0
     left = [[guess * part / unit for part in parts] for parts, _, unit in rows if unit > 0]
     right = [total / unit for _, total, unit in rows if unit > 0]
     left += (np.eye(2) * _PRIOR).tolist()

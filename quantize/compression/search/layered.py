@@ -35,6 +35,7 @@ class Layered:
         budget: what is asked for.
         allowed: largest loss.
         embeddings: whether tables become int8 too.
+        base: row of the model whose layers the units are; None: of the original.
     """
 
     def __init__(
@@ -44,12 +45,15 @@ class Layered:
         budget: Budget,
         allowed: float,
         embeddings: bool,
+        base: Row | None = None,
     ) -> None:
         self.units, self.budget, self.allowed = list(units), budget, allowed
         self.embeddings = embeddings
         self.original_s = original["latency_ms"]["median"] / 1e3
+        self.base_s = self.original_s / (base or {"speedup": 1.0})["speedup"]
         self.original_bytes, self.original_mb = original["bytes"], original["peak_rss_mb"]
-        self.rest = original["bytes"] - sum(unit.options[0].bytes for unit in self.units)
+        whole = base or original
+        self.rest = whole["bytes"] - sum(unit.options[0].bytes for unit in self.units)
         self.points: list[Seen] = []
         self.margin = _MARGIN
 
@@ -59,7 +63,7 @@ class Layered:
         """Take a measured row of a choice with these parts into the predictions."""
         if row["file"] is None or not row["latency_ms"]:
             return
-        saved = self.original_s * (1 - 1 / row["speedup"])
+        saved = self.base_s - self.original_s / row["speedup"]
         loss = max(row["loss"], 0.5 * row["loss_noise"], 1e-12)
         self.points.append(Seen(parts, saved, loss, row["bytes"]))
 
@@ -73,13 +77,13 @@ class Layered:
 
     @property
     def factors(self) -> Factors:
-        return fitted(self.points, self.original_s, self.rest)
+        return fitted(self.points, self.base_s, self.rest)
 
     # What is chosen.
 
     def choose(self) -> Choice | None:
-        """The option of every unit by the present predictions; None where nothing reaches the
-        targets.
+        """The option of every unit by the present predictions; the cheapest ones where nothing
+        reaches the target, None where nothing reaches both.
         """
         factors = self.factors
         latency, size = self._latency_target(), self._bytes_target()
@@ -91,11 +95,11 @@ class Layered:
             return self._within(factors, 1.0 if size is None else 0.0, target or 0.0)
         return self._within_both(factors, latency, size)
 
-    def _within(self, factors: Factors, mix: float, target: float) -> Choice | None:
+    def _within(self, factors: Factors, mix: float, target: float) -> Choice:
         frontier = self._solve(factors, mix)
-        start = 1.0 if mix else factors.rest / self.original_bytes
+        start = self.base_s / self.original_s if mix else factors.rest / self.original_bytes
         found = frontier.within(target * (1 - self.margin) - start)
-        return None if found is None else tuple(found)
+        return tuple(found or frontier.within(frontier.least) or ())
 
     def _within_both(self, factors: Factors, latency: float, size: float) -> Choice | None:
         """Of several weights between latency and bytes, the choice that keeps both for least."""
@@ -126,7 +130,7 @@ class Layered:
 
     def _latency(self, factors: Factors, parts: Parts) -> float:
         """As a share of the original's."""
-        return 1 - factors.saved_s(parts) / self.original_s
+        return (self.base_s - factors.saved_s(parts)) / self.original_s
 
     def _bytes(self, factors: Factors, parts: Parts) -> float:
         return (factors.rest + parts.bytes) / self.original_bytes
@@ -246,12 +250,4 @@ def from_values(values: Sequence[Mapping[str, Any]]) -> list[Unit]:
     for value in values:
         options = tuple(Option(**option) for option in value["options"])
         found.append(Unit(value["name"], tuple(value["layers"]), options, value["seconds"]))
-    return found
-
-
-def kinds_of(values: Sequence[Mapping[str, Any]]) -> set[str]:
-    """The kinds among the options that `as_values` gave."""
-    found: set[str] = set()
-    for value in values:
-        found.update(option["kind"] for option in value["options"])
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,8 @@ from quantize import checkpoint
 from quantize.compression.search.trial import Row
 from quantize.host import machine
 from quantize.measuring.report import write_report
+
+_REASON = 160  # characters of why a point failed
 
 
 @dataclass(frozen=True)
@@ -53,14 +56,14 @@ def facts_of(row: Row) -> str:
 
 
 def doubts_of(row: Row, rows: list[Row]) -> str:
-    """What a reader must know of a choice: a busy machine, points that failed."""
+    """What a reader must know of a choice: a busy machine; points that failed, where they are most
+    or may be why the budget isn't kept.
+    """
     told = [note for note in row["notes"].split("; ") if note.startswith("busy machine")]
     failed = [other for other in rows if other["file"] is None]
-    if failed:
-        first = failed[0]
-        told.append(
-            f"{len(failed)} of {len(rows)} points failed, {first['name']}: {first['notes']}"
-        )
+    if failed and (not row["fits"] or 2 * len(failed) > len(rows)):
+        why = textwrap.shorten(failed[0]["notes"], _REASON, placeholder=" ...")
+        told.append(f"{len(failed)} of {len(rows)} points failed, {failed[0]['name']}: {why}")
     return "".join(f"; {line}" for line in told)
 
 

@@ -23,22 +23,26 @@ SHARES = (0.25, 0.5, 0.125, 0.375, 0.625, 0.75)  # removed, in the order in whic
 FINEST = 0.04  # two shares that are nearer are not told apart
 PRUNED, FACTORIZED = "pruned", "low_rank"
 
+Row = dict[str, Any]
 
-def whole(small_wanted: bool, mostly_linear: bool) -> Iterator[Recipe]:
+
+def whole(small_wanted: bool, mostly_linear: bool, tables: bool) -> Iterator[Recipe]:
     """Recipes that keep every channel: other weights for the same layers.
 
     Args:
         small_wanted: whether bytes or memory are asked for.
         mostly_linear: whether linear layers, which alone can have 4 bits, have most of the weights.
+        tables: whether embeddings become int8 too.
     """
     if native_bf16("cpu"):
         yield Recipe((Half("bfloat16"),))
     elif small_wanted:
         yield Recipe((Half("float16"),))
-    yield Recipe((Int8(embeddings=small_wanted),))
+    yield Recipe((Int8(embeddings=tables),))
     if small_wanted and mostly_linear:
         yield Recipe((Int4(),))
-        yield Int4() >> Int8(embeddings=True)  # tables, and layers that int4 can't have
+        if tables:
+            yield Int4() >> Int8(embeddings=True)
 
 
 def where_faster() -> Recipe:
@@ -46,9 +50,9 @@ def where_faster() -> Recipe:
     return Recipe((Int8(prefer="speed"),))
 
 
-def smoothed(small_wanted: bool) -> Recipe:
+def smoothed(tables: bool) -> Recipe:
     """Int8 after SmoothQuant, for a model that loses something without."""
-    return Recipe((Int8(embeddings=small_wanted, smooth=True),))
+    return Recipe((Int8(embeddings=tables, smooth=True),))
 
 
 def reduced(share: float, kind: str, tail: Recipe | None) -> Recipe:
@@ -92,9 +96,7 @@ def channels_last(recipe: Recipe | None) -> Recipe:
     return Recipe((*before, ChannelsLast(), *rounding))
 
 
-def best(
-    rows: Sequence[Mapping[str, Any]], budget: Budget, noise: float
-) -> list[Mapping[str, Any]]:
+def best(rows: Sequence[Row], budget: Budget, noise: float) -> list[Row]:
     """Rows that keep the budget, the preferred one first: where a target is given, the one that
     lost least of those that reach it by more than noise; else the fastest.
 
@@ -109,9 +111,7 @@ def best(
     return sorted(fitting, key=lambda row: (budget.excess(row) > -noise, *_by_loss(row)))
 
 
-def nearly(
-    rows: Sequence[Mapping[str, Any]], budget: Budget, noise: float
-) -> list[Mapping[str, Any]]:
+def nearly(rows: Sequence[Row], budget: Budget, noise: float) -> list[Row]:
     """Rows within the loss that miss a target by no more than noise, the nearest first."""
     close = [row for row in rows if row["within"] and 0 < budget.excess(row) <= noise]
     return sorted(close, key=budget.excess)
@@ -133,13 +133,21 @@ def without_layout(recipe: Recipe) -> Recipe | None:
 
 def uniform_kind(recipe: Sequence[Mapping[str, Any]] | None) -> str | None:
     """The kind ("int8", "bf16", "int4") that a row's recipe gives every layer; None for others."""
-    steps = [step for step in recipe or () if step["step"] != "ChannelsLast"]
+    steps = [step for step in recipe or () if step["step"] not in ("ChannelsLast", "Drop")]
     if any(step.get("skip") for step in steps):
         return None
     kinds = [_kind(step) for step in steps]
     if kinds == [INT4, INT8]:
         return INT4
     return kinds[0] if kinds in ([INT8], [BF16]) else None
+
+
+def dropped(recipe: Sequence[Mapping[str, Any]] | None) -> list[str]:
+    """The blocks that a row's recipe leaves out."""
+    found: list[str] = []
+    for step in recipe or ():
+        found += step.get("blocks", ())
+    return found
 
 
 def _kind(step: Mapping[str, Any]) -> str | None:

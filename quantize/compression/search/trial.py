@@ -41,8 +41,8 @@ class Points:
         folder: of that file and of the models.
         identity: what must be the same for rows to be taken over: model, inputs, calibration.
 
-    `units` has what `keep_units` kept: choices layer by layer rest on times, and a search that
-    goes on has to make the same ones.
+    `known` has what `keep_known` kept: choices layer by layer rest on times, and a search that goes
+    on has to make the same ones.
 
     Raises:
         ValueError: the folder holds a search of something else.
@@ -51,7 +51,7 @@ class Points:
     def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
         self.folder, self.identity = folder, dict(identity)
         self.rows: list[Row] = []
-        self.units: Any = None
+        self.known: dict[str, Any] = {}
         path = folder / STATE
         if path.exists():
             held = json.loads(path.read_text())
@@ -61,7 +61,7 @@ class Points:
                     f"{path} is of another search (other {', '.join(differing)}): give another out="
                 )
             self.rows = [row for row in held["rows"] if self._is_whole(row)]
-            self.units = held.get("units")
+            self.known = held["known"]
 
     def find(self, name: str) -> Row | None:
         """The row of that name, if it was measured already."""
@@ -76,13 +76,13 @@ class Points:
             self.rows.append(row)
         self._write()
 
-    def keep_units(self, units: Any) -> None:
+    def keep_known(self, name: str, values: Any) -> None:
         """Keep what is known of the model's parts, as JSON values."""
-        self.units = units
+        self.known[name] = values
         self._write()
 
     def _write(self) -> None:
-        content = {"identity": self.identity, "rows": self.rows, "units": self.units}
+        content = {"identity": self.identity, "rows": self.rows, "known": self.known}
         with atomic_write(self.folder / STATE) as file:
             file.write(json.dumps(content, indent=1).encode())
 
@@ -145,6 +145,7 @@ class Trial:
         noise = abs(1 - (again.speedup or 1.0))
         row |= {"speed_noise": max(noise, 0.01), "loss": 0.0, "loss_noise": self.judge.noise}
         row |= {"metric": self._metric(self.judge.metrics), "metric_change": 0.0}
+        row["latency_in_turns_ms"] = row["latency_ms"]["median"]
         if noise > BUSY:
             self.say(f"a busy machine: the original against itself differs by {noise:.0%}")
         return self._keep(row, None)
@@ -177,6 +178,7 @@ class Trial:
         for row, again in zip(rows, measured, strict=True):
             new = again | {key: row[key] for key in _JUDGED}
             self._mark(new)
+            self._time(new)
             fresh.append(new | self._verdict(new))
         return fresh
 
@@ -194,7 +196,15 @@ class Trial:
         row["metric_change"] = row["metric"]["value"] - self.judge.value
         row |= {"loss": score.loss, "loss_noise": max(score.noise, self.least_noise)}
         self._mark(row)
+        self._time(row)
         return row
+
+    def _time(self, row: Row) -> None:
+        """Its latency by that of the original and the ratio of both, which took turns: a busy
+        moment makes both slower.
+        """
+        original = self.original()["latency_ms"]["median"]
+        row["latency_in_turns_ms"] = original / row["speedup"]
 
     def _mark(self, row: Row) -> None:
         """Put how much worse a row is than the original before its other notes."""

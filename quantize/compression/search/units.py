@@ -24,9 +24,10 @@ from quantize.compression.low_rank.candidates import find_layers
 from quantize.compression.low_rank.spectra import usable
 from quantize.compression.pruning.costs import Removable, removable
 from quantize.compression.recipe import Given
-from quantize.compression.search.times import FLOAT, INT8, Stopwatch, made
+from quantize.compression.search.times import FLOAT, INT4, INT8, Stopwatch, made
 from quantize.nn import dense_weight
 from quantize.nn import low_rank as pairs
+from quantize.nn.int4 import Int4Linear
 
 AMOUNTS = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
 RATIOS = (0.6, 0.45, 0.3, 0.2, 0.1)
@@ -89,6 +90,7 @@ class Facts:
         spectrum: whitened singular values; None where it can't be a pair.
         rounding: loss by kind.
         bytes: in a file, by kind.
+        four_bits: whether int4 is more than the int8 that it falls back to.
     """
 
     layer: Any
@@ -97,6 +99,7 @@ class Facts:
     spectrum: Tensor | None
     rounding: dict[str, float]
     bytes: dict[str, float]
+    four_bits: bool
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -186,23 +189,25 @@ def _of(model: nn.Module, names: Any) -> dict[str, nn.Module]:
 
 def _losses(
     layer: Any, seen: calibrating.InputStatistics, gradient: Tensor, kinds: Sequence[str]
-) -> tuple[Tensor, dict[str, float], dict[str, float]]:
-    """The spectrum, and by kind the loss of rounding and the bytes; losses are summed over the rows
-    seen.
+) -> tuple[Tensor, dict[str, float], dict[str, float], bool]:
+    """The spectrum, and by kind the loss of rounding and the bytes; whether int4 is possible.
+    Losses are summed over the rows seen.
     """
     weight = pairs.matrix(layer).double()
     moment = seen.covariance if layer.bias is not None else seen.second_moment
     moment = maths.with_unseen(moment, seen.count)
     spectrum = maths.whitened_spectrum(weight, moment, gradient) * math.sqrt(seen.count)
-    rounding, sizes = {}, {}
+    rounding, sizes, four_bits = {}, {}, False
     for kind in kinds:
         small = made(layer, kind)
+        four_bits = four_bits or isinstance(small, Int4Linear)
         error = weight - dense_weight(small).double().reshape(weight.shape)
         by_weight = maths.weighted_error(error, seen.second_moment, gradient)
-        by_input = _input_loss(weight, seen, gradient) if kind == INT8 else 0.0
+        rounds_inputs = kind == INT8 or (kind == INT4 and not isinstance(small, Int4Linear))
+        by_input = _input_loss(weight, seen, gradient) if rounds_inputs else 0.0
         rounding[kind] = seen.count * (by_weight + by_input)
         sizes[kind] = float(sum(tensor.nbytes for tensor in small.state_dict().values()))
-    return spectrum, rounding, sizes
+    return spectrum, rounding, sizes, four_bits
 
 
 def _input_loss(weight: Tensor, seen: calibrating.InputStatistics, gradient: Tensor) -> float:
@@ -230,6 +235,9 @@ def _unit(
     options = []
     for kind in kinds:
         saved = seconds - sum(times[kind] for times in full.values())
+        four_bits = any(facts[layer].four_bits for layer in own)
+        if kind == INT4 and (saved <= 0 or not four_bits):
+            continue
         rounding = sum(facts[layer].rounding[kind] for layer in own)
         size = sum(facts[layer].bytes[kind] for layer in own)
         start = Option(kind, kind_s=saved, rounding=rounding, bytes=size)

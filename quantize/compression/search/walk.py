@@ -14,7 +14,8 @@ from functools import partial
 from torch import nn
 
 from quantize import checkpoint, surgery
-from quantize.compression.recipe import ChannelsLast, Recipe
+from quantize.compression.blocks import drop_blocks, find_blocks
+from quantize.compression.recipe import Drop, Int8, Recipe
 from quantize.compression.search import strategy
 from quantize.compression.search.fits import Parts
 from quantize.compression.search.layered import (
@@ -23,11 +24,10 @@ from quantize.compression.search.layered import (
     Layered,
     as_values,
     from_values,
-    kinds_of,
 )
 from quantize.compression.search.result import Result, doubts_of, facts_of, layers_of
 from quantize.compression.search.times import BF16, FLOAT, INT4, INT8
-from quantize.compression.search.trial import ORIGINAL, Row, Trial
+from quantize.compression.search.trial import ORIGINAL, Row, Trial, file_name
 from quantize.compression.search.units import survey
 from quantize.host import native_bf16
 
@@ -45,6 +45,8 @@ class Walk:
         self.trial, self.deadline = trial, deadline
         self.budget = budget = trial.budget
         self.small_wanted = budget.bytes is not None or budget.memory_mb is not None
+        kinds = {type(module) for module in trial.model.modules()}
+        self.tables = self.small_wanted and nn.Embedding in kinds
         self.plain: list[Row] = []  # of recipes that keep every channel
         self.has_layout = False  # whether convolutions have their channels last
 
@@ -58,19 +60,21 @@ class Walk:
         self.trial.original()
         self.has_layout = self._is_faster_channels_last()
         mostly_linear = _share_of_linear(self.trial.model) > 0.5
-        for recipe in strategy.whole(self.small_wanted, mostly_linear):
+        for recipe in strategy.whole(self.small_wanted, mostly_linear, self.tables):
             row = self._try(recipe)
             self.plain += [] if row is None else [row]
         self._smooth()
         if self._is_done():
             return
-        layered = self._survey()
+        layered = self._survey(None)
         most = MOST_SHARES
         if layered is None:
             self._try(strategy.where_faster())
         else:
             self._by_layer(layered)
             most = min(FEW_SHARES, MOST_SHARES)
+        if not self._is_done():
+            self._drop()
         if self._is_done():
             return
         tail = self._tail()
@@ -80,8 +84,11 @@ class Walk:
             self._recover()
 
     def _is_done(self) -> bool:
-        """Whether a point reaches the targets beyond noise and has lost nothing but noise."""
-        made = [row for row in self.trial.rows() if row["recipe"] and row["fits"]]
+        """Whether a point reaches the targets beyond noise, has lost nothing but noise, and isn't
+        slower than the original.
+        """
+        rows = [row for row in self.trial.rows() if row["recipe"] and row["fits"]]
+        made = [row for row in rows if row["speedup"] >= 1]
         sure = [row for row in made if self.budget.excess(row) <= -self.noise]
         return self.budget.has_targets and any(row["loss"] <= row["loss_noise"] for row in sure)
 
@@ -89,7 +96,7 @@ class Walk:
         """Try SmoothQuant where int8 loses something that it could win back."""
         losing = [row for row in self.plain if strategy.uniform_kind(row["recipe"]) == INT8]
         if any(row["file"] and row["loss"] > row["loss_noise"] for row in losing):
-            row = self._try(strategy.smoothed(self.small_wanted))
+            row = self._try(strategy.smoothed(self.tables))
             self.plain += [] if row is None else [row]
 
     def _is_faster_channels_last(self) -> bool:
@@ -102,33 +109,41 @@ class Walk:
         row = self._try(strategy.channels_last(None))
         return row is not None and row["file"] is not None and row["speedup"] > 1 + self.noise
 
-    def _survey(self) -> Layered | None:
-        """The parts of the model with their options; None where there are none, or no time."""
+    def _survey(self, before: Recipe | None) -> Layered | None:
+        """The parts of the model, after the steps of `before`, with their options; None where there
+        are none, or no time.
+        """
         if time.monotonic() > self.deadline:
             return None
         trial = self.trial
-        values = trial.points.units
+        key = "whole" if before is None else file_name(before)
+        known = trial.points.known.get(key, {"kinds": [], "units": []})
         kinds = [FLOAT, INT8, *([BF16] if native_bf16("cpu") else [])]
         kinds += [INT4] if self.small_wanted and _share_of_linear(trial.model) > 0 else []
-        if values is None or not kinds_of(values) >= set(kinds):
-            layout = Recipe((ChannelsLast(),)) if self.has_layout else None
-            model = trial.model if layout is None else layout(trial.model)
+        if not set(known["kinds"]) >= set(kinds):
+            ready = strategy.channels_last(before) if self.has_layout else before
             try:
-                values = as_values(survey(model, trial.given, kinds, trial.say))
+                model = trial.model if ready is None else ready(trial.model)
+                units = survey(model, trial.given, kinds, trial.say)
             except Exception as error:  # of somebody's model
                 trial.say(f"no choice by layers: {' '.join(str(error).split())[:200]}")
                 return None
-            self._kept(partial(trial.points.keep_units, values))
-        units = from_values(values)
-        original = trial.original()
-        return Layered(units, original, trial.budget, trial.allowed, self.small_wanted)
+            known = {"kinds": kinds, "units": as_values(units)}
+            self._kept(partial(trial.points.keep_known, key, known))
+        units = from_values(known["units"])
+        ready = strategy.channels_last(before) if self.has_layout else before
+        base = None if ready is None else trial.find(ready)
+        told = (trial.original(), trial.budget, trial.allowed, self.tables)
+        return Layered(units, *told, base)
 
-    def _by_layer(self, layered: Layered) -> None:
-        """Choices of an option for every part, each corrected by what was measured before."""
+    def _by_layer(self, layered: Layered, before: Recipe | None = None) -> None:
+        """Choices of an option for every part that is left by the steps of `before`, each corrected
+        by what was measured of such choices.
+        """
         learned = set()
         for row in self.trial.rows():
             parts = _parts(row, layered)
-            if parts is not None:
+            if parts is not None and strategy.dropped(row["recipe"]) == _dropped(before):
                 layered.learn(row, parts)
                 learned.add(row["name"])
         tried: dict[Choice, Row] = {}
@@ -137,6 +152,8 @@ class Walk:
             recipe = None if choice is None else layered.recipe(choice)
             if choice is None or recipe is None:
                 return
+            if before is not None:
+                recipe = before >> recipe
             row = self._try(recipe, layered.predicted(choice))
             if row is None:
                 return
@@ -144,6 +161,47 @@ class Walk:
             if row["name"] not in learned:
                 layered.learn(row, Parts.of(layered.options(choice)))
                 learned.add(row["name"])
+
+    def _drop(self) -> None:
+        """Leave out blocks that hardly matter, and choose for what is left by layers."""
+        blocks = self._free_blocks()
+        if not blocks:
+            return
+        before = Recipe((Drop(blocks),))
+        self._try(before)
+        self._try(before >> Int8(embeddings=self.tables))
+        layered = self._survey(before)
+        if layered is not None:
+            self._by_layer(layered, before)
+
+    def _free_blocks(self) -> list[str]:
+        """The blocks without which the model loses no more than half of what it may, or noise."""
+        trial = self.trial
+        blocks = find_blocks(trial.model, trial.example_inputs)
+        known = trial.points.known.get("blocks", {})
+        if blocks and not known:
+            trial.say(f"leaving out each of {len(blocks)} blocks")
+            losses = {name: self._loss_without([name]) for name in blocks}
+            known = {name: loss for name, loss in losses.items() if math.isfinite(loss)}
+            self._kept(partial(trial.points.keep_known, "blocks", known))
+        half = trial.allowed / 2 if trial.allowed < math.inf else 0.0
+        most = max(half, trial.judge.noise, trial.least_noise)
+        found: list[str] = []
+        for name in sorted(known, key=lambda name: known[name]):
+            if known[name] > most or self._loss_without([*found, name]) > most:
+                break
+            found.append(name)
+        return found
+
+    def _loss_without(self, blocks: list[str]) -> float:
+        """Of the metric; infinite where the model fails without them, or no time is left."""
+        if time.monotonic() > self.deadline:
+            return math.inf
+        try:
+            return self.trial.judge.score(drop_blocks(self.trial.model, blocks)).loss
+        except Exception as error:  # of somebody's model or metric
+            self.trial.say(f"not without {blocks[-1]}: {' '.join(str(error).split())[:150]}")
+            return math.inf
 
     def _try(self, recipe: Recipe, predicted: Row | None = None) -> Row | None:
         """The row of a recipe, known or measured now; None when the time or the disk is over."""
@@ -195,11 +253,8 @@ class Walk:
             share = strategy.between(tried)
 
     def _recover(self) -> None:
-        """Train what reaches the targets and has lost most; or what is fast and lost too much."""
-        smaller = [row for row in self.trial.rows() if row["recipe"] and self._is_smaller(row)]
-        useful = [row for row in smaller if row["reaches"] and row["loss"] > row["loss_noise"]]
-        useful.sort(key=lambda row: row["loss"])
-        for row in useful[:CANDIDATES]:
+        """Train what has lost something that training may win back, the least first."""
+        for row in self._losing()[:CANDIDATES]:
             recipe = strategy.without_layout(Recipe.from_json(row["recipe"]))
             if recipe is None:
                 continue
@@ -213,9 +268,21 @@ class Walk:
             if steps > 2 * FIRST_STEPS:
                 self._try(strategy.recovered(recipe, steps))
 
+    def _losing(self) -> list[Row]:
+        """Smaller models that reach the targets and have lost more than noise; without targets,
+        those that have lost too much and are faster than all that keep the loss.
+        """
+        rows = self.trial.rows()
+        smaller = [row for row in rows if row["recipe"] and self._is_smaller(row)]
+        losing = [row for row in smaller if row["reaches"] and row["loss"] > row["loss_noise"]]
+        if not self.budget.has_targets:
+            fastest = max(row["speedup"] for row in rows if row["fits"])
+            losing = [row for row in losing if not row["within"] and row["speedup"] > fastest]
+        return sorted(losing, key=lambda row: row["loss"])
+
     def _is_smaller(self, row: Row) -> bool:
         names = {step["step"] for step in row["recipe"]}
-        return bool(names & {"Prune", "LowRank"}) and "Recover" not in names
+        return bool(names & {"Prune", "LowRank", "Drop"}) and "Recover" not in names
 
     def choose(self) -> Result:
         """The best row that keeps the budget when the best few are measured once more, side by
@@ -253,6 +320,10 @@ class Walk:
         file = self.trial.path(row["name"])
         model = checkpoint.load(file, self.trial.model)
         return Result(model, file, rows, met, reason, layers_of(row, model))
+
+
+def _dropped(recipe: Recipe | None) -> list[str]:
+    return strategy.dropped(None if recipe is None else recipe.as_values())
 
 
 def _share_of_linear(model: nn.Module) -> float:
