@@ -77,9 +77,12 @@ def drop_blocks(model: nn.Module, names: Sequence[str]) -> nn.Module:
 def _caches(module: Any) -> bool:
     """Whether a cache counts its layers, or it is a model that has one."""
     generates = getattr(module, "can_generate", None)
-    return "cache" in inspect.signature(module.forward).parameters or (
-        callable(generates) and bool(generates())
-    )
+    if callable(generates) and generates():
+        return True
+    try:
+        return "cache" in inspect.signature(module.forward).parameters
+    except (TypeError, ValueError):  # a forward that isn't Python
+        return False
 
 
 def _members(model: nn.Module) -> dict[str, nn.Module]:

@@ -168,7 +168,9 @@ class Walk:
         if not blocks:
             return
         before = Recipe((Drop(blocks),))
-        self._try(before)
+        row = self._try(before)
+        if row is None or row["file"] is None:
+            return
         self._try(before >> Int8(embeddings=self.tables))
         layered = self._survey(before)
         if layered is not None:
@@ -183,7 +185,8 @@ class Walk:
             trial.say(f"leaving out each of {len(blocks)} blocks")
             losses = {name: self._loss_without([name]) for name in blocks}
             known = {name: loss for name, loss in losses.items() if math.isfinite(loss)}
-            self._kept(partial(trial.points.keep_known, "blocks", known))
+            if time.monotonic() < self.deadline:
+                self._kept(partial(trial.points.keep_known, "blocks", known))
         half = trial.allowed / 2 if trial.allowed < math.inf else 0.0
         most = max(half, trial.judge.noise, trial.least_noise)
         found: list[str] = []
