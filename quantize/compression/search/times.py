@@ -135,9 +135,7 @@ def as_bf16(layer: nn.Module) -> nn.Module:
 
 
 def as_int4(layer: nn.Module) -> nn.Module:
-    """The layer in 4 bits, rounded to the nearest; in int8 where it can't be, as `Int4 >> Int8`
-    does.
-    """
+    """The layer in 4 bits, rounded to the nearest; in int8 where it can't be."""
     try:
         return _only(quantize_weights(nn.Sequential(layer)).eval())
     except ValueError:

@@ -27,7 +27,7 @@ from quantize.compression.recipe import Given
 from quantize.compression.search.times import FLOAT, INT4, INT8, Stopwatch, made
 from quantize.nn import dense_weight
 from quantize.nn import low_rank as pairs
-from quantize.nn.int4 import Int4Linear
+from quantize.nn.int4 import GROUP_SIZES, Int4Linear
 
 AMOUNTS = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
 RATIOS = (0.6, 0.45, 0.3, 0.2, 0.1)
@@ -90,7 +90,7 @@ class Facts:
         spectrum: whitened singular values; None where it can't be a pair.
         rounding: loss by kind.
         bytes: in a file, by kind.
-        four_bits: whether int4 is more than the int8 that it falls back to.
+        four_bits: whether it can have them.
     """
 
     layer: Any
@@ -203,8 +203,7 @@ def _losses(
         four_bits = four_bits or isinstance(small, Int4Linear)
         error = weight - dense_weight(small).double().reshape(weight.shape)
         by_weight = maths.weighted_error(error, seen.second_moment, gradient)
-        rounds_inputs = kind == INT8 or (kind == INT4 and not isinstance(small, Int4Linear))
-        by_input = _input_loss(weight, seen, gradient) if rounds_inputs else 0.0
+        by_input = _input_loss(weight, seen, gradient) if kind == INT8 else 0.0
         rounding[kind] = seen.count * (by_weight + by_input)
         sizes[kind] = float(sum(tensor.nbytes for tensor in small.state_dict().values()))
     return spectrum, rounding, sizes, four_bits
@@ -235,7 +234,7 @@ def _unit(
     options = []
     for kind in kinds:
         saved = seconds - sum(times[kind] for times in full.values())
-        four_bits = any(facts[layer].four_bits for layer in own)
+        four_bits = all(facts[layer].four_bits for layer in own)
         if kind == INT4 and (saved <= 0 or not four_bits):
             continue
         rounding = sum(facts[layer].rounding[kind] for layer in own)
@@ -268,6 +267,8 @@ def _narrower(
         gone = group.units - group.kept(amount)
         if not 0 < gone < len(group.costs) or gone in found:
             continue
+        if start.kind == INT4 and not _in_groups(group, gone, own, facts):
+            continue
         saved, kept_bytes = 0.0, start.bytes
         for layer in {**group.outputs, **group.inputs}:
             if layer not in facts:
@@ -293,6 +294,12 @@ def _narrower(
     return list(found.values())
 
 
+def _in_groups(group: Removable, gone: int, own: Sequence[str], facts: Mapping[str, Facts]) -> bool:
+    """Whether layers of the unit with fewer channels still have inputs for whole groups of int4."""
+    left = [facts[layer].sizes[0] - gone * group.inputs.get(layer, 0) for layer in own]
+    return not any(inputs % GROUP_SIZES[0] for inputs in left)
+
+
 def _factorized(
     start: Option,
     own: Sequence[str],
@@ -305,6 +312,8 @@ def _factorized(
     for ratio in RATIOS:
         ranks = {layer: _rank(facts[layer], ratio) for layer in own}
         if not any(ranks.values()):
+            continue
+        if start.kind == INT4 and any((rank or 0) % GROUP_SIZES[0] for rank in ranks.values()):
             continue
         saved, removal, kept_bytes = 0.0, 0.0, start.bytes
         for layer, rank in ranks.items():

@@ -178,6 +178,8 @@ class Walk:
 
     def _free_blocks(self) -> list[str]:
         """The blocks without which the model loses no more than half of what it may, or noise."""
+        if time.monotonic() > self.deadline:
+            return []
         trial = self.trial
         blocks = find_blocks(trial.model, trial.example_inputs)
         known = trial.points.known.get("blocks", {})

@@ -22,7 +22,7 @@ from quantize.compression.recipe import Int8, LowRank, Prune, Recipe
 from quantize.compression.search import strategy
 from quantize.compression.search.budget import Budget
 from quantize.compression.search.judge import Divergence, Evaluated
-from quantize.compression.search.times import BF16, FLOAT, INT8, Stopwatch
+from quantize.compression.search.times import BF16, FLOAT, INT4, INT8, Stopwatch
 
 INPUTS = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
 
@@ -55,7 +55,9 @@ def by_bytes(monkeypatch):
 
 def timed_by_bytes(watch, layer, _shape):
     numbers = sum(parameter.numel() for parameter in layer.parameters())
-    return {kind: 1e-9 * numbers * {FLOAT: 4, INT8: 1, BF16: 2}[kind] for kind in watch.kinds}
+    return {
+        kind: 1e-9 * numbers * {FLOAT: 4, INT8: 1, BF16: 2, INT4: 0.5}[kind] for kind in watch.kinds
+    }
 
 
 def search(model, batches, budget, **options):
