@@ -261,7 +261,9 @@ def _narrower(
     facts: Mapping[str, Facts],
     watch: Stopwatch,
 ) -> list[Option]:
-    """The unit with fewer channels; readers that belong to another unit get faster too."""
+    """The unit with fewer channels. Readers that belong to another unit get faster too: in whatever
+    kind that unit has them, so what counts is the least that this saves.
+    """
     found: dict[int, Option] = {}
     for amount in AMOUNTS:
         gone = group.units - group.kept(amount)
@@ -278,8 +280,10 @@ def _narrower(
             inputs, outputs = facts[layer].sizes
             if not (fewer_in < inputs and fewer_out < outputs):
                 continue
-            before = _whole(facts[layer], watch, 0, 0)[start.kind]
-            saved += before - _whole(facts[layer], watch, fewer_in, fewer_out)[start.kind]
+            before = _whole(facts[layer], watch, 0, 0)
+            after = _whole(facts[layer], watch, fewer_in, fewer_out)
+            possible = [start.kind] if layer in own else list(before)
+            saved += min(before[kind] - after[kind] for kind in possible)
             share = (1 - fewer_in / inputs) * (1 - fewer_out / outputs)
             kept_bytes -= (1 - share) * facts[layer].bytes[start.kind] * (layer in own)
         found[gone] = Option(

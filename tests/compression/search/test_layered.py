@@ -21,11 +21,14 @@ from torch import nn
 import quantize
 from quantize.compression.pruning.costs import removable
 from quantize.compression.recipe import ChannelsLast, Given, Half, Int8, Prune, Recipe
+from quantize.compression.search.budget import Budget
 from quantize.compression.search.fits import Parts, Seen, fitted
 from quantize.compression.search.knapsack import STEPS, solve
-from quantize.compression.search.layered import from_values
-from quantize.compression.search.times import BF16, FLOAT, INT8, Stopwatch
-from quantize.compression.search.units import Option, survey
+from quantize.compression.search.layered import Layered, from_values
+from quantize.compression.search.times import BF16, FLOAT, INT4, INT8, Stopwatch
+from quantize.compression.search.units import Option, Unit, survey
+from quantize.nn.int4 import Int4Linear
+from quantize.nn.int8 import Int8Linear
 
 __all__ = ["by_bytes"]  # a fixture for every test here
 KINDS = (FLOAT, INT8, BF16)
@@ -130,6 +133,38 @@ def test_a_survey_has_what_can_be_done_to_each_part(batches):
     from quantize.compression.search.layered import as_values
 
     assert from_values(json.loads(json.dumps(as_values(units)))) == units
+
+
+def test_four_bits_are_for_units_whose_layers_all_can_have_them(batches, tmp_path):
+    """16 inputs are too few for a group; a choice with both kinds is the model that it says, and
+    its file is as large as was predicted.
+    """
+    torch.manual_seed(0)
+    wide = nn.Sequential(nn.Linear(16, 512), nn.ReLU(), nn.Linear(512, 512), nn.Linear(512, 4))
+    units = survey(wide.eval(), things(batches), [FLOAT, INT8, INT4], lambda line: None)
+    assert [unit.layers for unit in units] == [("0",), ("2", "3")]
+    kinds = [{option.kind for option in unit.options} for unit in units]
+    assert kinds == [{FLOAT, INT8}, {FLOAT, INT8, INT4}]
+    narrow = [option.amount for option in units[1].options if option.kind == INT4]
+    assert all(512 * (1 - amount) % 32 == 0 for amount in narrow)
+    quantize.save(wide, tmp_path / "wide.pth")
+    size = (tmp_path / "wide.pth").stat().st_size
+    row = {"latency_ms": {"median": 1.0}, "bytes": size, "peak_rss_mb": 100.0}
+    layered = Layered(units, row, Budget.of({"bytes": 1}), 1.0, False)
+    wanted = zip(units, (INT8, INT4), strict=True)
+    choice = tuple(unit.options.index(whole(unit, kind)) for unit, kind in wanted)
+    recipe = layered.recipe(choice)
+    assert recipe is not None and recipe.name == "int4+int8"
+    small = recipe(wide, things(batches))
+    assert [type(small[i]) for i in (0, 2, 3)] == [Int8Linear, Int4Linear, Int4Linear]
+    quantize.save(small, tmp_path / "small.pth")
+    predicted = layered.predicted(choice)["bytes"]
+    assert predicted == pytest.approx((tmp_path / "small.pth").stat().st_size, rel=0.1)
+
+
+def whole(unit: Unit, kind: str) -> Option:
+    """The option that only stores a unit in another kind."""
+    return next(o for o in unit.options if (o.kind, o.amount, o.ratio) == (kind, 0.0, 1.0))
 
 
 def test_choices_by_layer_are_files_that_load(batches, tmp_path, monkeypatch):

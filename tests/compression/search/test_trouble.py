@@ -168,19 +168,6 @@ def test_a_folder_answers_another_budget_from_its_points(batches, tmp_path, monk
     assert again.met and max(chosen["loss"], chosen["loss_noise"]) == min(lost)
 
 
-def test_few_bytes_are_met_with_four_bits(batches, tmp_path):
-    """Where bytes are asked for, layers may have 4 bits, beside others of the same model that can't
-    have them: a choice by layers has both, and is as small as was predicted.
-    """
-    torch.manual_seed(0)
-    wide = nn.Sequential(nn.Linear(16, 512), nn.ReLU(), nn.Linear(512, 512), nn.Linear(512, 4))
-    result = search(wide.eval(), batches, {"bytes": 175_000, "max_loss": 1e-4}, out=tmp_path)
-    by_layer = [row for row in result.rows if row["predicted"] and row["file"]]
-    assert any("int4" in row["name"] for row in by_layer)
-    for row in by_layer:
-        assert row["predicted"]["bytes"] == pytest.approx(row["bytes"], rel=0.1)
-
-
 def test_a_folder_of_another_metric_is_refused(batches, tmp_path):
     """Its losses are of something else: by its name, or by what the original has of it."""
     budget = {"bytes": 15_000}
