@@ -161,7 +161,8 @@ def _facts(
 ) -> dict[str, Facts]:
     """Of every linear layer and dense convolution that may be replaced and that inputs reach."""
     layers = find_layers(surgery.clone(model), ())[0]
-    calls = calibrating.trace_calls(model, given.example_inputs, _of(model, layers))
+    own = {name: model.get_submodule(name) for name in layers}
+    calls = calibrating.trace_calls(model, given.example_inputs, own)
     shapes = {name: pairs.matrix(layers[name]).shape for name in calls.shapes}
     widths = {name: (k, m) for name, (m, k) in shapes.items()}
     batches = given.calibration or ()
@@ -181,10 +182,6 @@ def _facts(
 def _shortened(say: Callable[[str], None]) -> Callable[[str], None]:
     """Without most of the names of layers that a line lists."""
     return lambda line: say(textwrap.shorten(line, _LINE, placeholder=" ..."))
-
-
-def _of(model: nn.Module, names: Any) -> dict[str, nn.Module]:
-    return {name: model.get_submodule(name) for name in names}
 
 
 def _losses(
