@@ -5,10 +5,12 @@ what its layers see.
 change; `patches` the rows that a layer's weight multiplies; `sums` sums over them, `statistics`
 those of a model's layers; `gradients` how much the output depends on each layer's; `look` passes
 that show all of that at once, `survey` as few of them as memory allows; `observe` single calls of
-layers, `replay` those of two models side by side; `readers` who reads what a layer gives; `refit`
-least squares; `exporting` what torch.export needs around it.
+layers, `replay` those of two models side by side; `readers` who reads what a layer gives; `solve`
+least squares from moments, `dual` from few rows, `refit` from parts; `exporting` what torch.export
+needs around it.
 """
 
+from quantize.calibration.dual import Outer, compensate_rows, whole
 from quantize.calibration.exporting import exporting
 from quantize.calibration.gradients import collect_gradients, fisher_loss
 from quantize.calibration.inputs import (
@@ -17,6 +19,7 @@ from quantize.calibration.inputs import (
     check_batches,
     copied,
     distance,
+    in_blocks,
     keeps_cache,
     main_output,
     on_tensors,
@@ -27,10 +30,11 @@ from quantize.calibration.inputs import (
     without_cache,
 )
 from quantize.calibration.observe import Call, Watch, find_streams
-from quantize.calibration.patches import exact, is_finite, rows
+from quantize.calibration.patches import exact, is_finite, rows, snapshot
 from quantize.calibration.readers import followers
-from quantize.calibration.refit import Regression, compensate, least_squares
+from quantize.calibration.refit import Regression
 from quantize.calibration.replay import Pace, Walk
+from quantize.calibration.solve import compensate, least_squares
 from quantize.calibration.state import untouched
 from quantize.calibration.statistics import (
     Calls,
@@ -47,6 +51,7 @@ __all__ = [
     "Call",
     "Calls",
     "InputStatistics",
+    "Outer",
     "Pace",
     "PairedStatistics",
     "Products",
@@ -61,6 +66,7 @@ __all__ = [
     "collect",
     "collect_gradients",
     "compensate",
+    "compensate_rows",
     "copied",
     "distance",
     "exact",
@@ -68,6 +74,7 @@ __all__ = [
     "find_streams",
     "fisher_loss",
     "followers",
+    "in_blocks",
     "input_shapes",
     "is_finite",
     "keeps_cache",
@@ -79,8 +86,10 @@ __all__ = [
     "relative_error",
     "rows",
     "run_batch",
+    "snapshot",
     "trace_calls",
     "untouched",
     "watching",
+    "whole",
     "without_cache",
 ]

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
-from quantize.calibration.inputs import call, check_batches, main_output, watching
-from quantize.calibration.patches import exact
+from quantize.calibration.dual import Outer, whole
+from quantize.calibration.inputs import BLOCK, call, check_batches, main_output, watching
+from quantize.calibration.patches import exact, snapshot
 from quantize.calibration.sums import Squares
 
 Loss = Callable[[Any, Any], torch.Tensor]
@@ -33,11 +33,36 @@ def fisher_loss(output: Any, *, categories: bool, generator: torch.Generator) ->
             logits.device
         )
         return (logits * noise).sum()
-    logits = logits.reshape(-1, logits.shape[-1])
-    labels = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0].to(
-        logits.device
-    )
-    return F.cross_entropy(logits, labels, reduction="sum")
+    return _OwnLabels.apply(logits.reshape(-1, logits.shape[-1]), generator)
+
+
+class _OwnLabels(torch.autograd.Function):
+    """Cross-entropy, summed over rows, of labels that are drawn from logits [N, V] themselves.
+
+    Beside the logits of a large vocabulary it holds one tensor of their size, the gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        gradient = logits.softmax(-1)
+        labels = _drawn(gradient, generator).to(logits.device)
+        loss = -gradient.gather(1, labels).log().sum()
+        ctx.gradient = gradient.scatter_add_(
+            1, labels, -torch.ones_like(labels, dtype=gradient.dtype)
+        )
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        factor = gradients[0]
+        return (ctx.gradient if factor == 1 else ctx.gradient * factor), None
+
+
+def _drawn(probabilities: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """A column for each row of probabilities [N, V], [N, 1], in blocks of rows."""
+    rows = max(1, BLOCK // probabilities.shape[1])
+    parts = probabilities.cpu().split(rows)
+    return torch.cat([torch.multinomial(part, 1, generator=generator) for part in parts])
 
 
 class OutputGradients:
@@ -86,7 +111,7 @@ class OutputGradients:
         if isinstance(layer, (nn.Conv1d, nn.Conv2d)):
             channel = -1 - len(layer.kernel_size)
             gradient = gradient.movedim(channel, -1)  # [B, M, H, W] to [B, H, W, M]
-        rows = exact(gradient).reshape(-1, gradient.shape[-1])
+        rows = snapshot(exact(gradient).reshape(-1, gradient.shape[-1]))
         self.squares.setdefault(name, Squares()).add(rows)
         self.counts[name] = self.counts.get(name, 0) + len(rows)
 
@@ -105,9 +130,9 @@ class OutputGradients:
         categories = main.ndim > 0 and (named or main.shape[-1] in self.vocabularies)
         return fisher_loss(output, categories=categories, generator=self.generator)
 
-    def result(self) -> dict[str, torch.Tensor]:
+    def result(self) -> dict[str, torch.Tensor | Outer]:
         """E[g g^T], [M, M], by layer, without those that the loss doesn't depend on."""
-        return {name: sums.whole().div_(self.counts[name]) for name, sums in self.squares.items()}
+        return {name: sums.mean(self.counts[name]) for name, sums in self.squares.items()}
 
 
 class _Tap(torch.autograd.Function):
@@ -119,7 +144,7 @@ class _Tap(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, output: torch.Tensor, leaf: torch.Tensor, see: Callable) -> torch.Tensor:
         ctx.see = see
-        return output.clone()
+        return snapshot(output)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
@@ -161,4 +186,5 @@ def collect_gradients(
     with watching(gradients.hooks(), model), without_weight_gradients(model), torch.enable_grad():
         for batch in batches:
             gradients.backward(call(model, batch), batch)
-    return gradients.result()
+    moments = gradients.result()
+    return {name: whole(moment).float() for name, moment in moments.items()}

@@ -18,8 +18,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from quantize.calibration.patches import snapshot
 from quantize.calibration.state import untouched
 from quantize.seeding import seed_devices
+
+BLOCK = 1 << 20  # elements of outputs that are compared at once
 
 
 def call(model: Callable[..., Any], batch: Any, *, copy: bool = True) -> Any:
@@ -236,9 +239,14 @@ def distance(model: nn.Module, original: nn.Module, batches: Iterable[Any]) -> f
 
 
 def _floating(output: Any) -> list[torch.Tensor]:
-    return [
-        t.clone() for t in output_tensors(output) if t.is_floating_point()
-    ]  # a buffer may be the output
+    """Its floating tensors, as they are now: a buffer may be among them."""
+    return [snapshot(t) for t in output_tensors(output) if t.is_floating_point()]
+
+
+def in_blocks(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Parts of tensors of one shape, side by side and flat, so that float64 copies stay small."""
+    flat = [tensor.reshape(-1).split(BLOCK) for tensor in tensors]
+    yield from zip(*flat, strict=True)
 
 
 def relative_error(actual: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
@@ -252,7 +260,8 @@ def relative_error(actual: Sequence[torch.Tensor], expected: Sequence[torch.Tens
     if shapes[0] != shapes[1]:
         raise ValueError(f"its outputs have shapes {shapes[0]}, the original's {shapes[1]}")
     error = size = 0.0
-    for a, e in zip(actual, expected, strict=True):
+    pairs = zip(actual, expected, strict=True)
+    for a, e in itertools.chain.from_iterable(itertools.starmap(in_blocks, pairs)):
         finite = torch.isfinite(e)
         a, e = a[finite].double(), e[finite].double()
         if not torch.isfinite(a).all():

@@ -154,13 +154,15 @@ class Pass(TorchFunctionMode):
         counts[name] += 1
         if ran.kept:
             return self._lend(ran)
-        inputs = _Inputs(args, kwargs)
+        inputs = None
+        if self.final and name not in self.impure:
+            inputs = _Inputs(args, kwargs)
         self.frames.append((ran, Counter()))
         try:
             output = forward(*args, **kwargs)
         finally:
             self.frames.pop()
-        if self.final and name not in self.impure and inputs.unchanged() and inputs.apart(output):
+        if self.final and inputs is not None and inputs.unchanged() and inputs.apart(output):
             with torch._C.DisableTorchFunction():
                 ran.keep(on_tensors(output, self.store.copy))
         return output

@@ -44,27 +44,36 @@ def channel_rows(layer: Any, x: torch.Tensor) -> torch.Tensor:
     return x.movedim(1, -1).reshape(-1, x.shape[1])
 
 
-def upper_gram(x: torch.Tensor) -> torch.Tensor:
-    """x^T x, [K, K], of rows x [N, K]; of wide ones the blocks below the diagonal are left zero."""
-    width = x.shape[1]
-    if width < 2 * _STRIP:
-        return x.T @ x
-    product = x.new_zeros(width, width)
-    for start in range(0, width, _STRIP):
-        strip = slice(start, start + _STRIP)
-        torch.mm(x[:, strip].T, x[:, start:], out=product[strip, start:])
-    return product
+def upper_gram(x: torch.Tensor) -> list[torch.Tensor]:
+    """x^T x of rows x [N, K], on and above the diagonal: in strips of at most `STRIP` rows, each
+    from its place on the diagonal to the right, [S, K - start].
+    """
+    starts = range(0, x.shape[1], STRIP)
+    return [x[:, start : start + STRIP].T @ x[:, start:] for start in starts]
 
 
-def symmetric(upper: torch.Tensor) -> torch.Tensor:
-    """The symmetric matrix of which `upper` holds the blocks on and above the diagonal."""
-    whole = upper.clone()
-    for start in range(0, len(whole), _STRIP):
-        stop = start + _STRIP
-        block = whole[start:stop, start:stop]
-        block.copy_(block.triu() + block.triu(1).T)
-        whole[stop:, start:stop] = whole[start:stop, stop:].T
+def symmetric(strips: list[torch.Tensor], dtype: torch.dtype | None = None) -> torch.Tensor:
+    """The symmetric matrix [K, K] of which `upper_gram` gave the strips."""
+    width = strips[0].shape[1]
+    whole = strips[0].new_empty(width, width, dtype=dtype)
+    start = 0
+    for strip in strips:
+        size = len(strip)
+        stop = start + size
+        corner, beside = strip[:, :size], strip[:, size:]
+        whole[start:stop, start:stop] = corner.triu() + corner.triu(1).T
+        whole[start:stop, stop:] = beside
+        whole[stop:, start:stop] = beside.T
+        start = stop
     return whole
+
+
+def gram_bytes(width: int) -> int:
+    """Of the strips of a product in float32."""
+    whole = width // STRIP
+    rest = width - whole * STRIP
+    numbers = STRIP * (whole * width - STRIP * whole * (whole - 1) // 2) + rest**2
+    return 4 * numbers
 
 
 def added(total: torch.Tensor | float, part: torch.Tensor, times: float = 1.0) -> torch.Tensor:
@@ -76,7 +85,7 @@ def added(total: torch.Tensor | float, part: torch.Tensor, times: float = 1.0) -
     return total.add_(part, alpha=times)
 
 
-_STRIP = 256  # columns of one product
+STRIP = 256  # columns of one product
 # Patches of a convolution's input lie close together and say much the same. Those of one call that
 # are summed: so many for each column of their second moment, and never fewer than the second.
 PATCHES_PER_COLUMN = 2

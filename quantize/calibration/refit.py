@@ -1,89 +1,23 @@
-"""Least squares: the weight with which a layer gives what it is to give, from its present inputs.
-
-Every fit is held to a weight that is known already (the layer's own, or zero), so directions that
-calibration never shows keep what they had.
-"""
+"""Regressions that are given in parts: what a layer is to give, on its present inputs."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from quantize.calibration.dual import FewRows
 from quantize.calibration.patches import added, is_finite
+from quantize.calibration.solve import PLAIN_RIDGE, least_squares, min_ridge
 
-# candidates of `Regression`, times the mean input power; the last leaves the weight as it was
-RIDGES = (1e-7, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 1e3)
-# taken where there is nothing to try the candidates on
-PLAIN_RIDGE = 1e-2
 # inputs up to which their moments are taken: a factorization takes the cube of them
 WIDEST = 4096
 # rows that are kept of more inputs
 MOST_ROWS = 2048
 # the candidates are compared by so many random mixtures of the outputs
 MIXTURES = 128
-# times the mean input power: what is added first to a moment without a factor and without a ridge
-SMALLEST_RIDGE = 1e-12
-# how strongly a compensated weight is held to the original where there is little data
-CROSS_RIDGE = 1e-4
-
-
-def least_squares(moment: Tensor, cross: Tensor, start: Tensor, ridge: float | Tensor) -> Tensor:
-    """argmin over W [M, K] of E|y - W x|^2 + ridge * |W - start|^2.
-
-    Args:
-        moment: E[x x^T], [K, K]. With covariances here and in `cross`, W goes with a bias.
-        cross: E[y x^T], [M, K].
-        start: the weight that W is held to, [M, K].
-        ridge: how strongly.
-    """
-    gap = torch.addmm(cross, start, moment, alpha=-1).T
-    return start + torch.cholesky_solve(gap, _factor(moment, ridge)).T
-
-
-def _factor(moment: Tensor, ridge: float | Tensor) -> Tensor:
-    """Cholesky factor of the moment plus ridge * 1; where roundings leave a moment without one, the
-    ridge grows tenfold until it has.
-    """
-    matrix, total, more = moment.clone(), 0.0, float(ridge)
-    while True:
-        matrix.diagonal().add_(more)
-        total += more
-        factor, failed = torch.linalg.cholesky_ex(matrix)
-        if not failed:
-            return factor
-        more = max(9 * total, SMALLEST_RIDGE * float(moment.diagonal().mean()))
-        if not 0 < more < math.inf:
-            raise ValueError(f"a moment of shape {tuple(moment.shape)} is not finite")
-
-
-def compensate(
-    weight: Tensor,
-    second_moment: Tensor,
-    target_moment: Tensor,
-    *,
-    ridge: float = CROSS_RIDGE,
-) -> Tensor:
-    """The weight that, on the compressed model's inputs x, comes closest to what the layer is to
-    give. Where x is what the original model's layer gets and that is W x, it is W.
-
-    Args:
-        weight: W, [M, K].
-        second_moment: E[x x^T], [K, K].
-        target_moment: E[y x^T], [M, K], y being what it is to give.
-        ridge: how strongly it is held to W, times the mean input power.
-
-    Returns:
-        [M, K], float64.
-    """
-    weight, second_moment = weight.double(), second_moment.double()
-    power = second_moment.diagonal().mean()
-    scale = torch.where(power > torch.finfo(power.dtype).tiny, power, 1.0)  # of any size
-    return least_squares(second_moment / scale, target_moment.double() / scale, weight, ridge)
 
 
 @dataclass
@@ -232,111 +166,6 @@ class Regression:
         if self.bias:
             error = error + (y_unseen - y - weight @ (x_unseen - x)).square().sum()
         return count * float(error)
-
-
-class FewRows:
-    """Ridge regression in its dual form: it factorizes the Gram matrix of the rows, [N, N].
-
-    The weight is start + R^T inv(X X^T + N ridge) X, with R [N, M] what `start` leaves of the
-    targets (Saunders et al., ICML 1998): what `least_squares` gives of the moments of the rows.
-    """
-
-    def __init__(self) -> None:
-        self.parts: list[tuple[Tensor, Tensor]] = []
-        self.every = 1  # one of so many rows is kept
-
-    @property
-    def count(self) -> int:
-        return sum(len(x) for x, _ in self.parts)
-
-    def add(self, x: Tensor, y: Tensor) -> None:
-        """Rows x [N, K] and y [N, M]."""
-        self.parts.append((x[:: self.every].clone(), y[:: self.every].clone()))
-
-    def thin(self, most: int) -> None:
-        """Keep every second row until there are at most so many."""
-        while self.count > max(most, len(self.parts)):
-            self.parts = [(x[::2].clone(), y[::2].clone()) for x, y in self.parts]
-            self.every *= 2
-
-    def finite(self) -> bool:
-        return all(is_finite(x) and is_finite(y) for x, y in self.parts)
-
-    def fit(
-        self, start: Tensor, shift: tuple[Tensor, Tensor] | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """As `Regression.fit`; the rows are less `shift` where a bias is fitted too."""
-        x = torch.cat([part for part, _ in self.parts])
-        y = torch.cat([part for _, part in self.parts]).double()
-        first = torch.cat([torch.arange(len(part)) < len(part) // 2 for part, _ in self.parts])
-        gram = (x @ x.T).double()
-        left = y - (x @ start.T.to(x.dtype)).double()  # [N, M]
-        power = x.square().mean(dtype=torch.float64)
-        if shift is not None:
-            offset = shift[0].double()
-            power = power + (offset * (2 * x.mean(0, dtype=torch.float64) + offset)).mean()
-        power = max(float(power), 1e-12)
-        halves = (first.to(x.device), ~first.to(x.device))
-        ridge = PLAIN_RIDGE
-        if all(half.any() for half in halves):
-            there = _Dual(gram, left, *halves, centred=shift is not None)
-            back = _Dual(gram, left, *halves[::-1], centred=shift is not None)
-            ridge = min_ridge(lambda r: there.error(r * power) + back.error(r * power))
-        everything = torch.ones_like(halves[0])
-        dual = _Dual(gram, left, everything, everything, centred=shift is not None)
-        change = dual.solve(ridge * power).T  # [M, N]
-        # where means are taken off, the change of each output sums to zero over the rows
-        weight = start + (change.to(x.dtype) @ x).double()
-        if shift is None:
-            return weight, None
-        x_mean, y_mean = x.mean(0, dtype=torch.float64), y.mean(0)
-        return weight, y_mean + shift[1].double() - weight @ (x_mean + shift[0].double())
-
-
-class _Dual:
-    """What a fit on some rows leaves of the targets of others, from the Gram matrix alone.
-
-    Args:
-        gram: X X^T, [N, N]. left: what the start leaves of the targets, [N, M].
-        known: rows that are fitted, [N], bool. unseen: those whose error is asked for.
-        centred: rows and targets count less their means over the known rows.
-    """
-
-    def __init__(
-        self, gram: Tensor, left: Tensor, known: Tensor, unseen: Tensor, *, centred: bool
-    ) -> None:
-        self.own, self.cross = gram[known][:, known], gram[unseen][:, known]
-        self.target, self.unseen = left[known], left[unseen]
-        if centred:
-            mean = self.own.mean(0)  # of the products of known rows
-            self.cross = self.cross - mean - self.cross.mean(1, keepdim=True) + mean.mean()
-            self.own = self.own - mean - mean[:, None] + mean.mean()
-            self.unseen = self.unseen - self.target.mean(0)
-            self.target = self.target - self.target.mean(0)
-
-    def solve(self, ridge: float) -> Tensor:
-        """Coefficients of the known rows, [N, M]."""
-        return torch.cholesky_solve(self.target, _factor(self.own, len(self.own) * ridge))
-
-    def error(self, ridge: float) -> float:
-        """Squared error over the unseen rows."""
-        return float((self.unseen - self.cross @ self.solve(ridge)).square().sum())
-
-
-def min_ridge(error: Callable[[float], float]) -> float:
-    """The ridge of `RIDGES` whose error no neighbour's is below, searched from the middle down,
-    then up.
-    """
-    errors = {}
-    for place in range(len(RIDGES) // 2, -1, -1):
-        errors[place] = error(RIDGES[place])
-        if place + 1 in errors and errors[place] > errors[place + 1]:
-            break
-    best = min(errors, key=errors.__getitem__)
-    while best == max(errors) and best + 1 < len(RIDGES):
-        errors[best + 1] = error(RIDGES[best + 1])
-        best = min(errors, key=errors.__getitem__)
-    return RIDGES[best]
 
 
 def _mixtures(outputs: int) -> Tensor:

@@ -78,8 +78,9 @@ class Walk:
         """
         distinct = list({id(model): model for model in models}.values())
         with ExitStack() as stack:
+            begun = self.changing.union(names)
             for model in distinct:
-                stack.enter_context(routed_through(self.running, model, self.layers))
+                stack.enter_context(routed_through(self.running, model, begun))
             stack.enter_context(without_cache(*distinct))
             traceless = self.look.fixed and not self.look.stateful
             inside = in_eval_mode if traceless else partial(watching, ())

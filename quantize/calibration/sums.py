@@ -8,53 +8,82 @@ from typing import Any
 
 import torch
 
+from quantize.calibration.dual import Outer
 from quantize.calibration.patches import added, exact, is_finite, symmetric, upper_gram
 
 # gives the second moment of rows minus a shift, from both
-Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Product = Callable[[torch.Tensor, torch.Tensor], list[torch.Tensor]]
+
+
+OF_ITS_OWN = 0.5
+
+
+def are_many(x: torch.Tensor) -> bool:
+    """Are rows [N, K] worth a product of their own?"""
+    return len(x) >= OF_ITS_OWN * x.shape[1]
 
 
 class Squares:
     """The sum of x x^T over rows x [K], times a factor each.
 
-    Rows of small batches wait until there are as many as columns: adding up a product costs as much
-    as the product of many rows.
+    Rows of batches of fewer than `OF_ITS_OWN` for each column wait until there are as many as
+    columns: adding up a product costs as much as the product of many rows. While there are fewer,
+    all that is asked of them is cheaper from the rows themselves.
     """
 
     def __init__(self) -> None:
-        self.upper: Any = 0.0  # [K, K], on and above the diagonal
-        self.waiting: list[torch.Tensor] = []
+        self.strips: list[torch.Tensor] = []  # as `upper_gram` gives them
+        self.waiting: list[tuple[torch.Tensor, float]] = []  # rows times a factor, and the factor
         self.count = 0  # of the rows that wait
 
     def add(self, x: torch.Tensor, times: float = 1.0) -> None:
-        """Rows x [N, K]."""
-        if times == 1.0 and len(x) >= x.shape[1]:
+        """Rows x [N, K]; they are kept, and nobody may write to them any more."""
+        if times == 1.0 and are_many(x):
             self.add_product(upper_gram(x))
             return
-        self.waiting.append(x * times**0.5)
+        factor = times**0.5
+        self.waiting.append((x if times == 1.0 else x * factor, factor))
         self.count += len(x)
         if self.count >= x.shape[1]:
             self.flush()
 
-    def add_product(self, product: torch.Tensor, times: float = 1.0) -> None:
+    def add_product(self, product: list[torch.Tensor], times: float = 1.0) -> None:
         """The product of rows with themselves, as `upper_gram` gives it."""
-        self.upper = added(self.upper, product, times)
+        totals = self.strips or [0.0] * len(product)
+        pairs = zip(totals, product, strict=True)
+        self.strips = [added(total, part, times) for total, part in pairs]
 
     def flush(self) -> None:
         """No row waits any longer."""
         if self.waiting:
-            rows = torch.cat(self.waiting)
+            rows = torch.cat([part for part, _ in self.waiting])
             self.waiting, self.count = [], 0
             self.add_product(upper_gram(rows))
 
-    def whole(self) -> torch.Tensor:
+    def whole(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The sum, [K, K]."""
         self.flush()
-        return symmetric(self.upper)
+        return symmetric(self.strips, dtype)
 
     def diagonal(self) -> torch.Tensor:
-        self.flush()
-        return self.upper.diagonal()
+        """Of the sum, [K]."""
+        total: Any = sum(part.square().sum(0) for part, _ in self.waiting)
+        if not self.strips:
+            return total
+        return torch.cat([strip.diagonal() for strip in self.strips]) + total
+
+    def mean(self, count: int) -> torch.Tensor | Outer:
+        """The sum over `count`, [K, K]."""
+        rows = self.rows(torch.zeros(()))
+        return self.whole().div_(count) if rows is None else Outer(rows / count**0.5)
+
+    def rows(self, offset: torch.Tensor) -> torch.Tensor | None:
+        """All rows, each plus an offset [K], times the root of their factors; float64. None where
+        rows were summed up already.
+        """
+        if self.strips or not self.waiting:
+            return None
+        return torch.cat([part.double() + factor * offset for part, factor in self.waiting])
 
 
 @dataclass
@@ -83,26 +112,27 @@ class InputStatistics:
 
         product: gives `upper_gram` of rows minus a shift, from both.
         """
-        if x.numel() == 0:
-            return
-        x = exact(x)
-        count = x.shape[0] if count is None else count
+        if x.numel():
+            count = len(x) if count is None else count
+            self._summed(exact(x), count, outer=outer, product=product)
+
+    def _summed(
+        self, x: torch.Tensor, count: int, *, outer: bool, product: Product | None
+    ) -> torch.Tensor:
+        """Add rows x [N, K], and return them less the shift."""
         times = count / x.shape[0]
         self.count += count
         magnitude = torch.maximum(x.amax(0), -x.amin(0))
         self.largest = torch.maximum(magnitude, torch.as_tensor(self.largest).to(magnitude))
-        x = self.shifted(x)
+        if self.shift is None:
+            self.shift = x.mean(0, dtype=torch.float64).to(x.dtype)
+        x = x - self.shift
         self.total = added(self.total, x.sum(0), times)
-        if outer and (product is None or len(x) < x.shape[1]):
+        if outer and (product is None or not are_many(x)):
             self.squares.add(x, times)
         elif outer and product is not None:
             self.squares.add_product(product(x, self.shift), times)
-
-    def shifted(self, x: torch.Tensor) -> torch.Tensor:
-        """Rows x - shift, [N, K]."""
-        if self.shift is None:
-            self.shift = x.mean(0, dtype=torch.float64).to(x.dtype)
-        return x - self.shift
+        return x
 
     @property
     def finite(self) -> bool:
@@ -122,13 +152,23 @@ class InputStatistics:
     @property
     def covariance(self) -> torch.Tensor:
         """E[x x^T] - E[x] E[x]^T, [K, K], float64."""
-        outer = self.squares.whole().double().div_(self.count)
+        outer = self.squares.whole(torch.float64).div_(self.count)
         return outer.addr_(self.from_shift, self.from_shift, alpha=-1)
 
     @property
     def second_moment(self) -> torch.Tensor:
         """E[x x^T], [K, K], float64."""
         return self.covariance.addr_(self.mean, self.mean)
+
+    def moment(self, *, centred: bool, floor: float = 0.0) -> torch.Tensor | Outer:
+        """E[x x^T], or the covariance, plus `floor` on the diagonal; [K, K], float64."""
+        offset = -self.from_shift if centred else self.shift.double()
+        rows = self.squares.rows(offset)
+        if rows is not None:
+            return Outer(rows / self.count**0.5, floor)
+        moment = self.covariance if centred else self.second_moment
+        moment.diagonal().add_(floor)
+        return moment
 
     @property
     def power(self) -> torch.Tensor:
@@ -143,7 +183,9 @@ class PairedStatistics(InputStatistics):
 
     other_shift: Any = None  # [Z]
     other_total: Any = 0.0  # [Z], sum of z - other_shift
-    cross: Any = 0.0  # [Z, K], sum of (z - other_shift) (x - shift)^T
+    cross_total: Any = 0.0  # [Z, K], sum of (z - other_shift) (x - shift)^T of summed rows
+    # x - shift and z - other_shift, while the squares of all rows wait
+    waiting: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
 
     def update_pair(
         self, x: torch.Tensor, z: torch.Tensor, products: Products | None = None
@@ -155,24 +197,52 @@ class PairedStatistics(InputStatistics):
         if x.numel() == 0:
             return
         products = products or Products()
-        self.update(x, product=products.square)
-        x, z = self.shifted(exact(x)), exact(z)
+        x = self._summed(exact(x), len(x), outer=True, product=products.square)
+        z = exact(z)
         if self.other_shift is None:
             self.other_shift = z.mean(0, dtype=torch.float64).to(z.dtype)
         z = z - self.other_shift
         self.other_total = added(self.other_total, z.sum(0))
-        self.cross = added(self.cross, products.cross(z, x, self.other_shift, self.shift))
+        if not self.squares.strips:
+            self.waiting.append((x, z))
+            return
+        self._sum_waiting()
+        shifts = (self.other_shift, self.shift)
+        self.cross_total = added(self.cross_total, products.cross(z, x, *shifts))
+
+    def _sum_waiting(self) -> None:
+        for x, z in self.waiting:
+            self.cross_total = added(self.cross_total, _cross(z, x))
+        self.waiting = []
+
+    def few_rows(self, *, centred: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """All rows x [N, K] and z [N, Z], less their means if `centred`, over the root of their
+        number; float64. Only where `moment` gives an `Outer`.
+        """
+        x = torch.cat([x for x, _ in self.waiting]).double()
+        z = torch.cat([z for _, z in self.waiting]).double()
+        if centred:
+            x, z = x - self.from_shift, z - self.other_from_shift
+        else:
+            x, z = x + self.shift, z + self.other_shift
+        return x / self.count**0.5, z / self.count**0.5
 
     @property
     def other_mean(self) -> torch.Tensor:
         """E[z], [Z], float64."""
-        return self.other_shift.double() + self.other_total.double() / self.count
+        return self.other_shift.double() + self.other_from_shift
+
+    @property
+    def other_from_shift(self) -> torch.Tensor:
+        """E[z] - other_shift, [Z], float64."""
+        return self.other_total.double() / self.count
 
     @property
     def cross_covariance(self) -> torch.Tensor:
         """E[z x^T] - E[z] E[x]^T, [Z, K], float64."""
-        from_shift = self.other_total.double() / self.count
-        return (self.cross.double() / self.count).addr_(from_shift, self.from_shift, alpha=-1)
+        self._sum_waiting()
+        cross = self.cross_total.double() / self.count
+        return cross.addr_(self.other_from_shift, self.from_shift, alpha=-1)
 
     @property
     def cross_moment(self) -> torch.Tensor:
@@ -186,7 +256,7 @@ class Products:
     def __init__(self) -> None:
         self.given: dict[str, tuple[torch.Tensor | None, int]] = {}  # with their versions
         self.shifts: dict[str, tuple[torch.Tensor, ...]] = {}
-        self.products: dict[str, torch.Tensor] = {}
+        self.products: dict[str, Any] = {}
 
     def see(self, x: torch.Tensor, z: torch.Tensor | None = None) -> None:
         """The tensors whose rows come next: a layer's input, and what is paired with it."""
@@ -202,24 +272,24 @@ class Products:
         self.given[which] = (tensor, now)
         return tensor is before and at == now and now >= 0
 
-    def square(self, x: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    def square(self, x: torch.Tensor, shift: torch.Tensor) -> list[torch.Tensor]:
         """`upper_gram` of x, rows minus a shift."""
         return self._of("square", (shift,), lambda: upper_gram(x))
 
     def cross(self, z: torch.Tensor, x: torch.Tensor, *shifts: torch.Tensor) -> torch.Tensor:
         """z^T x, of rows minus their shifts."""
-        dtype = torch.promote_types(x.dtype, z.dtype)
-        return self._of("cross", shifts, lambda: z.T.to(dtype) @ x.to(dtype))
+        return self._of("cross", shifts, lambda: _cross(z, x))
 
-    def _of(
-        self,
-        kind: str,
-        shifts: tuple[torch.Tensor, ...],
-        product: Callable[[], torch.Tensor],
-    ) -> torch.Tensor:
+    def _of(self, kind: str, shifts: tuple[torch.Tensor, ...], product: Callable[[], Any]) -> Any:
         """The product of one kind with these shifts, known or computed now."""
         before = self.shifts.get(kind, ())
         same = len(before) == len(shifts) and all(map(torch.equal, before, shifts))
         if not (same and kind in self.products) or not self.given:
             self.shifts[kind], self.products[kind] = shifts, product()
         return self.products[kind]
+
+
+def _cross(z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """z^T x, [Z, K], of rows."""
+    dtype = torch.promote_types(x.dtype, z.dtype)
+    return z.T.to(dtype) @ x.to(dtype)

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from quantize.calibration.dual import Outer, is_usable
 from quantize.calibration.gradients import Loss, OutputGradients
 from quantize.calibration.inputs import check_batches
 from quantize.calibration.look import Look
-from quantize.calibration.patches import is_finite
+from quantize.calibration.patches import gram_bytes
 from quantize.calibration.statistics import InputSums, check_reached
 from quantize.calibration.sums import InputStatistics
 
@@ -73,13 +74,13 @@ class Survey:
         self.loss = loss
         self.say = say
         self.widths = widths
-        self.sizes = {name: (4 * k**2, 4 * m**2) for name, (k, m) in widths.items()}  # bytes
+        self.sizes = {n: (gram_bytes(k), gram_bytes(m)) for n, (k, m) in widths.items()}
         self.memory = memory
         # are all moments of gradients kept, from the first pass on?
         self.whole = not gradients or self._of_gradients() <= memory
         self.reached = set(self.layers)  # until the first pass knows better
         self.statistics: dict[str, InputStatistics] = {}
-        self.moments: dict[str, torch.Tensor] = {}  # of gradients
+        self.moments: dict[str, torch.Tensor | Outer] = {}  # of gradients
         self.rows: dict[str, int] = {}  # of inputs, by layer that was looked at
         self.current: set[str] = set()  # layers that were looked at last
         self.plan(self.layers, inputs=True)
@@ -116,7 +117,7 @@ class Survey:
             self._pass(self._run_of(name))
         return self.statistics[name]
 
-    def gradient(self, name: str) -> torch.Tensor | None:
+    def gradient(self, name: str) -> torch.Tensor | Outer | None:
         """E[g g^T] of the gradients at a layer's output, [M, M]; None where there are none."""
         if not self.whole and name not in self.current:
             self._pass(self._run_of(name))
@@ -181,5 +182,5 @@ class Survey:
             self.rows |= {name: seen.count for name, seen in self.statistics.items()}
         if gradients is not None:
             moments = gradients.result()
-            self.moments |= {name: m for name, m in moments.items() if is_finite(m)}
+            self.moments |= {name: m for name, m in moments.items() if is_usable(m)}
         return look

@@ -63,7 +63,7 @@ def test_pairs_match_row_by_row(model, batches):
     y = torch.cat([model(b).reshape(-1, 3) for b in batches])
     weight, bias = model.c.weight.double(), model.c.bias.double()
     assert seen.is_target
-    assert_close(seen.target_moment(weight), y.T @ x / len(x))
+    assert_close(seen.target_moment(weight, centred=False), y.T @ x / len(x))
     assert_close(seen.second_moment, x.T @ x / len(x))
     assert_close(seen.target_mean(weight, bias), y.mean(0))
 
@@ -95,7 +95,8 @@ def test_what_a_wide_layer_is_to_give_follows_from_its_inputs(batches):
         assert not seen.is_target
         assert_close(seen.second_moment, x.T @ x / len(x))
         assert_close(
-            seen.target_moment(weight) + torch.outer(layer.bias, seen.mean), y.T @ x / len(x)
+            seen.target_moment(weight, centred=False) + torch.outer(layer.bias, seen.mean),
+            y.T @ x / len(x),
         )
         assert_close(seen.target_mean(weight, layer.bias.double()), y.mean(0))
 
@@ -111,7 +112,7 @@ def test_a_pass_ends_at_the_last_layer(model, batches):
     for name in whole:
         assert_close(ended[name].second_moment, whole[name].second_moment)
         layer = getattr(model, name)
-        given = ended[name].target_covariance(layer.weight.double())
+        given = ended[name].target_moment(layer.weight.double(), centred=True)
         expected = layer.weight.double() @ whole[name].covariance
         assert_close(given, expected, dtype=torch.float32)
 

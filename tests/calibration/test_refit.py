@@ -6,7 +6,16 @@ import pytest
 import torch
 from helpers import assert_close, randn
 
-from quantize.calibration import Regression, refit
+from quantize.calibration import (
+    InputStatistics,
+    Outer,
+    PairedStatistics,
+    Regression,
+    compensate,
+    compensate_rows,
+    least_squares,
+    refit,
+)
 
 
 def rows(inputs: int, outputs: int, mean: float, count: int = 400) -> tuple[torch.Tensor, ...]:
@@ -85,5 +94,44 @@ def test_a_moment_without_a_factor_gets_the_ridge_that_it_takes():
     few, start = torch.randn(4, 20).double(), torch.randn(3, 20).double()
     moment = few.T @ few - 1e-4 * torch.eye(20, dtype=torch.float64)
     target = torch.randn(3, 20).double()
-    weight = refit.least_squares(moment, target @ few.T @ few, start, 1e-9)
+    weight = least_squares(moment, target @ few.T @ few, start, 1e-9)
     assert_close(weight @ few.T, target @ few.T, dtype=torch.float32, factor=1e3)
+
+
+@pytest.mark.parametrize("centred", [False, True])
+def test_moments_of_few_rows_are_those_of_their_squares(centred):
+    """What is asked of a moment is the same of rows that still wait and of their summed product,
+    also where rows stand for several; and so are weights that are compensated with either.
+    """
+    few, summed = PairedStatistics(), PairedStatistics()
+    for seed, count in ((1, 5), (2, 7)):
+        x, z = randn(count, 20, seed=seed).double() + 1, randn(count, 6, seed=seed + 2).double()
+        few.update_pair(x, z)
+        summed.update_pair(x, z)
+    summed.squares.flush()
+    rows, matrix = (seen.moment(centred=centred, floor=0.1) for seen in (few, summed))
+    assert isinstance(rows, Outer) and isinstance(matrix, torch.Tensor)
+    left = randn(3, 20).double()
+    assert_close(rows.whole(), matrix)
+    assert_close(rows.times(left, 0.5), left @ (matrix + 0.5 * torch.eye(20)))
+    assert_close(rows.power, matrix.diagonal().mean())
+    assert_close(rows.squares, matrix.square().sum())
+    assert_close(rows.inverse(), torch.linalg.inv(matrix))
+    weight = randn(6, 20, seed=5).double()
+    x, z = few.few_rows(centred=centred)
+    cross = summed.cross_covariance if centred else summed.cross_moment
+    expected = compensate(weight, matrix, cross + 0.1 * weight)
+    assert_close(compensate_rows(weight, rows, z - x @ weight.T), expected)
+
+
+def test_rows_that_stand_for_several_keep_their_share():
+    """A moment of waiting samples is that of the rows that they stand for."""
+    x = randn(6, 20).double() + 1
+    seen = InputStatistics()
+    seen.update(x[:4])
+    seen.update(x[4:], 6)
+    every = torch.cat([x[:4], x[4:], x[4:], x[4:]])
+    for centred in (False, True):
+        moment = seen.moment(centred=centred)
+        less = every - every.mean(0) if centred else every
+        assert_close(moment.whole(), less.T @ less / len(every))

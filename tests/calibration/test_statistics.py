@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from helpers import assert_close
+from helpers import assert_close, randn
 from torch import nn
 
 from quantize import calibration
@@ -55,6 +55,19 @@ def test_rows_of_small_batches_wait_for_each_other():
     rows = 2 * torch.cat(parts)
     assert_close(sums.whole(), rows.T @ rows)
     assert_close(sums.diagonal(), rows.square().sum(0))
+
+
+def test_batches_of_many_rows_are_summed_at_once():
+    """Half as many rows as columns are worth a product, and fewer wait beside it."""
+    sums, waiting = Squares(), []
+    parts = [randn(n, 8, seed=n) for n in (3, 4, 2, 3)]
+    for part in parts:
+        sums.add(part)
+        waiting.append(sums.count)
+    assert waiting == [3, 3, 5, 0]
+    rows = torch.cat(parts)
+    assert_close(sums.diagonal(), rows.square().sum(0))
+    assert_close(sums.whole(), rows.T @ rows)
 
 
 def test_an_input_that_changed_in_place_is_not_shared():

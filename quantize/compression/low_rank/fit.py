@@ -7,6 +7,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -81,37 +82,39 @@ def _fit_layer(
     rank: int | None,
     split: str,
 ) -> nn.Module:
+    """`result` with a layer fitted to what it is to give: as a pair of a rank, or whole."""
     weight = pairs.matrix(layer).double()
     own_bias: Any = layer.bias
-    if own_bias is None:
-        moment, target = seen.second_moment, seen.target_moment(weight)
-    else:  # takes up the means
-        floor = noise(seen)
-        moment = seen.covariance
-        moment.diagonal().add_(floor)
-        target = torch.add(seen.target_covariance(weight), weight, alpha=floor)
-    product = calibrate.compensate(weight, moment, target)
+    centred = own_bias is not None  # a bias takes up the means
+    floor = noise(seen, centred=centred)
+    fitted, moment = seen.fit(weight, centred=centred, floor=floor)
+    pair = None
     if rank is not None:
         weighing = maths.with_unseen(moment, seen.count)
-        first, second, product, split = factors(layer, product, weighing, gradient, rank, split)
+        first, second, fitted, used = factors(layer, fitted, weighing, gradient, rank, split)
+        pair = partial(pairs.pair, layer, first, second, split=used)
     bias = None
-    if own_bias is not None:
-        bias = seen.target_mean(weight, own_bias.double()) - product @ seen.mean
-    if rank is not None:
-        return surgery.replace(result, {layer: pairs.pair(layer, first, second, bias, split=split)})
-    stored: Any = layer._parameters  # a 16-bit layer's weight reads in another dtype
-    stored["weight"].copy_(
-        product.T if pairs.is_transposed(layer) else product.reshape(stored["weight"].shape)
-    )
+    if centred:
+        bias = seen.target_mean(weight, own_bias.double()) - fitted @ seen.mean
+    if pair is not None:
+        return surgery.replace(result, {layer: pair(bias)})
+    _write(layer, fitted, bias)
+    return result
+
+
+def _write(layer: nn.Module, matrix: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """Give a layer other numbers; a 16-bit layer's weight reads in another dtype than it has."""
+    stored: Any = layer._parameters
+    weight = stored["weight"]
+    weight.copy_(matrix.T if pairs.is_transposed(layer) else matrix.reshape(weight.shape))
     if bias is not None:
         stored["bias"].copy_(bias)
-    return result
 
 
 def factors(
     layer: nn.Module,
     weight: torch.Tensor,
-    moment: torch.Tensor | None,
+    moment: torch.Tensor | calibrate.Outer | None,
     gradient: torch.Tensor | None,
     rank: int,
     split: str,

@@ -21,8 +21,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from quantize.calibration import is_finite
+from quantize.calibration import Outer, is_finite
 
+Moment = Tensor | Outer  # of inputs, [K, K]
 INPUT_RIDGE = 1e-6  # times the mean of the diagonal; keeps rank-deficient moments invertible
 GRADIENT_RIDGE = 1e-2  # larger: a direction that moved no output in calibration may still matter
 
@@ -60,7 +61,7 @@ def cholesky(moment: Tensor, ridge: float) -> Tensor:
         ridge = max(10 * ridge, 1e-12)
 
 
-def with_unseen(moment: Tensor, count: int) -> Tensor:
+def with_unseen(moment: Moment, count: int) -> Moment:
     """The moment [K, K] of `count` rows of inputs, with some energy in all directions where there
     are fewer rows than inputs.
 
@@ -68,13 +69,20 @@ def with_unseen(moment: Tensor, count: int) -> Tensor:
     answer well on calibration only. A new row has about e / (count + e) of its energy there, where
     e is the number of directions that share the energy of the known ones.
     """
-    power, k = moment.diagonal().sum(), len(moment)
+    k = moment.shape[0]
+    if isinstance(moment, Outer):
+        power, squares = k * moment.power, moment.squares
+    else:
+        power, squares = moment.diagonal().sum(), moment.square().sum()
     if count >= k or power <= 0:
         return moment
-    directions = power.square() / moment.square().sum()
+    directions = power.square() / squares
     hidden = directions / (count + directions)
+    more = (1 - count / k) * hidden * power / k
+    if isinstance(moment, Outer):
+        return Outer(moment.rows, moment.floor + float(more))
     moment = moment.clone()
-    moment.diagonal().add_((1 - count / k) * hidden * power / k)
+    moment.diagonal().add_(more)
     return moment
 
 
@@ -86,7 +94,7 @@ def _scale(moment: Tensor) -> Tensor:
 
 def whitened_svd(
     weight: Tensor,
-    second_moment: Tensor | None = None,
+    second_moment: Moment | None = None,
     gradient_moment: Tensor | None = None,
     *,
     rank: int | None = None,
@@ -137,7 +145,7 @@ def whitened_svd(
 
 def whitened_spectrum(
     weight: Tensor,
-    second_moment: Tensor | None = None,
+    second_moment: Moment | None = None,
     gradient_moment: Tensor | None = None,
     *,
     ridge: float = INPUT_RIDGE,
@@ -152,7 +160,7 @@ def whitened_spectrum(
 
 def _whitened_gram(
     weight: Tensor,
-    second_moment: Tensor | None,
+    second_moment: Moment | None,
     gradient_moment: Tensor | None,
     ridge: float,
     gradient_ridge: float,
@@ -167,15 +175,20 @@ def _whitened_gram(
         outer = None if gradient_moment is None else cholesky(gradient_moment, gradient_ridge)
         left = weight if outer is None else outer.T @ weight  # R^T W
         return _times(left, second_moment, ridge) @ left.T, outer, left
+    if isinstance(second_moment, Outer):
+        second_moment = second_moment.whole()
     right = None if second_moment is None else cholesky(second_moment, ridge)
     seen = weight if right is None else weight @ right  # W L
     return _times(seen.T, gradient_moment, gradient_ridge) @ seen, right, seen
 
 
-def _times(rows: Tensor, moment: Tensor | None, ridge: float) -> Tensor:
+def _times(rows: Tensor, moment: Moment | None, ridge: float) -> Tensor:
     """rows [N, K] times moment [K, K] + ridge * mean(diagonal) * 1; the rows where none."""
     if moment is None:
         return rows
+    if isinstance(moment, Outer):
+        _check_finite(moment.rows)
+        return moment.times(rows, float(ridge * moment.power))
     _check_finite(moment)
     return torch.addmm(rows, rows, moment.double(), beta=float(ridge * _scale(moment)))
 
@@ -295,7 +308,7 @@ def _lower_hull(options: Sequence[Choice]) -> list[Choice]:
 
 def spatial_factors(
     weight: Tensor,
-    second_moment: Tensor | None = None,
+    second_moment: Moment | None = None,
     gradient_moment: Tensor | None = None,
     *,
     rank: int,
@@ -312,11 +325,7 @@ def spatial_factors(
     weight = weight.double()
     eye = torch.eye(kw, dtype=torch.float64, device=weight.device)
     by_column = weight.permute(0, 3, 1, 2).reshape(m * kw, c * kh)
-    columns = None
-    if second_moment is not None:
-        columns = (
-            second_moment.double().reshape(c * kh, kw, c * kh, kw).diagonal(dim1=1, dim2=3).mean(-1)
-        )
+    columns = None if second_moment is None else _of_columns(second_moment, kw)
     outputs = None if gradient_moment is None else torch.kron(gradient_moment.double(), eye)
     first, second, _ = whitened_svd(
         by_column, columns, outputs, rank=rank
@@ -332,8 +341,17 @@ def spatial_factors(
     return first.reshape(rank, c, kh, 1), second.reshape(m, rank, 1, kw), second @ patches
 
 
+def _of_columns(moment: Moment, kw: int) -> Moment:
+    """The moment of the columns of patches, [C * kh, C * kh], from that of patches."""
+    if isinstance(moment, Outer):
+        by_column = moment.rows.unflatten(1, (-1, kw)).movedim(2, 1)  # [N, kw, C * kh]
+        return Outer(by_column.flatten(0, 1) / kw**0.5, moment.floor)
+    size = len(moment) // kw
+    return moment.double().reshape(size, kw, size, kw).diagonal(dim1=1, dim2=3).mean(-1)
+
+
 def weighted_error(
-    error: Tensor, second_moment: Tensor | None, gradient_moment: Tensor | None
+    error: Tensor, second_moment: Moment | None, gradient_moment: Tensor | None
 ) -> float:
     """||R^T error L||_F^2 for error [M, K]: the loss that `whitened_svd` minimises."""
     error = error.double()

@@ -25,17 +25,33 @@ class Seen(calibrate.PairedStatistics):
 
     is_target: bool = False  # the other rows are y
 
-    def target_moment(self, weight: torch.Tensor) -> torch.Tensor:
-        """E[y x^T], [M, K], of a layer of this weight [M, K] without a bias."""
-        return self.cross_moment if self.is_target else weight @ self.cross_moment
-
-    def target_covariance(self, weight: torch.Tensor) -> torch.Tensor:
-        """E[y x^T] - E[y] E[x]^T, [M, K]."""
-        return self.cross_covariance if self.is_target else weight @ self.cross_covariance
+    def target_moment(self, weight: torch.Tensor, *, centred: bool) -> torch.Tensor:
+        """E[y x^T], or the covariance, [M, K], of a layer of this weight [M, K]; a layer with a
+        bias is asked for the covariance.
+        """
+        cross = self.cross_covariance if centred else self.cross_moment
+        return cross if self.is_target else weight @ cross
 
     def target_mean(self, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         """E[y], [M]."""
         return self.other_mean if self.is_target else bias + weight @ self.other_mean
+
+    def fit(
+        self, weight: torch.Tensor, *, centred: bool, floor: float
+    ) -> tuple[torch.Tensor, torch.Tensor | calibrate.Outer]:
+        """The weight [M, K], float64, that comes closest to giving y from x, held to `weight`; and
+        the moment of x, [K, K].
+
+        centred: x and y count less their means. floor: on the diagonal of the moment.
+        """
+        moment = self.moment(centred=centred, floor=floor)
+        if isinstance(moment, calibrate.Outer):
+            x, z = self.few_rows(centred=centred)
+            gap = z - x @ weight.T if self.is_target else (z - x) @ weight.T
+            return calibrate.compensate_rows(weight, moment, gap), moment
+        target = self.target_moment(weight, centred=centred)
+        target = torch.add(target, weight, alpha=floor)
+        return calibrate.compensate(weight, moment, target), moment
 
 
 def collect(

@@ -29,7 +29,8 @@ def spectra(
     unweighted: list[str] = []
     for name, layer in layers.items():
         seen, weight = survey.inputs(name), pairs.matrix(layer)
-        moment = _moment(seen, centred=layer.bias is not None)
+        centred = layer.bias is not None  # a bias takes up the means
+        moment = seen.moment(centred=centred, floor=noise(seen, centred=centred))
         moment = maths.with_unseen(moment, seen.count)
         gradient = usable(survey.gradient(name))
         if gradient is None:
@@ -45,20 +46,16 @@ def spectra(
     return found
 
 
-def usable(gradient: torch.Tensor | None) -> torch.Tensor | None:
-    """A moment of gradients, if it says anything."""
-    return gradient if gradient is not None and gradient.diagonal().sum() > 0 else None
+def usable(gradient: torch.Tensor | calibrate.Outer | None) -> torch.Tensor | None:
+    """A moment of gradients, as a matrix, if it says anything."""
+    if gradient is None:
+        return None
+    matrix = calibrate.whole(gradient)
+    return matrix if matrix.diagonal().sum() > 0 else None
 
 
-def _moment(seen: calibrate.InputStatistics, *, centred: bool) -> torch.Tensor:
-    """The moment [K, K] that a weight is whitened by; a bias takes up the means."""
-    if not centred:
-        return seen.second_moment
-    moment = seen.covariance
-    moment.diagonal().add_(noise(seen))
-    return moment
-
-
-def noise(seen: calibrate.InputStatistics) -> float:
-    """The variance of inputs below which differences are roundings: nothing is fitted to those."""
-    return NOISE * float(seen.power.mean())
+def noise(seen: calibrate.InputStatistics, *, centred: bool) -> float:
+    """The variance of inputs below which differences are roundings: nothing is fitted to those.
+    A layer without a bias is fitted to the means too, and these are none.
+    """
+    return NOISE * float(seen.power.mean()) if centred else 0.0

@@ -158,33 +158,42 @@ def reestimate(
     old, new = _Spread(), _Spread()
     for before, after in walk.show((original, pruned), [name]):
         for call in before:
-            old.add(call.input, outputs)
+            old.add(call.input)
         for call in after:
-            new.add(call.input, None)
+            new.add(call.input)
     if min(old.count, new.count) < 2:
         return
-    known = old.variance > 1e-12
-    ratio = torch.where(known, new.variance / old.variance.clamp(min=1e-12), 1.0).clamp(1e-3, 1e3)
-    shift = (old.mean - norm.running_mean.double()) * ratio.sqrt()
+    kept = slice(None) if outputs is None else outputs
+    mean, variance = old.mean[kept], old.variance[kept]
+    ratio = new.variance / variance.clamp(min=1e-12)
+    ratio = torch.where(variance > 1e-12, ratio, 1.0).clamp(1e-3, 1e3)
+    shift = (mean - norm.running_mean.double()) * ratio.sqrt()
     norm.running_mean.copy_(new.mean - shift)
-    norm.running_var.copy_(((norm.running_var.double() + norm.eps) * ratio - norm.eps).clamp(min=0))
+    spread = (norm.running_var.double() + norm.eps) * ratio
+    norm.running_var.copy_((spread - norm.eps).clamp(min=0))
 
 
 @dataclass
 class _Spread:
-    """Sums over the values of each channel."""
+    """Sums over the values of each channel: of each part its mean, and what is about it."""
 
     count: int = 0
-    total: Any = 0.0  # [C]
-    square: Any = 0.0  # [C]
+    total: Any = 0.0  # [C], float64
+    squares: Any = 0.0  # [C], sum of the squared means of parts
+    within: Any = 0.0  # [C], sum of squared distances from the means of parts
 
-    def add(self, x: torch.Tensor, channels: torch.Tensor | None) -> None:
-        """Add x [B, C, ...], of some of the channels."""
-        x = x.movedim(1, -1).reshape(-1, x.shape[1]).double()
-        x = x if channels is None else x[:, channels]
-        self.count += len(x)
-        self.total = self.total + x.sum(0)
-        self.square = self.square + x.square().sum(0)
+    def add(self, x: torch.Tensor) -> None:
+        """Add a part x [B, C, ...]."""
+        count = x.numel() // x.shape[1]
+        if count == 0:
+            return
+        others = [dim for dim in range(x.ndim) if dim != 1]
+        variance, mean = torch.var_mean(exact(x), others, correction=0)
+        mean = mean.double()
+        self.count += count
+        self.total = self.total + count * mean
+        self.squares = self.squares + count * mean.square()
+        self.within = self.within + count * variance.double()
 
     @property
     def mean(self) -> torch.Tensor:
@@ -192,7 +201,8 @@ class _Spread:
 
     @property
     def variance(self) -> torch.Tensor:
-        return (self.square / self.count - self.mean**2).clamp(min=0)
+        between = self.squares / self.count - self.mean**2
+        return (between + self.within / self.count).clamp(min=0)
 
 
 @torch.no_grad()

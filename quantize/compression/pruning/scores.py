@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from quantize.calibration import InputStatistics, copied, watching, without_cache
+from quantize.calibration import InputStatistics, Outer, copied, watching, without_cache
 from quantize.compression.pruning.groups import Group
 
 # of the moments of gradients, times their mean diagonal: sums in float32
@@ -24,7 +24,8 @@ def channel_norms(weight: torch.Tensor, n: float, dim: int = 0) -> torch.Tensor:
     """Ln norm of every slice of `weight` along `dim`, [size of dim] (as
     `torch.nn.utils.prune.ln_structured`).
     """
-    return torch.linalg.vector_norm(weight.detach().movedim(dim, 0).flatten(1).double(), n, dim=1)
+    slices = weight.detach().movedim(dim, 0).flatten(1)
+    return torch.linalg.vector_norm(slices.double(), n, dim=1)
 
 
 def magnitude(model: nn.Module, group: Group, n: float) -> torch.Tensor:
@@ -32,7 +33,8 @@ def magnitude(model: nn.Module, group: Group, n: float) -> torch.Tensor:
     parts = []
     for name, dim in group.outputs:
         weight = _weight(model, name).detach().movedim(dim, 0).double()
-        parts.append(weight[group.places[name, dim].to(weight.device)].flatten(1))
+        places = group.places[name, dim].to(weight.device)
+        parts.append(weight[places].flatten(1))
     return torch.linalg.vector_norm(torch.cat(parts, 1), n, dim=1)
 
 
@@ -55,7 +57,8 @@ class Reader:
     weight: torch.Tensor  # [out * taps, K]
     places: torch.Tensor  # the columns that belong to each unit, [units, S]
     seen: InputStatistics  # of its inputs
-    metric: torch.Tensor | None = None  # E[g g^T] of the model's output by its outputs, [out, out]
+    # E[g g^T] of the model's output by its outputs, [out, out]
+    metric: torch.Tensor | Outer | None = None
 
 
 def activation_aware(readers: list[Reader], n: float) -> torch.Tensor:
@@ -69,7 +72,8 @@ def activation_aware(readers: list[Reader], n: float) -> torch.Tensor:
     for reader in readers:
         power = reader.seen.power.clamp(min=0)
         strength = power * channel_norms(reader.weight, n, 1) ** 2  # [K]
-        total = total + strength[reader.places].sum(1) / strength.sum().clamp(min=1e-30)
+        of_units = strength[reader.places].sum(1)
+        total = total + of_units / strength.sum().clamp(min=1e-30)
     return torch.sqrt(torch.as_tensor(total))
 
 
@@ -94,16 +98,18 @@ def reconstruction(
     units = len(readers[0].places)
     score = torch.full((units,), math.inf, dtype=torch.float64)
     alive = torch.ones(units, dtype=torch.bool)
-    step = max(1, -(-remove // rounds))
+    step = max(1, math.ceil(remove / rounds))
     costs = [torch.zeros(1, dtype=torch.float64)]
     for done in range(0, remove, step):
-        cost = _total_cost(eliminations, alive)
-        gone = cost.argsort()[: min(step, remove - done)]
-        score[gone] = torch.arange(done, done + len(gone), dtype=torch.float64)
+        count = min(step, remove - done)
+        order = torch.arange(count, dtype=torch.float64)
+        cheapest = _total_cost(eliminations, alive).argsort()
+        gone = cheapest[:count]
+        score[gone] = done + order
         alive[gone] = False
-        paid = max(sum(part.remove(gone) for part in eliminations), 0.0)
-        share = torch.arange(1, len(gone) + 1, dtype=torch.float64) / len(gone)
-        costs.append(costs[-1][-1] + paid * share)
+        paid = sum(part.remove(gone) for part in eliminations)
+        share = (order + 1) / count
+        costs.append(costs[-1][-1] + max(paid, 0.0) * share)
     if alive.any():
         cost = _total_cost(eliminations, alive)[alive]
         score[alive] = remove + torch.where(cost.isfinite(), cost, 0.0)
@@ -120,15 +126,21 @@ def _total_cost(eliminations: list[Elimination], alive: torch.Tensor) -> torch.T
 
 def _elimination(reader: Reader, remove: int, ridge: float, *, known: bool) -> Elimination:
     """The start of an elimination of up to `remove` units; output errors in the unit of costs."""
-    moment, weight = reader.seen.second_moment.double(), reader.weight.double()
-    moment.diagonal().add_(ridge * moment.diagonal().mean() + 1e-12)
+    seen, weight = reader.seen, reader.weight.double()
+    floor = ridge * float(seen.power.mean()) + 1e-12
+    moment = seen.moment(centred=False, floor=floor)
     if known:
         half = root(reader.metric)  # type: ignore[arg-type]  # known: the metric is there
-        by_output = weight.reshape(len(half), -1)  # [out, taps * K]
-        weight = (half @ by_output).view(weight.shape) * reader.seen.count**0.5
+        by_output = weight.reshape(half.shape[1], -1)  # [out, taps * K]
+        weight = (half @ by_output).view(-1, weight.shape[1]) * seen.count**0.5
     else:
-        weight = weight / ((weight @ moment) * weight).sum().clamp(min=1e-30).sqrt()
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(moment))
+        given = moment.times(weight) if isinstance(moment, Outer) else weight @ moment
+        size = (given * weight).sum()
+        weight = weight / size.clamp(min=1e-30).sqrt()
+    if isinstance(moment, Outer):
+        inverse = moment.inverse()
+    else:
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(moment))
     return Elimination(weight, inverse, reader.places, remove)
 
 
@@ -154,44 +166,55 @@ class Elimination:
         self.factor = self.inverse.new_empty(most * size, len(columns))  # [columns removed, K]
         self.removed = 0  # rows of the factor in use
         square = self.inverse.view(units, size, units, size)
-        self.blocks = square.diagonal(dim1=0, dim2=2).permute(2, 0, 1).double()  # [units, S, S]
+        blocks = square.diagonal(dim1=0, dim2=2)  # [S, S, units]
+        self.blocks = blocks.permute(2, 0, 1).double()
 
     def costs(self, units: torch.Tensor) -> torch.Tensor:
         """tr(W_u inv(inv(H)_uu) W_u^T) of each of these units, [units]."""
-        weights = self.weight.view(self.units, self.size, -1)[units]  # [U, S, out]
+        by_unit = self.weight.view(self.units, self.size, -1)
+        weights, blocks = by_unit[units], self.blocks[units]  # [U, S, out], [U, S, S]
         if self.size == 1:
-            return weights.square().sum((1, 2)).double() / self.blocks[units, 0, 0]
-        grams = (weights @ weights.mT).double()  # [U, S, S]
-        solved = torch.linalg.solve(self.blocks[units], grams)
+            powers = weights.square().sum((1, 2))
+            return powers.double() / blocks[:, 0, 0]
+        grams = weights @ weights.mT  # [U, S, S]
+        solved = torch.linalg.solve(blocks, grams.double())
         return solved.diagonal(dim1=1, dim2=2).sum(1)
 
     def remove(self, units: torch.Tensor) -> float:
         """Remove units together, and return what that costs."""
-        rows = (units[:, None] * self.size + torch.arange(self.size)).flatten()  # [R]
+        rows = units[:, None] * self.size + torch.arange(self.size)
+        rows = rows.flatten()  # [R]
         factor = self.factor[: self.removed]
-        pivot = self.inverse[rows].addmm_(factor[:, rows].T, factor, alpha=-1)  # [R, K]
+        pivot = self.inverse[rows]  # [R, K]
+        pivot.addmm_(factor[:, rows].T, factor, alpha=-1)
         corner = torch.linalg.cholesky(pivot[:, rows].double()).float()
         panel = torch.linalg.solve_triangular(corner, pivot, upper=False)  # [R, K]
         moved = torch.linalg.solve_triangular(corner, self.weight[rows], upper=False)  # [R, out]
         self.weight.addmm_(panel.T, moved, alpha=-1)
-        self.factor[self.removed : self.removed + len(rows)] = panel
-        self.removed += len(rows)
+        removed = self.removed + len(rows)
+        self.factor[self.removed : removed] = panel
+        self.removed = removed
         by_unit = panel.T.reshape(self.units, self.size, -1)  # [units, S, R]
-        self.blocks -= (by_unit @ by_unit.mT).double()
+        grown = by_unit @ by_unit.mT
+        self.blocks -= grown.double()
         return float(moved.double().square().sum())
 
 
-def root(metric: torch.Tensor) -> torch.Tensor:
+def root(metric: torch.Tensor | Outer) -> torch.Tensor:
     """R with R^T R = `metric`, a positive semidefinite matrix up to roundings; costs don't depend
     on which R it is.
     """
+    if isinstance(metric, Outer):
+        return metric.rows
     metric = metric.double()
-    eye = torch.eye(len(metric), dtype=metric.dtype, device=metric.device)
-    factor, failed = torch.linalg.cholesky_ex(metric + ROUNDING * metric.diagonal().mean() * eye)
+    above = metric.clone()
+    above.diagonal().add_(ROUNDING * metric.diagonal().mean())
+    factor, failed = torch.linalg.cholesky_ex(above)
     if not failed:
         return factor.T
     values, vectors = torch.linalg.eigh(metric)
-    return (vectors * values.clamp(min=0).sqrt()).T
+    lengths = values.clamp(min=0).sqrt()
+    return (vectors * lengths).T
 
 
 def taylor(
@@ -215,15 +238,24 @@ def taylor(
             if not torch.isfinite(value):
                 raise ValueError(f"loss gives {value.item()} on a calibration batch")
             gradients = torch.autograd.grad(value, list(weights.values()), allow_unused=True)
-        given = dict(zip(weights, gradients, strict=True))
+        changes: dict[str, torch.Tensor] = {}  # of the loss, to first order, if a number goes
+        for (name, weight), gradient in zip(weights.items(), gradients, strict=True):
+            if gradient is not None:
+                dense = gradient.to_dense() if gradient.is_sparse else gradient
+                changes[name] = (weight * dense).detach()
         for total, group in zip(totals, groups, strict=True):
-            change = torch.zeros(group.units, dtype=torch.float64)
-            for name, dim in group.outputs:
-                if given[name] is not None:
-                    gradient = given[name].to_dense() if given[name].is_sparse else given[name]
-                    moved = (weights[name] * gradient).detach().movedim(dim, 0).double()
-                    change += moved[group.places[name, dim]].flatten(1).sum(1)
-            total += change**2
+            total += _of_units(changes, group) ** 2
     for name, weight in weights.items():
         weight.requires_grad_(trained[name])
     return totals
+
+
+def _of_units(changes: dict[str, torch.Tensor], group: Group) -> torch.Tensor:
+    """What each unit of a group has of changes by parameter, [units]."""
+    total = torch.zeros(group.units, dtype=torch.float64)
+    for name, dim in group.outputs:
+        if name in changes:
+            change = changes[name].movedim(dim, 0).double()
+            by_unit = change[group.places[name, dim]]
+            total += by_unit.flatten(1).sum(1)
+    return total

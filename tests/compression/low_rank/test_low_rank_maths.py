@@ -10,7 +10,7 @@ from helpers import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantize.calibration import compensate
+from quantize.calibration import Outer, compensate
 from quantize.compression.low_rank import maths
 
 
@@ -227,3 +227,20 @@ def test_spatial_refit_is_the_least_squares_optimum():
     for _ in range(5):
         other = torch.einsum("mrab,rcde->mcdb", second + 1e-3 * torch.randn_like(second), first)
         assert maths.weighted_error((kernel - other).flatten(1), s, None) > best
+
+
+@pytest.mark.parametrize("shape", [(6, 4, 3, 3), (60, 4, 3, 3)])
+def test_moments_given_as_rows_do_as_well(shape):
+    """Factors, spectrum, spatial factors and error are those of the moment that the rows make."""
+    rows = torch.randn(20, 36, generator=torch.Generator().manual_seed(1)).double()
+    outer = Outer(rows, 0.1)
+    moments = (outer, outer.whole())
+    gradient, weight = moment(shape[0], 70), torch.randn(shape).double()
+    matrix = weight.flatten(1)
+    given, expected = (maths.whitened_svd(matrix, s, gradient, rank=3) for s in moments)
+    assert_close(given.spectrum, expected.spectrum, factor=1e3)
+    assert_close(given.second @ given.first, expected.second @ expected.first, factor=1e3)
+    given, expected = (maths.spatial_factors(weight, s, gradient, rank=3) for s in moments)
+    assert_close(given[2], expected[2], factor=1e3)
+    errors = [maths.weighted_error(matrix, s, gradient) for s in moments]
+    assert errors[0] == pytest.approx(errors[1], rel=1e-9)
