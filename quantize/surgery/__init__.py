@@ -27,6 +27,7 @@ from quantize.surgery.edit import (
     refuse_scripted,
     replace,
     select,
+    shell,
     skip_filter,
     uncompiled,
 )
@@ -81,6 +82,7 @@ __all__ = [
     "resized",
     "round_stored",
     "select",
+    "shell",
     "shortened",
     "skip_filter",
     "stays_float",

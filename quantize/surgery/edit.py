@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import fnmatch
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,11 +25,33 @@ from quantize.surgery.sizes import widths
 Skip = Sequence[str | type[nn.Module]]
 
 
-def clone(model: nn.Module) -> nn.Module:
+def clone(model: nn.Module, *, sharing: Iterable[torch.Tensor] = ()) -> nn.Module:
     """Deep copy: tensors that modules share stay shared, hooks and training flags stay.
 
-    Raises TypeError for a TorchScript module, or one inside: they can't be edited.
+    Args:
+        sharing: tensors that the copy holds too, in place of copies of them.
+
+    Raises:
+        TypeError: for a TorchScript module, or one inside: they can't be edited.
     """
+    _check_editable(model)
+    copied = deepcopy(uncompiled(model), {id(tensor): tensor for tensor in sharing})
+    guard_folders(copied)
+    return copied
+
+
+def shell(model: nn.Module) -> nn.Module:
+    """A `clone` that holds the model's own parameters: to look at, in other modes and with other
+    hooks, while nobody writes to them. Parameters that have no shape yet are copied, and those made
+    in inference mode, which take no gradients.
+    """
+    _check_editable(model)
+    own = [p for p in model.parameters() if nn.parameter.is_lazy(p) or p.is_inference()]
+    copied = {id(parameter) for parameter in own}
+    return clone(model, sharing=[p for p in model.parameters() if id(p) not in copied])
+
+
+def _check_editable(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     if isinstance(model, torch.jit.ScriptModule):
@@ -37,9 +59,6 @@ def clone(model: nn.Module) -> nn.Module:
             "model is a TorchScript module, which can't be edited: compress the original, then fuse"
         )
     refuse_scripted(model)
-    copied = deepcopy(uncompiled(model))
-    guard_folders(copied)
-    return copied
 
 
 def refuse_scripted(model: nn.Module) -> None:

@@ -1,7 +1,8 @@
 """Low-rank factorization: a linear or convolution becomes two smaller ones, fitted to the data that
 runs through it.
 
-`maths` has the formulas, `quantize.nn.low_rank` the pair that replaces a layer, `budget` the ranks,
+`maths` has the formulas, `spatial` those of convolutions split in space, `quantize.nn.low_rank` the
+pair that replaces a layer, `budget` the ranks,
 `spectra` the singular values that they are chosen by, `residuals` what the compressed model gets
 wrong before a layer, `fit` the new weights, `factorize` the walk over a model. Left out:
 scripts per architecture; any `nn.Module` is taken as it is. Left out too: one input factor for q,

@@ -92,14 +92,11 @@ def factorize_low_rank(
     kind, value = budgets.read_budget(ratio, energy, rank)
     _check_options(split, only_faster, calibration)
     say = progress or (lambda line: None)
-    result = surgery.clone(model).eval()
-    model = surgery.uncompiled(model)
-    layers, left = find_layers(result, skip)
+    model = surgery.shell(model).eval()
+    layers, left = find_layers(model, skip)
     values = budgets.per_layer(kind, value, layers, model)
     layers = {name: layers[name] for name in values}
     check_weights(layers)
-    if any(tensor.is_inference() for tensor in model.parameters()):
-        model = surgery.clone(model)  # made under inference_mode, it takes no gradients
     survey = None
     if calibration is not None:
         survey = calibrate.Survey(
@@ -117,8 +114,9 @@ def factorize_low_rank(
         whole = "kept whole: the budget is better spent elsewhere"
     for name in [name for name, r in ranks.items() if r is None]:
         left.setdefault(name, whole)
+    result = surgery.clone(model)
     if survey is None:
-        result = _cut(result, layers, ranks, split)
+        result = _cut(result, ranks, split)
     else:
         steps = {"max_passes": max_passes, "split": split, "left": left, "say": say}
         result = fit(result, survey, ranks, **steps)
@@ -171,17 +169,12 @@ def _choose(
     return budgets.choose_ranks(budget, layers, losses, allowed, weighted=survey is not None)
 
 
-def _cut(
-    result: nn.Module,
-    layers: Mapping[str, nn.Module],
-    ranks: Mapping[str, int | None],
-    split: str,
-) -> nn.Module:
+def _cut(result: nn.Module, ranks: Mapping[str, int | None], split: str) -> nn.Module:
     """Cut the plain SVD of each weight."""
     for name, rank in ranks.items():
         if rank is None:
             continue
-        layer: Any = layers[name]
+        layer: Any = result.get_submodule(name)
         first, second, _, used = factors(layer, pairs.matrix(layer), None, None, rank, split)
         pair = pairs.pair(layer, first, second, layer.bias, split=used)
         result = surgery.replace(result, {layer: pair})

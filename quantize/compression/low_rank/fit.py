@@ -16,6 +16,7 @@ from torch import nn
 from quantize import calibration as calibrate
 from quantize import surgery
 from quantize.compression.low_rank import maths, residuals
+from quantize.compression.low_rank.spatial import spatial_factors
 from quantize.compression.low_rank.spectra import noise, usable
 from quantize.nn import low_rank as pairs
 
@@ -130,7 +131,7 @@ def factors(
     tall, wide = layer.in_channels * kernel.shape[2], m * kernel.shape[3]
     same_size = min(rank * (m + k) // (tall + wide), tall, wide)
     same_size = max(1, same_size // 4 * 4 or same_size)
-    spatial = maths.spatial_factors(kernel, moment, gradient, rank=same_size)
+    spatial = spatial_factors(kernel, moment, gradient, rank=same_size)
     if split == "spatial":
         return *spatial, "spatial"
     if maths.weighted_error(weight - spatial[2], moment, gradient) < cut.loss:

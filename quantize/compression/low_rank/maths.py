@@ -174,15 +174,15 @@ def _whitened_gram(
     if m <= k:
         outer = None if gradient_moment is None else cholesky(gradient_moment, gradient_ridge)
         left = weight if outer is None else outer.T @ weight  # R^T W
-        return _times(left, second_moment, ridge) @ left.T, outer, left
+        return times(left, second_moment, ridge) @ left.T, outer, left
     if isinstance(second_moment, Outer):
         second_moment = second_moment.whole()
     right = None if second_moment is None else cholesky(second_moment, ridge)
     seen = weight if right is None else weight @ right  # W L
-    return _times(seen.T, gradient_moment, gradient_ridge) @ seen, right, seen
+    return times(seen.T, gradient_moment, gradient_ridge) @ seen, right, seen
 
 
-def _times(rows: Tensor, moment: Moment | None, ridge: float) -> Tensor:
+def times(rows: Tensor, moment: Moment | None, ridge: float) -> Tensor:
     """rows [N, K] times moment [K, K] + ridge * mean(diagonal) * 1; the rows where none."""
     if moment is None:
         return rows
@@ -303,58 +303,11 @@ def _lower_hull(options: Sequence[Choice]) -> list[Choice]:
     return hull
 
 
-# Convolutions split in space.
-
-
-def spatial_factors(
-    weight: Tensor,
-    second_moment: Moment | None = None,
-    gradient_moment: Tensor | None = None,
-    *,
-    rank: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """A kernel [M, C, kh, kw] as kh x 1 to `rank` channels, then 1 x kw.
-
-    Returns first [r, C, kh, 1], second [M, r, 1, kw] and their product, a matrix [M, C * kh * kw]
-    like the weight that multiplies `calibration.rows`; second_moment is of those rows. The columns
-    are found by a whitened SVD that ignores how neighbouring columns of a patch go together (no
-    closed form knows it); the second layer is then the exact least-squares fit to the weight under
-    the whole moment. float64.
-    """
-    m, c, kh, kw = weight.shape
-    weight = weight.double()
-    eye = torch.eye(kw, dtype=torch.float64, device=weight.device)
-    by_column = weight.permute(0, 3, 1, 2).reshape(m * kw, c * kh)
-    columns = None if second_moment is None else _of_columns(second_moment, kw)
-    outputs = None if gradient_moment is None else torch.kron(gradient_moment.double(), eye)
-    first, second, _ = whitened_svd(
-        by_column, columns, outputs, rank=rank
-    )  # [r, C * kh], [M * kw, r]
-    second = second.reshape(m, kw, rank).transpose(1, 2).reshape(m, rank * kw)
-    patches = torch.kron(
-        first, eye
-    )  # [r * kw, C * kh * kw]: what the second layer sees, from what the kernel sees
-    if second_moment is not None:
-        seen = _times(patches, second_moment, INPUT_RIDGE)
-        factor = cholesky(seen @ patches.T, 1e-10)
-        second = torch.cholesky_solve(seen @ weight.flatten(1).T, factor).T
-    return first.reshape(rank, c, kh, 1), second.reshape(m, rank, 1, kw), second @ patches
-
-
-def _of_columns(moment: Moment, kw: int) -> Moment:
-    """The moment of the columns of patches, [C * kh, C * kh], from that of patches."""
-    if isinstance(moment, Outer):
-        by_column = moment.rows.unflatten(1, (-1, kw)).movedim(2, 1)  # [N, kw, C * kh]
-        return Outer(by_column.flatten(0, 1) / kw**0.5, moment.floor)
-    size = len(moment) // kw
-    return moment.double().reshape(size, kw, size, kw).diagonal(dim1=1, dim2=3).mean(-1)
-
-
 def weighted_error(
     error: Tensor, second_moment: Moment | None, gradient_moment: Tensor | None
 ) -> float:
     """||R^T error L||_F^2 for error [M, K]: the loss that `whitened_svd` minimises."""
     error = error.double()
-    by_input = _times(error, second_moment, INPUT_RIDGE)
-    by_output = _times(error.T, gradient_moment, GRADIENT_RIDGE).T
+    by_input = times(error, second_moment, INPUT_RIDGE)
+    by_output = times(error.T, gradient_moment, GRADIENT_RIDGE).T
     return (by_input * by_output).sum().item()

@@ -18,7 +18,7 @@ from torch import nn
 from quantize import surgery
 from quantize.calibration import Survey
 from quantize.compression.pruning import budget, scores
-from quantize.compression.pruning.cut import layers_of, owners
+from quantize.compression.pruning.cut import layers_of, owners, owners_in
 from quantize.compression.pruning.groups import Group
 from quantize.compression.pruning.labels import Key
 from quantize.compression.pruning.readers import by_readers
@@ -181,10 +181,11 @@ def reasons(left: dict[str, str]) -> str:
 
 def refuse_infinite(model: nn.Module, groups: Iterable[Group]) -> None:
     """Raise ValueError naming a layer whose weights are to be scored or cut and are not finite."""
+    holders = owners_in(model)
     for group in groups:
         for name, _ in group.places:
-            place, tensor, _ = owners(model, name)[0]
-            value = getattr(tensor, name.rpartition(".")[2])
+            place, module, _ = holders(name)[0]
+            value = getattr(module, name.rpartition(".")[2])
             if value.is_floating_point() and not torch.isfinite(value).all():
                 raise ValueError(f"layer {place!r} has weights that are not finite")
 

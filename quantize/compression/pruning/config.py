@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from quantize.calibration import untouched
-from quantize.compression.pruning.cut import same_outputs
+from quantize.compression.pruning.proof import Answers
 
 # attributes that stand for a multiple of the width while they are None
 IMPLIED = (
@@ -27,14 +27,14 @@ IMPLIED = (
 
 
 def follow_config(
-    small: nn.Module, sizes: set[tuple[int, int]], run: Callable[[], Any]
+    small: nn.Module, sizes: set[tuple[int, int]], answers: Callable[[], Answers]
 ) -> dict[str, int]:
     """Change numbers in `small.config` so that `type(small)(small.config)` has small's shapes, as
     far as a config can say them.
 
     Args:
         sizes: sizes before and after the cut, of widths and of counts of heads.
-        run: gives the outputs of `small`, which must not change with its config.
+        answers: gives those of `small`, which must not change with its config.
 
     Returns:
         The attributes that were changed, and their new values.
@@ -45,14 +45,14 @@ def follow_config(
     wrong = _unlike(small)
     if not wrong:
         return {}
-    expected = run()
+    expected = answers()
     changed: dict[str, int] = {}
     for part in _parts(config):
         for name, old, new in _candidates(part, sizes):
             if getattr(part, name) != old or not _set(part, name, new):
                 continue
             now = _unlike(small)
-            if now is not None and now < wrong and same_outputs(run(), expected, 0.0):
+            if now is not None and now < wrong and expected.given_by(small, 0.0):
                 wrong = now
                 changed[name] = new
             else:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
 from quantize import surgery
-from quantize.calibration import output_tensors
 from quantize.compression.pruning.groups import Group
 from quantize.compression.pruning.labels import Key, Value, varying
 from quantize.compression.pruning.moves import SHAPED
 from quantize.compression.pruning.trace import Trace, operation
 
+# where a tensor is held: the module's name, the module, the tensor's name in it
+Place = tuple[str, nn.Module, str]
 HEAD_COUNTS = ("head", "group")  # an attribute of such a name counts heads ...
 NOT_COUNTS = ("dim", "size", "per")  # ... unless it says that it is a width
 
@@ -23,28 +24,38 @@ def kept_indices(trace: Trace, groups: Iterable[Group]) -> dict[Key, torch.Tenso
     """Indices that stay along every dimension that loses some."""
     removed: dict[Key, list[torch.Tensor]] = {}
     for group in groups:
+        if not len(group.removed):
+            continue
         for key, places in group.places.items():
-            if len(group.removed):
-                removed.setdefault(key, []).append(places[group.removed].flatten())
+            gone = places[group.removed].flatten()
+            removed.setdefault(key, []).append(gone)
     kept = {}
-    for (name, dim), gone in removed.items():
-        stays = torch.ones(trace.labels.shapes[name][dim], dtype=torch.bool)
-        stays[torch.cat(gone)] = False
+    for (name, dim), parts in removed.items():
+        size = trace.labels.shapes[name][dim]
+        stays = torch.ones(size, dtype=torch.bool)
+        stays[torch.cat(parts)] = False
         kept[name, dim] = stays.nonzero().flatten()
     return kept
 
 
-def owners(model: nn.Module, name: str) -> list[tuple[str, nn.Module, str]]:
-    """Every place of a (possibly shared) tensor: the module's name, the module, the tensor's name
-    in it.
-    """
-    path, _, local = name.rpartition(".")
-    tensor = stored(model.get_submodule(path), local)
-    places: list[tuple[str, nn.Module, str]] = []
+def owners(model: nn.Module, name: str) -> list[Place]:
+    """Every place of a (possibly shared) tensor."""
+    return owners_in(model)(name)
+
+
+def owners_in(model: nn.Module) -> Callable[[str], list[Place]]:
+    """`owners` of any tensor of a model that stays as it is, from one walk."""
+    places: dict[int, list[Place]] = {}
     for place, module in model.named_modules():
-        own = [*module._parameters.items(), *module._buffers.items()]
-        places += [(place, module, key) for key, held in own if held is tensor]
-    return places
+        for local, held in [*module._parameters.items(), *module._buffers.items()]:
+            places.setdefault(id(held), []).append((place, module, local))
+
+    def find(name: str) -> list[Place]:
+        path, _, local = name.rpartition(".")
+        tensor = stored(model.get_submodule(path), local)
+        return places[id(tensor)]
+
+    return find
 
 
 def layers_of(model: nn.Module, group: Group) -> list[str]:
@@ -65,13 +76,11 @@ def cut(
     """Shrink `model` in place: keep these indices, then set these plain attributes (module name to
     attribute to value).
     """
-    cuts: dict[str, dict[int, torch.Tensor]] = {}
-    for (name, dim), indices in kept.items():
-        cuts.setdefault(name, {})[dim] = indices
     tensors: dict[str, dict[str, torch.Tensor]] = {}
     places: dict[str, nn.Module] = {}
-    for name, dims in cuts.items():
-        found = owners(model, name)
+    holders = owners_in(model)
+    for name, dims in _by_name(kept).items():
+        found = holders(name)
         tensor = stored(found[0][1], found[0][2]).detach()
         for dim, indices in dims.items():
             tensor = tensor.index_select(dim, indices.to(tensor.device))
@@ -91,6 +100,14 @@ def cut(
     for place, attributes in edits.items():
         surgery.resize(model.get_submodule(place), tensors={}, attributes=attributes)
     return model
+
+
+def _by_name(kept: dict[Key, torch.Tensor]) -> dict[str, dict[int, torch.Tensor]]:
+    """What is kept of each tensor, by the dimension."""
+    cuts: dict[str, dict[int, torch.Tensor]] = {}
+    for (name, dim), indices in kept.items():
+        cuts.setdefault(name, {})[dim] = indices
+    return cuts
 
 
 def _sizes(module: nn.Module, new: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -141,25 +158,34 @@ def stale_attributes(trace: Trace, groups: Iterable[Group], model: nn.Module) ->
     gone = torch.zeros(trace.labels.count, dtype=torch.bool)
     for group in groups:
         for key, places in group.places.items():
-            gone[trace.labels.keys[key][places[group.removed].flatten()]] = True
+            removed = places[group.removed].flatten()
+            gone[trace.labels.keys[key][removed]] = True
     changes: dict[str, dict[int, set[int]]] = {}
     for node, value in trace.values.items():
         if operation(node) not in SHAPED:
             continue
-        for v in [*trace.tensors(node.args), *([value] if isinstance(value, Value) else value)]:
+        made = [value] if isinstance(value, Value) else value
+        here = changes.setdefault(trace.place(node), {})
+        for v in [*trace.tensors(node.args), *made]:
             for old, new in _resized(v, gone):
-                changes.setdefault(trace.place(node), {}).setdefault(old, set()).add(new)
+                here.setdefault(old, set()).add(new)
     sure: dict[str, dict[str, int]] = {}
     might: dict[str, dict[str, int]] = {}
     for place, sizes in changes.items():
         for name, held in vars(model.get_submodule(place)).items():
             if name.startswith("_") or type(held) is not int or len(sizes.get(held, ())) != 1:
                 continue
-            new = next(iter(sizes[held]))
+            (new,) = sizes[held]
             might.setdefault(place, {})[name] = new
-            if any(w in name for w in HEAD_COUNTS) and not any(w in name for w in NOT_COUNTS):
+            if _counts_heads(name):
                 sure.setdefault(place, {})[name] = new
     return sure, might
+
+
+def _counts_heads(attribute: str) -> bool:
+    if any(word in attribute for word in NOT_COUNTS):
+        return False
+    return any(word in attribute for word in HEAD_COUNTS)
 
 
 def _resized(value: Value, gone: torch.Tensor) -> list[tuple[int, int]]:
@@ -171,73 +197,48 @@ def _resized(value: Value, gone: torch.Tensor) -> list[tuple[int, int]]:
         return []
     sizes = []
     for dim in varying(value.labels):
-        other = [d for d in range(lost.ndim) if d != dim]
-        left = int((~(lost.all(dim=other) if other else lost)).sum())
-        if left != lost.shape[dim]:
-            sizes.append((lost.shape[dim], left))
+        size = lost.shape[dim]
+        slices = lost.movedim(dim, 0).reshape(size, -1)
+        left = size - int(slices.all(1).sum())
+        if left != size:
+            sizes.append((size, left))
     return sizes
 
 
-def mask(original: nn.Module, pruned: nn.Module, kept: dict[Key, torch.Tensor]) -> nn.Module:
-    """Copy of `original` holding the pruned model's values where channels stay, and zeros where
-    they were removed.
+def mask(twin: nn.Module, pruned: nn.Module, kept: dict[Key, torch.Tensor]) -> nn.Module:
+    """Fill `twin`, a copy of the original, with the pruned model's values where channels stay, and
+    with zeros where they were removed. Tensors that the two share are left.
 
     Zeros go where a layer makes or reads the removed channels and into norms' scales; elsewhere
     (running statistics, operands of divisions) the removed channels keep their values, which no
     longer matter.
     """
-    twin = surgery.clone(original)
-    cuts: dict[str, dict[int, torch.Tensor]] = {}
-    for (name, dim), indices in kept.items():
-        cuts.setdefault(name, {})[dim] = indices
+    cuts = _by_name(kept)
     with torch.no_grad():
         for name, small in [*pruned.named_parameters(), *pruned.named_buffers()]:
             path, _, local = name.rpartition(".")
             full = stored(twin.get_submodule(path), local)
-            grid = []
-            for dim, size in enumerate(full.shape):
-                indices = cuts.get(name, {}).get(dim, torch.arange(size))
-                shape = [-1 if d == dim else 1 for d in range(full.ndim)]
-                grid.append(indices.view(shape).to(full.device))
-                if name in cuts and dim in cuts[name] and not local.startswith("running_"):
-                    gone = torch.ones(size, dtype=torch.bool)
-                    gone[indices] = False
-                    zeroed = full.ndim > 1 or local in ("weight", "bias")
-                    if zeroed:
-                        full.index_fill_(dim, gone.nonzero().flatten().to(full.device), 0)
-            if full.shape == small.shape:
-                full.copy_(small)
-            else:
-                full[tuple(grid)] = small
+            if full is not small:
+                _fill(full, small, local, cuts.get(name, {}))
     return twin
 
 
-def same_outputs(a: Any, b: Any, tolerance: float) -> bool:
-    """Do two nested outputs hold the same tensors, relative to the largest value of each? Without
-    tensors: no.
-    """
-    left, right = output_tensors(a), output_tensors(b)
-    if not left or len(left) != len(right):
-        return False
-    return all(_same(x, y, tolerance) for x, y in zip(left, right, strict=True))
-
-
-def _same(x: torch.Tensor, y: torch.Tensor, tolerance: float) -> bool:
-    """Alike in shape and type; floating values close, infinities and NaN at the same places.
-    Integers may follow roundings.
-    """
-    if x.shape != y.shape or x.dtype != y.dtype:
-        return False
-    if x.is_complex():
-        x, y = torch.view_as_real(x.resolve_conj()), torch.view_as_real(y.resolve_conj())
-    if not x.is_floating_point():
-        return True
-    finite = torch.isfinite(y)
-    if not torch.equal(torch.isfinite(x), finite):
-        return False
-    if not torch.equal(x[~finite].nan_to_num(), y[~finite].nan_to_num()):
-        return False
-    x, y = x[finite].double(), y[finite].double()
-    if not x.numel():
-        return True
-    return (x - y).abs().max().item() <= tolerance * max(y.abs().max().item(), 1e-6)
+def _fill(
+    full: torch.Tensor, small: torch.Tensor, local: str, cuts: dict[int, torch.Tensor]
+) -> None:
+    """Write a tensor, called `local` in its module, into the full one that it was cut from."""
+    scales = full.ndim > 1 or local in ("weight", "bias")
+    grid = []
+    for dim, size in enumerate(full.shape):
+        indices = cuts.get(dim, torch.arange(size)).to(full.device)
+        shape = [1] * full.ndim
+        shape[dim] = -1
+        grid.append(indices.view(shape))
+        if dim in cuts and scales and not local.startswith("running_"):
+            gone = torch.ones(size, dtype=torch.bool, device=full.device)
+            gone[indices] = False
+            full.index_fill_(dim, gone.nonzero().flatten(), 0)
+    if full.shape == small.shape:
+        full.copy_(small)
+    else:
+        full[tuple(grid)] = small

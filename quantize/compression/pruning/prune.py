@@ -1,9 +1,7 @@
 """`prune_ln_structured`: remove channels, neurons and heads from a copy of any model.
 
 Export (exporting.py), follow channels through the graph (labels.py, follow.py), group (groups.py),
-score (scores.py), cut (cut.py), repair (repair.py).
-A cut is believed only after the pruned model gave the same outputs as its masked twin; groups for
-which it doesn't (a size is written into the model's code) stay.
+score (scores.py), cut (cut.py) with proof (proof.py), repair (repair.py).
 """
 
 from __future__ import annotations
@@ -15,16 +13,7 @@ import torch
 from torch import nn
 
 from quantize import surgery
-from quantize.calibration import (
-    call,
-    check_batches,
-    distance,
-    keeps_cache,
-    main_output,
-    output_tensors,
-    watching,
-    without_cache,
-)
+from quantize.calibration import check_batches, distance, without_cache
 from quantize.compression.pruning.choose import (
     check_amount,
     check_options,
@@ -36,24 +25,16 @@ from quantize.compression.pruning.choose import (
     savable,
 )
 from quantize.compression.pruning.config import follow_config
-from quantize.compression.pruning.cut import (
-    cut,
-    kept_indices,
-    layers_of,
-    mask,
-    owners,
-    same_outputs,
-    stale_attributes,
-)
+from quantize.compression.pruning.cut import kept_indices, mask, owners
 from quantize.compression.pruning.exporting import export
 from quantize.compression.pruning.follow import follow
 from quantize.compression.pruning.groups import Group, find_groups
 from quantize.compression.pruning.labels import Key
 from quantize.compression.pruning.plan import repair_steps
+from quantize.compression.pruning.proof import Answers, verified
 from quantize.compression.pruning.readers import find_readers, reached_groups, survey_readers
 from quantize.compression.pruning.repair import repair_layers
 from quantize.compression.pruning.trace import Trace
-from quantize.seeding import seed_devices
 
 
 def prune_ln_structured(
@@ -124,10 +105,10 @@ def prune_ln_structured(
     if calibration is not None:
         check_batches(calibration)
     say = progress or (lambda line: None)
-    work = surgery.clone(model).eval()
+    work = surgery.shell(model).eval()
     refuse_unfit(work)
     say(f"tracing {type(work).__name__}")
-    trace = follow(export(surgery.clone(work), example_inputs), work)
+    trace = follow(export(surgery.shell(work), example_inputs), work)
     groups, stuck = find_groups(trace.labels)
     wanted, left = choose(work, groups, stuck, amounts, skip)
     wanted = savable(work, wanted, left)
@@ -143,99 +124,17 @@ def prune_ln_structured(
     wanted = [g for g in wanted if len(g.removed)]
     if amounts and not wanted and any(a > 0 for a in amounts.values()):
         raise ValueError(f"nothing was removed from {type(work).__name__}: {reasons(left)}")
-    small, wanted = _verified(
-        trace, work, wanted, example_inputs, left, explicit="*" not in amounts, say=say
-    )
+    explicit = "*" not in amounts
+    small, wanted = verified(trace, work, wanted, example_inputs, left, explicit=explicit, say=say)
     kept = kept_indices(trace, wanted)
     if survey is not None and repair and wanted:
         repair_layers(work, small, repair_steps(trace, work, kept), survey, say)
         survey.warn_if_few_rows("pruning")
-    follow_config(small, _sizes(trace, wanted, kept), lambda: _two_calls(small, example_inputs))
-    result = mask(work, small, kept) if masked else small
+    follow_config(small, _sizes(trace, wanted, kept), lambda: Answers(small, example_inputs))
+    result = mask(surgery.clone(work), small, kept) if masked else small
     surgery.round_stored(result)
     _write_down(result, small, work, trace, wanted, left, example_inputs)
     return result
-
-
-# Cutting, with proof.
-
-
-def _attempt(trace: Trace, model: nn.Module, groups: list[Group], inputs: Any) -> nn.Module | None:
-    """A pruned copy, if it computes what its masked twin computes."""
-    kept = kept_indices(trace, groups)
-    sure, might = stale_attributes(trace, groups, model)
-    expected = None
-    exact = all(p.dtype in (torch.float32, torch.float64) for p in model.parameters())
-    for i, edits in enumerate((sure, might, {})):
-        if i and edits == (sure, might)[i - 1]:
-            continue
-        small = cut(surgery.clone(model), kept, edits)
-        try:
-            if expected is None:
-                expected = _two_calls(mask(model, small, kept), inputs)
-            if same_outputs(_two_calls(small, inputs), expected, 1e-3 if exact else 3e-2):
-                return small
-        except Exception:  # whatever the model's code raises: these channels can't go
-            continue
-    return None
-
-
-@torch.no_grad()
-def _two_calls(model: nn.Module, inputs: Any) -> list[list[torch.Tensor]]:
-    """The outputs of two calls one after the other, from the model's state, which is as before
-    afterwards.
-
-    Where a model of transformers keeps a cache for generation, also its answer with that: its sizes
-    may come from the config.
-    """
-    with watching((), model), without_cache(model):
-        seed_devices(0)
-        answers = [[t.clone() for t in output_tensors(call(model, inputs))] for _ in range(2)]
-    if not keeps_cache(model):
-        return answers
-    with watching((), model):
-        seed_devices(0)
-        return [*answers, [main_output(call(model, inputs)).clone()]]
-
-
-def _verified(
-    trace: Trace,
-    model: nn.Module,
-    wanted: list[Group],
-    inputs: Any,
-    left: dict[str, str],
-    *,
-    explicit: bool,
-    say: Callable[[str], None],
-) -> tuple[nn.Module, list[Group]]:
-    """A pruned copy and its groups; those that can't be cut are noted in `left` (or raise, if asked
-    for by name).
-    """
-    if not wanted:
-        return surgery.clone(model), []
-    say(f"cutting {len(wanted)} groups of layers")
-    done = _attempt(trace, model, wanted, inputs)
-    if done is not None:
-        return done, wanted
-    good: list[Group] = []
-    for group in wanted:
-        layers = layers_of(model, group)
-        say(f"cutting {', '.join(layers)}")
-        small = _attempt(trace, model, [*good, group], inputs)
-        if small is not None:
-            good.append(group)
-            done = small
-        else:
-            why = (
-                "the smaller model fails: its code has a size written in, or computes otherwise "
-                "on fewer channels"
-            )
-            left.update(dict.fromkeys(layers, why))
-    if done is None or (explicit and len(good) < len(wanted)):
-        raise ValueError(
-            f"nothing in {type(model).__name__} can be pruned as asked: {reasons(left)}"
-        )
-    return done, good
 
 
 # What was done.

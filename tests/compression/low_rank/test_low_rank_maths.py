@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantize.calibration import Outer, compensate
-from quantize.compression.low_rank import maths
+from quantize.compression.low_rank import maths, spatial
 
 
 def moment(width: int, rows: int, seed: int = 0) -> torch.Tensor:
@@ -208,7 +208,7 @@ def test_spatial_split_at_full_rank_is_the_kernel(shape, whiten):
     m, c, kh, kw = shape
     kernel = torch.randn(shape).double()
     s = moment(c * kh * kw, 400) if whiten else None
-    first, second, product = maths.spatial_factors(kernel, s, rank=min(c * kh, m * kw))
+    first, second, product = spatial.spatial_factors(kernel, s, rank=min(c * kh, m * kw))
     assert first.shape == (min(c * kh, m * kw), c, kh, 1) and second.shape == (
         m,
         min(c * kh, m * kw),
@@ -222,7 +222,7 @@ def test_spatial_split_at_full_rank_is_the_kernel(shape, whiten):
 def test_spatial_refit_is_the_least_squares_optimum():
     """No other second layer loses less with the same first one."""
     kernel, s = torch.randn(6, 4, 3, 3).double(), moment(36, 200)
-    first, second, product = maths.spatial_factors(kernel, s, rank=3)
+    first, second, product = spatial.spatial_factors(kernel, s, rank=3)
     best = maths.weighted_error(kernel.flatten(1) - product, s, None)
     for _ in range(5):
         other = torch.einsum("mrab,rcde->mcdb", second + 1e-3 * torch.randn_like(second), first)
@@ -240,7 +240,7 @@ def test_moments_given_as_rows_do_as_well(shape):
     given, expected = (maths.whitened_svd(matrix, s, gradient, rank=3) for s in moments)
     assert_close(given.spectrum, expected.spectrum, factor=1e3)
     assert_close(given.second @ given.first, expected.second @ expected.first, factor=1e3)
-    given, expected = (maths.spatial_factors(weight, s, gradient, rank=3) for s in moments)
+    given, expected = (spatial.spatial_factors(weight, s, gradient, rank=3) for s in moments)
     assert_close(given[2], expected[2], factor=1e3)
     errors = [maths.weighted_error(matrix, s, gradient) for s in moments]
     assert errors[0] == pytest.approx(errors[1], rel=1e-9)
