@@ -16,21 +16,24 @@ LEAST = 1 / 8  # of a group's units stay, whatever the others can spare
 
 def round_step(group: Group, round_to: int | None) -> int:
     """Units are kept in multiples of this, so that widths are multiples of the rounding."""
-    width = group.units * group.unit_size()
+    size = group.unit_size()
+    width = group.units * size
     if round_to is None:
-        round_to = max((r for r in (16, 8, 4, 2, 1) if r * 8 <= width), default=1)
-    return (
-        -(-round_to // math.gcd(round_to, group.unit_size())) if group.unit_size() < round_to else 1
-    )
+        fitting = [r for r in (16, 8, 4, 2, 1) if r * 8 <= width]
+        round_to = fitting[0] if fitting else 1
+    if size >= round_to:
+        return 1
+    return round_to // math.gcd(round_to, size)
 
 
 def units_kept(group: Group, amount: float, round_to: int | None) -> int:
     """How many units stay: near (1 - amount) of them, a multiple of the rounding, never none."""
+    if not amount:
+        return group.units
     step = round_step(group, round_to)
-    keep = (
-        max(step, round(group.units * (1 - amount) / step + 1e-9) * step) if amount else group.units
-    )
-    return min(group.units, max(1, keep))
+    wanted = group.units * (1 - amount)
+    keep = round(wanted / step + 1e-9) * step
+    return min(group.units, max(step, keep))
 
 
 def units_kept_globally(
@@ -39,15 +42,24 @@ def units_kept_globally(
     """Units kept per group when the least important of all groups go first; a tenth of every group
     stays at least.
     """
-    relative = [v / (v[v.isfinite()] ** 2).mean().sqrt().clamp(min=1e-30) for v in values]
-    everything = torch.cat(relative)
-    total = sum(g.units * g.amount for g in groups)
-    limit = everything.sort().values[min(len(everything) - 1, int(total))]
+    relative = [value / _size_of(value) for value in values]
+    everything = torch.cat(relative).sort().values
+    total = int(sum(g.units * g.amount for g in groups))
+    limit = everything[min(len(everything) - 1, total)]
     keeps = []
     for group, value in zip(groups, relative, strict=True):
-        lost = min(int((value < limit).sum()) / group.units, 0.9) if group.amount else 0.0
+        lost = 0.0
+        if group.amount:
+            below = int((value < limit).sum())
+            lost = min(below / group.units, 0.9)
         keeps.append(units_kept(group, lost, round_to))
     return keeps
+
+
+def _size_of(value: torch.Tensor) -> torch.Tensor:
+    """Root mean square of the finite ones."""
+    finite = value[value.isfinite()]
+    return finite.square().mean().sqrt().clamp(min=1e-30)
 
 
 def alike(groups: Sequence[Group]) -> list[list[int]]:
@@ -64,9 +76,9 @@ def alike(groups: Sequence[Group]) -> list[list[int]]:
 def deepest(group: Group, round_to: int | None) -> int:
     """The most units that sharing out may take from a group."""
     step = round_step(group, round_to)
-    return group.units - min(
-        group.units, max(1, step, math.ceil(group.units * LEAST / step) * step)
-    )
+    least = math.ceil(group.units * LEAST / step) * step
+    stays = max(step, least)
+    return max(0, group.units - stays)
 
 
 def share_out(costs: Sequence[torch.Tensor], total: int, step: int) -> list[int]:
@@ -80,8 +92,10 @@ def share_out(costs: Sequence[torch.Tensor], total: int, step: int) -> list[int]
     while (left := total - sum(given)) >= step:
         best: tuple[float, int, int] | None = None
         for i, cost in enumerate(costs):
-            for k in range(given[i] + step, min(len(cost) - 1, given[i] + left) + 1, step):
-                slope = float(cost[k] - cost[given[i]]) / (k - given[i])
+            now = given[i]
+            most = min(len(cost) - 1, now + left)
+            for k in range(now + step, most + 1, step):
+                slope = float(cost[k] - cost[now]) / (k - now)
                 if best is None or slope < best[0]:
                     best = (slope, i, k)
         if best is None:

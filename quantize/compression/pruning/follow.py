@@ -13,7 +13,7 @@ from torch import nn
 
 from quantize.compression.pruning import moves, rules
 from quantize.compression.pruning.labels import Value
-from quantize.compression.pruning.trace import Rule, Trace, stored_tensors
+from quantize.compression.pruning.trace import Op, Rule, Trace, stored_tensors
 
 POINTWISE = set(
     "dropout alpha_dropout feature_dropout native_dropout to _to_copy type_as hardswish prelu "
@@ -76,7 +76,7 @@ def _visit(trace: Trace, node: torch.fx.Node) -> Any:
     followed = any(value.labels is not None or value.source for value in operands)
     rule = RULES.get(base)
     if rule is not None and (followed or base in rules.SEES_WEIGHTS):
-        return rule(trace, node, shape, why)
+        return rule(Op(trace, node, shape, why))
     if torch.Tag.pointwise in getattr(node.target, "tags", ()) or base in POINTWISE:
         mixed = f"{why} mixes it with data that can't shrink"
         result = trace.labels.elementwise(operands, first, mixed)

@@ -8,12 +8,16 @@ units of one kind: some fraction of it goes.
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from quantize.compression.pruning.labels import Key, Labels, compress, varying
+
+Unit = dict[Key, list[int]]  # what goes together: indices along dimensions of tensors
 
 
 @dataclass
@@ -42,9 +46,8 @@ class Group:
 
     def unit_size(self) -> int:
         """Channels of a unit, where it has the fewest (the head size for a fused QKV)."""
-        return min(
-            p.shape[1] for k, p in self.places.items() if k in self.outputs or k in self.inputs
-        )
+        layers = {*self.outputs, *self.inputs}
+        return min(places.shape[1] for key, places in self.places.items() if key in layers)
 
     def width(self, labels: Labels) -> int:
         """Channels of the dimension that the units cut, pinned ones included."""
@@ -77,10 +80,8 @@ class Ties:
 
     def _connect(self) -> None:
         """Connected components by label propagation with pointer jumping."""
-        edges = torch.cat(
-            [e for e in self.labels.edges if len(e)] or [torch.empty(0, 2, dtype=torch.long)]
-        )
-        a, b = edges.unbind(1)
+        none = torch.empty(0, 2, dtype=torch.long)
+        a, b = torch.cat([none, *self.labels.edges]).unbind(1)
         while True:
             low = torch.minimum(self.root[a], self.root[b])
             before = self.root.clone()
@@ -101,7 +102,8 @@ class Ties:
         free = self._free()
         for labels in self.labels.ragged:
             known = labels.clamp(min=0)
-            roots = compress(torch.where((labels >= 0) & free[known], self.root[known], -1))
+            can_go = (labels >= 0) & free[known]
+            roots = compress(torch.where(can_go, self.root[known], -1))
             dims = sorted(varying(roots), key=lambda d: roots.shape[d])
             if len(dims) > 1:
                 self.labels.collapse(roots, dims[0], "it would leave a ragged tensor")
@@ -114,36 +116,34 @@ def find_groups(labels: Labels) -> tuple[list[Group], dict[Key, str]]:
     reason.
     """
     ties = Ties(labels)
-    members: dict[int, dict[Key, list[int]]] = {}
+    members: dict[int, Unit] = {}
     stuck: dict[Key, str] = {}
-    pinned: dict[Key, int] = {}
+    pinned: Counter[Key] = Counter()
     for key, own in labels.keys.items():
         for index, root in enumerate(ties.root[own].tolist()):
             if root not in ties.reason:
-                members.setdefault(root, {}).setdefault(key, []).append(index)
+                unit = members.setdefault(root, {})
+                unit.setdefault(key, []).append(index)
             elif key in labels.outputs:
                 stuck.setdefault(key, ties.reason[root])
-                pinned[key] = pinned.get(key, 0) + 1
-    kinds: dict[tuple, list[dict[Key, list[int]]]] = {}
+                pinned[key] += 1
+    kinds: dict[tuple, list[Unit]] = {}
     for unit in members.values():
         if any(key in labels.outputs for key in unit):
-            kinds.setdefault(
-                tuple((key, len(indices)) for key, indices in unit.items()), []
-            ).append(unit)
+            kind = tuple((key, len(indices)) for key, indices in unit.items())
+            kinds.setdefault(kind, []).append(unit)
+    groups = [_group(units, labels, pinned) for units in kinds.values()]
     order = {key: i for i, key in enumerate(labels.outputs)}
-    groups = []
-    for kind, units in kinds.items():
-        keys = [key for key, _ in kind]
-        outputs = sorted((k for k in keys if k in labels.outputs), key=order.__getitem__)
-        group = Group(
-            {key: torch.tensor([unit[key] for unit in units]) for key in keys},
-            outputs,
-            {k: labels.inputs[k] for k in keys if k in labels.inputs},
-            pinned.get(outputs[0], 0),
-            sum(
-                n * math.prod(labels.shapes[name]) // labels.shapes[name][dim]
-                for (name, dim), n in kind
-            ),
-        )
-        groups.append(group)
-    return sorted(groups, key=lambda g: order[g.outputs[0]]), stuck
+    return sorted(groups, key=lambda group: order[group.outputs[0]]), stuck
+
+
+def _group(units: list[Unit], labels: Labels, pinned: Mapping[Key, int]) -> Group:
+    """Units that hold as many channels of the same dimensions each."""
+    places = {key: torch.tensor([unit[key] for unit in units]) for key in units[0]}
+    outputs = [key for key in labels.outputs if key in places]
+    inputs = {key: labels.inputs[key] for key in places if key in labels.inputs}
+    parameters = 0
+    for (name, dim), indices in units[0].items():
+        shape = labels.shapes[name]
+        parameters += len(indices) * math.prod(shape) // shape[dim]
+    return Group(places, outputs, inputs, pinned[outputs[0]], parameters)

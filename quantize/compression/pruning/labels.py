@@ -30,14 +30,18 @@ class Value:
 
 def varying(labels: torch.Tensor | None) -> set[int]:
     """Dimensions along which the labels change."""
-    return set() if labels is None else {d for d, size in enumerate(labels.shape) if size > 1}
+    if labels is None:
+        return set()
+    return {dim for dim, size in enumerate(labels.shape) if size > 1}
 
 
 def compress(index: torch.Tensor) -> torch.Tensor:
     """Narrow to size 1 every dimension along which nothing changes."""
-    for d in range(index.ndim):
-        first = index.narrow(d, 0, 1) if index.shape[d] else index
-        if index.shape[d] > 1 and (index.stride(d) == 0 or bool((index == first).all())):
+    for dim, size in enumerate(index.shape):
+        if size < 2:
+            continue
+        first = index.narrow(dim, 0, 1)
+        if index.stride(dim) == 0 or bool((index == first).all()):
             index = first
     return index
 
@@ -71,13 +75,18 @@ class Labels:
         """
         a, b = torch.broadcast_tensors(a, b)
         both = (a >= 0) & (b >= 0)
-        self.edges.append(torch.stack((a[both], b[both]), 1).unique(dim=0))
-        self.pin(torch.cat((a[~both].flatten(), b[~both].flatten())), why)
+        pairs = torch.stack((a[both], b[both]), 1)
+        self.edges.append(pairs.unique(dim=0))
+        alone = ~both
+        self.pin(torch.cat((a[alone], b[alone])), why)
 
     def pin(self, labels: torch.Tensor | None, why: str) -> None:
         """These are never removed."""
-        if labels is not None and (labels := labels[labels >= 0]).numel():
-            self.pins.append((labels.unique(), why))
+        if labels is None:
+            return
+        real = labels[labels >= 0]
+        if real.numel():
+            self.pins.append((real.unique(), why))
 
     def collapse(self, labels: torch.Tensor, dim: int, why: str) -> torch.Tensor | None:
         """The operation needs `dim` whole: tie along it when the labels also change elsewhere, else
@@ -128,11 +137,8 @@ class Labels:
             size = self.shapes[name][dim]
             if not torch.equal(index.flatten(), torch.arange(size)):
                 return None
-            places = [
-                place
-                for place, length in enumerate(value.shape)
-                if length == size and order[place] < 0 and varying(index) <= {place}
-            ]
+            free = [p for p, n in enumerate(value.shape) if n == size and order[p] < 0]
+            places = [place for place in free if varying(index) <= {place}]
             if not places:
                 return None
             order[places[0]] = dim
@@ -153,14 +159,16 @@ class Labels:
 
     def elementwise(self, values: Sequence[Value], shape: Sequence[int], why: str) -> Value:
         """Operands that meet element by element, broadcast to `shape`."""
-        n = len(shape)
-        sizes = [(1,) * (n - len(v.shape)) + tuple(v.shape) for v in values]
-        labels = [
-            None if v.labels is None else v.labels.view((1,) * (n - len(v.shape)) + v.labels.shape)
-            for v in values
-        ]
-        if len(values) == 1 and values[0].source and tuple(values[0].shape) == tuple(shape):
-            return values[0]
+        if len(values) == 1:
+            (only,) = values
+            if only.source and tuple(only.shape) == tuple(shape):
+                return only
+        sizes, labels = [], []
+        for value in values:
+            before = (1,) * (len(shape) - len(value.shape))
+            sizes.append(before + tuple(value.shape))
+            own = value.labels
+            labels.append(None if own is None else own.view(before + own.shape))
         named: set[int] = set()
         while self._make_room(values, sizes, labels, named, why):
             pass

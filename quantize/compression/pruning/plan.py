@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from quantize.compression.pruning.cut import owners
+from quantize.compression.pruning.cut import owners, owners_in
 from quantize.compression.pruning.labels import Key
 from quantize.compression.pruning.repair import Step, as_matrix
 from quantize.compression.pruning.trace import Trace, operation
@@ -23,18 +23,20 @@ def repair_steps(trace: Trace, model: nn.Module, kept: dict[Key, torch.Tensor]) 
     after it that can be refitted, and BatchNorms. Layers that read the same tensor one after
     another are one step.
     """
-    shrunk: set[str] = set()
-    for name, dim in kept:
-        places = owners(model, name)
-        if (
-            len(places) == 1
-            and places[0][0] == trace.labels.inputs.get((name, dim))
-            and as_matrix(places[0][1]) is not None
-        ):
-            shrunk.add(places[0][0])
+    steps, sources = _steps(trace, model, kept)
+    for step in steps.values():
+        step.stream = step.stream and step.calls == 1
+    return _joined(model, steps, sources)
+
+
+def _steps(
+    trace: Trace, model: nn.Module, kept: dict[Key, torch.Tensor]
+) -> tuple[dict[str, Step], dict[str, Any]]:
+    """A step for each layer, by its name, and what it reads, if that may be shared."""
+    shrunk = _shrunk(trace, model, kept)
     outputs = {name: kept.get((name, dim)) for name, dim in trace.labels.outputs}
-    steps: dict[str, Step] = {}  # by the name of the layer
-    sources: dict[str, Any] = {}  # what it reads, if that may be shared
+    steps: dict[str, Step] = {}
+    sources: dict[str, Any] = {}
     for node in trace.values:
         place = trace.place(node)
         if node.op != "call_function" or not place:
@@ -46,19 +48,36 @@ def repair_steps(trace: Trace, model: nn.Module, kept: dict[Key, torch.Tensor]) 
             steps[place] = Step({place: outputs.get(f"{place}.weight")}, stream=_adds(node))
             if dict(module.named_parameters(recurse=False))["weight"].ndim == 2:
                 sources[place] = node.args[1 if base == "addmm" else 0]
-        elif base == "batch_norm" and steps and isinstance(module, nn.modules.batchnorm._BatchNorm):
-            if module.track_running_stats:
-                steps[place] = Step({place: kept.get((f"{place}.running_mean", 0))})
+        elif base == "batch_norm" and steps and _has_statistics(module):
+            steps[place] = Step({place: kept.get((f"{place}.running_mean", 0))})
+    return steps, sources
+
+
+def _shrunk(trace: Trace, model: nn.Module, kept: dict[Key, torch.Tensor]) -> set[str]:
+    """The layers that read fewer channels and can be refitted, which nobody shares."""
+    shrunk: set[str] = set()
+    holders = owners_in(model)
+    for name, dim in kept:
+        (place, module, _), *others = holders(name)
+        reads = place == trace.labels.inputs.get((name, dim))
+        if reads and not others and as_matrix(module) is not None:
+            shrunk.add(place)
+    return shrunk
+
+
+def _has_statistics(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
+
+
+def _joined(model: nn.Module, steps: dict[str, Step], sources: dict[str, Any]) -> list[Step]:
+    """The steps in order, as one where neighbours read one tensor and all have a bias or none."""
     joined: list[Step] = []
     last: tuple[Any, bool] | None = None  # what the last step reads, and whether it has a bias
     for place, step in steps.items():
-        step.stream = step.stream and step.calls == 1
-        shared = step.calls == 1 and not step.stream and place in sources
-        this = (
-            (sources[place], model.get_submodule(place)._parameters.get("bias") is not None)
-            if shared
-            else None
-        )
+        this = None
+        if step.calls == 1 and not step.stream and place in sources:
+            bias = model.get_submodule(place)._parameters.get("bias")
+            this = (sources[place], bias is not None)
         if this is not None and this == last:
             joined[-1].layers.update(step.layers)
         else:

@@ -1,17 +1,16 @@
 """Rules for operations that compute: products, convolutions, norms, attention, reductions.
 
-What a rule takes and gives: see `trace.Rule`. Operations that only move data: moves.py.
+What a rule works with: `trace.Op`. Operations that only move data: moves.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from quantize.compression.pruning.labels import Value, varying
-from quantize.compression.pruning.trace import Rules, Trace, operation
+from quantize.compression.pruning.trace import Op, Rules
 
 WINDOWS = {
     1: set(
@@ -41,80 +40,60 @@ SEES_WEIGHTS = set("linear addmm matmul mm bmm embedding conv1d conv2d conv3d".s
 SEES_WEIGHTS |= set("conv_transpose1d conv_transpose2d conv_transpose3d".split())
 
 
-def _arguments(trace: Trace, node: torch.fx.Node, *names: str) -> list[Any]:
-    """The first arguments of the node, by the names they may be given by."""
-    return [trace.argument(node, index, name) for index, name in enumerate(names)]
-
-
-def _along(shape: Sequence[int], dim: int, labels: torch.Tensor) -> Value:
-    """A value of this shape whose labels change along `dim` (negative: from the end) alone."""
-    if len(labels) == 1:
-        return Value(tuple(shape))
-    size = [1] * len(shape)
-    size[dim] = len(labels)
-    return Value(tuple(shape), labels.view(size))
-
-
-def _alike(shape: Any, labels: torch.Tensor | None) -> Any:
-    """A value of this shape with these labels, or one for each of several shapes."""
-    if isinstance(shape, list):
-        return [Value(one, labels) for one in shape]
-    return Value(tuple(shape), labels)
+FIXED = " mixes it with data that can't shrink"
 
 
 # Products.
 
 
-def _linear(
-    trace: Trace, x: Value, weight: Value, bias: Value | None, shape: Any, why: str, *, inner: int
-) -> Value:
+def _linear(op: Op, x: Value, weight: Value, bias: Value | None, *, inner: int) -> Value:
     """x [..., K] times a weight whose dimension `inner` is K."""
-    labels, parameter = trace.labels, trace.labels.weight(weight)
+    trace, why = op.trace, op.why
+    parameter = trace.labels.weight(weight)
     if parameter is None or len(weight.shape) != 2:
         trace.weight_is_computed(x.labels, why)
-        return Value(shape)
+        return Value(op.shape)
     name, order = parameter
     last = len(x.shape) - 1
-    read = x.labels
-    if varying(read) - {last}:  # mixes one axis and leaves the labelled one alone
-        read = labels.collapse_all(x, [last], why)
+    if varying(x.labels) - {last}:  # mixes one axis and leaves the labelled one alone
+        read = op.across(x, [last])
         trace.consume(name, order[inner], None, why)
         out = trace.produce(name, order[1 - inner], why)
-        labels.pin(out, f"{why}: another axis of its input carries channels")
-        return labels.settle(shape, read, why)
-    trace.consume(name, order[inner], read, why)
+        op.pin(out, ": another axis of its input carries channels")
+        return op.settled(read)
+    trace.consume(name, order[inner], x.labels, why)
     out = trace.produce(name, order[1 - inner], why)
     trace.vector(bias, out, len(out), why)
-    return _along(shape, -1, out)
+    return op.along(-1, out)
 
 
 @RULES.of("linear")
-def _(trace: Trace, node: torch.fx.Node, shape: Any, why: str) -> Value:
-    x, weight, bias = _arguments(trace, node, "input", "weight", "bias")
-    return _linear(trace, x, weight, bias, shape, why, inner=1)
+def _(op: Op) -> Value:
+    x, weight, bias = op.arguments("input", "weight", "bias")
+    return _linear(op, x, weight, bias, inner=1)
 
 
 @RULES.of("addmm")
-def _(trace: Trace, node: torch.fx.Node, shape: Any, why: str) -> Value:
-    bias, x, weight = _arguments(trace, node, "input", "mat1", "mat2")
-    return _linear(trace, x, weight, bias, shape, why, inner=0)
+def _(op: Op) -> Value:
+    bias, x, weight = op.arguments("input", "mat1", "mat2")
+    return _linear(op, x, weight, bias, inner=0)
 
 
 @RULES.of("matmul", "mm", "bmm")
-def _(trace: Trace, node: torch.fx.Node, shape: Any, why: str) -> Value:
-    a, b = _arguments(trace, node, "input", "other")
+def _(op: Op) -> Value:
+    a, b = op.arguments("input", "other")
     if b.source and len(b.shape) == 2 and not a.source:
-        return _linear(trace, a, b, None, shape, why, inner=0)
+        return _linear(op, a, b, None, inner=0)
     if min(len(a.shape), len(b.shape)) < 2 or a.source or b.source:
         for operand in (a, b):
-            trace.unfollowed(operand, shape, why)
+            op.unfollowed(operand)
             if operand.source:
-                trace.pin_parameter(operand, f"{why} can't be followed")
-        return Value(shape)
-    left, right = _in_whole_heads(trace, a, why), _in_whole_heads(trace, b, why)
+                op.trace.pin_parameter(operand, f"{op.why} can't be followed")
+        return Value(op.shape)
+    left, right = _in_whole_heads(op, a), _in_whole_heads(op, b)
     if _batched(left) or _batched(right):
-        return _by_heads(trace, left, right, shape, why)
-    return _matrices(trace, left, right, shape, why)
+        return _by_heads(op, left, right)
+    return _matrices(op, left, right)
 
 
 def _batched(value: Value) -> set[int]:
@@ -123,42 +102,48 @@ def _batched(value: Value) -> set[int]:
     return varying(value.labels) - {axes - 1, axes - 2}
 
 
-def _in_whole_heads(trace: Trace, value: Value, why: str) -> Value:
+def _in_whole_heads(op: Op, value: Value) -> Value:
     """With channels in front of the matrix, what changes inside of it goes together."""
     if not _batched(value):
         return value
-    return Value(value.shape, trace.labels.collapse_all(value, [-1, -2], why))
+    return Value(value.shape, op.across(value, [-1, -2]))
 
 
-def _by_heads(trace: Trace, left: Value, right: Value, shape: Any, why: str) -> Value:
+def _by_heads(op: Op, left: Value, right: Value) -> Value:
     """A batch of products: the heads of both operands go together."""
     heads = []
     for operand in (left, right):
-        batched = _batched(operand)
-        if not batched:
-            trace.labels.pin(operand.labels, why)
-        heads.append(Value((*operand.shape[:-2], 1, 1), operand.labels if batched else None))
-    mixed = f"{why} mixes it with data that can't shrink"
-    met = trace.labels.elementwise(heads, (*shape[:-2], 1, 1), mixed)
-    return Value(tuple(shape), met.labels)
+        labels = operand.labels
+        if not _batched(operand):
+            op.pin(labels)
+            labels = None
+        heads.append(_heads(operand.shape, labels))
+    met = op.met(heads, (*op.shape[:-2], 1, 1), FIXED)
+    return op.result(met.labels)
 
 
-def _matrices(trace: Trace, left: Value, right: Value, shape: Any, why: str) -> Value:
+def _heads(shape: tuple[int, ...], labels: torch.Tensor | None) -> Value:
+    """A value of a batch of matrices whose labels don't change inside of these."""
+    return Value((*shape[:-2], 1, 1), labels)
+
+
+def _matrices(op: Op, left: Value, right: Value) -> Value:
     """A product of two computed matrices, [..., M, K] and [..., K, N]."""
     rows, columns = len(left.shape) - 2, len(right.shape) - 1
     in_left, in_right = varying(left.labels), varying(right.labels)
-    in_sum = in_left == {rows + 1}, in_right == {columns - 1}
-    if any(in_sum):
+    left_summed = in_left == {rows + 1}
+    right_summed = in_right == {columns - 1}
+    if left_summed or right_summed:
         size = left.shape[-1]
-        trace.labels.tie(_flat(left, in_sum[0], size), _flat(right, in_sum[1], size), why)
+        op.tie(_flat(left, left_summed, size), _flat(right, right_summed, size))
     if right.labels is not None and in_right == {columns} and not in_left - {rows + 1}:
-        return _along(shape, -1, right.labels.flatten())
+        return op.along(-1, right.labels.flatten())
     if left.labels is not None and in_left == {rows} and not in_right - {columns - 1}:
-        return _along(shape, -2, left.labels.flatten())
+        return op.along(-2, left.labels.flatten())
     for operand in (left, right):
         if varying(operand.labels):
-            trace.unfollowed(operand, shape, why)
-    return Value(shape)
+            op.unfollowed(operand)
+    return Value(op.shape)
 
 
 def _flat(value: Value, labelled: bool, size: int) -> torch.Tensor:
@@ -169,155 +154,156 @@ def _flat(value: Value, labelled: bool, size: int) -> torch.Tensor:
 
 
 @RULES.of("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
-def _(trace: Trace, node: torch.fx.Node, shape: Any, why: str) -> Value:
-    x, weight, bias = _arguments(trace, node, "input", "weight", "bias")
+def _(op: Op) -> Value:
+    x, weight, bias = op.arguments("input", "weight", "bias")
     # (..., output_padding, groups, dilation) if transposed; else (..., dilation, groups)
-    transposed = "transpose" in operation(node)
-    groups = trace.argument(node, 6, "groups", 1)
-    labels, parameter = trace.labels, trace.labels.weight(weight)
+    groups = op.argument(6, "groups", 1)
+    trace, why = op.trace, op.why
+    parameter = trace.labels.weight(weight)
     spatial = len(weight.shape) - 2
     channel = len(x.shape) - spatial - 1
-    read = labels.collapse_all(x, range(channel + 1, len(x.shape)), why)
+    read = op.across(x, range(channel + 1, len(x.shape)))
     if parameter is None:
         trace.weight_is_computed(read, why)
-        return Value(shape)
+        return Value(op.shape)
     if varying(read) - {channel}:
-        return trace.unfollowed(Value(x.shape, read), shape, why)
+        return op.unfollowed(Value(x.shape, read))
     name, order = parameter
-    taken = torch.full((x.shape[channel],), -1) if read is None else read.flatten()
+    taken = _flat(Value(x.shape, read), True, x.shape[channel])
+    transposed = "transpose" in op.name
     inputs, outputs = (0, 1) if transposed else (1, 0)
+    if groups > 1 and transposed:  # weight [C_in, C_out / groups, ...]: only whole inputs could go
+        op.pin(taken, ": a grouped transposed convolution")
+        return Value(op.shape)
     if groups == 1:
         trace.consume(name, order[inputs], taken, why)
-        out = trace.produce(name, order[outputs], why)
-    elif transposed:  # weight [C_in, C_out / groups, ...]: only whole inputs could go
-        labels.pin(taken, f"{why}: a grouped transposed convolution")
-        return Value(shape)
-    else:  # a group of inputs goes with its group of outputs
-        out = trace.produce(name, order[outputs], why)
+    out = trace.produce(name, order[outputs], why)
+    if groups > 1:  # a group of inputs goes with its group of outputs
         together = out.view(groups, -1)
-        labels.tie(together, together[:, :1], why)
-        labels.tie(taken.view(groups, -1), together[:, :1], f"{why} reads other data too")
+        first = together[:, :1]
+        op.tie(together, first)
+        op.tie(taken.view(groups, -1), first, " reads other data too")
     trace.vector(bias, out, len(out), why)
-    return _along(shape, channel, out)
+    return op.along(channel, out)
 
 
 @RULES.of("embedding")
-def _(trace: Trace, node: torch.fx.Node, shape: Any, why: str) -> Value:
-    parameter = trace.labels.weight(trace.argument(node, 0, "weight"))
+def _(op: Op) -> Value:
+    parameter = op.trace.labels.weight(op.argument(0, "weight"))
     if parameter is None:
-        trace.weight_is_computed(None, why)
-        return Value(shape)
+        op.trace.weight_is_computed(None, op.why)
+        return Value(op.shape)
     name, order = parameter
-    return _along(shape, -1, trace.produce(name, order[1], why))
+    return op.along(-1, op.trace.produce(name, order[1], op.why))
 
 
 # Norms and attention.
 
 
 @RULES.of("batch_norm", "instance_norm", "_native_batch_norm_legit_no_training", "cudnn_batch_norm")
-def _(trace: Trace, node: torch.fx.Node, shape: Any, why: str) -> Any:
+def _(op: Op) -> Any:
     names = ("input", "weight", "bias", "running_mean", "running_var")
-    x, *vectors = _arguments(trace, node, *names)
-    labels = trace.labels.collapse_all(x, range(2, len(x.shape)), why)
+    x, *vectors = op.arguments(*names)
+    labels = op.across(x, range(2, len(x.shape)))
     for vector in vectors:
-        trace.vector(vector, labels, x.shape[1], why)
-    return trace.labels.settle(x.shape, labels, why)
+        op.trace.vector(vector, labels, x.shape[1], op.why)
+    return op.settled(labels, shape=x.shape)
 
 
 @RULES.of("prelu")
-def _(trace: Trace, node: torch.fx.Node, shape: Any, why: str) -> Value:
-    x, weight = _arguments(trace, node, "self", "weight")
+def _(op: Op) -> Value:
+    x, weight = op.arguments("self", "weight")
     if weight.shape in ((), (1,)):
-        return Value(tuple(shape), x.labels)
-    others = [dim for dim in range(len(x.shape)) if dim != 1]
-    labels = trace.labels.collapse_all(x, others, why)
-    trace.vector(weight, labels, x.shape[1], why)
-    return trace.labels.settle(shape, labels, why)
+        return op.result(x.labels)
+    labels = op.across(x, [dim for dim in range(len(x.shape)) if dim != 1])
+    op.trace.vector(weight, labels, x.shape[1], op.why)
+    return op.settled(labels)
 
 
 @RULES.of("group_norm")
-def _(trace: Trace, node: torch.fx.Node, shape: Any, why: str) -> Value:
-    x, groups, weight, bias = _arguments(trace, node, "input", "num_groups", "weight", "bias")
-    labels = trace.labels.collapse_all(x, range(2, len(x.shape)), why)
+def _(op: Op) -> Value:
+    x, groups, weight, bias = op.arguments("input", "num_groups", "weight", "bias")
+    labels = op.across(x, range(2, len(x.shape)))
     if labels is not None and labels.shape[1] > 1:
         together = labels.reshape(groups, -1)
         if groups == 1:
-            trace.labels.pin(labels, f"{why} averages over the channels")
+            op.pin(labels, " averages over the channels")
         else:
-            trace.labels.tie(together, together[:, :1], why)
+            op.tie(together, together[:, :1])
     for vector in (weight, bias):
-        trace.vector(vector, labels, x.shape[1], why)
-    return trace.labels.settle(shape, labels, why)
+        op.trace.vector(vector, labels, x.shape[1], op.why)
+    return op.settled(labels)
 
 
 @RULES.of("layer_norm", "rms_norm")
-def _(trace: Trace, node: torch.fx.Node, shape: Any, why: str) -> Value:
-    x, normalized = _arguments(trace, node, "input", "normalized_shape")
-    dims = range(len(shape) - len(normalized), len(shape))
-    labels = trace.labels.collapse_all(x, dims, f"{why} averages over the channels")
-    return trace.labels.settle(shape, labels, why)
+def _(op: Op) -> Value:
+    x, normalized = op.arguments("input", "normalized_shape")
+    axes = len(op.shape)
+    labels = op.across(x, range(axes - len(normalized), axes), " averages over the channels")
+    return op.settled(labels)
 
 
 @RULES.of("scaled_dot_product_attention")
-def _(trace: Trace, node: torch.fx.Node, shape: Any, why: str) -> Value:
-    *parts, mask = _arguments(trace, node, "query", "key", "value", "attn_mask")
+def _(op: Op) -> Value:
+    *parts, mask = op.arguments("query", "key", "value", "attn_mask")
+    queries = op.shape[-3]
     heads = []
     for part in parts:
-        labels = trace.labels.collapse_all(part, [-1, -2], f"{why} needs whole heads")
-        grouped = part.shape[-3] != shape[-3]  # several queries share a key and a value
+        labels = op.across(part, [-1, -2], " needs whole heads")
+        grouped = part.shape[-3] != queries  # several queries share a key and a value
         if grouped and labels is not None and labels.shape[-3] > 1:
-            labels = labels.repeat_interleave(shape[-3] // part.shape[-3], -3)
-        heads.append(Value((*shape[:-2], 1, 1), labels))
+            labels = labels.repeat_interleave(queries // part.shape[-3], -3)
+        heads.append(_heads(op.shape, labels))
     if isinstance(mask, Value):
-        labels = trace.labels.collapse_all(mask, [-1, -2], why)
-        heads.append(Value((*mask.shape[:-2], 1, 1), labels))
-    mixed = f"{why} mixes it with data that can't shrink"
-    met = trace.labels.elementwise(heads, (*shape[:-2], 1, 1), mixed)
-    return Value(tuple(shape), met.labels)
+        heads.append(_heads(mask.shape, op.across(mask, [-1, -2])))
+    met = op.met(heads, (*op.shape[:-2], 1, 1), FIXED)
+    return op.result(met.labels)
 
 
 # Reductions, windows, softmax.
 
 
 @RULES.of(*REDUCTIONS)
-def _(trace: Trace, node: torch.fx.Node, shape: Any, why: str) -> Any:
-    x = trace.argument(node, 0, "self")
-    if str(node.target).endswith(".other"):
-        return trace.labels.elementwise(trace.tensors(node.args), shape, why)  # max(a, b)
-    place = 2 if "norm" in str(node.target) else 1
-    dims = trace.argument(node, place, "dim")
-    dims = range(len(x.shape)) if dims is None else dims
-    dims = [dims] if isinstance(dims, int) else dims
-    dims = [dim % len(x.shape) for dim in dims]
-    labels = trace.labels.collapse_all(x, dims, f"{why} runs over the channels")
-    one = shape[0] if isinstance(shape, list) else shape
-    if labels is not None and len(one) != len(x.shape):
+def _(op: Op) -> Any:
+    x = op.argument(0, "self")
+    target = str(op.node.target)
+    if target.endswith(".other"):
+        return op.met(op.trace.tensors(op.node.args), op.shape)  # max(a, b)
+    axes = len(x.shape)
+    dims = op.argument(2 if "norm" in target else 1, "dim")
+    if dims is None:
+        dims = range(axes)
+    elif isinstance(dims, int):
+        dims = [dims]
+    dims = [dim % axes for dim in dims]
+    labels = op.across(x, dims, " runs over the channels")
+    one = op.shape[0] if isinstance(op.shape, list) else op.shape
+    if labels is not None and len(one) != axes:
         kept = [size for dim, size in enumerate(labels.shape) if dim not in dims]
         labels = labels.reshape(kept)
-    return _alike(shape, labels)
+    return op.result(labels)
 
 
 @RULES.of(*ALONG)
-def _(trace: Trace, node: torch.fx.Node, shape: Any, why: str) -> Any:
-    x, dim = trace.argument(node, 0, "self"), trace.argument(node, 1, "dim", -1)
-    dim = dim if isinstance(dim, int) and "topk" not in str(node.target) else -1
-    labels = trace.labels.collapse_all(x, [dim], f"{why} runs over the channels")
-    return _alike(shape, labels)
+def _(op: Op) -> Any:
+    x, dim = op.argument(0, "self"), op.argument(1, "dim", -1)
+    if not isinstance(dim, int) or "topk" in str(op.node.target):
+        dim = -1
+    return op.result(op.across(x, [dim], " runs over the channels"))
 
 
 @RULES.of(*WINDOWS[1], *WINDOWS[2], *WINDOWS[3])
-def _(trace: Trace, node: torch.fx.Node, shape: Any, why: str) -> Any:
-    x, name = trace.argument(node, 0, "self"), operation(node)
-    spatial = next(axes for axes, names in WINDOWS.items() if name in names)
-    labels = trace.labels.collapse_all(x, range(-spatial, 0), why)
-    return _alike(shape, labels)
+def _(op: Op) -> Any:
+    x = op.argument(0, "self")
+    spatial = next(axes for axes, names in WINDOWS.items() if op.name in names)
+    return op.result(op.across(x, range(-spatial, 0)))
 
 
 @RULES.of("glu")
-def _(trace: Trace, node: torch.fx.Node, shape: Any, why: str) -> Value:
-    x, dim = trace.argument(node, 0, "self"), trace.argument(node, 1, "dim", -1)
+def _(op: Op) -> Value:
+    x, dim = op.argument(0, "self"), op.argument(1, "dim", -1)
     if x.labels is None:
-        return Value(shape)
+        return Value(op.shape)
     value, gate = x.labels.expand(x.shape).chunk(2, dim)
-    trace.labels.tie(value, gate, why)
-    return trace.labels.settle(shape, value, why)
+    op.tie(value, gate)
+    return op.settled(value)

@@ -1,13 +1,14 @@
 """What is known of every tensor in a model's graph, and what rules do to it.
 
 A rule says what one family of operations does to the labels of its inputs (rules.py, moves.py);
-`follow.py` asks the rule of every node. Here is what a rule works with: the values of the nodes so
-far, and the labels, which it ties and pins.
+`follow.py` asks the rule of every node. Here is what a rule works with: the operation (`Op`), the
+values of the nodes so far, and the labels, which it ties and pins.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -68,15 +69,12 @@ class Trace:
 
     def argument(self, node: torch.fx.Node, index: int, name: str, default: Any = None) -> Any:
         """An argument of the node; a tensor is given as its Value."""
-        given = node.args[index] if index < len(node.args) else node.kwargs.get(name, default)
+        given: Any = node.kwargs.get(name, default)
+        if index < len(node.args):
+            given = node.args[index]
         return self.values[given] if isinstance(given, torch.fx.Node) else given
 
     # What can't be followed.
-
-    def unfollowed(self, value: Value, shape: Any, why: str) -> Value:
-        """The result of an operation that the channels of `value` can't be followed through."""
-        self.labels.pin(value.labels, f"{why} can't be followed")
-        return Value(shape)
 
     def pin_parameter(self, value: Value, why: str) -> None:
         """All indices along all dimensions of a parameter stay."""
@@ -120,9 +118,77 @@ class Trace:
             self.labels.tie(self.labels.along(name, order[0]), labels, why)
 
 
-# What an operation does: called with the trace, the node, the shape of its output (a list of shapes
-# for several outputs) and a text that names the operation; gives the output's value or values.
-Rule = Callable[[Trace, torch.fx.Node, Any, str], Any]
+@dataclass
+class Op:
+    """One operation of the graph, as rules see it, and what they do to it.
+
+    Args:
+        trace: what is known so far.
+        node: the operation.
+        shape: of its output; a list of shapes where it has several.
+        why: names it in reasons.
+    """
+
+    trace: Trace
+    node: torch.fx.Node
+    shape: Any
+    why: str
+
+    @property
+    def name(self) -> str:
+        return operation(self.node)
+
+    def argument(self, index: int, name: str, default: Any = None) -> Any:
+        """A tensor is given as its `Value`."""
+        return self.trace.argument(self.node, index, name, default)
+
+    def arguments(self, *names: str) -> list[Any]:
+        """The first ones, by the names they may be given by."""
+        return [self.argument(index, name) for index, name in enumerate(names)]
+
+    def pin(self, labels: torch.Tensor | None, text: str = "") -> None:
+        """These channels stay. text: follows the operation's name in the reason."""
+        self.trace.labels.pin(labels, self.why + text)
+
+    def tie(self, a: torch.Tensor, b: torch.Tensor, text: str = "") -> None:
+        """These channels, one by one, go together."""
+        self.trace.labels.tie(a, b, self.why + text)
+
+    def across(self, value: Value, dims: Sequence[int], text: str = "") -> torch.Tensor | None:
+        """Labels of a value whose dimensions `dims` the operation needs whole."""
+        return self.trace.labels.collapse_all(value, dims, self.why + text)
+
+    def result(self, labels: torch.Tensor | None) -> Any:
+        """Its output with these labels; each of several outputs."""
+        if isinstance(self.shape, list):
+            return [Value(one, labels) for one in self.shape]
+        return Value(tuple(self.shape), labels)
+
+    def along(self, dim: int, labels: torch.Tensor) -> Value:
+        """Its output, whose labels change along `dim` (negative: from the end) alone."""
+        if len(labels) == 1:
+            return Value(tuple(self.shape))
+        size = [1] * len(self.shape)
+        size[dim] = len(labels)
+        return Value(tuple(self.shape), labels.view(size))
+
+    def settled(self, labels: torch.Tensor | None, text: str = "", shape: Any = None) -> Value:
+        """An output of this shape (its own) with labels, which pins channels picked by number."""
+        shape = self.shape if shape is None else shape
+        return self.trace.labels.settle(shape, labels, self.why + text)
+
+    def met(self, values: Sequence[Value], shape: Sequence[int], text: str = "") -> Value:
+        """Operands that meet element by element, broadcast to `shape`."""
+        return self.trace.labels.elementwise(values, shape, self.why + text)
+
+    def unfollowed(self, value: Value) -> Value:
+        """Its output, through which the channels of `value` can't be followed."""
+        self.pin(value.labels, " can't be followed")
+        return Value(self.shape)
+
+
+# what an operation does: gives its output's value or values
+Rule = Callable[[Op], Any]
 
 
 class Rules(dict[str, Rule]):
@@ -140,7 +206,6 @@ class Rules(dict[str, Rule]):
 
 def _first_names(model: nn.Module) -> Mapping[str, str]:
     """The first name of every module, by each of its names."""
-    first: dict[int, str] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        first.setdefault(id(module), name)
-    return {name: first[id(module)] for name, module in model.named_modules(remove_duplicate=False)}
+    first = {id(module): name for name, module in model.named_modules()}
+    every = model.named_modules(remove_duplicate=False)
+    return {name: first[id(module)] for name, module in every}
