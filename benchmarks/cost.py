@@ -127,10 +127,11 @@ LARGE = {
     ),
 }
 DEEP = {f"bert_256x{depth}": encoder(small_bert, 256, depth) for depth in (4, 8, 16)}
-MODELS = CASES | LARGE | DEEP
+SMALL = {"bert_128x4": encoder(small_bert, 128, 4)}
+MODELS = CASES | LARGE | DEEP | SMALL
 SWEEPS = {
     "depth": [(name, BATCHES) for name in DEEP],
-    "batches": [("bert_256x4", batches) for batches in (8, 32, 128)],
+    "batches": [(name, batches) for name in SMALL for batches in (8, 32, 128)],
 }
 TECHNIQUES = ("pruned", "low_rank")
 

@@ -23,7 +23,8 @@ class TeacherCache:
     """
 
     def __init__(self, folder: Path, teacher: str, temperature: float, count: int):
-        self.folder, self.temperature, self.count = folder, temperature, count
+        self.folder, self.teacher = folder, teacher
+        self.temperature, self.count = temperature, count
         about = {"teacher": teacher, "temperature": temperature, "count": count}
         folder.mkdir(parents=True, exist_ok=True)
         label = folder / "about.json"

@@ -39,7 +39,8 @@ class _SoftKL(torch.autograd.Function):
     def forward(ctx: Any, student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
         s, t = student.log_softmax(-1), teacher.log_softmax(-1)
         rows = divergences(s, t).sum(-1)
-        ctx.save_for_backward(s.exp_().sub_(t.exp_()).mul_(weight[:, None]))
+        gradient = s.exp_().sub_(t.exp_())
+        ctx.save_for_backward(gradient.mul_(weight[:, None]))
         return rows @ weight
 
     @staticmethod
@@ -57,7 +58,8 @@ def soft_kl(
     arXiv 1503.02531).
     """
     weight = row_weights(student.shape[:-1], mask, student.device)
-    s, t = (rows_of(x.float()) / temperature for x in (student, teacher.detach()))
+    s = rows_of(student.float()) / temperature
+    t = rows_of(teacher.detach().float()) / temperature
     return _SoftKL.apply(s, t, weight) * temperature**2
 
 
@@ -75,16 +77,19 @@ def remoteness(student: Tensor, teacher: Tensor, kind: str, mask: Tensor | None 
         mask: rows that count, [...] of 0 and 1.
     """
     weight = row_weights(student.shape[:-1], mask, student.device)
-    s, t = rows_of(student.detach().float()), rows_of(teacher.detach().float())
+    s = rows_of(student.detach().float())
+    t = rows_of(teacher.detach().float())
     kept = None if mask is None else mask.flatten()
     if kind == "logits":
         t = t.log_softmax(-1)
-        mean = (weight @ t.exp()).log().expand_as(t)
-        distance, spread = soft_kl(s, t, mask=kept), soft_kl(mean, t, mask=kept)
+        mean = weight @ t.exp()
+        distance = soft_kl(s, t, mask=kept)
+        spread = soft_kl(mean.log().expand_as(t), t, mask=kept)
         size = math.log(t.shape[-1])
     else:
-        distance, spread = ((x - t).square().mean(-1) @ weight for x in (s, weight @ t))
-        size = (t.square().mean(-1) @ weight).item()
+        distance = mean_square(s - t, weight)
+        spread = mean_square(weight @ t - t, weight)
+        size = mean_square(t, weight).item()
     scale = spread.item() if spread > 1e-9 * size else size
     if scale == 0:
         return 0.0 if distance == 0 else math.inf
@@ -96,12 +101,17 @@ def rows_of(outputs: Tensor) -> Tensor:
     return outputs.reshape(-1, outputs.shape[-1] if outputs.ndim else 1)
 
 
+def mean_square(rows: Tensor, weight: Tensor) -> Tensor:
+    """Of rows [N, V] that count by their weights [N]."""
+    return rows.square().mean(-1) @ weight
+
+
 def row_weights(shape: torch.Size, mask: Tensor | None, device: torch.device) -> Tensor:
     """What each row, flattened, counts in a mean over those that `mask` keeps: fp32 [N]."""
     if mask is None:
-        return torch.full(
-            (shape.numel(),), 1 / max(1, shape.numel()), dtype=torch.float32, device=device
-        )
+        count = shape.numel()
+        share = 1 / max(1, count)
+        return torch.full((count,), share, dtype=torch.float32, device=device)
     kept = mask.to(device).float().flatten()
     return kept / kept.sum().clamp(min=1)
 
@@ -110,7 +120,8 @@ def top_logits(logits: Tensor, temperature: float, count: int) -> tuple[Tensor, 
     """The likeliest classes of each row: log probabilities at the temperature (fp16) and ids
     (int32), [..., count] each.
     """
-    log_p, ids = (logits.float() / temperature).log_softmax(-1).topk(count, dim=-1)
+    every = (logits.float() / temperature).log_softmax(-1)
+    log_p, ids = every.topk(count, dim=-1)
     return log_p.half(), ids.to(torch.int32)
 
 
@@ -122,17 +133,22 @@ def top_kl(
     By merging classes the divergence can only fall, and it is exact when every class is kept (but
     for fp16).
     """
-    s = (student.float() / temperature).log_softmax(-1).gather(-1, ids.long())  # [..., count]
-    t = log_p.float()
+    every = (student.float() / temperature).log_softmax(-1)
+    s, t = every.gather(-1, ids.long()), log_p.float()  # [..., count]
     if ids.shape[-1] < student.shape[-1]:
-        rest_s, rest_t = (1 - x.exp().sum(-1, keepdim=True) for x in (s, t))
-        s = torch.cat([s, rest_s.clamp(min=1e-7).log()], dim=-1)
-        t = torch.cat([t, rest_t.clamp(min=1e-7).log()], dim=-1)
+        s, t = _with_rest(s), _with_rest(t)
     p = t.exp()
     # as in `divergences`: no sum of them is below 0
     parts = torch.where(p == 0, 0.0, p * (t - s)) - p + s.exp()
-    weight = row_weights(parts.shape[:-1], mask, student.device)
-    return parts.sum(-1).clamp(min=0).flatten() @ weight * temperature**2
+    rows = parts.sum(-1).clamp(min=0)
+    weight = row_weights(rows.shape, mask, student.device)
+    return rows.flatten() @ weight * temperature**2
+
+
+def _with_rest(log_p: Tensor) -> Tensor:
+    """Log probabilities of some classes, and last that of all others together."""
+    rest = 1 - log_p.exp().sum(-1, keepdim=True)
+    return torch.cat([log_p, rest.clamp(min=1e-7).log()], dim=-1)
 
 
 def hidden_loss(student: Tensor, teacher: Tensor, kind: str, mask: Tensor | None = None) -> Tensor:
@@ -143,11 +159,13 @@ def hidden_loss(student: Tensor, teacher: Tensor, kind: str, mask: Tensor | None
     free of scale, so that one weight suits every layer). "cosine": 1 - cosine, row by row (Sanh et
     al., arXiv 1910.01108).
     """
-    s, t = rows_of(student.float()), rows_of(teacher.detach().float())
+    s = rows_of(student.float())
+    t = rows_of(teacher.detach().float())
     weight = row_weights(student.shape[:-1], mask, student.device)
     if kind == "cosine":
-        return (1 - F.cosine_similarity(s, t, dim=-1)).clamp(min=0) @ weight
-    return ((s - t).square().mean(-1) @ weight) / (t.square().mean(-1) @ weight).clamp(min=1e-12)
+        apart = 1 - F.cosine_similarity(s, t, dim=-1)
+        return apart.clamp(min=0) @ weight
+    return mean_square(s - t, weight) / mean_square(t, weight).clamp(min=1e-12)
 
 
 def relation_loss(
@@ -164,13 +182,13 @@ def relation_loss(
 
     def scores(x: Tensor) -> Tensor:
         b, t, c = x.shape
-        x = x.float().view(b, t, heads, c // heads).transpose(1, 2)  # [B, heads, T, C / heads]
-        s = x @ x.transpose(-1, -2) * (c // heads) ** -0.5
-        return (
-            s
-            if mask is None
-            else s.masked_fill(mask[:, None, None, :] == 0, torch.finfo(s.dtype).min)
-        )
+        size = c // heads
+        x = x.float().view(b, t, heads, size).transpose(1, 2)  # [B, heads, T, C / heads]
+        s = x @ x.transpose(-1, -2) * size**-0.5
+        if mask is None:
+            return s
+        padding = mask[:, None, None, :] == 0
+        return s.masked_fill(padding, torch.finfo(s.dtype).min)
 
     rows = None if mask is None else mask[:, None, :].expand(-1, heads, -1)
     return soft_kl(scores(student), scores(teacher.detach()), mask=rows)

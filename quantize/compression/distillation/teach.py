@@ -186,7 +186,9 @@ def _fit(
 ) -> None:
     """Train; where that fails, the error carries the student of the step before."""
     about = objective.settings()
-    if objective.cache is not None or fit_options.get("checkpoint_path") is not None:
+    if objective.cache is not None:
+        about["teacher"] = objective.cache.teacher
+    elif fit_options.get("checkpoint_path") is not None:
         about["teacher"] = fingerprint(objective.teacher)
     identity = {**(fit_options.get("identity") or {}), "distillation": about}
     options = {**fit_options, "identity": identity}
