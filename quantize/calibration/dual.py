@@ -67,8 +67,8 @@ def whole(moment: Tensor | Outer) -> Tensor:
     return moment.whole() if isinstance(moment, Outer) else moment
 
 
-def is_usable(moment: Tensor | Outer) -> bool:
-    """Is a moment finite?"""
+def is_finite_moment(moment: Tensor | Outer) -> bool:
+    """Are all numbers of a moment finite?"""
     return is_finite(moment.rows if isinstance(moment, Outer) else moment)
 
 

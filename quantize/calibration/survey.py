@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from quantize.calibration.dual import Outer, is_usable
+from quantize.calibration.dual import Outer, is_finite_moment
 from quantize.calibration.gradients import Loss, OutputGradients
 from quantize.calibration.inputs import check_batches
 from quantize.calibration.look import Look
@@ -182,5 +182,5 @@ class Survey:
             self.rows |= {name: seen.count for name, seen in self.statistics.items()}
         if gradients is not None:
             moments = gradients.result()
-            self.moments |= {name: m for name, m in moments.items() if is_usable(m)}
+            self.moments |= {name: m for name, m in moments.items() if is_finite_moment(m)}
         return look
