@@ -268,9 +268,8 @@ def _eager(
     if plain and x.numel() and kernels.native_allowed() and is_exact():
         return conv.convolve(x, weight, scale, bias, geometry, limits).to(dtype)
     y = stock(products.reference, x, weight, scale, bias, geometry, limits)
-    if conv.channels_last(x):
-        y = y.to(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
-    return y.to(dtype)
+    layout = conv.LAST[x.dim()] if conv.channels_last(x) else torch.contiguous_format
+    return y.contiguous(memory_format=layout).to(dtype)
 
 
 @functools.cache
