@@ -140,17 +140,33 @@ def check_batches(batches: Iterable[Any], name: str = "calibration") -> Iterable
 
 @contextmanager
 def watching(hooks: Sequence[Any], *models: nn.Module) -> Iterator[None]:
-    """Models in eval mode inside; afterwards their state and training flags are as before and the
-    hooks gone.
+    """Models in eval mode and run as written inside, since `torch.compile` would trace the hooks;
+    afterwards their state and training flags are as before and the hooks gone.
     """
     try:
-        with untouched(*models):
+        with untouched(*models), as_written(*models):
             for model in models:
                 model.eval()
             yield
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextmanager
+def as_written(*models: nn.Module) -> Iterator[None]:
+    """Inside, modules that were compiled in place (`module.compile()`) run their own Python."""
+    compiled: list[tuple[nn.Module, Any]] = []
+    for module in itertools.chain.from_iterable(model.modules() for model in models):
+        if module._compiled_call_impl is not None:
+            compiled.append((module, module._compiled_call_impl))
+    try:
+        for module, _ in compiled:
+            module._compiled_call_impl = None
+        yield
+    finally:
+        for module, call_compiled in compiled:
+            module._compiled_call_impl = call_compiled
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from quantize.calibration.inputs import call, watching
+from quantize.calibration.inputs import as_written, call, watching
 from quantize.calibration.patches import snapshot, storage_of
 
 ADDITIONS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
@@ -94,6 +94,7 @@ class Watch(TorchFunctionMode):
         """The calls in the order in which they ended, in one pass over `batch`."""
         self.calls, self.waiting = [], []
         with ExitStack() as stack:
+            stack.enter_context(as_written(self.model))
             for name in self.names:
                 layer = self.model.get_submodule(name)
                 if self.outputs or name in self.streams:

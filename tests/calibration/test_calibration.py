@@ -53,6 +53,21 @@ def test_models_are_left_as_they_were(model, batches):
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_what_was_compiled_in_place_is_watched_as_written(model, batches):
+    """Hooks run as Python and not inside of what `torch.compile` makes; the compiled call is back
+    afterwards.
+    """
+
+    def compiled(*_):
+        pytest.fail("ran what was compiled")
+
+    expected = calibration.collect(model, batches, {"c": model.c})["c"]
+    model._compiled_call_impl = model.c._compiled_call_impl = compiled
+    seen = calibration.collect(model, batches, {"c": model.c})["c"]
+    assert torch.equal(seen.second_moment, expected.second_moment)
+    assert model._compiled_call_impl is model.c._compiled_call_impl is compiled
+
+
 def test_pairs_match_row_by_row(model, batches):
     """A narrow layer is paired with what the original gave, row by row."""
     torch.manual_seed(2)

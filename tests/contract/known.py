@@ -39,7 +39,6 @@ REFUSALS: tuple[tuple[tuple[str, ...], tuple[str, ...], str], ...] = (
     (("folded", *PRUNING), ("data dependent",), "data-dependent"),
     (PRUNING, ("bare linear",), "it is an output of the model"),
     (PRUNING, ("lstm", "gru", "merging lora", "mamba", "experts"), "can be pruned"),
-    (("low rank calibrated",), ("compiled in place",), "calibration never reaches"),
     (INT4, ("group norm",), "no multiple of group_size"),
     (("recovered",), ("float16", "bfloat16"), "too coarse for small steps"),
 )
