@@ -18,7 +18,7 @@ from torch import nn
 from quantize import surgery
 from quantize.calibration import Survey
 from quantize.compression.pruning import budget, scores
-from quantize.compression.pruning.cut import layers_of, owners, owners_in
+from quantize.compression.pruning.cut import Owners, layers_of, owners
 from quantize.compression.pruning.groups import Group
 from quantize.compression.pruning.labels import Key
 from quantize.compression.pruning.readers import by_readers
@@ -113,9 +113,10 @@ def choose(
     """Groups to prune (with their `amount` set), and the layers left whole with the reason."""
     skipped = surgery.skip_filter(model, skip)
     left: dict[str, str] = {}
+    holders = owners(model)
     for (name, _), why in stuck.items():
-        left |= dict.fromkeys(_places(model, name), why)
-    layers = {i: _layers(model, group) for i, group in enumerate(groups)}
+        left |= dict.fromkeys(_places(holders, name), why)
+    layers = {i: _layers(holders, group) for i, group in enumerate(groups)}
     free: dict[int, Group] = {}
     for i, group in enumerate(groups):
         if any(skipped(p, model.get_submodule(p)) for p in layers[i]):
@@ -181,7 +182,7 @@ def reasons(left: dict[str, str]) -> str:
 
 def refuse_infinite(model: nn.Module, groups: Iterable[Group]) -> None:
     """Raise ValueError naming a layer whose weights are to be scored or cut and are not finite."""
-    holders = owners_in(model)
+    holders = owners(model)
     for group in groups:
         for name, _ in group.places:
             place, module, _ = holders(name)[0]
@@ -198,11 +199,12 @@ def savable(model: nn.Module, groups: list[Group], left: dict[str, str]) -> list
     for place, module in model.named_modules():
         unsaved.update(f"{place}.{key}".strip(".") for key in module._non_persistent_buffers_set)
     kept = []
+    holders = owners(model)
     for group in groups:
         through = sorted({name for name, _ in group.places} & unsaved)
         if through:
             why = f"its channels go through the buffer {through[0]!r}, which no file holds"
-            left.update(dict.fromkeys(layers_of(model, group), why))
+            left.update(dict.fromkeys(layers_of(holders, group), why))
         else:
             kept.append(group)
     return kept
@@ -237,16 +239,17 @@ def remove(
             values[i] = scores.magnitude(model, group, n)
     if scope == "global":
         keeps = budget.units_kept_globally(wanted, values, round_to)
+    holders = owners(model)
     for group, value, keep in zip(wanted, values, keeps, strict=True):
         if not torch.isfinite(value[value != math.inf]).all():
-            raise ValueError(f"the scores of layer {layers_of(model, group)[0]!r} are not finite")
+            raise ValueError(f"the scores of layer {layers_of(holders, group)[0]!r} are not finite")
         order = value.argsort(stable=True)
         group.removed = order[: group.units - keep].sort().values
         if group.amount and not len(group.removed):
             size = f"{group.units} units of {group.unit_size()} channels"
             left.update(
                 dict.fromkeys(
-                    layers_of(model, group), f"removing {group.amount:g} of {size} rounds to none"
+                    layers_of(holders, group), f"removing {group.amount:g} of {size} rounds to none"
                 )
             )
 
@@ -288,12 +291,12 @@ def _reconstruction(
     return [None if r is None else r[0] for r in ranked], keeps
 
 
-def _places(model: nn.Module, name: str) -> list[str]:
+def _places(holders: Owners, name: str) -> list[str]:
     """The modules that hold a parameter."""
-    return [place for place, _, _ in owners(model, name)]
+    return [place for place, _, _ in holders(name)]
 
 
-def _layers(model: nn.Module, group: Group) -> list[str]:
+def _layers(holders: Owners, group: Group) -> list[str]:
     """The modules whose output channels a group has."""
     names = (name for name, _ in group.outputs)
-    return list(itertools.chain.from_iterable(_places(model, name) for name in names))
+    return list(itertools.chain.from_iterable(_places(holders, name) for name in names))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from quantize import surgery
 from quantize.compression.pruning import budget, scores
 from quantize.compression.pruning.choose import choose, refuse_infinite, refuse_unfit, savable
-from quantize.compression.pruning.cut import layers_of, owners
+from quantize.compression.pruning.cut import Owners, layers_of, owners
 from quantize.compression.pruning.exporting import export
 from quantize.compression.pruning.follow import follow
 from quantize.compression.pruning.groups import Group, find_groups
@@ -77,18 +77,19 @@ def removable(
     survey = survey_readers(work, readers, calibration, "reconstruction", say)
     wanted = reached_groups(work, wanted, survey.reached, left)
     counts: Counter[str] = Counter()
+    holders = owners(work)
     for group in groups:
-        counts.update(set(layers_of(work, group)))
+        counts.update(set(layers_of(holders, group)))
     found = []
     for group, costs in zip(wanted, by_readers(wanted, survey, _costs), strict=True):
-        name = _own_name(work, group, counts)
+        name = _own_name(holders, group, counts)
         if name is not None and costs is not None:
-            found.append(_removable(work, group, name, costs))
+            found.append(_removable(holders, group, name, costs))
     return found
 
 
-def _own_name(model: nn.Module, group: Group, counts: Counter[str]) -> str | None:
-    return next((name for name in layers_of(model, group) if counts[name] == 1), None)
+def _own_name(holders: Owners, group: Group, counts: Counter[str]) -> str | None:
+    return next((name for name in layers_of(holders, group) if counts[name] == 1), None)
 
 
 def _costs(group: Group, readers: list[scores.Reader]) -> Tensor | None:
@@ -98,10 +99,10 @@ def _costs(group: Group, readers: list[scores.Reader]) -> Tensor | None:
     return scores.reconstruction(readers, budget.deepest(group, None))[1]
 
 
-def _removable(model: nn.Module, group: Group, name: str, costs: Tensor) -> Removable:
+def _removable(holders: Owners, group: Group, name: str, costs: Tensor) -> Removable:
     outputs: dict[str, int] = {}
     for key in group.outputs:
-        place, _, local = owners(model, key[0])[0]
+        place, _, local = holders(key[0])[0]
         if local == "weight":
             outputs[place] = group.places[key].shape[1]
     inputs = {place: group.places[key].shape[1] for place, _, key in group.readers}

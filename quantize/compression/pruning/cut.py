@@ -16,6 +16,7 @@ from quantize.compression.pruning.trace import Trace, operation
 
 # where a tensor is held: the module's name, the module, the tensor's name in it
 Place = tuple[str, nn.Module, str]
+Owners = Callable[[str], list[Place]]
 HEAD_COUNTS = ("head", "group")  # an attribute of such a name counts heads ...
 NOT_COUNTS = ("dim", "size", "per")  # ... unless it says that it is a width
 
@@ -38,13 +39,10 @@ def kept_indices(trace: Trace, groups: Iterable[Group]) -> dict[Key, torch.Tenso
     return kept
 
 
-def owners(model: nn.Module, name: str) -> list[Place]:
-    """Every place of a (possibly shared) tensor."""
-    return owners_in(model)(name)
-
-
-def owners_in(model: nn.Module) -> Callable[[str], list[Place]]:
-    """`owners` of any tensor of a model that stays as it is, from one walk."""
+def owners(model: nn.Module) -> Owners:
+    """Gives every place of a (possibly shared) tensor by one of its names, from one walk through a
+    model that stays as it is.
+    """
     places: dict[int, list[Place]] = {}
     for place, module in model.named_modules():
         for local, held in [*module._parameters.items(), *module._buffers.items()]:
@@ -58,9 +56,9 @@ def owners_in(model: nn.Module) -> Callable[[str], list[Place]]:
     return find
 
 
-def layers_of(model: nn.Module, group: Group) -> list[str]:
+def layers_of(holders: Owners, group: Group) -> list[str]:
     """The layers whose outputs a group cuts, by the first of their names."""
-    first = [owners(model, name)[0] for name, _ in group.outputs]
+    first = [holders(name)[0] for name, _ in group.outputs]
     return [place for place, _, _ in first]
 
 
@@ -78,7 +76,7 @@ def cut(
     """
     tensors: dict[str, dict[str, torch.Tensor]] = {}
     places: dict[str, nn.Module] = {}
-    holders = owners_in(model)
+    holders = owners(model)
     for name, dims in _by_name(kept).items():
         found = holders(name)
         tensor = stored(found[0][1], found[0][2]).detach()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from quantize.compression.pruning.cut import owners, owners_in
+from quantize.compression.pruning.cut import Owners, owners
 from quantize.compression.pruning.labels import Key
 from quantize.compression.pruning.repair import Step, as_matrix
 from quantize.compression.pruning.trace import Trace, operation
@@ -37,6 +37,7 @@ def _steps(
     outputs = {name: kept.get((name, dim)) for name, dim in trace.labels.outputs}
     steps: dict[str, Step] = {}
     sources: dict[str, Any] = {}
+    holders = owners(model)
     for node in trace.values:
         place = trace.place(node)
         if node.op != "call_function" or not place:
@@ -44,7 +45,7 @@ def _steps(
         base, module = operation(node), model.get_submodule(place)
         if place in steps:
             steps[place].calls += base in (*LAYERS, "batch_norm")
-        elif base in LAYERS and (place in shrunk or (steps and _alone(model, place))):
+        elif base in LAYERS and (place in shrunk or (steps and _alone(model, holders, place))):
             steps[place] = Step({place: outputs.get(f"{place}.weight")}, stream=_adds(node))
             if dict(module.named_parameters(recurse=False))["weight"].ndim == 2:
                 sources[place] = node.args[1 if base == "addmm" else 0]
@@ -56,7 +57,7 @@ def _steps(
 def _shrunk(trace: Trace, model: nn.Module, kept: dict[Key, torch.Tensor]) -> set[str]:
     """The layers that read fewer channels and can be refitted, which nobody shares."""
     shrunk: set[str] = set()
-    holders = owners_in(model)
+    holders = owners(model)
     for name, dim in kept:
         (place, module, _), *others = holders(name)
         reads = place == trace.labels.inputs.get((name, dim))
@@ -103,11 +104,11 @@ def _adds(node: torch.fx.Node) -> bool:
     return len(operands) == 2 and operands[0].meta["val"].shape == operands[1].meta["val"].shape
 
 
-def _alone(model: nn.Module, place: str) -> bool:
+def _alone(model: nn.Module, holders: Owners, place: str) -> bool:
     """Can this layer be refitted, does nobody else hold its weight, and is it no vocabulary?"""
     matrix = as_matrix(model.get_submodule(place))
     return (
         matrix is not None
-        and len(owners(model, f"{place}.weight")) == 1
+        and len(holders(f"{place}.weight")) == 1
         and matrix.shape[0] <= WIDE * matrix.shape[1]
     )

@@ -30,7 +30,7 @@ from quantize.compression.pruning.cut import (
     kept_indices,
     layers_of,
     mask,
-    owners_in,
+    owners,
     stale_attributes,
     stored,
 )
@@ -63,8 +63,9 @@ def verified(
     if done is not None:
         return surgery.clone(done), wanted
     good: list[Group] = []
+    holders = owners(model)
     for group in wanted:
-        layers = layers_of(model, group)
+        layers = layers_of(holders, group)
         say(f"cutting {', '.join(layers)}")
         small = _attempt(trace, model, [*good, group], inputs)
         if small is not None:
@@ -112,7 +113,7 @@ def _attempt(trace: Trace, model: nn.Module, groups: list[Group], inputs: Any) -
 def _uncut(model: nn.Module, kept: dict[Key, torch.Tensor]) -> list[torch.Tensor]:
     """The parameters that lose nothing."""
     changed = set()
-    holders = owners_in(model)
+    holders = owners(model)
     for name, _ in kept:
         changed |= {id(stored(module, local)) for _, module, local in holders(name)}
     return [parameter for parameter in model.parameters() if id(parameter) not in changed]

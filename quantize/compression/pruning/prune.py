@@ -188,9 +188,10 @@ def _sizes(
 def _done(trace: Trace, model: nn.Module, kept: dict[Key, torch.Tensor]) -> dict[str, str]:
     """What became of each layer that gives fewer channels."""
     done = {}
+    holders = owners(model)
     for name, dim in trace.labels.outputs:
         if (name, dim) in kept:
-            place = owners(model, name)[0][0]
+            place = holders(name)[0][0]
             done[place] = f"{trace.labels.shapes[name][dim]} -> {len(kept[name, dim])} channels"
     return done
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from quantize.calibration import Survey
-from quantize.compression.pruning.cut import layers_of, owners
+from quantize.compression.pruning.cut import Owners, layers_of, owners
 from quantize.compression.pruning.groups import Group
 from quantize.compression.pruning.labels import Key
 from quantize.compression.pruning.repair import as_matrix, is_repairable, matrix_rows
@@ -25,8 +25,9 @@ WIDEST = 4096
 def find_readers(model: nn.Module, groups: list[Group]) -> dict[str, nn.Module]:
     """Fill in `readers` of every group, and return all of them by name."""
     every: dict[str, nn.Module] = {}
+    holders = owners(model)
     for group in groups:
-        group.readers = _readers(model, group)
+        group.readers = _readers(holders, group)
         every.update({place: module for place, module, _ in group.readers})
     return every
 
@@ -67,11 +68,12 @@ def reached_groups(
 ) -> list[Group]:
     """The groups without those whose readers, by name, aren't among those that calibration ran."""
     used = []
+    holders = owners(model)
     for group in groups:
         known = [reader for reader in group.readers if reader[0] in run]
         if group.readers and not known:
             why = f"calibration never reaches layer {group.readers[0][0]!r}, which reads it"
-            left.update(dict.fromkeys(layers_of(model, group), why))
+            left.update(dict.fromkeys(layers_of(holders, group), why))
         else:
             group.readers = known
             used.append(group)
@@ -122,11 +124,11 @@ def _matrix(module: nn.Module) -> torch.Tensor:
     return matrix
 
 
-def _readers(model: nn.Module, group: Group) -> list[tuple[str, nn.Module, Key]]:
+def _readers(holders: Owners, group: Group) -> list[tuple[str, nn.Module, Key]]:
     """Layers that sum over the group's channels and can be refitted."""
     found = []
     for key, reading in group.inputs.items():
-        for place, module, local in owners(model, key[0]):
+        for place, module, local in holders(key[0]):
             if local == "weight" and place == reading and as_matrix(module) is not None:
                 found.append((place, module, key))
     return found
