@@ -96,6 +96,8 @@ class Survey:
         inputs: False: only for their gradients.
         """
         self.with_inputs = inputs
+        if not inputs:
+            self.statistics = {}
         apart = self.differentiable and not self.whole
         room = self.memory
         if self.differentiable and self.whole:
@@ -122,6 +124,12 @@ class Survey:
         if not self.whole and name not in self.current:
             self._pass(self._run_of(name))
         return self.moments.get(name)
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Nothing more is asked of these layers."""
+        for name in names:
+            self.statistics.pop(name, None)
+            self.moments.pop(name, None)
 
     def warn_if_few_rows(self, technique: str) -> None:
         """A UserWarning where a layer has far fewer rows than inputs: it can be made to answer well

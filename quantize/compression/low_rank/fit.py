@@ -60,6 +60,7 @@ def fit(
                     "finite"
                 )
         walk.finish(group)
+        survey.forget(group)
     return result
 
 

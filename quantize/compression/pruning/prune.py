@@ -127,6 +127,8 @@ def prune_ln_structured(
     explicit = "*" not in amounts
     small, wanted = verified(trace, work, wanted, example_inputs, left, explicit=explicit, say=say)
     kept = kept_indices(trace, wanted)
+    if survey is not None:
+        survey.forget(survey.layers)
     if survey is not None and repair and wanted:
         repair_layers(work, small, repair_steps(trace, work, kept), survey, say)
         survey.warn_if_few_rows("pruning")
