@@ -4,12 +4,15 @@ and the depth of the model and the batches of calibration.
 Each row is a fresh process: it makes the model (random weights), runs the calibration batches for
 the machine's own measure, and compresses. `ratio` is the time over that of the calibration's own
 forward pass, `cpu_ratio` the same in CPU seconds, which neighbours on the machine disturb less.
-`peak_mb` is how far the process's peak rose while it compressed.
+`peak_mb` is how far the process's peak rose while it compressed. `by_block` prunes, factorizes and
+quantizes a decoder whose weights are mapped from a folder, block by block, into a file; its peak
+counts the pages of the mapped weights, and `kept` is the file's share of the model's bytes.
 
     uv run python benchmarks/cost.py
     uv run python benchmarks/cost.py --cases bert_384x6 --sweeps --techniques pruned
     uv run python benchmarks/cost.py --cases --sweeps depth batches
     uv run python benchmarks/cost.py --cases decoder_135m --sweeps
+    uv run python benchmarks/cost.py --cases decoder_1b --sweeps --techniques by_block --batches 1
 """
 
 from __future__ import annotations
@@ -20,10 +23,12 @@ import json
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,7 +37,16 @@ from models import bert, classifier, small_bert
 from rows import Parser, Row, host, write
 from torch import nn
 
-from quantize import factorize_low_rank, prune_ln_structured
+from quantize import (
+    Given,
+    Int8,
+    LowRank,
+    Prune,
+    factorize_low_rank,
+    open_model,
+    prune_ln_structured,
+    write_by_block,
+)
 from quantize.calibration import call, distance
 
 BATCH, LENGTH, SIZE = 8, 128, 64
@@ -125,6 +139,14 @@ LARGE = {
         num_attention_heads=15,
         num_key_value_heads=5,
     ),
+    "decoder_1b": decoder(
+        vocab_size=32000,
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=22,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+    ),
 }
 DEEP = {f"bert_256x{depth}": encoder(small_bert, 256, depth) for depth in (4, 8, 16)}
 SMALL = {"bert_128x4": encoder(small_bert, 128, 4)}
@@ -134,12 +156,23 @@ SWEEPS = {
     "batches": [("bert_128x4", batches) for batches in (8, 32, 128)],
 }
 TECHNIQUES = ("pruned", "low_rank")
+BY_BLOCK = Prune({"*.up": 0.5}) >> LowRank(0.5) >> Int8()
 
 
 def compress(technique: str, case: Case, model: nn.Module, batches: list) -> nn.Module:
     if technique == "pruned":
         return prune_ln_structured(model, batches[0], amount=case.amount, calibration=batches)
     return factorize_low_rank(model, ratio=0.5, calibration=batches)
+
+
+def compress_by_block(path: Path, model: nn.Module, batches: list) -> nn.Module:
+    return write_by_block(BY_BLOCK, model, path, Given(calibration=batches))
+
+
+def mapped(name: str, folder: str) -> nn.Module:
+    """A decoder whose weights are mapped from a folder; another process makes them."""
+    subprocess.run([sys.executable, __file__, "--make", name, folder], check=True)
+    return open_model(folder)
 
 
 def timed(run: Callable[[], Any]) -> tuple[Any, float, float]:
@@ -167,20 +200,41 @@ def row(name: str, technique: str, count: int) -> Row:
     """One row, in this process."""
     case = MODELS[name]
     torch.manual_seed(0)
-    model = case.make().eval()
     generator = torch.Generator().manual_seed(1)
     batches = [case.batch(generator) for _ in range(count)]
-    forward(model, batches[:2])
-    _, first, first_cpu = timed(partial(forward, model, batches))
-    before = peak_mb()
-    result, seconds, cpu = timed(partial(compress, technique, case, model, batches))
-    grown = peak_mb() - before
-    _, second, second_cpu = timed(partial(forward, model, batches))
-    own = (first + second) / 2
+    with tempfile.TemporaryDirectory(prefix="cost-") as folder:
+        if technique == "by_block":
+            model, file = mapped(name, folder), Path(folder) / "small.safetensors"
+            batches = [batch["input_ids"] for batch in batches]
+            costs, result = measured(partial(compress_by_block, file), model, batches)
+            kept = file.stat().st_size / (4 * parameters(model))
+        else:
+            model = case.make().eval()
+            costs, result = measured(partial(compress, technique, case), model, batches)
+            kept = parameters(result) / parameters(model)
     return {
         "model": name,
         "technique": technique,
         "batches": count,
+        **costs,
+        "kept": kept,
+        "distance": distance(result, model, batches[:1]),
+        **host(),
+    }
+
+
+def measured(
+    work: Callable[[nn.Module, list], nn.Module], model: nn.Module, batches: list
+) -> tuple[Row, nn.Module]:
+    """What the work costs, and its result."""
+    forward(model, batches[:2])
+    _, first, first_cpu = timed(partial(forward, model, batches))
+    before = peak_mb()
+    result, seconds, cpu = timed(partial(work, model, batches))
+    grown = peak_mb() - before
+    _, second, second_cpu = timed(partial(forward, model, batches))
+    own = (first + second) / 2
+    costs = {
         "forward_s": own,
         "seconds": seconds,
         "cpu_s": cpu,
@@ -188,20 +242,18 @@ def row(name: str, technique: str, count: int) -> Row:
         "cpu_ratio": 2 * cpu / (first_cpu + second_cpu),
         "model_mb": 4 * parameters(model) / 2**20,
         "peak_mb": grown,
-        "kept": parameters(result) / parameters(model),
-        "distance": distance(result, model, batches[:1]),
-        **host(),
     }
+    return costs, result
 
 
 def points(arguments: argparse.Namespace) -> Iterator[tuple[str, str, int]]:
     """Model, technique and number of batches of every row, each once."""
-    sizes = [(name, BATCHES) for name in arguments.cases]
+    sizes = [(name, arguments.batches) for name in arguments.cases]
     for sweep in arguments.sweeps:
         sizes += SWEEPS[sweep]
     for name, batches in dict.fromkeys(sizes):
         for technique in arguments.techniques:
-            if technique == "pruned" or MODELS[name].low_rank:
+            if technique != "low_rank" or MODELS[name].low_rank:
                 yield name, technique, batches
 
 
@@ -214,11 +266,17 @@ def in_a_fresh_process(point: tuple[str, str, int], threads: int) -> Row:
 
 def main() -> None:
     parser = Parser(__doc__, "cost.csv")
-    parser.some("--cases", "models at 8 batches", CASES | LARGE, CASES)
+    parser.some("--cases", "models of their own", CASES | LARGE, CASES)
+    parser.flag("--batches", "of their calibration", BATCHES)
     parser.some("--sweeps", "more models, or more batches", SWEEPS)
-    parser.some("--techniques", "what to do with them", TECHNIQUES)
+    parser.some("--techniques", "what to do with them", (*TECHNIQUES, "by_block"), TECHNIQUES)
     parser.add_argument("--point", help=argparse.SUPPRESS)
+    parser.add_argument("--make", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse()
+    if arguments.make:
+        name, folder = arguments.make
+        MODELS[name].make().save_pretrained(folder)
+        return
     if arguments.point:
         print(json.dumps(row(*json.loads(arguments.point))))
         return

@@ -17,6 +17,7 @@ from quantize.compression.recipe import (
     Recipe,
     Recover,
     Student,
+    write_by_block,
 )
 from quantize.compression.search import Result, compress
 from quantize.measuring.comparison import measure
@@ -72,4 +73,5 @@ __all__ = [
     "save_folder",
     "summary",
     "to_half",
+    "write_by_block",
 ]

@@ -5,13 +5,14 @@ what its layers see.
 change; `patches` the rows that a layer's weight multiplies; `sums` sums over them, `statistics`
 those of a model's layers; `gradients` how much the output depends on each layer's; `look` passes
 that show all of that at once, `survey` as few of them as memory allows; `observe` single calls of
-layers, `replay` those of two models side by side; `readers` who reads what a layer gives; `solve`
-least squares from moments, `dual` from few rows, `refit` from parts; `exporting` what torch.export
-needs around it.
+layers, `replay` those of two models side by side, `frontier` what modules of one are called with
+while those before them change; `readers` who reads what a layer gives; `solve` least squares from
+moments, `dual` from few rows, `refit` from parts; `exporting` what torch.export needs around it.
 """
 
 from quantize.calibration.dual import Outer, compensate_rows, whole
 from quantize.calibration.exporting import exporting
+from quantize.calibration.frontier import Frontier
 from quantize.calibration.gradients import collect_gradients, fisher_loss
 from quantize.calibration.inputs import (
     arguments,
@@ -30,6 +31,7 @@ from quantize.calibration.inputs import (
     without_cache,
 )
 from quantize.calibration.observe import Call, Watch, find_streams
+from quantize.calibration.passes import Store
 from quantize.calibration.patches import exact, is_finite, rows, snapshot
 from quantize.calibration.readers import followers
 from quantize.calibration.refit import Regression
@@ -50,12 +52,14 @@ from quantize.calibration.survey import Survey
 __all__ = [
     "Call",
     "Calls",
+    "Frontier",
     "InputStatistics",
     "Outer",
     "Pace",
     "PairedStatistics",
     "Products",
     "Regression",
+    "Store",
     "Survey",
     "Walk",
     "Watch",

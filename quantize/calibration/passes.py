@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from quantize.calibration.inputs import on_tensors
 from quantize.calibration.patches import snapshot, storage_of
 
-_PLAIN = (type(None), bool, int, float, complex, str, torch.dtype, torch.device, slice)
+PLAIN = (type(None), bool, int, float, complex, str, torch.dtype, torch.device, slice)
 # what may be asked of a tensor whose values are gone
 _Tensor: Any = torch.Tensor  # at run time its attributes are descriptors
 _METADATA = {
@@ -79,16 +79,22 @@ class Gone(torch.Tensor):
 
 
 class Store:
-    """Copies of tensors, in memory up to a limit, then in files that have no name any more."""
+    """Copies of tensors, in memory up to a limit, then in files that have no name any more.
 
-    def __init__(self, memory: int) -> None:
+    Args:
+        memory: bytes that stay in memory.
+        folder: of the files; None: the system's for temporary ones.
+    """
+
+    def __init__(self, memory: int, folder: Path | None = None) -> None:
         self.memory = memory
+        self.folder = folder
         self.used = 0
 
     def copy(self, tensor: torch.Tensor) -> torch.Tensor:
         size = tensor.numel() * tensor.element_size()
         if self.used + size > self.memory and tensor.device.type == "cpu" and size:
-            return _in_a_file(tensor)
+            return _in_a_file(tensor, self.folder)
         kept = snapshot(tensor)
         self.used += size
         weakref.finalize(kept, self._free, size)
@@ -98,8 +104,8 @@ class Store:
         self.used -= size
 
 
-def _in_a_file(tensor: torch.Tensor) -> torch.Tensor:
-    with tempfile.NamedTemporaryFile(prefix="quantize-", delete=False) as file:
+def _in_a_file(tensor: torch.Tensor, folder: Path | None) -> torch.Tensor:
+    with tempfile.NamedTemporaryFile(prefix="quantize-", dir=folder, delete=False) as file:
         path = Path(file.name)
     try:
         count = tensor.numel()
@@ -183,7 +189,7 @@ class Pass(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if self.lent and function not in _METADATA:
-            for value in _leaves((args, kwargs)):
+            for value in leaves((args, kwargs)):
                 if id(value) in self.lent:
                     self.read.add(self.lent[id(value)][0])
         return function(*args, **kwargs)
@@ -204,18 +210,18 @@ class _Inputs:
     def __init__(self, args: tuple, kwargs: dict) -> None:
         self.given = (args, kwargs)
         self.random = torch.get_rng_state()
-        self.leaves = list(_leaves(self.given))
+        self.leaves = list(leaves(self.given))
         with torch._C.DisableTorchFunction():
             self.versions = [_version(value) for value in self.leaves]
 
     def unchanged(self) -> bool:
         """Are all inputs plain, and as they were, and were no random numbers drawn?"""
-        leaves = list(_leaves(self.given))
+        found = list(leaves(self.given))
         with torch._C.DisableTorchFunction():
-            same = [a is b for a, b in zip(leaves, self.leaves, strict=False)]
-            if len(leaves) != len(self.leaves) or not all(same):
+            same = [a is b for a, b in zip(found, self.leaves, strict=False)]
+            if len(found) != len(self.leaves) or not all(same):
                 return False
-            if None in self.versions or self.versions != [_version(value) for value in leaves]:
+            if None in self.versions or self.versions != [_version(value) for value in found]:
                 return False
             return torch.equal(self.random, torch.get_rng_state())
 
@@ -224,8 +230,8 @@ class _Inputs:
         with torch._C.DisableTorchFunction():
             inputs = [value for value in self.leaves if isinstance(value, torch.Tensor)]
             taken = {storage_of(tensor) for tensor in inputs if tensor.layout == torch.strided}
-            for value in _leaves(output):
-                if isinstance(value, _PLAIN):
+            for value in leaves(output):
+                if isinstance(value, PLAIN):
                     continue
                 if type(value) not in (torch.Tensor, nn.Parameter) or value.is_nested:
                     return False
@@ -238,16 +244,16 @@ def _version(value: Any) -> int | None:
     """How often a tensor was written to; None for what can't tell."""
     if isinstance(value, torch.Tensor):
         return None if value.is_inference() else value._version
-    return 0 if isinstance(value, _PLAIN) else None
+    return 0 if isinstance(value, PLAIN) else None
 
 
-def _leaves(value: Any) -> Iterator[Any]:
+def leaves(value: Any) -> Iterator[Any]:
     """What is in tuples, lists and dicts, nested."""
     if type(value) is dict:
         value = list(value.values())
     if isinstance(value, (tuple, list)):
         for part in value:
-            yield from _leaves(part)
+            yield from leaves(part)
     else:
         yield value
 

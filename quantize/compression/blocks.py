@@ -47,6 +47,14 @@ def find_blocks(model: nn.Module, example_inputs: Any) -> list[str]:
     return outer if len(outer) >= FEWEST else []
 
 
+def outer_blocks(model: nn.Module) -> list[str]:
+    """Names of the modules with parts and weights in lists and sequences, those inside of others
+    left out.
+    """
+    members = list(_members(model))
+    return [name for name in members if not _is_inside(name, members)]
+
+
 def drop_blocks(model: nn.Module, names: Sequence[str]) -> nn.Module:
     """Copy of `model` without the blocks of these names.
 

@@ -177,6 +177,11 @@ def replace(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn
     for old, new in replacements.items():
         if new is not old:
             _inherit(old, new)
+    return exchange(model, replacements)
+
+
+def exchange(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.Module:
+    """`replace`, for modules that have all edits of what they replace already."""
     swap = Swap(replacements)
     for parent in list(model.modules()):
         for name, child in parent._modules.items():

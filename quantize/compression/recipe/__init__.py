@@ -7,9 +7,11 @@
     assert Recipe.from_json(quantize.read_metadata("small.pth")["recipe"]) == recipe
 
 `value` has the recipe, `steps` and `trained` what it is made of, `make` applies several recipes and
-makes what they share once.
+makes what they share once,
+`blockwise` applies one to a model block by block.
 """
 
+from quantize.compression.recipe.blockwise import write_by_block
 from quantize.compression.recipe.make import Made, make
 from quantize.compression.recipe.steps import ChannelsLast, Drop, Half, Int4, Int8, LowRank, Prune
 from quantize.compression.recipe.trained import Recover, Student
@@ -30,4 +32,5 @@ __all__ = [
     "Step",
     "Student",
     "make",
+    "write_by_block",
 ]
