@@ -80,7 +80,7 @@ def generate(model: nn.Module, prompt: Prompt, **options: Any) -> Tensor | list[
             range, a text that would pass the model's or the cache's limit, settings that contradict
             each other, an encoder-decoder, a draft with another vocabulary, a cache of another
             model or batch.
-        ValueError: for logits that aren't finite.
+        ValueError, TypeError: under way, for logits that aren't finite, a model that isn't causal.
     """
     run = Generation(model, prompt, **options)
     for _ in run:

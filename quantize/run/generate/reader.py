@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from quantize.models import DecoderLM
+from quantize.nn import holds_integers
 from quantize.run.decoding import DecodingLM
 from quantize.run.decoding.passes import NativePasses
 from quantize.run.decoding.recognition import multiplies_integers
@@ -78,6 +80,28 @@ def check_continues(model: nn.Module) -> None:
         raise TypeError(f"the forward of {kind} needs more than token ids: {', '.join(missing)}")
 
 
+def check_is_causal(model: nn.Module, before: Tensor, after: Tensor, position: int) -> None:
+    """Raises TypeError for a model whose logits [B, V] of a position differ before and after a text
+    went on.
+    """
+    change = (after.float() - before.float()).square().mean().sqrt()
+    if bool(change > _tolerance(model) * before.float().std()):
+        raise TypeError(
+            f"{type(model).__name__} isn't causal: the logits of position {position} changed when "
+            f"a token was added after it. generate continues a text with a model in which a token "
+            f"sees only those before it (a BERT's config: is_decoder=True)"
+        )
+
+
+def _tolerance(model: nn.Module) -> float:
+    """How much rounding may change logits, as a share of their spread: a product of another number
+    of rows adds up in another order, and activations may be rounded with one step for all rows.
+    """
+    floats = {tensor.dtype for tensor in model.parameters() if tensor.is_floating_point()}
+    rounds = bool(floats - {torch.float32, torch.float64}) or torch.is_autocast_enabled("cpu")
+    return 0.1 if rounds or any(map(holds_integers, model.modules())) else 1e-4
+
+
 def vocabulary_size(model: nn.Module) -> int | None:
     """Number of token ids, from the config or the largest embedding; None if there is neither."""
     size = getattr(getattr(model, "config", None), "vocab_size", None)
@@ -86,8 +110,8 @@ def vocabulary_size(model: nn.Module) -> int | None:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    tensors = [*model.parameters(), *model.buffers()]
-    return tensors[0].device if tensors else torch.device("cpu")
+    first = next(itertools.chain(model.parameters(), model.buffers()), None)
+    return torch.device("cpu") if first is None else first.device
 
 
 class CachedReader:
@@ -190,6 +214,8 @@ class PlainReader:
     def __init__(self, model: nn.Module, pad: Tensor | None):
         self.model, self.pad = model, pad
         self.ids: Tensor | None = None
+        self.before: Tensor | None = None  # logits of the last position, until they are seen again
+        self.is_causal = False
         self.passes: NativePasses | None = None
         if isinstance(model, DecoderLM) and multiplies_integers(model):
             self.passes = _native_passes(model, 1)
@@ -203,14 +229,26 @@ class PlainReader:
         logits = self._read_natively(last)
         if logits is not None:
             return logits
+        new = ids.shape[1]
+        wanted = last if self.before is None else max(last, new + 1)
+        logits = self._read_all(self.ids, last, wanted)
+        if self.before is not None and logits.shape[1] > new:
+            check_is_causal(self.model, self.before, logits[:, -new - 1], self.length - new - 1)
+            self.is_causal = True
+        self.before = None if self.is_causal else logits[:, -1]
+        return logits[:, -last:]
+
+    def _read_all(self, ids: Tensor, least: int, wanted: int) -> Tensor:
+        """Logits of the `wanted` last positions where the model gives so many, `least` at least."""
         if self.pad is None:
-            return _call(self.model, self.ids, last=last)[:, -last:]
+            by_number = "logits_to_keep" in _parameters(self.model)
+            return _call(self.model, ids, last=wanted if by_number else least)
         pad = self.pad.to(ids.device)[:, None]
         slots = torch.arange(self.length, device=ids.device)
-        rolled = self.ids.gather(1, (slots + pad) % self.length)  # padding moves to the right
+        rolled = ids.gather(1, (slots + pad) % self.length)  # padding moves to the right
         logits = _call(self.model, rolled)
-        wanted = slots[-last:] - pad  # [B, last]
-        return logits.gather(1, wanted[..., None].expand(-1, -1, logits.shape[-1]))
+        places = slots[-wanted:] - pad  # [B, wanted]
+        return logits.gather(1, places[..., None].expand(-1, -1, logits.shape[-1]))
 
     def _read_natively(self, last: int) -> Tensor | None:
         """Logits of the whole text, whose keys and values are dropped; None if the model has to run
@@ -225,6 +263,7 @@ class PlainReader:
     def truncate(self, length: int) -> None:
         if self.ids is not None:
             self.ids = self.ids[:, :length]
+            self.before = None
 
 
 def _native_passes(model: nn.Module, tokens: int) -> NativePasses | None:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
+import transformers
+from generate_models import VOCABULARY
 from helpers import decoder, tokens, zoo
 from torch import nn
 
+import quantize
 from quantize.run.generate import generate, generate_stream
 
 
@@ -41,6 +46,43 @@ def test_models_that_do_not_continue_a_text_are_refused_by_name(model, message):
         generate(model(), tokens(1, 3), max_new_tokens=4)
     with pytest.raises(TypeError, match=message):
         generate(decoder(), tokens(1, 3), max_new_tokens=4, draft=model())
+
+
+def masked_language_model() -> nn.Module:
+    """A BERT, whose tokens see those after them."""
+    config = transformers.BertConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+    )
+    torch.manual_seed(0)
+    return transformers.BertForMaskedLM(config).eval()
+
+
+@pytest.mark.parametrize("prompt", [tokens(1, 3), [[1, 2, 3], [4, 5]]])
+def test_models_that_are_not_causal_are_refused_by_name(prompt):
+    """A text that was written from both sides never comes out, whatever the form of the prompt,
+    at once or token by token.
+    """
+    message = "BertForMaskedLM isn't causal: the logits of position 2 changed"
+    with pytest.raises(TypeError, match=message):
+        generate(masked_language_model(), prompt, max_new_tokens=4)
+    stream = generate_stream(masked_language_model(), prompt, max_new_tokens=4)
+    next(stream)
+    with pytest.raises(TypeError, match=message):
+        next(stream)
+
+
+def test_causal_models_are_not_refused_for_their_rounding():
+    """In 16 bits, and with one step for all rows, logits of a position change as a text goes on."""
+    causal = zoo("gpt2")[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated
+        one_step = torch.ao.quantization.quantize_dynamic(causal)
+    for model in (quantize.to_half(causal), one_step, causal.bfloat16()):
+        assert len(generate(model, [[1], [2, 3]], max_new_tokens=4)[0]) == 5
 
 
 @pytest.mark.parametrize(
