@@ -8,6 +8,7 @@ that layers are packed and code is compiled before the first request, and before
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from quantize.run.serve.encoder import Encoder, is_encoder
 from quantize.run.serve.scheduler import Writer
 from quantize.run.serve.tensors import TensorModel
 
+LOG = logging.getLogger("quantize.serve")
 BYTES = 256
 
 
@@ -105,6 +107,7 @@ def open_served(path: Path, name: str, example_inputs: Any = None) -> Served:
         CheckpointError: as `open_model`.
         ValueError: a model that can be asked by no protocol.
     """
+    LOG.info("%s: opening", name)
     if path.suffix == ".pt" and path.is_file():
         model = _open_torchscript(path)
     else:
@@ -131,13 +134,15 @@ def serve_model(
         raise ValueError(f"{name} is in training mode: call .eval()")
     has_tokenizer = folder is not None and (folder / "tokenizer.json").is_file()
     decoder = encoder = None
+    LOG.info("%s: packing its weights, and running it once", name)
+    # First, since a decoder's layers then hold their integers in the form of its passes alone.
+    examples = example_inputs if example_inputs is not None else _examples(model)
+    tensors = None if examples is None else TensorModel(model, examples)
     if _writes(model) and (has_tokenizer or vocabulary_size(model) == BYTES):
         text = Text(folder) if has_tokenizer else Text()
         decoder = Decoder(model, text, ChatTemplate(folder))
     elif folder is not None and has_tokenizer and is_encoder(model):
         encoder = Encoder(model, folder)
-    examples = example_inputs if example_inputs is not None else _examples(model)
-    tensors = None if examples is None else TensorModel(model, examples)
     if not (tensors or decoder or encoder):
         raise ValueError(
             f"{name}: a {type(model).__name__} without example inputs, and without the "

@@ -103,6 +103,7 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
         allow_open_files()
+        LOG.info("starting %d workers", self.count)
         for _ in range(self.count):
             self._fork()
         waiting: list[Callable[[], None]] = [started]
