@@ -41,7 +41,8 @@ def mismatch(
     """The first own tensor of `module` that has another shape (or dtype) than it should have, in
     words.
     """
-    tensors = {**module._parameters, **module._buffers}
+    # by dict's own method, which computes no buffer that isn't held
+    tensors = module._parameters | dict(dict.items(module._buffers))
     for name, shape in shapes.items():
         tensor = tensors.get(name)
         if tensor is None:

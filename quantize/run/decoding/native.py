@@ -23,7 +23,7 @@ from quantize.nn.int8 import Int8Linear
 from quantize.nn.int8_outliers import Int8OutlierLinear
 from quantize.nn.low_rank import LowRankLinear
 from quantize.run.decoding.build import built
-from quantize.run.decoding.packing import Panels, int4_panels, int8_panels
+from quantize.run.decoding.packing import PANEL, Panels, panels_of
 from quantize.run.decoding.recognition import (
     KINDS,
     linears,
@@ -38,7 +38,6 @@ from quantize.run.kv_cache import KVCache
 # matrix and a vector.
 MOST_ROWS = 16
 PIECE_ROWS = 512  # rows of a call: bounds the memory of activations
-PANEL = 16  # outputs
 CACHE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
 
 
@@ -148,10 +147,13 @@ class Step:
             outer = self._linear(layer.second)
             outer.first = ctypes.pointer(first)
             return outer
+        integers = isinstance(layer, Int8Linear | Int4Linear)
+        panels = panels_of(layer) if integers else None  # before anything else refers to the weight
         stored = stored_in(layer)
         if stored is None:
             raise TypeError(f"a {type(layer).__name__} has no operands")
-        panels = self._panels(layer, stored.weight)
+        if panels is None:
+            panels = self._floats(layer, stored.weight)
         self.kept.append(panels)
         described = Linear(
             kind=KINDS[panels.weight.dtype],
@@ -172,12 +174,8 @@ class Step:
             described.kept = self._keep(F.pad(own.kept, (0, missing)), torch.float32)
         return described
 
-    def _panels(self, layer: nn.Module, weight: Tensor) -> Panels:
-        """The weight in the form that step.cpp reads; floats as they are."""
-        if isinstance(layer, Int8Linear):
-            return int8_panels(layer)
-        if isinstance(layer, Int4Linear):
-            return int4_panels(layer)
+    def _floats(self, layer: nn.Module, weight: Tensor) -> Panels:
+        """A float weight in the form that step.cpp reads."""
         half = getattr(layer, "_half", (None, ()))[0]
         may_narrow = self.narrow and half is torch.float16 and weight.dtype is torch.float32
         if may_narrow and torch.equal(weight.half().float(), weight):

@@ -1,12 +1,13 @@
 """Integer weights in the layouts that step.cpp multiplies, kept until the weight dies or changes.
 
-They lie outside of the modules, so that no copy, move or file carries a stale one along.
+They lie outside of the modules, so that no copy, move or file carries a stale one along. A layer
+doesn't hold its integers beside them, unless somebody else has them too (see `lazy`).
 """
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,7 +16,12 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from quantize.native import int8
 from quantize.nn.int4 import Int4Linear
 from quantize.nn.int8 import Int8Linear
+from quantize.run.decoding import lazy
 from quantize.run.decoding.build import built
+
+PANEL = 16  # outputs
+STEP = 64  # inputs of an int8 panel are filled up to a multiple of it
+BLOCK, BLOCK_BYTES, SCALE_BYTES = 32, 256, 64  # as in int4.h
 
 
 @dataclass(frozen=True)
@@ -29,31 +35,52 @@ class Panels:
 
 State = tuple[tuple[int, int], ...]
 _panels: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # of 4-bit weights
-_lock = threading.Lock()
 
 
-def int8_panels(layer: Int8Linear) -> Panels:
+def panels_of(layer: Int8Linear | Int4Linear) -> Panels:
+    """A layer's integers in panels, which the layer gives up where it alone holds them."""
+    with lazy.LOCK:
+        panels = lazy.panels_of(layer)
+        if panels is not None:
+            return panels
+        is_int8 = isinstance(layer, Int8Linear)
+        panels = _int8_panels(layer) if is_int8 else _int4_panels(layer)
+        if lazy.holds_alone(layer):
+            unpack = int8_rows if is_int8 else int4_rows
+            sizes = layer.out_features, layer.in_features
+            group = () if is_int8 else (layer.group_size,)
+            lazy.LazyBuffers(layer, panels, partial(unpack, panels.weight, *sizes, *group))
+        return panels
+
+
+def _int8_panels(layer: Int8Linear) -> Panels:
     """The panels of integers.h, shared with the layer's own forward."""
-    weight = layer.packed.detach()
     if layer.packed.is_inference():
         with torch.inference_mode(False):
-            weight = torch.empty_like(weight).copy_(weight)
+            weight = torch.empty_like(layer.packed).copy_(layer.packed)
         found = int8.packed(weight)
         return Panels(found.packed, found.sums, weight)
     found = int8.packed(layer.packed)
     return Panels(found.packed, found.sums)
 
 
-def int4_panels(layer: Int4Linear) -> Panels:
+def int8_rows(panels: Tensor, outputs: int, inputs: int) -> Tensor:
+    """The int8 weight [outputs, inputs] of panels of integers.h."""
+    padded = -(-inputs // STEP) * STEP
+    quads = panels.view(-1, padded // 4, PANEL, 4)  # four inputs of each output side by side
+    rows = quads.transpose(1, 2).reshape(-1, padded)
+    return rows[:outputs, :inputs].clone(memory_format=torch.contiguous_format)
+
+
+def _int4_panels(layer: Int4Linear) -> Panels:
     """The panels of int4.h."""
     tensors = (layer.packed, layer.scale, layer.zero)
     if any(tensor.is_inference() for tensor in tensors):  # nobody counts their changes
         return Panels(_pack_int4(layer))
     state: State = tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
-    with _lock:
-        found = _panels.get(layer.packed)
-        if found is None or found[0] != state:
-            found = _panels[layer.packed] = (state, _pack_int4(layer))
+    found = _panels.get(layer.packed)
+    if found is None or found[0] != state:
+        found = _panels[layer.packed] = (state, _pack_int4(layer))
     return Panels(found[1])
 
 
@@ -65,3 +92,13 @@ def _pack_int4(layer: Int4Linear) -> Tensor:
     sources = packed.data_ptr(), scale.data_ptr(), zero.data_ptr()
     functions.pack_int4(*sources, *sizes, panels.data_ptr())
     return panels
+
+
+def int4_rows(panels: Tensor, outputs: int, inputs: int, group: int) -> Tensor:
+    """The 4-bit weight, uint8 [outputs, inputs / 2], of panels of int4.h."""
+    groups, code_bytes = inputs // group, group // BLOCK * BLOCK_BYTES
+    blocks = panels.view(-1, groups, code_bytes + SCALE_BYTES)[..., :code_bytes]
+    quads = blocks.unflatten(-1, (-1, PANEL, 4))  # [panels, groups, group / 8, 16, 4]
+    values = torch.stack((quads & 15, quads >> 4), dim=-2)  # inputs 0..3 of eight, then 4..7
+    rows = values.permute(0, 3, 1, 2, 4, 5).reshape(-1, inputs)[:outputs]
+    return rows[:, ::2] | rows[:, 1::2] << 4

@@ -67,7 +67,7 @@ class NativePasses:
             return None
         looked = self._looked
         if looked is None or not looked[0].same():
-            looked = self._look()
+            looked = self.look()
         step = looked[1]
         if step is not None:
             return step(ids, cache, logits_to_keep)
@@ -75,11 +75,11 @@ class NativePasses:
             _run_without += ids.shape[-1] * len(cache.shapes)
         return None
 
-    def _look(self) -> tuple[_Watch, Step | None]:
+    def look(self) -> tuple[_Watch, Step | None]:
         """See what the model is now, and make the native step for it if there can be one."""
-        watch = _Watch(self.model)
         self.reason = obstacle(self.model, compile_now=self.compile_now)
         step = None if self.reason else Step(self.model, narrow=self.narrow)
+        watch = _Watch(self.model)  # it holds all tensors: those that layers give up are gone
         self._looked = looked = watch, step  # together: other threads may use this object
         return looked
 

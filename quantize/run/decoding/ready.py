@@ -16,6 +16,8 @@ Longer passes, and what a back end doesn't know, run as before: same weights, sa
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from quantize.models import DecoderLM
@@ -27,7 +29,12 @@ from quantize.run.kv_cache import KVCache
 BACKENDS = ("native", "torchscript")
 
 
-def for_decoding(model: DecoderLM, *, backend: str | None = None) -> DecodingLM:
+def for_decoding(
+    model: DecoderLM,
+    *,
+    backend: str | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> DecodingLM:
     """`model`, compressed or not, ready for `generate`: the same ids to the same logits, faster for
     a few tokens.
 
@@ -43,6 +50,8 @@ def for_decoding(model: DecoderLM, *, backend: str | None = None) -> DecodingLM:
             float16 weights. "torchscript" traces a copy with merged layers and follows none. None
             takes native where there is a compiler and every layer is of a kind that it knows, else
             torchscript.
+        progress: called with a line for people before each piece of work. With it, weights are
+            packed now, not by the first pass.
 
     Returns:
         A model in eval mode; its `.backend` and `.reason` say which back end and why. With native,
@@ -57,14 +66,26 @@ def for_decoding(model: DecoderLM, *, backend: str | None = None) -> DecodingLM:
         raise TypeError(f"for_decoding takes a DecoderLM, got {type(model).__name__}")
     if backend not in (None, *BACKENDS):
         raise ValueError(f"backend is {backend!r}; allowed: None, {', '.join(BACKENDS)}")
+    say = progress or (lambda line: None)
+    say(f"checking {len(model.blocks)} blocks")
     for reason in contradictions(model):
         raise ValueError(f"the model contradicts itself: {reason}")
-    obstacle = recognition.obstacle(model) if backend != "torchscript" else "asked for"
+    obstacle: str | None = "asked for"
+    if backend != "torchscript":
+        obstacle = recognition.obstacle(model, compile_now=False)
+    if obstacle == recognition.NOT_YET:
+        say("compiling step.cpp, which takes some seconds, once")
+        obstacle = recognition.obstacle(model)
     if backend == "native" and obstacle:
         raise ValueError(f"backend 'native' can't run this model: {obstacle}")
     if obstacle:
+        say(f"merging layers for TorchScript, as native code can't run: {obstacle}")
         return DecodingLM(model, "torchscript", obstacle)
-    return DecodingLM(model, "native", build.built().note)
+    ready = DecodingLM(model, "native", build.built().note)
+    if progress is not None:
+        say(f"packing the weights of {len(model.blocks)} blocks")
+        ready.pack()
+    return ready
 
 
 class DecodingLM(nn.Module):
@@ -85,6 +106,13 @@ class DecodingLM(nn.Module):
             if logits is not None:
                 return logits
         return self.model(ids, cache, logits_to_keep)
+
+    def pack(self) -> None:
+        """Do what the first native pass would begin with."""
+        if self._passes is None:
+            self._passes = self._make_passes()
+        if isinstance(self._passes, NativePasses):
+            self._passes.look()
 
     def _make_passes(self) -> NativePasses | torchscript.Step:
         if self.backend == "native":

@@ -17,6 +17,7 @@ from quantize.nn.int4 import Int4Linear
 from quantize.nn.int8 import Int8Linear
 from quantize.nn.int8_outliers import Int8OutlierLinear
 from quantize.nn.low_rank import LowRankLinear
+from quantize.run.decoding import lazy
 from quantize.run.decoding.build import library
 from quantize.run.decoding.sizes import blocks_of, contradictions
 from quantize.run.decoding.structs import LINEARS
@@ -84,9 +85,7 @@ def _odd_parts(model: DecoderLM) -> Iterator[str]:
     for name, module in model.named_modules():
         if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
             yield f"{name or 'the model'} has hooks or a forward of its own"
-        tensors = [
-            t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None
-        ]
+        tensors = lazy.held(module)
         if any(tensor.device.type != "cpu" for tensor in tensors):
             yield f"{name or 'the model'} isn't on the CPU"
         if not all(map(is_plain, tensors)):
@@ -166,7 +165,14 @@ def parts_of(layer: Any) -> tuple[Any, ...]:
 
 
 def stored_in(part: nn.Module) -> Operands | None:
-    """What a layer that multiplies stores; of one with outliers, its integers."""
+    """What a layer that multiplies stores; of one with outliers, its integers. The weight has no
+    data where only panels hold it.
+    """
+    if lazy.panels_of(part) is not None and isinstance(part, Int8Linear | Int4Linear):
+        if getattr(part, "activation", None) is not None:
+            return None
+        group = getattr(part, "group_size", 0)
+        return Operands(lazy.shown(part), part.bias, part.scale, group=group)
     return Int8Linear.operands(part) if type(part) is Int8OutlierLinear else operands(part)
 
 
