@@ -28,6 +28,7 @@ from quantize.checkpoint.building import (
 )
 from quantize.checkpoint.container import read_header, read_tensor, write
 from quantize.checkpoint.opening import SUFFIXES, opened, require
+from quantize.nn import own_class
 
 Architecture = TypeVar("Architecture", bound=type[nn.Module])
 
@@ -228,7 +229,7 @@ def _give_notes(model: nn.Module, steps: list[dict[str, Any]]) -> None:
 
 def _describe(model: nn.Module) -> dict[str, Any]:
     name = type(model).__name__
-    if ARCHITECTURES.get(name) is not type(model):
+    if ARCHITECTURES.get(name) is not own_class(model):
         return {"name": name, "config": None}
     lost: list[str] = []
     for module in model.modules():

@@ -18,6 +18,7 @@ from quantize.nn.protocol import (
     holds_integers,
     is_traced,
     operands,
+    own_class,
 )
 from quantize.nn.reading import WeightReading
 from quantize.surgery import is_transposed
@@ -35,6 +36,7 @@ __all__ = [
     "is_traced",
     "is_transposed",
     "operands",
+    "own_class",
     "project_attentions",
     "restore_attentions",
     "without_fast_paths",

@@ -1,9 +1,10 @@
-"""Modules whose int8 convolutions run in one native call.
+"""Modules whose int8 convolutions run in one native call, and those of which the calls of torch are
+made without the Python around them.
 
 A region is a module of the model with its own class, made into a subclass that tries a program
-first (`int8_program`). The module's own forward runs wherever the program can't: where there is no
-native code, in graphs, under hooks, for inputs of other kinds. Both give the same bits; a program
-is compared with the forward on two inputs before it is used.
+first (`int8_program`), then a tape (`replay`). The module's own forward runs wherever neither can:
+in graphs, under hooks, for inputs of other kinds; programs need native code too. All give the same
+bits; a program is compared with the forward on two inputs before it is used.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from torch.nn.modules import module as torch_module
 from quantize import surgery
 from quantize.native import conv
 from quantize.native import int8 as native_int8
-from quantize.nn import int8_images
+from quantize.nn import int8_images, is_traced
 from quantize.nn import int8_kernels as kernels
 from quantize.nn.int8_plan import Plan, planned
 from quantize.nn.int8_program import SOURCE, Op, Unfit, trace
+from quantize.nn.replay import replayed
 
 _MOST_SHAPES = 16  # of inputs whose plans are kept
 _SIDES = (12, 48, 96)  # of inputs that a program is tried on, the smallest that fits
@@ -192,7 +194,9 @@ def _run(module: nn.Module, x: Tensor) -> Tensor | None:
 
 
 class Region:
-    """What all regions are, besides what their classes say. own_forward: of that class."""
+    """What all regions are, besides what their classes say. own_class, own_forward: that class, and
+    its forward.
+    """
 
 
 @functools.cache
@@ -202,18 +206,19 @@ def region_class(base: type[nn.Module]) -> type[nn.Module]:
 
     @functools.wraps(own_forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        graph = torch.jit.is_tracing() or torch.compiler.is_compiling()
-        if len(args) == 1 and not kwargs and not graph:
+        if is_traced():
+            return own_forward(self, *args, **kwargs)
+        if len(args) == 1 and not kwargs:
             found = _run(self, args[0])
             if found is not None:
                 return found
-        return own_forward(self, *args, **kwargs)
+        return replayed(self, own_forward, args, kwargs)
 
     def reduce(self: Any, protocol: Any) -> Any:
         return _empty, (base,), self.__getstate__()
 
     names = {"forward": forward, "own_forward": own_forward, "__reduce_ex__": reduce}
-    names |= {"__module__": base.__module__, "__qualname__": base.__qualname__}
+    names |= {"own_class": base, "__module__": base.__module__, "__qualname__": base.__qualname__}
     return type(base.__name__, (Region, base), names)
 
 

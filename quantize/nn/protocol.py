@@ -86,6 +86,12 @@ def is_traced() -> bool:
     return torch.jit.is_tracing() or torch.compiler.is_compiling()
 
 
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module, but for what this package made of it (`int8_region`)."""
+    found: type[nn.Module] = getattr(type(module), "own_class", type(module))
+    return found
+
+
 def holds_integers(module: nn.Module) -> bool:
     """Is it a layer whose weight is stored in integers, by this package, by torch or by another
     one?

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from quantize.models import Attention, DecoderBlock, DecoderLM, FeedForward, RMSNorm
 from quantize.native import int8
-from quantize.nn import Operands, operands
+from quantize.nn import Operands, operands, own_class
 from quantize.nn.half import HalfLinear
 from quantize.nn.int4 import Int4Linear
 from quantize.nn.int8 import Int8Linear
@@ -80,7 +80,7 @@ def _odd_parts(model: DecoderLM) -> Iterator[str]:
         norm = RMSNorm if config.qk_norm else nn.Identity
         places += [(norm, block.attention.q_norm), (norm, block.attention.k_norm)]
     for kind, part in places:
-        if type(part) is not kind:
+        if own_class(part) is not kind:
             yield f"a {type(part).__name__} stands where a {kind.__name__} should"
     for name, module in model.named_modules():
         if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
@@ -138,7 +138,7 @@ def _changed_code(model: DecoderLM) -> Iterator[str]:
     """Methods that step.cpp stands for and that somebody replaced, in a subclass or in the class
     itself.
     """
-    kind = type(model)
+    kind = own_class(model)
     for name in ("forward", "rope_frequencies", "__call__"):
         if getattr(kind, name) is not getattr(DecoderLM, name):
             yield f"{kind.__name__} has a {name} of its own"

@@ -1,0 +1,201 @@
+"""Calls of torch that a forward came to, made again without the Python around them.
+
+A `Tape` is recorded while a forward runs on real inputs. Its steps are the very calls that were
+made, on the same tensors, so its results have the same bits; it holds for inputs of the same
+shapes, strides and dtypes. A forward that looks at the numbers of a tensor, or at anything of it
+but its form, can't be recorded, nor one that uses tensors of unknown origin.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode, _get_current_function_mode
+from torch.utils import _pytree as pytree
+
+TENSORS = (Tensor, nn.Parameter)  # no subclass: its calls may do anything
+CONSTANTS = (bool, int, float, str, type(None), torch.dtype, torch.device, torch.layout)
+_KEPT = (*CONSTANTS, complex, torch.memory_format, type(Ellipsis))
+_ATTRIBUTES = ("shape", "dtype", "device", "ndim", "requires_grad", "layout", "is_cuda", "is_meta")
+_METHODS = ("size", "dim", "stride", "numel", "is_contiguous", "is_floating_point", "__len__")
+# Calls whose results depend on the form of a tensor alone.
+_QUESTIONS = {
+    *(getattr(Tensor, name).__get__ for name in _ATTRIBUTES),
+    *(getattr(Tensor, name) for name in _METHODS),
+    torch.is_floating_point,
+    torch.numel,
+    torch.is_tensor,
+}
+
+
+class Unfit(Exception):
+    """A forward that can't be recorded."""
+
+
+class Step(NamedTuple):
+    """One call. Values lie in numbered places.
+
+    Args:
+        call: takes the values at `reads`.
+        reads: places.
+        to: place of its result.
+        last: places that no later step reads.
+    """
+
+    call: Callable[..., Any]
+    reads: tuple[int, ...]
+    to: int
+    last: tuple[int, ...] = ()
+
+
+class Tape:
+    """The steps of a forward.
+
+    Args:
+        steps: in their order.
+        values: what lies in the places before the first step; the inputs come first.
+        outputs: places of the tensors and constants in the result.
+        form: of the result, as pytree has it.
+    """
+
+    def __init__(
+        self, steps: Iterable[Step], values: Sequence[Any], outputs: Sequence[int], form: Any
+    ) -> None:
+        self.values, self.outputs, self.form = list(values), outputs, form
+        self.steps = _with_last_reads(list(steps), outputs, values)
+        self.is_single = form.is_leaf()
+
+    def run(self, inputs: Sequence[Tensor]) -> Any:
+        """The result for tensors of the same forms as those that it was recorded with."""
+        values = self.values.copy()
+        values[: len(inputs)] = inputs
+        for call, reads, to, last in self.steps:
+            values[to] = call(*[values[place] for place in reads])
+            for place in last:
+                values[place] = None
+        leaves = [values[place] for place in self.outputs]
+        return leaves[0] if self.is_single else pytree.tree_unflatten(leaves, self.form)
+
+
+def _with_last_reads(
+    steps: list[Step], outputs: Sequence[int], values: Sequence[Any]
+) -> list[Step]:
+    """The steps, each with the places that it is the last one to read; results alone."""
+    seen = {*outputs, *(place for place, value in enumerate(values) if value is not None)}
+    found: list[Step] = []
+    for step in reversed(steps):
+        last = {*step.reads, step.to} - seen
+        seen |= last
+        found.append(step._replace(last=tuple(last)))
+    return found[::-1]
+
+
+class Recorder(TorchFunctionMode):
+    """Records the calls that are made inside of it.
+
+    Args:
+        inputs: tensors that another run has others in the place of.
+        owned: tensors that every run reads.
+    """
+
+    def __init__(self, inputs: Sequence[Tensor], owned: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.inputs, self.problem = inputs, ""
+        self.steps: list[Step] = []
+        self.values: list[Any] = []
+        self.places: dict[int, int] = {}  # of tensors, by their identity
+        self.held: list[Any] = []  # so that no identity comes twice
+        for tensor in inputs:
+            self.places[id(tensor)] = self._new(None)
+        for tensor in owned:
+            if id(tensor) not in self.places:
+                self.places[id(tensor)] = self._new(tensor)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func not in _QUESTIONS and not self.problem:
+            try:
+                self._add(func, args, kwargs or {}, result)
+            except Unfit as problem:
+                self.problem = str(problem)
+        return result
+
+    def tape(self, result: Any) -> Tape:
+        """What was recorded, for a forward that gave this result. Raises Unfit."""
+        if self.problem:
+            raise Unfit(self.problem)
+        leaves, form = pytree.tree_flatten(result)
+        outputs = [self._place(leaf) for leaf in leaves]
+        return Tape(self.steps, self.values, outputs, form)
+
+    def _new(self, value: Any) -> int:
+        self.values.append(value)
+        return len(self.values) - 1
+
+    def _add(self, func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> None:
+        reads = [self._place(value) for value in (*args, *kwargs.values())]
+        call = _named(func, len(args), tuple(kwargs)) if kwargs else func
+        to = self._new(None)
+        self.steps.append(Step(call, tuple(reads), to))
+        if isinstance(result, (tuple, list)):
+            for index, part in enumerate(result):
+                place = self._new(None)
+                self.steps.append(Step(operator.itemgetter(index), (to,), place))
+                self._note(func, part, place)
+        else:
+            self._note(func, result, to)
+
+    def _note(self, func: Any, result: Any, place: int) -> None:
+        if type(result) not in TENSORS:
+            raise Unfit(f"{getattr(func, '__name__', func)} gives a {type(result).__name__}")
+        self.held.append(result)
+        self.places[id(result)] = place
+
+    def _place(self, value: Any) -> int:
+        """Where a value lies."""
+        if isinstance(value, Tensor):
+            if id(value) not in self.places:
+                raise Unfit("a tensor of unknown origin")
+            return self.places[id(value)]
+        if _is_constant(value):
+            return self._new(value)
+        if not isinstance(value, (tuple, list)):
+            raise Unfit(f"an argument of type {type(value).__name__}")
+        reads = tuple(self._place(part) for part in value)
+        to = self._new(None)
+        make = getattr(type(value), "_make", type(value))  # as named tuples are made
+        self.steps.append(Step(functools.partial(_gathered, make), reads, to))
+        return to
+
+
+def is_recorded() -> bool:
+    """Does a recorder see what is called now?"""
+    return isinstance(_get_current_function_mode(), Recorder)
+
+
+def _is_constant(value: Any) -> bool:
+    if isinstance(value, slice):
+        return all(map(_is_constant, (value.start, value.stop, value.step)))
+    if isinstance(value, (tuple, list)):
+        return all(map(_is_constant, value))
+    return isinstance(value, _KEPT)
+
+
+def _gathered(make: Callable[[Any], Any], *values: Any) -> Any:
+    return make(values)
+
+
+def _named(func: Callable[..., Any], count: int, names: tuple[str, ...]) -> Callable[..., Any]:
+    """func, with the values after the first `count` given by these names."""
+
+    def call(*values: Any) -> Any:
+        return func(*values[:count], **dict(zip(names, values[count:], strict=True)))
+
+    return call

@@ -1,0 +1,218 @@
+"""Modules whose calls of torch are made without their forward: the same results, and the forward
+wherever it may do anything else.
+"""
+
+import copy
+import types
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers import randn
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from quantize import quantize_dynamic
+from quantize.nn import int8_kernels as kernels
+from quantize.nn.int8_region import Region
+from quantize.nn.replay import _MOST_FORMS
+
+RUNS: list[str] = []  # a word for each forward of a Block that ran
+TABLE = torch.ones(32)
+
+
+class Block(nn.Module):
+    """Attention with a norm, after whatever else a forward may do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(32)
+        self.q, self.k, self.v, self.out = (nn.Linear(32, 32) for _ in range(4))
+        self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
+        self.drop, self.act = nn.Dropout(0.5), nn.GELU()
+        self.register_buffer("count", torch.zeros(()))
+        self.config = types.SimpleNamespace(causal=False)
+        self.more: Callable[[Block, Tensor], Tensor] | None = None
+        self.kept: list[Any] = []
+        self.calls, self.last = 0, None
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, *, names: bool = False) -> Any:
+        RUNS.append("forward")
+        heads = (*x.shape[:-1], 4, -1)
+        q, k, v = (f(x).view(heads).transpose(1, 2) for f in (self.q, self.k, self.v))
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=self.config.causal)
+        x = self.norm(x + self.drop(self.out(y.transpose(1, 2).flatten(2))))
+        x = torch.cat(torch.stack([x, self.down(self.act(self.up(x)))]).unbind())
+        x = x if self.more is None else self.more(self, x)
+        return {"x": x, "rest": (x[:1], None)} if names else x
+
+
+def int8(change: Callable[[Block], object] = lambda block: None) -> Any:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(Block(), nn.Identity()).eval()
+    change(model[0])
+    small: Any = quantize_dynamic(model, prefer="size")[0]
+    assert isinstance(small, Region) and type(small).__name__ == "Block"
+    return small
+
+
+def own(block: Any, *args: Any, **kwargs: Any) -> Any:
+    """What the block's forward gives."""
+    return type(block).own_forward(block, *args, **kwargs)
+
+
+def is_replayed(block: Any, *args: Any, **kwargs: Any) -> bool:
+    """Does a third call do without the forward, and give its result?"""
+    for _ in range(2):
+        block(*args, **kwargs)
+    RUNS.clear()
+    actual = block(*args, **kwargs)
+    replayed = not RUNS
+    expected = own(block, *args, **kwargs)
+    if isinstance(expected, dict):
+        assert actual.keys() == expected.keys() and actual["rest"][1] is None
+        actual, expected = actual["rest"][0], expected["rest"][0]
+    assert torch.equal(actual, expected) and actual.stride() == expected.stride()
+    return replayed
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_the_bits_of_the_forward(inference: bool):
+    """For several forms of inputs and results, with and without gradients."""
+    block = int8()
+    mask = torch.ones(5, 5, dtype=torch.bool).tril()
+    x = randn(2, 5, 32)
+    with torch.inference_mode(inference):
+        assert is_replayed(block, x) and is_replayed(block, x, mask, names=True)
+        assert is_replayed(block, randn(2, 5, 64)[..., ::2]) and is_replayed(block, x=x)
+        assert torch.equal(block(2 * x), own(block, 2 * x))  # other numbers of the same form
+        with kernels.kernel("reference"):
+            assert torch.equal(block(x), own(block, x))
+    with torch.no_grad():
+        assert is_replayed(block, x) and not block(x).requires_grad
+    assert block(x).requires_grad  # by the norm
+    block(x).sum().backward()
+    assert block.norm.weight.grad.any()
+
+
+def _counts(block: Any, x: Tensor) -> Tensor:
+    block.count.add_(1)
+    return x + block.count
+
+
+def _keeps(block: Any, x: Tensor) -> Tensor:
+    block.last = x
+    return x
+
+
+def _keeps_in_a_list(block: Any, x: Tensor) -> Tensor:
+    block.kept.append(x)
+    return x
+
+
+def _counts_calls(block: Any, x: Tensor) -> Tensor:
+    block.calls += 1
+    return x * block.calls
+
+
+UNFIT: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "asks for a number": lambda block, x: x if x.sum() > 0 else -x,
+    "reads a number": lambda block, x: x * x.max().item(),
+    "leaves torch": lambda block, x: torch.from_numpy(x.detach().numpy()) * 2,
+    "a tensor of its own": lambda block, x: x * TABLE,
+    "random": lambda block, x: x * torch.rand(1),
+    "changes a buffer": _counts,
+    "keeps a result": _keeps,
+    "keeps results in a list": _keeps_in_a_list,
+    "counts its calls": _counts_calls,
+    "writes": lambda block, x: x.index_fill_(0, torch.tensor([0]), 1).__setitem__(0, 2) or x,
+}
+
+
+@pytest.mark.parametrize("name", UNFIT)
+@torch.no_grad()
+def test_other_forwards_run_as_they_are(name: str):
+    """Those that depend on numbers, on what is outside of the module, or that change something:
+    each call runs the forward, once.
+    """
+    block = int8(lambda block: setattr(block, "more", UNFIT[name]))
+    RUNS.clear()
+    for _ in range(5):
+        block(randn(1, 4, 32))
+    assert len(RUNS) == 5
+    assert block.count == (5 if name == "changes a buffer" else 0)
+    assert block.calls == (5 if name == "counts its calls" else 0)
+    assert len(block.kept) == (5 if name == "keeps results in a list" else 0)
+
+
+class _Named(Tensor):
+    pass
+
+
+@torch.no_grad()
+def test_other_calls_run_the_forward():
+    """With the same tensor twice, a subclass, in autocast, in training."""
+    block, x = int8(), randn(1, 32, 32)
+    assert is_replayed(block, x) and is_replayed(block, x, randn(1, 32, 32))
+    assert not is_replayed(block, x, x)
+    assert not is_replayed(block, x.as_subclass(_Named))
+    with torch.autocast("cpu"):
+        assert not is_replayed(block, x)
+    block.train()
+    RUNS.clear()
+    for _ in range(4):
+        block(x)
+    assert len(RUNS) == 4
+
+
+CHANGES: dict[str, Callable[[Any], object]] = {
+    "an attribute": lambda block: setattr(block, "more", lambda block, x: x + 1),
+    "a config": lambda block: setattr(block.config, "causal", True),
+    "a layer": lambda block: setattr(block, "norm", nn.Identity()),
+    "a layer's attribute": lambda block: setattr(block.norm, "eps", 1.0),
+    "a weight": lambda block: setattr(block.norm, "weight", nn.Parameter(torch.zeros(32))),
+    "its numbers": lambda block: block.norm.weight.mul_(3),
+    "packed numbers": lambda block: block.q.packed.zero_(),
+    "a hook": lambda block: block.out.register_forward_hook(lambda m, x, y: y + 1),
+    "a hook before": lambda block: block.norm.register_forward_pre_hook(lambda m, x: (x[0] * 2,)),
+    "a forward": lambda block: setattr(block.out, "forward", lambda x: x),
+    "nothing that counts": lambda block: delattr(block, "last"),
+    "a dtype": lambda block: block.norm.double(),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+@torch.no_grad()
+def test_changes_of_the_module_count(name: str):
+    """From the next call on."""
+    block, x = int8(), randn(2, 5, 32)
+    assert is_replayed(block, x)
+    before = block(x)
+    CHANGES[name](block)
+    if name == "a dtype":
+        with pytest.raises(RuntimeError):
+            block(x)
+        return
+    actual = block(x)
+    assert torch.equal(actual, own(block, x))
+    assert torch.equal(actual, before) == (name == "nothing that counts")
+
+
+@torch.no_grad()
+def test_copies_are_recorded_anew():
+    block, x = int8(), randn(2, 5, 32)
+    assert is_replayed(block, x)
+    other = copy.deepcopy(block)
+    other.norm.weight.mul_(2)
+    assert is_replayed(other, x) and not torch.equal(other(x), block(x))
+
+
+@torch.no_grad()
+def test_many_forms():
+    """Each is recorded when it comes again; old ones are forgotten."""
+    block = int8()
+    for length in range(1, _MOST_FORMS + 4):
+        block(randn(1, length, 32))
+    assert is_replayed(block, randn(1, 3, 32))
