@@ -16,6 +16,14 @@ from torch import nn
 _NOT_STATE = (frozenset(nn.Module().__dict__) - {"training"}) | {"_structure", "_notes"}
 _KEPT_WHOLE = (type, nn.Module, torch.dtype, torch.device)
 _NUMBERS = (bool, int, float, str)
+# Models of transformers add theirs at the first call, and an attribute says that they have.
+_FORWARD_HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+)
 _SEQUENCES = (list, tuple, set, frozenset, deque)
 
 
@@ -26,8 +34,9 @@ def untouched(*models: nn.Module) -> Iterator[None]:
 
     State is: buffers (assigned anew or changed in place), plain attributes of every module
     (tensors, numbers, containers and simple objects, to any depth), training flags, weights that a
-    forward renormalizes (`max_norm`), and the generators of torch, numpy and Python. Replaced
-    modules and parameters that somebody writes on purpose stay as written.
+    forward renormalizes (`max_norm`), forward hooks that were added, and the generators of torch,
+    numpy and Python. Replaced modules and parameters that somebody writes on purpose stay as
+    written.
     """
     saved: list[_State] = []
     memo: dict[int, _Saved] = {}
@@ -81,6 +90,7 @@ class _State:
         self.buffers = {name: _Saved(buffer, {}) for name, buffer in buffers.items()}
         plain = {name: value for name, value in module.__dict__.items() if name not in _NOT_STATE}
         self.attributes = {name: _saved(value, memo) for name, value in plain.items()}
+        self.hooks = {kind: set(getattr(module, kind)) for kind in _FORWARD_HOOKS}
         self.weights = [
             _Saved(p, {})
             for p in module._parameters.values()
@@ -106,6 +116,10 @@ class _State:
             del now[name]
         for name, saved in self.attributes.items():
             now[name] = saved.restored()
+        for kind, before in self.hooks.items():
+            hooks = getattr(self.module, kind)
+            for key in hooks.keys() - before:
+                del hooks[key]
         for saved in self.weights:
             saved.restored()
 

@@ -8,6 +8,7 @@ from collections import deque
 import numpy as np
 import pytest
 import torch
+from contract.odd_state import AddsHook
 from helpers import zoo
 from torch import nn
 
@@ -103,6 +104,19 @@ def test_what_a_technique_writes_inside_stays():
         with torch.no_grad():
             model[0].weight.fill_(3.0)
     assert isinstance(model[1], nn.Tanh) and model[0].weight[0, 0] == 3
+
+
+def test_hooks_that_a_forward_adds_are_gone():
+    """A model that hooks a layer at its first call does so once, also if it ran before inside;
+    hooks that were there stay.
+    """
+    model = AddsHook()
+    handle = model.up.register_forward_hook(lambda *_: None)
+    expected = copy.deepcopy(model)(torch.ones(1, 32))
+    with calibration.untouched(model):
+        model(torch.ones(1, 32))
+    assert not model.mid._forward_hooks and list(model.up._forward_hooks) == [handle.id]
+    assert torch.equal(model(torch.ones(1, 32)), expected)
 
 
 def test_distance_is_relative_and_starts_from_the_present_state():

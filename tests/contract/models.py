@@ -233,6 +233,7 @@ _ODD: dict[str, Maker] = {
     "keeps activation": _on_rows(state.KeepsActivation),
     "hidden buffers": _on_rows(state.HiddenBuffers),
     "lazy cache": _on_rows(state.LazyCache),
+    "adds hook": _on_rows(state.AddsHook),
     "noisy": _on_rows(state.Noisy),
     "training": _training,
     "partly training": _partly_training,

@@ -135,6 +135,26 @@ class LazyCache(Perceptron):
         return self.down(F.relu(self.mid(F.relu(self.up(x)) * self.cache)))
 
 
+class AddsHook(Perceptron):
+    """Puts a hook on a layer at the first call, as models of transformers do that capture hidden
+    states: with a second one the output is another.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.hooked = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.hooked:
+            self.mid.register_forward_hook(_one_more)
+            self.hooked = True
+        return super().forward(x)
+
+
+def _one_more(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    return output + 1
+
+
 class Noisy(Perceptron):
     """Adds noise in eval mode too: the answer depends on the random state."""
 
