@@ -6,6 +6,7 @@ operation.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -71,7 +72,7 @@ def _visit(trace: Trace, node: torch.fx.Node) -> Any:
     base = name if name.startswith("__") else name.rstrip("_")
     why = f"{name} in module {trace.place(node)!r}"
     operands = trace.tensors((node.args, node.kwargs))
-    if _depends_on_data(operands, first):
+    if _depends_on_data(operands, shape):
         return _pinned(trace, operands, shape, why)
     followed = any(value.labels is not None or value.source for value in operands)
     rule = RULES.get(base)
@@ -99,11 +100,13 @@ def _item(trace: Trace, node: torch.fx.Node, shape: tuple[int, ...]) -> Any:
     return values[place] if isinstance(values, (tuple, list)) else Value(shape)
 
 
-def _depends_on_data(operands: list[Value], shape: tuple[int, ...]) -> bool:
-    """Is a size decided by the data: which rows go to an expert, say?"""
-    sizes = list(shape)
-    for value in operands:
-        sizes += value.shape
+def _depends_on_data(operands: list[Value], shape: Any) -> bool:
+    """Is a size decided by the data: which rows go to an expert, say?
+
+    shape: of the output, or a list of those of several.
+    """
+    shapes = shape if isinstance(shape, list) else [shape]
+    sizes = itertools.chain(*shapes, *(value.shape for value in operands))
     return any(isinstance(size, torch.SymInt) for size in sizes)
 
 

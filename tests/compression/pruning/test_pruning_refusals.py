@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 from helpers import in_int8
-from pruning_models import X, mlp, randn, state, untouched
+from pruning_models import X, mlp, randn, seeded, state, untouched
 from torch import nn
 
 from quantize.compression.pruning import prune_ln_structured
@@ -19,6 +20,24 @@ class Dynamic(nn.Module):
 
     def forward(self, x):
         return self.b(self.a(x)) if x.sum() > 0 else self.b(self.a(-x))
+
+
+class SplitByData(nn.Module):
+    """Two experts; how many rows each gets is known when the model runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.mlp = mlp()
+        self.experts = nn.ModuleList([nn.Linear(3, 5), nn.Linear(3, 5)])
+
+    def forward(self, x):
+        x = self.mlp(x)
+        second = x[:, 0] > 0
+        order = second.int().argsort()
+        rows = second.sum().item()
+        parts = x[order].split([len(x) - rows, rows])
+        given = [expert(part) for expert, part in zip(self.experts, parts, strict=True)]
+        return torch.cat(given)[order.argsort()]
 
 
 BAD = {
@@ -95,6 +114,13 @@ def test_bad_models(build, inputs, kind, message):
     """A model that doesn't run, can't be followed or has nothing to prune is refused by name."""
     with pytest.raises(kind, match=message):
         prune_ln_structured(build(), inputs)
+
+
+def test_channels_that_are_split_by_the_data_stay():
+    """What reaches a split into sizes that depend on the data stays whole, the rest is pruned."""
+    pruned = prune_ln_structured(seeded(SplitByData), randn(6, 8), amount=0.5)
+    assert [pruned.mlp[0].out_features, pruned.mlp[4].out_features] == [16, 3]
+    assert pruned(randn(9, 8)).shape == (9, 5)
 
 
 def test_int8_is_refused():
