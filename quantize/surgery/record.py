@@ -127,6 +127,12 @@ def note(
     model.__dict__["_notes"] = [*model.__dict__.get("_notes", ()), step]
 
 
+def note_distance(model: nn.Module, distance: float) -> None:
+    """Add to the last step noted on `model` how far the outputs moved."""
+    *before, last = model.__dict__["_notes"]
+    model.__dict__["_notes"] = [*before, {**last, "distance": distance}]
+
+
 def shortened(reasons: Mapping[str, str], most: int = 4) -> str:
     """The first reasons why layers stayed, for an error: `name: reason; ...`; "" if there are
     none.

@@ -11,7 +11,8 @@ from recipe_models import RECIPES, Counted, batches, network, same_bits, things
 from torch import nn
 
 import quantize
-from quantize import Half, Int4, Int8, LowRank, Prune, Recipe, Recover, Student
+from quantize import Half, Int4, Int8, LowRank, Prune, Recipe, Recover, Student, calibration
+from quantize.compression.int8 import tell_distance
 from quantize.compression.recipe import make
 
 
@@ -39,10 +40,33 @@ def by_hand(recipe: Recipe, model: nn.Module) -> nn.Module:
             case Half():
                 result = quantize.to_half(result, getattr(torch, step.dtype))
             case Int8():
-                result = in_int8(result, calibration=x if step.smooth else None)
+                small = in_int8(result, calibration=x if step.smooth else None)
+                if not step.smooth:
+                    tell_distance(small, result, x[0])
+                result = small
             case Int4():
                 result = quantize.quantize_weights(result, calibration=x)
     return result
+
+
+class Waves(nn.Sequential):
+    """Sines of large arguments, which int8 moves far."""
+
+    def forward(self, x):
+        first, second = self
+        return second(torch.sin(30 * first(x)))
+
+
+def test_int8_in_a_recipe_says_how_far_it_moved():
+    """Without SmoothQuant too: the summary has the distance on the first batch, and a large one is
+    warned of.
+    """
+    torch.manual_seed(0)
+    model = Waves(nn.Linear(32, 64), nn.Linear(64, 8)).eval()
+    with pytest.warns(UserWarning, match="outputs of Waves moved by"):
+        small = Recipe([Int8()])(model, things())
+    away = calibration.distance(small, model, batches()[:1])
+    assert quantize.summary(small).steps[-1].distance == away > 0.05
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)

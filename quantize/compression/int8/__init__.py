@@ -5,6 +5,7 @@ finds slower; `outliers` which channels count in float; `limit` which layers cos
 output; `regions` which modules run in one native call; `transform` does all of it to a model.
 """
 
+from quantize.compression.int8.limit import tell_distance
 from quantize.compression.int8.transform import quantize_dynamic
 
-__all__ = ["quantize_dynamic"]
+__all__ = ["quantize_dynamic", "tell_distance"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,7 @@ from quantize import surgery
 from quantize.compression import smooth
 from quantize.compression.int8.layers import Choice, Plans, Report, convert
 
+_FAR = 0.05  # a relative error of the outputs above it comes with a warning
 Group = tuple[str, ...]  # layers that share a weight: all of them are int8, or none
 
 
@@ -79,6 +81,25 @@ def within(
             break
         model, error, count = more, larger, count + 1
     return model, error, choice.without(_reasons(groups[count:], costs, max_error))
+
+
+def tell_distance(small: nn.Module, model: nn.Module, batch: Any) -> None:
+    """Note on an int8 model made without calibration how far its outputs are from the float
+    model's on a batch, and warn where that is far.
+    """
+    distance = calibrating.distance(small, model, [batch])
+    surgery.note_distance(small, distance)
+    warn_if_far(model, distance)
+
+
+def warn_if_far(model: nn.Module, distance: float) -> None:
+    """A UserWarning where the outputs moved by more than 5 percent."""
+    if distance > _FAR:
+        warnings.warn(
+            f"int8: the outputs of {type(model).__name__} moved by {distance:.0%} on calibration; "
+            f"max_error={_FAR} would put layers back into float until it holds",
+            stacklevel=3,
+        )
 
 
 def _foreseen(costs: Sequence[float], max_error: float) -> int:

@@ -28,7 +28,7 @@ from quantize.compression.int8.layers import (
     overlapping,
     small,
 )
-from quantize.compression.int8.limit import Trial, within
+from quantize.compression.int8.limit import Trial, warn_if_far, within
 from quantize.compression.int8.outliers import find_plans
 from quantize.compression.int8.regions import make_regions
 from quantize.compression.int8.speed import affordable, slower, slower_as_a_whole
@@ -40,7 +40,6 @@ Shapes = Mapping[str, set[tuple[int, ...]]]  # by layer, of its inputs on calibr
 PREFERENCES = ("speed", "size")
 _CLEARLY = 0.9  # smaller gains are not seen again on other data
 _MUCH = 0.4
-_FAR = 0.05  # a relative error of the outputs above it comes with a warning
 
 
 def quantize_dynamic(
@@ -149,8 +148,8 @@ def quantize_dynamic(
             why = f"{type(model).__name__} as a whole is slower in int8 here, {times}"
             stays = dict.fromkeys(made.choice.chosen, why)
             return _unconverted(model, stays | made.choice.left | left, why)
-    if max_error is None and made.distance is not None and made.distance > _FAR:
-        _warn_of_distance(model, made.distance)
+    if max_error is None and made.distance is not None:
+        warn_if_far(model, made.distance)
     _tell(made, plans, left, folded | joined)
     return made.model
 
@@ -231,14 +230,6 @@ def _unconverted(model: nn.Module, left: Report, why: str) -> nn.Module:
     )
     surgery.note(new, "int8", left=left)
     return new
-
-
-def _warn_of_distance(model: nn.Module, distance: float) -> None:
-    warnings.warn(
-        f"int8: the outputs of {type(model).__name__} moved by {distance:.0%} on calibration; "
-        f"max_error={_FAR} would put layers back into float until it holds",
-        stacklevel=3,
-    )
 
 
 def _improved(

@@ -12,7 +12,7 @@ from quantize import surgery
 from quantize.compression.blocks import drop_blocks
 from quantize.compression.half import to_half
 from quantize.compression.int4 import quantize_weights
-from quantize.compression.int8 import quantize_dynamic
+from quantize.compression.int8 import quantize_dynamic, tell_distance
 from quantize.compression.low_rank import factorize_low_rank
 from quantize.compression.pruning import prune_ln_structured
 from quantize.compression.recipe import checks
@@ -184,10 +184,12 @@ class Int8(Step):
         self._set(skip=checks.names(self, "skip"))
 
     def __call__(self, model: nn.Module, given: Given) -> nn.Module:
-        """A copy of `model` in int8; raises what `quantize_dynamic` raises."""
+        """A copy of `model` in int8; raises what `quantize_dynamic` raises. How far the outputs of
+        the first batch move is noted, and warned of above 5 percent.
+        """
         if self.smooth and given.calibration is None:
             raise ValueError("Int8(smooth=True) needs calibration")
-        return quantize_dynamic(
+        new = quantize_dynamic(
             model,
             embeddings=self.embeddings,
             prefer=self.prefer,
@@ -195,6 +197,10 @@ class Int8(Step):
             calibration=given.calibration if self.smooth else None,
             progress=given.progress,
         )
+        batch = given.first_batch()
+        if not self.smooth and batch is not None:
+            tell_distance(new, model, batch)
+        return new
 
 
 @dataclass(frozen=True)

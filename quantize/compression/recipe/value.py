@@ -69,6 +69,10 @@ class Given:
         teacher = original if self.teacher is None else self.teacher
         return replace(self, recipe=recipe, teacher=teacher)
 
+    def first_batch(self) -> Any:
+        """A batch to look at a result with, from calibration where there is one; or None."""
+        return next(iter(self.calibration or ()), self.example_inputs)
+
     def say(self, line: str) -> None:
         """Tell `progress`, if there is one."""
         if self.progress is not None:
