@@ -151,6 +151,7 @@ class Pace:
 
     def next(self, what: str) -> str:
         """The line for the step that begins now."""
+        self.steps = max(self.steps, self.begun + 1)  # one more may turn out to be needed
         line = f"{what} ({self.begun + 1}/{self.steps})"
         if self.begun:
             taken = (time.monotonic() - self.start) / self.begun

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from quantize.calibration import untouched
+from quantize.calibration import Pace, untouched
 from quantize.run.fusion import backends, torchscript
 from quantize.run.fusion.equality import Checker, difference, outputs, race
 from quantize.run.fusion.export import capture
@@ -165,7 +165,9 @@ def compare(
     check_inputs(model, example_inputs)
     say = progress or (lambda line: None)
     rows = [Contender("eager", model, difference=0.0)]
+    pace = Pace(len(names))
     for name in names:
+        say(pace.next(f"back end {name}"))
         row = Contender(name)
         rows.append(row)
         try:

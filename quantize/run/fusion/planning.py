@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from quantize import surgery
+from quantize.calibration import Pace
 from quantize.run.fusion import kernels, linears, passes, torchscript
 from quantize.run.fusion.equality import Checker, race
 from quantize.run.fusion.export import capture
@@ -94,11 +95,12 @@ def plan(
     built: dict[str, nn.Module] = {}
     problems: dict[str, Exception] = {}
     distances: dict[str, float] = {}
+    pace = Pace(max(len(ways) - 1, 1))
     for name in [*list(ways)[1:], EXPORTED]:
         if name == EXPORTED and built:
             break  # only when the passes changed the numbers too much
         try:
-            say(f"building: {name}")
+            say(pace.next(f"building: {name}"))
             candidate = build(ways[name])
             say(f"comparing with the model: {name}")
             checker(candidate, program.rewind)
