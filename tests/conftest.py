@@ -30,8 +30,8 @@ torch.manual_seed = torch.default_generator.manual_seed
 
 
 # Of the models that others wrote (helpers.ZOO) these are met with the slow tests only; a text
-# encoder, two decoders and a residual network are met always.
-SLOWER_MODELS = {"convnext", "mistral", "mobilenet_v2", "qwen2", "t5", "vit", "whisper"}
+# encoder, a decoder and a residual network are met always (and our own decoder is a Llama).
+SLOWER_MODELS = {"convnext", "llama", "mistral", "mobilenet_v2", "qwen2", "t5", "vit", "whisper"}
 SERVERS = {"running", "command"}  # fixtures that take seconds: all their tests run in one worker
 
 

@@ -23,6 +23,7 @@ class Translator(nn.Module):
         return self.body(source, target, tgt_mask=mask)
 
 
+@pytest.mark.slow
 def test_masks_of_a_transformer():
     """It is followed, and the causal mask counts: no output depends on targets that come later."""
     model, inputs = Translator().eval(), (randn(2, 6, 32), randn(2, 5, 32, seed=1))

@@ -90,6 +90,7 @@ def test_the_rest_computes_what_it_did(tmp_path):
         drop_blocks(model, [])
 
 
+@pytest.mark.slow
 def test_a_search_leaves_out_what_hardly_matters(by_bytes, tmp_path):
     """Two blocks that add next to nothing go, and the fastest model is one without them."""
     model = Residual().eval()

@@ -246,6 +246,7 @@ def test_same_bits_as_side_by_side(model: nn.Module, monkeypatch: pytest.MonkeyP
     assert torch.equal(small(x), apart(x))
 
 
+@pytest.mark.slow
 def test_what_calibration_shows():
     """A forward that can't be followed is watched."""
     model, inputs = zoo("t5")

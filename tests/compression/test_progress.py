@@ -32,6 +32,7 @@ TRANSFORMS: dict[str, Callable[..., nn.Module]] = {
     "pruned": partial(quantize.prune_ln_structured, example_inputs=INPUTS[0], **GIVEN),
     "student": partial(quantize.make_student, width=0.5, example_inputs=INPUTS[0], **GIVEN),
     "low rank": partial(quantize.factorize_low_rank, only_faster=False, **GIVEN),
+    "fused": partial(quantize.fuse, example_inputs=INPUTS[0]),
 }
 
 

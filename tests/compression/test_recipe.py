@@ -82,6 +82,7 @@ def test_a_recipe_is_its_functions_in_a_row(recipe):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_a_teacher_that_is_given_is_the_teacher():
     """`Recover` learns from the original, or from `given.teacher`."""
     model, other = network(), network()

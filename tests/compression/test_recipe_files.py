@@ -70,6 +70,7 @@ def recipes(draw):
     return Recipe(steps)
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @drawn(recipes())
 def test_json_gives_an_equal_recipe(recipe):

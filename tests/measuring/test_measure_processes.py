@@ -152,6 +152,7 @@ def threads_of_a_large_layer(model) -> float:
     return float(int8.threads(1 << 40))
 
 
+@pytest.mark.slow
 def test_int8_layers_may_use_the_threads_of_a_measurement(file):
     """A child of the nursery isn't one whose parent has computed."""
     found = compare(
@@ -236,6 +237,7 @@ def has_wave(model) -> float:
     return float("wave" in sys.modules)
 
 
+@pytest.mark.slow
 def test_children_have_what_their_nursery_has_imported(file):
     """One nursery serves several comparisons; a module that isn't there is no error of its own."""
     with Nursery(threads=1, modules=("wave", "no.such.module")) as nursery:

@@ -67,6 +67,7 @@ def brightness(color: str) -> float:
     return 0.3 * red + 0.6 * green + 0.1 * blue
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("width", "flags"), [(PHONE, ()), (DESK, ("--force-dark-mode",))], ids=["phone", "dark desk"]
 )

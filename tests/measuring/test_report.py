@@ -242,6 +242,7 @@ def test_json_is_strict_and_complete(tmp_path):
     assert read["data"]["odd"] is None and read["rows"][-1]["metric"]["value"] is None
 
 
+@pytest.mark.slow
 def test_files_are_replaced_whole(tmp_path):
     """Writing twice leaves the files of a report and nothing else."""
     report = build_report(MEASUREMENTS)

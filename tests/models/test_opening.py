@@ -246,6 +246,7 @@ class Wide:
         return torch._utils._rebuild_tensor_v2, (typed, 0, (10**12,), (0,), False, {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("content", "message"),
     [({str(i): Bomb() for i in range(100)}, "far more"), ({"a": Wide()}, "numbers in 1")],

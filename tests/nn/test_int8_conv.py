@@ -267,6 +267,7 @@ def test_a_max_error_takes_convolutions_back(net: nn.Module):
     assert any(isinstance(m, nn.Conv2d) for m in model.modules())
 
 
+@pytest.mark.slow
 def test_compiled(net: nn.Module):
     """torch.compile keeps a convolution as one operator in its graph, with the same bits."""
     model, x = in_int8(net), randn(2, 3, 8, 8)

@@ -238,6 +238,7 @@ def test_copies_and_files(tmp_path):
         assert isinstance(one[0], Region) and torch.equal(one(x), model(x))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_in_graphs():
     """torch.compile and a trace see the modules inside."""

@@ -278,6 +278,7 @@ def test_verify_says_what_it_could_not_check(decoder, capsys):
     assert told.count("not checked") == 3 and "SHA-256" in told
 
 
+@pytest.mark.slow
 def test_a_python_file_makes_the_model(tmp_path, by_bytes, monkeypatch, capsys):
     """`model = ...` in a file; a class of one's own is named with --model for its weights."""
     monkeypatch.chdir(tmp_path)

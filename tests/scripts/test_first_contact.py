@@ -47,6 +47,7 @@ def test_errors_of_the_system_name_the_path_and_the_reason(tmp_path):
     assert in_words(ValueError()) == "ValueError"
 
 
+@pytest.mark.slow
 def test_a_script_says_them(tmp_path, capsys):
     """`--out` that is a file: exit code 2 and one line with the path."""
     (tmp_path / "file").touch()

@@ -118,6 +118,7 @@ def test_flags_of_the_other_scripts_out_of_range(program, arguments, capsys):
     assert arguments[-2] in error
 
 
+@pytest.mark.slow
 def test_resume_of_another_run_is_refused(tmp_path, capsys):
     """A training state of another architecture: one line, and the file stays as it is."""
     jobs.prepare("tiny", out=tmp_path, steps=1).train()

@@ -194,6 +194,7 @@ def peak_bytes(run: Callable[[], object]) -> int:
     return max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
 
 
+@pytest.mark.slow
 def test_peak_memory_does_not_grow_with_the_teacher():
     """A teacher ten times as deep costs no more than its largest activation, and its weights aren't
     there twice.

@@ -162,6 +162,7 @@ def test_a_loss_alone_gives_the_fastest_within_it(batches, tmp_path):
     assert lost and all("the loss is" in row["misses"][-1] for row in lost)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_met_is_said(batches, tmp_path):
     """The best that keeps the loss, and what is missing."""
     budget = {"speedup": 1000, "max_loss": 0.02}

@@ -58,6 +58,7 @@ def test_values_come_as_lists_arrays_and_tensors(kind):
         as_metrics({"accuracy": kind([])})
 
 
+@pytest.mark.slow
 def test_a_loss_in_noise_needs_a_noise_that_is_known(batches):
     """Of one number that never varies, and of a divergence, nobody knows it; of examples it is."""
     for evaluate in (None, lambda model: 0.5):
@@ -100,6 +101,7 @@ def test_a_metric_that_varies_or_takes_long_is_said(batches):
     assert "whether it varies isn't tried" in told[1]
 
 
+@pytest.mark.slow
 def test_a_metric_that_fails_for_compressed_models_is_a_failed_point(batches):
     """Whatever it raises; the result says how many failed, and why the first did."""
 
@@ -111,6 +113,7 @@ def test_a_metric_that_fails_for_compressed_models_is_a_failed_point(batches):
     assert "KeyError: 'int8'" in result.reason
 
 
+@pytest.mark.slow
 def test_percents_of_a_divergence_are_of_the_entropy(batches):
     """The original's cross-entropy against itself; so a loss of some percent can be kept."""
     from quantize.compression.search.judge import Divergence

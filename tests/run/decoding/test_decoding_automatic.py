@@ -146,6 +146,7 @@ def test_a_training_model_keeps_its_mode():
     assert [module.training for module in model.modules()] == modes
 
 
+@pytest.mark.slow
 def test_eight_threads_on_one_model():
     """Each gets its own tokens, from the model and from one made for decoding."""
     model = decoder()

@@ -19,6 +19,7 @@ def wait_for(page: browser.Page, condition: str) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(browser.PROGRAM is None, reason="needs Chromium")
 def test_a_text_streams_into_the_page(running, tmp_path: Path):
     """The text is the server's, with tokens per second beside it; a mistake is told."""

@@ -129,6 +129,7 @@ def test_vanished_clients_and_half_bodies(command: Command):
     assert reply.status_code == 200
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_replaced(command: Command):
     """Its clients get an error, streams and others; those of the other worker go on; soon there are
     two again.
@@ -163,6 +164,7 @@ def test_a_killed_worker_is_replaced(command: Command):
     assert reply.status_code == 200
 
 
+@pytest.mark.slow
 def test_a_replaced_file_is_served(command: Command, tmp_path: Path):
     """Requests under way are answered by the old model, the next ones by the new one."""
     path = next(command.log.parent.glob("lm.safetensors"))
