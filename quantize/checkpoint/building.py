@@ -7,6 +7,7 @@ that asks for more is refused.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any
@@ -216,12 +217,16 @@ def fill(
     aliases: dict[str, str],
     dtypes: dict[str, torch.dtype],
 ) -> nn.Module:
-    """Give `model`, in place, the tensors of a file and the ties they had; returns it in eval
-    mode.
+    """Give `model`, in place, the tensors of a file and the ties they had, and take them out of
+    `tensors`; returns it in eval mode.
     """
     state = model.state_dict()  # keeps the module versions that load_state_dict asks for
-    for name in list(state):
-        state[name] = tensors[aliases.get(name, name)].to(dtypes[name])
+    places = Counter(aliases.get(name, name) for name in state)
+    for name in sorted(state, key=lambda name: -state[name].numel()):  # last a little beside all
+        owner = aliases.get(name, name)
+        places[owner] -= 1
+        stored = tensors[owner] if places[owner] else tensors.pop(owner)
+        state[name] = stored.to(dtypes[name])
     assign(model, state)
     live = live_tensors(model)
     for alias, name in aliases.items():
