@@ -12,6 +12,7 @@
 #include "gemm.h"
 
 enum Kind : int64_t { F32, F16, BF16 };
+enum How : int64_t { ALONE, SUM, PRODUCT };
 
 struct Layer {
   int64_t inputs, outputs;
@@ -26,10 +27,14 @@ struct Layer {
   const float* tails;         // of GELU [5][16], or null
 };
 
+// Layers that read the same rows; those of several have neither factors nor outliers.
 struct Call {
-  int64_t rows, threads;
-  const void* x;  // [rows, inputs]
-  void* y;        // [rows, outputs]
+  const Layer* const* layers;
+  int64_t count, rows, threads;
+  const void* x;       // [rows, inputs]
+  void* const* y;      // [rows, outputs] of each layer
+  int64_t how;         // what becomes of results and `other`; see How
+  const float* other;  // [rows, outputs] of a single layer of floats, or null
 };
 
 namespace {
@@ -72,24 +77,31 @@ struct Results {
   const Layer& layer;
   const Quantized* rows;
   T* y;
+  int64_t how;
+  const float* other;
 
   // What the 16 outputs of a panel share.
   struct Panel {
     const Quantized* rows;
     T* to;
-    int64_t outputs, many, outliers, activation;
-    const float* tails;
+    int64_t outputs, many, outliers, activation, how;
+    const float *tails, *other;
     Floats scale, bias = {}, kept[MOST_OUTLIERS];
     Ints sums;
 
     void put(const int32_t* from, int64_t apart, int64_t row, int64_t count) const {
       for (int64_t r = row; r < row + count; r++, from += apart) {
-        const Floats result = result_of(from, rows[r]);
+        const Floats result = joined(result_of(from, rows[r]), r * outputs);
         if (many == LANES)
           store_some(result, to + r * outputs, LANES);
         else
           store_some(result, to + r * outputs, many);
       }
+    }
+    Floats joined(Floats result, int64_t at) const {
+      if (how == ALONE) return result;
+      const Floats more = many == LANES ? load(other + at) : load_part(other + at, many);
+      return how == SUM ? result + more : result * more;
     }
     Floats result_of(const int32_t* from, const Quantized& q) const {
       Ints sum;
@@ -108,7 +120,7 @@ struct Results {
     const bool whole = left >= LANES;
     Panel shared = {rows, y + at, layer.outputs, whole ? LANES : left};
     shared.outliers = layer.outliers, shared.activation = layer.activation,
-    shared.tails = layer.tails;
+    shared.tails = layer.tails, shared.how = how, shared.other = other ? other + at : other;
     shared.scale = whole ? load(layer.scale + at) : load_part(layer.scale + at, left);
     if (BIAS) shared.bias = whole ? load(layer.bias + at) : load_part(layer.bias + at, left);
     memcpy(&shared.sums, layer.sums + at, sizeof shared.sums);
@@ -126,21 +138,24 @@ thread_local Scratch scratch;
 
 template <class T>
 struct Job {
-  const Layer& layer;
+  const Layer& layer;  // the first, which says how rows are quantized
   const Call& call;
-  int64_t padded, stride, panels, chunk;
+  int64_t padded, stride, chunk;
   bool own_rows;  // does each thread have rows of its own?
   uint8_t* memory;
 
-  Job(const Layer& layer, const Call& call) : layer(layer), call(call) {
+  explicit Job(const Call& call) : layer(*call.layers[0]), call(call) {
     padded = up(layer.inputs, 64);
     stride = row_stride(layer.inputs);
-    panels = up(layer.outputs, LANES) / LANES;
+    int64_t panels = 0;
+    for (int64_t i = 0; i < call.count; i++) panels += panels_of(*call.layers[i]);
     own_rows = call.rows >= HEIGHT * call.threads;
     const bool near = panels * LANES * padded <= NEAR_BYTES;
     chunk = near ? HEIGHT : up(rows_at_once(stride, call.rows), HEIGHT);
     if (!own_rows) chunk = up(call.rows, HEIGHT);
   }
+
+  static int64_t panels_of(const Layer& layer) { return up(layer.outputs, LANES) / LANES; }
 
   // Of a chunk of rows.
   int64_t bytes() const { return up(chunk * (stride + int64_t(sizeof(Quantized))), 64); }
@@ -175,19 +190,25 @@ struct Job {
   }
 
   template <bool BIAS, bool OUTLIERS>
-  void multiply(const Chunk& of, int64_t thread, int64_t threads) const {
+  void multiply(const Chunk& of, int64_t at, int64_t thread, int64_t threads) const {
     typedef Results<T, BIAS, OUTLIERS> Sink;
-    const Sink sink = {layer, of.rows, (T*)call.y + of.first * layer.outputs};
-    const Gemm<Sink> gemm = {of.q, layer.packed, stride, padded, panels, sink};
+    const Layer& own = *call.layers[at];
+    const int64_t before = of.first * own.outputs;
+    const float* other = call.other ? call.other + before : nullptr;
+    const Sink sink = {own, of.rows, (T*)call.y[at] + before, call.how, other};
+    const Gemm<Sink> gemm = {of.q, own.packed, stride, padded, panels_of(own), sink};
     gemm.share(of.count, thread, threads);
   }
   void multiply(const Chunk& of, int64_t thread, int64_t threads) const {
-    if (layer.outliers)
-      layer.bias ? multiply<true, true>(of, thread, threads)
-                 : multiply<false, true>(of, thread, threads);
-    else
-      layer.bias ? multiply<true, false>(of, thread, threads)
-                 : multiply<false, false>(of, thread, threads);
+    for (int64_t at = 0; at < call.count; at++) {
+      const bool bias = call.layers[at]->bias;
+      if (layer.outliers)
+        bias ? multiply<true, true>(of, at, thread, threads)
+             : multiply<false, true>(of, at, thread, threads);
+      else
+        bias ? multiply<true, false>(of, at, thread, threads)
+             : multiply<false, false>(of, at, thread, threads);
+    }
   }
 
   void run(int64_t thread, int64_t threads) const {
@@ -215,8 +236,8 @@ struct Job {
 };
 
 template <class T>
-int run(const Layer& layer, const Call& call) {
-  Job<T> job(layer, call);
+int run(const Call& call) {
+  Job<T> job(call);
   if (!job.open()) return 1;
 #if defined(_OPENMP)
   if (call.threads > 1) {
@@ -227,6 +248,17 @@ int run(const Layer& layer, const Call& call) {
 #endif
   job.run(0, 1);
   return 0;
+}
+
+int run_kind(const Call& call, int64_t kind) {
+  switch (kind) {
+    case F32:
+      return run<float>(call);
+    case F16:
+      return run<Half>(call);
+    default:
+      return run<Brain>(call);
+  }
 }
 
 }  // namespace
@@ -260,14 +292,22 @@ void pack(const int8_t* weight, int64_t outputs, int64_t inputs, int8_t* packed,
 // next 8, and the threads in the rest: for few rows each argument takes a noticeable part of a
 // call.
 int linear(const Layer* layer, int64_t what, const void* x, void* y) {
-  const Call call = {what & 0xffffffffff, what >> 48, x, y};
-  switch (what >> 40 & 0xff) {
-    case F32:
-      return run<float>(*layer, call);
-    case F16:
-      return run<Half>(*layer, call);
-    default:
-      return run<Brain>(*layer, call);
-  }
+  const Call call = {&layer, 1, what & 0xffffffffff, what >> 48, x, &y, ALONE, nullptr};
+  return run_kind(call, what >> 40 & 0xff);
+}
+
+// The same of floats, with numbers of `other` [rows, outputs] added to the results or multiplied by
+// them.
+int linear_with(const Layer* layer, int64_t what, const void* x, void* y, int64_t how,
+                const float* other) {
+  const Call call = {&layer, 1, what & 0xffffffffff, what >> 48, x, &y, how, other};
+  return run<float>(call);
+}
+
+// The same of several layers without outliers that take the same rows.
+int linears(const Layer* const* layers, int64_t count, int64_t what, const void* x,
+            void* const* y) {
+  const Call call = {layers, count, what & 0xffffffffff, what >> 48, x, y, ALONE, nullptr};
+  return run_kind(call, what >> 40 & 0xff);
 }
 }

@@ -52,6 +52,8 @@ class Functions:
     open_library: Callable[[], int]
     pack: Callable[..., None]
     linear: Callable[..., int]
+    linear_with: Callable[..., int]
+    linears: Callable[..., int]
     products: int = 1  # about how many a core makes in a cycle
 
 
@@ -62,7 +64,8 @@ def read(library: ctypes.CDLL) -> Functions:
     number, pointer = ctypes.c_int64, ctypes.c_void_p
     try:
         size = ctypes.c_int64.in_dll(library, "layer_bytes").value
-        functions = Functions(library.open_library, library.pack, library.linear)
+        names = "open_library", "pack", "linear", "linear_with", "linears"
+        functions = Functions(*(getattr(library, name) for name in names))
     except (AttributeError, ValueError) as error:
         raise OSError(f"the compiled library lacks a symbol: {error}") from None
     if size != ctypes.sizeof(Layer):
@@ -73,6 +76,8 @@ def read(library: ctypes.CDLL) -> Functions:
     functions.pack.argtypes = [pointer, number, number, pointer, pointer]
     functions.pack.restype = None
     functions.linear.argtypes = [pointer, number, pointer, pointer]
+    functions.linear_with.argtypes = [pointer, number, pointer, pointer, number, pointer]
+    functions.linears.argtypes = [pointer, number, number, pointer, pointer]
     return functions
 
 

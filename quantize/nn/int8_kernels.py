@@ -179,6 +179,11 @@ def kernel(name: str) -> Iterator[None]:
         _forced = before
 
 
+def is_free() -> bool:
+    """Is no kernel forced?"""
+    return _forced is None
+
+
 def native_allowed() -> bool:
     """Is no kernel but the native one forced?"""
     return not _forced or _named(_forced) is native

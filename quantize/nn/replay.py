@@ -26,6 +26,7 @@ from quantize.native.packs import versions_of
 from quantize.nn import PackedLayer
 from quantize.nn.int8 import Int8Linear
 from quantize.nn.int8_embedding import Int8Embedding
+from quantize.nn.int8_joined import joined
 from quantize.nn.tape import CONSTANTS, TENSORS, Recorder, Tape, Unfit
 
 KINDS = (Int8Linear, Int8Embedding)  # layers in integers that can be recorded
@@ -141,7 +142,7 @@ class Region:
             result = call()
         kept = versions == versions_of(state.tensors) and state.holds()
         try:
-            tape = recorder.tape(result)
+            tape = recorder.tape(result, None if torch.is_grad_enabled() else joined)
             if kept and all(map(_are_equal, inputs, before)) and _gives(tape, inputs, result):
                 return result, tape
         except (Unfit, RuntimeError):  # another run of its calls may fail where inputs changed

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 from torch.utils import _pytree as pytree
 
@@ -31,6 +32,8 @@ _QUESTIONS = {
     torch.numel,
     torch.is_tensor,
 }
+# Calls that change nothing where they give what they got.
+_PASSING = {F.dropout, torch.dropout, Tensor.contiguous, Tensor.to, Tensor.float}
 
 
 class Unfit(Exception):
@@ -53,6 +56,10 @@ class Step(NamedTuple):
     last: tuple[int, ...] = ()
 
 
+# From steps, places of results, values and seen tensors to fewer steps; see Recorder.
+Shorten = Callable[[Sequence[Step], Sequence[int], Sequence[Any], dict[int, Tensor]], list[Step]]
+
+
 class Tape:
     """The steps of a forward.
 
@@ -66,8 +73,10 @@ class Tape:
     def __init__(
         self, steps: Iterable[Step], values: Sequence[Any], outputs: Sequence[int], form: Any
     ) -> None:
-        self.values, self.outputs, self.form = list(values), outputs, form
+        self.outputs, self.form = outputs, form
         self.steps = _with_last_reads(list(steps), outputs, values)
+        size = max([len(values), *(step.to + 1 for step in self.steps)])
+        self.values = [*values, *[None] * (size - len(values))]
         self.is_single = form.is_leaf()
 
     def run(self, inputs: Sequence[Tensor]) -> Any:
@@ -109,12 +118,14 @@ class Recorder(TorchFunctionMode):
         self.steps: list[Step] = []
         self.values: list[Any] = []
         self.places: dict[int, int] = {}  # of tensors, by their identity
-        self.held: list[Any] = []  # so that no identity comes twice
+        self.seen: dict[int, Tensor] = {}  # by their places
+        self.versions: list[int] = []  # of these, as they came
+        self.changes = False
         for tensor in inputs:
-            self.places[id(tensor)] = self._new(None)
+            self._keep(tensor, self._new(None))
         for tensor in owned:
             if id(tensor) not in self.places:
-                self.places[id(tensor)] = self._new(tensor)
+                self._keep(tensor, self._new(tensor))
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -127,19 +138,37 @@ class Recorder(TorchFunctionMode):
                 self.problem = str(problem)
         return result
 
-    def tape(self, result: Any) -> Tape:
-        """What was recorded, for a forward that gave this result. Raises Unfit."""
+    def tape(self, result: Any, shorten: Shorten | None = None) -> Tape:
+        """What was recorded, for a forward that gave this result. shorten: gives fewer steps, in
+        another order, of those that change no tensor. Raises Unfit.
+        """
         if self.problem:
             raise Unfit(self.problem)
         leaves, form = pytree.tree_flatten(result)
         outputs = [self._place(leaf) for leaf in leaves]
-        return Tape(self.steps, self.values, outputs, form)
+        steps: Sequence[Step] = self.steps
+        if shorten is not None and not self._has_changed():
+            steps = shorten(steps, outputs, self.values, self.seen)
+        return Tape(steps, self.values, outputs, form)
+
+    def _has_changed(self) -> bool:
+        """Did a step change a tensor, or may it have?"""
+        return self.changes or self.versions != [*map(_version, self.seen.values())]
 
     def _new(self, value: Any) -> int:
         self.values.append(value)
         return len(self.values) - 1
 
+    def _keep(self, tensor: Tensor, place: int) -> None:
+        self.places[id(tensor)] = place
+        self.seen[place] = tensor
+        self.versions.append(_version(tensor))
+
     def _add(self, func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> None:
+        if any(result is value for value in (*args, *kwargs.values())):
+            if func in _PASSING:
+                return
+            self.changes = True
         reads = [self._place(value) for value in (*args, *kwargs.values())]
         call = _named(func, len(args), tuple(kwargs)) if kwargs else func
         to = self._new(None)
@@ -155,8 +184,7 @@ class Recorder(TorchFunctionMode):
     def _note(self, func: Any, result: Any, place: int) -> None:
         if type(result) not in TENSORS:
             raise Unfit(f"{getattr(func, '__name__', func)} gives a {type(result).__name__}")
-        self.held.append(result)
-        self.places[id(result)] = place
+        self._keep(result, place)
 
     def _place(self, value: Any) -> int:
         """Where a value lies."""
@@ -178,6 +206,10 @@ class Recorder(TorchFunctionMode):
 def is_recorded() -> bool:
     """Does a recorder see what is called now?"""
     return isinstance(_get_current_function_mode(), Recorder)
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
 
 
 def _is_constant(value: Any) -> bool:

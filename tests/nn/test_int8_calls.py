@@ -15,6 +15,8 @@ from torch.nn import functional as F
 
 from quantize import quantize_dynamic
 from quantize.nn import int8_kernels as kernels
+from quantize.nn import replay
+from quantize.nn.int8_joined import Joined, Together
 from quantize.nn.int8_region import Region
 from quantize.nn.replay import _MOST_FORMS
 
@@ -63,6 +65,10 @@ def own(block: Any, *args: Any, **kwargs: Any) -> Any:
     return type(block).own_forward(block, *args, **kwargs)
 
 
+def tapes(block: Any) -> list[tuple[Any, Any]]:
+    return list(replay._regions[block].tapes.items())
+
+
 def is_replayed(block: Any, *args: Any, **kwargs: Any) -> bool:
     """Does a third call do without the forward, and give its result?"""
     for _ in range(2):
@@ -95,6 +101,36 @@ def test_the_bits_of_the_forward(inference: bool):
     assert block(x).requires_grad  # by the norm
     block(x).sum().backward()
     assert block.norm.weight.grad.any()
+
+
+def _gated(block: Any, x: Tensor) -> Tensor:
+    return block.down(F.silu(block.up(x)) * block.up(x)) + x
+
+
+def _changes_what_was_read(block: Any, x: Tensor) -> Tensor:
+    y = block.q(x)
+    return y + x.mul_(2)
+
+
+@pytest.mark.parametrize("change", [None, _gated, _changes_what_was_read])
+@torch.no_grad()
+def test_layers_that_do_more(level: str, monkeypatch: pytest.MonkeyPatch, change: Any):
+    """Sums, products and layers of one input, in one native call each: the bits of the steps, on
+    every instruction set, for many rows and few, on one thread and on two, without native code.
+    """
+    block = int8(lambda block: setattr(block, "more", change))
+    for shape in ((1, 1, 32), (2, 5, 32), (3, 40, 32)):
+        x = randn(*shape)
+        for threads in (1, 2):
+            monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+            assert is_replayed(block, x)
+        (tape,) = (t for key, t in tapes(block) if key[0][1][1][0] == x.shape)
+        calls = [type(step.call) for step in tape.steps]
+        together = change is not _changes_what_was_read
+        assert calls.count(Together) == together
+        assert calls.count(Joined) == (together + 2 * (change is _gated))
+        with kernels.kernel("reference"):
+            assert torch.equal(block(x), own(block, x))
 
 
 def _counts(block: Any, x: Tensor) -> Tensor:
