@@ -4,13 +4,14 @@ rows with each other, [N, N], in place of those of the inputs, [K, K].
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from quantize.calibration.patches import is_finite
-from quantize.calibration.solve import CROSS_RIDGE, PLAIN_RIDGE, factorized, min_ridge
+from quantize.calibration.solve import PLAIN_RIDGE, factorized, min_ridge
 
 
 @dataclass
@@ -72,24 +73,69 @@ def is_finite_moment(moment: Tensor | Outer) -> bool:
     return is_finite(moment.rows if isinstance(moment, Outer) else moment)
 
 
-def compensate_rows(weight: Tensor, moment: Outer, gap: Tensor) -> Tensor:
-    """What `compensate` gives, from few rows.
+def compensate_rows(
+    weight: Tensor, moment: Outer, gap: Tensor, first: Tensor, *, centred: bool
+) -> Tensor:
+    """What `compensate` gives, from few rows, by the ridge that does best on those of either half
+    when fitted on the other: so few can be met exactly by a weight that is wrong for all others.
 
     Args:
         weight: W, [M, K].
         moment: of the inputs x, one row of it each: [N, K].
         gap: what W leaves of each row's target, y - W x, over the root of N as those rows are,
             [N, M].
+        first: the rows of the first half, [N], bool.
+        centred: rows and gaps are less their means.
 
     Returns:
         [M, K], float64.
     """
     power = moment.power
     scale = torch.where(power > torch.finfo(power.dtype).tiny, power, 1.0)
-    rows = moment.rows
-    gram = factorized(rows @ rows.T / scale, CROSS_RIDGE + moment.floor / scale)
-    change = torch.cholesky_solve(gap / scale, gram)  # [N, M]
-    return weight + change.T @ rows
+    gram = moment.rows @ moment.rows.T / scale
+    gap = gap / scale
+    count = len(gap)
+    # of the rows themselves, which are not over the root of their number
+    ridge = halved_ridge(gram * count, gap * count**0.5, first, 1.0, centred=centred)
+    ridge = ridge / 2 + moment.floor / scale  # what holds half of the rows holds all of them
+    if count > moment.rows.shape[1]:
+        cross = moment.rows.T @ gap  # [K, M]
+        factor = factorized(moment.rows.T @ moment.rows / scale, ridge)
+        return weight + torch.cholesky_solve(cross, factor).T
+    change = torch.cholesky_solve(gap, factorized(gram, ridge))  # [N, M]
+    return weight + change.T @ moment.rows
+
+
+def first_halves(parts: Iterable[Tensor]) -> Tensor:
+    """Which rows of these parts, one after another, are of the first half of their part, [N], bool;
+    a middle row is so in every second part.
+    """
+    halves = []
+    for place, part in enumerate(parts):
+        middle = (len(part) + place % 2) // 2
+        halves.append(torch.arange(len(part), device=part.device) < middle)
+    return torch.cat(halves)
+
+
+def halved_ridge(
+    gram: Tensor, left: Tensor, first: Tensor, power: float, *, centred: bool
+) -> float:
+    """The one of `RIDGES` times `power` that leaves least of either half of the rows when fitted on
+    the other.
+
+    Args:
+        gram: products of the rows with each other, X X^T, [N, N].
+        left: what is to be fitted, [N, M].
+        first: the rows of the first half, [N], bool.
+        power: the mean input power.
+        centred: a constant is fitted too.
+    """
+    second = ~first
+    if not (first.any() and second.any()):
+        return PLAIN_RIDGE * power
+    there = _Dual(gram, left, first, second, centred=centred)
+    back = _Dual(gram, left, second, first, centred=centred)
+    return power * min_ridge(lambda r: there.error(r * power) + back.error(r * power))
 
 
 class FewRows:
@@ -126,7 +172,7 @@ class FewRows:
         """As `Regression.fit`; the rows are less `shift` where a bias is fitted too."""
         x = torch.cat([part for part, _ in self.parts])
         y = torch.cat([part for _, part in self.parts]).double()
-        first = torch.cat([torch.arange(len(part)) < len(part) // 2 for part, _ in self.parts])
+        first = first_halves(part for part, _ in self.parts)
         gram = (x @ x.T).double()
         left = y - (x @ start.T.to(x.dtype)).double()  # [N, M]
         power = x.square().mean(dtype=torch.float64)
@@ -134,15 +180,10 @@ class FewRows:
             offset = shift[0].double()
             power = power + (offset * (2 * x.mean(0, dtype=torch.float64) + offset)).mean()
         power = max(float(power), 1e-12)
-        halves = (first.to(x.device), ~first.to(x.device))
-        ridge = PLAIN_RIDGE
-        if all(half.any() for half in halves):
-            there = _Dual(gram, left, *halves, centred=shift is not None)
-            back = _Dual(gram, left, *halves[::-1], centred=shift is not None)
-            ridge = min_ridge(lambda r: there.error(r * power) + back.error(r * power))
-        everything = torch.ones_like(halves[0])
+        ridge = halved_ridge(gram, left, first, power, centred=shift is not None)
+        everything = torch.ones_like(first)
         dual = _Dual(gram, left, everything, everything, centred=shift is not None)
-        change = dual.solve(ridge * power).T  # [M, N]
+        change = dual.solve(ridge).T  # [M, N]
         # where means are taken off, the change of each output sums to zero over the rows
         weight = start + (change.to(x.dtype) @ x).double()
         if shift is None:

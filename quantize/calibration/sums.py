@@ -8,43 +8,51 @@ from typing import Any
 
 import torch
 
-from quantize.calibration.dual import Outer
+from quantize.calibration.dual import Outer, first_halves
 from quantize.calibration.patches import added, exact, is_finite, symmetric, upper_gram
 
 # gives the second moment of rows minus a shift, from both
 Product = Callable[[torch.Tensor, torch.Tensor], list[torch.Tensor]]
-
-
-OF_ITS_OWN = 0.5
-
-
-def are_many(x: torch.Tensor) -> bool:
-    """Are rows [N, K] worth a product of their own?"""
-    return len(x) >= OF_ITS_OWN * x.shape[1]
+OF_ITS_OWN = 0.5  # rows for each column
+MANY = 512  # rows whose product takes far longer than adding it up
+FEW = 2.0  # rows for each input up to which a fit may follow what no other rows have
 
 
 class Squares:
     """The sum of x x^T over rows x [K], times a factor each.
 
     Rows of batches of fewer than `OF_ITS_OWN` for each column wait until there are as many as
-    columns: adding up a product costs as much as the product of many rows. While there are fewer,
-    all that is asked of them is cheaper from the rows themselves.
+    columns: while there are fewer, all that is asked of them is cheaper from the rows themselves.
+    After that only rows of small batches wait, since adding up a product takes as long as the
+    product of some rows.
+
+    Args:
+        patience: how many rows for each column wait, of any batches; None: as above.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, patience: float | None = None) -> None:
+        self.patience = patience
         self.strips: list[torch.Tensor] = []  # as `upper_gram` gives them
         self.waiting: list[tuple[torch.Tensor, float]] = []  # rows times a factor, and the factor
         self.count = 0  # of the rows that wait
 
+    def are_many(self, x: torch.Tensor) -> bool:
+        """Are rows [N, K] worth a product of their own?"""
+        enough = OF_ITS_OWN * x.shape[1]
+        if self.strips:
+            return len(x) >= min(enough, MANY)
+        return self.patience is None and len(x) >= enough
+
     def add(self, x: torch.Tensor, times: float = 1.0) -> None:
         """Rows x [N, K]; they are kept, and nobody may write to them any more."""
-        if times == 1.0 and are_many(x):
+        if times == 1.0 and self.are_many(x):
             self.add_product(upper_gram(x))
             return
         factor = times**0.5
         self.waiting.append((x if times == 1.0 else x * factor, factor))
         self.count += len(x)
-        if self.count >= x.shape[1]:
+        patience = self.patience if self.patience and not self.strips else 1.0
+        if self.count >= patience * x.shape[1]:
             self.flush()
 
     def add_product(self, product: list[torch.Tensor], times: float = 1.0) -> None:
@@ -128,7 +136,7 @@ class InputStatistics:
             self.shift = x.mean(0, dtype=torch.float64).to(x.dtype)
         x = x - self.shift
         self.total = added(self.total, x.sum(0), times)
-        if outer and (product is None or not are_many(x)):
+        if outer and (product is None or not self.squares.are_many(x)):
             self.squares.add(x, times)
         elif outer and product is not None:
             self.squares.add_product(product(x, self.shift), times)
@@ -179,8 +187,12 @@ class InputStatistics:
 
 @dataclass
 class PairedStatistics(InputStatistics):
-    """Inputs x [K] of a layer, and beside each row of them another row z [Z]."""
+    """Inputs x [K] of a layer, and beside each row of them another row z [Z].
 
+    Up to `FEW` rows for each column they are kept as they are: a fit to so few is tried on halves.
+    """
+
+    squares: Squares = field(default_factory=lambda: Squares(FEW))
     other_shift: Any = None  # [Z]
     other_total: Any = 0.0  # [Z], sum of z - other_shift
     cross_total: Any = 0.0  # [Z, K], sum of (z - other_shift) (x - shift)^T of summed rows
@@ -226,6 +238,11 @@ class PairedStatistics(InputStatistics):
         else:
             x, z = x + self.shift, z + self.other_shift
         return x / self.count**0.5, z / self.count**0.5
+
+    @property
+    def first_half(self) -> torch.Tensor:
+        """Which of the few rows are of the first half of the data, [N], bool."""
+        return first_halves(x for x, _ in self.waiting)
 
     @property
     def other_mean(self) -> torch.Tensor:

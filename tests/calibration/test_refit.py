@@ -16,6 +16,7 @@ from quantize.calibration import (
     least_squares,
     refit,
 )
+from quantize.calibration.solve import PLAIN_RIDGE
 
 
 def rows(inputs: int, outputs: int, mean: float, count: int = 400) -> tuple[torch.Tensor, ...]:
@@ -120,8 +121,32 @@ def test_moments_of_few_rows_are_those_of_their_squares(centred):
     weight = randn(6, 20, seed=5).double()
     x, z = few.few_rows(centred=centred)
     cross = summed.cross_covariance if centred else summed.cross_moment
-    expected = compensate(weight, matrix, cross + 0.1 * weight)
-    assert_close(compensate_rows(weight, rows, z - x @ weight.T), expected)
+    first = torch.zeros(12, dtype=torch.bool)  # no half to try ridges on
+    expected = compensate(weight, matrix, cross + 0.1 * weight, ridge=PLAIN_RIDGE / 2)
+    gap = z - x @ weight.T
+    assert_close(compensate_rows(weight, rows, gap, first, centred=centred), expected)
+
+
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("true", [False, True])
+def test_few_rows_are_followed_as_far_as_others_agree(centred, true):
+    """Gaps of 32 rows of 64 inputs that are noise change next to nothing on other rows; gaps that a
+    weight makes, on inputs of 8 directions, are closed on other rows too.
+    """
+    every = randn(64, 8) @ randn(8, 64, seed=1) if true else randn(64, 64)
+    x, others = every.double().split(32)
+    weight, map_ = randn(16, 64, seed=2).double(), randn(16, 64, seed=3).double()
+    gap = x @ map_.T if true else randn(32, 16, seed=4).double()
+    if centred:
+        x, gap = x - x.mean(0), gap - gap.mean(0)
+    half = torch.arange(32) < 16
+    moment = Outer(x / 32**0.5)
+    found = compensate_rows(weight, moment, gap / 32**0.5, half, centred=centred)
+    change = others @ (found - weight).T
+    if true:
+        assert (change - others @ map_.T).norm() < 0.02 * (others @ map_.T).norm()
+    else:
+        assert change.norm() < 0.1 * gap.norm()
 
 
 def test_rows_that_stand_for_several_keep_their_share():

@@ -48,7 +48,9 @@ class Seen(calibrate.PairedStatistics):
         if isinstance(moment, calibrate.Outer):
             x, z = self.few_rows(centred=centred)
             gap = z - x @ weight.T if self.is_target else (z - x) @ weight.T
-            return calibrate.compensate_rows(weight, moment, gap), moment
+            halves = self.first_half
+            fitted = calibrate.compensate_rows(weight, moment, gap, halves, centred=centred)
+            return fitted, moment
         target = self.target_moment(weight, centred=centred)
         target = torch.add(target, weight, alpha=floor)
         return calibrate.compensate(weight, moment, target), moment
