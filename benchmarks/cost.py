@@ -93,6 +93,18 @@ def decoder(**config: Any) -> Case:
     return Case(make, batch, amount={"*up_proj": 0.5})
 
 
+def billion(layers: int) -> Case:
+    """A decoder of 1.1 billion parameters where it has 22 layers."""
+    return decoder(
+        vocab_size=32000,
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+    )
+
+
 def images(kind: str, **config: Any) -> Case:
     def batch(generator: torch.Generator) -> torch.Tensor:
         return torch.randn(BATCH, 3, SIZE, SIZE, generator=generator)
@@ -139,14 +151,8 @@ LARGE = {
         num_attention_heads=15,
         num_key_value_heads=5,
     ),
-    "decoder_1b": decoder(
-        vocab_size=32000,
-        hidden_size=2048,
-        intermediate_size=5632,
-        num_hidden_layers=22,
-        num_attention_heads=32,
-        num_key_value_heads=4,
-    ),
+    "decoder_1b": billion(22),
+    "decoder_2048x3": billion(3),  # three layers of it
 }
 DEEP = {f"bert_256x{depth}": encoder(small_bert, 256, depth) for depth in (4, 8, 16)}
 SMALL = {"bert_128x4": encoder(small_bert, 128, 4)}
