@@ -1,12 +1,15 @@
 """llama.cpp as a peer of decoding: our weights as a GGUF file, timed by its own clock.
 
-Needs gguf, and xllamacpp or a build's own benchmark program.
+Needs gguf, and xllamacpp or a build's own benchmark program. `llama.py FILE SLOTS TOKENS` is its
+server, with so many tokens for each of so many texts.
 """
 
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -178,3 +181,10 @@ def _request(tokens: list[int], new: int) -> dict[str, Any]:
         "ignore_eos": True,
         "cache_prompt": False,
     }
+
+
+if __name__ == "__main__":  # a server, until it is stopped
+    file, slots, tokens = sys.argv[1:]
+    running = _server(Path(file), int(slots), int(tokens))
+    print(running.listening_address, flush=True)
+    signal.pause()

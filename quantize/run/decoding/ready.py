@@ -40,8 +40,9 @@ def for_decoding(
 
     `generate` decodes a `DecoderLM` natively by itself; this is for choosing the back end, for
     calling the model without `generate`, and for float16 weights (`to_half`), which native then
-    reads from a float16 copy. The result shares the model's weights. Not for training or saving; a
-    CUDA model runs as it is.
+    reads from a float16 copy. The result shares the model's weights; integers lie in memory once,
+    as native code reads them, and are computed for whoever else asks (see `lazy`). Not for training
+    or saving; a CUDA model runs as it is.
 
     Args:
         model: a `DecoderLM`, compressed or not. It isn't changed, its mode included.
