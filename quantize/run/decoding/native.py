@@ -115,7 +115,8 @@ class Step:
             self.run(self.described, request)
             found.append(logits)
         cache.close(tokens)
-        return torch.cat(found, dim=1).to(self.answers or embedded.dtype)
+        logits = found[0] if len(found) == 1 else torch.cat(found, dim=1)
+        return logits.to(self.answers or embedded.dtype)
 
     @property
     def threads(self) -> int:

@@ -112,7 +112,8 @@ class _Watch:
             self.contents += filter(None, contents)
             self.hooks += (module._forward_hooks, module._forward_pre_hooks)
         self.members = list(_members(self.contents))
-        self.tensors = [member for member in self.members if is_plain(member)]
+        plain = [member for member in self.members if is_plain(member)]
+        self.tensors = [tensor for tensor in plain if tensor.numel()]
         self.counted = [tensor for tensor in self.tensors if not tensor.is_inference()]
         self.state = self._state()
 
