@@ -32,9 +32,13 @@ class Swap:
     def __init__(self, replacements: Mapping[nn.Module, nn.Module]) -> None:
         self.replacements = replacements
         self.seen: set[int] = set()
+        self.owner: nn.Module | None = None  # whose attributes are looked at
 
     def __call__(self, module: nn.Module) -> None:
-        """In the attributes of `module`; its children are not looked at."""
+        """In the attributes of `module`; its children are not looked at, and what it holds of
+        itself (its own bound methods) stays.
+        """
+        self.owner = module
         for name, value in list(vars(module).items()):
             if name not in _INTERNAL and type(value) not in _ATOMS:
                 module.__dict__[name] = self._swapped(value)
@@ -42,7 +46,7 @@ class Swap:
     def _swapped(self, value: Any) -> Any:
         """`value` with modules replaced; what can be is changed in place."""
         if isinstance(value, nn.Module):
-            return self.replacements.get(value, value)
+            return value if value is self.owner else self.replacements.get(value, value)
         if type(value) in _ATOMS or isinstance(value, _PLAIN) or id(value) in self.seen:
             return value
         if isinstance(value, tuple):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import in_int8, linear, randn
 from torch import Tensor, nn
+from transformers.activations import GELUActivation
 
 import quantize
 from quantize import surgery
@@ -102,3 +103,11 @@ def test_a_hook_of_a_copy_holds_the_copy():
     model, x = KeepsFeatures(), randn(4, 32)
     copied = surgery.clone(model)
     assert torch.equal(copied(x), copied.first(x)) and model.seen.ndim == 0
+
+
+def test_a_module_with_a_bound_method_of_its_own_is_replaced():
+    """transformers' GELU in Python calls one; it goes on working where somebody holds it."""
+    gelu, x = GELUActivation(use_gelu_python=True), randn(4, 32)
+    model = surgery.replace(nn.Sequential(linear(32, 32), gelu), {gelu: nn.Identity()})
+    assert torch.equal(model(x), model[0](x))
+    assert torch.allclose(gelu(x), nn.functional.gelu(x))
