@@ -46,6 +46,24 @@ def test_what_cannot_be_quantized_is_named():
         in_int8([1])
 
 
+class Lasting(nn.Module):
+    """Its values say how many rows it gives, as those of a speech model say how long a sound is."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = linear(24, 8)
+
+    def forward(self, x):
+        y = self.layer(x)
+        return y[: 1 + int(1e4 * y.abs().sum()) % len(y)]
+
+
+def test_outputs_of_other_shapes_are_refused_by_name():
+    """Where int8 changes how long an output is, calibration can't say how far it moved."""
+    with pytest.raises(ValueError, match="the int8 Lasting can't be compared: its outputs have"):
+        in_int8(Lasting(), calibration=[randn(50, 24)])
+
+
 def test_subclasses_with_their_own_forward_are_left_alone():
     """Only layers that compute what nn.Linear computes are replaced."""
 

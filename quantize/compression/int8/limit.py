@@ -37,9 +37,17 @@ class Trial:
     plans: Plans = field(default_factory=dict)
 
     def error(self, model: nn.Module) -> float:
-        """Relative error of a model's outputs."""
+        """Relative error of a model's outputs.
+
+        Raises: ValueError: they have other shapes (a length that follows from values, say) or
+            values that are not finite.
+        """
         actual = smooth.outputs(model, self.calibration)
-        return calibrating.relative_error(actual, self.expected)
+        try:
+            return calibrating.relative_error(actual, self.expected)
+        except ValueError as error:
+            kind = type(self.source).__name__
+            raise ValueError(f"the int8 {kind} can't be compared: {error}") from error
 
     def made(self, groups: Sequence[Group]) -> tuple[nn.Module, float]:
         """The model with these layers in int8, and its error."""
