@@ -194,8 +194,9 @@ def test_arrays_are_split_into_batches(tmp_path):
 def by_bytes(monkeypatch):
     """Searches of a few points that start no processes and measure by bytes."""
     monkeypatch.setattr("quantize.compression.search.trial.compare", measured_by_bytes)
-    for limit in ("MOST_SHARES", "FEW_SHARES", "ROUNDS", "CANDIDATES"):
+    for limit in ("MOST_SHARES", "FEW_SHARES", "ROUNDS", "TRAINED"):
         monkeypatch.setattr(f"quantize.compression.search.walk.{limit}", 1)
+    monkeypatch.setattr("quantize.compression.search.choosing.CANDIDATES", 1)
 
 
 def read(path: Path) -> Report:

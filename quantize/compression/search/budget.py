@@ -81,13 +81,19 @@ class Budget:
                 found.append(f"{name} is {shown}, asked for {limit:.4g}")
         return found
 
-    def excess(self, row: Mapping[str, Any]) -> float:
+    def excess(self, row: Mapping[str, Any], noise: float = 0.0) -> float:
         """The share by which a row misses the target that it misses most; below 0 where it reaches
         all with something to spare, infinite where one wasn't measured.
+
+        Args:
+            row: of a point.
+            noise: share by which what a clock or a process tells is taken to be worse; bytes are
+                counted.
         """
         shares = [-math.inf]
         for name, value, limit in self._measured(row):
-            shares.append(math.inf if value is None else _excess(name, value, limit))
+            share = math.inf if value is None else _excess(name, value, limit)
+            shares.append(share if name == "bytes" else share + noise)
         return max(shares)
 
     def _measured(self, row: Mapping[str, Any]) -> list[tuple[str, float | None, float]]:

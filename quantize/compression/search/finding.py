@@ -16,6 +16,7 @@ from quantize import surgery
 from quantize.calibration import check_batches, run_batch, watching
 from quantize.compression.recipe import Given
 from quantize.compression.search.budget import Budget
+from quantize.compression.search.choosing import choose
 from quantize.compression.search.judge import Divergence, Evaluated
 from quantize.compression.search.result import Result, report
 from quantize.compression.search.trial import ORIGINAL, Points, Trial, digest
@@ -61,7 +62,7 @@ def compress(
             (largest change of the metric for the worse: a number, "1%" of the original's value, or
             "2 noise", in standard errors of the metric). Without `evaluate`, percents are of the
             entropy of the original's answers (logits) or of 1 (other outputs).
-        minutes: after which no new point is begun.
+        minutes: for all of it; what is under way when they are over is finished.
         out: folder for the files, the rows and the report. A search that was interrupted goes on
             from what is there. None: a temporary folder.
         seed: of the trainings.
@@ -106,9 +107,9 @@ def compress(
     _check_metric(points, judge)
     with Nursery(threads=default_threads(), modules=modules_of(work)) as nursery:
         trial = Trial(work, example_inputs, given, judge, wanted, points, say, nursery)
-        search = Walk(trial, deadline)
+        search = Walk(trial, deadline - time.monotonic())
         search.run()
-        result = search.choose()
+        result = choose(trial, search.rounds, search.was_cut)
     report(result, folder, minutes, seed, say)
     say(result.reason)
     return result

@@ -15,7 +15,6 @@ from quantize.compression.recipe import (
     Recipe,
     Recover,
 )
-from quantize.compression.search.budget import Budget
 from quantize.compression.search.times import BF16, INT4, INT8
 from quantize.host import native_bf16
 
@@ -94,35 +93,6 @@ def channels_last(recipe: Recipe | None) -> Recipe:
     before = [step for step in steps if not step.rounds]
     rounding = [step for step in steps if step.rounds]
     return Recipe((*before, ChannelsLast(), *rounding))
-
-
-def best(rows: Sequence[Row], budget: Budget, noise: float) -> list[Row]:
-    """Rows that keep the budget, the preferred one first: where a target is given, the one that
-    lost least of those that reach it by more than noise; else the fastest.
-
-    Args:
-        rows: of all points.
-        budget: what is asked for.
-        noise: of a speed-up, as a share.
-    """
-    fitting = [row for row in rows if row["fits"]]
-    if not budget.has_targets:
-        return sorted(fitting, key=_by_speed)
-    return sorted(fitting, key=lambda row: (budget.excess(row) > -noise, *_by_loss(row)))
-
-
-def nearly(rows: Sequence[Row], budget: Budget, noise: float) -> list[Row]:
-    """Rows within the loss that miss a target by no more than noise, the nearest first."""
-    close = [row for row in rows if row["within"] and 0 < budget.excess(row) <= noise]
-    return sorted(close, key=budget.excess)
-
-
-def _by_loss(row: Mapping[str, Any]) -> tuple[float, float]:
-    return max(row["loss"], row["loss_noise"]), -(row["speedup"] or 0.0)
-
-
-def _by_speed(row: Mapping[str, Any]) -> tuple[float, float]:
-    return -(row["speedup"] or 0.0), row["bytes"]
 
 
 def without_layout(recipe: Recipe) -> Recipe | None:

@@ -7,16 +7,17 @@ was measured, then pruned and factorized models, then a training of what came ne
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Callable
 from functools import partial
 
 from torch import nn
 
-from quantize import checkpoint, surgery
+from quantize import surgery
 from quantize.compression.blocks import drop_blocks, find_blocks
 from quantize.compression.recipe import Drop, Int8, Recipe
-from quantize.compression.search import strategy
+from quantize.compression.search import choosing, strategy
 from quantize.compression.search.fits import Parts
 from quantize.compression.search.layered import (
     ROUNDS,
@@ -25,42 +26,47 @@ from quantize.compression.search.layered import (
     as_values,
     from_values,
 )
-from quantize.compression.search.result import Result, doubts_of, facts_of, layers_of
 from quantize.compression.search.times import BF16, FLOAT, INT4, INT8
-from quantize.compression.search.trial import ORIGINAL, Row, Trial, file_name
+from quantize.compression.search.trial import Row, Trial, file_name
 from quantize.compression.search.units import survey
 from quantize.host import native_bf16
 
 MOST_SHARES, FEW_SHARES = 6, 1  # of one technique; where layers are chosen one by one too
-CANDIDATES = 3  # to measure again side by side, the best first
-CONFIRMATIONS = 2  # of so many each
-MOST_NOISE = 0.05  # share of a latency that is taken for noise
+TRAINED = 3  # models that a training is tried on, the ones that lost least
 FIRST_STEPS, MOST_STEPS = 20, 400  # of a training
+SOME_LINEAR = 0.1  # share of the parameters from which on linear layers may get 4 bits
 
 
 class Walk:
     """Walks over recipes until the time is over."""
 
-    def __init__(self, trial: Trial, deadline: float) -> None:
-        self.trial, self.deadline = trial, deadline
+    def __init__(self, trial: Trial, seconds: float) -> None:
+        self.trial, self.seconds = trial, seconds
+        self.end = time.monotonic() + seconds  # for what is measured once more too
+        self.deadline = self.end  # for points
+        self.rounds = choosing.MOST_ROUNDS  # of what is measured once more
+        self.taken: list[float] = []  # seconds of each point
+        self.was_cut = False  # whether something was left out, as no time was left
         self.budget = budget = trial.budget
         self.small_wanted = budget.bytes is not None or budget.memory_mb is not None
         kinds = {type(module) for module in trial.model.modules()}
         self.tables = self.small_wanted and nn.Embedding in kinds
+        self.linear = _share_of_linear(trial.model)
         self.plain: list[Row] = []  # of recipes that keep every channel
         self.has_layout = False  # whether convolutions have their channels last
 
     @property
     def noise(self) -> float:
-        """Of a speed-up, as a share: how far the original was from itself, within reason."""
-        return min(self.trial.original()["speed_noise"], MOST_NOISE)
+        """Of a speed-up, as a share."""
+        return choosing.noise_of(self.trial.original())
 
     def run(self) -> None:
         """Try what the minutes allow; `Trial.rows` has what was measured."""
-        self.trial.original()
+        original = self.trial.original()
+        self.rounds, more = choosing.confirmation(original, choosing.SHARE * self.seconds)
+        self.deadline = self.end - more
         self.has_layout = self._is_faster_channels_last()
-        mostly_linear = _share_of_linear(self.trial.model) > 0.5
-        for recipe in strategy.whole(self.small_wanted, mostly_linear, self.tables):
+        for recipe in strategy.whole(self.small_wanted, self.linear > 0.5, self.tables):
             row = self._try(recipe)
             self.plain += [] if row is None else [row]
         self._smooth()
@@ -89,7 +95,7 @@ class Walk:
         """
         rows = [row for row in self.trial.rows() if row["recipe"] and row["fits"]]
         made = [row for row in rows if row["speedup"] >= 1]
-        sure = [row for row in made if self.budget.excess(row) <= -self.noise]
+        sure = [row for row in made if self.budget.excess(row, self.noise) <= 0]
         return self.budget.has_targets and any(row["loss"] <= row["loss_noise"] for row in sure)
 
     def _smooth(self) -> None:
@@ -113,13 +119,13 @@ class Walk:
         """The parts of the model, after the steps of `before`, with their options; None where there
         are none, or no time.
         """
-        if time.monotonic() > self.deadline:
+        if self._is_over():
             return None
         trial = self.trial
         key = "whole" if before is None else file_name(before)
         known = trial.points.known.get(key, {"kinds": [], "units": []})
         kinds = [FLOAT, INT8, *([BF16] if native_bf16("cpu") else [])]
-        kinds += [INT4] if self.small_wanted and _share_of_linear(trial.model) > 0 else []
+        kinds += [INT4] if self.small_wanted and self.linear > SOME_LINEAR else []
         if not set(known["kinds"]) >= set(kinds):
             ready = strategy.channels_last(before) if self.has_layout else before
             try:
@@ -178,7 +184,7 @@ class Walk:
 
     def _free_blocks(self) -> list[str]:
         """The blocks without which the model loses no more than half of what it may, or noise."""
-        if time.monotonic() > self.deadline:
+        if self._is_over():
             return []
         trial = self.trial
         blocks = find_blocks(trial.model, trial.example_inputs)
@@ -187,7 +193,7 @@ class Walk:
             trial.say(f"leaving out each of {len(blocks)} blocks")
             losses = {name: self._loss_without([name]) for name in blocks}
             known = {name: loss for name, loss in losses.items() if math.isfinite(loss)}
-            if time.monotonic() < self.deadline:
+            if not self._is_over():
                 self._kept(partial(trial.points.keep_known, "blocks", known))
         half = trial.allowed / 2 if trial.allowed < math.inf else 0.0
         most = max(half, trial.judge.noise, trial.least_noise)
@@ -200,7 +206,7 @@ class Walk:
 
     def _loss_without(self, blocks: list[str]) -> float:
         """Of the metric; infinite where the model fails without them, or no time is left."""
-        if time.monotonic() > self.deadline:
+        if self._is_over():
             return math.inf
         try:
             return self.trial.judge.score(drop_blocks(self.trial.model, blocks)).loss
@@ -213,18 +219,26 @@ class Walk:
         if self.has_layout:
             recipe = strategy.channels_last(recipe)
         known = self.trial.find(recipe)
-        if known is not None or time.monotonic() > self.deadline:
+        if known is not None or self._is_over():
             return known
-        row: Row | None = None
+        started = time.monotonic()
         try:
             row = self.trial.point(recipe, predicted)
         except OSError as error:  # a full disk
             self._stop(error)
             return None
+        self.taken.append(time.monotonic() - started)
         shown = row["misses"][0] if row["misses"] else "keeps the budget"
         speed = f"{row['speedup']:.2f}x, loss {row['loss']:.3g}, " if row["file"] else ""
         self.trial.say(f"{row['name']}: {speed}{shown}")
         return row
+
+    def _is_over(self) -> bool:
+        """Whether what takes as long as a point isn't done before the deadline."""
+        usual = statistics.median(self.taken or [0.0])
+        over = time.monotonic() + usual > self.deadline
+        self.was_cut = self.was_cut or over
+        return over
 
     def _kept(self, write: Callable[[], None]) -> None:
         """Write something that only a later search needs."""
@@ -259,7 +273,7 @@ class Walk:
 
     def _recover(self) -> None:
         """Train what has lost something that training may win back, the least first."""
-        for row in self._losing()[:CANDIDATES]:
+        for row in self._losing()[:TRAINED]:
             recipe = strategy.without_layout(Recipe.from_json(row["recipe"]))
             if recipe is None:
                 continue
@@ -288,43 +302,6 @@ class Walk:
     def _is_smaller(self, row: Row) -> bool:
         names = {step["step"] for step in row["recipe"]}
         return bool(names & {"Prune", "LowRank", "Drop"}) and "Recover" not in names
-
-    def choose(self) -> Result:
-        """The best row that keeps the budget when the best few are measured once more, side by
-        side; else the best there is, and why it isn't enough.
-        """
-        rows = self.trial.rows()
-        wanted = strategy.best(rows, self.budget, self.noise)
-        wanted += strategy.nearly(rows, self.budget, MOST_NOISE)
-        for _ in range(CONFIRMATIONS):
-            group, wanted = wanted[:CANDIDATES], wanted[CANDIDATES:]
-            fresh = self._confirmed(group)
-            by_name = {row["name"]: row for row in fresh}
-            rows = [by_name.get(row["name"], row) for row in rows]
-            good = strategy.best([*rows[:1], *fresh], self.budget, self.noise)
-            if good:
-                row = good[0]
-                reason = f"{row['name']} keeps the budget: {facts_of(row)}"
-                return self._result(row, rows, True, reason + doubts_of(row, rows))
-        within = [row for row in rows if row["within"]]
-        nearest = min(within, key=lambda row: self.budget.excess(row))
-        why = "; ".join(nearest["misses"])
-        reason = f"the budget can't be met here: {why}; the best is {nearest['name']}: "
-        reason += facts_of(nearest)
-        return self._result(nearest, rows, False, reason + doubts_of(nearest, rows))
-
-    def _confirmed(self, group: list[Row]) -> list[Row]:
-        """The rows of a group measured again, without the original, which is measured beside."""
-        others = [row for row in group if row["name"] != ORIGINAL]
-        fresh = self.trial.confirmed(others) if others else []
-        for row in fresh:
-            self._kept(partial(self.trial.points.keep, row))
-        return fresh
-
-    def _result(self, row: Row, rows: list[Row], met: bool, reason: str) -> Result:
-        file = self.trial.path(row["name"])
-        model = checkpoint.load(file, self.trial.model)
-        return Result(model, file, rows, met, reason, layers_of(row, model))
 
 
 def _dropped(recipe: Recipe | None) -> list[str]:

@@ -1,0 +1,123 @@
+"""Which of the measured points a search returns: the best few are measured once more, side by side.
+
+A point that has reached a target by luck is found out so, and the one that is returned has kept the
+budget twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from quantize import checkpoint
+from quantize.compression.search.budget import Budget
+from quantize.compression.search.result import Result, doubts_of, facts_of, layers_of
+from quantize.compression.search.trial import BURST_S, ORIGINAL, Row, Trial
+
+CANDIDATES = 3  # measured again side by side, the best first
+CONFIRMATIONS = 2  # of so many each
+FEWEST_ROUNDS, MOST_ROUNDS = 5, 11  # of such a measurement
+SHARE = 0.25  # of the minutes that the first of them may take
+LEAST_NOISE, MOST_NOISE = 0.02, 0.05  # share of a latency that is taken for noise
+
+
+def noise_of(original: Row) -> float:
+    """Of a speed-up, as a share: how far the original was from itself, within reason."""
+    return min(max(original["speed_noise"], LEAST_NOISE), MOST_NOISE)
+
+
+def confirmation(original: Row, seconds: float) -> tuple[int, float]:
+    """Rounds in which candidates and original can be measured again in about so many seconds, and
+    how long that takes.
+    """
+    turn = max(BURST_S, original["latency_ms"]["median"] / 1e3)
+    start = turn + (original["load_s"] or 0.0)
+    processes = CANDIDATES + 1
+    left = seconds / processes - start
+    rounds = max(FEWEST_ROUNDS, min(MOST_ROUNDS, int(left / turn)))
+    return rounds, processes * (start + rounds * turn)
+
+
+def best(rows: Sequence[Row], budget: Budget, noise: float) -> list[Row]:
+    """Rows that keep the budget, the preferred one first: where a target is given, the one that
+    lost least of those that reach it by more than noise and aren't slower than the original; else
+    the fastest.
+
+    Args:
+        rows: of all points.
+        budget: what is asked for.
+        noise: of a speed-up, as a share.
+    """
+    fitting = [row for row in rows if row["fits"]]
+    if not budget.has_targets:
+        return sorted(fitting, key=_by_speed)
+
+    def by_target(row: Row) -> tuple[float, ...]:
+        slower = row["speedup"] < 1 - noise
+        return budget.excess(row, noise) > 0, slower, *_by_loss(row)
+
+    return sorted(fitting, key=by_target)
+
+
+def nearly(rows: Sequence[Row], budget: Budget) -> list[Row]:
+    """Rows within the loss that miss a target by no more than noise, the nearest first."""
+    missing = [row for row in rows if row["within"] and not row["fits"]]
+    close = [row for row in missing if budget.excess(row, -MOST_NOISE) <= 0]
+    return sorted(close, key=budget.excess)
+
+
+def _by_loss(row: Mapping[str, Any]) -> tuple[float, float]:
+    return max(row["loss"], row["loss_noise"]), -(row["speedup"] or 0.0)
+
+
+def _by_speed(row: Mapping[str, Any]) -> tuple[float, float]:
+    return -(row["speedup"] or 0.0), row["bytes"]
+
+
+def choose(trial: Trial, rounds: int, was_cut: bool) -> Result:
+    """The best row that keeps the budget when the best few are measured once more; else the best
+    there is, and why it isn't enough.
+
+    Args:
+        trial: with all that was measured.
+        rounds: of a measurement.
+        was_cut: whether there was more to try when the minutes were over.
+    """
+    budget, rows = trial.budget, trial.rows()
+    noise = noise_of(trial.original())
+    wanted = best(rows, budget, noise) + nearly(rows, budget)
+    for _ in range(CONFIRMATIONS):
+        group, wanted = wanted[:CANDIDATES], wanted[CANDIDATES:]
+        fresh = _confirmed(trial, group, rounds)
+        by_name = {row["name"]: row for row in fresh}
+        rows = [by_name.get(row["name"], row) for row in rows]
+        good = best([*rows[:1], *fresh], budget, noise)
+        if good:
+            row = good[0]
+            reason = f"{row['name']} keeps the budget: {facts_of(row)}"
+            return _result(trial, row, rows, True, reason)
+    within = [row for row in rows if row["within"] and not row["fits"]]
+    nearest = min(within, key=lambda row: budget.excess(row))
+    why = "; ".join(nearest["misses"])
+    reason = f"the budget can't be met here: {why}; the best is {nearest['name']}: "
+    more = "; the minutes were over before everything was tried" if was_cut else ""
+    return _result(trial, nearest, rows, False, reason + facts_of(nearest) + more)
+
+
+def _confirmed(trial: Trial, group: Sequence[Row], rounds: int) -> list[Row]:
+    """The rows of a group measured again, without the original, which is measured beside."""
+    others = [row for row in group if row["name"] != ORIGINAL]
+    fresh = trial.confirmed(others, rounds) if others else []
+    for row in fresh:
+        try:
+            trial.points.keep(row)
+        except OSError as error:  # a full disk: only a later search needs it
+            trial.say(f"not written down: {error}")
+    return fresh
+
+
+def _result(trial: Trial, row: Row, rows: list[Row], met: bool, reason: str) -> Result:
+    file = trial.path(row["name"])
+    model = checkpoint.load(file, trial.model)
+    layers = layers_of(row, model)
+    return Result(model, file, rows, met, reason + doubts_of(row, rows), layers)
