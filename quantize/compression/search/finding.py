@@ -24,6 +24,7 @@ from quantize.compression.search.walk import Walk
 from quantize.host import default_threads, machine
 from quantize.measuring.nursery import Nursery, modules_of
 
+FORMAT = 2  # of what a folder holds beside the files
 _SAME = 5  # standard errors within which a metric is the same again
 
 
@@ -95,6 +96,7 @@ def compress(
     folder = Path(tempfile.mkdtemp(prefix="quantize-") if out is None else out)
     folder.mkdir(parents=True, exist_ok=True)
     identity = {"class": type(model).__name__, "state": digest(dict(work.state_dict()))}
+    identity |= {"format": FORMAT}
     identity |= {"calibration": digest(batches), "inputs": digest(example_inputs), "seed": seed}
     identity |= {"metric": judge.name, "cpu": machine()["cpu"], "threads": default_threads()}
     given = Given(

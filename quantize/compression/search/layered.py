@@ -20,6 +20,7 @@ from quantize.compression.search.units import Option, Unit
 
 ROUNDS = 8
 _MARGIN, _MORE = 0.02, 0.04  # of a target: asked for beyond it, and more after each miss
+_LEAST = 0.02  # share of a latency that is left of any model
 _MIXES = (0.5, 0.25, 0.75, 0.1, 0.9, 0.0, 1.0)  # share of latency where bytes count too
 
 Row = dict[str, Any]
@@ -35,6 +36,7 @@ class Layered:
         budget: what is asked for.
         allowed: largest loss.
         embeddings: whether tables become int8 too.
+        knows_noise: whether the noise of a loss is measured, and not a convention.
         base: row of the model whose layers the units are; None: of the original.
     """
 
@@ -45,13 +47,15 @@ class Layered:
         budget: Budget,
         allowed: float,
         embeddings: bool,
+        knows_noise: bool,
         base: Row | None = None,
     ) -> None:
         self.units, self.budget, self.allowed = list(units), budget, allowed
-        self.embeddings = embeddings
+        self.embeddings, self.knows_noise = embeddings, knows_noise
         self.original_s = original["latency_ms"]["median"] / 1e3
         self.base_s = self.original_s / (base or {"speedup": 1.0})["speedup"]
-        self.original_bytes, self.original_mb = original["bytes"], original["peak_rss_mb"]
+        self.original_bytes = original["bytes"]
+        self.other_mb = _other_mb(original)  # of a process, beside what its file holds
         whole = base or original
         self.rest = whole["bytes"] - sum(unit.options[0].bytes for unit in self.units)
         self.points: list[Seen] = []
@@ -64,8 +68,9 @@ class Layered:
         if row["file"] is None or not row["latency_ms"]:
             return
         saved = self.base_s - self.original_s / row["speedup"]
-        loss = max(row["loss"], 0.5 * row["loss_noise"], 1e-12)
-        self.points.append(Seen(parts, saved, loss, row["bytes"]))
+        noise = row["loss_noise"] if self.knows_noise else 0.0
+        self.points.append(Seen(parts, saved, row["loss"], noise, row["bytes"]))
+        self.other_mb = _other_mb(row)
 
     def uniform(self, kind: str) -> Parts:
         """Of every unit whole and of this kind; as it is where it has no such option."""
@@ -77,7 +82,8 @@ class Layered:
 
     @property
     def factors(self) -> Factors:
-        return fitted(self.points, self.base_s, self.rest)
+        layers_s = sum(unit.seconds for unit in self.units)
+        return fitted(self.points, self.base_s, layers_s, self.rest)
 
     # What is chosen.
 
@@ -112,7 +118,7 @@ class Layered:
                 fast = self._latency(factors, parts) <= latency * (1 - self.margin)
                 small = self._bytes(factors, parts) <= size * (1 - self.margin)
                 if fast and small:
-                    fitting.append((factors.loss(parts), choice))
+                    fitting.append((factors.loss_of(parts), choice))
                     break
         return min(fitting)[1] if fitting else None
 
@@ -129,8 +135,9 @@ class Layered:
         return solve(costs, losses)
 
     def _latency(self, factors: Factors, parts: Parts) -> float:
-        """As a share of the original's."""
-        return (self.base_s - factors.saved_s(parts)) / self.original_s
+        """As a share of the original's; savings of neighbours overlap, and something is left."""
+        left = max(self.base_s - factors.saved_by(parts), _LEAST * self.base_s)
+        return left / self.original_s
 
     def _bytes(self, factors: Factors, parts: Parts) -> float:
         return (factors.rest + parts.bytes) / self.original_bytes
@@ -146,14 +153,13 @@ class Layered:
 
     def _bytes_target(self) -> float | None:
         """As a share of the original's bytes; memory is taken to fall by as many bytes as the file
-        does.
+        does, from what was measured last.
         """
         sizes = []
         if self.budget.bytes is not None:
             sizes.append(self.budget.bytes)
-        if self.budget.memory_mb is not None and self.original_mb is not None:
-            fewer = (self.original_mb - self.budget.memory_mb) * 2**20
-            sizes.append(self.original_bytes - fewer)
+        if self.budget.memory_mb is not None and self.other_mb is not None:
+            sizes.append((self.budget.memory_mb - self.other_mb) * 2**20)
         return max(min(sizes), 0.0) / self.original_bytes if sizes else None
 
     # What is made of it.
@@ -190,7 +196,7 @@ class Layered:
         factors, parts = self.factors, Parts.of(self.options(choice))
         return {
             "latency_ms": 1e3 * self.original_s * self._latency(factors, parts),
-            "loss": factors.loss(parts),
+            "loss": factors.loss_of(parts),
             "bytes": factors.rest + parts.bytes,
             "parts": dataclasses.asdict(parts),
             "layers": list(self._reasons(factors, choice)),
@@ -216,6 +222,11 @@ class Layered:
         return None
 
 
+def _other_mb(row: Row) -> float | None:
+    peak = row["peak_rss_mb"]
+    return None if peak is None else peak - row["bytes"] / 2**20
+
+
 def _words(option: Option) -> str:
     words = [] if option.kind == FLOAT else [option.kind]
     if option.amount:
@@ -228,7 +239,7 @@ def _words(option: Option) -> str:
 def _why(factors: Factors, unit: Unit, option: Option) -> str:
     """What the option gives and costs, and what the unit could have had."""
     saved = 1e3 * factors.saved_s(option)
-    told = f"saves {saved:.3g} of {1e3 * factors.kind * unit.seconds:.3g} ms"
+    told = f"saves {saved:.3g} of {1e3 * factors.kind(option) * unit.seconds:.3g} ms"
     told += f" for a loss of {factors.loss(option):.2g}"
     others = [other for other in unit.options if factors.saved_s(other) > factors.saved_s(option)]
     if not others:

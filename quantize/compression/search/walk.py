@@ -140,7 +140,7 @@ class Walk:
         ready = strategy.channels_last(before) if self.has_layout else before
         base = None if ready is None else trial.find(ready)
         told = (trial.original(), trial.budget, trial.allowed, self.tables)
-        return Layered(units, *told, base)
+        return Layered(units, *told, knows_noise=trial.least_noise == 0, base=base)
 
     def _by_layer(self, layered: Layered, before: Recipe | None = None) -> None:
         """Choices of an option for every part that is left by the steps of `before`, each corrected
