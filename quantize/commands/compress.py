@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from quantize import script
+from quantize.checkpoint import atomic_write
 from quantize.commands import source
 from quantize.compression.search import Result, compress
 from quantize.compression.search.budget import TARGETS
@@ -58,7 +59,7 @@ def _flags() -> script.Parser:
     parser.flag("--latency-ms", "milliseconds of a call, at most", type=float)
     parser.flag("--bytes", "of the file, at most: 20000000, 20M, 19Mi", type=_bytes)
     parser.flag("--memory-mb", "MiB of a process that runs it, at most", type=float)
-    parser.flag("--minutes", "after which no new point is begun", type=script.minutes, default=5.0)
+    parser.flag("--minutes", "that the search may take", type=script.minutes, default=5.0)
     parser.flag("--evaluate", evaluate_help)
     parser.flag("--batch", "examples in a call", type=script.count, default=8)
     parser.flag("--length", "tokens of an example; none: 128 or the limit", type=script.count)
@@ -137,7 +138,8 @@ def _write(result: Result, out: Path, report: Report) -> None:
     """
     save_folder(result.model, out)
     if (out / WEIGHTS).is_file():
-        shutil.copyfile(result.file, out / WEIGHTS)
+        with result.file.open("rb") as measured, atomic_write(out / WEIGHTS) as file:
+            shutil.copyfileobj(measured, file)
         for row in report["rows"]:
             row["file"] = WEIGHTS if row["file"] == result.file.name else None
         report["data"]["chosen"] = WEIGHTS
