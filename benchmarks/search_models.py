@@ -16,6 +16,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import quantize
+from quantize.calibration import main_output
 from quantize.measuring.artifact import as_metrics
 from quantize.training import data
 
@@ -41,18 +42,6 @@ class Task:
     evaluate: Callable[[Any], dict[str, Any]]
 
 
-class Logits(nn.Module):
-    """A model of transformers that gives a tensor."""
-
-    def __init__(self, model: nn.Module, pooled: bool = False) -> None:
-        super().__init__()
-        self.model, self.pooled = model, pooled
-
-    def forward(self, x: Tensor) -> Tensor:
-        output = self.model(x)
-        return output[0].mean(1) if self.pooled else output[0]
-
-
 def encoder(kind: str, **config: Any) -> Any:
     """A BERT of bytes, four blocks of width 192."""
     sizes = {"hidden_size": 192, "num_hidden_layers": 4, "intermediate_size": 768}
@@ -70,12 +59,12 @@ def windows() -> tuple[Tensor, Tensor, Tensor, Tensor]:
         code = ((ids == ord("(")) | (ids == ord("_"))).sum(1)
         labels = (code > code.median()).long()
         found += [ids, labels]
-    return found[0], found[1], found[2][:1024], found[3][:1024]
+    return found[0], found[1], found[2][:512], found[3][:512]
 
 
 def accuracy(model: Any, inputs: Tensor, labels: Tensor) -> dict[str, float]:
     with torch.no_grad():
-        guesses = torch.cat([model(part).argmax(-1) for part in inputs.split(64)])
+        guesses = torch.cat([main_output(model(part)).argmax(-1) for part in inputs.split(64)])
     return {"accuracy": (guesses == labels).double().mean().item(), "examples": len(labels)}
 
 
@@ -88,16 +77,16 @@ def classified(build: Callable[[], nn.Module], parts: tuple[Tensor, ...]) -> Tas
         rows_ = torch.randint(len(train), (16,), generator=generator)
         return train[rows_], labels[rows_]
 
+    def loss(output: Any, targets: Tensor) -> Tensor:
+        return F.cross_entropy(main_output(output), targets)
+
     inputs = list(train[: 8 * BATCH].split(BATCH))
     evaluate = lambda model: accuracy(model, held, held_labels)  # noqa: E731
-    return Task(build, batch, F.cross_entropy, inputs, evaluate)
+    return Task(build, batch, loss, inputs, evaluate)
 
 
 def text_task() -> Task:
-    def build() -> nn.Module:
-        return Logits(encoder("BertForSequenceClassification", num_labels=2))
-
-    return classified(build, windows())
+    return classified(lambda: encoder("BertForSequenceClassification", num_labels=2), windows())
 
 
 def digits(size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -120,7 +109,7 @@ def vit_task() -> Task:
     sizes = {"hidden_size": 192, "num_hidden_layers": 4, "intermediate_size": 768}
     shape = {"image_size": 32, "patch_size": 4, "num_channels": 1, "num_labels": 10}
     config = transformers.ViTConfig(num_attention_heads=3, **sizes, **shape)
-    return classified(lambda: Logits(transformers.ViTForImageClassification(config)), digits(32))
+    return classified(lambda: transformers.ViTForImageClassification(config), digits(32))
 
 
 def sentence_task() -> Task:
@@ -146,11 +135,14 @@ def sentence_task() -> Task:
         return {"contrastive_loss": torch.cat(losses)}
 
     inputs = list(train[: 8 * BATCH, :halves].split(BATCH))
-    return Task(lambda: Logits(encoder("BertModel"), pooled=True), batch, loss, inputs, evaluate)
+    return Task(lambda: encoder("BertModel"), batch, loss, inputs, evaluate)
 
 
-def _similarities(embeddings: Tensor) -> Tensor:
-    """Of each first half to each second one, [N, N], sharpened."""
+def _similarities(output: Any) -> Tensor:
+    """Of each first half to each second one, [N, N], sharpened; an embedding is the mean of the
+    last hidden states.
+    """
+    embeddings = main_output(output).mean(1)
     first, second = F.normalize(embeddings, dim=-1).chunk(2)
     return 20 * first @ second.T
 
