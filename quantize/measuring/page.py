@@ -19,7 +19,7 @@ from quantize.measuring.rows import MARKS, Report, Row
 from quantize.measuring.table import described, header_and_cells, legend
 
 _WIDTH, _HEIGHT = 420, 300  # of a plot, in units of its own
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 16, 14, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 84, 16, 14, 40
 _TICKS = 5
 
 
