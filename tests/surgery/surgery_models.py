@@ -37,6 +37,13 @@ class Scaled(nn.Linear):
         return super().forward(x) * self.factor
 
 
+@surgery.builder
+def scaled_for_test(module: nn.Module, factor: float) -> nn.Module:
+    if not isinstance(module, nn.Linear):
+        raise TypeError(f"not a linear: {type(module).__name__}")
+    return Scaled(module, factor)
+
+
 def scale(model: nn.Module, names: list[str], factor: float) -> nn.Module:
     replacements = {}
     for name in names:

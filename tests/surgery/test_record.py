@@ -8,18 +8,11 @@ import pickle
 
 import pytest
 import torch
-from surgery_models import Net, Scaled, scale
+from surgery_models import Net, Scaled, scale, scaled_for_test
 from torch import nn
 
 import quantize
 from quantize import surgery
-
-
-@surgery.builder
-def scaled_for_test(module: nn.Module, factor: float) -> nn.Module:
-    if not isinstance(module, nn.Linear):
-        raise TypeError(f"not a linear: {type(module).__name__}")
-    return Scaled(module, factor)
 
 
 @surgery.builder
