@@ -26,7 +26,7 @@ TESTS = (
     "tests/compression/test_int8_activations.py",
     "tests/nn/test_int8_conv.py",
     "tests/nn/test_int8_recurrent.py",
-    "tests/nn/test_replay.py",
+    "tests/nn/test_int8_calls.py",
     "tests/run/decoding/test_decoding_caches.py",
 )
 
