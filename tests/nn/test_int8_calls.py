@@ -183,6 +183,31 @@ def test_other_forwards_run_as_they_are(name: str):
     assert len(block.kept) == (5 if name == "keeps results in a list" else 0)
 
 
+@torch.no_grad()
+def test_a_forward_that_was_put_in_runs():
+    """It may do more than give a result; here it keeps results where nobody looks."""
+    block, x = int8(), randn(2, 5, 32)
+    assert is_replayed(block, x)
+    results: list[Tensor] = []
+    inner = block.out.forward
+    block.out.forward = lambda x: results.append(inner(x)) or results[-1]
+    for _ in range(4):
+        block(x)
+    assert len(results) == 4
+
+
+@torch.no_grad()
+def test_random_numbers_go_on_as_without():
+    """Also from the call that is recorded on."""
+    blocks = [int8(lambda block: setattr(block, "more", UNFIT["random"])) for _ in range(2)]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        actual = [blocks[0](randn(1, 4, 32)) for _ in range(4)]
+        torch.manual_seed(0)
+        expected = [own(blocks[1], randn(1, 4, 32)) for _ in range(4)]
+    assert all(map(torch.equal, actual, expected))
+
+
 class _Named(Tensor):
     pass
 
