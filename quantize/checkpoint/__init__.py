@@ -17,10 +17,19 @@ Left out: sharding, encryption, big-endian machines, optimizer state (see traini
 
 from quantize.atomic import atomic_write
 from quantize.checkpoint.building import Bounded, assign
-from quantize.checkpoint.model import architecture, load, read_metadata, read_record, save, summary
+from quantize.checkpoint.model import (
+    IN_FOLDER,
+    architecture,
+    load,
+    read_metadata,
+    read_record,
+    save,
+    summary,
+)
 from quantize.checkpoint.opening import CheckpointError, blaming
 
 __all__ = [
+    "IN_FOLDER",
     "Bounded",
     "CheckpointError",
     "architecture",

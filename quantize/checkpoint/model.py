@@ -30,6 +30,8 @@ from quantize.checkpoint.container import read_header, read_tensor, write
 from quantize.checkpoint.opening import SUFFIXES, opened, require
 from quantize.nn import own_class
 
+IN_FOLDER = "quantize.safetensors"  # the file in a folder that save_folder wrote
+
 Architecture = TypeVar("Architecture", bound=type[nn.Module])
 
 
@@ -153,18 +155,20 @@ def read_record(path: str | Path) -> dict[str, Any]:
     """Everything in the file but the tensors' data, checked: architecture, structure, tensors,
     aliases, metadata, versions.
 
-    `record["tensors"]` maps each stored name to its dtype, shape and SHA-256. Raises
-    CheckpointError as `load` does.
+    `record["tensors"]` maps each stored name to its dtype, shape and SHA-256. Of a folder, its file
+    is read. Raises CheckpointError as `load` does.
     """
+    path = Path(path)
+    path = path / IN_FOLDER if (path / IN_FOLDER).is_file() else path
     with opened(path) as file:
-        return read_header(file, Path(path).suffix)[0]
+        return read_header(file, path.suffix)[0]
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
     """The `metadata` that the file was saved with; reads the header only.
 
     Args:
-        path: a file that `save` wrote.
+        path: a file that `save` wrote, or a folder that `save_folder` wrote.
 
     Returns:
         The dict given to `save`, as JSON gives it back; {} if there was none.
@@ -180,7 +184,8 @@ def summary(model_or_path: nn.Module | str | Path) -> surgery.Summary:
     its header only.
 
     Args:
-        model_or_path: a model that a technique returned, or a file that `save` wrote.
+        model_or_path: a model that a technique returned, a file that `save` wrote, or a folder that
+            `save_folder` wrote.
 
     Returns:
         The steps in their order, with the layers that each changed and left; printing it gives a
@@ -194,9 +199,7 @@ def summary(model_or_path: nn.Module | str | Path) -> surgery.Summary:
         return surgery.Summary.of(surgery.notes(model_or_path))
     if not isinstance(model_or_path, (str, Path)):
         raise TypeError(f"summary takes a model or a path, got {type(model_or_path).__name__}")
-    with opened(model_or_path) as file:
-        record, _ = read_header(file, Path(model_or_path).suffix)
-        return surgery.Summary.of(_notes(record))
+    return surgery.Summary.of(_notes(read_record(model_or_path)))
 
 
 _STEP = {

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from quantize import script
-from quantize.checkpoint import atomic_write
+from quantize.checkpoint import IN_FOLDER, atomic_write
 from quantize.commands import source
 from quantize.compression.search import Result, compress
 from quantize.compression.search.budget import TARGETS
@@ -30,7 +30,7 @@ from quantize.jobs.samples import read_samples
 from quantize.measuring.report import read_report, write_report
 from quantize.measuring.rows import Report
 from quantize.measuring.table import print_report
-from quantize.models.opening import ABOUT, WEIGHTS, save_folder
+from quantize.models.opening import ABOUT, save_folder
 
 NOT_MET = 1  # exit code: the folder holds the best that was found
 _PREFIXES = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
@@ -137,12 +137,12 @@ def _write(result: Result, out: Path, report: Report) -> None:
     measured where `save_folder` writes one of that kind.
     """
     save_folder(result.model, out)
-    if (out / WEIGHTS).is_file():
-        with result.file.open("rb") as measured, atomic_write(out / WEIGHTS) as file:
+    if (out / IN_FOLDER).is_file():
+        with result.file.open("rb") as measured, atomic_write(out / IN_FOLDER) as file:
             shutil.copyfileobj(measured, file)
         for row in report["rows"]:
-            row["file"] = WEIGHTS if row["file"] == result.file.name else None
-        report["data"]["chosen"] = WEIGHTS
+            row["file"] = IN_FOLDER if row["file"] == result.file.name else None
+        report["data"]["chosen"] = IN_FOLDER
     write_report(report, out)
 
 

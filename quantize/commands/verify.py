@@ -30,7 +30,7 @@ from quantize.measuring.artifact import as_metrics
 from quantize.measuring.comparison import compare
 from quantize.measuring.report import read_report
 from quantize.measuring.rows import metric_noise
-from quantize.models.opening import WEIGHTS, open_model
+from quantize.models.opening import open_model
 
 BROKEN = 1  # exit code: a claim doesn't hold
 SLACK = 0.1  # share by which a ratio of latencies may fall short: machines differ by the minute
@@ -116,7 +116,7 @@ def find_claims(path: Path, baseline: Path | None) -> Claims:
     Raises:
         CheckpointError: no such file or folder; a folder without weights of ours.
     """
-    file = path / WEIGHTS if path.is_dir() else path
+    file = path / checkpoint.IN_FOLDER if path.is_dir() else path
     if not file.is_file():
         raise CheckpointError(f"{file}: no such file")
     beside = file.parent / "report.json"

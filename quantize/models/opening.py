@@ -28,7 +28,7 @@ from quantize.models.pretrained import FAMILIES
 from quantize.models.published import read_json
 from quantize.surgery.folder import unlike_its_config
 
-WEIGHTS, ABOUT = "quantize.safetensors", "quantize.json"  # in a folder that save_folder wrote
+ABOUT = "quantize.json"  # beside the weights in a folder that save_folder wrote
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -100,13 +100,13 @@ def _is_ours(path: Path) -> bool:
 
 
 def _open_folder(folder: Path, model: nn.Module | None) -> nn.Module:
-    if (folder / WEIGHTS).is_file():
-        name = checkpoint.read_record(folder / WEIGHTS)["architecture"]
+    if (folder / checkpoint.IN_FOLDER).is_file():
+        name = checkpoint.read_record(folder / checkpoint.IN_FOLDER)["architecture"]
         if model is None and name["config"] is None:
             model = _from_config(folder, name["name"])
-        opened = checkpoint.load(folder / WEIGHTS, model)
+        opened = checkpoint.load(folder / checkpoint.IN_FOLDER, model)
     elif not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder}: holds neither {WEIGHTS} nor config.json")
+        raise CheckpointError(f"{folder}: holds neither {checkpoint.IN_FOLDER} nor config.json")
     else:
         opened = _open_published(folder)
     opened.__dict__[_SOURCE] = str(folder)
@@ -236,7 +236,7 @@ def _write_folder(model: Any, folder: Path) -> None:
     else:
         if of_transformers:
             config.save_pretrained(folder)
-        checkpoint.save(model, folder / WEIGHTS)
+        checkpoint.save(model, folder / checkpoint.IN_FOLDER)
     _copy_tokenizer(model, folder)
     steps = [dataclasses.asdict(step) for step in checkpoint.summary(model).steps]
     about = {"format": "quantize folder", "class": type(model).__name__, "steps": steps}

@@ -114,6 +114,7 @@ def test_a_folder_gives_the_model_back(name, published, tmp_path):
     else:
         with pytest.raises(OSError):
             theirs.from_pretrained(tmp_path / "small")
+        assert str(quantize.summary(tmp_path / "small")) == str(quantize.summary(small))
 
 
 def test_the_llama_family_becomes_our_decoder(tmp_path):

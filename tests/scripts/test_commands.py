@@ -288,7 +288,7 @@ def test_a_python_file_makes_the_model(tmp_path, by_bytes, monkeypatch, capsys):
     source += "        super().__init__(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 4))\n\n\n"
     Path("mynet.py").write_text(source + "model = Net\n")
     np.save("x.npy", np.random.default_rng(0).normal(size=(32, 16)).astype(np.float32))
-    rest = "--data x.npy --bytes 4k --minutes 5 --threads 1".split()
+    rest = "--data x.npy --bytes 4200 --minutes 5 --threads 1".split()
     assert cli.main(["compress", "mynet.py", "--out", "small", *rest]) == 0
     assert "model=a fresh instance" in capsys.readouterr().out
     net = importlib.import_module("mynet").Net
