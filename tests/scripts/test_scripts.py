@@ -14,7 +14,7 @@ import kv_cache
 import quantize
 import train
 from quantize import jobs, training
-from quantize.compression.recipe import Recipe
+from quantize.compression.recipe import Int8, Recipe
 from quantize.jobs.presets import PRESETS, VARIANTS, recipes
 
 pytestmark = [pytest.mark.usefixtures("one_nursery"), pytest.mark.xdist_group("scripts")]
@@ -109,10 +109,7 @@ def test_a_failing_variant_is_a_row(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr("quantize.compression.recipe.trained.make_student", broken)
     monkeypatch.setattr("quantize.jobs.training.fingerprint", digest)
-    monkeypatch.setattr(
-        "quantize.compression.recipe.steps.quantize_dynamic",
-        lambda *_, **__: torch.jit.ScriptModule(),
-    )
+    monkeypatch.setattr(Int8, "__call__", lambda *_: torch.jit.ScriptModule())
     names = ["fp16", "bf16", "int8", "student", "student_int8"]
     arguments = ["--task", "image", "--preset", "tiny", "--steps", "1", "--threads", "1"]
     arguments += ["--out", str(tmp_path)]
