@@ -30,8 +30,18 @@ torch.manual_seed = torch.default_generator.manual_seed
 
 
 # Of the models that others wrote (helpers.ZOO) these are met with the slow tests only; a text
-# encoder, a decoder and a residual network are met always (and our own decoder is a Llama).
-SLOWER_MODELS = {"convnext", "llama", "mistral", "mobilenet_v2", "qwen2", "t5", "vit", "whisper"}
+# encoder and a decoder are met always; other tests have a residual network and a Llama of our own.
+SLOWER_MODELS = {
+    "convnext",
+    "llama",
+    "mistral",
+    "mobilenet_v2",
+    "qwen2",
+    "resnet",
+    "t5",
+    "vit",
+    "whisper",
+}
 SERVERS = {"running", "command"}  # fixtures that take seconds: all their tests run in one worker
 
 

@@ -78,6 +78,7 @@ def test_rounding_gives_the_bits_of_the_whole_model(name, tmp_path):
     assert set(result.state_dict()) == set(whole.state_dict())
 
 
+@pytest.mark.slow
 def test_a_decoder_in_all_steps_is_a_file(tmp_path, monkeypatch):
     """Pruned, factorized, in int8: the file alone gives the result back, with one note a step and
     the recipe, and the tensors of blocks lie in files without names.

@@ -113,6 +113,7 @@ def test_slower_layers_stay_in_float(monkeypatch: pytest.MonkeyPatch):
     assert "slower" in left["1"] and "shares its weight with 1" in left["0"]
 
 
+@pytest.mark.slow
 def test_rows_come_from_calibration(monkeypatch: pytest.MonkeyPatch):
     """A layer is timed at the fewest, the middle and the most rows that calibration gives it."""
     shapes = timings(monkeypatch)

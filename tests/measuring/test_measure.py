@@ -143,6 +143,7 @@ def test_one_that_fails_can_be_left_out(files, tmp_path):
         compare({"base": files["mlp"], "absent": Build(no_engine)}, INPUTS, **QUICK)
 
 
+@pytest.mark.slow
 def test_without_inputs_a_built_in_model_is_still_timed(files):
     """The built-in models know what they take; others are measured without latency, and it is
     said.

@@ -207,7 +207,16 @@ def variant(kind):
     return model.eval()
 
 
-@pytest.mark.parametrize("kind", ["plain", "tied bias norm", "low rank", "pruned"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "plain",
+        *(
+            pytest.param(k, marks=pytest.mark.slow)
+            for k in ("tied bias norm", "low rank", "pruned")
+        ),
+    ],
+)
 def test_decoder_exports_and_traces_with_free_batch_and_length(kind):
     """torch.export and TorchScript tracing give the eager logits at shapes they have not seen,
     compressed or not.

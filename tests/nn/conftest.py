@@ -8,8 +8,16 @@ import pytest
 
 from quantize.native import build, conv, int8, isa, recurrent
 
+# the least and the best always; tests/native meets all of them in every run
+LEVELS = [
+    level
+    if level in (isa.levels()[0], isa.levels()[-1])
+    else pytest.param(level, marks=pytest.mark.slow)
+    for level in isa.levels()
+]
 
-@pytest.fixture(params=isa.levels())
+
+@pytest.fixture(params=LEVELS)
 def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The kernels are those of one instruction set, and every call is worth all threads."""
     if build.compiler() is None:

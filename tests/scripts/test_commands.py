@@ -243,7 +243,10 @@ def faster(files, *_args, **_options) -> list:
     ]
 
 
-@pytest.mark.parametrize("wrong", ["bytes", "speedup", "metric", ""])
+@pytest.mark.parametrize(
+    "wrong",
+    ["metric", *(pytest.param(w, marks=pytest.mark.slow) for w in ("bytes", "speedup", ""))],
+)
 def test_verify_names_the_claim_that_does_not_hold(wrong, decoder, tmp_path, monkeypatch, capsys):
     """A report that says too much of one thing: that claim fails, the others hold, exit code 1."""
     monkeypatch.setattr("quantize.commands.verify.compare", faster)

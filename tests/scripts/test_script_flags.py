@@ -12,6 +12,7 @@ from quantize import jobs, script, training
 from quantize.jobs.presets import VARIANTS
 
 
+@pytest.mark.slow
 def test_a_stopped_training_stops_the_script_that_needed_it(tmp_path, monkeypatch, capsys):
     """Ctrl-C while fusion.py or kv_cache.py train a model gives 130, as alone."""
 

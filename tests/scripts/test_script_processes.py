@@ -14,6 +14,7 @@ import quantize
 from quantize import jobs
 
 
+@pytest.mark.slow
 def test_many_ranks_prepare_the_same_folder(tmp_path):
     """Processes that check one folder at the same time don't get into each other's way."""
     out = tmp_path / "out"

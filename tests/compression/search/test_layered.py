@@ -202,6 +202,7 @@ def test_choices_by_layer_are_files_that_load(batches, tmp_path, monkeypatch):
         assert all(part.keys() == {"name", "got", "why"} for part in row["predicted"]["layers"])
 
 
+@pytest.mark.slow
 def test_a_loss_alone_is_chosen_for_by_layer(batches):
     """No loss is known to be there, so removal is tried; no latency is predicted below 0."""
     model, budget = Net().eval(), {"max_loss": 1e-3}

@@ -133,6 +133,7 @@ def test_calibration_that_does_not_fit_is_refused(batches):
         search(Net().eval(), [torch.randn(4, 5)], {"bytes": 8_000}, evaluate=lambda model: 0.5)
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_search_with_what_is_there(batches, tmp_path, monkeypatch):
     """The points before it count, one line says why there are no more, no file is half there."""
     told: list[str] = []
@@ -154,6 +155,7 @@ def test_a_full_disk_ends_the_search_with_what_is_there(batches, tmp_path, monke
     assert result.file.is_file()
 
 
+@pytest.mark.slow
 def test_a_folder_answers_another_budget_from_its_points(batches, tmp_path, monkeypatch):
     """What one budget measured counts for the next: nothing is made twice."""
     model = Net().eval()

@@ -44,7 +44,7 @@ def trained_like() -> DecoderLM:
     return made
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=["int8", pytest.param("int4", marks=pytest.mark.slow)])
 def model(request: pytest.FixtureRequest) -> nn.Module:
     return KINDS[request.param](trained_like())
 
@@ -89,7 +89,9 @@ def test_in_a_batch(model, expected):
     assert all(torch.equal(a, b[: len(a)]) for a, b in zip(together, texts, strict=True))
 
 
-@pytest.mark.parametrize("draft", ["lookup", "itself rounded"])
+@pytest.mark.parametrize(
+    "draft", ["lookup", pytest.param("itself rounded", marks=pytest.mark.slow)]
+)
 def test_with_a_draft(model, expected, draft):
     """Right and wrong guesses, several in a pass."""
     if draft == "itself rounded":

@@ -218,7 +218,7 @@ FOREIGN: dict[str, tuple[Callable[[], nn.Module], Any]] = {
 }
 
 
-QUICK = ("separable", "regnet")
+QUICK = ("separable",)
 
 
 def build(name: str) -> tuple[nn.Module, Any]:

@@ -98,6 +98,7 @@ def test_curl_and_the_token(command: Command):
         assert httpx.get(f"{command.url}/", headers=header).status_code == 200
 
 
+@pytest.mark.slow
 def test_logs_have_ids_and_no_prompts(command: Command):
     """A request's id comes back; what isn't fit for a log is replaced."""
     body = {"model": "lm", "prompt": "a secret thing", "max_tokens": 1}
@@ -190,6 +191,7 @@ def test_a_replaced_file_is_served(command: Command, tmp_path: Path):
     assert text(fresh)
 
 
+@pytest.mark.slow
 def test_sigterm_lets_accepted_requests_finish(command: Command):
     """All of them, whole; then the command ends with 0."""
     results: list[tuple[int, int]] = []
