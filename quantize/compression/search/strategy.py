@@ -26,22 +26,23 @@ Row = dict[str, Any]
 
 
 def whole(small_wanted: bool, mostly_linear: bool, tables: bool) -> Iterator[Recipe]:
-    """Recipes that keep every channel: other weights for the same layers.
+    """Recipes that keep every channel: other weights for the same layers. What gains most comes
+    first, as the minutes may be over.
 
     Args:
         small_wanted: whether bytes or memory are asked for.
         mostly_linear: whether linear layers, which alone can have 4 bits, have most of the weights.
         tables: whether embeddings become int8 too.
     """
-    if native_bf16("cpu"):
-        yield Recipe((Half("bfloat16"),))
-    elif small_wanted:
-        yield Recipe((Half("float16"),))
     yield Recipe((Int8(embeddings=tables),))
     if small_wanted and mostly_linear:
         yield Recipe((Int4(),))
         if tables:
             yield Int4() >> Int8(embeddings=True)
+    if native_bf16("cpu"):
+        yield Recipe((Half("bfloat16"),))
+    elif small_wanted:
+        yield Recipe((Half("float16"),))
 
 
 def where_faster() -> Recipe:
