@@ -41,9 +41,8 @@ def together(
     if not int8.takes(x) or not x.is_contiguous() or (other is not None and not int8.takes(other)):
         return None
     results = [torch.empty_like(shape.result) for shape in shapes]
-    wanted = (
-        1 if int8.forked() else min(torch.get_num_threads(), sum(shape.threads for shape in shapes))
-    )
+    most = sum(shape.threads for shape in shapes)
+    wanted = 1 if int8.forked() else min(torch.get_num_threads(), most)
     what, kernels = shapes[0].what + (wanted << int8._THREADS), functions()
     if other is not None:
         ends = x.data_ptr(), results[0].data_ptr()
