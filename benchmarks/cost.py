@@ -18,7 +18,6 @@ counts the pages of the mapped weights, and `kept` is the file's share of the mo
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import resource
 import subprocess
@@ -32,9 +31,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from models import bert, classifier, small_bert
-from rows import Parser, Row, host, write
+from models import bert, classifier, llama, pitch_net, resnet18, small_bert
+from rows import Parser, Row, host, in_a_process, write
 from torch import nn
 
 from quantize import (
@@ -51,7 +49,7 @@ from quantize.calibration import call, distance
 
 BATCH, LENGTH, SIZE = 8, 128, 64
 BATCHES = 8
-WIDTHS = [64, 128, 256, 512]  # of ResNet-18's stages
+PITCH = partial(pitch_net, (512, 128, 128, 128, 256, 512), (64,) * 6, 4)
 KEY = ("model", "technique", "batches")
 
 
@@ -84,8 +82,7 @@ def decoder(**config: Any) -> Case:
     """
 
     def make() -> nn.Module:
-        sizes = transformers.LlamaConfig(tie_word_embeddings=True, use_cache=False, **config)
-        return transformers.LlamaForCausalLM(sizes)
+        return llama(tie_word_embeddings=True, **config)
 
     def batch(generator: torch.Generator) -> dict[str, torch.Tensor]:
         return {"input_ids": torch.randint(256, (BATCH, LENGTH), generator=generator)}
@@ -105,22 +102,11 @@ def billion(layers: int) -> Case:
     )
 
 
-def images(kind: str, **config: Any) -> Case:
+def images(make: Callable[[], nn.Module]) -> Case:
     def batch(generator: torch.Generator) -> torch.Tensor:
         return torch.randn(BATCH, 3, SIZE, SIZE, generator=generator)
 
-    return Case(partial(classifier, kind, **config), batch)
-
-
-def six_convolutions() -> nn.Module:
-    """Six 1-d convolutions with kernels of 64, as in nets that follow a pitch."""
-    widths = [1, 512, 128, 128, 128, 256, 512]
-    layers: list[nn.Module] = []
-    for before, after in itertools.pairwise(widths):
-        stride = 4 if before == 1 else 1
-        layers.append(nn.Conv1d(before, after, 64, stride=stride, padding=32))
-        layers += [nn.ReLU(), nn.BatchNorm1d(after), nn.MaxPool1d(2)]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool1d(4), nn.Flatten(), nn.Linear(2048, 360))
+    return Case(make, batch)
 
 
 def sounds(generator: torch.Generator) -> torch.Tensor:
@@ -130,9 +116,9 @@ def sounds(generator: torch.Generator) -> torch.Tensor:
 CASES = {
     "bert_384x6": encoder(bert, 384, 6),
     "bert_768x12": encoder(bert, 768, 12),
-    "resnet18": images("ResNet", layer_type="basic", depths=[2, 2, 2, 2], hidden_sizes=WIDTHS),
-    "mobilenet_v2": images("MobileNetV2", image_size=SIZE),
-    "six_conv1d": Case(six_convolutions, sounds, amount=0.3, low_rank=False),
+    "resnet18": images(resnet18),
+    "mobilenet_v2": images(partial(classifier, "MobileNetV2", image_size=SIZE)),
+    "six_conv1d": Case(PITCH, sounds, amount=0.3, low_rank=False),
 }
 LARGE = {
     "decoder_135m": decoder(
@@ -263,13 +249,6 @@ def points(arguments: argparse.Namespace) -> Iterator[tuple[str, str, int]]:
                 yield name, technique, batches
 
 
-def in_a_fresh_process(point: tuple[str, str, int], threads: int) -> Row:
-    flags = ["--point", json.dumps(point), "--threads", str(threads)]
-    command = [sys.executable, __file__, *flags]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def main() -> None:
     parser = Parser(__doc__, "cost.csv")
     parser.some("--cases", "models of their own", CASES | LARGE, CASES)
@@ -287,7 +266,8 @@ def main() -> None:
         print(json.dumps(row(*json.loads(arguments.point))))
         return
     for point in points(arguments):
-        write(arguments.out, [in_a_fresh_process(point, arguments.threads)], KEY)
+        flags = ("--point", json.dumps(point), "--threads", arguments.threads)
+        write(arguments.out, in_a_process(*flags), KEY)
 
 
 if __name__ == "__main__":

@@ -66,10 +66,7 @@ def main() -> None:
     parser.some("--models", "what to measure", models.MODELS)
     parser.some("--engines", "who runs it, beside eager", ENGINES)
     parser.flag("--batch", "batch sizes", [1, 8])
-    parser.flag("--rounds", "turns of each engine", 8)
-    parser.flag("--seconds", "length of a turn", 0.25)
-    parser.file("--cache", "folder that keeps what is exported")
-    arguments = parser.parse()
+    arguments = parser.parse_engines()
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.cache or Path(temporary)
         for name, batch in product(arguments.models, arguments.batch):

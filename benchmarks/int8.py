@@ -101,10 +101,7 @@ def main() -> None:
     parser.flag("--layers", "blocks of each model", 8)
     parser.add_argument("--shapes", nargs="+", help="only these, as BATCHxLENGTH")
     parser.some("--variants", "which to compare with fp32", VARIANTS)
-    parser.flag("--rounds", "turns that each variant gets at a shape", 5)
-    parser.flag("--seconds", "length of a turn", 0.3)
-    parser.file("--cache", "folder that keeps what is exported")
-    arguments = parser.parse()
+    arguments = parser.parse_engines()
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.cache or Path(temporary)
         for name, width in product(arguments.models, arguments.widths):

@@ -6,8 +6,9 @@ Processes that measure call `build`, so that a model is made where it is needed 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import transformers
@@ -42,15 +43,25 @@ def ids(batch: int, length: int = 128) -> Inputs:
     return torch.randint(0, VOCABULARY, (batch, length), generator=generator)
 
 
-def classifier(kind: str, **config: int) -> nn.Module:
+def sizes(width: int, layers: int) -> dict[str, int]:
+    """Of a transformer with heads of 64 channels, as the configs of transformers name them."""
+    return {
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "intermediate_size": 4 * width,
+        "num_attention_heads": max(1, width // 64),
+    }
+
+
+def classifier(kind: str, **config: Any) -> nn.Module:
     """An image classifier of transformers over 1000 classes."""
     configuration = getattr(transformers, f"{kind}Config")(num_labels=1000, **config)
     return getattr(transformers, f"{kind}ForImageClassification")(configuration)
 
 
 def efficientnet_b0() -> nn.Module:
-    sizes = {"image_size": 224, "width_coefficient": 1.0, "depth_coefficient": 1.0}
-    model = classifier("EfficientNet", hidden_dim=1280, **sizes)
+    scale = {"image_size": 224, "width_coefficient": 1.0, "depth_coefficient": 1.0}
+    model = classifier("EfficientNet", hidden_dim=1280, **scale)
     # Its authors pool 7 x 7 pixels by a window of 1280: 277 of 290 ms in torch.compile's code, and
     # OpenVINO refuses it.
     model.efficientnet.pooler = nn.AdaptiveAvgPool2d(1)
@@ -70,9 +81,7 @@ def decoder(width: int = 512, layers: int = 8) -> nn.Module:
 
 def bert(width: int = 768, layers: int = 12, vocabulary: int = 30522) -> nn.Module:
     """BERT without a head."""
-    sizes = {"hidden_size": width, "num_hidden_layers": layers, "intermediate_size": 4 * width}
-    heads = max(1, width // 64)
-    config = transformers.BertConfig(vocab_size=vocabulary, num_attention_heads=heads, **sizes)
+    config = transformers.BertConfig(vocab_size=vocabulary, **sizes(width, layers))
     return transformers.BertModel(config)
 
 
@@ -83,16 +92,46 @@ def small_bert(width: int, layers: int) -> nn.Module:
 
 def vit(width: int = 384, layers: int = 12) -> nn.Module:
     """A classifier of 224 x 224 images in patches of 16."""
-    sizes = {"hidden_size": width, "num_hidden_layers": layers, "intermediate_size": 4 * width}
-    return classifier("ViT", num_attention_heads=max(1, width // 64), **sizes)
+    return classifier("ViT", **sizes(width, layers))
 
 
-def gpt2() -> nn.Module:
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config(use_cache=False))
+def gpt2(width: int = 768, layers: int = 12, vocabulary: int = 50257) -> nn.Module:
+    shape = {"n_embd": width, "n_layer": layers, "n_head": width // 64}
+    special = {"bos_token_id": 0, "eos_token_id": 0}
+    config = transformers.GPT2Config(vocab_size=vocabulary, use_cache=False, **shape, **special)
+    return transformers.GPT2LMHeadModel(config)
+
+
+def t5_encoder(width: int = 256, layers: int = 4) -> nn.Module:
+    shape = {"d_model": width, "d_ff": 4 * width, "num_layers": layers, "num_heads": width // 64}
+    return transformers.T5EncoderModel(transformers.T5Config(vocab_size=VOCABULARY, **shape))
+
+
+def llama(**config: Any) -> nn.Module:
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(use_cache=False, **config))
 
 
 def convnet() -> nn.Module:
     return ConvNet(ConvNetConfig(in_channels=3, widths=(32, 64, 128), blocks=2))
+
+
+def resnet18() -> nn.Module:
+    """As in He et al., 2015."""
+    widths = [64, 128, 256, 512]
+    return classifier("ResNet", layer_type="basic", depths=[2] * 4, hidden_sizes=widths)
+
+
+def pitch_net(widths: Sequence[int], kernels: Sequence[int], positions: int) -> nn.Module:
+    """1-d convolutions over a waveform, as pitch trackers have them."""
+    layers: list[nn.Module] = []
+    inputs = 1
+    for outputs, kernel in zip(widths, kernels, strict=True):
+        stride = 4 if inputs == 1 else 1
+        layers.append(nn.Conv1d(inputs, outputs, kernel, stride, kernel // 2))
+        layers += [nn.ReLU(), nn.BatchNorm1d(outputs), nn.MaxPool1d(2)]
+        inputs = outputs
+    head = nn.Linear(positions * inputs, 360)
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool1d(positions), nn.Flatten(), head)
 
 
 # How each is made, and its inputs of a batch size.

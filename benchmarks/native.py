@@ -19,7 +19,6 @@ from functools import partial
 import models
 import rows
 import torch
-import transformers
 from torch import Tensor, nn
 
 from quantize import clock, quantize_dynamic
@@ -62,25 +61,12 @@ class Transposed(nn.Module):
         return x.transpose(1, 2)
 
 
-def gpt2(width: int = 256, layers: int = 4) -> nn.Module:
-    sizes = {"n_embd": width, "n_layer": layers, "n_head": width // 64}
-    special = {"bos_token_id": 0, "eos_token_id": 0}
-    return transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(vocab_size=models.VOCABULARY, use_cache=False, **sizes, **special)
-    )
-
-
-def t5(width: int = 256, layers: int = 4) -> nn.Module:
-    sizes = {"d_model": width, "d_ff": 4 * width, "num_layers": layers, "num_heads": width // 64}
-    return transformers.T5EncoderModel(transformers.T5Config(vocab_size=models.VOCABULARY, **sizes))
-
-
 SMALL: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor]]] = {
     "bert 64x4": (partial(models.small_bert, 64, 4), models.ids),
     "bert 128x4": (partial(models.small_bert, 128, 4), models.ids),
     "bert 256x4": (partial(models.small_bert, 256, 4), models.ids),
-    "gpt2 256x4": (gpt2, models.ids),
-    "t5 256x4": (t5, models.ids),
+    "gpt2 256x4": (partial(models.gpt2, 256, 4, models.VOCABULARY), models.ids),
+    "t5 256x4": (models.t5_encoder, models.ids),
     "vit 192x4": (partial(models.vit, 192, 4), models.pixels),
     "mixer 256x4": (mixer, models.pixels),
 }

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -94,9 +94,9 @@ def channels_last(model: nn.Module) -> nn.Module:
     return model.to(memory_format=torch.channels_last)
 
 
-def legacy_int8(model: nn.Module) -> nn.Module:
-    """torch.ao.quantization.quantize_dynamic."""
-    return torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+def legacy_int8(model: nn.Module, kinds: Collection[type[nn.Module]] = (nn.Linear,)) -> nn.Module:
+    """torch.ao.quantization.quantize_dynamic, of layers of these kinds."""
+    return torch.ao.quantization.quantize_dynamic(model, set(kinds), dtype=torch.qint8)
 
 
 def in_bf16(
@@ -182,27 +182,26 @@ def openvino(case: Case) -> Build:
         program = torch.export.export(case.build(), (case.inputs,))
         openvino.save_model(openvino.convert_model(program), path, compress_to_fp16=False)
 
-    return openvino_file("f32", case.file("model.xml", export))
+    return Build(partial(_openvino_engine, "f32"), case.file("model.xml", export))
 
 
-def openvino_int8(case: Case) -> Build:
-    """Static int8 of NNCF with bfloat16 around it, calibrated on `case.calibration`."""
+def openvino_int8(case: Case, *, transformer: bool = True, precision: str = "bf16") -> Build:
+    """Static int8 of NNCF, computing in this precision around it, calibrated on `case.calibration`,
+    or else on the inputs.
+    """
+    batches = case.calibration or [case.inputs]
 
     def export(path: Path) -> None:
         import nncf
         import openvino
 
-        whole = openvino.convert_model(case.build(), example_input=case.calibration[-1])
-        data = nncf.Dataset([batch.numpy() for batch in case.calibration])
-        small = nncf.quantize(whole, data, model_type=nncf.ModelType.TRANSFORMER)
+        whole = openvino.convert_model(case.build(), example_input=batches[-1])
+        data = nncf.Dataset([batch.numpy() for batch in batches])
+        kind = nncf.ModelType.TRANSFORMER if transformer else None
+        small = nncf.quantize(whole, data, model_type=kind)
         openvino.save_model(small, path, compress_to_fp16=False)
 
-    return openvino_file("bf16", case.file("int8.xml", export))
-
-
-def openvino_file(precision: str, file: Path) -> Build:
-    """A file of OpenVINO's, computing in this precision around int8."""
-    return Build(partial(_openvino_engine, precision), file)
+    return Build(partial(_openvino_engine, precision), case.file("int8.xml", export))
 
 
 def _openvino_engine(precision: str, file: Path) -> Callable[[torch.Tensor], torch.Tensor]:

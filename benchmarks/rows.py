@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import csv
 import io
-from collections.abc import Callable, Iterable, Sequence
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +56,26 @@ class Parser(argparse.ArgumentParser):
         """A flag that names a file or folder, None by default."""
         self.add_argument(name, help=text, type=Path)
 
+    def parse_engines(self) -> argparse.Namespace:
+        """`parse`, with the flags of `peers.side_by_side`."""
+        self.flag("--rounds", "turns of each engine", 6)
+        self.flag("--seconds", "length of a turn", 0.25)
+        self.file("--cache", "folder that keeps what is exported")
+        return self.parse()
+
     def parse(self) -> argparse.Namespace:
         """The flags; sets the threads, and the allocator as measuring processes have it."""
         arguments = self.parse_args()
         torch.set_num_threads(arguments.threads)
         keep_allocations()
         return arguments
+
+
+def in_a_process(*flags: object, environment: Mapping[str, str] | None = None) -> list[Row]:
+    """What this benchmark prints as lines of JSON when it is run again with these flags."""
+    command = [sys.executable, sys.argv[0], *map(str, flags)]
+    done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
 def read(path: Path) -> list[Row]:

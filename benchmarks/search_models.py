@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import transformers
-from sklearn.datasets import load_digits
+from models import sizes
 from torch import Tensor, nn
 
 import quantize
@@ -21,6 +21,7 @@ from quantize.measuring.artifact import as_metrics
 from quantize.training import data
 
 SEED, BATCH, LENGTH = 0, 8, 64
+SIZES = sizes(192, 4)
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,8 @@ class Task:
 
 def encoder(kind: str, **config: Any) -> Any:
     """A BERT of bytes, four blocks of width 192."""
-    sizes = {"hidden_size": 192, "num_hidden_layers": 4, "intermediate_size": 768}
-    heads = {"vocab_size": 256, "num_attention_heads": 3, "max_position_embeddings": LENGTH}
-    return getattr(transformers, kind)(transformers.BertConfig(**sizes, **heads, **config))
+    text = {"vocab_size": 256, "max_position_embeddings": LENGTH}
+    return getattr(transformers, kind)(transformers.BertConfig(**SIZES, **text, **config))
 
 
 def windows() -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -91,13 +91,10 @@ def text_task() -> Task:
 
 def digits(size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Scikit-learn's digits, [N, 1, size, size]: train, then held out."""
-    found: Any = load_digits()
-    images = torch.tensor(found.images, dtype=torch.float32)[:, None] / 16
-    images = F.interpolate(images, size=size, mode="bilinear")
-    labels = torch.tensor(found.target)
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(SEED))
-    images, labels = images[order], labels[order]
-    return images[:1400], labels[:1400], images[1400:], labels[1400:]
+    known = data.load_images()
+    parts = (known.train_images, known.validation_images)
+    train, held = (F.interpolate(images, size=size, mode="bilinear") for images in parts)
+    return train, known.train_labels, held, known.validation_labels
 
 
 def cnn_task() -> Task:
@@ -106,9 +103,8 @@ def cnn_task() -> Task:
 
 
 def vit_task() -> Task:
-    sizes = {"hidden_size": 192, "num_hidden_layers": 4, "intermediate_size": 768}
     shape = {"image_size": 32, "patch_size": 4, "num_channels": 1, "num_labels": 10}
-    config = transformers.ViTConfig(num_attention_heads=3, **sizes, **shape)
+    config = transformers.ViTConfig(**SIZES, **shape)
     return classified(lambda: transformers.ViTForImageClassification(config), digits(32))
 
 

@@ -205,14 +205,8 @@ def main() -> None:
     arguments = parser.parse()
     os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
     with tempfile.TemporaryDirectory() as name:
-        found = []
         for row in found_rows(arguments, Path(name)):
-            found = [each for each in found if _key(each) != _key(row)] + [row | host()]
             rows.write(arguments.out, [row | host()], KEY)
-
-
-def _key(row: Row) -> tuple:
-    return tuple(row[name] for name in KEY)
 
 
 if __name__ == "__main__":

@@ -111,10 +111,8 @@ def measure(count: str, threads: int, arguments: argparse.Namespace) -> list[row
     names = ("OMP_WAIT_POLICY", "KMP_BLOCKTIME", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
     environment = {name: value for name, value in os.environ.items() if name not in names}
     environment["GOMP_SPINCOUNT"] = count
-    command = [sys.executable, __file__, "--worker", "--threads", str(threads)]
-    command += ["--seconds", str(arguments.seconds), "--loads", *map(str, arguments.loads)]
-    done = subprocess.run(command, env=environment, check=True, stdout=-1, text=True)
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    flags = ("--worker", "--threads", threads, "--seconds", arguments.seconds)
+    return rows.in_a_process(*flags, "--loads", *arguments.loads, environment=environment)
 
 
 def main() -> None:

@@ -43,11 +43,6 @@ def steps(batch: int, length: int = 100, width: int = 256) -> torch.Tensor:
     return torch.randn(batch, length, width, generator=generator)
 
 
-def t5_encoder() -> nn.Module:
-    config = transformers.T5Config(d_model=256, d_ff=1024, num_layers=4, num_heads=4, d_kv=64)
-    return transformers.T5EncoderModel(config)
-
-
 def whisper_encoder() -> nn.Module:
     sizes = {"d_model": 256, "encoder_layers": 4, "encoder_attention_heads": 4}
     sizes |= {"decoder_attention_heads": 4, "decoder_layers": 1, "max_source_positions": 100}
@@ -56,17 +51,8 @@ def whisper_encoder() -> nn.Module:
 
 
 def wav2vec2() -> nn.Module:
-    sizes = {"hidden_size": 256, "num_hidden_layers": 4, "intermediate_size": 1024}
-    config = transformers.Wav2Vec2Config(num_attention_heads=4, conv_dim=[256] * 7, **sizes)
+    config = transformers.Wav2Vec2Config(conv_dim=[256] * 7, **models.sizes(256, 4))
     return transformers.Wav2Vec2Model(config)
-
-
-def llama() -> nn.Module:
-    sizes = {"hidden_size": 256, "num_hidden_layers": 4, "intermediate_size": 1024}
-    config = transformers.LlamaConfig(
-        vocab_size=models.VOCABULARY, num_attention_heads=4, use_cache=False, **sizes
-    )
-    return transformers.LlamaForCausalLM(config)
 
 
 def recurrent(kind: type[nn.RNNBase], units: int, **options: Any) -> Maker:
@@ -78,8 +64,11 @@ MODELS: dict[str, Maker] = {
     "bert_4x256": (partial(models.small_bert, 256, 4), models.ids),
     "bert_6x384": (partial(models.small_bert, 384, 6), models.ids),
     "decoder_4x256": (partial(models.decoder, 256, 4), models.ids),
-    "llama_4x256": (llama, models.ids),
-    "t5_encoder": (t5_encoder, models.ids),
+    "llama_4x256": (
+        partial(models.llama, vocab_size=models.VOCABULARY, **models.sizes(256, 4)),
+        models.ids,
+    ),
+    "t5_encoder": (models.t5_encoder, models.ids),
     "vit_6x192": (partial(models.vit, 192, 6), models.pixels),
     "whisper_encoder": (whisper_encoder, lambda batch: steps(batch, 80, 200)),
     "wav2vec2": (wav2vec2, lambda batch: steps(batch, 1, 8000)[:, 0]),
@@ -88,11 +77,14 @@ MODELS: dict[str, Maker] = {
     "efficientnet_b0": (models.efficientnet_b0, models.pixels),
     "convnext_tiny": (partial(models.classifier, "ConvNext"), models.pixels),
     "convnet": (models.convnet, partial(models.pixels, size=32)),
-    "resnet18": (own.ResNet18, models.pixels),
+    "resnet18": (models.resnet18, models.pixels),
     "digits": (own.digits, lambda batch: models.pixels(batch, 8)[:, :1]),
     "vgg_small": (own.vgg, partial(models.pixels, size=64)),
     "unet": (own.UNet, partial(models.pixels, size=128)),
-    "pitch_net": (own.pitch_net, lambda batch: steps(batch, 1, 4096)),
+    "pitch_net": (
+        partial(models.pitch_net, (128, 64, 64, 128), (64, 32, 32, 32), 64),
+        lambda batch: steps(batch, 1, 4096),
+    ),
     "text_cnn": (own.TextCnn, models.ids),
     "crnn": (own.Crnn, lambda batch: models.pixels(batch, 64)),
     "speaker_encoder": (own.SpeakerEncoder, lambda batch: steps(batch, 160, 40)),
@@ -126,7 +118,7 @@ def compared(name: str, batches: list[int], model: nn.Module, small: nn.Module) 
         contenders = [model, small]
         row = {"model": name, "batch": batch, "error": error, **about}
         if isinstance(model.model, nn.RNNBase):
-            contenders.append(legacy(model))
+            contenders.append(peers.legacy_int8(model, {nn.LSTM, nn.GRU}))
             with torch.no_grad():
                 row["legacy_error"] = calibration.relative_error([contenders[-1](x)], [model(x)])
         calls = [partial(one, x) for one in contenders]
@@ -135,11 +127,6 @@ def compared(name: str, batches: list[int], model: nn.Module, small: nn.Module) 
         row |= {key: 1e3 * seconds for key, seconds in zip(names, times, strict=False)}
         found.append(row | {"speedup": times[0] / times[1]})
     return found
-
-
-def fused_fp32(case: peers.Case) -> peers.Source:
-    """`quantize.fuse` of the float model; a file that is there is used again."""
-    return case.file("fused.pt", lambda path: quantize.fuse(case.build(), case.inputs).save(path))
 
 
 def fused_int8(case: peers.Case) -> peers.Source:
@@ -152,26 +139,12 @@ def fused_int8(case: peers.Case) -> peers.Source:
     return case.file("int8.pt", export)
 
 
-def openvino_static(case: peers.Case) -> peers.Source:
-    """OpenVINO with static int8 of NNCF, calibrated on the inputs."""
-
-    def export(path: Path) -> None:
-        import nncf
-        import openvino
-
-        whole = openvino.convert_model(case.build(), example_input=case.inputs)
-        small = nncf.quantize(whole, nncf.Dataset([case.inputs.numpy()]))
-        openvino.save_model(small, path, compress_to_fp16=False)
-
-    return peers.openvino_file("f32", case.file("static.xml", export))
-
-
 PEERS: dict[str, Callable[[peers.Case], peers.Source]] = {
-    "fused_fp32": fused_fp32,
+    "fused_fp32": peers.fused,
     "fused_int8": fused_int8,
     "onnxruntime": peers.onnxruntime,
     "openvino": peers.openvino,
-    "openvino_static": openvino_static,
+    "openvino_static": partial(peers.openvino_int8, transformer=False, precision="f32"),
 }
 
 
@@ -196,11 +169,6 @@ def _opened(path: Path) -> nn.Module:
     return torch.load(path, weights_only=False)
 
 
-def legacy(model: nn.Module) -> nn.Module:
-    """PyTorch's own int8 of recurrent layers, which leaves with `torch.ao.quantization`."""
-    return torch.ao.quantization.quantize_dynamic(model, {nn.LSTM, nn.GRU}, dtype=torch.qint8)
-
-
 def _bytes(model: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in model.state_dict().values())
 
@@ -210,10 +178,7 @@ def main() -> None:
     parser.some("--models", "which models", of=MODELS)
     parser.flag("--batches", "batch sizes", [1, 8])
     parser.add_argument("--peers", help="other engines too", nargs="*", choices=PEERS, default=[])
-    parser.file("--cache", "folder that keeps what is exported for peers")
-    parser.flag("--rounds", "turns of each engine", 6)
-    parser.flag("--seconds", "length of a turn", 0.25)
-    arguments = parser.parse()
+    arguments = parser.parse_engines()
     warnings.simplefilter("ignore")
     for name in arguments.models:
         model, small = made(name, arguments.batches)

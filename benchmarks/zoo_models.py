@@ -11,53 +11,23 @@ from torch import Tensor, nn
 from quantize import ConvNet, ConvNetConfig
 
 
-class Block(nn.Module):
-    """Two 3x3 convolutions and a shortcut."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        self.norm1, self.norm2 = nn.BatchNorm2d(outputs), nn.BatchNorm2d(outputs)
-        self.shortcut = nn.Sequential()
-        if stride > 1:
-            conv = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
-            self.shortcut = nn.Sequential(conv, nn.BatchNorm2d(outputs))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.norm1(self.conv1(x)).relu()
-        return (self.norm2(self.conv2(y)) + self.shortcut(x)).relu()
-
-
-class ResNet18(nn.Module):
-    """As in He et al., 2015."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        stem = [nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
-        self.stem = nn.Sequential(*stem, nn.MaxPool2d(3, 2, 1))
-        blocks, inputs = [], 64
-        for outputs in (64, 128, 256, 512):
-            stride = 1 if outputs == inputs else 2
-            blocks += [Block(inputs, outputs, stride), Block(outputs, outputs, 1)]
-            inputs = outputs
-        self.blocks, self.head = nn.Sequential(*blocks), nn.Linear(512, 1000)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.blocks(self.stem(x)).mean((2, 3)))
-
-
-def vgg() -> nn.Module:
-    """Plain convolutions with BatchNorm, for images of 64 pixels a side."""
+def stages(*widths: int, convolutions: int) -> list[nn.Module]:
+    """Convolutions of colour images with BatchNorm, so many for each width, and then a pool."""
     layers: list[nn.Module] = []
     inputs = 3
-    for outputs in (64, 128, 256):
-        for channels in (inputs, outputs):
+    for outputs in widths:
+        for channels in (inputs, *[outputs] * (convolutions - 1)):
             conv = nn.Conv2d(channels, outputs, 3, padding=1)
             layers += [conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
         layers.append(nn.MaxPool2d(2))
         inputs = outputs
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(256 * 64, 256), nn.Linear(256, 10))
+    return layers
+
+
+def vgg() -> nn.Module:
+    """For images of 64 pixels a side."""
+    convs = stages(64, 128, 256, convolutions=2)
+    return nn.Sequential(*convs, nn.Flatten(), nn.Linear(256 * 64, 256), nn.Linear(256, 10))
 
 
 class UNet(nn.Module):
@@ -85,17 +55,6 @@ class UNet(nn.Module):
         return self.head(self.merge1(torch.cat([x, first], 1)))
 
 
-def pitch_net() -> nn.Module:
-    """1-d convolutions over a waveform, as pitch trackers have them."""
-    layers: list[nn.Module] = []
-    inputs = 1
-    for outputs, kernel, stride in ((128, 64, 4), (64, 32, 1), (64, 32, 1), (128, 32, 1)):
-        conv = nn.Conv1d(inputs, outputs, kernel, stride, kernel // 2)
-        layers += [conv, nn.ReLU(), nn.BatchNorm1d(outputs), nn.MaxPool1d(2)]
-        inputs = outputs
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(128 * 64, 360))
-
-
 class TextCnn(nn.Module):
     """Convolutions of three widths over embeddings (Kim, 2014)."""
 
@@ -115,13 +74,7 @@ class Crnn(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        layers: list[nn.Module] = []
-        inputs = 3
-        for outputs in (64, 128, 256):
-            conv = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
-            layers += [conv, nn.BatchNorm2d(outputs), nn.ReLU(), nn.MaxPool2d(2)]
-            inputs = outputs
-        self.convs = nn.Sequential(*layers)
+        self.convs = nn.Sequential(*stages(64, 128, 256, convolutions=1))
         self.lstm = nn.LSTM(2048, 256, bidirectional=True, batch_first=True)
         self.head = nn.Linear(512, 80)
 
