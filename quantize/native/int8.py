@@ -1,8 +1,7 @@
 """The dynamic int8 linear layer in one native call (int8.cpp).
 
 What it computes, and what stock operations compute in its place, is said in
-`quantize.nn.int8_kernels`; both give the same bits. The packed copy of a weight lies outside of the
-modules, so that no copy, move or file carries a stale one along.
+`quantize.nn.int8_kernels`; both give the same bits.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from quantize.native import int8_library
+from quantize.native import int8_library, packs
 from quantize.native.int8_library import ACTIVATIONS, Layer, functions
 from quantize.native.outliers import Outliers, contradiction, state_of
 from quantize.native.tails import TAILS
@@ -51,15 +50,15 @@ class Shape(NamedTuple):
     result: Tensor
 
 
-class Packed:
+class Packed(packs.Copy):
     """A weight in the kernel's layout, and what it was last called with.
 
     Attributes: packed, sums: as in int8.cpp. bound: with scale, bias and outliers. shapes: of the
         inputs that `again` may compute with them.
     """
 
-    def __init__(self, weight: Tensor, owner: weakref.ref[Tensor]) -> None:
-        self.owner, self.version, self.pointer = owner, weight._version, weight.data_ptr()
+    def __init__(self, weight: Tensor, how: None, owner: weakref.ref[Tensor]) -> None:
+        super().__init__(weight, how, owner)
         self.outputs, self.inputs = weight.shape
         panels = -(-self.outputs // _PANEL)
         padded = -(-self.inputs // _STEP) * _STEP
@@ -70,14 +69,6 @@ class Packed:
         functions().pack(plain.data_ptr(), self.outputs, self.inputs, *pointers)
         self.bound: Bound | None = None
         self.shapes: dict[tuple[torch.Size, torch.dtype], Shape] = {}
-
-    def is_of(self, weight: Tensor) -> bool:
-        """Was it made of this weight, as it is now?"""
-        return (
-            self.owner() is weight
-            and self.version == weight._version
-            and self.pointer == weight.data_ptr()
-        )
 
     def shape(self, x: Tensor) -> Shape:
         """What a call with x `[..., inputs]` needs."""
@@ -156,23 +147,13 @@ class Bound:
         return same and self.state == state_of(outliers)
 
 
-_packs: dict[int, Packed] = {}  # by the identity of a weight, until it dies or changes
+_packs: packs.Packs[Packed] = packs.Packs(Packed)
+KNOWN = _packs.known
 
 
 def packed(weight: Tensor) -> Packed:
     """`weight`, int8 [outputs, inputs], in the kernel's layout."""
-    key = id(weight)
-    found = _packs.get(key)
-    if found is None or not found.is_of(weight):
-        found = Packed(weight, weakref.ref(weight, functools.partial(_forget, key)))
-        _packs[key] = found
-    return found
-
-
-def _forget(key: int, owner: weakref.ref[Tensor]) -> None:
-    found = _packs.get(key)
-    if found is not None and found.owner is owner:
-        del _packs[key]
+    return _packs.of(weight)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -235,18 +216,21 @@ def linear(
 
 def _call(bound: Bound, x: Tensor, shape: Shape) -> Tensor:
     y = torch.empty_like(shape.result)
-    if bound.compute(bound.address, _what(shape), x.data_ptr(), y.data_ptr()):
-        raise _no_memory(x)
+    if bound.compute(bound.address, what(shape, shape.threads), x.data_ptr(), y.data_ptr()):
+        raise no_memory(x)
     return y
 
 
-def _what(shape: Shape) -> int:
-    """The kernel's second argument. OpenMP's threads don't follow a process that forks."""
-    threads = 1 if _forked else min(torch.get_num_threads(), shape.threads)
+def what(shape: Shape, most: int) -> int:
+    """The kernel's second argument, with so many threads at most. OpenMP's threads don't follow a
+    process that forks.
+    """
+    threads = 1 if _forked else min(torch.get_num_threads(), most)
     return shape.what + (threads << _THREADS)
 
 
-def _no_memory(x: Tensor) -> MemoryError:
+def no_memory(x: Tensor) -> MemoryError:
+    """The rows of x as bytes need some."""
     return MemoryError(f"no memory for the rows of {list(x.shape)} as bytes")
 
 
@@ -262,7 +246,7 @@ def again(
     checks: None for whatever needs more of them. Narrow layers take as long as their checks, so
     they stand here in a row, without calls.
     """
-    found = _packs.get(id(weight))
+    found = KNOWN.get(id(weight))
     if found is None:
         return None
     shape = found.shapes.get((x.shape, x.dtype))
@@ -286,9 +270,10 @@ def again(
     ):
         return None
     y = torch.empty_like(shape.result)
-    what = shape.what + _ONE if shape.threads == 1 else _what(shape)
-    if bound.compute(bound.address, what, x.data_ptr(), y.data_ptr()):
-        raise _no_memory(x)
+    threads = shape.threads
+    first = shape.what + _ONE if threads == 1 else what(shape, threads)
+    if bound.compute(bound.address, first, x.data_ptr(), y.data_ptr()):
+        raise no_memory(x)
     return y
 
 
@@ -301,7 +286,7 @@ def prefer(
     activation: str | None = None,
 ) -> None:
     """Let `again` compute inputs of this shape with these tensors."""
-    found = _packs.get(id(weight))
+    found = KNOWN.get(id(weight))
     if found is None or x.dtype not in KINDS or not found.is_of(weight):
         return
     if not all(_is_plain(v) for v in (scale, bias) if v is not None):

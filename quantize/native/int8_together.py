@@ -30,7 +30,7 @@ def together(
     """
     bounds, shapes = list[int8.Bound](), list[int8.Shape]()
     for weight, scale, bias, activation in layers:
-        found = int8._packs.get(id(weight))
+        found = int8.KNOWN.get(id(weight))
         if found is None or found.bound is None or not found.is_of(weight):
             return None
         shape = found.shapes.get((x.shape, x.dtype))
@@ -42,8 +42,7 @@ def together(
         return None
     results = [torch.empty_like(shape.result) for shape in shapes]
     most = sum(shape.threads for shape in shapes)
-    wanted = 1 if int8.forked() else min(torch.get_num_threads(), most)
-    what, kernels = shapes[0].what + (wanted << int8._THREADS), functions()
+    what, kernels = int8.what(shapes[0], most), functions()
     if other is not None:
         ends = x.data_ptr(), results[0].data_ptr()
         failed = kernels.linear_with(bounds[0].address, what, *ends, how, other.data_ptr())
@@ -53,7 +52,7 @@ def together(
         ends = x.data_ptr(), places(*(y.data_ptr() for y in results))
         failed = kernels.linears(addresses, len(layers), what, *ends)
     if failed:
-        raise int8._no_memory(x)
+        raise int8.no_memory(x)
     return results
 
 

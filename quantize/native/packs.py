@@ -17,7 +17,7 @@ from torch import Tensor
 
 from quantize.native import build, isa
 
-T = TypeVar("T", bound="Pack")
+T = TypeVar("T", bound="Copy")
 
 
 def best(name: str, headers: tuple[Path, ...], read: Callable[[ctypes.CDLL], Any]) -> Any:
@@ -70,8 +70,8 @@ def versions_of(tensors: Sequence[Tensor | None]) -> tuple[int | None, ...]:
     return tuple(found)
 
 
-class Pack:
-    """A copy of a weight in a kernel's layout, and of the vectors that it was last called with.
+class Copy:
+    """A copy of a weight in a kernel's layout.
 
     Args:
         weight: int8.
@@ -82,11 +82,8 @@ class Pack:
     def __init__(self, weight: Tensor, how: Any, owner: weakref.ref[Tensor]) -> None:
         self.owner, self.version, self.pointer = owner, weight._version, weight.data_ptr()
         self.how = how
-        self.vectors: tuple[Tensor | None, ...] = ()  # the scale and bias given last,
-        self.versions: tuple[int | None, ...] = ()
-        self.blocked_vectors: list[Tensor | None] = []  # and what the kernel reads of them
 
-    def is_of(self, weight: Tensor, how: Any) -> bool:
+    def is_of(self, weight: Tensor, how: Any = None) -> bool:
         """Was it made of this weight, as it is now?"""
         return (
             self.owner() is weight
@@ -94,6 +91,16 @@ class Pack:
             and self.pointer == weight.data_ptr()
             and (self.how is how or self.how == how)
         )
+
+
+class Pack(Copy):
+    """With the vectors that it was last called with."""
+
+    def __init__(self, weight: Tensor, how: Any, owner: weakref.ref[Tensor]) -> None:
+        super().__init__(weight, how, owner)
+        self.vectors: tuple[Tensor | None, ...] = ()  # the scale and bias given last,
+        self.versions: tuple[int | None, ...] = ()
+        self.blocked_vectors: list[Tensor | None] = []  # and what the kernel reads of them
 
     def blocked(self, tensor: Tensor) -> Tensor:
         """[outputs, ...] in the kernel's order, missing outputs as zeros."""
@@ -115,13 +122,13 @@ class Pack:
 
 
 class Packs(Generic[T]):
-    """Packed copies by the identity of a weight, until it dies or changes. make: as `Pack`."""
+    """Packed copies by the identity of a weight, until it dies or changes. make: as `Copy`."""
 
     def __init__(self, make: Callable[[Tensor, Any, weakref.ref[Tensor]], T]) -> None:
         self.make = make
         self.known: dict[int, T] = {}
 
-    def of(self, weight: Tensor, how: Any) -> T:
+    def of(self, weight: Tensor, how: Any = None) -> T:
         """`weight` in the kernel's layout."""
         key = id(weight)
         found = self.known.get(key)

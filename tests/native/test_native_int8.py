@@ -243,9 +243,9 @@ def test_packed_weights_die_with_their_weights():
     int8.linear(x, weight, scale, None)
     int8.prefer(x, weight, scale, None)
     key = id(weight)
-    packed = weakref.ref(int8._packs[key])
+    packed = weakref.ref(int8.KNOWN[key])
     del weight
-    assert key not in int8._packs and packed() is None
+    assert key not in int8.KNOWN and packed() is None
 
 
 def test_eight_threads_at_once(level: str):
