@@ -11,16 +11,15 @@ from functools import partial
 import pytest
 import torch
 from helpers import randn, zoo
-from int8_models import layer_of
+from int8_models import assert_kernels_give, by_reference_and_level, layer_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import quantize
 from quantize import calibration
 from quantize.compression.int8 import transform
-from quantize.native import build, int8_library, isa
+from quantize.native import isa
 from quantize.nn import elementary
-from quantize.nn import int8_kernels as kernels
 from quantize.nn.activations import activation_of
 from quantize.nn.elementary import ACTIVATIONS
 from quantize.nn.int8 import Int8Linear
@@ -59,9 +58,7 @@ def test_kernels_agree_to_the_bit(name: str, dtype: torch.dtype):
     layer, x = active_layer(100, 37, name), 8 * randn(70, 100).to(dtype)
     y = layer(x)
     assert torch.equal(layer(x), y) and torch.equal(layer(x[:3]), y[:3])
-    for kernel in kernels.STOCK:
-        with kernels.kernel(kernel):
-            assert torch.equal(layer(x), y), kernel
+    assert_kernels_give(layer, x, y)
     layer.activation = None
     assert torch.allclose(TORCH[name](layer(x.float())), y.float(), rtol=0.01, atol=1e-5)
 
@@ -72,15 +69,7 @@ def test_instruction_sets_agree_to_the_bit(name: str, level: str, monkeypatch):
     """A row that isn't finite is finite nowhere, and spoils no other."""
     layer, x = active_layer(100, 37, name), 8 * randn(40, 100)
     x[3, 1], x[5, 7] = math.inf, math.nan
-    with kernels.kernel("reference"):
-        expected = layer(x)
-    monkeypatch.setenv(isa.SWITCH, level)
-    int8_library.functions.cache_clear()
-    try:
-        with kernels.kernel("native" if build.compiler() else "int_mm"):
-            y = layer(x)
-    finally:
-        int8_library.functions.cache_clear()
+    expected, y = by_reference_and_level(layer, x, level, monkeypatch)
     assert torch.equal(y.nan_to_num(7), expected.nan_to_num(7))
     assert y.isnan().all(1).nonzero().flatten().tolist() == [3, 5]
 

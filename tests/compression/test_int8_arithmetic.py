@@ -10,17 +10,13 @@ import torch
 from helpers import linear, randn
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from int8_models import layer_of
+from int8_models import assert_kernels_give, layer_of
 from torch import nn
 
-from quantize.native import build
 from quantize.nn import int8_kernels as kernels
 from quantize.nn.int8 import Int8Linear
 from quantize.nn.int8_rows import quantize_many_rows
 from quantize.nn.int8_stock import stock
-
-# Native code needs a compiler.
-KERNELS = list(kernels.KERNELS if build.compiler() else kernels.STOCK)
 
 
 def exact(x: torch.Tensor, layer: Int8Linear) -> torch.Tensor:
@@ -59,10 +55,7 @@ def test_kernels_agree_to_the_bit(shape: tuple[int, int, int]):
     """
     m, k, n = shape
     layer, x = layer_of(k, n), randn(m, k)
-    chosen = layer(x)
-    for name in KERNELS:
-        with kernels.kernel(name):
-            assert torch.equal(layer(x), chosen), name
+    assert_kernels_give(layer, x, layer(x))
 
 
 def test_largest_sums_do_not_saturate():
@@ -71,9 +64,7 @@ def test_largest_sums_do_not_saturate():
     """
     layer = Int8Linear(torch.full((8, 256), 127, dtype=torch.int8), torch.ones(8))
     expected = torch.full((4, 8), 127.0 * 255 * 256)
-    for name in KERNELS:
-        with kernels.kernel(name):
-            assert torch.equal(layer(torch.full((4, 256), 255.0)), expected), name
+    assert_kernels_give(layer, torch.full((4, 256), 255.0), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

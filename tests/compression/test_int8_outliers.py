@@ -7,15 +7,14 @@ import math
 import pytest
 import torch
 from helpers import in_int8, linear, mlp, randn
+from int8_models import KERNELS, assert_kernels_give, by_reference_and_level
 from torch import Tensor, nn
 
 import quantize
 from quantize import surgery
-from quantize.native import build, int8_library, isa
+from quantize.native import isa
 from quantize.nn import int8_kernels as kernels
 from quantize.nn.int8_outliers import Int8OutlierLinear
-
-KERNELS = list(kernels.KERNELS if build.compiler() else kernels.STOCK)
 
 
 def layer_of(k: int, n: int, channels: tuple[int, ...], bias: bool = True) -> Int8OutlierLinear:
@@ -54,9 +53,7 @@ def test_kernels_agree_to_the_bit(channels: tuple[int, ...], dtype: torch.dtype)
         layer, x = layer_of(k, n, channels, bias), rows_of(rows, k).to(dtype)
         chosen = layer(x)
         assert torch.equal(layer(x), chosen)
-        for name in KERNELS:
-            with kernels.kernel(name):
-                assert torch.equal(layer(x), chosen), name
+        assert_kernels_give(layer, x, chosen)
 
 
 @pytest.mark.parametrize("level", isa.levels())
@@ -66,15 +63,7 @@ def test_instruction_sets_agree_to_the_bit(level: str, monkeypatch: pytest.Monke
     """
     layer, x = layer_of(100, 37, (1, 8)), rows_of(40, 100)
     x[3, 1], x[5, 7], x[7] = math.inf, math.nan, 0
-    with kernels.kernel("reference"):
-        expected = layer(x)
-    monkeypatch.setenv(isa.SWITCH, level)
-    int8_library.functions.cache_clear()
-    try:
-        with kernels.kernel("native" if build.compiler() else "int_mm"):
-            y = layer(x)
-    finally:
-        int8_library.functions.cache_clear()
+    expected, y = by_reference_and_level(layer, x, level, monkeypatch)
     assert torch.equal(y.nan_to_num(0), expected.nan_to_num(0))
     assert y[[3, 5]].isnan().all() and y.isfinite().all(1).sum() == 38
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from helpers import call
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -75,15 +76,9 @@ def answers(model: nn.Module, batches: Sequence[Any]) -> list[Any]:
     with torch.random.fork_rng():
         for i, batch in enumerate(batches):
             torch.manual_seed(i)
-            output = _call(model, copy.deepcopy(batch))
+            output = call(model, copy.deepcopy(batch))
             found.append(copy.deepcopy(output))  # a model may answer with its own state
     return found
-
-
-def _call(model: nn.Module, batch: Any) -> Any:
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(*batch) if isinstance(batch, tuple) else model(batch)
 
 
 def distance(actual: Any, expected: Any) -> float:

@@ -18,10 +18,10 @@ def randn(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
 
 
-def mlp() -> nn.Module:
+def mlp(a: int = 8, b: int = 32, c: int = 24, d: int = 3) -> nn.Module:
     return seeded(
         lambda: nn.Sequential(
-            nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 24), nn.ReLU(), nn.Linear(24, 3)
+            nn.Linear(a, b), nn.ReLU(), nn.Linear(b, c), nn.ReLU(), nn.Linear(c, d)
         )
     )
 

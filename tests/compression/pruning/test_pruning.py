@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from helpers import ZOO, assert_close, cosine, in_int8, run, zoo
@@ -57,14 +59,7 @@ def test_composes_with_low_rank(tmp_path):
     """Low-rank pairs shrink on their outside and keep their rank; pruned models can be factorized;
     both save and load.
     """
-
-    def build():
-        return seeded(
-            lambda: nn.Sequential(
-                nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 64), nn.ReLU(), nn.Linear(64, 48)
-            )
-        )
-
+    build = partial(mlp, 64, 96, 64, 48)
     x = randn(64, 64)
     pairs = factorize_low_rank(build(), ratio=0.5)
     rank = pairs[0].rank
@@ -78,14 +73,7 @@ def test_composes_with_low_rank(tmp_path):
 
 def test_composes_with_int8(tmp_path):
     """A pruned and repaired model can be quantized, saved and loaded into a fresh original."""
-
-    def build():
-        return seeded(
-            lambda: nn.Sequential(
-                nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 48)
-            )
-        )
-
+    build = partial(mlp, 64, 128, 64, 48)
     x = randn(64, 64)
     pruned = prune_ln_structured(build(), x, calibration=[x])
     small = in_int8(pruned)
