@@ -248,27 +248,32 @@ def print_tables(rows: Sequence[Row], checks: Sequence[Row]) -> None:
     """Times by length, and how the tokens compare with those without a cache."""
     console = Console()
     lengths = sorted({row["length"] for row in rows})
+    headings = [*map(str, lengths), f"cache at {lengths[-1]}"]
     title = "ms per token, and tokens/s, after a text of so many tokens (median)"
-    table = Table(title=title, show_lines=True)
-    table.add_column("")
-    for heading in [*map(str, lengths), f"cache at {lengths[-1]}"]:
-        table.add_column(heading, justify="right")
+    cells: dict[str, list[str]] = {}
     for way, times in _by_way(rows).items():
-        cells = [f"{ms:.2f}\n{1000 / ms:,.0f}/s" for ms in times.values()]
-        table.add_row(way, *cells, _cache_size(rows, way))
-    console.print(table)
+        shown = [f"{ms:.2f}\n{1000 / ms:,.0f}/s" for ms in times.values()]
+        cells[way] = [*shown, _cache_size(rows, way)]
+    console.print(_table(title, headings, cells, show_lines=True))
     right = [row["guesses_right"] for row in rows if "guesses_right" in row]
     console.print(f"speculative: {100 * statistics.mean(right):.0f}% of the guesses were right")
-
-    table = Table(title="against the same weights without a cache")
-    table.add_column("")
-    table.add_column("equal tokens", justify="right")
-    table.add_column("largest difference of logits", justify="right")
+    found: dict[str, list[str]] = {}
     for row in checks:
         equal = "all" if row["same_tokens"] == row["of"] else "first"
         tokens = f"{equal} {row['same_tokens']} of {row['of']}"
-        table.add_row(row["way"], tokens, f"{row['logits_off']:.1e}")
-    console.print(table)
+        found[row["way"]] = [tokens, f"{row['logits_off']:.1e}"]
+    headings = ["equal tokens", "largest difference of logits"]
+    console.print(_table("against the same weights without a cache", headings, found))
+
+
+def _table(title: str, headings: Sequence[str], cells: dict[str, list[str]], **how: Any) -> Table:
+    """A row for each name."""
+    table = Table("", title=title, **how)
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    for name, texts in cells.items():
+        table.add_row(name, *texts)
+    return table
 
 
 def chart(rows: Sequence[Row]) -> bytes:

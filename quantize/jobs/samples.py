@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.torch
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from quantize.measuring.command import read_arrays
 from quantize.models.published import read_json
 from quantize.run.generate.text import Text
 from quantize.training.data.reading import DataError
@@ -128,22 +128,13 @@ def _arrays(files: Sequence[Path]) -> Any:
         raise DataError(f"data: {len(files)} files of arrays: give one")
     file = files[0]
     try:
-        found = _read_arrays(file)
+        found = read_arrays(file)
     except Exception as error:  # numpy and safetensors raise a dozen kinds
         raise DataError(f"data: {file} can't be read: {error}") from error
     sizes = {name: list(array.shape[:1]) for name, array in found.items()}
     if len(set(map(tuple, sizes.values()))) != 1 or [] in sizes.values():
         raise DataError(f"data: {file}: its arrays have the first axes {sizes}: one is allowed")
     return found if set(found) != {"x"} else found["x"]
-
-
-def _read_arrays(file: Path) -> dict[str, Tensor]:
-    if file.suffix == ".safetensors":
-        return safetensors.torch.load_file(file)
-    loaded = np.load(file, allow_pickle=False)
-    if isinstance(loaded, np.ndarray):
-        return {"x": torch.from_numpy(loaded)}
-    return {name: torch.from_numpy(loaded[name]) for name in loaded.files}
 
 
 # Images.

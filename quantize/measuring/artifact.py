@@ -195,7 +195,7 @@ def _is_torchscript(path: Path) -> bool:
         return False  # not a zip: load() says what is wrong with it
 
 
-def stored_tensors(model: Any) -> Iterator[torch.Tensor]:
+def stored_tensors(model: Any) -> Iterator[Tensor]:
     """The tensors that a model file has to hold: parameters and weights kept in buffers, each once.
 
     Buffers of torch's own layers (a BatchNorm's running statistics) are not counted, nor are
@@ -205,7 +205,7 @@ def stored_tensors(model: Any) -> Iterator[torch.Tensor]:
     if not isinstance(model, nn.Module):
         return
     # the tensors too, or an id could come back as another one's
-    seen: dict[tuple[int, int], torch.Tensor] = {}
+    seen: dict[tuple[int, int], Tensor] = {}
     for tensor in _tensors(model):
         address = tensor.data_ptr() if tensor.layout == torch.strided else 0
         key = (address or id(tensor), tensor.numel())
@@ -214,7 +214,7 @@ def stored_tensors(model: Any) -> Iterator[torch.Tensor]:
             yield tensor
 
 
-def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
+def _tensors(model: nn.Module) -> Iterator[Tensor]:
     for module in model.modules():
         yield from module.parameters(recurse=False)
         if not type(module).__module__.startswith("torch.nn."):
@@ -297,7 +297,7 @@ def fingerprint(model: Any, example_inputs: Any) -> str:
         leaves = pytree.tree_leaves(call(model, example_inputs))
     digest = hashlib.sha256()
     for leaf in leaves:
-        if isinstance(leaf, torch.Tensor):
+        if isinstance(leaf, Tensor):
             digest.update(f"{leaf.dtype}{tuple(leaf.shape)}".encode())
             digest.update(
                 leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
@@ -305,8 +305,3 @@ def fingerprint(model: Any, example_inputs: Any) -> str:
         else:
             digest.update(repr(leaf).encode())
     return digest.hexdigest()
-
-
-def finite(value: float | None) -> float | None:
-    """None for nan and infinities, which JSON doesn't have."""
-    return value if value is not None and math.isfinite(value) else None

@@ -23,8 +23,8 @@ import safetensors.torch
 import torch
 
 from quantize.host import default_threads
-from quantize.measuring.artifact import finite
 from quantize.measuring.comparison import measure
+from quantize.measuring.rows import strict
 from quantize.measuring.streams import reserved_stdout
 from quantize.script import Parser, exit_code, imported
 
@@ -81,31 +81,31 @@ def _line(arguments: argparse.Namespace) -> bytes:
         burst_seconds=arguments.burst_seconds,
         keep=not arguments.default_allocator,
     )
-    values = _strict({**dataclasses.asdict(result), "machine": result.machine()})
+    values = strict({**dataclasses.asdict(result), "machine": result.machine()})
     return json.dumps(values, allow_nan=False).encode() + b"\n"
+
+
+def read_arrays(path: Path) -> dict[str, torch.Tensor]:
+    """The arrays of a `.npz` or `.safetensors` file by name, that of a `.npy` file as "x"."""
+    if path.suffix == ".safetensors":
+        return safetensors.torch.load_file(path)
+    loaded = np.load(path, allow_pickle=False)
+    if isinstance(loaded, np.ndarray):
+        return {"x": torch.from_numpy(loaded)}
+    return {name: torch.from_numpy(loaded[name]) for name in loaded.files}
 
 
 def read_inputs(path: Path) -> Any:
     """Example inputs from a file: `.npy` is one tensor; `.safetensors` keyword arguments, or
     positional ones named 0, 1, ...
     """
+    if path.suffix not in (".npy", ".safetensors"):
+        raise ValueError(f"--inputs must be a .npy or .safetensors file, got {path}")
     try:
-        if path.suffix == ".npy":
-            return torch.from_numpy(np.load(path, allow_pickle=False))
-        if path.suffix == ".safetensors":
-            tensors = safetensors.torch.load_file(path)
-            positions = [str(i) for i in range(len(tensors))]
-            return (
-                tuple(tensors[p] for p in positions) if set(tensors) == set(positions) else tensors
-            )
+        arrays = read_arrays(path)
     except Exception as error:  # numpy and safetensors raise a dozen kinds
         raise ValueError(f"--inputs {path} can't be read: {error}") from error
-    raise ValueError(f"--inputs must be a .npy or .safetensors file, got {path}")
-
-
-def _strict(value: Any) -> Any:
-    if isinstance(value, float):
-        return finite(value)
-    if isinstance(value, dict):
-        return {k: _strict(v) for k, v in value.items()}
-    return [_strict(v) for v in value] if isinstance(value, (list, tuple)) else value
+    if path.suffix == ".npy":
+        return arrays["x"]
+    positions = [str(i) for i in range(len(arrays))]
+    return tuple(arrays[p] for p in positions) if set(arrays) == set(positions) else arrays

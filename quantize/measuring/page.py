@@ -15,7 +15,7 @@ from importlib import resources
 from string import Template
 from typing import Any
 
-from quantize.measuring.rows import MARKS, Report, Row
+from quantize.measuring.rows import MARKS, Report, Row, limits, not_beaten
 from quantize.measuring.table import described, header_and_cells, legend
 
 _WIDTH, _HEIGHT = 420, 300  # of a plot, in units of its own
@@ -122,11 +122,11 @@ def _plot(points: Sequence[tuple[int, Row, float]], label: str) -> str:
     metric = points[0][1]["metric"]
     sign = 1 if metric["higher_is_better"] else -1
     qualities = [sign * row["metric"]["value"] for _, row, _ in points]
-    low, high = _span(qualities)
+    low, high = limits(qualities)
     tick = _round_step(1.1 * max(cost for *_, cost in points) / _TICKS)
     most = tick * _TICKS
     costs = [cost for _, _, cost in points]
-    front = _front(costs, qualities)
+    front = not_beaten(list(zip(costs, qualities, strict=True)))
 
     def place(cost: float, quality: float) -> tuple[float, float]:
         across = _LEFT + (_WIDTH - _LEFT - _RIGHT) * cost / most
@@ -185,24 +185,3 @@ def _round_step(step: float) -> float:
         return 1.0
     power = 10.0 ** math.floor(math.log10(step))
     return next(power * times for times in (1, 2, 2.5, 5, 10) if power * times >= step * 0.999)
-
-
-def _span(qualities: Sequence[float]) -> tuple[float, float]:
-    """Lowest and highest quality shown; what is far below the rest stands on the edge."""
-    best = max(qualities)
-    away = sorted(best - quality for quality in qualities)
-    typical = away[len(away) // 2] or away[-1]
-    shown = [distance for distance in away if distance <= 6 * typical]
-    depth = max(max(shown), 1e-3 * abs(best)) or 1.0
-    return best - 1.15 * depth, best + 0.1 * depth
-
-
-def _front(costs: Sequence[float], qualities: Sequence[float]) -> set[int]:
-    """Indices of the points that no other beats in cost and quality."""
-    found = set()
-    best = -math.inf
-    for i in sorted(range(len(costs)), key=lambda i: (costs[i], -qualities[i])):
-        if qualities[i] > best:
-            best = qualities[i]
-            found.add(i)
-    return found

@@ -19,11 +19,9 @@ from matplotlib.text import Annotation, Text
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from matplotlib.transforms import Bbox
 
+from quantize.measuring.rows import limits, not_beaten
+
 _COLORS = {"baseline": "#222222", "front": "#0a6ebd", "other": "#8a8f98"}
-_LEAST_SHOWN = 0.01  # of the best quality: differences within the noise must not fill the panel
-_OFF_SCALE = (
-    6.0  # a point this many times farther from the best than the median point is drawn on the edge
-)
 
 
 def pareto_plot(rows: Sequence[dict[str, Any]]) -> bytes:
@@ -35,7 +33,7 @@ def pareto_plot(rows: Sequence[dict[str, Any]]) -> bytes:
     shown = [r for r in rows if r["metric"]["value"] is not None]
     metric = shown[0]["metric"] if shown else {"name": "metric", "higher_is_better": True}
     sign = 1 if metric["higher_is_better"] else -1
-    floor, ceiling = _limits([sign * r["metric"]["value"] for r in shown])
+    floor, ceiling = limits([sign * r["metric"]["value"] for r in shown])
 
     sizes = [(r, r["bytes"] / 1e6, None) for r in shown]
     latencies = [(r, r["latency_ms"]["median"], r["latency_ms"]) for r in shown if r["latency_ms"]]
@@ -136,21 +134,6 @@ def _png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def _limits(qualities: list[float]) -> tuple[float, float]:
-    """Lowest and highest quality to show, with margins; points far below the rest are not given
-    room.
-    """
-    if not qualities:
-        return 0.0, 1.0
-    best = max(qualities)
-    distances = sorted(best - q for q in qualities)
-    nonzero = [d for d in distances if d > 0] or [abs(best) * 0.01 or 1.0]
-    typical = nonzero[(len(nonzero) - 1) // 2]
-    depth = max([d for d in nonzero if d <= _OFF_SCALE * typical] or nonzero[:1])
-    depth = max(depth, _LEAST_SHOWN * abs(best))
-    return best - 1.25 * depth, best + 0.2 * depth
-
-
 @dataclass(frozen=True)
 class _Point:
     x: float
@@ -163,7 +146,7 @@ class _Point:
 def _draw(axes: Axes, points: list, sign: int, floor: float, baseline: str) -> list[_Point]:
     """Markers, bars and the line along the front; where the names are to go."""
     edge = floor + 0.04 * abs(np.subtract(*axes.get_ylim()))
-    front = _front([(x, sign * row["metric"]["value"]) for row, x, _ in points])
+    front = not_beaten([(x, sign * row["metric"]["value"]) for row, x, _ in points])
     drawn, line = [], []
     for i, (row, x, spread) in enumerate(points):
         value = row["metric"]["value"]
@@ -194,17 +177,6 @@ def _draw(axes: Axes, points: list, sign: int, floor: float, baseline: str) -> l
     )
     axes.set_xlim(0, max([p.high for p in drawn], default=1.0) * 1.12)
     return drawn
-
-
-def _front(points: list[tuple[float, float]]) -> set[int]:
-    """Indices of the points (cost, quality) that no other beats: not in one without losing in the
-    other.
-    """
-    return {
-        i
-        for i, (x, q) in enumerate(points)
-        if not any(a <= x and b >= q and (a < x or b > q) for a, b in points)
-    }
 
 
 def _name(axes: Axes, renderer: Any, points: list[_Point]) -> None:

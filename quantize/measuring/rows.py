@@ -29,6 +29,10 @@ _COUNTS = ("examples", "images", "samples", "count", "n")
 _PERCENTILES = ("median", "p10", "p90")
 MARKS = ("failed", "larger", "slower", *GRADES.values())
 
+_LEAST_SHOWN = 0.01  # of the best quality: differences within the noise must not fill the panel
+_OFF_SCALE = (
+    6.0  # a point this many times farther from the best than the median point is drawn on the edge
+)
 Row = dict[str, Any]
 Report = dict[str, Any]
 
@@ -167,3 +171,29 @@ def strict(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if isinstance(value, (int, str, type(None))) else str(value)
+
+
+def limits(qualities: list[float]) -> tuple[float, float]:
+    """Lowest and highest quality to show, with margins; points far below the rest are not given
+    room.
+    """
+    if not qualities:
+        return 0.0, 1.0
+    best = max(qualities)
+    distances = sorted(best - q for q in qualities)
+    nonzero = [d for d in distances if d > 0] or [abs(best) * 0.01 or 1.0]
+    typical = nonzero[(len(nonzero) - 1) // 2]
+    depth = max([d for d in nonzero if d <= _OFF_SCALE * typical] or nonzero[:1])
+    depth = max(depth, _LEAST_SHOWN * abs(best))
+    return best - 1.25 * depth, best + 0.2 * depth
+
+
+def not_beaten(points: list[tuple[float, float]]) -> set[int]:
+    """Indices of the points (cost, quality) that no other beats: not in one without losing in the
+    other.
+    """
+    return {
+        i
+        for i, (x, q) in enumerate(points)
+        if not any(a <= x and b >= q and (a < x or b > q) for a, b in points)
+    }

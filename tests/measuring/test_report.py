@@ -13,10 +13,10 @@ import pytest
 from matplotlib import image
 from rich.console import Console
 
-from quantize.measuring.plot import _limits, pareto_plot
+from quantize.measuring.plot import pareto_plot
 from quantize.measuring.report import REPORT_FILES, build_report, write_report
 from quantize.measuring.result import Latency, Measurement
-from quantize.measuring.rows import build_rows, higher_is_better
+from quantize.measuring.rows import build_rows, higher_is_better, limits
 from quantize.measuring.table import markdown, print_report
 
 KEYS = (
@@ -325,7 +325,7 @@ def test_noise_does_not_fill_the_plot(values):
     """Qualities that differ by a thousandth stand side by side: the axis spans a hundredth of the
     best at least.
     """
-    low, high = _limits(values)
+    low, high = limits(values)
     assert low < min(values) and max(values) < high
     assert high - low >= 0.01 * max(values) and max(values) - min(values) <= 0.2 * (high - low)
 
