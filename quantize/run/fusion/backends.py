@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from quantize.run.fusion.folded import Folded
-from quantize.run.fusion.graph import Program
+from quantize.run.fusion.graph import Program, lines_of
 from quantize.run.fusion.nested import unflatten
 
 NEEDS = {
@@ -71,7 +71,7 @@ def missing(backend: str) -> str | None:
     return None
 
 
-def build(program: Program, backend: str, tensors: list[torch.Tensor]) -> nn.Module:
+def build(program: Program, backend: str, tensors: list[Tensor]) -> nn.Module:
     """`program` for this back end. Raises ValueError if the back end is absent or can't take the
     model.
     """
@@ -84,16 +84,12 @@ def build(program: Program, backend: str, tensors: list[torch.Tensor]) -> nn.Mod
             file = _WRITERS[backend](program, tensors, Path(folder.name))
             engine = open_file(backend, file)
     except Exception as error:  # another project's compiler: it may raise anything
-        first = next(
-            (line.strip() for line in str(error).splitlines() if line.strip()), "no message"
-        )
-        raise ValueError(
-            f"back end {backend!r} can't take this model: {type(error).__name__}: {first}"
-        ) from error
+        why = f"{type(error).__name__}: {lines_of(error)[0]}"
+        raise ValueError(f"back end {backend!r} can't take this model: {why}") from error
     return External(program, engine, file, folder)
 
 
-def _exported(program: Program, tensors: list[torch.Tensor]) -> torch.export.ExportedProgram:
+def _exported(program: Program, tensors: list[Tensor]) -> torch.export.ExportedProgram:
     """The program exported again, with the same sizes free."""
     wide = [torch.cat([t, t]) if program.widened == 2 and t.dim() else t for t in tensors]
     auto, fixed = torch.export.Dim.AUTO, torch.export.Dim.STATIC
@@ -108,7 +104,7 @@ class _Run(nn.Module):
         super().__init__()
         self.run = Folded(program).run
 
-    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         return self.run(*tensors)
 
 
@@ -119,7 +115,7 @@ def open_file(backend: str, file: Path) -> Callable[..., list[Any]]:
     return _OPENERS[backend](file)
 
 
-def _inductor(program: Program, tensors: list[torch.Tensor], folder: Path) -> Path:
+def _inductor(program: Program, tensors: list[Tensor], folder: Path) -> Path:
     file = folder / "model.pt2"
     options = {"freezing": True}
     torch._inductor.aoti_compile_and_package(
@@ -131,14 +127,14 @@ def _inductor(program: Program, tensors: list[torch.Tensor], folder: Path) -> Pa
 def _open_inductor(file: Path) -> Callable[..., list[Any]]:
     loaded = torch._inductor.aoti_load_package(str(file))
 
-    def engine(*inputs: torch.Tensor) -> list[torch.Tensor]:
+    def engine(*inputs: Tensor) -> list[Tensor]:
         out = loaded(*inputs)
-        return [out] if isinstance(out, torch.Tensor) else list(out)
+        return [out] if isinstance(out, Tensor) else list(out)
 
     return engine
 
 
-def _onnx(program: Program, tensors: list[torch.Tensor], folder: Path) -> Path:
+def _onnx(program: Program, tensors: list[Tensor], folder: Path) -> Path:
     file = folder / "model.onnx"
     exported: Any = torch.onnx.export(
         _exported(program, tensors), dynamo=True, verbose=False, optimize=True
@@ -155,14 +151,14 @@ def _open_onnxruntime(file: Path) -> Callable[..., list[Any]]:
     session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     names = [i.name for i in session.get_inputs()]
 
-    def engine(*inputs: torch.Tensor) -> list[Any]:
+    def engine(*inputs: Tensor) -> list[Any]:
         arrays = {n: t.detach().contiguous().numpy() for n, t in zip(names, inputs, strict=True)}
         return list(session.run(None, arrays))
 
     return engine
 
 
-def _openvino(program: Program, tensors: list[torch.Tensor], folder: Path) -> Path:
+def _openvino(program: Program, tensors: list[Tensor], folder: Path) -> Path:
     import openvino  # type: ignore[import-not-found]  # left to the user to install
 
     file = folder / "model.xml"
@@ -182,7 +178,7 @@ def _open_openvino(file: Path) -> Callable[..., list[Any]]:
     }
     compiled = openvino.Core().compile_model(str(file), "CPU", hints)
 
-    def engine(*inputs: torch.Tensor) -> list[Any]:
+    def engine(*inputs: Tensor) -> list[Any]:
         result = compiled([t.detach().contiguous().numpy() for t in inputs])
         # the engine writes into the same arrays again
         return [result[i].copy() for i in range(len(compiled.outputs))]

@@ -15,7 +15,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from quantize.run.fusion.edit import (
     add_constant,
@@ -105,14 +105,14 @@ def rms_norms(program: Program) -> None:
 def _is_float(program: Program, node: fx.Node) -> bool:
     tensor = constant(program, node)
     tensor = node.meta.get("val") if tensor is None else tensor
-    return isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float32
+    return isinstance(tensor, Tensor) and tensor.dtype == torch.float32
 
 
 def _is_rows(node: Any) -> bool:
     """Float32 on the CPU, with rows of a length that doesn't vary?"""
     value = node.meta.get("val") if isinstance(node, fx.Node) else None
     if (
-        not isinstance(value, torch.Tensor)
+        not isinstance(value, Tensor)
         or value.dtype != torch.float32
         or value.device.type != "cpu"
         or not value.dim()

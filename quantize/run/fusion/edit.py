@@ -6,7 +6,7 @@ from collections.abc import Container
 from typing import Any, TypeGuard
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from quantize.run.fusion.graph import Program, aten
 from quantize.run.fusion.graph import is_in_place as mutates
@@ -45,14 +45,14 @@ FRESH = {  # composite operators whose results have memory of their own
 PADS = {aten.pad.default, aten.constant_pad_nd.default}
 
 
-def constant(program: Program, node: object) -> torch.Tensor | None:
+def constant(program: Program, node: object) -> Tensor | None:
     """The tensor behind a `get_attr` node, else None."""
     if not isinstance(node, fx.Node) or node.op != "get_attr":
         return None
     return getattr(program.module, str(node.target))
 
 
-def own_constant(program: Program, node: Any) -> torch.Tensor | None:
+def own_constant(program: Program, node: Any) -> Tensor | None:
     """A constant that only one operator uses: it can be changed without making a second copy."""
     tensor = constant(program, node)
     if tensor is None:
@@ -61,7 +61,7 @@ def own_constant(program: Program, node: Any) -> torch.Tensor | None:
     return tensor if sum(len(n.users) for n in holders) == 1 else None
 
 
-def add_constant(program: Program, near: fx.Node, name: str, tensor: torch.Tensor) -> fx.Node:
+def add_constant(program: Program, near: fx.Node, name: str, tensor: Tensor) -> fx.Node:
     """A new constant called something like `name`, for use by `near` and what comes after it."""
     base, count = name, 0
     while hasattr(program.module, name):

@@ -9,11 +9,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from quantize import clock, surgery
 from quantize.calibration import call, relative_error, untouched
-from quantize.run.fusion.graph import Program
+from quantize.run.fusion.graph import Program, lines_of
 from quantize.run.fusion.nested import Spec, duplicate, flatten, unflatten
 from quantize.run.fusion.sizes import holds, other_sizes, violating
 from quantize.run.fusion.state import Answers, Call, answers, one_call
@@ -25,7 +25,7 @@ _ROUNDING_AT_MOST = 1e-2
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
-def outputs(model: Callable[..., Any], inputs: Any) -> list[torch.Tensor]:
+def outputs(model: Callable[..., Any], inputs: Any) -> list[Tensor]:
     """The model's output tensors, in the order a fused file gives them; neither inputs nor random
     state are changed.
     """
@@ -33,7 +33,7 @@ def outputs(model: Callable[..., Any], inputs: Any) -> list[torch.Tensor]:
     return one_call(model, spec, tensors).outputs
 
 
-def difference(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
+def difference(actual: list[Tensor], expected: list[Tensor]) -> float:
     """Largest difference relative to the largest expected value, the worst over all tensors; inf
     for other shapes.
 
@@ -59,13 +59,13 @@ def difference(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> floa
     return worst
 
 
-def tolerance(expected: list[torch.Tensor], model: nn.Module) -> float:
+def tolerance(expected: list[Tensor], model: nn.Module) -> float:
     """Allowed difference for the coarsest floating dtype among outputs and weights."""
     dtypes = {t.dtype for t in [*expected, *model.parameters(), *model.buffers()]}
     return max([TOLERANCE[d] for d in dtypes if d in TOLERANCE] or [0.0])
 
 
-def rounding(model: nn.Module, inputs: Any, expected: list[torch.Tensor]) -> float:
+def rounding(model: nn.Module, inputs: Any, expected: list[Tensor]) -> float:
     """How far the model's own outputs are from those it gives in float64; 0 if it can't run in
     float64.
     """
@@ -246,11 +246,10 @@ class Checker:
 
 def last_line(error: BaseException) -> str:
     """Kind and reason of an error; TorchScript puts the reason at the end of its own traceback."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__
+    return f"{type(error).__name__}: {lines_of(error)[-1]}"
 
 
-def _tried(model: Callable[..., Any], spec: Spec, tensors: list[torch.Tensor]) -> Call | None:
+def _tried(model: Callable[..., Any], spec: Spec, tensors: list[Tensor]) -> Call | None:
     try:
         return one_call(model, spec, tensors)
     except Exception:  # a model may refuse a size in whatever way it likes

@@ -12,12 +12,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._guards import detect_fake_mode
 
 from quantize import surgery
 from quantize.calibration import exporting
-from quantize.run.fusion.graph import CaptureError, Program, named_arguments
+from quantize.run.fusion.graph import CaptureError, Program, lines_of, named_arguments
 from quantize.run.fusion.importing import Flat, Importer
 from quantize.run.fusion.nested import Spec, flatten
 from quantize.run.fusion.state import settled
@@ -56,7 +56,7 @@ def capture(model: nn.Module, example_inputs: Any, changed: Sequence[str] = ()) 
 
 def _program(
     fresh: Callable[[], Flat],
-    tensors: list[torch.Tensor],
+    tensors: list[Tensor],
     free: Callable[[int], bool],
     arguments: dict[str, Spec],
     keyword: bool,
@@ -76,7 +76,7 @@ def _with_state_in_buffers(model: nn.Module, changed: Sequence[str]) -> nn.Modul
     for name, module in model.named_modules():
         prefix = f"{name}." if name else ""
         for key, value in list(module.__dict__.items()):
-            if prefix + key in changed and isinstance(value, torch.Tensor):
+            if prefix + key in changed and isinstance(value, Tensor):
                 del module.__dict__[key]
                 module.register_buffer(key, value.detach(), persistent=False)
     return model
@@ -94,7 +94,7 @@ _FREE: tuple[Callable[[int], bool], ...] = (
 _MOST_DECISIONS = 60
 
 
-def _wider(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+def _wider(tensors: list[Tensor]) -> list[Tensor]:
     """A batch of one becomes a batch of two, so that `torch.export` doesn't take the 1 for a fixed
     size.
     """
@@ -104,8 +104,8 @@ def _wider(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def _export(
-    fresh: Callable[[], Flat], tensors: list[torch.Tensor], *, free: Callable[[int], bool]
-) -> tuple[Any, Flat, list[torch.Tensor]]:
+    fresh: Callable[[], Flat], tensors: list[Tensor], *, free: Callable[[int], bool]
+) -> tuple[Any, Flat, list[Tensor]]:
     """The exported program, the module and the inputs it was traced with; `free` says which
     dimensions may vary.
     """
@@ -121,10 +121,10 @@ def _export(
         except TooFree:
             raise
         except TypeError as error:
-            raise CaptureError(str(error).splitlines()[0]) from error
+            raise CaptureError(lines_of(error)[0]) from error
         except Exception as error:
             # torch.export raises many kinds; all mean that it can't follow the model.
-            errors.append(f"{type(error).__name__}: {_first_line(error)}")
+            errors.append(f"{type(error).__name__}: {lines_of(error)[0]}")
     raise CaptureError(errors[-1])
 
 
@@ -139,7 +139,7 @@ def _fixes_batch(exported: Any) -> bool:
     return any(str(v.shape[0]).isdigit() for v in values)
 
 
-def _traced(flat: Flat, tensors: list[torch.Tensor], free: Callable[[int], bool]) -> Any:
+def _traced(flat: Flat, tensors: list[Tensor], free: Callable[[int], bool]) -> Any:
     def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         mode = detect_fake_mode([*args, *kwargs.values()])
         if mode is None or mode.shape_env is None:
@@ -163,8 +163,3 @@ def _traced(flat: Flat, tensors: list[torch.Tensor], free: Callable[[int], bool]
     if free(1) and len(exported._guards_code) > _MOST_DECISIONS:
         raise TooFree("too many decisions on sizes")
     return exported
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else "no message"

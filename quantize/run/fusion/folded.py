@@ -6,7 +6,7 @@ import copy
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
 from quantize.run.fusion.graph import Program
@@ -69,7 +69,7 @@ class Folded(nn.Module):
             tuple(program.conditions),
             tuple(program.notes),
         )
-        self._ready: tuple[Any, list[torch.Tensor]] | None = None
+        self._ready: tuple[Any, list[Tensor]] | None = None
         self.eval()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -80,7 +80,7 @@ class Folded(nn.Module):
                 self._ready = (state, list(self.prepare()))
         return unflatten(self.output, self.run(*tensors, *self._ready[1]))
 
-    def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         names = list(self.arguments)
         if len(args) > len(names):
             raise TypeError(f"takes {len(names)} arguments ({', '.join(names)}), got {len(args)}")
@@ -92,7 +92,7 @@ class Folded(nn.Module):
             raise TypeError(
                 f"was folded for the arguments {', '.join(names)}, got {', '.join(given) or 'none'}"
             )
-        tensors: list[torch.Tensor] = []
+        tensors: list[Tensor] = []
         for name, spec in self.arguments.items():
             part, shape = flatten(given[name], name)
             if (shape.kind, shape.keys, len(shape.children)) != (

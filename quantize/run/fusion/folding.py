@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from quantize.run.fusion.edit import (
     CONVS,
@@ -64,7 +64,7 @@ def _on_dimension_1(layer: Any, value: fx.Node) -> bool:
     return dims is not None and len(shape(value)) == dims + 2
 
 
-def _affine(program: Program, node: fx.Node) -> tuple[torch.Tensor, torch.Tensor] | None:
+def _affine(program: Program, node: fx.Node) -> tuple[Tensor, Tensor] | None:
     """BatchNorm with its own statistics as y = scale x + shift, in float64; None if it uses the
     batch's.
     """
@@ -81,9 +81,7 @@ def _affine(program: Program, node: fx.Node) -> tuple[torch.Tensor, torch.Tensor
     return scale, shift if bias is None else shift + bias.double()
 
 
-def _scale_output(
-    program: Program, node: fx.Node, scale: torch.Tensor, shift: torch.Tensor | None
-) -> bool:
+def _scale_output(program: Program, node: fx.Node, scale: Tensor, shift: Tensor | None) -> bool:
     """Let a linear or convolution give `scale * y + shift` per output channel instead of y. False
     if it can't.
     """
@@ -92,22 +90,32 @@ def _scale_output(
     )
     if not known:
         return False
-    weight, bias = own_constant(program, argument(node, 1)), constant(program, argument(node, 2))
-    if weight is None or (argument(node, 2) is not None and bias is None):
+    own = _own_weight(program, node)
+    if own is None:
         return False
-    groups = argument(node, 6, 1) if node.target in TRANSPOSED else 1
-    new_weight, new_bias = scaled_output(
-        weight, bias, scale, shift, transposed=node.target in TRANSPOSED, groups=groups
-    )
-    changes = {1: add_constant(program, node, f"{argument(node, 1).target}_scaled", new_weight)}
-    if new_bias is not None:
-        changes[2] = add_constant(program, node, f"{argument(node, 1).target}_bias", new_bias)
-    set_arguments(node, changes)
+    transposed = node.target in TRANSPOSED
+    groups = argument(node, 6, 1) if transposed else 1
+    _write(program, node, *scaled_output(*own, scale, shift, transposed=transposed, groups=groups))
     return True
 
 
+def _own_weight(program: Program, node: fx.Node) -> tuple[Tensor, Tensor | None] | None:
+    """Weight and bias of a linear or convolution, where they are constants that may be replaced."""
+    weight, bias = own_constant(program, argument(node, 1)), constant(program, argument(node, 2))
+    unknown = argument(node, 2) is not None and bias is None
+    return None if weight is None or unknown else (weight, bias)
+
+
+def _write(program: Program, node: fx.Node, weight: Tensor, bias: Tensor | None) -> None:
+    name = argument(node, 1).target
+    changes = {1: add_constant(program, node, f"{name}_scaled", weight)}
+    if bias is not None:
+        changes[2] = add_constant(program, node, f"{name}_bias", bias)
+    set_arguments(node, changes)
+
+
 def _scale_input(
-    program: Program, x: fx.Node, node: fx.Node, scale: torch.Tensor, shift: torch.Tensor | None
+    program: Program, x: fx.Node, node: fx.Node, scale: Tensor, shift: Tensor | None
 ) -> bool:
     """Let a linear or convolution take x where it took `scale * x + shift` (per input channel).
     False if it can't.
@@ -120,15 +128,11 @@ def _scale_input(
             return False  # the zeros around the image would have to become something else
     elif node.target not in LINEARS:
         return False
-    weight, bias = own_constant(program, argument(node, 1)), constant(program, argument(node, 2))
-    if weight is None or (argument(node, 2) is not None and bias is None):
+    own = _own_weight(program, node)
+    if own is None:
         return False
     groups = argument(node, 6, 1) if node.target in CONVS else 1
-    new_weight, new_bias = scaled_input(weight, bias, scale, shift, groups=groups)
-    changes = {1: add_constant(program, node, f"{argument(node, 1).target}_scaled", new_weight)}
-    if new_bias is not None:
-        changes[2] = add_constant(program, node, f"{argument(node, 1).target}_bias", new_bias)
-    set_arguments(node, changes)
+    _write(program, node, *scaled_input(*own, scale, shift, groups=groups))
     return True
 
 
@@ -140,32 +144,20 @@ def fold_scales(program: Program) -> None:
     for node in calls(program, {aten.mul.Tensor}):
         for scale, x in (node.args, node.args[::-1]):
             vector = constant(program, scale)
-            if (
-                vector is None
-                or not isinstance(x, fx.Node)
-                or vector.dim() != 1
-                or shape(node) != shape(x)
-            ):
+            if vector is None or not isinstance(x, fx.Node) or vector.dim() != 1:
                 continue
-            if (
-                "val" not in x.meta
-                or x.meta["val"].dtype != vector.dtype
-                or x.meta["val"].dtype != node.meta["val"].dtype
-            ):
+            if "val" not in x.meta or shape(node) != shape(x):
                 continue
-            if (
-                x.target in LINEARS
-                and len(x.users) == 1
-                and _scale_output(program, x, vector.double(), None)
+            if not x.meta["val"].dtype == vector.dtype == node.meta["val"].dtype:
+                continue
+            alone = x.target in LINEARS and len(x.users) == 1
+            if (alone and _scale_output(program, x, vector.double(), None)) or _all_scale_input(
+                program, node, vector.double(), None
             ):
                 node.replace_all_uses_with(x)
-            elif _all_scale_input(program, node, vector.double(), None):
-                node.replace_all_uses_with(x)
-            else:
-                continue
-            program.graph.erase_node(node)
-            count += 1
-            break
+                program.graph.erase_node(node)
+                count += 1
+                break
     for node in calls(program, {aten.layer_norm.default}):
         vector, shift = constant(program, argument(node, 2)), constant(program, argument(node, 3))
         if vector is None or vector.dim() != 1 or (argument(node, 3) is not None and shift is None):
@@ -179,15 +171,12 @@ def fold_scales(program: Program) -> None:
         program.notes.append(f"{count} norm and layer scales folded into linear layers")
 
 
-def _all_scale_input(
-    program: Program, x: fx.Node, scale: torch.Tensor, shift: torch.Tensor | None
-) -> bool:
+def _all_scale_input(program: Program, x: fx.Node, scale: Tensor, shift: Tensor | None) -> bool:
     """`_scale_input` for all users of x, or for none."""
     users = list(x.users)
     possible = users and all(
         u.target in LINEARS and argument(u, 0) is x
-        and own_constant(program, argument(u, 1)) is not None
-        and (argument(u, 2) is None or constant(program, argument(u, 2)) is not None)
+        and _own_weight(program, u) is not None
         and list(u.all_input_nodes).count(x) == 1
         for u in users
     )  # fmt: skip
@@ -202,14 +191,14 @@ def _all_scale_input(
 
 
 def scaled_output(
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    scale: torch.Tensor,
-    shift: torch.Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor,
+    shift: Tensor | None,
     *,
     transposed: bool = False,
     groups: int = 1,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of a layer whose output y becomes `scale * y + shift`, per output channel; in
     the weight's dtype.
 
@@ -217,16 +206,7 @@ def scaled_output(
     Computed in float64.
     """
     w = weight.double()
-    if transposed:
-        inputs, per_group = w.shape[:2]
-        factors = (
-            scale.reshape(groups, 1, per_group)
-            .expand(groups, inputs // groups, per_group)
-            .reshape(inputs, per_group)
-        )
-        w = w * factors.reshape(inputs, per_group, *[1] * (w.dim() - 2))
-    else:
-        w = w * scale.reshape(-1, *[1] * (w.dim() - 1))
+    w = w * (_spread(scale, w, groups) if transposed else scale.reshape(-1, *[1] * (w.dim() - 1)))
     b = None if bias is None else bias.double() * scale
     if shift is not None:
         b = shift if b is None else b + shift
@@ -234,29 +214,30 @@ def scaled_output(
 
 
 def scaled_input(
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    scale: torch.Tensor,
-    shift: torch.Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor,
+    shift: Tensor | None,
     *,
     groups: int = 1,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> tuple[Tensor, Tensor | None]:
     """Weight `[out, in / groups, ...]` and bias of a layer that gets x instead of `scale * x +
     shift`, per input channel.
     """
     w = weight.double()
-    out, per_group = w.shape[:2]
-
-    def per_output(vector: torch.Tensor) -> torch.Tensor:  # [in] -> [out, in / groups, 1, ...]
-        rows = (
-            vector.reshape(groups, 1, per_group)
-            .expand(groups, out // groups, per_group)
-            .reshape(out, per_group)
-        )
-        return rows.reshape(out, per_group, *[1] * (w.dim() - 2))
-
     b = None if bias is None else bias.double()
     if shift is not None:
-        moved = (w * per_output(shift)).flatten(1).sum(1)
+        moved = (w * _spread(shift, w, groups)).flatten(1).sum(1)
         b = moved if b is None else b + moved
-    return (w * per_output(scale)).to(weight.dtype), None if b is None else b.to(weight.dtype)
+    return (w * _spread(scale, w, groups)).to(weight.dtype), None if b is None else b.to(
+        weight.dtype
+    )
+
+
+def _spread(vector: Tensor, weight: Tensor, groups: int) -> Tensor:
+    """Numbers for dimension 1 of a weight, of all groups one after another, as the weight takes
+    them.
+    """
+    rows, per_group = weight.shape[:2]
+    parts = vector.reshape(groups, 1, per_group).expand(groups, rows // groups, per_group)
+    return parts.reshape(rows, per_group, *[1] * (weight.dim() - 2))

@@ -77,6 +77,12 @@ class Program:
         )
 
 
+def lines_of(error: BaseException) -> list[str]:
+    """What an error says, line by line; TorchScript puts the reason last, others first."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    return [line for line in lines if line] or ["no message"]
+
+
 def check_inputs(model: nn.Module, example_inputs: Any) -> None:
     """Raise ValueError or TypeError for a model in training mode, a model off the CPU, or inputs
     that don't fit it.

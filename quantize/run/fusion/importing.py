@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
 from quantize.run.fusion.edit import argument
@@ -36,7 +36,7 @@ class Flat(nn.Module):
         # In an object of its own: torch.export restores plain attributes.
         self.seen = SimpleNamespace(output=None, assigned=[])
 
-    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         before = [(name, module, dict(module._buffers)) for name, module in self.named_modules()]
         arguments = unflatten(self.spec, tensors)
         result = self.model(**arguments) if self.keyword else self.model(*arguments.values())
@@ -45,7 +45,7 @@ class Flat(nn.Module):
         for name, module, buffers in before:
             for key in [k for k, buffer in buffers.items() if module._buffers.get(k) is not buffer]:
                 value = module._buffers.get(key)
-                if not isinstance(value, torch.Tensor) or buffers[key] is None:
+                if not isinstance(value, Tensor) or buffers[key] is None:
                     raise CaptureError(
                         f"its forward makes or removes the buffer "
                         f"{name.removeprefix('model.')}.{key}"
@@ -92,7 +92,7 @@ class Importer:
         program.conditions, program.doubtful = conditions(self.exported, shapes)
         return program
 
-    def _output(self, values: list[Any], tensors: dict[str, torch.Tensor]) -> None:
+    def _output(self, values: list[Any], tensors: dict[str, Tensor]) -> None:
         """Outputs; what was assigned to buffers is copied into them first, all of it as it was
         before the first copy.
         """
@@ -111,7 +111,7 @@ class Importer:
         copy.meta["val"] = value.meta["val"]
         return copy
 
-    def _attributes(self) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    def _attributes(self) -> tuple[dict[str, str], dict[str, Tensor]]:
         """The qualified name behind each placeholder of the export, and the tensors by that
         name.
         """
@@ -123,7 +123,7 @@ class Importer:
         }
         tensors = dict(self.flat.named_parameters(remove_duplicate=False))
         tensors |= dict(self.flat.named_buffers(remove_duplicate=False))
-        tensors |= {n: c for n, c in self.exported.constants.items() if isinstance(c, torch.Tensor)}
+        tensors |= {n: c for n, c in self.exported.constants.items() if isinstance(c, Tensor)}
         return names, tensors
 
     def _largest(self) -> dict[str, int]:
@@ -145,7 +145,7 @@ class Importer:
         )
         return new
 
-    def _constant(self, name: str, tensor: torch.Tensor) -> fx.Node:
+    def _constant(self, name: str, tensor: Tensor) -> fx.Node:
         key = self.known.get(id(tensor)) or _attribute(name.removeprefix("model."))
         while id(tensor) not in self.known and key in self.taken:
             key += "_"
@@ -194,7 +194,7 @@ def _is_block(module: fx.GraphModule, node: fx.Node) -> bool:
     """Is this node a graph within the graph? It is opened where it is called."""
     if node.op != "get_attr":
         return False
-    return not isinstance(getattr(module, str(node.target)), torch.Tensor)
+    return not isinstance(getattr(module, str(node.target)), Tensor)
 
 
 def _attribute(name: str) -> str:

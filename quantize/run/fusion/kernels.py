@@ -19,7 +19,7 @@ import functools
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from quantize.run.fusion.edit import (
     LINEARS,
@@ -167,7 +167,7 @@ def _sole_user(node: fx.Node) -> fx.Node | None:
 def _like(a: fx.Node, b: fx.Node) -> bool:
     """Same shape and dtype, so that adding needs no broadcasting."""
     x, y = a.meta.get("val"), b.meta.get("val")
-    same = isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor) and x.dtype == y.dtype
+    same = isinstance(x, Tensor) and isinstance(y, Tensor) and x.dtype == y.dtype
     return same and shape(a) == shape(b) and a.op != "get_attr"
 
 
@@ -184,7 +184,7 @@ def _packed(program: Program, node: fx.Node) -> fx.Node | None:
         weight is None
         or weight.device.type != "cpu"
         or weight.numel() == 0
-        or not isinstance(x, torch.Tensor)
+        or not isinstance(x, Tensor)
     ):
         return None
     if bias is not None and getattr(constant(program, bias), "dtype", None) != weight.dtype:

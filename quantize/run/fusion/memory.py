@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from quantize.run.fusion.edit import argument, may_be_view, mutates, shape
 from quantize.run.fusion.graph import Program, aten
@@ -88,7 +88,7 @@ def reuse_memory(program: Program) -> None:
 
 def _fits(x: fx.Node, node: fx.Node) -> bool:
     before, after = x.meta.get("val"), node.meta.get("val")
-    if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
+    if not isinstance(before, Tensor) or not isinstance(after, Tensor):
         return False
     return before.dtype == after.dtype and shape(x) == shape(node)
 

@@ -14,6 +14,7 @@ from itertools import chain
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -27,14 +28,14 @@ class Spec:
     cls: type | None = None
 
 
-def flatten(value: Any, where: str) -> tuple[list[torch.Tensor], Spec]:
+def flatten(value: Any, where: str) -> tuple[list[Tensor], Spec]:
     """Tensors of `value` in order, and its shape. Raises TypeError naming the part (`where`) that
     isn't made of tensors.
     """
-    tensors: list[torch.Tensor] = []
+    tensors: list[Tensor] = []
 
     def walk(part: Any, name: str) -> Spec:
-        if isinstance(part, torch.Tensor):
+        if isinstance(part, Tensor):
             tensors.append(part)
             return Spec("tensor", value=len(tensors) - 1)
         if part is None or isinstance(part, (bool, int, float, str)):
@@ -130,7 +131,7 @@ def plain(spec: Spec) -> Spec:
     return Spec("dict", tuple(names.values()), tuple(names))
 
 
-def duplicate(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def duplicate(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Copies in the same layout: strides stay, and what shared memory shares memory."""
     if any(t.layout != torch.strided or t.is_conj() or t.is_neg() for t in tensors):
         return [t.detach().clone() for t in tensors]
@@ -140,7 +141,7 @@ def duplicate(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         key = tensor.untyped_storage()._cdata
         first, last = used.get(key, (start, end))
         used[key] = (min(first, start), max(last, end))
-    copies: dict[int, torch.Tensor] = {}
+    copies: dict[int, Tensor] = {}
     result = []
     for tensor in tensors:
         key, size = tensor.untyped_storage()._cdata, tensor.element_size()
@@ -157,7 +158,7 @@ def duplicate(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return result
 
 
-def _bytes(tensor: torch.Tensor) -> tuple[int, int]:
+def _bytes(tensor: Tensor) -> tuple[int, int]:
     """The bytes of its storage that a tensor uses, from and to, in steps that suit every dtype."""
     steps = [(n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True)]
     last = tensor.storage_offset() + (sum(steps) + 1 if tensor.numel() else 0)

@@ -11,7 +11,7 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch.fx.node import map_arg
 
 from quantize.run.fusion.activations import activations
@@ -115,12 +115,10 @@ def _out_of_place(node: fx.Node) -> torch._ops.OpOverload | None:
 def _keeps_dtype(node: fx.Node) -> bool:
     """Written in place, a result is rounded to the dtype of what it is written into."""
     dtypes = [
-        n.meta["val"].dtype
-        for n in node.all_input_nodes
-        if isinstance(n.meta.get("val"), torch.Tensor)
+        n.meta["val"].dtype for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)
     ]
     own = argument(node, 0).meta.get("val")
-    return isinstance(own, torch.Tensor) and all(
+    return isinstance(own, Tensor) and all(
         torch.promote_types(own.dtype, d) == own.dtype for d in dtypes
     )
 
@@ -157,7 +155,7 @@ def _is_identity(node: fx.Node) -> bool:
             node.kwargs.get("memory_format") is None and node.target is not aten._to_copy.default
         )
         same = (
-            isinstance(before, torch.Tensor)
+            isinstance(before, Tensor)
             and before.dtype == after.dtype
             and before.device == after.device
         )
@@ -187,7 +185,7 @@ def fold_constants(program: Program) -> None:
         if mutates(node) or is_random(node) or any(mutates(u) for u in node.users):
             continue
         inputs: list[Any] = [constant(program, n) for n in node.all_input_nodes]
-        if any(t is None for t in inputs) or not isinstance(node.meta.get("val"), torch.Tensor):
+        if any(t is None for t in inputs) or not isinstance(node.meta.get("val"), Tensor):
             continue
         varies = any(not isinstance(s, int) for s in node.meta["val"].shape)
         users = chain.from_iterable(n.users for n in node.all_input_nodes)

@@ -17,7 +17,7 @@ from quantize.run.fusion import kernels, linears, passes, torchscript
 from quantize.run.fusion.equality import Checker, race
 from quantize.run.fusion.export import capture
 from quantize.run.fusion.folded import Folded
-from quantize.run.fusion.graph import CaptureError, Program, check_inputs
+from quantize.run.fusion.graph import CaptureError, Program, check_inputs, lines_of
 from quantize.run.fusion.memory import reuse_memory, separate_outputs
 from quantize.run.fusion.state import answers, refuse_values
 
@@ -118,7 +118,7 @@ def plan(
         best = min(times, key=times.__getitem__)
         notes.append("timed: " + ", ".join(f"{n} {t:.3f} ms" for n, t in times.items()))
     notes = [*ways[best].notes, *notes]
-    notes += [f"left out: {name}: {str(error).splitlines()[0]}" for name, error in problems.items()]
+    notes += [f"left out: {name}: {lines_of(error)[0]}" for name, error in problems.items()]
     return Plan(built[best], best, ways[best], program.operators(), notes, distances[best])
 
 

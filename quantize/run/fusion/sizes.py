@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from quantize.run.fusion.graph import Program
 from quantize.run.fusion.nested import flatten, unflatten
@@ -86,7 +87,7 @@ def other_sizes(example_inputs: Any) -> Iterator[Any]:
                 )
 
 
-def violating(program: Program, tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+def violating(program: Program, tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """Inputs of sizes near those of `tensors` for which a doubtful condition doesn't hold, each
     once.
     """
@@ -120,7 +121,7 @@ def _violating(program: Program, condition: str, shapes: list[list[int]]) -> lis
     return None
 
 
-def _resized(tensor: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+def _resized(tensor: Tensor, shape: Sequence[int]) -> Tensor:
     """Longer by repetition, shorter by leaving out the end."""
     for dim, size in enumerate(shape):
         places = torch.arange(size, device=tensor.device) % max(1, tensor.shape[dim])

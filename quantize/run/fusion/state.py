@@ -13,7 +13,7 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from quantize import surgery
 from quantize.calibration import call, untouched
@@ -28,9 +28,9 @@ _CLOSED = (type, nn.Module, torch.dtype, torch.device, torch.Generator)
 class Call:
     """One call of a model: what went in, what came out, and what the inputs were afterwards."""
 
-    inputs: list[torch.Tensor]
-    outputs: list[torch.Tensor]  # in the order a fused file gives them
-    after: list[torch.Tensor]  # the inputs again: a forward may write into them
+    inputs: list[Tensor]
+    outputs: list[Tensor]  # in the order a fused file gives them
+    after: list[Tensor]  # the inputs again: a forward may write into them
     constants: list[Any]  # what in the output is no tensor
 
 
@@ -116,7 +116,7 @@ def refuse_values(model: nn.Module, seen: Answers) -> None:
         )
 
 
-def _record(model: nn.Module, spec: Spec, inputs: list[list[torch.Tensor]]) -> Answers:
+def _record(model: nn.Module, spec: Spec, inputs: list[list[Tensor]]) -> Answers:
     found = Answers(spec)
     states = [_state(model)]
     for tensors in inputs:
@@ -134,7 +134,7 @@ def _record(model: nn.Module, spec: Spec, inputs: list[list[torch.Tensor]]) -> A
 
 @torch.no_grad()
 def one_call(
-    model: Callable[..., Any], spec: Spec, tensors: list[torch.Tensor], *, copy: bool = True
+    model: Callable[..., Any], spec: Spec, tensors: list[Tensor], *, copy: bool = True
 ) -> Call:
     """Call `model` on copies of the tensors, which share memory as the tensors do; random state
     stays as it is.
@@ -156,7 +156,7 @@ def _constants(spec: Spec) -> list[Any]:
     return list(chain.from_iterable(map(_constants, spec.children)))
 
 
-def fresh(tensors: list[torch.Tensor], seed: int) -> list[torch.Tensor]:
+def fresh(tensors: list[Tensor], seed: int) -> list[Tensor]:
     """Other values of the same kind in the same layout: elements in another order, floating ones
     with noise on them.
     """
@@ -175,7 +175,7 @@ def fresh(tensors: list[torch.Tensor], seed: int) -> list[torch.Tensor]:
     return copies
 
 
-def _overwrite(tensor: torch.Tensor, values: torch.Tensor) -> None:
+def _overwrite(tensor: Tensor, values: Tensor) -> None:
     """Write values into a tensor whose elements may share memory (`expand`): one value for all that
     do.
     """
@@ -215,7 +215,7 @@ def _state(model: nn.Module) -> dict[str, Any]:
 
 
 def _leaves(value: Any, name: str, seen: set[int], depth: int) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, Tensor):
         yield name, (value, 0 if value.is_inference() else value._version)
     elif isinstance(value, _NUMBERS):
         yield name, value

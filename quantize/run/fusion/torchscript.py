@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from quantize import surgery
-from quantize.run.fusion.graph import Program
+from quantize.run.fusion.graph import Program, lines_of
 from quantize.run.fusion.nested import Spec, duplicate, flatten, numbers, plain, unflatten
 from quantize.run.fusion.state import settled
 from quantize.run.fusion.writer import Writer
@@ -67,11 +67,6 @@ def _trace(model: nn.Module, example_inputs: Any) -> nn.Module:
         return torch.jit.freeze(traced.eval())
 
 
-def _first(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].strip() if lines else type(error).__name__
-
-
 def without_export(model: nn.Module, example_inputs: Any, *, reason: str) -> nn.Module:
     """A frozen module for what `torch.export` can't follow (`reason` says why): scripted if it
     compiles, else traced.
@@ -90,9 +85,8 @@ def without_export(model: nn.Module, example_inputs: Any, *, reason: str) -> nn.
             try:
                 traced = _trace(twin, example_inputs)
             except Exception as error:
-                raise ValueError(
-                    f"{type(model).__name__} can't be fused: {reason}; tracing it: {_first(error)}"
-                ) from error
+                reason = f"{reason}; tracing it: {lines_of(error)[0]}"
+                raise ValueError(f"{type(model).__name__} can't be fused: {reason}") from error
     baked = [
         str(w.message).split(". This means")[0]
         for w in caught

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from quantize.run.fusion.edit import may_be_view
 from quantize.run.fusion.graph import CaptureError, Program, aten, is_in_place
@@ -49,7 +49,7 @@ def find_state(program: Program) -> None:
         _copy_returned_state(program)
 
 
-def check_assigned(name: str, before: torch.Tensor, after: torch.Tensor) -> None:
+def check_assigned(name: str, before: Tensor, after: Tensor) -> None:
     """A buffer that is assigned anew is copied into: right only if it keeps its shape and dtype."""
     sizes = [_known(size) for size in after.shape]
     if sizes != list(before.shape) or after.dtype != before.dtype:
