@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import io
-import logging
 import warnings
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
 from torch.nn.modules import transformer
+
+from quantize.surgery import without_logs
 
 
 @contextlib.contextmanager
@@ -19,19 +20,15 @@ def exporting() -> Iterator[None]:
     `nn.Transformer` take a mask as it is: they ask its values whether it is causal, which decides
     nothing but the kernel.
     """
-    before = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        with (
-            warnings.catch_warnings(),
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),
-            mock.patch.object(transformer, "_detect_is_causal_mask", _told_causal),
-        ):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
+    with (
+        without_logs(),
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+        mock.patch.object(transformer, "_detect_is_causal_mask", _told_causal),
+    ):
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _told_causal(mask: Any, is_causal: bool | None = None, size: int | None = None) -> bool:

@@ -22,23 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from quantize.checkpoint.opening import CheckpointError, blaming, open_regular, require
+from quantize.checkpoint.pth import STORAGES
 
 MAX_PICKLE = 2**24  # bytes; a state dict of ten thousand tensors has 2 MB
 NESTED = ("state_dict", "model_state_dict", "model")  # where training scripts put a state dict
-STORAGES = {
-    "DoubleStorage": torch.float64,
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-    "ComplexFloatStorage": torch.complex64,
-    "ComplexDoubleStorage": torch.complex128,
-}
 
 
 class StandIn:
@@ -143,8 +130,9 @@ def _dtype(kind: Any) -> torch.dtype:
     """The dtype of a storage's class, by its name."""
     if isinstance(kind, torch.dtype):
         return kind
-    require(kind in STORAGES, f"a storage of kind {str(kind)[:80]!r}")
-    return STORAGES[kind]
+    known = isinstance(kind, str) and kind.removesuffix("Storage") in STORAGES
+    require(known, f"a storage of kind {str(kind)[:80]!r}")
+    return getattr(torch, kind)._dtype  # `dtype` warns
 
 
 def read_state_dict(path: Path) -> tuple[dict[str, Tensor], str | None]:

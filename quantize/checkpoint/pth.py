@@ -35,7 +35,7 @@ _OPCODES = set(
     "BINGET LONG_BINGET "
     "GLOBAL BINPERSID REDUCE".split()
 )
-_STORAGES = (
+STORAGES = (
     "Float Double Half BFloat16 Long Int Short Char Byte Bool ComplexFloat ComplexDouble".split()
 )
 _GLOBALS = {
@@ -43,7 +43,7 @@ _GLOBALS = {
     "torch._utils _rebuild_tensor_v2",
     "torch._utils _rebuild_tensor_v3",
     "torch.storage UntypedStorage",
-    *(f"torch {s}Storage" for s in _STORAGES),
+    *(f"torch {s}Storage" for s in STORAGES),
     *(f"torch {d}" for d in contents.DTYPES),
 }
 _end_record: Any = zipfile._EndRecData  # type: ignore[attr-defined]  # private: not in the stubs

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -25,47 +25,43 @@ class Int8Embedding(PackedLayer):
     packed: Tensor
     scale: Tensor
 
-    def __init__(
-        self,
-        packed: Tensor,
-        scale: Tensor,
-        *,
-        dtype: torch.dtype = torch.float32,
-        padding_idx: int | None = None,
-    ) -> None:
+    padding_idx: int | None
+
+    def __init__(self, packed: Tensor, scale: Tensor, *, dtype: torch.dtype) -> None:
         super().__init__(dtype, "cpu" if packed.is_meta else packed.device)
         self.num_embeddings, self.embedding_dim = packed.shape
-        self.padding_idx = padding_idx
         self.register_buffer("packed", packed)
         self.register_buffer("scale", scale)
 
     @classmethod
-    def from_weight(cls, weight: Tensor, padding_idx: int | None = None) -> Int8Embedding:
-        """Quantize a float table `[num_embeddings, embedding_dim]`; `padding_idx` is only for those
-        who ask for it.
-        """
-        new = cls(*kernels.quantize_weight(weight), dtype=weight.dtype, padding_idx=padding_idx)
+    def from_layer(cls, layer: Any) -> Self:
+        """Quantize a float table."""
+        dtype = layer.weight.dtype
+        new = cls(*kernels.quantize_weight(layer.weight), dtype=dtype).in_place_of(layer)
         surgery.record(
             new,
-            "Int8Embedding",
+            cls.__name__,
             num_embeddings=new.num_embeddings,
             embedding_dim=new.embedding_dim,
-            dtype=dtype_name(weight.dtype),
+            dtype=dtype_name(dtype),
         )
         return new
 
     @classmethod
     def rebuild(
         cls, module: nn.Module, num_embeddings: int, embedding_dim: int, dtype: str = "float32"
-    ) -> Int8Embedding:
+    ) -> Self:
         """An empty table (on the meta device) in place of `module`, for a file's tensors."""
-        new = cls(
-            torch.empty(num_embeddings, embedding_dim, dtype=torch.int8, device="meta"),
-            torch.empty(num_embeddings, dtype=torch.float32, device="meta"),
-            dtype=dtype_named(dtype),
-            padding_idx=getattr(module, "padding_idx", None),
-        )
-        return new.train(module.training)
+        packed = torch.empty(num_embeddings, embedding_dim, dtype=torch.int8, device="meta")
+        scale = torch.empty(num_embeddings, dtype=torch.float32, device="meta")
+        return cls(packed, scale, dtype=dtype_named(dtype)).in_place_of(module)
+
+    def in_place_of(self, module: nn.Module) -> Self:
+        """This table, with what it has of the module that it replaces; `padding_idx` is only for
+        those who ask for it.
+        """
+        self.padding_idx = getattr(module, "padding_idx", None)
+        return self.train(module.training)
 
     def contradiction(self) -> str | None:
         """See `surgery.contradiction`."""
@@ -102,33 +98,11 @@ class Int8EmbeddingBag(Int8Embedding):
     mode: str = "mean"
     include_last_offset: bool = False
 
-    @classmethod
-    def from_layer(cls, layer: nn.EmbeddingBag) -> Int8EmbeddingBag:
-        """Quantize a float table."""
-        new = cls(
-            *kernels.quantize_weight(layer.weight),
-            dtype=layer.weight.dtype,
-            padding_idx=layer.padding_idx,
-        )
-        new.mode, new.include_last_offset = layer.mode, layer.include_last_offset
-        surgery.record(
-            new,
-            "Int8EmbeddingBag",
-            num_embeddings=new.num_embeddings,
-            embedding_dim=new.embedding_dim,
-            dtype=dtype_name(layer.weight.dtype),
-        )
-        return new
-
-    @classmethod
-    def rebuild(
-        cls, module: nn.Module, num_embeddings: int, embedding_dim: int, dtype: str = "float32"
-    ) -> Int8EmbeddingBag:
-        """An empty table (on the meta device) in place of `module`, for a file's tensors."""
-        new: Any = super().rebuild(module, num_embeddings, embedding_dim, dtype)
-        new.mode = getattr(module, "mode", "mean")
-        new.include_last_offset = getattr(module, "include_last_offset", False)
-        return new
+    def in_place_of(self, module: nn.Module) -> Self:
+        """This table, with what it has of the module that it replaces."""
+        self.mode = getattr(module, "mode", "mean")
+        self.include_last_offset = getattr(module, "include_last_offset", False)
+        return super().in_place_of(module)
 
     def forward(
         self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None

@@ -10,7 +10,6 @@ at any time.
 
 from __future__ import annotations
 
-import logging
 import math
 import operator
 from dataclasses import dataclass, replace
@@ -162,18 +161,16 @@ def trace(module: nn.Module) -> list[Op] | None:
             return None
     # the copy's forward may keep what it is traced with; tensors are not copied
     memo = {id(t): t for t in (*module.parameters(), *module.buffers())}
-    before = logging.root.manager.disable
-    logging.disable(logging.ERROR)
     try:
         copied = surgery.deepcopy(module, memo)
         channels = next(m.in_channels for m in module.modules() if isinstance(m, Int8Conv))
-        ops = _Reading(_Call(module), _Tracer(channels).trace(_Call(copied))).ops
+        with surgery.without_logs():
+            graph = _Tracer(channels).trace(_Call(copied))
+        ops = _Reading(_Call(module), graph).ops
         reads = {op.module.in_channels for op in ops if op.x == SOURCE and op.kind != conv.LARGEST}
         return ops if reads == {channels} else None
     except Exception:  # a forward that reads values, or whatever else a proxy can't answer
         return None
-    finally:
-        logging.disable(before)
 
 
 class _Reading:

@@ -32,7 +32,7 @@ from quantize.surgery.edit import (
     skip_filter,
     uncompiled,
 )
-from quantize.surgery.following import traced_followers
+from quantize.surgery.following import traced_followers, without_logs
 from quantize.surgery.norms import absorb, fold_norms, is_plain
 from quantize.surgery.record import (
     Note,
@@ -96,4 +96,5 @@ __all__ = [
     "take_place",
     "traced_followers",
     "uncompiled",
+    "without_logs",
 ]

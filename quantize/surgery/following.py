@@ -7,6 +7,7 @@ there only if no code of the modules around the owner names it.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import itertools
 import logging
@@ -198,19 +199,28 @@ class _OwnerTracer(fx.Tracer):
         return type(m) not in CONTAINERS
 
 
-def _graph(tracer: fx.Tracer, root: nn.Module, absent: Collection[str]) -> fx.Graph | None:
-    """The forward of `root`, called without the arguments `absent`, as a graph; None where it can't
-    be followed, or keeps what it computes.
+@contextlib.contextmanager
+def without_logs() -> Iterator[None]:
+    """Inside, nothing below a critical fault is logged: tracers tell of each forward that they
+    can't follow.
     """
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
-        with torch.random.fork_rng(devices=[]):
+        yield
+    finally:
+        logging.disable(before)
+
+
+def _graph(tracer: fx.Tracer, root: nn.Module, absent: Collection[str]) -> fx.Graph | None:
+    """The forward of `root`, called without the arguments `absent`, as a graph; None where it can't
+    be followed, or keeps what it computes.
+    """
+    try:
+        with without_logs(), torch.random.fork_rng(devices=[]):
             graph = tracer.trace(root, dict.fromkeys(absent))
     except Exception:  # a forward that reads values, or whatever else a proxy can't answer
         return None
-    finally:
-        logging.disable(before)
     kept = tree_leaves([list(vars(part).values()) for part in root.modules()])
     return None if any(isinstance(value, fx.Proxy) for value in kept) else graph
 

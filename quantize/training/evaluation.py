@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from quantize.calibration import in_eval_mode
 
 
 def evaluate(model: nn.Module, data: Any, **settings: Any) -> dict[str, float]:
@@ -57,7 +58,7 @@ def evaluate_text(
         windows = [windows[i * len(windows) // count] for i in range(count)]
     device = next((t.device for t in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
     nats, hits, scored = 0.0, 0, 0
-    with eval_mode(model):
+    with in_eval_mode(model):
         for i in range(0, len(windows), batch):
             rows = [text[start : start + length + 1] for start, _ in windows[i : i + batch]]
             ids = torch.stack(rows).to(device).long()
@@ -85,7 +86,7 @@ def evaluate_images(
         raise ValueError("no images to evaluate on")
     device = next((t.device for t in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
     hits, nats = 0, 0.0
-    with eval_mode(model):
+    with in_eval_mode(model):
         for i in range(0, len(images), batch):
             logits, target = (
                 model(images[i : i + batch].to(device)).float(),
@@ -94,15 +95,3 @@ def evaluate_images(
             hits += int((logits.argmax(-1) == target).sum())
             nats += F.cross_entropy(logits, target, reduction="sum").item()
     return {"accuracy": hits / len(images), "loss": nats / len(images), "images": len(images)}
-
-
-@contextmanager
-def eval_mode(model: nn.Module):
-    """Evaluate without dropout and leave every module's flag as it was."""
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, flag in flags:
-            module.training = flag

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from quantize.calibration import (
     call,
+    in_eval_mode,
     on_tensors,
     output_tensors,
     relative_error,
@@ -33,7 +34,7 @@ from quantize.compression.distillation.state import (
     norms_in_eval_mode,
 )
 from quantize.seeding import seed_devices
-from quantize.training import TrainingError, eval_mode
+from quantize.training import TrainingError
 
 
 class Trained(nn.Module):
@@ -144,7 +145,7 @@ class Objective:
         losses = []
         for inputs, targets, index in batches:
             batch = (self.moved(inputs), self.moved(targets), index)
-            with untouched(self.student), eval_mode(self.student):
+            with untouched(self.student), in_eval_mode(self.student):
                 losses.append(self._total(self.trained, batch).item())
         return sum(losses) / len(losses)
 

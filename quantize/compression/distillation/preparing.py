@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantize.calibration import call, main_output, relative_error, untouched
+from quantize.calibration import call, in_eval_mode, main_output, relative_error, untouched
 from quantize.compression.distillation import match
 from quantize.compression.distillation.batches import Batch
 from quantize.compression.distillation.losses import remoteness
@@ -22,7 +22,7 @@ from quantize.compression.distillation.state import (
     is_stateful,
     running_norms,
 )
-from quantize.training import TrainingError, autocast, eval_mode
+from quantize.training import TrainingError, autocast
 
 ROUNDING = 0.1  # most that bf16 may change the student's outputs, relative to their size
 
@@ -35,7 +35,7 @@ def prepare(objective: Objective, batch: Batch) -> float:
     """
     model = objective.student
     inputs = objective.moved(batch[0])
-    with untouched(model), eval_mode(model):
+    with untouched(model), in_eval_mode(model):
         student = _try(objective, "student", model, inputs)
         passing = changed_buffers(model, lambda: call(model, inputs))
         objective.carried.stateful = bool(passing) or is_stateful(model, inputs)
@@ -113,7 +113,7 @@ def _check_called(objective: Objective) -> None:
 
 
 def _train_once(objective: Objective, inputs: Any) -> None:
-    with eval_mode(objective.student):
+    with in_eval_mode(objective.student):
         objective.student.train()
         objective.run_student(inputs, 0)
 
@@ -123,7 +123,7 @@ def _run_with_batch_statistics(objective: Objective, inputs: Any, index: int) ->
     statistics, which a new student's running ones aren't near.
     """
     student = objective.student
-    with untouched(student), eval_mode(student):
+    with untouched(student), in_eval_mode(student):
         for norm in running_norms(student):
             norm.train()
         objective.run_student(inputs, index)
@@ -132,7 +132,7 @@ def _run_with_batch_statistics(objective: Objective, inputs: Any, index: int) ->
 def _trial(objective: Objective, batch: Batch, bf16: bool) -> str:
     """Why one training step fails in this precision; empty if it doesn't. No trace is left."""
     student = objective.student
-    with untouched(student, objective.teacher), eval_mode(student):
+    with untouched(student, objective.teacher), in_eval_mode(student):
         student.train()
         try:
             with autocast(objective.device, bf16):
@@ -153,7 +153,7 @@ def _rounding(objective: Objective, inputs: Any) -> str:
     """Why the student's outputs in bf16 are too far from those in float32; empty if they aren't."""
     outputs = []
     for bf16 in (True, False):
-        with eval_mode(objective.student), autocast(objective.device, bf16):
+        with in_eval_mode(objective.student), autocast(objective.device, bf16):
             (tensors,) = answers(objective.student, inputs, 1)
         outputs.append([t for t in tensors if t.is_floating_point()])
     try:

@@ -211,11 +211,10 @@ def converted(fact: surgery.Facts, plan: Plan | Stored | None = None) -> Any:
         return Int8ConvTranspose.from_layer(module, floats=isinstance(plan, Stored))
     if fact.convolution:
         return Int8Conv.from_layer(module, floats=isinstance(plan, Stored))
+    if fact.table:
+        bag = isinstance(module, nn.EmbeddingBag)
+        return (Int8EmbeddingBag if bag else Int8Embedding).from_layer(module)
     weight = module.weight.t() if fact.transposed else module.weight
-    if isinstance(module, nn.EmbeddingBag):
-        return Int8EmbeddingBag.from_layer(module)
-    if isinstance(module, nn.Embedding):
-        return Int8Embedding.from_weight(weight, module.padding_idx)
     made = plan.made if isinstance(plan, Plan) else Int8Linear.from_weight
     new = made(weight, module.bias)
     new.transposed = fact.transposed

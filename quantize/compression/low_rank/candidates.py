@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 
 from torch import nn
-from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from quantize import surgery
@@ -20,11 +19,7 @@ def find_layers(
     """Layers that can be factorized, by name, and the reasons for those that can't. ValueError if
     there are none.
     """
-    for name, module in model.named_modules():
-        if any(is_lazy(parameter) for parameter in module.parameters(recurse=False)):
-            raise ValueError(
-                f"module {name!r} ({type(module).__name__}) has no shape yet: run the model once"
-            )
+    surgery.check_initialised(model)
     holders = surgery.holders(model)
     inside = _inside_of_others(model)
     out = surgery.skip_filter(model, skip)

@@ -82,13 +82,8 @@ def check_options(
 
 def refuse_unfit(model: nn.Module) -> None:
     """Raise ValueError naming a module that is quantized, or whose tensors have no shape yet."""
+    surgery.check_initialised(model)
     for name, module in model.named_modules():
-        for tensor in [*module._parameters.values(), *module._buffers.values()]:
-            if nn.parameter.is_lazy(tensor):
-                raise ValueError(
-                    f"module {name!r} ({type(module).__name__}) has no shape yet: run the model "
-                    f"once"
-                )
         if isinstance(module, torch.fx.GraphModule):
             raise ValueError(
                 f"module {name!r} of {type(model).__name__} is a graph: prune the model that it "

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from quantize.models.attention import apply_rope
+
 
 def attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, causal: bool = False
@@ -40,9 +42,7 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
     """Turn pairs (i, i + D/2) of x [B, H, T, D] by `angles` [T, D/2] or [B, 1, T, D/2] (RoPE, arXiv
     2104.09864).
     """
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    return apply_rope(x, angles.cos().to(x.dtype), angles.sin().to(x.dtype))
 
 
 def rope_frequencies(
