@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from quantize.calibration.gradients import OutputGradients, without_weight_gradients
 from quantize.calibration.inputs import (
@@ -97,18 +97,18 @@ class Look:
             stack.enter_context(torch.set_grad_enabled(gradients is not None))
             self.stateful |= changed(model, run)
 
-    def _count(self, name: str, x: torch.Tensor) -> None:
+    def _count(self, name: str, x: Tensor) -> None:
         self.counts[-1][name] += 1
         if x.numel():
             self.reached.add(name)
 
-    def _trace(self, name: str, x: torch.Tensor) -> None:
+    def _trace(self, name: str, x: Tensor) -> None:
         self._count(name, x)
         self.first.note(name, x)
         self.given.append((name, digest(x)))
 
 
-def digest(x: torch.Tensor) -> bytes:
+def digest(x: Tensor) -> bytes:
     """What tells a tensor's content from others."""
     x = x.detach().to_dense() if x.layout != torch.strided else x.detach()
     content = x.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from quantize.calibration.inputs import on_tensors
@@ -26,7 +26,7 @@ from quantize.calibration.patches import snapshot, storage_of
 
 PLAIN = (type(None), bool, int, float, complex, str, torch.dtype, torch.device, slice)
 # what may be asked of a tensor whose values are gone
-_Tensor: Any = torch.Tensor  # at run time its attributes are descriptors
+_Tensor: Any = Tensor  # at run time its attributes are descriptors
 _METADATA = {
     _Tensor.shape.__get__,
     _Tensor.ndim.__get__,
@@ -34,9 +34,9 @@ _METADATA = {
     _Tensor.device.__get__,
     _Tensor.layout.__get__,
     _Tensor.requires_grad.__get__,
-    torch.Tensor.size,
-    torch.Tensor.dim,
-    torch.Tensor.is_floating_point,
+    Tensor.size,
+    Tensor.dim,
+    Tensor.is_floating_point,
 }
 
 
@@ -60,11 +60,11 @@ class Missing(BaseException):
     """A pass reads values that were thought to be of no more use."""
 
 
-class Gone(torch.Tensor):
+class Gone(Tensor):
     """Stands for a tensor whose values nobody reads; raises if somebody does."""
 
     @classmethod
-    def of(cls, tensor: torch.Tensor) -> torch.Tensor:
+    def of(cls, tensor: Tensor) -> Tensor:
         nothing = torch.full((), torch.nan).to(tensor.dtype).to(tensor.device)
         return nothing.expand(tensor.shape).as_subclass(cls)
 
@@ -91,7 +91,7 @@ class Store:
         self.folder = folder
         self.used = 0
 
-    def copy(self, tensor: torch.Tensor) -> torch.Tensor:
+    def copy(self, tensor: Tensor) -> Tensor:
         size = tensor.numel() * tensor.element_size()
         if self.used + size > self.memory and tensor.device.type == "cpu" and size:
             return _in_a_file(tensor, self.folder)
@@ -104,7 +104,7 @@ class Store:
         self.used -= size
 
 
-def _in_a_file(tensor: torch.Tensor, folder: Path | None) -> torch.Tensor:
+def _in_a_file(tensor: Tensor, folder: Path | None) -> Tensor:
     with tempfile.NamedTemporaryFile(prefix="quantize-", dir=folder, delete=False) as file:
         path = Path(file.name)
     try:
@@ -174,7 +174,7 @@ class Pass(TorchFunctionMode):
         return output
 
     def _lend(self, ran: Ran) -> Any:
-        def lend(tensor: torch.Tensor) -> torch.Tensor:
+        def lend(tensor: Tensor) -> Tensor:
             if isinstance(tensor, Gone):
                 return tensor
             copy = snapshot(tensor)  # the model may go on to write into it
@@ -228,12 +228,12 @@ class _Inputs:
     def apart(self, output: Any) -> bool:
         """Is the output made of plain tensors that share no memory with the inputs?"""
         with torch._C.DisableTorchFunction():
-            inputs = [value for value in self.leaves if isinstance(value, torch.Tensor)]
+            inputs = [value for value in self.leaves if isinstance(value, Tensor)]
             taken = {storage_of(tensor) for tensor in inputs if tensor.layout == torch.strided}
             for value in leaves(output):
                 if isinstance(value, PLAIN):
                     continue
-                if type(value) not in (torch.Tensor, nn.Parameter) or value.is_nested:
+                if type(value) not in (Tensor, nn.Parameter) or value.is_nested:
                     return False
                 if value.layout != torch.strided or storage_of(value) in taken:
                     return False
@@ -242,7 +242,7 @@ class _Inputs:
 
 def _version(value: Any) -> int | None:
     """How often a tensor was written to; None for what can't tell."""
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, Tensor):
         return None if value.is_inference() else value._version
     return 0 if isinstance(value, PLAIN) else None
 

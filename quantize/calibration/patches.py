@@ -6,11 +6,11 @@ import math
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-def rows(layer: nn.Module, x: torch.Tensor, *, every: int = 1) -> torch.Tensor:
+def rows(layer: nn.Module, x: Tensor, *, every: int = 1) -> Tensor:
     """The vectors that `layer`'s weight multiplies, as [N, K].
 
     Linear: [..., K] flattened. Conv1d, Conv2d of one group: patches of [B, C, (H,) W], K = C *
@@ -38,13 +38,13 @@ def rows(layer: nn.Module, x: torch.Tensor, *, every: int = 1) -> torch.Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def channel_rows(layer: Any, x: torch.Tensor) -> torch.Tensor:
+def channel_rows(layer: Any, x: Tensor) -> Tensor:
     """The channels of a convolution's input at each position, as [N, C]."""
     x = x if x.ndim == 2 + len(layer.kernel_size) else x[None]
     return x.movedim(1, -1).reshape(-1, x.shape[1])
 
 
-def upper_gram(x: torch.Tensor) -> list[torch.Tensor]:
+def upper_gram(x: Tensor) -> list[Tensor]:
     """x^T x of rows x [N, K], on and above the diagonal: in strips of at most `STRIP` rows, each
     from its place on the diagonal to the right, [S, K - start].
     """
@@ -52,7 +52,7 @@ def upper_gram(x: torch.Tensor) -> list[torch.Tensor]:
     return [x[:, start : start + STRIP].T @ x[:, start:] for start in starts]
 
 
-def symmetric(strips: list[torch.Tensor], dtype: torch.dtype | None = None) -> torch.Tensor:
+def symmetric(strips: list[Tensor], dtype: torch.dtype | None = None) -> Tensor:
     """The symmetric matrix [K, K] of which `upper_gram` gave the strips."""
     width = strips[0].shape[1]
     whole = strips[0].new_empty(width, width, dtype=dtype)
@@ -76,9 +76,9 @@ def gram_bytes(width: int) -> int:
     return 4 * numbers
 
 
-def added(total: torch.Tensor | float, part: torch.Tensor, times: float = 1.0) -> torch.Tensor:
+def added(total: Tensor | float, part: Tensor, times: float = 1.0) -> Tensor:
     """`total` plus `times` the part, in the memory of `total`; the first total is a number."""
-    if not isinstance(total, torch.Tensor):
+    if not isinstance(total, Tensor):
         return part * times + total
     if total.dtype != part.dtype:
         return total + part * times
@@ -101,7 +101,7 @@ _PAD_MODES = {
 }
 
 
-def sample(layer: nn.Conv1d | nn.Conv2d, x: torch.Tensor) -> tuple[torch.Tensor, int]:
+def sample(layer: nn.Conv1d | nn.Conv2d, x: Tensor) -> tuple[Tensor, int]:
     """Patches of a convolution [N, K] from a grid over its outputs, and how many outputs it has."""
     spatial = len(layer.kernel_size)
     images = math.prod(x.shape[: -spatial - 1])
@@ -117,7 +117,7 @@ def sample(layer: nn.Conv1d | nn.Conv2d, x: torch.Tensor) -> tuple[torch.Tensor,
     return rows(layer, x, every=max(1, every)), count
 
 
-def exact(x: torch.Tensor) -> torch.Tensor:
+def exact(x: Tensor) -> Tensor:
     """float32, or float64 where squares of x could leave the range of float32 or x is float64
     already.
     """
@@ -129,10 +129,10 @@ def exact(x: torch.Tensor) -> torch.Tensor:
     return x.double() if max(x.aminmax(), key=abs) > _LARGE else x.float()
 
 
-def snapshot(tensor: torch.Tensor) -> torch.Tensor:
+def snapshot(tensor: Tensor) -> Tensor:
     """The values of a tensor: a copy that shares memory with it until either is written to."""
     tensor = tensor.detach()
-    if type(tensor) is torch.Tensor and tensor.layout == torch.strided:
+    if type(tensor) is Tensor and tensor.layout == torch.strided:
         try:
             return _lazy_clone(tensor)
         except RuntimeError:  # its memory isn't torch's own
@@ -140,12 +140,12 @@ def snapshot(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.clone()
 
 
-def storage_of(tensor: torch.Tensor) -> int:
+def storage_of(tensor: Tensor) -> int:
     """What tensors that share memory, other than until they are written to, have in common."""
     return tensor.untyped_storage()._cdata
 
 
-def is_finite(x: torch.Tensor) -> bool:
+def is_finite(x: Tensor) -> bool:
     """Is every number in a tensor finite? Many times as fast as `torch.isfinite(x).all()`."""
     if not x.numel() or not (x.is_floating_point() and x.layout == torch.strided):
         return bool(torch.isfinite(x).all())

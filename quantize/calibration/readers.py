@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
@@ -49,7 +49,7 @@ class _Seen(TorchFunctionMode):
     def __init__(self, layers: Mapping[str, nn.Module], names: Mapping[nn.Module, str]) -> None:
         super().__init__()
         self.layers, self.names = layers, names
-        self.outputs: dict[int, tuple[str, torch.Tensor]] = {}  # by identity
+        self.outputs: dict[int, tuple[str, Tensor]] = {}  # by identity
         self.readers: dict[str, list[str]] = {name: [] for name in layers}
         self.calls: Counter[str] = Counter()  # of modules that hold no others
         self.holders: dict[int, str] = {}  # by identity of a tensor
@@ -83,7 +83,7 @@ class _Seen(TorchFunctionMode):
             self.outputs.pop(id(output), None)
         name = self.names[module]
         self.calls[name] += 1
-        if name in self.layers and isinstance(output, torch.Tensor):
+        if name in self.layers and isinstance(output, Tensor):
             self.outputs[id(output)] = name, output
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -91,7 +91,7 @@ class _Seen(TorchFunctionMode):
         self.note_uses([value for value in values if not self._is_being_read(value)])
         result = func(*args, **(kwargs or {}))
         held = [self.holders[id(value)] for value in values if id(value) in self.holders]
-        if held and any(isinstance(part, torch.Tensor) for part in tree_leaves(result)):
+        if held and any(isinstance(part, Tensor) for part in tree_leaves(result)):
             self.shown.update(name for name in held if name not in self.working)
         return result
 

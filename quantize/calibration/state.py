@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 # Structure, hooks and records of a module: techniques may change them inside.
 _NOT_STATE = (frozenset(nn.Module().__dict__) - {"training"}) | {"_structure", "_notes"}
@@ -139,7 +139,7 @@ class _Saved:
         self.differs: bool | None = None  # known once it was asked for
         if value is None or isinstance(value, _NUMBERS):
             return
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, Tensor):
             self.parts = _of_tensor(value)
         elif isinstance(value, dict):
             self.parts = {key: _saved(part, memo) for key, part in value.items()}
@@ -163,7 +163,7 @@ class _Saved:
 
     def _compare(self) -> bool:
         value, parts = self.value, self.parts
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, Tensor):
             return value.shape != parts[0].shape or not torch.equal(value, parts[0])
         if isinstance(value, torch.Generator):
             return not torch.equal(value.get_state(), parts)
@@ -176,7 +176,7 @@ class _Saved:
             return self.value
         self.done = True
         value, parts = self.value, self.parts
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, Tensor):
             _restore_tensor(value, *parts)
         elif isinstance(value, dict):
             _refill(value, parts)
@@ -216,14 +216,14 @@ def _refill(values: dict[Any, Any], parts: dict[Any, _Saved]) -> None:
         values.update(before)
 
 
-def _of_tensor(tensor: torch.Tensor) -> tuple[torch.Tensor, bool] | None:
+def _of_tensor(tensor: Tensor) -> tuple[Tensor, bool] | None:
     if tensor.is_meta or tensor.layout != torch.strided or nn.parameter.is_lazy(tensor):
         return None
     return tensor.detach().clone(), tensor.is_leaf
 
 
 @torch.no_grad()
-def _restore_tensor(tensor: torch.Tensor, content: torch.Tensor, leaf: bool) -> None:
+def _restore_tensor(tensor: Tensor, content: Tensor, leaf: bool) -> None:
     """Give `tensor` its content back where it changed; its version doesn't tell: BatchNorm's
     kernels don't count theirs up.
     """

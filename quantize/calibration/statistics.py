@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from quantize.calibration.inputs import call, check_batches, run_batch, watching
@@ -20,7 +20,7 @@ from quantize.calibration.patches import channel_rows, is_finite, rows, sample
 from quantize.calibration.sums import InputStatistics, Products
 
 
-def on_input(layer: nn.Module, see: Callable[[torch.Tensor], None]) -> Any:
+def on_input(layer: nn.Module, see: Callable[[Tensor], None]) -> Any:
     """Call `see` with the (first) input of `layer` whenever it runs; returns the hook's handle."""
     return layer.register_forward_pre_hook(
         lambda _, args, kwargs: see(args[0] if args else next(iter(kwargs.values()))),
@@ -101,7 +101,7 @@ class InputSums:
         """Handles of the hooks on the layers."""
         return [on_input(layer, partial(self._note, name)) for name, layer in self.layers.items()]
 
-    def _note(self, name: str, x: torch.Tensor) -> None:
+    def _note(self, name: str, x: Tensor) -> None:
         layer, seen = self.layers[name], self.statistics[name]
         with torch.no_grad():
             if name in self.by_channel:
@@ -150,9 +150,9 @@ class Calls:
     shapes: dict[str, tuple[int, ...]] = field(
         default_factory=dict
     )  # of the input of the first call
-    latest: list[torch.Tensor] = field(default_factory=list)  # the last input, if groups go on
+    latest: list[Tensor] = field(default_factory=list)  # the last input, if groups go on
 
-    def note(self, name: str, x: torch.Tensor) -> None:
+    def note(self, name: str, x: Tensor) -> None:
         """A layer runs on `x`."""
         self.counts[name] = self.counts.get(name, 0) + 1
         if self.counts[name] > 1:

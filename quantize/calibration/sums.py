@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from quantize.calibration.dual import Outer, first_halves
 from quantize.calibration.patches import added, exact, is_finite, symmetric, upper_gram
 
 # gives the second moment of rows minus a shift, from both
-Product = Callable[[torch.Tensor, torch.Tensor], list[torch.Tensor]]
+Product = Callable[[Tensor, Tensor], list[Tensor]]
 OF_ITS_OWN = 0.5  # rows for each column
 MANY = 512  # rows whose product takes far longer than adding it up
 FEW = 2.0  # rows for each input up to which a fit may follow what no other rows have
@@ -32,18 +33,18 @@ class Squares:
 
     def __init__(self, patience: float | None = None) -> None:
         self.patience = patience
-        self.strips: list[torch.Tensor] = []  # as `upper_gram` gives them
-        self.waiting: list[tuple[torch.Tensor, float]] = []  # rows times a factor, and the factor
+        self.strips: list[Tensor] = []  # as `upper_gram` gives them
+        self.waiting: list[tuple[Tensor, float]] = []  # rows times a factor, and the factor
         self.count = 0  # of the rows that wait
 
-    def are_many(self, x: torch.Tensor) -> bool:
+    def are_many(self, x: Tensor) -> bool:
         """Are rows [N, K] worth a product of their own?"""
         enough = OF_ITS_OWN * x.shape[1]
         if self.strips:
             return len(x) >= min(enough, MANY)
         return self.patience is None and len(x) >= enough
 
-    def add(self, x: torch.Tensor, times: float = 1.0) -> None:
+    def add(self, x: Tensor, times: float = 1.0) -> None:
         """Rows x [N, K]; they are kept, and nobody may write to them any more."""
         if times == 1.0 and self.are_many(x):
             self.add_product(upper_gram(x))
@@ -55,7 +56,7 @@ class Squares:
         if self.count >= patience * x.shape[1]:
             self.flush()
 
-    def add_product(self, product: list[torch.Tensor], times: float = 1.0) -> None:
+    def add_product(self, product: list[Tensor], times: float = 1.0) -> None:
         """The product of rows with themselves, as `upper_gram` gives it."""
         totals = self.strips or [0.0] * len(product)
         pairs = zip(totals, product, strict=True)
@@ -68,24 +69,24 @@ class Squares:
             self.waiting, self.count = [], 0
             self.add_product(upper_gram(rows))
 
-    def whole(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+    def whole(self, dtype: torch.dtype | None = None) -> Tensor:
         """The sum, [K, K]."""
         self.flush()
         return symmetric(self.strips, dtype)
 
-    def diagonal(self) -> torch.Tensor:
+    def diagonal(self) -> Tensor:
         """Of the sum, [K]."""
         total: Any = sum(part.square().sum(0) for part, _ in self.waiting)
         if not self.strips:
             return total
         return torch.cat([strip.diagonal() for strip in self.strips]) + total
 
-    def mean(self, count: int) -> torch.Tensor | Outer:
+    def mean(self, count: int) -> Tensor | Outer:
         """The sum over `count`, [K, K]."""
         rows = self.rows(torch.zeros(()))
         return self.whole().div_(count) if rows is None else Outer(rows / count**0.5)
 
-    def rows(self, offset: torch.Tensor) -> torch.Tensor | None:
+    def rows(self, offset: Tensor) -> Tensor | None:
         """All rows, each plus an offset [K], times the root of their factors; float64. None where
         rows were summed up already.
         """
@@ -110,7 +111,7 @@ class InputStatistics:
 
     def update(
         self,
-        x: torch.Tensor,
+        x: Tensor,
         count: int | None = None,
         *,
         outer: bool = True,
@@ -124,9 +125,7 @@ class InputStatistics:
             count = len(x) if count is None else count
             self._summed(exact(x), count, outer=outer, product=product)
 
-    def _summed(
-        self, x: torch.Tensor, count: int, *, outer: bool, product: Product | None
-    ) -> torch.Tensor:
+    def _summed(self, x: Tensor, count: int, *, outer: bool, product: Product | None) -> Tensor:
         """Add rows x [N, K], and return them less the shift."""
         times = count / x.shape[0]
         self.count += count
@@ -148,27 +147,27 @@ class InputStatistics:
         return is_finite(self.total)
 
     @property
-    def from_shift(self) -> torch.Tensor:
+    def from_shift(self) -> Tensor:
         """E[x] - shift, [K], float64."""
         return self.total.double() / self.count
 
     @property
-    def mean(self) -> torch.Tensor:
+    def mean(self) -> Tensor:
         """E[x], [K], float64."""
         return self.shift.double() + self.from_shift
 
     @property
-    def covariance(self) -> torch.Tensor:
+    def covariance(self) -> Tensor:
         """E[x x^T] - E[x] E[x]^T, [K, K], float64."""
         outer = self.squares.whole(torch.float64).div_(self.count)
         return outer.addr_(self.from_shift, self.from_shift, alpha=-1)
 
     @property
-    def second_moment(self) -> torch.Tensor:
+    def second_moment(self) -> Tensor:
         """E[x x^T], [K, K], float64."""
         return self.covariance.addr_(self.mean, self.mean)
 
-    def moment(self, *, centred: bool, floor: float = 0.0) -> torch.Tensor | Outer:
+    def moment(self, *, centred: bool, floor: float = 0.0) -> Tensor | Outer:
         """E[x x^T], or the covariance, plus `floor` on the diagonal; [K, K], float64."""
         offset = -self.from_shift if centred else self.shift.double()
         rows = self.squares.rows(offset)
@@ -179,7 +178,7 @@ class InputStatistics:
         return moment
 
     @property
-    def power(self) -> torch.Tensor:
+    def power(self) -> Tensor:
         """E[x^2], [K], float64."""
         variance = self.squares.diagonal().double() / self.count - self.from_shift**2
         return variance + self.mean**2
@@ -197,11 +196,9 @@ class PairedStatistics(InputStatistics):
     other_total: Any = 0.0  # [Z], sum of z - other_shift
     cross_total: Any = 0.0  # [Z, K], sum of (z - other_shift) (x - shift)^T of summed rows
     # x - shift and z - other_shift, while the squares of all rows wait
-    waiting: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    waiting: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
-    def update_pair(
-        self, x: torch.Tensor, z: torch.Tensor, products: Products | None = None
-    ) -> None:
+    def update_pair(self, x: Tensor, z: Tensor, products: Products | None = None) -> None:
         """Add rows x [N, K] and z [N, Z].
 
         products: gives the second moment of rows x and their product with rows z.
@@ -227,7 +224,7 @@ class PairedStatistics(InputStatistics):
             self.cross_total = added(self.cross_total, _cross(z, x))
         self.waiting = []
 
-    def few_rows(self, *, centred: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    def few_rows(self, *, centred: bool) -> tuple[Tensor, Tensor]:
         """All rows x [N, K] and z [N, Z], less their means if `centred`, over the root of their
         number; float64. Only where `moment` gives an `Outer`.
         """
@@ -240,29 +237,29 @@ class PairedStatistics(InputStatistics):
         return x / self.count**0.5, z / self.count**0.5
 
     @property
-    def first_half(self) -> torch.Tensor:
+    def first_half(self) -> Tensor:
         """Which of the few rows are of the first half of the data, [N], bool."""
         return first_halves(x for x, _ in self.waiting)
 
     @property
-    def other_mean(self) -> torch.Tensor:
+    def other_mean(self) -> Tensor:
         """E[z], [Z], float64."""
         return self.other_shift.double() + self.other_from_shift
 
     @property
-    def other_from_shift(self) -> torch.Tensor:
+    def other_from_shift(self) -> Tensor:
         """E[z] - other_shift, [Z], float64."""
         return self.other_total.double() / self.count
 
     @property
-    def cross_covariance(self) -> torch.Tensor:
+    def cross_covariance(self) -> Tensor:
         """E[z x^T] - E[z] E[x]^T, [Z, K], float64."""
         self._sum_waiting()
         cross = self.cross_total.double() / self.count
         return cross.addr_(self.other_from_shift, self.from_shift, alpha=-1)
 
     @property
-    def cross_moment(self) -> torch.Tensor:
+    def cross_moment(self) -> Tensor:
         """E[z x^T], [Z, K], float64."""
         return self.cross_covariance.addr_(self.other_mean, self.mean)
 
@@ -271,33 +268,33 @@ class Products:
     """Products of rows, computed once for layers that read the same tensors one after another."""
 
     def __init__(self) -> None:
-        self.given: dict[str, tuple[torch.Tensor | None, int]] = {}  # with their versions
-        self.shifts: dict[str, tuple[torch.Tensor, ...]] = {}
+        self.given: dict[str, tuple[Tensor | None, int]] = {}  # with their versions
+        self.shifts: dict[str, tuple[Tensor, ...]] = {}
         self.products: dict[str, Any] = {}
 
-    def see(self, x: torch.Tensor, z: torch.Tensor | None = None) -> None:
+    def see(self, x: Tensor, z: Tensor | None = None) -> None:
         """The tensors whose rows come next: a layer's input, and what is paired with it."""
         if not self._same("x", x):
             self.products.clear()
         if not self._same("z", z):
             self.products.pop("cross", None)
 
-    def _same(self, which: str, tensor: torch.Tensor | None) -> bool:
+    def _same(self, which: str, tensor: Tensor | None) -> bool:
         """Is it the one that was given before, and known not to have changed?"""
         before, at = self.given.get(which, (None, -1))
         now = -1 if tensor is None or tensor.is_inference() else tensor._version
         self.given[which] = (tensor, now)
         return tensor is before and at == now and now >= 0
 
-    def square(self, x: torch.Tensor, shift: torch.Tensor) -> list[torch.Tensor]:
+    def square(self, x: Tensor, shift: Tensor) -> list[Tensor]:
         """`upper_gram` of x, rows minus a shift."""
         return self._of("square", (shift,), lambda: upper_gram(x))
 
-    def cross(self, z: torch.Tensor, x: torch.Tensor, *shifts: torch.Tensor) -> torch.Tensor:
+    def cross(self, z: Tensor, x: Tensor, *shifts: Tensor) -> Tensor:
         """z^T x, of rows minus their shifts."""
         return self._of("cross", shifts, lambda: _cross(z, x))
 
-    def _of(self, kind: str, shifts: tuple[torch.Tensor, ...], product: Callable[[], Any]) -> Any:
+    def _of(self, kind: str, shifts: tuple[Tensor, ...], product: Callable[[], Any]) -> Any:
         """The product of one kind with these shifts, known or computed now."""
         before = self.shifts.get(kind, ())
         same = len(before) == len(shifts) and all(map(torch.equal, before, shifts))
@@ -306,7 +303,7 @@ class Products:
         return self.products[kind]
 
 
-def _cross(z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+def _cross(z: Tensor, x: Tensor) -> Tensor:
     """z^T x, [Z, K], of rows."""
     dtype = torch.promote_types(x.dtype, z.dtype)
     return z.T.to(dtype) @ x.to(dtype)

@@ -13,7 +13,7 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from quantize import surgery
@@ -23,7 +23,7 @@ from quantize.checkpoint.opening import CheckpointError, require
 ARCHITECTURES: dict[str, type[nn.Module]] = {}
 
 
-def live_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+def live_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers themselves, under every name they have."""
     return dict(
         [
@@ -153,7 +153,7 @@ def fit(record: dict[str, Any], model: nn.Module) -> dict[str, torch.dtype]:
     return dtypes
 
 
-def _differences(expected: Mapping[str, torch.Tensor], specs: Mapping[str, Any]) -> Iterator[str]:
+def _differences(expected: Mapping[str, Tensor], specs: Mapping[str, Any]) -> Iterator[str]:
     for name, tensor in expected.items():
         if name not in specs:
             yield f"no {name!r} in the file"
@@ -187,7 +187,7 @@ def _kind(dtype: torch.dtype) -> str:
     return "bool" if dtype == torch.bool else "int"
 
 
-def restride(tensor: torch.Tensor, strides: list[int]) -> torch.Tensor:
+def restride(tensor: Tensor, strides: list[int]) -> Tensor:
     """The same values with their axes in another order in memory."""
     reason = f"strides {str(strides)[:80]} don't fit shape {list(tensor.shape)}"
     good = (
@@ -213,7 +213,7 @@ def _dense(shape: torch.Size, strides: list[int]) -> bool:
 
 def fill(
     model: nn.Module,
-    tensors: dict[str, torch.Tensor],
+    tensors: dict[str, Tensor],
     aliases: dict[str, str],
     dtypes: dict[str, torch.dtype],
 ) -> nn.Module:
@@ -241,7 +241,7 @@ def fill(
     return model
 
 
-def assign(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
+def assign(model: nn.Module, state: dict[str, Tensor]) -> None:
     """`model.load_state_dict(state, assign=True)`, in linear time: torch walks over all names for
     every module of a list.
     """
@@ -260,14 +260,14 @@ def assign(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
 
 def _assign_below(
     module: nn.Module,
-    state: dict[str, torch.Tensor],
+    state: dict[str, Tensor],
     prefix: str,
     metadata: Mapping[str, Any],
     faults: tuple[list[str], ...],
 ) -> None:
     local = {**metadata.get(prefix[:-1], {}), "assign_to_params_buffers": True}
     module._load_from_state_dict(state, prefix, local, True, *faults)
-    below: dict[str, dict[str, torch.Tensor]] = {}
+    below: dict[str, dict[str, Tensor]] = {}
     for name, tensor in state.items():
         below.setdefault(name[len(prefix) :].partition(".")[0], {})[name] = tensor
     for key, child in module._modules.items():

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from torch import Tensor
 
 from quantize.atomic import atomic_write
 from quantize.checkpoint.contents import DTYPES, MAX_HEADER, SEAL, bytes_of, to_json
@@ -26,7 +27,7 @@ _LOCATE = {".pth": locate_pth, ".safetensors": locate_safetensors}
 _READ_AT_ONCE = 2**20
 
 
-def write(path: Path, record: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+def write(path: Path, record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """Write the file; adds `"tensors"` to the record. The tensors are contiguous, on the CPU, with
     a storage each.
     """
@@ -80,17 +81,17 @@ def _digest(file: BinaryIO, places: list[tuple[int, int]], seal: int) -> bytes:
     return total.hexdigest().encode()
 
 
-def _read_into(file: Any, tensor: torch.Tensor) -> int:
+def _read_into(file: Any, tensor: Tensor) -> int:
     return file.readinto(bytes_of(tensor))
 
 
-def _sha256(tensor: torch.Tensor) -> str:
+def _sha256(tensor: Tensor) -> str:
     return hashlib.sha256(bytes_of(tensor)).hexdigest()
 
 
 def read_tensor(
     file: BinaryIO, start: int, stop: int, *, dtype: str, shape: list[int], sha256: str
-) -> torch.Tensor:
+) -> Tensor:
     itemsize = DTYPES[dtype].itemsize
     require(
         math.prod(shape) * itemsize == stop - start,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from quantize import surgery
@@ -141,9 +141,9 @@ def _restructured(empty: nn.Module, record: dict[str, Any]) -> nn.Module:
         return surgery.rebuild(empty, edits)
 
 
-def _read(file: BinaryIO, record: dict[str, Any], places: list[Any]) -> dict[str, torch.Tensor]:
+def _read(file: BinaryIO, record: dict[str, Any], places: list[Any]) -> dict[str, Tensor]:
     """The file's tensors by name, in the order of memory in which they were saved."""
-    tensors: dict[str, torch.Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     strides = record["strides"]
     for (name, spec), place in zip(record["tensors"].items(), places, strict=True):
         tensor = read_tensor(file, *place, **spec)
@@ -269,7 +269,7 @@ class _Stored(NamedTuple):
     strides of those in another order.
     """
 
-    tensors: dict[str, torch.Tensor]
+    tensors: dict[str, Tensor]
     aliases: dict[str, str]
     strides: dict[str, list[int]]
 
@@ -294,16 +294,16 @@ def _tensors(model: nn.Module) -> _Stored:
     return stored
 
 
-def _identity(live: torch.Tensor, value: torch.Tensor) -> tuple:
+def _identity(live: Tensor, value: Tensor) -> tuple:
     """The same for two names of one tensor. A parameter and a buffer are two."""
     start = live.data_ptr() if live.numel() else id(live)
     place = live.device, start, live.dtype, live.shape, live.stride()
     return isinstance(live, nn.Parameter), value.dtype, *place
 
 
-def _alone(value: torch.Tensor, storages: set[int]) -> torch.Tensor:
+def _alone(value: Tensor, storages: set[int]) -> Tensor:
     """The values, contiguous on the CPU, in a storage that none of `storages` is; it joins them."""
-    plain = value.detach().as_subclass(torch.Tensor).cpu()
+    plain = value.detach().as_subclass(Tensor).cpu()
     tensor = plain.resolve_conj().resolve_neg().contiguous()
     storage = tensor.untyped_storage()
     if storage.nbytes() != tensor.nbytes or storage._cdata in storages:
@@ -313,7 +313,7 @@ def _alone(value: torch.Tensor, storages: set[int]) -> torch.Tensor:
 
 
 def _check_plain(name: str, value: object) -> None:
-    if not isinstance(value, torch.Tensor):
+    if not isinstance(value, Tensor):
         raise TypeError(
             f"state_dict() has {name!r} of type {type(value).__name__}; only tensors can be saved"
         )

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from quantize import calibration as calibrating
 
@@ -60,11 +60,11 @@ def smooth(model: nn.Module, layers: Mapping[str, nn.Linear], batches: Iterable[
     return changed
 
 
-def outputs(model: nn.Module, batches: Iterable[Any]) -> list[torch.Tensor]:
+def outputs(model: nn.Module, batches: Iterable[Any]) -> list[Tensor]:
     """All floating point tensors that the model returns for the batches, in eval mode; the model's
     state stays.
     """
-    found: list[torch.Tensor] = []
+    found: list[Tensor] = []
     with calibrating.watching((), model), torch.no_grad():
         for batch in batches:
             tensors = calibrating.output_tensors(calibrating.call(model, batch))
@@ -77,13 +77,13 @@ def _groups(model: nn.Module, layers: set[nn.Module], example: Any) -> dict[str,
     wide as the layer.
     """
     # the tensor is held, so that its identity can't be used again
-    produced: dict[int, tuple[str, torch.Tensor]] = {}
+    produced: dict[int, tuple[str, Tensor]] = {}
     groups: dict[str, list[nn.Linear]] = {}
     owners: dict[nn.Module, str] = {}
 
     def after(name: str):
         def hook(module, args, output):
-            if isinstance(output, torch.Tensor):
+            if isinstance(output, Tensor):
                 produced[id(output)] = (name, output)
 
         return hook

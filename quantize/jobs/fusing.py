@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from quantize import checkpoint, clock
 from quantize.checkpoint import atomic_write
@@ -75,7 +75,7 @@ def fuse_file(path: Path, out: Path, *, backend: str, batch: int, threads: int) 
     return result
 
 
-def kernel_calls(model: Any, inputs: torch.Tensor) -> Counter[str]:
+def kernel_calls(model: Any, inputs: Tensor) -> Counter[str]:
     """Operators that run during one forward pass, by name, as the profiler sees them."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it complains of the GPU that isn't there
     outputs(model, inputs)
@@ -129,9 +129,7 @@ def describe(result: Result) -> list[str]:
     return lines
 
 
-def _facts(
-    model: nn.Module, best: Contender, inputs: torch.Tensor, path: Path, target: Path
-) -> Result:
+def _facts(model: nn.Module, best: Contender, inputs: Tensor, path: Path, target: Path) -> Result:
     """What is known without a stopwatch."""
     eager, fused = kernel_calls(model, inputs), kernel_calls(best.model, inputs)
     result: Result = {
@@ -157,7 +155,7 @@ def _facts(
 def _measure(
     result: Result,
     contenders: dict[str, nn.Module],
-    inputs: torch.Tensor,
+    inputs: Tensor,
     path: Path,
     target: Path,
     threads: int,
@@ -183,7 +181,7 @@ def _cold_start(measured: Measurement) -> float:
     return (measured.load_s or 0.0) + (measured.first_call_ms or 0.0) / 1000
 
 
-def _engine_cold_start(backend: str, file: Path, inputs: torch.Tensor) -> float:
+def _engine_cold_start(backend: str, file: Path, inputs: Tensor) -> float:
     """Seconds from the file of another engine to its first answer, in this process, which knows
     it.
     """

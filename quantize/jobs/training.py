@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from quantize import checkpoint, training
 from quantize.checkpoint import CheckpointError
@@ -171,13 +171,13 @@ class Job:
         )
 
     @cached_property
-    def calibration(self) -> list[torch.Tensor]:
+    def calibration(self) -> list[Tensor]:
         """Batches of training inputs."""
         batches = self._batches(short_steps=0)
         return [batches(step)[0] for step in range(CALIBRATION_BATCHES)]
 
     @cached_property
-    def example(self) -> torch.Tensor:
+    def example(self) -> Tensor:
         """The held-out inputs that latency is measured on: ids [B, T] or images [B, C, H, W]."""
         if not self.is_text:
             return self.data.validation_images[: self.preset.batch[0]]

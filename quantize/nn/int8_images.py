@@ -228,7 +228,7 @@ _floats: dict[int, _Float] = {}  # by the identity of a stored weight, until it 
 
 
 def dense(
-    weight: Tensor, scale: Tensor, arranged: Callable[[Tensor], Tensor] = torch.Tensor.contiguous
+    weight: Tensor, scale: Tensor, arranged: Callable[[Tensor], Tensor] = Tensor.contiguous
 ) -> Tensor:
     """The weight as it reads, computed when it is first asked for. arranged: puts it in order."""
     shape = -1, *[1] * (weight.dim() - 1)

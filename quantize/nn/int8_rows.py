@@ -19,7 +19,7 @@ class Rows(NamedTuple):
     shift: Tensor  # int32 [M, 1]
 
 
-def quantize_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     """`[N, K]` of any float dtype to int8 `[N, K]` in -127..127 and one float32 scale per output
     channel, `[N]`.
     """

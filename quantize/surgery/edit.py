@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from quantize.surgery.candidates import take_place
@@ -25,7 +25,7 @@ from quantize.surgery.sizes import widths
 Skip = Sequence[str | type[nn.Module]]
 
 
-def clone(model: nn.Module, *, sharing: Iterable[torch.Tensor] = ()) -> nn.Module:
+def clone(model: nn.Module, *, sharing: Iterable[Tensor] = ()) -> nn.Module:
     """Deep copy: tensors that modules share stay shared, hooks and training flags stay.
 
     Args:
@@ -103,7 +103,7 @@ class _ResultsAsValues(TorchFunctionMode):
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is not torch.Tensor.__deepcopy__ or args[0].is_leaf:
+        if func is not Tensor.__deepcopy__ or args[0].is_leaf:
             return func(*args, **(kwargs or {}))
         tensor, memo = args
         memo[id(tensor)] = tensor.detach().clone()

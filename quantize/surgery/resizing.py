@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from quantize.surgery.record import builder, edits_of, record
 
@@ -21,7 +21,7 @@ MAX_LIST = 1000
 
 
 def resize(
-    module: nn.Module, *, tensors: Mapping[str, torch.Tensor], attributes: Mapping[str, Any]
+    module: nn.Module, *, tensors: Mapping[str, Tensor], attributes: Mapping[str, Any]
 ) -> None:
     """Give `module` new tensors (parameters or buffers, by name) and new plain attributes
     (`out_features=96`), in place.
@@ -88,14 +88,14 @@ def _plausible(old: Any, value: Any, widest: int) -> bool:
     return isinstance(value, bool | None)
 
 
-def _get_tensor(module: nn.Module, name: str) -> torch.Tensor:
+def _get_tensor(module: nn.Module, name: str) -> Tensor:
     tensor = module._parameters.get(name, module._buffers.get(name))
     if tensor is None:
         raise ValueError(f"{type(module).__name__} has no parameter or buffer {name!r}")
     return tensor
 
 
-def _set_tensor(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
+def _set_tensor(module: nn.Module, name: str, tensor: Tensor) -> None:
     old = _get_tensor(module, name)
     if name in module._buffers:
         module._buffers[name] = tensor

@@ -10,8 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from quantize.compression.low_rank import maths, timing
 from quantize.nn import low_rank as pairs
@@ -109,7 +108,7 @@ def rank_unit(shape: tuple[int, int]) -> int:
 def choose_ranks(
     budget: Budget,
     layers: Mapping[str, nn.Module],
-    spectra: Mapping[str, torch.Tensor],
+    spectra: Mapping[str, Tensor],
     allowed: Mapping[str, Sequence[int]],
     *,
     weighted: bool,
@@ -185,7 +184,7 @@ def allowed_ranks(
 def _global_ranks(
     ratio: float,
     shapes: Mapping[str, tuple[int, int]],
-    spectra: Mapping[str, torch.Tensor],
+    spectra: Mapping[str, Tensor],
     allowed: Mapping[str, Sequence[int]],
 ) -> dict[str, int | None]:
     total = sum(m * k for m, k in shapes.values())

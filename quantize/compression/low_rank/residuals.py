@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quantize import calibration as calibrate
@@ -25,20 +25,20 @@ class Seen(calibrate.PairedStatistics):
 
     is_target: bool = False  # the other rows are y
 
-    def target_moment(self, weight: torch.Tensor, *, centred: bool) -> torch.Tensor:
+    def target_moment(self, weight: Tensor, *, centred: bool) -> Tensor:
         """E[y x^T], or the covariance, [M, K], of a layer of this weight [M, K]; a layer with a
         bias is asked for the covariance.
         """
         cross = self.cross_covariance if centred else self.cross_moment
         return cross if self.is_target else weight @ cross
 
-    def target_mean(self, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    def target_mean(self, weight: Tensor, bias: Tensor) -> Tensor:
         """E[y], [M]."""
         return self.other_mean if self.is_target else bias + weight @ self.other_mean
 
     def fit(
-        self, weight: torch.Tensor, *, centred: bool, floor: float
-    ) -> tuple[torch.Tensor, torch.Tensor | calibrate.Outer]:
+        self, weight: Tensor, *, centred: bool, floor: float
+    ) -> tuple[Tensor, Tensor | calibrate.Outer]:
         """The weight [M, K], float64, that comes closest to giving y from x, held to `weight`; and
         the moment of x, [K, K].
 
@@ -111,14 +111,14 @@ def _add(
     seen.update_pair(x, z, products)
 
 
-def _own_output(layer: Any, x: torch.Tensor) -> torch.Tensor:
+def _own_output(layer: Any, x: Tensor) -> Tensor:
     """What a layer makes of rows x [N, K]: [N, M]."""
     x = calibrate.exact(x)
     bias = None if layer.bias is None else layer.bias.to(x.dtype)
     return F.linear(x, pairs.matrix(layer).to(x.dtype), bias)
 
 
-def _target(layer: nn.Module, call: Call, other: Call) -> torch.Tensor:
+def _target(layer: nn.Module, call: Call, other: Call) -> Tensor:
     """What the layer is to give, as rows [N, M]."""
     output: Any = other.output  # the pass of the original goes as far as that
     target = calibrate.exact(output)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from quantize import calibration as calibrate
 from quantize.compression.low_rank import maths
@@ -17,15 +16,13 @@ from quantize.nn import low_rank as pairs
 NOISE = 1e-10
 
 
-def spectra(
-    layers: Mapping[str, nn.Module], survey: calibrate.Survey | None
-) -> dict[str, torch.Tensor]:
+def spectra(layers: Mapping[str, nn.Module], survey: calibrate.Survey | None) -> dict[str, Tensor]:
     """Whitened spectra of the original model's layers, in one unit of loss; of their weights alone
     where there is no survey of the model.
     """
     if survey is None:
         return {name: maths.whitened_spectrum(pairs.matrix(m)) for name, m in layers.items()}
-    found: dict[str, torch.Tensor] = {}
+    found: dict[str, Tensor] = {}
     unweighted: list[str] = []
     for name, layer in layers.items():
         seen, weight = survey.inputs(name), pairs.matrix(layer)
@@ -46,7 +43,7 @@ def spectra(
     return found
 
 
-def usable(gradient: torch.Tensor | calibrate.Outer | None) -> torch.Tensor | None:
+def usable(gradient: Tensor | calibrate.Outer | None) -> Tensor | None:
     """A moment of gradients, as a matrix, if it says anything."""
     if gradient is None:
         return None

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from quantize import clock
 from quantize.calibration import untouched
@@ -52,7 +52,7 @@ def quick_share(layer: nn.Module, input_shape: Sequence[int], *, always: bool) -
     return _KNOWN[key]
 
 
-def _inputs(layer: Any, shape: Sequence[int]) -> torch.Tensor:
+def _inputs(layer: Any, shape: Sequence[int]) -> Tensor:
     """Random inputs of this shape, or of fewer rows (images)."""
     if isinstance(layer, nn.Conv2d):
         first, rest = shape[0] if len(shape) == 4 else 1, tuple(shape[-3:])
@@ -68,10 +68,10 @@ def _random_pair(layer: Any, share: float) -> nn.Module:
     return pairs.pair(layer, torch.randn(rank, k), torch.randn(m, rank), layer.bias)
 
 
-def _no_slower(candidate: nn.Module, layer: nn.Module, x: torch.Tensor) -> bool:
+def _no_slower(candidate: nn.Module, layer: nn.Module, x: Tensor) -> bool:
     pair, original = _seconds([candidate, layer], x)
     return pair <= TOLERANCE * original
 
 
-def _seconds(modules: Sequence[nn.Module], x: torch.Tensor) -> list[float]:
+def _seconds(modules: Sequence[nn.Module], x: Tensor) -> list[float]:
     return clock.race([partial(module, x) for module in modules], least=15, warm_up=2)

@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from quantize.compression.pruning.groups import Group
 
@@ -37,7 +38,7 @@ def units_kept(group: Group, amount: float, round_to: int | None) -> int:
 
 
 def units_kept_globally(
-    groups: Sequence[Group], values: Sequence[torch.Tensor], round_to: int | None
+    groups: Sequence[Group], values: Sequence[Tensor], round_to: int | None
 ) -> list[int]:
     """Units kept per group when the least important of all groups go first; a tenth of every group
     stays at least.
@@ -56,7 +57,7 @@ def units_kept_globally(
     return keeps
 
 
-def _size_of(value: torch.Tensor) -> torch.Tensor:
+def _size_of(value: Tensor) -> Tensor:
     """Root mean square of the finite ones."""
     finite = value[value.isfinite()]
     return finite.square().mean().sqrt().clamp(min=1e-30)
@@ -81,7 +82,7 @@ def deepest(group: Group, round_to: int | None) -> int:
     return max(0, group.units - stays)
 
 
-def share_out(costs: Sequence[torch.Tensor], total: int, step: int) -> list[int]:
+def share_out(costs: Sequence[Tensor], total: int, step: int) -> list[int]:
     """How many units each group gives, in multiples of `step` and `total` together, for the least
     sum of costs.
 

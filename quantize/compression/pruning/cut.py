@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from quantize import surgery
 from quantize.compression.pruning.groups import Group
@@ -21,9 +21,9 @@ HEAD_COUNTS = ("head", "group")  # an attribute of such a name counts heads ...
 NOT_COUNTS = ("dim", "size", "per")  # ... unless it says that it is a width
 
 
-def kept_indices(trace: Trace, groups: Iterable[Group]) -> dict[Key, torch.Tensor]:
+def kept_indices(trace: Trace, groups: Iterable[Group]) -> dict[Key, Tensor]:
     """Indices that stay along every dimension that loses some."""
-    removed: dict[Key, list[torch.Tensor]] = {}
+    removed: dict[Key, list[Tensor]] = {}
     for group in groups:
         if not len(group.removed):
             continue
@@ -62,19 +62,17 @@ def layers_of(holders: Owners, group: Group) -> list[str]:
     return [place for place, _, _ in first]
 
 
-def stored(module: nn.Module, name: str) -> torch.Tensor:
+def stored(module: nn.Module, name: str) -> Tensor:
     """A parameter or buffer as it is stored: a 16-bit layer's weight reads in another dtype."""
     tensor = module._parameters.get(name)
     return module.get_buffer(name) if tensor is None else tensor
 
 
-def cut(
-    model: nn.Module, kept: dict[Key, torch.Tensor], edits: dict[str, dict[str, Any]]
-) -> nn.Module:
+def cut(model: nn.Module, kept: dict[Key, Tensor], edits: dict[str, dict[str, Any]]) -> nn.Module:
     """Shrink `model` in place: keep these indices, then set these plain attributes (module name to
     attribute to value).
     """
-    tensors: dict[str, dict[str, torch.Tensor]] = {}
+    tensors: dict[str, dict[str, Tensor]] = {}
     places: dict[str, nn.Module] = {}
     holders = owners(model)
     for name, dims in _by_name(kept).items():
@@ -100,15 +98,15 @@ def cut(
     return model
 
 
-def _by_name(kept: dict[Key, torch.Tensor]) -> dict[str, dict[int, torch.Tensor]]:
+def _by_name(kept: dict[Key, Tensor]) -> dict[str, dict[int, Tensor]]:
     """What is kept of each tensor, by the dimension."""
-    cuts: dict[str, dict[int, torch.Tensor]] = {}
+    cuts: dict[str, dict[int, Tensor]] = {}
     for (name, dim), indices in kept.items():
         cuts.setdefault(name, {})[dim] = indices
     return cuts
 
 
-def _sizes(module: nn.Module, new: dict[str, torch.Tensor]) -> dict[str, Any]:
+def _sizes(module: nn.Module, new: dict[str, Tensor]) -> dict[str, Any]:
     """The attributes in which layers write down their widths, for new tensors."""
     weight = new.get("weight")
     attributes: dict[str, Any] = {}
@@ -119,7 +117,7 @@ def _sizes(module: nn.Module, new: dict[str, torch.Tensor]) -> dict[str, Any]:
     return {name: size for name, size in attributes.items() if getattr(module, name) != size}
 
 
-def _widths(module: nn.Module, weight: torch.Tensor) -> dict[str, Any]:
+def _widths(module: nn.Module, weight: Tensor) -> dict[str, Any]:
     """What a layer with this weight calls its widths."""
     matrix = weight.ndim == 2
     if matrix and hasattr(module, "in_features") and hasattr(module, "out_features"):
@@ -186,7 +184,7 @@ def _counts_heads(attribute: str) -> bool:
     return any(word in attribute for word in HEAD_COUNTS)
 
 
-def _resized(value: Value, gone: torch.Tensor) -> list[tuple[int, int]]:
+def _resized(value: Value, gone: Tensor) -> list[tuple[int, int]]:
     """Old and new size of each dimension that shrinks."""
     if value.labels is None:
         return []
@@ -203,7 +201,7 @@ def _resized(value: Value, gone: torch.Tensor) -> list[tuple[int, int]]:
     return sizes
 
 
-def mask(twin: nn.Module, pruned: nn.Module, kept: dict[Key, torch.Tensor]) -> nn.Module:
+def mask(twin: nn.Module, pruned: nn.Module, kept: dict[Key, Tensor]) -> nn.Module:
     """Fill `twin`, a copy of the original, with the pruned model's values where channels stay, and
     with zeros where they were removed. Tensors that the two share are left.
 
@@ -221,9 +219,7 @@ def mask(twin: nn.Module, pruned: nn.Module, kept: dict[Key, torch.Tensor]) -> n
     return twin
 
 
-def _fill(
-    full: torch.Tensor, small: torch.Tensor, local: str, cuts: dict[int, torch.Tensor]
-) -> None:
+def _fill(full: Tensor, small: Tensor, local: str, cuts: dict[int, Tensor]) -> None:
     """Write a tensor, called `local` in its module, into the full one that it was cut from."""
     scales = full.ndim > 1 or local in ("weight", "bias")
     grid = []

@@ -10,7 +10,7 @@ import itertools
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from quantize.compression.pruning import moves, rules
 from quantize.compression.pruning.labels import Value
@@ -64,7 +64,7 @@ def _visit(trace: Trace, node: torch.fx.Node) -> Any:
     out = node.meta.get("val")
     shape = _shape(out)
     first = () if isinstance(shape, list) else shape
-    if node.op != "call_function" or not isinstance(out, (torch.Tensor, tuple, list)):
+    if node.op != "call_function" or not isinstance(out, (Tensor, tuple, list)):
         return Value(first)
     if getattr(node.target, "__name__", "") == "getitem":
         return _item(trace, node, first)
@@ -88,8 +88,8 @@ def _visit(trace: Trace, node: torch.fx.Node) -> Any:
 def _shape(out: Any) -> tuple[int, ...] | list[tuple[int, ...]]:
     """The shape of a tensor, a list of them for several."""
     if isinstance(out, (tuple, list)):
-        return [tuple(part.shape) for part in out if isinstance(part, torch.Tensor)]
-    return tuple(out.shape) if isinstance(out, torch.Tensor) else ()
+        return [tuple(part.shape) for part in out if isinstance(part, Tensor)]
+    return tuple(out.shape) if isinstance(out, Tensor) else ()
 
 
 def _item(trace: Trace, node: torch.fx.Node, shape: tuple[int, ...]) -> Any:

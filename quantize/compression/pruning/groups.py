@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from quantize.compression.pruning.labels import Key, Labels, compress, varying
 
@@ -28,7 +28,7 @@ class Group:
     tensor.
     """
 
-    places: dict[Key, torch.Tensor]
+    places: dict[Key, Tensor]
     outputs: list[Key]  # dimensions that are output channels of a layer, in the order of the graph
     inputs: dict[Key, str]  # dimensions that are summed over, and the module whose forward does it
     pinned: int = 0  # channels of the first output that can't go
@@ -36,7 +36,7 @@ class Group:
     amount: float = 0.0  # fraction of the units to remove
     asked: str = ""  # what named the group in `amount`
     # units, by number
-    removed: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    removed: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     # that sum over its channels, seen in calibration
     readers: list[tuple[str, nn.Module, Key]] = field(default_factory=list)
 
@@ -71,7 +71,7 @@ class Ties:
             for root in self.root[pinned].unique().tolist():
                 self.reason.setdefault(root, why)
 
-    def _free(self) -> torch.Tensor:
+    def _free(self) -> Tensor:
         """Which labels can be removed: those that are tied to no pinned one, [labels]."""
         pinned = torch.zeros(self.labels.count, dtype=torch.bool)
         for labels, _ in self.labels.pins:

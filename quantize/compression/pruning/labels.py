@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 Key = tuple[str, int]  # a dimension of a parameter or buffer: its name and the dimension
 
@@ -24,18 +25,18 @@ class Value:
     """
 
     shape: tuple[int, ...]
-    labels: torch.Tensor | None = None
-    source: tuple[str, tuple[Callable[[torch.Tensor], torch.Tensor], ...]] | None = None
+    labels: Tensor | None = None
+    source: tuple[str, tuple[Callable[[Tensor], Tensor], ...]] | None = None
 
 
-def varying(labels: torch.Tensor | None) -> set[int]:
+def varying(labels: Tensor | None) -> set[int]:
     """Dimensions along which the labels change."""
     if labels is None:
         return set()
     return {dim for dim, size in enumerate(labels.shape) if size > 1}
 
 
-def compress(index: torch.Tensor) -> torch.Tensor:
+def compress(index: Tensor) -> Tensor:
     """Narrow to size 1 every dimension along which nothing changes."""
     for dim, size in enumerate(index.shape):
         if size < 2:
@@ -51,17 +52,17 @@ class Labels:
 
     def __init__(self, shapes: dict[str, torch.Size]):
         self.shapes = shapes  # parameters and buffers by name
-        self.keys: dict[Key, torch.Tensor] = {}  # labels along each dimension in use
+        self.keys: dict[Key, Tensor] = {}  # labels along each dimension in use
         # dimensions that are some layer's output channels, and the operation
         self.outputs: dict[Key, str] = {}
         # dimensions that are summed over, and the module whose forward does it
         self.inputs: dict[Key, str] = {}
         self.count = 0
-        self.edges: list[torch.Tensor] = []  # [N, 2] each
-        self.pins: list[tuple[torch.Tensor, str]] = []
-        self.ragged: list[torch.Tensor] = []  # labels that change along two dimensions or more
+        self.edges: list[Tensor] = []  # [N, 2] each
+        self.pins: list[tuple[Tensor, str]] = []
+        self.ragged: list[Tensor] = []  # labels that change along two dimensions or more
 
-    def along(self, name: str, dim: int) -> torch.Tensor:
+    def along(self, name: str, dim: int) -> Tensor:
         """Labels [size] along a dimension of a parameter, made on first use."""
         if (name, dim) not in self.keys:
             size = self.shapes[name][dim]
@@ -69,7 +70,7 @@ class Labels:
             self.count += size
         return self.keys[name, dim]
 
-    def tie(self, a: torch.Tensor, b: torch.Tensor, why: str) -> None:
+    def tie(self, a: Tensor, b: Tensor, why: str) -> None:
         """a and b, of one shape, name the same elements: they go together; one without a label pins
         the other.
         """
@@ -80,7 +81,7 @@ class Labels:
         alone = ~both
         self.pin(torch.cat((a[alone], b[alone])), why)
 
-    def pin(self, labels: torch.Tensor | None, why: str) -> None:
+    def pin(self, labels: Tensor | None, why: str) -> None:
         """These are never removed."""
         if labels is None:
             return
@@ -88,7 +89,7 @@ class Labels:
         if real.numel():
             self.pins.append((real.unique(), why))
 
-    def collapse(self, labels: torch.Tensor, dim: int, why: str) -> torch.Tensor | None:
+    def collapse(self, labels: Tensor, dim: int, why: str) -> Tensor | None:
         """The operation needs `dim` whole: tie along it when the labels also change elsewhere, else
         pin.
         """
@@ -101,7 +102,7 @@ class Labels:
         self.tie(labels, merged, why)
         return merged
 
-    def collapse_all(self, value: Value, dims: Sequence[int], why: str) -> torch.Tensor | None:
+    def collapse_all(self, value: Value, dims: Sequence[int], why: str) -> Tensor | None:
         """Collapse several dimensions (negative ones count from the end)."""
         labels = value.labels
         for dim in sorted({d % len(value.shape) for d in dims}):
@@ -109,7 +110,7 @@ class Labels:
                 labels = self.collapse(labels, dim, why)
         return labels
 
-    def axes(self, value: Value) -> dict[int, torch.Tensor]:
+    def axes(self, value: Value) -> dict[int, Tensor]:
         """For a moved parameter: index into each of its dimensions, at every element of the
         value.
         """
@@ -144,7 +145,7 @@ class Labels:
             order[places[0]] = dim
         return None if -1 in order else (name, order)
 
-    def settle(self, shape: Sequence[int], labels: torch.Tensor | None, why: str = "") -> Value:
+    def settle(self, shape: Sequence[int], labels: Tensor | None, why: str = "") -> Value:
         """Make a value; a label on a whole tensor means that one channel was picked out by number,
         which pins it.
         """
@@ -208,7 +209,7 @@ class Labels:
                     return True
         return False
 
-    def _label_parameter(self, value: Value, n: int, dims: set[int]) -> torch.Tensor | None:
+    def _label_parameter(self, value: Value, n: int, dims: set[int]) -> Tensor | None:
         """Labels of a parameter that meets labelled data along `dims` (of the n dimensions it is
         broadcast to).
         """

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from quantize.compression.pruning.cut import Owners, owners
 from quantize.compression.pruning.labels import Key
@@ -18,7 +18,7 @@ LAYERS = ("linear", "addmm", "conv1d", "conv2d", "matmul")
 WIDE = 8
 
 
-def repair_steps(trace: Trace, model: nn.Module, kept: dict[Key, torch.Tensor]) -> list[Step]:
+def repair_steps(trace: Trace, model: nn.Module, kept: dict[Key, Tensor]) -> list[Step]:
     """What to repair, in the order of the graph: the first layer whose inputs shrank and all layers
     after it that can be refitted, and BatchNorms. Layers that read the same tensor one after
     another are one step.
@@ -30,7 +30,7 @@ def repair_steps(trace: Trace, model: nn.Module, kept: dict[Key, torch.Tensor]) 
 
 
 def _steps(
-    trace: Trace, model: nn.Module, kept: dict[Key, torch.Tensor]
+    trace: Trace, model: nn.Module, kept: dict[Key, Tensor]
 ) -> tuple[dict[str, Step], dict[str, Any]]:
     """A step for each layer, by its name, and what it reads, if that may be shared."""
     shrunk = _shrunk(trace, model, kept)
@@ -54,7 +54,7 @@ def _steps(
     return steps, sources
 
 
-def _shrunk(trace: Trace, model: nn.Module, kept: dict[Key, torch.Tensor]) -> set[str]:
+def _shrunk(trace: Trace, model: nn.Module, kept: dict[Key, Tensor]) -> set[str]:
     """The layers that read fewer channels and can be refitted, which nobody shares."""
     shrunk: set[str] = set()
     holders = owners(model)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from quantize import surgery
 from quantize.calibration import (
@@ -110,7 +110,7 @@ def _attempt(trace: Trace, model: nn.Module, groups: list[Group], inputs: Any) -
     return None
 
 
-def _uncut(model: nn.Module, kept: dict[Key, torch.Tensor]) -> list[torch.Tensor]:
+def _uncut(model: nn.Module, kept: dict[Key, Tensor]) -> list[Tensor]:
     """The parameters that lose nothing."""
     changed = set()
     holders = owners(model)
@@ -144,7 +144,7 @@ class Answers:
 
 
 @torch.no_grad()
-def _answers(model: nn.Module, inputs: Any) -> Generator[list[torch.Tensor], None, None]:
+def _answers(model: nn.Module, inputs: Any) -> Generator[list[Tensor], None, None]:
     """The outputs of each call, from the model's state, which is as before afterwards."""
     with watching((), model), without_cache(model):
         seed_devices(0)
@@ -166,7 +166,7 @@ def same_outputs(a: Any, b: Any, tolerance: float) -> bool:
     return all(_same(x, y, tolerance) for x, y in zip(left, right, strict=True))
 
 
-def _same(x: torch.Tensor, y: torch.Tensor, tolerance: float) -> bool:
+def _same(x: Tensor, y: Tensor, tolerance: float) -> bool:
     """Alike in shape and type; floating values close, infinities and NaN at the same places.
     Integers may follow roundings.
     """

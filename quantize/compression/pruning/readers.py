@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from quantize.calibration import Survey
 from quantize.compression.pruning.cut import Owners, layers_of, owners
@@ -97,7 +96,7 @@ def by_readers(
     return values
 
 
-def _columns(module: Any, channels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _columns(module: Any, channels: Tensor) -> tuple[Tensor, Tensor]:
     """A layer's weight as `Reader` takes it, and the columns of each unit [units, S], from the
     unit's input channels.
     """
@@ -118,7 +117,7 @@ def _width(module: Any) -> int:
     return module.in_channels if _by_channel(module) else _matrix(module).shape[1]
 
 
-def _matrix(module: nn.Module) -> torch.Tensor:
+def _matrix(module: nn.Module) -> Tensor:
     matrix = as_matrix(module)
     assert matrix is not None  # it was found as a reader
     return matrix

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from quantize.calibration import Call, Pace, Regression, Survey, Walk, exact, rows
 
@@ -29,12 +29,12 @@ class Step:
     stream: its output is added to a residual stream.
     """
 
-    layers: dict[str, torch.Tensor | None]
+    layers: dict[str, Tensor | None]
     calls: int = 1
     stream: bool = False
 
 
-def as_matrix(module: nn.Module) -> torch.Tensor | None:
+def as_matrix(module: nn.Module) -> Tensor | None:
     """Weight of a layer as [out, K], K in the order of `calibration.rows`; None for a layer that
     can't be refitted.
     """
@@ -55,7 +55,7 @@ def is_repairable(module: nn.Module) -> bool:
     return as_matrix(module) is not None or isinstance(module, nn.modules.batchnorm._BatchNorm)
 
 
-def matrix_rows(module: nn.Module, channels: torch.Tensor) -> torch.Tensor:
+def matrix_rows(module: nn.Module, channels: Tensor) -> Tensor:
     """Columns of `as_matrix` that belong to input channels [...], as [..., columns per channel]."""
     size = 1
     if isinstance(module, (nn.Conv1d, nn.Conv2d)):
@@ -63,7 +63,7 @@ def matrix_rows(module: nn.Module, channels: torch.Tensor) -> torch.Tensor:
     return channels[..., None] * size + torch.arange(size)
 
 
-def _write(module: nn.Module, matrix: torch.Tensor, bias: torch.Tensor | None) -> None:
+def _write(module: nn.Module, matrix: Tensor, bias: Tensor | None) -> None:
     # What the module holds: its attribute may read as the weight in another dtype.
     held = dict(module.named_parameters(recurse=False))
     weight = held["weight"]
@@ -108,9 +108,7 @@ def refit(walk: Walk, original: nn.Module, pruned: nn.Module, step: Step) -> Non
         _write(layer, its_weight, its_bias)
 
 
-def _targets(
-    layer: nn.Module, step: Step, before: Sequence[Call], after: Sequence[Call]
-) -> torch.Tensor:
+def _targets(layer: nn.Module, step: Step, before: Sequence[Call], after: Sequence[Call]) -> Tensor:
     """What layers that read one tensor are to give together, [N, out]; all are of the kind of
     `layer`.
     """
@@ -124,16 +122,14 @@ def _targets(
     return torch.cat(targets, 1)
 
 
-def _stream_error(
-    layer: nn.Module, wanted: torch.Tensor | None, found: torch.Tensor | None
-) -> torch.Tensor | float:
+def _stream_error(layer: nn.Module, wanted: Tensor | None, found: Tensor | None) -> Tensor | float:
     """How far the stream that a layer's output joins is from the original's; 0 if it joins none."""
     if wanted is None or found is None or wanted.shape != found.shape:
         return 0.0
     return _outputs(layer, wanted - found, None)
 
 
-def _outputs(layer: nn.Module, output: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
+def _outputs(layer: nn.Module, output: Tensor, kept: Tensor | None) -> Tensor:
     """A layer's output as rows [N, out], of the kept channels."""
     spatial = len(layer.kernel_size) if isinstance(layer, (nn.Conv1d, nn.Conv2d)) else 0
     channel = output.ndim - 1 - spatial
@@ -146,7 +142,7 @@ def reestimate(
     original: nn.Module,
     pruned: nn.Module,
     name: str,
-    outputs: torch.Tensor | None,
+    outputs: Tensor | None,
 ) -> None:
     """Shift and scale a BatchNorm's running statistics so that each channel's output has the mean
     and variance it had.
@@ -182,7 +178,7 @@ class _Spread:
     squares: Any = 0.0  # [C], sum of the squared means of parts
     within: Any = 0.0  # [C], sum of squared distances from the means of parts
 
-    def add(self, x: torch.Tensor) -> None:
+    def add(self, x: Tensor) -> None:
         """Add a part x [B, C, ...]."""
         count = x.numel() // x.shape[1]
         if count == 0:
@@ -196,11 +192,11 @@ class _Spread:
         self.within = self.within + count * variance.double()
 
     @property
-    def mean(self) -> torch.Tensor:
+    def mean(self) -> Tensor:
         return self.total / self.count
 
     @property
-    def variance(self) -> torch.Tensor:
+    def variance(self) -> Tensor:
         between = self.squares / self.count - self.mean**2
         return (between + self.within / self.count).clamp(min=0)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from quantize.compression.pruning.labels import Value, varying
 from quantize.compression.pruning.trace import Op, Rules
@@ -122,7 +123,7 @@ def _by_heads(op: Op, left: Value, right: Value) -> Value:
     return op.result(met.labels)
 
 
-def _heads(shape: tuple[int, ...], labels: torch.Tensor | None) -> Value:
+def _heads(shape: tuple[int, ...], labels: Tensor | None) -> Value:
     """A value of a batch of matrices whose labels don't change inside of these."""
     return Value((*shape[:-2], 1, 1), labels)
 
@@ -146,7 +147,7 @@ def _matrices(op: Op, left: Value, right: Value) -> Value:
     return Value(op.shape)
 
 
-def _flat(value: Value, labelled: bool, size: int) -> torch.Tensor:
+def _flat(value: Value, labelled: bool, size: int) -> Tensor:
     """The labels along the one axis that has them, or as many blanks."""
     if value.labels is None or not labelled:
         return torch.full((size,), -1)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from quantize.calibration import InputStatistics, Outer, copied, watching, without_cache
 from quantize.compression.pruning.groups import Group
@@ -20,7 +20,7 @@ from quantize.compression.pruning.groups import Group
 ROUNDING = 1e-6
 
 
-def channel_norms(weight: torch.Tensor, n: float, dim: int = 0) -> torch.Tensor:
+def channel_norms(weight: Tensor, n: float, dim: int = 0) -> Tensor:
     """Ln norm of every slice of `weight` along `dim`, [size of dim] (as
     `torch.nn.utils.prune.ln_structured`).
     """
@@ -28,7 +28,7 @@ def channel_norms(weight: torch.Tensor, n: float, dim: int = 0) -> torch.Tensor:
     return torch.linalg.vector_norm(slices.double(), n, dim=1)
 
 
-def magnitude(model: nn.Module, group: Group, n: float) -> torch.Tensor:
+def magnitude(model: nn.Module, group: Group, n: float) -> Tensor:
     """Ln norm over all weights that make a unit's channels, [units]."""
     parts = []
     for name, dim in group.outputs:
@@ -38,7 +38,7 @@ def magnitude(model: nn.Module, group: Group, n: float) -> torch.Tensor:
     return torch.linalg.vector_norm(torch.cat(parts, 1), n, dim=1)
 
 
-def _weight(model: nn.Module, name: str) -> torch.Tensor:
+def _weight(model: nn.Module, name: str) -> Tensor:
     """A parameter as it is stored, or a buffer that is used as a weight (a fixed filter)."""
     place, _, key = name.rpartition(".")
     module = model.get_submodule(place)
@@ -54,21 +54,21 @@ class Reader:
     `weight`, as [out, taps, K] flattened, and `seen` has its channels in place of its patches.
     """
 
-    weight: torch.Tensor  # [out * taps, K]
-    places: torch.Tensor  # the columns that belong to each unit, [units, S]
+    weight: Tensor  # [out * taps, K]
+    places: Tensor  # the columns that belong to each unit, [units, S]
     seen: InputStatistics  # of its inputs
     # E[g g^T] of the model's output by its outputs, [out, out]
-    metric: torch.Tensor | Outer | None = None
+    metric: Tensor | Outer | None = None
 
 
-def activation_aware(readers: list[Reader], n: float) -> torch.Tensor:
+def activation_aware(readers: list[Reader], n: float) -> Tensor:
     """Root mean square of a unit's inputs to the layers that read it, times the Ln norm of their
     weights, [units].
 
     The weight x activation score of Wanda (Sun et al., arXiv 2306.11695), summed over a channel as
     in FLAP (arXiv 2312.11983).
     """
-    total: torch.Tensor | float = 0.0
+    total: Tensor | float = 0.0
     for reader in readers:
         power = reader.seen.power.clamp(min=0)
         strength = power * channel_norms(reader.weight, n, 1) ** 2  # [K]
@@ -79,7 +79,7 @@ def activation_aware(readers: list[Reader], n: float) -> torch.Tensor:
 
 def reconstruction(
     readers: list[Reader], remove: int, ridge: float = 1e-3, rounds: int = 48
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Order in which to remove up to `remove` units, each time those whose loss costs least after a
     refit; and those costs.
 
@@ -116,7 +116,7 @@ def reconstruction(
     return score, torch.cat(costs)
 
 
-def _total_cost(eliminations: list[Elimination], alive: torch.Tensor) -> torch.Tensor:
+def _total_cost(eliminations: list[Elimination], alive: Tensor) -> Tensor:
     """What each unit that is left would cost next, [units]; infinity for the others."""
     total = torch.full((len(alive),), math.inf, dtype=torch.float64)
     units = alive.nonzero().flatten()
@@ -155,9 +155,7 @@ class Elimination:
     elimination runs in float32, as the ridge bounds the condition of what it works on.
     """
 
-    def __init__(
-        self, weight: torch.Tensor, inverse: torch.Tensor, places: torch.Tensor, most: int
-    ) -> None:
+    def __init__(self, weight: Tensor, inverse: Tensor, places: Tensor, most: int) -> None:
         units, size = places.shape
         columns = places.flatten()  # those of no unit have done their part in the inverse
         self.units, self.size = units, size
@@ -169,7 +167,7 @@ class Elimination:
         blocks = square.diagonal(dim1=0, dim2=2)  # [S, S, units]
         self.blocks = blocks.permute(2, 0, 1).double()
 
-    def costs(self, units: torch.Tensor) -> torch.Tensor:
+    def costs(self, units: Tensor) -> Tensor:
         """tr(W_u inv(inv(H)_uu) W_u^T) of each of these units, [units]."""
         by_unit = self.weight.view(self.units, self.size, -1)
         weights, blocks = by_unit[units], self.blocks[units]  # [U, S, out], [U, S, S]
@@ -180,7 +178,7 @@ class Elimination:
         solved = torch.linalg.solve(blocks, grams.double())
         return solved.diagonal(dim1=1, dim2=2).sum(1)
 
-    def remove(self, units: torch.Tensor) -> float:
+    def remove(self, units: Tensor) -> float:
         """Remove units together, and return what that costs."""
         rows = units[:, None] * self.size + torch.arange(self.size)
         rows = rows.flatten()  # [R]
@@ -200,7 +198,7 @@ class Elimination:
         return float(moved.double().square().sum())
 
 
-def root(metric: torch.Tensor | Outer) -> torch.Tensor:
+def root(metric: Tensor | Outer) -> Tensor:
     """R with R^T R = `metric`, a positive semidefinite matrix up to roundings; costs don't depend
     on which R it is.
     """
@@ -221,8 +219,8 @@ def taylor(
     model: nn.Module,
     groups: list[Group],
     batches: Iterable[Any],
-    loss: Callable[[nn.Module, Any], torch.Tensor],
-) -> list[torch.Tensor]:
+    loss: Callable[[nn.Module, Any], Tensor],
+) -> list[Tensor]:
     """Squared first-order change of the loss when a unit goes (Molchanov et al., arXiv 1906.10771),
     [units] per group.
     """
@@ -238,7 +236,7 @@ def taylor(
             if not torch.isfinite(value):
                 raise ValueError(f"loss gives {value.item()} on a calibration batch")
             gradients = torch.autograd.grad(value, list(weights.values()), allow_unused=True)
-        changes: dict[str, torch.Tensor] = {}  # of the loss, to first order, if a number goes
+        changes: dict[str, Tensor] = {}  # of the loss, to first order, if a number goes
         for (name, weight), gradient in zip(weights.items(), gradients, strict=True):
             if gradient is not None:
                 dense = gradient.to_dense() if gradient.is_sparse else gradient
@@ -250,7 +248,7 @@ def taylor(
     return totals
 
 
-def _of_units(changes: dict[str, torch.Tensor], group: Group) -> torch.Tensor:
+def _of_units(changes: dict[str, Tensor], group: Group) -> Tensor:
     """What each unit of a group has of changes by parameter, [units]."""
     total = torch.zeros(group.units, dtype=torch.float64)
     for name, dim in group.outputs:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from quantize.compression.pruning.labels import Labels, Value
 
@@ -22,7 +22,7 @@ def operation(node: torch.fx.Node) -> str:
     return getattr(getattr(node.target, "overloadpacket", None), "__name__", "")
 
 
-def stored_tensors(model: nn.Module, *, all_names: bool = False) -> dict[str, torch.Tensor]:
+def stored_tensors(model: nn.Module, *, all_names: bool = False) -> dict[str, Tensor]:
     """Parameters and buffers by name, a shared one under its first or under all of its names."""
     once = not all_names
     parameters = dict(model.named_parameters(remove_duplicate=once))
@@ -86,26 +86,26 @@ class Trace:
 
     # Layers: where channels come from and where they go.
 
-    def produce(self, name: str, dim: int, why: str) -> torch.Tensor:
+    def produce(self, name: str, dim: int, why: str) -> Tensor:
         """Labels of a layer's output channels, which are a dimension of its weight."""
         self.labels.outputs.setdefault((name, dim), why)
         return self.labels.along(name, dim)
 
-    def consume(self, name: str, dim: int, labels: torch.Tensor | None, why: str) -> None:
+    def consume(self, name: str, dim: int, labels: Tensor | None, why: str) -> None:
         """Tie a layer's input channels, a dimension of its weight, to what it reads."""
         self.labels.inputs.setdefault((name, dim), self.place(self.node))
         own = self.labels.along(name, dim)
         read = torch.full_like(own, -1) if labels is None else labels.flatten()
         self.labels.tie(own, read, f"{why} reads other data too")
 
-    def weight_is_computed(self, labels: torch.Tensor | None, why: str) -> None:
+    def weight_is_computed(self, labels: Tensor | None, why: str) -> None:
         """The layer of the node multiplies by what a computation gives: the inputs it sums over
         stay, its outputs too.
         """
         self.computed.setdefault(self.place(self.node), "its weight is computed anew in every call")
         self.labels.pin(labels, f"{why}: its weight is computed")
 
-    def vector(self, value: Value | None, labels: torch.Tensor | None, size: int, why: str) -> None:
+    def vector(self, value: Value | None, labels: Tensor | None, size: int, why: str) -> None:
         """A bias, scale or statistic of one entry per channel."""
         if value is None:
             return
@@ -146,25 +146,25 @@ class Op:
         """The first ones, by the names they may be given by."""
         return [self.argument(index, name) for index, name in enumerate(names)]
 
-    def pin(self, labels: torch.Tensor | None, text: str = "") -> None:
+    def pin(self, labels: Tensor | None, text: str = "") -> None:
         """These channels stay. text: follows the operation's name in the reason."""
         self.trace.labels.pin(labels, self.why + text)
 
-    def tie(self, a: torch.Tensor, b: torch.Tensor, text: str = "") -> None:
+    def tie(self, a: Tensor, b: Tensor, text: str = "") -> None:
         """These channels, one by one, go together."""
         self.trace.labels.tie(a, b, self.why + text)
 
-    def across(self, value: Value, dims: Sequence[int], text: str = "") -> torch.Tensor | None:
+    def across(self, value: Value, dims: Sequence[int], text: str = "") -> Tensor | None:
         """Labels of a value whose dimensions `dims` the operation needs whole."""
         return self.trace.labels.collapse_all(value, dims, self.why + text)
 
-    def result(self, labels: torch.Tensor | None) -> Any:
+    def result(self, labels: Tensor | None) -> Any:
         """Its output with these labels; each of several outputs."""
         if isinstance(self.shape, list):
             return [Value(one, labels) for one in self.shape]
         return Value(tuple(self.shape), labels)
 
-    def along(self, dim: int, labels: torch.Tensor) -> Value:
+    def along(self, dim: int, labels: Tensor) -> Value:
         """Its output, whose labels change along `dim` (negative: from the end) alone."""
         if len(labels) == 1:
             return Value(tuple(self.shape))
@@ -172,7 +172,7 @@ class Op:
         size[dim] = len(labels)
         return Value(tuple(self.shape), labels.view(size))
 
-    def settled(self, labels: torch.Tensor | None, text: str = "", shape: Any = None) -> Value:
+    def settled(self, labels: Tensor | None, text: str = "", shape: Any = None) -> Value:
         """An output of this shape (its own) with labels, which pins channels picked by number."""
         shape = self.shape if shape is None else shape
         return self.trace.labels.settle(shape, labels, self.why + text)
