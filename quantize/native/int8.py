@@ -16,14 +16,13 @@ import torch
 from torch import Tensor
 
 from quantize.native import int8_library, packs
-from quantize.native.int8_library import ACTIVATIONS, Layer, functions
+from quantize.native.int8_library import ACTIVATIONS, PANEL, Layer, functions, packed_rows
 from quantize.native.outliers import Outliers, contradiction, state_of
 from quantize.native.tails import TAILS
 
 HEADERS = int8_library.HEADERS
 KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as in int8.cpp
 MOST_INPUTS = 1 << 16  # products of 255 and 127 fit 32 bits that often
-_PANEL, _STEP = 16, 64
 _KIND, _THREADS = 40, 48  # where they stand in an argument, as in int8.cpp
 _ONE = 1 << _THREADS  # thread
 _PRODUCTS_A_THREAD = 1 << 19
@@ -60,13 +59,7 @@ class Packed(packs.Copy):
     def __init__(self, weight: Tensor, how: None, owner: weakref.ref[Tensor]) -> None:
         super().__init__(weight, how, owner)
         self.outputs, self.inputs = weight.shape
-        panels = -(-self.outputs // _PANEL)
-        padded = -(-self.inputs // _STEP) * _STEP
-        self.packed = torch.empty(panels * _PANEL * padded, dtype=torch.int8, device="cpu")
-        self.sums = torch.empty(panels * _PANEL, dtype=torch.int32, device="cpu")
-        pointers = self.packed.data_ptr(), self.sums.data_ptr()
-        plain = weight.contiguous()
-        functions().pack(plain.data_ptr(), self.outputs, self.inputs, *pointers)
+        self.packed, self.sums = packed_rows(weight)
         self.bound: Bound | None = None
         self.shapes: dict[tuple[torch.Size, torch.dtype], Shape] = {}
 
@@ -132,7 +125,7 @@ class Bound:
             raise ValueError(problem)
         factor = outliers.factor.float().contiguous()
         channels = outliers.channels.contiguous().clone()
-        width = -(-outputs // _PANEL) * _PANEL
+        width = -(-outputs // PANEL) * PANEL
         kept = torch.zeros(len(channels), width, dtype=torch.float32, device="cpu")
         kept[:, :outputs] = outliers.kept
         self.layer.factor, self.layer.outliers = factor.data_ptr(), len(channels)

@@ -11,11 +11,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from quantize.native import build, isa
+import torch
+from torch import Tensor
+
+from quantize.native import build, isa, packs
 
 # About how many products a core makes in a cycle, by level.
 _PRODUCTS = {"generic": 2, "avx2": 16, "avx512": 32, "vnni": 64, "amx": 512}
 
+PANEL, _STEP = 16, 64  # outputs and inputs that a packed weight is filled up to
 _SOURCE = Path(__file__).with_name("int8.cpp")
 HEADERS = (
     *(_SOURCE.with_name(name) for name in ("elementary.h", "gemm.h", "integers.h", "rows.h")),
@@ -62,17 +66,9 @@ def read(library: ctypes.CDLL) -> Functions:
     version.
     """
     number, pointer = ctypes.c_int64, ctypes.c_void_p
-    try:
-        size = ctypes.c_int64.in_dll(library, "layer_bytes").value
-        names = "open_library", "pack", "linear", "linear_with", "linears"
-        functions = Functions(*(getattr(library, name) for name in names))
-    except (AttributeError, ValueError) as error:
-        raise OSError(f"the compiled library lacks a symbol: {error}") from None
-    if size != ctypes.sizeof(Layer):
-        raise OSError(
-            f"the compiled library has a struct of {size} bytes, this version of "
-            f"{ctypes.sizeof(Layer)}"
-        )
+    names = "open_library", "pack", "linear", "linear_with", "linears"
+    sizes = {"layer_bytes": ctypes.sizeof(Layer)}
+    functions = Functions(*packs.symbols(library, names, sizes))
     functions.pack.argtypes = [pointer, number, number, pointer, pointer]
     functions.pack.restype = None
     functions.linear.argtypes = [pointer, number, pointer, pointer]
@@ -82,11 +78,8 @@ def read(library: ctypes.CDLL) -> Functions:
 
 
 def code(level: str) -> build.Code:
-    """int8.cpp for a level of `isa`. Contraction is off: it would round differently where the CPU
-    multiplies and adds in one step.
-    """
-    flags = (*isa.FLAGS[level], "-ffp-contract=off", "-Wno-psabi")
-    return build.Code(f"int8-{level}", _SOURCE, HEADERS, flags, read)
+    """int8.cpp for a level of `isa`."""
+    return packs.code(level, "int8", HEADERS, read)
 
 
 @functools.cache
@@ -101,3 +94,17 @@ def functions() -> Functions:
         if library is not None and library.functions.open_library() == 0:
             return dataclasses.replace(library.functions, products=_PRODUCTS[level])
     raise OSError("this process may not use the instruction sets that the CPU has")
+
+
+def packed_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 rows [outputs, inputs] in the kernels' layout (integers.h), filled up with zeros, and
+    the sum of the weights of each output.
+    """
+    outputs, inputs = rows.shape
+    filled = -(-outputs // PANEL) * PANEL
+    size = filled * (-(-inputs // _STEP) * _STEP)
+    packed = torch.empty(size, dtype=torch.int8, device="cpu")
+    sums = torch.empty(filled, dtype=torch.int32, device="cpu")
+    plain = rows.contiguous()
+    functions().pack(plain.data_ptr(), outputs, inputs, packed.data_ptr(), sums.data_ptr())
+    return packed, sums

@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from quantize.native import int8, packs
+from quantize.native.int8_library import packed_rows
 
-_LANES, _STEP = 16, 64
+_LANES = 16
 
 _NUMBER, _POINTER = ctypes.c_int64, ctypes.c_void_p
 
@@ -87,12 +88,7 @@ class Packed(packs.Pack):
     def __init__(self, weight: Tensor, how: int, owner: weakref.ref[Tensor]) -> None:
         super().__init__(weight, how, owner)
         self.parts, self.inputs = how, weight.shape[1]
-        padded = -(-self.inputs // _STEP) * _STEP
-        rows = self.blocked(weight)
-        self.packed = torch.empty(len(rows) * padded, dtype=torch.int8, device="cpu")
-        self.sums = torch.empty(len(rows), dtype=torch.int32, device="cpu")
-        pointers = self.packed.data_ptr(), self.sums.data_ptr()
-        int8.functions().pack(rows.data_ptr(), len(rows), self.inputs, *pointers)
+        self.packed, self.sums = packed_rows(self.blocked(weight))
 
     def blocked(self, tensor: Tensor) -> Tensor:
         """[parts * units, ...] as [blocks * parts * 16, ...], missing units as zeros."""
