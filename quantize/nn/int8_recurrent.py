@@ -29,6 +29,10 @@ class _Int8Recurrent(PackedLayer):
     """
 
     gates: int
+    not_fused = (
+        "its loop over time is a call of this package's own code, which a TorchScript file can't "
+        "hold: fuse the float model, or quantize.save the int8 one"
+    )
 
     def __init__(
         self,

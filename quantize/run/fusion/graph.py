@@ -97,6 +97,8 @@ def check_inputs(model: nn.Module, example_inputs: Any) -> None:
     if reason := getattr(type(model), "not_fused", None):
         raise TypeError(reason)
     for name, module in model.named_modules():
+        if reason := getattr(type(module), "not_fused", None):
+            raise ValueError(f"layer {name!r} ({type(module).__name__}) can't be fused: {reason}")
         if module.training:
             where = (
                 f"module {name!r} ({type(module).__name__})"

@@ -230,11 +230,6 @@ class Writer:
             return f"{self.value(node.args[0])}.numel()"
         if not isinstance(target, torch._ops.OpOverload):
             raise ValueError(f"operator {target} has no TorchScript form")
-        if target.namespace == "quantize":
-            raise ValueError(
-                f"an int8 LSTM or GRU has a loop over time ({target}), which a TorchScript file "
-                f"can't hold: fuse the float model, or quantize.save the int8 one"
-            )
         schema = target._schema.arguments
         kinds = {a.name: str(a.type) for a in schema}
         parts = []

@@ -130,7 +130,9 @@ def test_notes_of_the_model_and_of_fusing_go_with_the_result() -> None:
 
 
 def test_an_int8_lstm_is_refused_by_name() -> None:
-    """Its loop over time is an operator of this package, which a file can't hold."""
+    """Its loop over time is code of this package, which a file can't hold."""
     model = in_int8(nn.Sequential(nn.LSTM(32, 32, batch_first=True)).eval())
-    with pytest.raises(ValueError, match="loop over time"):
+    with pytest.raises(
+        ValueError, match=r"layer '0' \(Int8LSTM\) can't be fused: .*loop over time"
+    ):
         fuse(model, randn(2, 5, 32))
