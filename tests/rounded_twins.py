@@ -72,6 +72,8 @@ def convolution(layer: Int8Conv, x: Tensor) -> Tensor:
         y = products(layer, values)
     if layer.bias is not None:
         y = y + layer.bias.float().reshape(-1, *spatial)
+    if layer.activation is not None:
+        y = ACTIVATIONS[layer.activation](y)
     if layer.relu:
         y = y.relu()
     return (y if layer.ceiling is None else y.clamp(max=layer.ceiling)).to(x.dtype)

@@ -308,7 +308,7 @@ struct Results {
       const Ints exact = sum - step.zero * sums;
       Floats y = __builtin_convertvector(exact, Floats) * scale * step.step;
       if (job.layer.bias) y = y + bias;
-      y = job.step.limits.cut(y);
+      y = job.step.ended(y);
       if (!job.other) return y;
       y = y + load_some(job.other + row * job.layer.outputs + channel, many);
       return job.step.last_limits.cut(y);

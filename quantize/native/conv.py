@@ -13,14 +13,17 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from quantize.native import int8, packs
+from quantize.native.int8_library import ACTIVATIONS, packed_rows
+from quantize.native.tails import TAILS
 
-_LANES, _STEP = 16, 64
+_LANES = 16
 _MOST_SHAPES = 64  # of inputs that are remembered for a weight
 _MOST_BYTES = 1 << 40  # of padded images; the kernel's sizes don't overflow below
 _HEADERS = tuple(Path(__file__).with_name(f"{n}.h") for n in ("planes", "steps", "windows"))
@@ -32,8 +35,18 @@ INPUT, OUTPUT, NOWHERE = -1, -2, -3
 _NUMBER, _POINTER = ctypes.c_int64, ctypes.c_void_p
 _THREE = _NUMBER * 3
 
-Limits = tuple[float, float]  # what is below the first one becomes it, and above the second one
-UNLIMITED: Limits = (-math.inf, math.inf)
+
+class Ending(NamedTuple):
+    """What becomes of results: an activation, one of int8_library.ACTIVATIONS, then what is below
+    `low` becomes low, and what is above `high` becomes high.
+    """
+
+    low: float = -math.inf
+    high: float = math.inf
+    activation: str | None = None
+
+
+PLAIN = Ending()
 
 
 class Layer(ctypes.Structure):
@@ -54,9 +67,17 @@ class Step(ctypes.Structure):
         *((name, _NUMBER) for name in ("kind", "samples")),
         *((name, _THREE) for name in ("size", "out")),
         *((name, _NUMBER) for name in ("x", "y", "other", "x_last", "y_last")),
-        *((name, _NUMBER) for name in ("x_range", "y_range")),
+        *((name, _NUMBER) for name in ("x_range", "y_range", "activation")),
+        ("tails", _POINTER),
         *((name, ctypes.c_float) for name in ("low", "high", "last_low", "last_high")),
     ]
+
+    def end(self, ending: Ending) -> None:
+        """Do this with the results."""
+        self.low, self.high, activation = ending
+        self.activation = ACTIVATIONS[activation]
+        if activation in TAILS:
+            self.tails = TAILS[activation].data_ptr()
 
 
 class Turns(ctypes.Structure):
@@ -142,6 +163,22 @@ class Geometry:
         return Layer(*ones, *zeros, channels, outputs, self.groups, taps)
 
 
+class Convolution(NamedTuple):
+    """What an input is convolved with.
+
+    Args:
+        weight: int8 [outputs, channels / groups, *kernel].
+        scale: float32 [outputs]. bias: [outputs], or None.
+        geometry, ending: see there.
+    """
+
+    weight: Tensor
+    scale: Tensor
+    bias: Tensor | None
+    geometry: Geometry
+    ending: Ending = PLAIN
+
+
 def _three(values: Sequence[int], missing: int) -> ctypes.Array[ctypes.c_int64]:
     return _THREE(*[missing] * (3 - len(values)), *values)
 
@@ -164,18 +201,13 @@ class Packed(packs.Pack):
         self.blocks = 1 if self.depthwise else groups
         taps = -(-per_group // 4) * 4 if groups == 1 else per_group
         self.layer = how.layer(self.kernel, per_group * groups, weight.shape[0], taps)
-        self.steps: dict[tuple[torch.Size, bool, Limits], Step] = {}
+        self.steps: dict[tuple[torch.Size, bool, Ending], Step] = {}
         if self.depthwise:
             self.integers = weight.flatten(1).float()
             return
         rows = F.pad(weight.movedim(1, -1), [0, taps - per_group])  # [outputs, *kernel, channels]
-        rows = self.blocked(rows.flatten(1))
-        inputs = rows.shape[1]
-        size = len(rows) * (-(-inputs // _STEP) * _STEP)
-        self.packed = torch.empty(size, dtype=torch.int8, device="cpu")
-        self.sums = torch.empty(len(rows), dtype=torch.int32, device="cpu")
+        self.packed, self.sums = packed_rows(self.blocked(rows.flatten(1)))
         pointers = self.packed.data_ptr(), self.sums.data_ptr()
-        int8.functions().pack(rows.data_ptr(), len(rows), inputs, *pointers)
         self.layer.packed, self.layer.sums = pointers
 
     def blocked(self, tensor: Tensor) -> Tensor:
@@ -237,40 +269,30 @@ def step(kind: int, layer: Layer, shape: Sequence[int], out: Sequence[int]) -> S
         raise MemoryError(f"no memory for {list(shape)} with padding {pads[0]}")
     made = Step(ctypes.addressof(layer), kind, shape[0], _three(size, 1), _three(out, 1))
     made.other = made.x_range = made.y_range = NOWHERE
-    made.low, made.high = made.last_low, made.last_high = UNLIMITED
+    made.low, made.high = made.last_low, made.last_high = PLAIN[:2]
     return made
 
 
-def convolve(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    geometry: Geometry,
-    limits: Limits = UNLIMITED,
-) -> Tensor:
+def convolve(x: Tensor, how: Convolution) -> Tensor:
     """The convolution of x, each sample of it in 8 bits.
 
     Args:
         x: float32 [N, channels, *size], not empty, one that `int8.takes` takes.
-        weight: int8 [outputs, channels / groups, *kernel], no inference tensor.
-        scale: float32 [outputs]. bias: [outputs], or None.
-        geometry: see there.
-        limits: the least and the largest output.
+        how: its weight is no inference tensor.
 
     Returns: float32 [N, outputs, *out], in the memory format of x.
 
     Raises: OSError: there is no native code here (see `functions`). MemoryError: for images that
         are too large.
     """
-    found = packed(weight, geometry)
-    found.with_vectors(scale, bias)
+    found = packed(how.weight, how.geometry)
+    found.with_vectors(how.scale, how.bias)
     last = channels_last(x)
     x = x if last else x.contiguous()
-    key = x.shape, last, limits
+    key = x.shape, last, how.ending
     one = found.steps.get(key)
     if one is None:
-        one = _single(found, x, last, limits)
+        one = _single(found, x, last, how.ending)
         if len(found.steps) >= _MOST_SHAPES:
             found.steps.clear()
         found.steps[key] = one
@@ -285,11 +307,11 @@ def convolve(
     return y
 
 
-def _single(found: Packed, x: Tensor, last: bool, limits: Limits) -> Step:
+def _single(found: Packed, x: Tensor, last: bool, ending: Ending) -> Step:
     """The step of a convolution alone."""
     out = found.geometry.sizes(x.shape[2:], found.kernel)
     kind = DEPTHWISE if found.depthwise else CONVOLUTION
     one = step(kind, found.layer, x.shape, out)
     one.x, one.y, one.x_last, one.y_last = INPUT, OUTPUT, last, last
-    one.low, one.high = limits
+    one.end(ending)
     return one

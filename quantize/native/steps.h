@@ -1,6 +1,7 @@
 // What conv.cpp is told: layers, and the steps of a program that runs them one after the other.
 
 #pragma once
+#include "elementary.h"
 #include "rows.h"
 
 enum Kind : int64_t {
@@ -38,10 +39,14 @@ struct Step {
   const Layer* layer;
   int64_t kind, samples, size[3], out[3];
   int64_t x, y;
-  int64_t other;             // channels last: is added to what `limits` leave, then `last_limits`
+  int64_t other;             // channels last: is added to what `ended` gives, then `last_limits`
   int64_t x_last, y_last;    // are channels their last dimension?
   int64_t x_range, y_range;  // [threads][samples] Range of x, of y; may be NOWHERE
+  int64_t activation;        // of the results, before they are cut off; see elementary.h
+  const float* tails;        // of GELU
   Limits limits, last_limits;
+
+  Floats ended(Floats y) const { return limits.cut(activated(y, activation, tails)); }
 };
 
 // One turn of a program.

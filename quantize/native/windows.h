@@ -81,7 +81,7 @@ struct Windows {
     for (int v = 0; v < V; v++) {
       Floats y = result[v];
       if (!LARGEST_OF && layer.bias) y = y + load(layer.bias + c + v * LANES);
-      store(step.limits.cut(y), to + c + v * LANES, v + 1 < V ? LANES : many);
+      store(step.ended(y), to + c + v * LANES, v + 1 < V ? LANES : many);
     }
   }
 
@@ -160,7 +160,7 @@ struct Windows {
       sums<V, A>(from + w * layer.stride[2], apart, own, total);
       for (int v = 0; v < V; v++) {
         const Floats y = layer.bias ? total[v] + layer.bias[channel] : total[v];
-        store(step.limits.cut(y), to + v * step.out[2] + w, least_of(step.out[2] - w, LANES));
+        store(step.ended(y), to + v * step.out[2] + w, least_of(step.out[2] - w, LANES));
       }
     }
   }

@@ -73,3 +73,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": gelu_tanh,
     "silu": silu,
 }
+
+
+def check_activation(name: str | None) -> None:
+    """Raise ValueError for one from a file that there isn't."""
+    if name is not None and name not in ACTIVATIONS:
+        raise ValueError(f"activation={name!r} is none of {', '.join(ACTIVATIONS)}")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from quantize import surgery
 from quantize.nn import Operands, PackedLayer, dtype_name, dtype_named, is_transposed
 from quantize.nn import int8_kernels as kernels
-from quantize.nn.elementary import ACTIVATIONS
+from quantize.nn.elementary import check_activation
 
 
 @surgery.builder
@@ -78,8 +78,7 @@ class Int8Linear(PackedLayer):
 
         Raises: ValueError: an activation that there isn't.
         """
-        if activation is not None and activation not in ACTIVATIONS:
-            raise ValueError(f"activation={activation!r} is none of {', '.join(ACTIVATIONS)}")
+        check_activation(activation)
         self.activation = activation
         self.transposed = is_transposed(module)
         return self.train(module.training)

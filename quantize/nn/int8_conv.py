@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quantize import surgery
-from quantize.native.conv import Geometry, Limits
+from quantize.native.conv import Convolution, Ending, Geometry
 from quantize.nn import PackedLayer, dtype_name, dtype_named, int8_images
 from quantize.nn import int8_kernels as kernels
+from quantize.nn.elementary import check_activation
 
 
 @surgery.builder
@@ -24,7 +25,8 @@ class Int8Conv(PackedLayer):
     `bias` `[out]` or None. `weight` reads as `packed * scale`. Each sample of x is quantized as a
     whole when it arrives; a depthwise layer stores int8 and computes in float32 (see
     `int8_images`), and so does one with `floats`, in torch's own convolution. relu: negative
-    outputs become 0; ceiling: what larger outputs become. No gradient flows through the layer.
+    outputs become 0; ceiling: what larger outputs become; `activation` names another activation of
+    the outputs, one of `elementary.ACTIVATIONS`. No gradient flows through the layer.
 
     Source: `torch.nn.Conv2d`.
     """
@@ -55,6 +57,7 @@ class Int8Conv(PackedLayer):
         self.kernel_size, self.stride, self.dilation = tuple(kernel), stride, dilation
         self.padding, self.padding_mode = padding, padding_mode
         self.relu, self.ceiling, self.floats = relu, ceiling, floats
+        self.activation: str | None = None
         before, after = _pads(self.kernel_size, padding, dilation)
         self._pads = int8_images.pads_of(Geometry(stride, dilation, before, after))
         if padding_mode != "zeros":
@@ -80,17 +83,7 @@ class Int8Conv(PackedLayer):
         settings: dict[str, Any] = {name: getattr(layer, name) for name in _SETTINGS}
         settings |= {"relu": relu, "floats": floats}
         new = cls(packed, scale, own_bias, dtype=weight.dtype, **settings)
-        listed = {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
-        surgery.record(
-            new,
-            "Int8Conv",
-            in_channels=new.in_channels,
-            out_channels=new.out_channels,
-            kernel_size=list(new.kernel_size),
-            bias=None if bias is None else dtype_name(bias.dtype),
-            dtype=dtype_name(weight.dtype),
-            **listed,
-        )
+        note(new, bias, {"kernel_size": new.kernel_size, **settings})
         return new
 
     @classmethod
@@ -110,6 +103,7 @@ class Int8Conv(PackedLayer):
         dtype: str = "float32",
         ceiling: float | None = None,
         floats: bool = False,
+        activation: str | None = None,
     ) -> Int8Conv:
         """An empty layer (on the meta device) in place of `module`, for a file's tensors."""
         _check_settings(in_channels, out_channels, kernel_size, stride, padding, dilation, groups)
@@ -117,6 +111,7 @@ class Int8Conv(PackedLayer):
             raise ValueError(f"padding_mode={padding_mode!r} is none that torch knows")
         if ceiling is not None and not (type(ceiling) is float and ceiling > 0):
             raise ValueError(f"ceiling={ceiling!r} is no number above 0")
+        check_activation(activation)
         shape = (out_channels, in_channels // groups, *kernel_size)
         empty = None
         if bias is not None:
@@ -135,7 +130,13 @@ class Int8Conv(PackedLayer):
             floats=bool(floats),
             dtype=dtype_named(dtype),
         )
+        new.activation = activation
         return new.train(module.training)
+
+    def activate(self, activation: str) -> None:
+        """Give an activation of the result from here on, one of `elementary.ACTIVATIONS`."""
+        self.activation = activation
+        surgery.amend(self, "Int8Conv", activation=activation)
 
     def contradiction(self) -> str | None:
         """See `surgery.contradiction`."""
@@ -157,14 +158,14 @@ class Int8Conv(PackedLayer):
         if self.padding_mode != "zeros":
             batch = F.pad(batch, self._pads, mode=self.padding_mode)
         compute = int8_images.in_float if self.floats else int8_images.convolve
-        y = compute(batch, *held, self.geometry, self.limits)
+        y = compute(batch, Convolution(*held, self.geometry, self.ending))
         return y if given == dims + 2 else y.squeeze(0)
 
     @property
-    def limits(self) -> Limits:
-        """The least and the largest output."""
+    def ending(self) -> Ending:
+        """What becomes of its results."""
         low = 0.0 if self.relu else -math.inf
-        return low, math.inf if self.ceiling is None else self.ceiling
+        return Ending(low, math.inf if self.ceiling is None else self.ceiling, self.activation)
 
     def dense_weight(self) -> Tensor:
         scale = self.scale.reshape(-1, *[1] * (self.packed.dim() - 1))
@@ -177,6 +178,14 @@ class Int8Conv(PackedLayer):
         parts = [f"{self.in_channels}, {self.out_channels}"]
         parts += [f"{name}={getattr(self, name)}" for name in ("kernel_size", *_SETTINGS)]
         return ", ".join(parts)
+
+
+def note(new: Any, bias: Tensor | None, settings: dict[str, Any]) -> None:
+    """Record how `rebuild` makes a layer. bias: of the float one."""
+    listed = {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
+    listed |= {"in_channels": new.in_channels, "out_channels": new.out_channels}
+    listed |= {"bias": None if bias is None else dtype_name(bias.dtype)}
+    surgery.record(new, type(new).__name__, dtype=dtype_name(new.like.dtype), **listed)
 
 
 _SETTINGS = ("stride", "padding", "dilation", "groups", "padding_mode")

@@ -12,10 +12,11 @@ depthwise layer has a few products for each number that it reads: it computes in
 
     y[s, n, p] = x[s, n, first of p] * (w[n, first] s[n]) + x[s, n, second of p] * ... + b[n]
 
-place after place, each product and each sum rounded. At last y is cut off at the layer's limits. So
-every way of computing it gives the same bits, and a sample's result depends neither on the others
-of the batch nor on the CPU: compiled C++ (`quantize.native.conv`) in one call, and the stock
-operations here, for graphs and where there is no compiler.
+place after place, each product and each sum rounded. At last comes an activation (see
+`elementary`), or y is cut off at the layer's limits. So every way of computing it gives the same
+bits, and a sample's result depends neither on the others of the batch nor on the CPU: compiled C++
+(`quantize.native.conv`) in one call, and the stock operations here, for graphs and where there is
+no compiler.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import functools
 import itertools
 import math
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -33,34 +34,28 @@ from torch.nn import functional as F
 
 from quantize.native import conv
 from quantize.native import int8 as native_int8
-from quantize.native.conv import UNLIMITED, Geometry, Limits
+from quantize.native.conv import PLAIN, Convolution, Ending, Geometry
 from quantize.nn import int8_kernels as kernels
 from quantize.nn import int8_products as products
 from quantize.nn import is_traced
+from quantize.nn.elementary import ACTIVATIONS
+from quantize.nn.int8_stock import IN_GRAPH
 
 # ------------------------------------------------------------------------------------------------
 # stock operations
 
 
-def stock(
-    product: products.Product,
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    geometry: Geometry,
-    limits: Limits = UNLIMITED,
-) -> Tensor:
-    """The convolution around one of the products of `int8_products`. Arguments and result: as for
-    `conv.convolve`.
+def stock(product: products.Product, x: Tensor, how: Convolution) -> Tensor:
+    """The convolution around one of the products of `int8_products`, but for its ending. Arguments
+    and result: as for `conv.convolve`.
     """
+    weight, scale, bias, geometry, _ = how
     if geometry.depthwise(weight):
         y = _depthwise(x, weight, scale, geometry)
         shape = [-1, *[1] * (x.dim() - 2)]
-        y = y if bias is None else y + bias.float().reshape(shape)
-        return cut(y, limits)
+        return y if bias is None else y + bias.float().reshape(shape)
     if geometry.pointwise(weight.shape[2:]):
-        return _pointwise(product, x, weight.flatten(1), scale, bias, limits)
+        return _pointwise(product, x, weight.flatten(1), scale, bias)
     rows = kernels.quantize_rows(x.flatten(1))
     q = _padded(rows.q.reshape(x.shape), rows.shift, geometry)
     groups, kernel = geometry.groups, weight.shape[2:]
@@ -75,14 +70,18 @@ def stock(
     sums = products.sum_weights(weight.flatten(1))
     y = torch.mul(total + rows.shift.unsqueeze(-1) * sums, scale) * rows.step.unsqueeze(-1)
     y = y if bias is None else y + bias.float()
-    return cut(y, limits).transpose(1, 2).reshape(x.shape[0], weight.shape[0], *out)
+    return y.transpose(1, 2).reshape(x.shape[0], weight.shape[0], *out)
 
 
-def cut(y: Tensor, limits: Limits) -> Tensor:
-    """y with the numbers beyond the limits replaced by them."""
-    if limits == UNLIMITED:
+def ended(
+    y: Tensor, ending: Ending, functions: Mapping[str, Callable[[Tensor], Tensor]] = ACTIVATIONS
+) -> Tensor:
+    """What becomes of the results; functions: activations by name."""
+    y = y if ending.activation is None else functions[ending.activation](y)
+    low, high = ending[:2]
+    if (low, high) == PLAIN[:2]:
         return y
-    return y.relu() if limits == (0, math.inf) else y.clamp(*limits)
+    return y.relu() if (low, high) == (0, math.inf) else y.clamp(low, high)
 
 
 def _pointwise(
@@ -91,14 +90,13 @@ def _pointwise(
     weight: Tensor,
     scale: Tensor,
     bias: Tensor | None,
-    limits: Limits,
 ) -> Tensor:
     """A linear layer on the channels of each pixel."""
     pixels = x.movedim(1, -1)
     rows = kernels.quantize_rows(pixels.reshape(-1, x.shape[1]))
     total = product(rows.q, weight) + rows.shift * products.sum_weights(weight)
     y = torch.mul(total, scale) * rows.step
-    y = cut(y if bias is None else y + bias.float(), limits)
+    y = y if bias is None else y + bias.float()
     return y.reshape(*pixels.shape[:-1], weight.shape[0]).movedim(-1, 1).contiguous()
 
 
@@ -156,63 +154,43 @@ def _places(
 # the choice
 
 
-def convolve(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    geometry: Geometry,
-    limits: Limits = UNLIMITED,
-) -> Tensor:
-    """x `[N, C, *size]` of a float dtype; the result is in x's dtype and memory format. Arguments:
-    as for `conv.convolve`.
-    """
+def convolve(x: Tensor, how: Convolution) -> Tensor:
+    """x `[N, C, *size]` of a float dtype; the result is in x's dtype and memory format."""
     if torch.jit.is_tracing() or torch.compiler.is_exporting():
-        return in_graph(x, weight, scale, bias, geometry, limits)
+        return in_graph(x, how)
     if torch.compiler.is_compiling():
+        weight, scale, bias, geometry, ending = how
         found = torch.ops.quantize.int8_conv(
             x.detach(), weight, scale, bias, geometry.stride, geometry.dilation, geometry.before,
-            geometry.after, geometry.groups, *limits,
+            geometry.after, geometry.groups, *ending,
         )  # fmt: skip
         return found
-    return _eager(x, weight, scale, bias, geometry, limits)
+    return _eager(x, how)
 
 
-def in_graph(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    geometry: Geometry,
-    limits: Limits,
-) -> Tensor:
+def in_graph(x: Tensor, how: Convolution) -> Tensor:
     """Stock operations, for a graph that is recorded. A depthwise layer is one convolution there,
     which adds its products in an order of its own.
     """
-    if geometry.depthwise(weight):
-        return in_float(x.detach(), weight, scale, bias, geometry, limits)
-    y = stock(products.int_mm, x.detach().float(), weight, scale, bias, geometry, limits)
-    return y.to(x.dtype)
+    if how.geometry.depthwise(how.weight):
+        return in_float(x.detach(), how)
+    y = stock(products.int_mm, x.detach().float(), how)
+    return ended(y, how.ending, IN_GRAPH).to(x.dtype)
 
 
-def in_float(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    geometry: Geometry,
-    limits: Limits,
-) -> Tensor:
-    """A convolution of torch with the weight as it reads, for layers that store int8 and compute in
-    float. Arguments: as for `stock`, x of any float dtype.
+def in_float(x: Tensor, how: Convolution) -> Tensor:
+    """A convolution and an activation of torch with the weight as it reads, for layers that store
+    int8 and compute in float; x of any float dtype.
     """
+    weight, scale, bias, geometry, ending = how
     function = (F.conv1d, F.conv2d, F.conv3d)[weight.dim() - 3]
     own = None if bias is None else bias.float()
     floats, padding = x.float(), geometry.before
     if geometry.before != geometry.after:
         floats, padding = F.pad(floats, pads_of(geometry)), 0
     moves = geometry.stride, padding, geometry.dilation, geometry.groups
-    return cut(function(floats, dense(weight, scale), own, *moves), limits).to(x.dtype)
+    y = function(floats, dense(weight, scale), own, *moves)
+    return ended(y, ending, IN_GRAPH).to(x.dtype)
 
 
 class _Float(NamedTuple):
@@ -251,23 +229,16 @@ def _forget(key: int, owner: weakref.ref[Tensor]) -> None:
         del _floats[key]
 
 
-def _eager(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    geometry: Geometry,
-    limits: Limits,
-) -> Tensor:
+def _eager(x: Tensor, how: Convolution) -> Tensor:
     if not x.is_floating_point():
         raise TypeError(f"the input must be a floating point tensor, got {x.dtype}")
-    dtype = x.dtype
+    dtype, weight = x.dtype, how.weight
     x = x.detach().float()
     fits = weight.numel() // len(weight) <= native_int8.MOST_INPUTS
     plain = fits and native_int8.takes(x) and not weight.is_inference()
     if plain and x.numel() and kernels.native_allowed() and is_exact():
-        return conv.convolve(x, weight, scale, bias, geometry, limits).to(dtype)
-    y = stock(products.reference, x, weight, scale, bias, geometry, limits)
+        return conv.convolve(x, how).to(dtype)
+    y = ended(stock(products.reference, x, how), how.ending)
     layout = conv.LAST[x.dim()] if conv.channels_last(x) else torch.contiguous_format
     return y.contiguous(memory_format=layout).to(dtype)
 
@@ -288,21 +259,24 @@ def is_exact() -> bool:
         bias = torch.randn(40, generator=generator, dtype=torch.float32)
         x = torch.randn(2, 20, 6, 7, generator=generator, dtype=torch.float32)
         x[1] = 1
-        own = weight[:20, :1].contiguous(), scale[:20], bias[:20]
+        own = weight[:20, :1].contiguous(), scale[:20], bias[:20], alone
+        pixels = weight[:, :, 1:2, 1:].contiguous(), scale, bias, still
         cases = [
-            (x, weight, scale, bias, moving, (0.0, math.inf)),
-            (x, weight[:, :, 1:2, 1:], scale, bias, still, (-1.0, 6.0)),
-            (x, *own, alone, UNLIMITED),
-            (x.contiguous(memory_format=torch.channels_last), *own, alone, UNLIMITED),
+            (x, Convolution(weight, scale, bias, moving, Ending(0.0))),
+            (x, Convolution(*pixels, Ending(-1.0, 6.0))),
+            (x, Convolution(*own)),
+            (x.contiguous(memory_format=torch.channels_last), Convolution(*own)),
         ]
+        cases += [(x, Convolution(*pixels, Ending(activation=name))) for name in ACTIVATIONS]
         try:
-            return all(map(_agrees, cases))
+            return all(itertools.starmap(_agrees, cases))
         except OSError:
             return False
 
 
-def _agrees(arguments: Any) -> bool:
-    return torch.equal(conv.convolve(*arguments), stock(products.reference, *arguments))
+def _agrees(x: Tensor, how: Convolution) -> bool:
+    expected = ended(stock(products.reference, x, how), how.ending)
+    return torch.equal(conv.convolve(x, how), expected)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -311,7 +285,7 @@ def _agrees(arguments: Any) -> bool:
 _library = torch.library.Library("quantize", "FRAGMENT")
 _library.define(
     "int8_conv(Tensor x, Tensor weight, Tensor scale, Tensor? bias, int[] stride, int[] dilation, "
-    "int[] before, int[] after, int groups, float low, float high) -> Tensor"
+    "int[] before, int[] after, int groups, float low, float high, str? activation) -> Tensor"
 )
 
 
@@ -325,11 +299,11 @@ def _operator(
     before: Sequence[int],
     after: Sequence[int],
     groups: int,
-    low: float,
-    high: float,
+    *ending: Any,
 ) -> Tensor:
     geometry = Geometry(tuple(stride), tuple(dilation), tuple(before), tuple(after), groups)
-    return _eager(x, weight, scale, bias, geometry, (low, high)).contiguous()
+    how = Convolution(weight, scale, bias, geometry, Ending(*ending))
+    return _eager(x, how).contiguous()
 
 
 _library.impl("int8_conv", _operator, "CPU")

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from quantize.native import conv, int8
 from quantize.native.conv import Geometry
-from quantize.nn.int8_program import SOURCE, Op, Unfit
+from quantize.nn.int8_program import SOURCE, Op
+from quantize.nn.int8_tracer import Unfit
 
 _ALIGNED = 64  # bytes
 _NEAR_BYTES = 1 << 22  # of the nearest cache of two cores
@@ -161,10 +162,10 @@ class Planner:
 
     def plan(self) -> Plan:
         """All steps."""
-        plain = [op for op in self.ops if op.x == SOURCE and op.kind != conv.CONVOLUTION]
-        summed = any(op.other == SOURCE for op in self.ops)
-        if not self.last and (plain or summed):
-            # only products read channels as planes
+        readers = [op for op in self.ops if SOURCE in op.reads]
+        alone = len(readers) == 1 and readers[0].kind == conv.CONVOLUTION
+        if not self.last and not (alone and readers[0].x == SOURCE):
+            # only products read channels as planes, at a price that is paid once
             place = self.arena.take(self._bytes(SOURCE))
             self._turn(conv.TO_LAST, SOURCE, conv.INPUT, place)
             self.places[SOURCE] = place
@@ -183,10 +184,10 @@ class Planner:
         self.places[at] = conv.OUTPUT if direct else self.arena.take(self._bytes(at))
         step.x, step.y = self.places[op.x], self.places[at]
         step.x_last, step.y_last = self._is_last(step.x), self._is_last(step.y)
-        step.low, step.high = op.limits
+        step.end(op.ending)
         if op.other is not None:
             step.other = self.places[op.other]
-            step.last_low, step.last_high = op.last_limits
+            step.last_low, step.last_high = op.last_ending[:2]
         self._set_ranges(at, step)
         self.steps.append(step)
         if final and not direct:

@@ -1,36 +1,42 @@
 """A module of int8 convolutions as a program that runs in one native call.
 
 `trace` reads the module's forward (torch.fx) where it is made of int8 convolutions, activations,
-additions of two results and max pooling alone. An addition and an activation are done while the
-convolution before them stores its results; the ranges of samples are noted there too. Between the
-steps everything is float32 with the channels last, and each number is computed as by the modules
-one after the other: the bits are the same, so the module's own forward can run in a program's place
-at any time.
+additions of two results, padding with zeros and max pooling alone. An addition and an activation
+are done while the convolution before them stores its results; the ranges of samples are noted there
+too. A convolution does the padding before it. A forward that asks for the sizes of its input is
+read once for each shape. Between the steps everything is float32 with the channels last, and each
+number is computed as by the modules one after the other: the bits are the same, so the module's own
+forward can run in a program's place at any time.
 """
 
 from __future__ import annotations
 
-import math
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import fx, nn
-from torch.nn import functional as F
 
 from quantize import surgery
 from quantize.native import conv
-from quantize.native.conv import UNLIMITED, Geometry, Limits
+from quantize.native.conv import PLAIN, Ending, Geometry
 from quantize.nn.int8_conv import Int8Conv
+from quantize.nn.int8_tracer import (
+    ACTIVATIONS,
+    ADDS,
+    LEAVES,
+    RELU,
+    RELU6,
+    AsksForSize,
+    Call,
+    Tracer,
+    Unfit,
+    geometry_of,
+    kernel_of,
+    pads_of,
+)
 
-LEAVES = (Int8Conv, nn.Identity, nn.Dropout, nn.ReLU, nn.ReLU6, nn.MaxPool2d)
-_RELU, _RELU6 = (0.0, math.inf), (0.0, 6.0)
-_ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
-_ACTIVATIONS: dict[Any, Limits] = {
-    **dict.fromkeys((torch.relu, torch.relu_, F.relu, "relu", "relu_"), _RELU),
-    F.relu6: _RELU6,
-}
 SOURCE = -1  # the number of the module's input among the values
 
 
@@ -41,16 +47,19 @@ class Op:
     Args:
         module: an Int8Conv or a max pooling.
         x: the value that it reads.
-        limits: of its results.
+        ending: what becomes of its results.
         other: a value that is added to them then, or None.
-        last_limits: of the sums.
+        last_ending: and of the sums.
+        before, after: zeros that are added to each dimension of x, beyond the module's own.
     """
 
     module: Any
     x: int
-    limits: Limits = UNLIMITED
+    ending: Ending = PLAIN
     other: int | None = None
-    last_limits: Limits = UNLIMITED
+    last_ending: Ending = PLAIN
+    before: tuple[int, ...] = ()
+    after: tuple[int, ...] = ()
 
     @property
     def reads(self) -> list[int]:
@@ -66,95 +75,30 @@ class Op:
 
     @property
     def kernel(self) -> tuple[int, ...]:
-        if isinstance(self.module, Int8Conv):
-            return self.module.kernel_size
-        return _pair(self.module.kernel_size)
+        return kernel_of(self.module)
 
     @property
     def geometry(self) -> Geometry:
-        if isinstance(self.module, Int8Conv):
-            return self.module.geometry
-        pool = self.module
-        pads = _pair(pool.padding)
-        return Geometry(_pair(pool.stride), _pair(pool.dilation), pads, pads)
+        own = geometry_of(self.module)
+        if not self.before:
+            return own
+        before = tuple(map(operator.add, own.before, self.before))
+        return replace(own, before=before, after=tuple(map(operator.add, own.after, self.after)))
 
     def needs_range(self) -> bool:
         """Does it ask for the range of each sample of x?"""
         return self.kind == conv.CONVOLUTION and not self.geometry.pointwise(self.kernel)
 
 
-def _pair(value: Any) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else tuple(value)
-
-
-class Unfit(Exception):
-    """A forward that is no program."""
-
-
-# ------------------------------------------------------------------------------------------------
-# from a forward
-
-
-class _Call(nn.Module):
-    """A call with one argument: the forward inside has its defaults for all others."""
-
-    def __init__(self, inside: nn.Module) -> None:
-        super().__init__()
-        self.inside = inside
-
-    def forward(self, x: Any) -> Any:
-        return self.inside(x)
-
-
-class _Tracer(fx.Tracer):
-    """Goes into all modules but LEAVES. channels: of the input, which a forward may ask for."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.channels = channels
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, LEAVES)
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Value(node, self)
-
-    def channels_of(self, node: fx.Node) -> int:
-        """Of what a node gives."""
-        if node.op == "placeholder":
-            return self.channels
-        found = self.root.get_submodule(str(node.target)) if node.op == "call_module" else None
-        if isinstance(found, Int8Conv):
-            return found.out_channels
-        known = found is not None or node.target in _ADDS or node.target in _ACTIVATIONS
-        first = node.args[0] if known else None
-        if not isinstance(first, fx.Node):
-            raise Unfit("a forward that asks for a size")
-        return self.channels_of(first)
-
-
-class _Value(fx.Proxy):
-    """What stands for a tensor: its channels are known, its other sizes aren't."""
-
-    @property
-    def shape(self) -> _Shape:
-        tracer: Any = self.tracer
-        return _Shape(tracer.channels_of(self.node))
-
-
-@dataclass(frozen=True)
-class _Shape:
-    channels: int
-
-    def __getitem__(self, dimension: int) -> int:
-        if dimension != 1:
-            raise Unfit("a forward that asks for a size")
-        return self.channels
-
-
-def trace(module: nn.Module) -> list[Op] | None:
+def trace(module: nn.Module, shape: Sequence[int] | None = None) -> list[Op] | None:
     """The operations of a module's forward, whose last one gives its result; None where it does
     anything else.
+
+    Args:
+        module: with convolutions in it.
+        shape: of its input; None: of any.
+
+    Raises: AsksForSize: it does other things for other shapes, and none is given.
     """
     for inside in module.modules():
         if (inside._parameters or inside._buffers) and not isinstance(inside, LEAVES):
@@ -163,12 +107,15 @@ def trace(module: nn.Module) -> list[Op] | None:
     memo = {id(t): t for t in (*module.parameters(), *module.buffers())}
     try:
         copied = surgery.deepcopy(module, memo)
-        channels = next(m.in_channels for m in module.modules() if isinstance(m, Int8Conv))
+        first = next(m for m in module.modules() if isinstance(m, Int8Conv))
+        unknown = None, first.in_channels, *[None] * len(first.kernel_size)
         with surgery.without_logs():
-            graph = _Tracer(channels).trace(_Call(copied))
-        ops = _Reading(_Call(module), graph).ops
+            graph = Tracer(tuple(shape or unknown)).trace(Call(copied))
+        ops = _Reading(Call(module), graph).ops
         reads = {op.module.in_channels for op in ops if op.x == SOURCE and op.kind != conv.LARGEST}
-        return ops if reads == {channels} else None
+        return ops if reads == {first.in_channels} else None
+    except AsksForSize:
+        raise
     except Exception:  # a forward that reads values, or whatever else a proxy can't answer
         return None
 
@@ -180,17 +127,26 @@ class _Reading:
         self.module, self.ops = module, list[Op]()
         self.values: dict[fx.Node, int] = {}  # by the node that gives it
         self.same: dict[fx.Node, fx.Node] = {}  # nodes that give what another one gave
+        self.padded: dict[fx.Node, dict[str, Any]] = {}  # zeros that a node adds
         for node in graph.nodes:
-            if node.op == "call_module" and self._passes_on(node):
+            if self._passes_on(node):
                 self.same[node] = self._source(node)
         for node in graph.nodes:
             if node not in self.same:
                 getattr(self, f"_{node.op}")(node)
 
     def _passes_on(self, node: fx.Node) -> bool:
-        found = self.module.get_submodule(str(node.target))
+        """Does it give what it reads? Notes the zeros that it adds."""
+        found = None
+        if node.op == "call_module":
+            found = self.module.get_submodule(str(node.target))
+        pads = pads_of(node, found, 2)
+        if pads is not None and any(map(any, pads)):
+            self.padded[node] = dict(zip(("before", "after"), pads, strict=True))
         asleep = type(found) is nn.Dropout and not found.training
-        return type(found) is nn.Identity or asleep
+        return (
+            type(found) is nn.Identity or asleep or (pads is not None and node not in self.padded)
+        )
 
     def _source(self, node: fx.Node, at: int = 0) -> fx.Node:
         """The node that gave an argument of this one. Raises KeyError for one that gives none."""
@@ -214,24 +170,36 @@ class _Reading:
 
     def _call_module(self, node: fx.Node) -> None:
         found: Any = self.module.get_submodule(str(node.target))
-        x, kind = self.values[self._source(node)], type(found)
+        source, kind = self._source(node), type(found)
+        if node in self.padded:
+            return
         if kind is nn.ReLU or kind is nn.ReLU6:
-            self._activate(node, _RELU if kind is nn.ReLU else _RELU6)
+            self._activate(node, RELU if kind is nn.ReLU else RELU6)
         elif kind is Int8Conv and found.padding_mode == "zeros" and not found.floats:
-            self._append(node, Op(found, x, found.limits))
+            self._convolve(node, source, found)
         elif kind is nn.MaxPool2d and not (found.ceil_mode or found.return_indices):
-            self._append(node, Op(found, x))
+            self._append(node, Op(found, self.values[source]))
         else:
             raise Unfit(f"a {kind.__name__}")
 
+    def _convolve(self, node: fx.Node, source: fx.Node, layer: Int8Conv) -> None:
+        """A convolution does the padding before it, unless it has a range for each pixel."""
+        pads = self.padded.get(source, {})
+        if pads and (len(layer.kernel_size) != 2 or layer.geometry.pointwise(layer.kernel_size)):
+            raise Unfit("padding before a convolution that can't do it")
+        x = self._source(source) if pads else source
+        self._append(node, Op(layer, self.values[x], layer.ending, **pads))
+
     def _call_function(self, node: fx.Node) -> None:
+        if node in self.padded:
+            return
         options = node.kwargs.keys() - {"inplace"}
         if options:
             raise Unfit(f"options {options}")
-        if node.target in _ADDS and len(node.args) == 2:
+        if node.target in ADDS and len(node.args) == 2:
             self._add(node)
-        elif node.target in _ACTIVATIONS and len(node.args) == 1:
-            self._activate(node, _ACTIVATIONS[node.target])
+        elif node.target in ACTIVATIONS and len(node.args) == 1:
+            self._activate(node, ACTIVATIONS[node.target])
         else:
             raise Unfit(f"a call of {node.target}")
 
@@ -249,17 +217,17 @@ class _Reading:
         self.values[node] = len(self.ops)
         self.ops.append(op)
 
-    def _activate(self, node: fx.Node, limits: Limits) -> None:
+    def _activate(self, node: fx.Node, ending: Ending) -> None:
         """Cut off the results of an operation that nothing else reads."""
         source = self._source(node)
         x = self.values[source]
         if x == SOURCE or len(self._readers(source)) > 1:
             raise Unfit("an activation of what is read elsewhere too")
         op = self.ops[x]
-        name = "limits" if op.other is None else "last_limits"
-        if getattr(op, name) != UNLIMITED or op.kind == conv.LARGEST:
+        name = "ending" if op.other is None else "last_ending"
+        if getattr(op, name) != PLAIN or op.kind == conv.LARGEST:
             raise Unfit("an activation of something else than a convolution or a sum")
-        self.ops[x] = replace(op, **{name: limits})
+        self.ops[x] = replace(op, **{name: ending})
         self.values[node] = x
 
     def _add(self, node: fx.Node) -> None:

@@ -4,7 +4,8 @@ made without the Python around them.
 A region is a module of the model with its own class, made into a subclass that tries a program
 first (`int8_program`), then a tape (`replay`). The module's own forward runs wherever neither can:
 in graphs, under hooks, for inputs of other kinds; programs need native code too. All give the same
-bits; a program is compared with the forward on two inputs before it is used.
+bits; a program is compared with the forward on two inputs before it is used. Most programs are made
+for all shapes of inputs, those of a forward that asks for sizes for one.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import functools
 import operator
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -24,7 +26,8 @@ from quantize.native import int8 as native_int8
 from quantize.nn import int8_images, is_traced
 from quantize.nn import int8_kernels as kernels
 from quantize.nn.int8_plan import Plan, planned
-from quantize.nn.int8_program import SOURCE, Op, Unfit, trace
+from quantize.nn.int8_program import SOURCE, Op, trace
+from quantize.nn.int8_tracer import AsksForSize, Unfit
 from quantize.nn.replay import replayed
 
 _MOST_SHAPES = 16  # of inputs whose plans are kept
@@ -37,10 +40,11 @@ class Program:
     Args:
         module: the region.
         ops: of its forward.
+        shape: of the inputs that they are for; None: of any.
     """
 
-    def __init__(self, module: nn.Module, ops: list[Op]) -> None:
-        self.ops = ops
+    def __init__(self, module: nn.Module, ops: list[Op], shape: torch.Size | None) -> None:
+        self.ops, self.shape = ops, shape
         self.layers = [op.module if op.kind != conv.LARGEST else None for op in ops]
         self.links: list[tuple[dict[str, nn.Module | None], str, nn.Module | None]] = []
         for parent in module.modules():
@@ -91,7 +95,7 @@ class Program:
         if state is not None and state == self.state and kept:
             return
         self.tensors, self.state = tensors, state
-        self.packs = [None if layer is None else _packed(layer) for layer in self.layers]
+        self.packs = [None if op.kind == conv.LARGEST else _packed(op) for op in self.ops]
         self.vectors = [None if own is None else own.vectors for own in self.packs]
         self.plans.clear()
 
@@ -112,14 +116,11 @@ class Program:
 
     def is_exact(self, forward: Any) -> bool:
         """Does it give the bits of the module's forward, in both orders of channels?"""
-        first = next(op.module for op in self.ops if op.x == SOURCE and op.kind != conv.LARGEST)
-        dims = len(first.kernel_size)
-        for side in _SIDES:
+        for shape in self._shapes():
             generator = torch.Generator().manual_seed(0)
-            shape = 2, first.in_channels, *[side] * dims
             x = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
             orders = [x.clone()]
-            if dims > 1:
+            if x.dim() > 3:
                 orders.append(x.clone(memory_format=conv.LAST[x.dim()]))
             try:
                 expected = [forward(one) for one in orders]
@@ -129,6 +130,15 @@ class Program:
             found = [self.run(one) for one in orders]
             return kept and all(map(_same, found, expected))
         return False
+
+    def _shapes(self) -> Iterator[tuple[int, ...]]:
+        """Of inputs to try it on, until one is large enough."""
+        if self.shape is not None:
+            yield self.shape
+            return
+        first = next(op.module for op in self.ops if op.x == SOURCE and op.kind != conv.LARGEST)
+        for side in _SIDES:
+            yield 2, first.in_channels, *[side] * len(first.kernel_size)
 
 
 def _state(tensors: list[Tensor | None]) -> list[tuple[int, ...]] | None:
@@ -146,8 +156,9 @@ def _state(tensors: list[Tensor | None]) -> list[tuple[int, ...]] | None:
     return found
 
 
-def _packed(layer: Any) -> conv.Packed:
-    found = conv.packed(layer.packed, layer.geometry)
+def _packed(op: Op) -> conv.Packed:
+    layer = op.module
+    found = conv.packed(layer.packed, op.geometry)
     found.with_vectors(layer.scale, layer.bias)
     return found
 
@@ -156,24 +167,37 @@ def _same(a: Tensor | None, b: Tensor) -> bool:
     return a is not None and a.stride() == b.stride() and torch.equal(a, b)
 
 
-_programs: weakref.WeakKeyDictionary[nn.Module, Program | None] = weakref.WeakKeyDictionary()
+_Programs = dict[torch.Size | None, "Program | None"]  # by the shape of inputs; None: for all
+_programs: weakref.WeakKeyDictionary[nn.Module, _Programs] = weakref.WeakKeyDictionary()
+_asking: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # those that have one for each shape
 
 
-def program_of(module: nn.Module) -> Program | None:
-    """The program of a region, made when it is first asked for; None where it has none."""
-    found = _programs.get(module)
-    if module not in _programs or (found is not None and not found.is_current()):
-        found = _programs[module] = _made(module)
+def program_of(module: nn.Module, shape: torch.Size) -> Program | None:
+    """The program of a region for inputs of a shape, made when it is first asked for; None where it
+    has none.
+    """
+    known = _programs.setdefault(module, {})
+    key = shape if module in _asking else None
+    found = known.get(key)
+    if key in known and (found is None or found.is_current()):
+        return found
+    if len(known) > _MOST_SHAPES:
+        known.clear()
+    try:
+        found = known[key] = _made(module, key)
+    except AsksForSize:
+        _asking.add(module)
+        return program_of(module, shape)
     return found
 
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def _made(module: nn.Module) -> Program | None:
-    ops = trace(module)
+def _made(module: nn.Module, shape: torch.Size | None) -> Program | None:
+    ops = trace(module, shape)
     if ops is None:
         return None
-    found = Program(module, ops)
+    found = Program(module, ops, shape)
     if not found.fits() or found.is_watched() or not int8_images.is_exact():
         return None
     forward = functools.partial(type(module).own_forward, module)  # type: ignore[attr-defined]
@@ -187,7 +211,7 @@ def _run(module: nn.Module, x: Tensor) -> Tensor | None:
         return None
     if module.training or not kernels.native_allowed():
         return None
-    program = program_of(module)
+    program = program_of(module, x.shape)
     if program is None or program.is_watched():
         return None
     return program.run(x)

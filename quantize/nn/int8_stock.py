@@ -85,11 +85,12 @@ def in_graph(
     else:
         y = _with_outliers(total, rows, scale, bias, flat, outliers)
     if activation is not None:
-        y = _IN_GRAPH[activation](y)
+        y = IN_GRAPH[activation](y)
     return y.to(x.dtype).reshape(*x.shape[:-1], weight.shape[0])
 
 
-_IN_GRAPH: dict[str, Callable[[Tensor], Tensor]] = {
+# Torch's own activations, by name.
+IN_GRAPH: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),

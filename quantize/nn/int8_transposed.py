@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quantize import surgery
-from quantize.native.conv import Geometry
-from quantize.nn import PackedLayer, dtype_name, dtype_named, int8_images
+from quantize.native.conv import Convolution, Geometry
+from quantize.nn import PackedLayer, dtype_named, int8_images
 from quantize.nn import int8_kernels as kernels
+from quantize.nn.int8_conv import note
 
 
 def windows_touch(layer: Any) -> bool:
@@ -87,16 +88,7 @@ class Int8ConvTranspose(PackedLayer):
             own = own.repeat_interleave(math.prod(layer.kernel_size))
         packed = packed.reshape(*rows.shape, *[1] * len(layer.kernel_size))
         new = cls(packed, scale, own, dtype=weight.dtype, **settings)
-        listed = {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
-        surgery.record(
-            new,
-            "Int8ConvTranspose",
-            in_channels=new.in_channels,
-            out_channels=new.out_channels,
-            bias=None if bias is None else dtype_name(bias.dtype),
-            dtype=dtype_name(weight.dtype),
-            **listed,
-        )
+        note(new, bias, settings)
         return new
 
     @classmethod
@@ -181,7 +173,7 @@ class Int8ConvTranspose(PackedLayer):
         dims = len(self.stride)
         ones, zeros = (1,) * dims, (0,) * dims
         geometry = Geometry(ones, ones, zeros, zeros)
-        y = int8_images.convolve(x, self.packed, self.scale, self.bias, geometry)
+        y = int8_images.convolve(x, Convolution(self.packed, self.scale, self.bias, geometry))
         blocks = y.reshape(y.shape[0], self.out_channels, *self.stride, *y.shape[2:])
         order: list[int] = []
         for axis in range(dims):

@@ -1,5 +1,5 @@
-"""What joins an int8 layer: the BatchNorm and the ReLU or ReLU6 that alone read a convolution's
-output, and the activation that alone reads a linear layer's.
+"""What joins an int8 layer: the BatchNorm that alone reads a convolution's output, and the
+activation that alone reads a layer's.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from quantize.nn.int8_outliers import Int8OutlierLinear
 
 _NORMS = nn.modules.batchnorm._BatchNorm
 _CEILINGS = {nn.ReLU: None, nn.ReLU6: 6.0}  # of what convolutions do the work of
+_ACTIVE = (Int8Linear, Int8OutlierLinear, Int8Conv)  # those with an activation of their own
 
 
 def following(
@@ -42,7 +43,7 @@ def _is_activation(module: nn.Module) -> bool:
 
 
 def _joins_convolutions(module: nn.Module) -> bool:
-    return isinstance(module, (_NORMS, *_CEILINGS))
+    return isinstance(module, (_NORMS, *_CEILINGS)) or _is_activation(module)
 
 
 def _has_activation(model: nn.Module, name: str) -> bool:
@@ -54,8 +55,8 @@ def _has_activation(model: nn.Module, name: str) -> bool:
 def fuse_activations(
     model: nn.Module, readers: Mapping[str, str], folded: Mapping[str, str]
 ) -> dict[str, str]:
-    """Let int8 layers do the work of the activation that alone reads their output, in place: linear
-    layers of those in `elementary.ACTIVATIONS`, convolutions of nn.ReLU and nn.ReLU6.
+    """Let int8 layers do the work of the activation that alone reads their output, in place: of
+    those in `elementary.ACTIVATIONS`, convolutions of nn.ReLU6 too.
 
     Args:
         readers: as `following` gives them.
@@ -83,7 +84,7 @@ def _joins(layer: Any, reader: nn.Module) -> bool:
         surgery.amend(layer, "Int8Conv", relu=True, ceiling=layer.ceiling)
         return True
     activation = activation_of(reader)
-    if activation is not None and surgery.is_plain(layer, [Int8Linear, Int8OutlierLinear]):
+    if activation is not None and surgery.is_plain(layer, _ACTIVE):
         layer.activate(activation)
         return True
     return False
