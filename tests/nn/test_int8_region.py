@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -14,10 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import quantize
+from quantize.compression.int8 import speed
 from quantize.nn import int8_kernels as kernels
 from quantize.nn.int8_conv import Int8Conv
 from quantize.nn.int8_program import trace
 from quantize.nn.int8_region import Region, program_of
+from quantize.nn.timing import Timing
 
 
 class Block(nn.Module):
@@ -54,8 +57,35 @@ class Mobile(nn.Module):
         return x + self.narrow(y)
 
 
+class Padded(Mobile):
+    """Pads as models from TensorFlow do: by the size of the input, more behind than before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.deep = nn.Conv2d(48, 48, 3, 2, groups=48)
+        self.around = nn.ZeroPad2d((2, 0, 1, 0))
+        self.last = nn.Conv2d(32, 32, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.reaching(F.relu6(self.wide(self.reaching(x, 1, 1))), 3, 2)
+        y = self.cut(self.deep(y))
+        return self.last(self.around(self.narrow(y)))
+
+    @staticmethod
+    def reaching(x: Tensor, kernel: int, stride: int) -> Tensor:
+        high, wide = [max(kernel - (int(n) % stride or stride), 0) for n in x.shape[-2:]]
+        pads = [wide // 2, wide - wide // 2, high // 2, high - high // 2]
+        return F.pad(x, pads, "constant", 0.0)
+
+
 def stem() -> nn.Module:
     return nn.Sequential(nn.Conv2d(32, 40, 5, 2, 2), nn.ReLU(), nn.MaxPool2d(3, 2, 1))
+
+
+def smooth() -> nn.Module:
+    """Activations that are more than limits, behind convolutions of each kind."""
+    wide, deep = nn.Conv2d(32, 48, 1), nn.Conv2d(48, 48, 3, padding=1, groups=48)
+    return nn.Sequential(wide, nn.SiLU(), deep, nn.GELU(), nn.Conv2d(48, 32, 3), nn.GELU("tanh"))
 
 
 def sound() -> nn.Module:
@@ -69,7 +99,9 @@ def blocks() -> nn.Module:
 MAKERS: dict[str, Callable[[], nn.Module]] = {
     "blocks": blocks,
     "mobile": Mobile,
+    "padded": Padded,
     "stem": stem,
+    "smooth": smooth,
     "sound": sound,
     "depthwise last": lambda: nn.Sequential(nn.Conv2d(32, 32, 1), nn.Conv2d(32, 32, 3, groups=32)),
 }
@@ -99,7 +131,7 @@ def test_the_bits_of_the_forward(name: str):
             images.append(x.contiguous(memory_format=torch.channels_last))
         for one in images:
             expected = type(module).own_forward(module, one)
-            program = program_of(module)
+            program = program_of(module, one.shape)
             actual = module(one)
             assert program is not None and any(key[0] == one.shape for key in program.plans)
             assert torch.equal(actual, expected) and actual.stride() == expected.stride()
@@ -110,12 +142,12 @@ def test_the_bits_of_the_forward(name: str):
 @torch.no_grad()
 def test_every_instruction_set_and_thread_count(level: str, monkeypatch: pytest.MonkeyPatch):
     """The bits of the forward in stock operations, and those of each sample alone."""
-    module, x = region(lambda: Block(32, 48, 2)), randn(4, 32, 10, 11)
+    module, x = region(lambda: nn.Sequential(Block(32, 32, 2), *smooth())), randn(4, 32, 10, 11)
     with kernels.kernel("reference"):
         expected = module(x)
     for threads in (1, 2):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        assert torch.equal(module(x), expected) and program_of(module) is not None
+        assert torch.equal(module(x), expected) and program_of(module, x.shape)
         assert torch.equal(module(x[2:3]), expected[2:3])
 
 
@@ -162,18 +194,67 @@ class Decides(Pair):
         return y if x.shape[2] > 5 else y.relu()
 
 
-@pytest.mark.parametrize("kind", [Keeps, Decides])
+class Around(Pair):
+    """Each pixel has a range of its own: what is padded would have one too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.pad(self.first(x), [1, 1]))
+
+
+class Ones(Pair):
+    """Pads with another number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Conv2d(32, 32, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.pad(self.first(x), [1, 1], value=1.0))
+
+
+@pytest.mark.parametrize("kind", [Keeps, Around, Ones])
 def test_forwards_that_are_no_program(kind: type[Pair]):
     models = [in_int8(nn.Sequential(one()).eval()) for one in (Pair, kind)]
     assert [trace(model[0]) is None for model in models] == [False, True]
 
 
 @torch.no_grad()
+def test_a_forward_that_asks_for_a_size():
+    """It has a program for each shape, as it decides there."""
+    module = region(Decides)
+    for side, least in ((8, -math.inf), (5, 0.0)):
+        x = randn(2, 32, side, 8)
+        program = program_of(module, x.shape)
+        assert program is not None and program.ops[-1].ending.low == least
+        assert torch.equal(module(x), type(module).own_forward(module, x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("gains", [True, False])
+def test_layers_that_are_slower_only_by_themselves(gains: bool, monkeypatch: pytest.MonkeyPatch):
+    """They compute in int8 where the program around them is faster, and else in float."""
+
+    def timed(layer: nn.Module, make: Any, x: Tensor, *, kind: Any = None) -> Timing:
+        return Timing(tuple(x.shape), 1.0, 2.0 if layer.kernel_size == (3, 3) else 0.5)
+
+    def race(calls: list[Any], **_: Any) -> list[float]:
+        module = calls[0].func
+        assert program_of(module, calls[0].args[0].shape) and not module.deep.floats
+        assert calls[1].func.deep.floats and not calls[1].func.wide.floats
+        return [1.0, 2.0] if gains else [2.0, 1.0]
+
+    monkeypatch.setattr(speed, "time_layers", timed)
+    monkeypatch.setattr(speed.clock, "race", race)
+    small = quantize.quantize_dynamic(nn.Sequential(Mobile(), nn.Flatten()).eval())
+    assert small[0].deep.floats != gains and isinstance(small[0], Region) == gains
+
+
+@torch.no_grad()
 def test_an_argument_that_is_left_out():
     """The program is the branch without it, and a call with it runs the forward."""
     module, x = region(Optional), randn(2, 32, 8, 8)
-    program = program_of(module)
-    assert program is not None and program.ops[-1].limits[0] == 0
+    program = program_of(module, x.shape)
+    assert program is not None and program.ops[-1].ending.low == 0
     assert torch.equal(module(x), module(x, scale=x).relu())
 
 
@@ -183,7 +264,7 @@ def test_a_forward_that_changes_its_input():
     module = region(Adds)
     x = randn(2, 32, 8, 8)
     given = x.clone()
-    assert module(x) is x and not torch.equal(x, given) and program_of(module) is None
+    assert module(x) is x and not torch.equal(x, given) and program_of(module, x.shape) is None
 
 
 @torch.no_grad()

@@ -97,6 +97,23 @@ def slower_as_a_whole(plain: nn.Module, small: nn.Module, calibration: Iterable[
     return None
 
 
+def is_slower(module: nn.Module, other: nn.Module, shapes: Shapes) -> bool:
+    """Does a module of convolutions take longer than another one on inputs of one of the shapes, or
+    can neither run on any?
+    """
+    fitting = 0
+    for shape in shapes:
+        x = _example(shape)
+        try:
+            times = clock.race([partial(one, x) for one in (module, other)], least=3, seconds=0.02)
+        except (RuntimeError, ValueError):  # it is smaller than a kernel
+            continue
+        fitting += 1
+        if times[0] > times[1]:
+            return True
+    return not fitting
+
+
 def _numbers(batch: Any) -> int:
     return sum(x.numel() for x in tree_leaves(batch) if isinstance(x, Tensor))
 
@@ -143,10 +160,13 @@ def _three(ordered: list[Any]) -> list[Any]:
 def _timed(fact: surgery.Facts, shape: Shape, plan: Plan | None = None) -> Timing:
     """A layer in float and in int8 on an input of that shape; on the CPU."""
     module: Any = fact.module
-    dtype = next(module.parameters()).dtype
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(shape, generator=generator, dtype=torch.float32).to(dtype)
+    x = _example(shape).to(next(module.parameters()).dtype)
     if x.dim() == 4 and channels_last(module.weight):
         x = x.contiguous(memory_format=torch.channels_last)
     outliers = None if plan is None else len(plan.channels)
     return time_layers(module, partial(converted, fact, plan), x, kind=outliers)
+
+
+def _example(shape: Shape) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(shape, generator=generator, dtype=torch.float32)

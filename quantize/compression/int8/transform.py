@@ -30,13 +30,12 @@ from quantize.compression.int8.layers import (
 )
 from quantize.compression.int8.limit import Trial, warn_if_far, within
 from quantize.compression.int8.outliers import find_plans
-from quantize.compression.int8.regions import make_regions
+from quantize.compression.int8.regions import Inputs, gaining_together, make_regions
 from quantize.compression.int8.speed import affordable, slower, slower_as_a_whole
 from quantize.nn import project_attentions, restore_attentions
 from quantize.nn.int8 import Int8Linear
 from quantize.nn.int8_outliers import Int8OutlierLinear
 
-Shapes = Mapping[str, set[tuple[int, ...]]]  # by layer, of its inputs on calibration
 PREFERENCES = ("speed", "size")
 _CLEARLY = 0.9  # smaller gains are not seen again on other data
 _MUCH = 0.4
@@ -68,10 +67,11 @@ def quantize_dynamic(
 
     By default the result is never slower than the model: each layer is timed here in float and in
     int8, and computes in float where int8 loses; the summary has both times. A convolution's weight
-    is stored in int8 then, too. So the result depends on the machine. With calibration the whole
-    model is timed too, on the smallest batch and on the largest. Where int8 loses in every layer or
-    as a whole, the result is a float copy, with a UserWarning and a summary that say so; it is no
-    error, since one that depends on a stopwatch would come and go.
+    is stored in int8 then, too. Convolutions that run as one native program are timed as one. So
+    the result depends on the machine. With calibration the whole model is timed too, on the
+    smallest batch and on the largest. Where int8 loses in every layer or as a whole, the result is
+    a float copy, with a UserWarning and a summary that say so; it is no error, since one that
+    depends on a stopwatch would come and go.
 
     Calls of single layers are what is timed. A decoder that goes on to `for_decoding` should be
     converted with prefer="size": there a step of one row is one native call for the whole model,
@@ -122,17 +122,23 @@ def quantize_dynamic(
         raise ValueError(_nothing(source, choice.left))
     shapes = {} if calibration is None else _input_shapes(source, calibration)
     plans: dict[str, Stored] = {n: Stored(why) for n, why in overlapping(choice).items()}
+    stored: dict[str, Stored] = {}
     if prefer == "speed":
         choice, stored = _faster(choice, slower(choice, shapes, say, plans))
         plans |= stored
     if not choice.chosen:
         why = f"no layer of {type(model).__name__} is faster in int8 here"
         return _unconverted(model, choice.left | left, why)
-    trial = None
-    if calibration is not None:
-        trial = Trial(source, calibration, smooth.outputs(source, calibration), plans)
+    expected = None if calibration is None else smooth.outputs(source, calibration)
     readers = following(source, choice, calibration)
     folded = {norm: conv for conv, norm in surgery.fold_norms(source, readers).items()}
+    if stored:
+        say("timing the modules that can run as one native program")
+        gaining = gaining_together(source, choice, plans, stored, (readers, folded), shapes)
+        plans = {name: plan for name, plan in plans.items() if name not in gaining}
+    trial = None
+    if calibration is not None and expected is not None:
+        trial = Trial(source, calibration, expected, plans)
     if trial is None:
         made = Made(convert(source, choice.chosen, plans), choice)
     else:
@@ -174,7 +180,7 @@ class Made:
 def _calibrated(
     trial: Trial,
     choice: Choice,
-    shapes: Shapes | None,
+    shapes: Inputs | None,
     max_error: float | None,
     say: Callable[[str], None],
 ) -> Made:
@@ -233,7 +239,7 @@ def _unconverted(model: nn.Module, left: Report, why: str) -> nn.Module:
 
 
 def _improved(
-    trial: Trial, choice: Choice, shapes: Shapes | None, say: Callable[[str], None]
+    trial: Trial, choice: Choice, shapes: Inputs | None, say: Callable[[str], None]
 ) -> tuple[Trial, dict[str, Any]]:
     """The trial with smoothed norms and with outliers in float, each if it brings the int8 model
     clearly closer; and the settings to note. shapes: of the inputs at which a layer with outliers
@@ -268,7 +274,7 @@ def _facts_of(model: nn.Module, choice: Choice) -> dict[str, surgery.Facts]:
     return {name: facts[name] for name in choice.chosen}
 
 
-def _input_shapes(model: nn.Module, calibration: Iterable[Any]) -> Shapes:
+def _input_shapes(model: nn.Module, calibration: Iterable[Any]) -> Inputs:
     facts = surgery.facts(model).items()
     layers = {name: fact.module for name, fact in facts if computes(fact)}
     return calibrating.input_shapes(model, calibration, layers)
