@@ -4,12 +4,13 @@
     uv run python benchmarks/zoo.py --models lstm_256 resnet18
     uv run --group bench python benchmarks/zoo.py --models resnet50 --peers onnxruntime openvino
 
-A row of benchmarks/results/zoo.csv is one model at one batch size, eager float32 beside eager int8
-in one process, in turns: the median milliseconds of a call, the ratio, the relative error of the
-output, the bytes of both files, and how many layers became int8 or stayed. Recurrent layers alone
-have PyTorch's legacy int8 beside them. Calibration is a batch of each size. Weights are random;
-speed doesn't depend on them. With --peers each of these engines runs in a process of its own, in
-turns with the int8 model: its median milliseconds stand in a column of its name.
+A row of benchmarks/results/zoo.csv is one model at one batch size and number of threads, eager
+float32 beside eager int8 in one process, in turns: the median milliseconds of a call, the ratio,
+the relative error of the output, the bytes of both files, and how many layers became int8 or
+stayed. Recurrent layers alone have PyTorch's legacy int8 beside them. Calibration is a batch of
+each size. Weights are random; speed doesn't depend on them. With --peers each of these engines runs
+in a process of its own, in turns with the int8 model: its median milliseconds stand in a column of
+its name.
 """
 
 from __future__ import annotations
@@ -186,7 +187,7 @@ def main() -> None:
         found = [row | rows.host() for row in found]
         for row in found if arguments.peers else ():
             row |= beside(name, row["batch"], small, arguments)
-        rows.write(arguments.out, found, key=("model", "batch"))
+        rows.write(arguments.out, found, key=("model", "batch", "threads"))
 
 
 if __name__ == "__main__":
