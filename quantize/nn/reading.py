@@ -9,7 +9,7 @@ computed for it. Writing is refused: it would be lost.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -49,27 +49,28 @@ class WeightReading(Tensor):
 
     _read: Callable[[], Tensor]
 
-    @staticmethod
-    def of(read: Callable[[], Tensor], like: Tensor) -> WeightReading:
+    @classmethod
+    def of(cls, read: Callable[[], Tensor], like: Tensor) -> Self:
         """`like` (it may lie on the meta device) tells shape, strides and requires_grad, `read`
         gives the numbers.
         """
-        return WeightReading.described(
+        return cls.described(
             read, like.shape, like.dtype, like.device, like.requires_grad, like.stride()
         )
 
-    @staticmethod
+    @classmethod
     def described(
+        cls,
         read: Callable[[], Tensor],
         shape: tuple[int, ...],
         dtype: torch.dtype,
         device: torch.device,
         requires_grad: bool = False,
         strides: tuple[int, ...] | None = None,
-    ) -> WeightReading:
+    ) -> Self:
         """A reading of `read()`, which isn't called before its numbers are needed."""
         new: Any = Tensor._make_wrapper_subclass(
-            WeightReading,
+            cls,
             shape,
             strides=strides,
             dtype=dtype,

@@ -32,6 +32,7 @@ from quantize.surgery.edit import (
     skip_filter,
     uncompiled,
 )
+from quantize.surgery.experts import expert_weights, has_inputs_first
 from quantize.surgery.following import traced_followers, without_logs
 from quantize.surgery.norms import absorb, fold_norms, is_plain
 from quantize.surgery.record import (
@@ -68,8 +69,10 @@ __all__ = [
     "contradiction",
     "deepcopy",
     "exchange",
+    "expert_weights",
     "facts",
     "fold_norms",
+    "has_inputs_first",
     "holders",
     "is_plain",
     "is_transposed",

@@ -21,6 +21,7 @@ from torch.nn.utils import parametrize
 
 from quantize.surgery.asked import asked_classes
 from quantize.surgery.computed import computing_hooks, recompute_weights
+from quantize.surgery.experts import expert_weights
 
 _OPAQUE = "NonDynamicallyQuantizableLinear"
 _HOOKS = (
@@ -42,8 +43,8 @@ _PLAIN = (nn.Linear, *_TABLES, *_CONVOLUTIONS, *_UPWARDS, *_RECURRENT)
 
 @dataclass(frozen=True)
 class Facts:
-    """What a technique has to know of a linear layer, an embedding, a convolution or a recurrent
-    layer before it replaces it.
+    """What a technique has to know of a linear layer, an embedding, a convolution, a recurrent
+    layer or a module of experts before it replaces it.
     """
 
     module: nn.Module
@@ -71,17 +72,22 @@ class Facts:
     def transposed_convolution(self) -> bool:
         return isinstance(self.module, _UPWARDS)
 
+    @property
+    def experts(self) -> bool:
+        return bool(expert_weights(self.module))
+
 
 def facts(model: nn.Module) -> dict[str, Facts]:
-    """Of every linear layer, embedding, convolution (transposed ones too), LSTM and GRU of `model`,
-    by name, each once. Weights that hooks compute are brought up to date, in place.
+    """Of every linear layer, embedding, convolution (transposed ones too), LSTM, GRU and module of
+    experts of `model`, by name, each once. Weights that hooks compute are brought up to date, in
+    place.
     """
     recompute_weights(model)
     asked = asked_classes(model)
     known = holders(model)
     found: dict[str, Facts] = {}
     for name, module in model.named_modules():
-        if isinstance(module, _PLAIN) or is_transposed(module):
+        if isinstance(module, _PLAIN) or is_transposed(module) or expert_weights(module):
             names: dict[str, None] = {}
             for parameter in module._parameters.values():
                 if parameter is not None and parameter.ndim > 1:
@@ -112,6 +118,9 @@ def obstacle(module: nn.Module) -> str | None:
         return "the output projection of nn.MultiheadAttention, which reads its weight itself"
     if "forward" in module.__dict__:
         return "its forward was replaced on the instance"
+    experts = expert_weights(module)
+    if experts:
+        return _experts_obstacle(module, experts)
     base = next((plain for plain in _PLAIN if isinstance(module, plain)), None)
     # a layer of this package that computes what its base does
     stands_in = getattr(kind, "stands_in", False)
@@ -135,6 +144,13 @@ def _recurrent_obstacle(module: nn.RNNBase) -> str | None:
         if found is not None:
             return found
     return None
+
+
+def _experts_obstacle(module: nn.Module, names: tuple[str, ...]) -> str | None:
+    if type(module).__reduce_ex__ is not object.__reduce_ex__:
+        return f"{type(module).__name__} says itself how it is copied"
+    found = [_tensor_obstacle(name, module._parameters[name]) for name in names]
+    return next(filter(None, found), None)
 
 
 def _weight_obstacle(module: Any) -> str | None:

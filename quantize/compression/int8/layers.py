@@ -13,14 +13,15 @@ from quantize.nn import without_fast_paths
 from quantize.nn.int8 import Int8Linear
 from quantize.nn.int8_conv import Int8Conv
 from quantize.nn.int8_embedding import Int8Embedding, Int8EmbeddingBag
+from quantize.nn.int8_experts import Int8Experts, pack_experts
 from quantize.nn.int8_outliers import Int8OutlierLinear
 from quantize.nn.int8_recurrent import Int8GRU, Int8LSTM
 from quantize.nn.int8_transposed import Int8ConvTranspose, windows_touch
 
-INT8 = (Int8Linear, Int8Conv, Int8ConvTranspose, Int8Embedding, Int8LSTM, Int8GRU)
+INT8 = (Int8Linear, Int8Conv, Int8ConvTranspose, Int8Embedding, Int8LSTM, Int8GRU, Int8Experts)
 LARGE_TABLE = 1 << 20  # numbers of an embedding that becomes int8 by itself
 _SMALL = 32  # weights of an output of a convolution
-_KINDS = "only linear layers, convolutions, LSTMs, GRUs and embeddings"
+_KINDS = "only linear layers, convolutions, LSTMs, GRUs, embeddings and experts"
 Report = dict[str, str]  # by layer: why it stays in float
 Skipped = Callable[[str, nn.Module], bool]
 
@@ -104,7 +105,7 @@ def choose(model: nn.Module, skipped: Skipped, embeddings: bool | None) -> Choic
 
 
 def _has_kind(fact: surgery.Facts) -> bool:
-    return computes(fact) or fact.table
+    return computes(fact) or fact.table or fact.experts
 
 
 def computes(fact: surgery.Facts) -> bool:
@@ -189,6 +190,9 @@ def convert(model: nn.Module, names: Collection[str], plans: Plans | None = None
     tables: dict[int, Any] = {}
     for name in names:
         fact = facts[name]
+        if fact.experts:
+            pack_experts(fact.module)
+            continue
         new = converted(fact, (plans or {}).get(name))
         weight = fact.module._parameters.get("weight")
         if weight is not None:

@@ -24,6 +24,10 @@ PIXELS = (14**2, 56**2)  # and of a convolution's
 _SURELY = 0.8  # of the float model's time: one call is enough to tell
 _ALIKE = 1.03  # of it: nobody can tell
 _MOST_PRODUCTS = 1 << 28  # of a convolution that is timed; images are smaller where it has more
+_UNKNOWN = (
+    "its forward doesn't say which axis of its experts is their input: prefer='size' stores them "
+    "in int8, and each use computes the float numbers"
+)
 Shape = tuple[int, ...]
 Shapes = Collection[Shape]
 
@@ -50,11 +54,29 @@ def slower(
     pace = Pace(len(timed))
     for name, fact in timed.items():
         say(pace.next(f"timing {name or 'the model'} in float and in int8"))
-        timings = [_timed(fact, shape) for shape in timed_shapes(fact, shapes.get(name, ()))]
+        if fact.experts and surgery.has_inputs_first(fact.module) is None:
+            found[name] = _UNKNOWN
+            continue
+        timings = []
+        for part in _parts(fact):
+            timings += [_timed(part, shape) for shape in timed_shapes(part, shapes.get(name, ()))]
         lost = [str(timing) for timing in timings if timing.int8_s > timing.float_s]
         if lost:
             found[name] = f"int8 is slower here: {', '.join(lost)}"
     return found
+
+
+def _parts(fact: surgery.Facts) -> list[surgery.Facts]:
+    """What is timed of a layer: itself, or a linear layer of each kind that its experts have."""
+    module: Any = fact.module
+    parts = []
+    for name in surgery.expert_weights(module):
+        matrix = getattr(module, name)[0].detach()
+        matrix = matrix.t() if surgery.has_inputs_first(module) else matrix
+        linear = nn.Linear(*matrix.shape[::-1], bias=False, device="meta")
+        linear.weight = nn.Parameter(matrix, requires_grad=False)
+        parts.append(surgery.Facts(linear, (name,), transposed=False, obstacle=None))
+    return parts or [fact]
 
 
 def affordable(

@@ -56,8 +56,9 @@ def quantize_dynamic(
 
     Can be converted: `nn.Linear` (and subclasses that keep its forward), GPT-2 style `Conv1D`,
     convolutions of 1 to 3 dimensions (transposed ones compute in int8 where windows touch, and else
-    in float), `nn.LSTM`, `nn.GRU`, `nn.MultiheadAttention`, and `nn.Embedding` and
-    `nn.EmbeddingBag` tables that are large or share their weight with a linear layer (a tied head).
+    in float), `nn.LSTM`, `nn.GRU`, `nn.MultiheadAttention`, experts that a module holds in
+    parameters of three dimensions, and `nn.Embedding` and `nn.EmbeddingBag` tables that are large
+    or share their weight with a linear layer (a tied head).
     `quantize.summary(result)` says what was converted, what was not, and why, and what part of the
     bytes stays float. A UserWarning does too where that is more than 40 percent, and another one
     says where the outputs moved by more than 5 percent on calibration. A BatchNorm in eval mode and
@@ -97,6 +98,7 @@ def quantize_dynamic(
             outputs, over all floating point tensors that it returns for all batches. Layers go
             back to float until it holds, first those that change the output most when they alone
             are int8; the summary has both numbers. It takes a run over calibration per layer.
+            Inputs unlike calibration may move the outputs more.
         progress: called with a line for people before each piece of work, with the layer's name.
 
     Returns:
