@@ -5,7 +5,7 @@ Every technique goes through here. `edit` changes a model, `record` keeps what a
 why), `sizes` tells whether a module agrees with its own tensors.
 """
 
-from quantize.surgery.asked import asked_classes
+from quantize.surgery.asked import asked_classes, bound_layers
 from quantize.surgery.candidates import (
     Facts,
     check_finite,
@@ -60,6 +60,7 @@ __all__ = [
     "absorb",
     "amend",
     "asked_classes",
+    "bound_layers",
     "builder",
     "check_count",
     "check_finite",

@@ -1,19 +1,29 @@
-"""Of which layers a forward asks of what class they are.
+"""Of which layers a forward asks of what class they are, and to whose weights it writes.
 
 `isinstance(self.rnn, nn.LSTM)` decides what a forward does with the layer's outputs, and a layer of
-another class would get the other branch. Left out: code that compares names of classes.
+another class would get the other branch. `block.output.weight.div_(2)` changes the layer as it
+runs, and a compressed layer's weight can only be read. Left out: code that compares names of
+classes, and weights that are written through another variable.
 """
 
 from __future__ import annotations
 
 import dis
 from collections.abc import Iterator
+from itertools import chain
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 from torch import nn
 
 _ASKING = {"isinstance", "type", "__class__"}
+
+
+def bound_layers(model: nn.Module) -> dict[nn.Module, str]:
+    """Why no layer of another kind can take the place of a layer of `model`, by layer: for what
+    forwards around it do with it.
+    """
+    return _written_layers(model) | asked_classes(model)
 
 
 def asked_classes(model: nn.Module) -> dict[nn.Module, str]:
@@ -34,16 +44,56 @@ def asked_classes(model: nn.Module) -> dict[nn.Module, str]:
     return found
 
 
+def _written_layers(model: nn.Module) -> dict[nn.Module, str]:
+    """Why a layer of `model` must stay as it is, by layer: the forward of a module around it writes
+    to its weight.
+    """
+    found: dict[nn.Module, str] = {}
+    known: dict[type, set[str]] = {}
+    for owner in model.modules():
+        cls = type(owner)
+        if cls not in known:
+            written = (_written(code) for code, _ in _reached(cls))
+            known[cls] = set(chain.from_iterable(written))
+        for name, layer in owner.named_modules() if known[cls] else ():
+            if any(f".{name}".endswith(f".{path}") for path in known[cls]):
+                found[layer] = f"the forward of {cls.__name__} writes to its weight"
+    return found
+
+
+def _written(code: CodeType) -> Iterator[str]:
+    """The layers to whose weights the code writes in place, as it names them, from its variable
+    on: `attention.output`.
+    """
+    path: list[str] = []
+    for instruction in dis.get_instructions(code):
+        if instruction.opname not in ("LOAD_ATTR", "LOAD_METHOD"):
+            path = []
+            continue
+        if instruction.argval != "data":
+            path.append(instruction.argval)
+        *layer, kind, method = ["", "", *path]
+        in_place = method.endswith("_") and not method.endswith("__")
+        if in_place and kind == "weight" and path[:-2]:
+            yield ".".join(layer[2:])
+
+
 def _classes_in(owner: type[nn.Module]) -> Iterator[type[nn.Module]]:
     """Classes of torch's layers that the forward of `owner` asks for, and the methods that it
     calls.
     """
+    for code, names in _reached(owner):
+        if _ASKING & set(code.co_names):
+            yield from _loaded(code, names)
+
+
+def _reached(owner: type[nn.Module]) -> Iterator[tuple[CodeType, dict[str, Any]]]:
+    """The code of the forward of `owner`, and of the methods that it calls, with its globals."""
     waiting, known = ["forward"], {"forward"}
     while waiting:
         for function in _functions(owner, waiting.pop()):
             for code in _codes(function.__code__):
-                if _ASKING & set(code.co_names):
-                    yield from _loaded(code, function.__globals__)
+                yield code, function.__globals__
                 called = [name for name in code.co_names if name not in known]
                 known.update(called)
                 waiting += called

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from quantize.surgery.asked import asked_classes
+from quantize.surgery.asked import bound_layers
 from quantize.surgery.computed import computing_hooks, recompute_weights
 from quantize.surgery.experts import expert_weights
 
@@ -83,7 +83,7 @@ def facts(model: nn.Module) -> dict[str, Facts]:
     place.
     """
     recompute_weights(model)
-    asked = asked_classes(model)
+    bound = bound_layers(model)
     known = holders(model)
     found: dict[str, Facts] = {}
     for name, module in model.named_modules():
@@ -96,7 +96,7 @@ def facts(model: nn.Module) -> dict[str, Facts]:
                 module,
                 tuple(names) or (name,),
                 is_transposed(module),
-                obstacle(module) or asked.get(module),
+                obstacle(module) or bound.get(module),
             )
     return found
 

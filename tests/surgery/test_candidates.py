@@ -4,9 +4,11 @@ weights that are not finite.
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
-from helpers import in_int8, randn
+from helpers import cosine, in_int8, randn, seeded
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
@@ -163,3 +165,43 @@ def test_layers_whose_class_is_asked_for_stay():
             assert type(small.rnn) is nn.LSTM and "head" in {*noted.done, *noted.left}
             assert [t.shape for t in small(x)] == [t.shape for t in model(x)]
     assert "asks whether" in quantize.summary(in_int8(model)).left["rnn"]
+
+
+class Rescales(nn.Module):
+    """Divides the output layers of its blocks by 2 at the first call, as RWKV does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({"value": nn.Linear(32, 32), "output": nn.Linear(32, 32)})
+            for _ in range(2)
+        )
+        self.gate = nn.ModuleDict({"output": nn.Linear(32, 32)})
+        self.rescaled = False
+
+    def rescale(self) -> None:
+        with torch.no_grad():
+            for block in self.blocks:
+                block.output.weight.data.div_(2)
+        self.rescaled = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.rescaled:
+            self.rescale()
+        for block in self.blocks:
+            x = x + block["output"](block["value"](x).relu())
+        return self.gate["output"](x)
+
+
+def test_layers_whose_weight_is_written_stay():
+    """A method that forward calls divides weights: those layers are named, and the copy runs."""
+    model, x = seeded(Rescales).eval(), randn(5, 32)
+    with torch.no_grad():
+        for technique in (in_int8, quantize.quantize_weights, quantize.factorize_low_rank):
+            small = technique(model)
+            assert "writes to its weight" in quantize.summary(small).left["blocks.1.output"]
+            assert type(small.blocks[0]["output"]) is nn.Linear
+            assert type(small.blocks[0]["value"]) is not nn.Linear
+            assert torch.isfinite(small(x)).all()
+        assert cosine(in_int8(model)(x), copy.deepcopy(model)(x)) > 0.99
+    assert not model.rescaled

@@ -23,7 +23,7 @@ def find_layers(
     holders = surgery.holders(model)
     inside = _inside_of_others(model)
     out = surgery.skip_filter(model, skip)
-    asked = surgery.asked_classes(model)
+    bound = surgery.bound_layers(model)
     found: dict[str, nn.Module] = {}
     reasons: dict[str, str] = {}
     for name, module in model.named_modules():
@@ -38,7 +38,7 @@ def find_layers(
         others = [other for other in sharing if other != name]
         obstacle = "skipped by name"
         if not out(name, module):
-            obstacle = _obstacle(module, others, id(module) in inside) or asked.get(module)
+            obstacle = _obstacle(module, others, id(module) in inside) or bound.get(module)
         if obstacle:
             reasons[name] = obstacle
         else:
