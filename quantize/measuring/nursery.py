@@ -35,8 +35,8 @@ START_S = 300.0
 
 
 class Nursery:
-    """Starts the children of comparisons, with `threads` threads each; begun by the first of them.
-    A context manager, to be left after them.
+    """Starts the children of comparisons, with `threads` threads each; launched by the first of
+    them or before. A context manager, to be left after them.
 
     Args:
         threads: of each child.
@@ -53,26 +53,36 @@ class Nursery:
             filter(None, [_PACKAGE_PARENT, os.environ.get("PYTHONPATH")])
         )
         self._environment, self.threads, self._process = environment, threads, None
+        self._is_ready = False
 
-    def _begin(self) -> None:
+    def launch(self) -> None:
+        """Start the forking process, unless it runs; it imports while the caller goes on."""
+        if not hasattr(os, "fork") or (self._process is not None and self._process.poll() is None):
+            return
+        self._is_ready = False
         self._control, theirs = socket.socketpair()
         self._control.settimeout(START_S)
         self._stderr = tempfile.TemporaryFile()
         with theirs:
             streams = {"stdin": theirs, "stdout": self._stderr, "stderr": self._stderr}
             self._process = self._python("--nursery", *self.modules, **streams)
+
+    def _wait(self) -> None:
+        """Until it has imported."""
         try:
             self._answer()
         except BaseException:
             self.close()
             raise
+        self._is_ready = True
 
     def start(self, stdin: int, stdout: int, stderr: int) -> Forked | Spawned:
         """A child with these file descriptors as its standard streams."""
-        if hasattr(os, "fork") and (self._process is None or self._process.poll() is not None):
-            self._begin()
+        self.launch()
         if self._process is None:
             return Spawned(self._python("--serve", stdin=stdin, stdout=stdout, stderr=stderr))
+        if not self._is_ready:
+            self._wait()
         return Forked(int(self.ask("fork", [stdin, stdout, stderr])), self)
 
     def ask(self, message: str, streams: Sequence[int] = ()) -> str:
@@ -86,6 +96,8 @@ class Nursery:
         if self._process is None:
             return
         self._control.close()
+        if not self._is_ready:
+            self._process.kill()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=10)
         self._process.kill()

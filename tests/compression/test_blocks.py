@@ -11,6 +11,7 @@ from torch import nn
 import quantize
 from quantize.compression.blocks import drop_blocks, find_blocks
 from quantize.compression.recipe import Drop, Int8, Prune, Recipe
+from quantize.compression.search import strategy
 
 __all__ = ["by_bytes"]  # a fixture for the search below
 INPUTS = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
@@ -106,6 +107,21 @@ def test_a_search_leaves_out_what_hardly_matters(by_bytes, tmp_path):
     assert chosen["recipe"][0]["step"] == "Drop" and chosen["within"]
     assert {"blocks.1", "blocks.2"} <= set(chosen["recipe"][0]["blocks"])
     assert chosen["speedup"] == max(row["speedup"] for row in result.rows if row["within"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("most", "count"), [(10.0, 3), (1e-9, 0)])
+def test_a_search_leaves_out_as_much_as_a_target_needs(most, count, by_bytes, tmp_path):
+    """No block is free, and nothing reaches the target: all but one go, if the loss allows it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Block() for _ in range(4))).eval()
+    generator = torch.Generator().manual_seed(1)
+    batches = [torch.randn(32, 16, generator=generator) for _ in range(2)]
+    budget = {"speedup": 1000, "max_loss": most}
+    options = {"calibration": batches, "progress": False, "out": tmp_path}
+    result = quantize.compress(model, INPUTS, **options, budget=budget)
+    dropped = [len(strategy.dropped(row["recipe"])) for row in result.rows]
+    assert not result.met and max(dropped) == count
 
 
 def test_a_folder_of_transformers_keeps_what_was_left_out(tmp_path):

@@ -14,7 +14,7 @@ from quantize.compression.search.budget import Budget
 from quantize.compression.search.result import Result, doubts_of, facts_of, layers_of
 from quantize.compression.search.trial import BURST_S, ORIGINAL, Row, Trial
 
-CANDIDATES = 3  # measured again side by side, the best first
+CANDIDATES = 2  # measured again side by side, the best first
 CONFIRMATIONS = 2  # of so many each
 FEWEST_ROUNDS, MOST_ROUNDS = 5, 11  # of such a measurement
 SHARE = 0.25  # of the minutes that the first of them may take
@@ -39,9 +39,9 @@ def confirmation(original: Row, seconds: float) -> tuple[int, float]:
 
 
 def best(rows: Sequence[Row], budget: Budget, noise: float) -> list[Row]:
-    """Rows that keep the budget, the preferred one first: where a target is given, the one that
-    lost least of those that reach it by more than noise and aren't slower than the original; else
-    the fastest.
+    """Rows that keep the budget, the preferred one first: where a target is given, the fastest of
+    those that lost least, give or take noise; ones that aren't slower than the original and reach
+    the target by more than noise come before others. Without a target, the fastest.
 
     Args:
         rows: of all points.
@@ -52,11 +52,18 @@ def best(rows: Sequence[Row], budget: Budget, noise: float) -> list[Row]:
     if not budget.has_targets:
         return sorted(fitting, key=_by_speed)
 
-    def by_target(row: Row) -> tuple[float, ...]:
-        slower = row["speedup"] < 1 - noise
-        return budget.excess(row, noise) > 0, slower, *_by_loss(row)
+    def rank(row: Row) -> tuple[bool, bool]:
+        return is_slower(row, noise), budget.excess(row, noise) > 0
 
-    return sorted(fitting, key=by_target)
+    found: list[Row] = []
+    for wanted in sorted({rank(row) for row in fitting}):
+        found += _by_loss([row for row in fitting if rank(row) == wanted])
+    return found
+
+
+def is_slower(row: Row, noise: float) -> bool:
+    """Than the original, by more than noise, a share of a speed-up."""
+    return row["speedup"] < 1 - noise
 
 
 def nearly(rows: Sequence[Row], budget: Budget) -> list[Row]:
@@ -66,8 +73,15 @@ def nearly(rows: Sequence[Row], budget: Budget) -> list[Row]:
     return sorted(close, key=budget.excess)
 
 
-def _by_loss(row: Mapping[str, Any]) -> tuple[float, float]:
-    return max(row["loss"], row["loss_noise"]), -(row["speedup"] or 0.0)
+def _by_loss(rows: Sequence[Row]) -> list[Row]:
+    """The fastest first of those that lost least: no more than the noise of the one that has surely
+    lost least. Others follow by their loss.
+    """
+    least = min(rows, key=lambda row: row["loss"] + row["loss_noise"])
+    most = max(least["loss"], 0.0) + least["loss_noise"]
+    alike = [row for row in rows if row["loss"] <= most]
+    others = [row for row in rows if row["loss"] > most]
+    return sorted(alike, key=_by_speed) + sorted(others, key=lambda row: row["loss"])
 
 
 def _by_speed(row: Mapping[str, Any]) -> tuple[float, float]:
@@ -95,6 +109,8 @@ def choose(trial: Trial, rounds: int, was_cut: bool) -> Result:
         if good:
             row = good[0]
             reason = f"{row['name']} keeps the budget: {facts_of(row)}"
+            if is_slower(row, noise):
+                reason += "; whatever else was tried and keeps it is slower than the original too"
             return _result(trial, row, rows, True, reason)
     within = [row for row in rows if row["within"] and not row["fits"]]
     nearest = min(within, key=lambda row: budget.excess(row))

@@ -24,7 +24,7 @@ from quantize.compression.search.walk import Walk
 from quantize.host import default_threads, machine
 from quantize.measuring.nursery import Nursery, modules_of
 
-FORMAT = 2  # of what a folder holds beside the files
+FORMAT = 3  # of what a folder holds beside the files
 _SAME = 5  # standard errors within which a metric is the same again
 
 
@@ -86,28 +86,25 @@ def compress(
     say = progress if callable(progress) else lines
     deadline = time.monotonic() + 60 * minutes
     work = surgery.clone(model).eval()
-    half = len(batches) if evaluate is not None or len(batches) == 1 else (len(batches) + 1) // 2
-    _check_fit(work, batches)
-    if evaluate is None:
-        judge: Any = Divergence(work, batches[half:] or batches)
-    else:
-        judge = Evaluated(evaluate, work, 60 * minutes, say)
-    _check_noise(wanted, judge)
-    folder = Path(tempfile.mkdtemp(prefix="quantize-") if out is None else out)
-    folder.mkdir(parents=True, exist_ok=True)
-    identity = {"class": type(model).__name__, "state": digest(dict(work.state_dict()))}
-    identity |= {"format": FORMAT}
-    identity |= {"calibration": digest(batches), "inputs": digest(example_inputs), "seed": seed}
-    identity |= {"metric": judge.name, "cpu": machine()["cpu"], "threads": default_threads()}
-    given = Given(
-        example_inputs=example_inputs,
-        calibration=batches[:half],
-        batches=batches[:half],
-        seed=seed,
-    )
-    points = Points(folder, identity)
-    _check_metric(points, judge)
     with Nursery(threads=default_threads(), modules=modules_of(work)) as nursery:
+        nursery.launch()  # it imports while the original is judged
+        judge = _judge(work, batches, evaluate, 60 * minutes, say)
+        _check_noise(wanted, judge)
+        half = len(batches) if evaluate is not None else _calibrating(batches)
+        given = Given(
+            example_inputs=example_inputs,
+            calibration=batches[:half],
+            batches=batches[:half],
+            seed=seed,
+        )
+        folder = Path(tempfile.mkdtemp(prefix="quantize-") if out is None else out)
+        folder.mkdir(parents=True, exist_ok=True)
+        identity = {"class": type(model).__name__, "state": digest(dict(work.state_dict()))}
+        identity |= {"format": FORMAT}
+        identity |= {"calibration": digest(batches), "inputs": digest(example_inputs), "seed": seed}
+        identity |= {"metric": judge.name, "cpu": machine()["cpu"], "threads": default_threads()}
+        points = Points(folder, identity)
+        _check_metric(points, judge)
         trial = Trial(work, example_inputs, given, judge, wanted, points, say, nursery)
         search = Walk(trial, deadline - time.monotonic())
         search.run()
@@ -117,11 +114,27 @@ def compress(
     return result
 
 
-def _check_fit(model: nn.Module, batches: Sequence[Any]) -> None:
-    """Raises ValueError, naming the batch, where the model doesn't run on one of calibration."""
+def _calibrating(batches: Sequence[Any]) -> int:
+    """How many of the batches calibrate where the others judge; one does both."""
+    return (len(batches) + 1) // 2
+
+
+def _judge(
+    model: nn.Module,
+    batches: Sequence[Any],
+    evaluate: Callable[[Any], Any] | None,
+    seconds: float,
+    say: Callable[[str], None],
+) -> Any:
+    """What tells the losses. Raises ValueError, naming the batch, where the model doesn't run on
+    one of calibration.
+    """
     with torch.no_grad(), watching((), model):
         for number, batch in enumerate(batches):
             run_batch(model, batch, number)
+    if evaluate is None:
+        return Divergence(model, batches[_calibrating(batches) :] or batches)
+    return Evaluated(evaluate, model, seconds, say)
 
 
 def _check_noise(budget: Budget, judge: Any) -> None:

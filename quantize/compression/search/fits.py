@@ -1,12 +1,13 @@
 """Predictions of a whole model from those of its parts, corrected by what was measured.
 
-A latency is the original's less what each kind saves and what the sizes save, a loss is what
-rounding to each kind and what removal lose, each times a factor, fitted to the measured points. A
-loss that is within the noise only tells that the factors are no larger.
+A latency is the original's less what each kind saves and what fewer channels and lower ranks save,
+a loss is what rounding to each kind and either removal lose, each times a factor, fitted to the
+measured points. A loss that is within the noise only tells that the factors are no larger.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -16,44 +17,59 @@ from quantize.compression.search.times import BF16, FLOAT, INT4, INT8
 from quantize.compression.search.units import Option
 
 _KINDS: tuple[str, ...] = (INT8, BF16, INT4)  # that change something
-_PRIOR = 0.1  # weight of the first guess against a measured point
+_WIDTH, _RANK = "width", "rank"
+_REMOVED: tuple[str, ...] = (_WIDTH, _RANK)
+_SIZES = tuple(map(" ".join, itertools.product((FLOAT, *_KINDS), _REMOVED)))
+_PRIOR = 0.05  # weight of the first guess against a measured point
 _LEAST = 0.05  # of the first guess: a factor is no smaller
 _HIDDEN = 0.05  # of the noise: what is guessed of a loss that is no larger than it
+_UNSURE = 0.5  # weight of such a guess beside losses that are known
 
-ByKind = Mapping[str, float]
+ByName = Mapping[str, float]
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Sums over the options of all units, see `units.Option`; of kinds, a sum for each."""
+    """Sums over the options of all units, see `units.Option`: one for each kind; of removal one for
+    fewer channels ("width") and one for pairs ("rank"); of sizes one for either in each kind
+    ("int8 width").
+    """
 
-    kind_s: ByKind
-    size_s: float
-    rounding: ByKind
-    removal: float
+    kind_s: ByName
+    size_s: ByName
+    rounding: ByName
+    removal: ByName
     bytes: float
 
     @classmethod
-    def of(cls, options: Iterable[Option]) -> Parts:
+    def of(cls, options: Iterable[Option], twice: Mapping[str, float] | None = None) -> Parts:
+        """Of options, one for each unit; `twice` has by name the seconds that sizes would save
+        twice.
+        """
         chosen = list(options)
         kind_s, rounding = dict.fromkeys(_KINDS, 0.0), dict.fromkeys(_KINDS, 0.0)
+        size_s, removal = dict.fromkeys(_SIZES, 0.0), dict.fromkeys(_REMOVED, 0.0)
         for option in chosen:
             if option.kind != FLOAT:
                 kind_s[option.kind] += option.kind_s
                 rounding[option.kind] += option.rounding
-        size_s = sum(option.size_s for option in chosen)
-        removal = sum(option.removal for option in chosen)
+            size = _RANK if option.ratio < 1 else _WIDTH
+            size_s[f"{option.kind} {size}"] += option.size_s
+            removal[size] += option.removal
+        for size, seconds in (twice or {}).items():
+            size_s[size] -= seconds
         return cls(kind_s, size_s, rounding, removal, sum(option.bytes for option in chosen))
 
     @property
     def times(self) -> list[float]:
-        """Seconds that each kind saves, and those that sizes save."""
-        return [*(self.kind_s[kind] for kind in _KINDS), self.size_s]
+        """Seconds that each kind saves, and those that each size saves."""
+        return [*(self.kind_s[kind] for kind in _KINDS), *(self.size_s[size] for size in _SIZES)]
 
     @property
     def losses(self) -> list[float]:
-        """Of rounding to each kind, and of removal."""
-        return [*(self.rounding[kind] for kind in _KINDS), self.removal]
+        """Of rounding to each kind, and of either removal."""
+        removed = [self.removal[size] for size in _REMOVED]
+        return [*(self.rounding[kind] for kind in _KINDS), *removed]
 
 
 @dataclass(frozen=True)
@@ -90,8 +106,8 @@ class Factors:
         rest: bytes.
     """
 
-    times: Sequence[float] = field(default=(1.0,) * (len(_KINDS) + 1))
-    losses: Sequence[float] = field(default=(1.0,) * (len(_KINDS) + 1))
+    times: Sequence[float] = field(default=(1.0,) * len(_KINDS + _SIZES))
+    losses: Sequence[float] = field(default=(1.0,) * len(_KINDS + _REMOVED))
     rest: float = 0.0
 
     def saved_s(self, *options: Option) -> float:
@@ -124,14 +140,18 @@ def fitted(points: Sequence[Seen], seconds: float, layers_s: float, rest: float)
         return Factors(rest=rest)
     saved = np.array([point.saved_s for point in points]) / seconds
     by_time = np.array([point.parts.times for point in points]) / seconds
-    times = _factors(by_time, saved, _largest(by_time, saved), np.median)
-    if not by_time[:, -1].any():
-        times[-1] = min(times[-1], _left(by_time, saved, layers_s / seconds))
+    largest = _largest(by_time, saved)
+    largest[len(_KINDS) :] = _left(by_time, saved, layers_s / seconds)
+    largest[len(_KINDS) : len(_KINDS + _REMOVED)] = min(1.0, seconds / layers_s)  # in float
+    times = _factors(by_time, saved, largest, np.median)
 
     units = np.array([max(point.least_loss, point.noise) for point in points])
     lost = np.array([point.least_loss for point in points]) / units
     by_loss = np.array([point.parts.losses for point in points]) / units[:, None]
-    losses = _factors(by_loss, lost, _largest(by_loss, np.ones(len(points))), np.min)
+    largest = _largest(by_loss, np.ones(len(points)))
+    sure = np.array([point.loss > point.noise for point in points])
+    weights = np.where(sure | ~sure.any(), 1.0, _UNSURE)
+    losses = _factors(by_loss * weights[:, None], lost * weights, largest, np.min)
     return Factors(times, losses, points[-1].bytes - points[-1].parts.bytes)
 
 
@@ -145,12 +165,12 @@ def _largest(parts: np.ndarray, totals: np.ndarray) -> np.ndarray:
 
 
 def _left(by_time: np.ndarray, saved: np.ndarray, layers: float) -> float:
-    """The least of what points take over what is left of their layers one by one: sizes that nobody
-    has measured save no more than that. Shares of the original's seconds.
+    """What points take over what is left of their layers one by one, in the median: what sizes are
+    taken to save until points tell. Shares of the original's seconds.
     """
     left = layers - by_time.sum(1)
     ratios = [(1 - gone) / rest for gone, rest in zip(saved, left, strict=True) if rest > 0]
-    return min(ratios, default=np.inf)
+    return float(np.median(ratios)) if ratios else np.inf
 
 
 def _factors(

@@ -21,7 +21,8 @@ from quantize.compression.search.units import Option, Unit
 ROUNDS = 8
 _MARGIN, _MORE = 0.02, 0.04  # of a target: asked for beyond it, and more after each miss
 _LEAST = 0.02  # share of a latency that is left of any model
-_MIXES = (0.5, 0.25, 0.75, 0.1, 0.9, 0.0, 1.0)  # share of latency where bytes count too
+_CLOSER = 0.7  # of what a point was predicted to lose that lost too much
+_MIXES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)  # share of latency where bytes count too
 
 Row = dict[str, Any]
 Choice = tuple[int, ...]  # of an option for each unit
@@ -72,13 +73,16 @@ class Layered:
         self.points.append(Seen(parts, saved, row["loss"], noise, row["bytes"]))
         self.other_mb = _other_mb(row)
 
-    def uniform(self, kind: str) -> Parts:
-        """Of every unit whole and of this kind; as it is where it has no such option."""
+    def uniform(self, kind: str, amount: float) -> Parts:
+        """Of every unit of this kind, less that share of its channels; whole where it has no such
+        option, as it is where it can't be of the kind.
+        """
         found = []
         for unit in self.units:
-            whole = [o for o in unit.options if o.kind == kind and o.amount == 0 and o.ratio == 1]
-            found.append((whole or unit.options)[0])
-        return Parts.of(found)
+            alike = [o for o in unit.options if o.kind == kind and o.ratio == 1]
+            wider = [option for option in alike if option.amount <= amount]
+            found.append(max(wider or unit.options[:1], key=lambda option: option.amount))
+        return self._parts(found)
 
     @property
     def factors(self) -> Factors:
@@ -87,25 +91,79 @@ class Layered:
 
     # What is chosen.
 
-    def choose(self) -> Choice | None:
+    def choose(self, spare: float | None = None) -> Choice | None:
         """The option of every unit by the present predictions; the cheapest ones where nothing
         reaches the target, None where nothing reaches both.
+
+        Args:
+            spare: where the targets are reached, the loss for which the fastest is wanted that
+                still is small enough; None: what loses least is wanted.
         """
+        choice = self._best(spare)
+        return None if choice is None else self._makeable(choice)
+
+    def _makeable(self, choice: Choice) -> Choice:
+        """Without pairs where channels go too: of a narrower layer no rank may be left."""
+        chosen = list(zip(self.units, self.options(choice), strict=True))
+        narrower: set[str] = set()
+        for unit, option in chosen:
+            narrower.update(unit.readers if option.amount else ())
+        found = []
+        for index, (unit, option) in zip(choice, chosen, strict=True):
+            if option.ratio < 1 and narrower & set(unit.layers):
+                kinds = [(other.kind, other.amount, other.ratio) for other in unit.options]
+                index = kinds.index((option.kind, 0.0, 1.0))
+            found.append(index)
+        return tuple(found)
+
+    def _best(self, spare: float | None) -> Choice | None:
         factors = self.factors
         latency, size = self._latency_target(), self._bytes_target()
-        if latency is None and size is None:
-            frontier = self._solve(factors, 1.0)
-            return tuple(frontier.cheapest(self.allowed / (1 + self.margin)))
-        if latency is None or size is None:
-            target = latency if size is None else size
-            return self._within(factors, 1.0 if size is None else 0.0, target or 0.0)
-        return self._within_both(factors, latency, size)
+        if spare is not None or (latency is None and size is None):
+            loss = self.allowed if spare is None else spare
+            return self._fastest(factors, loss / (1 + self.margin), size)
+        if size is None:
+            return self._within(factors, 1.0, latency or 0.0)
+        smallest = self._within(factors, 0.0, size)
+        if latency is None and self._is_no_slower(factors, smallest):
+            return smallest
+        both = self._within_both(factors, 1.0 if latency is None else latency, size)
+        return smallest if both is None and latency is None else both
+
+    def _is_no_slower(self, factors: Factors, choice: Choice) -> bool:
+        """Than the original, as predicted."""
+        return self._latency(factors, self.parts(choice)) <= 1
+
+    def _fastest(self, factors: Factors, loss: float, size: float | None) -> Choice | None:
+        """Of the choices that lose no more, the fastest that is small enough. One that is predicted
+        to lose as much as a point that lost too much isn't among them.
+        """
+        lossy = [factors.loss_of(p.parts) for p in self.points if p.loss > max(loss, p.noise)]
+        loss = min([loss, *(_CLOSER * predicted for predicted in lossy)])
+        for mix in _MIXES[::-1]:
+            choice = tuple(self._solve(factors, mix).cheapest(loss))
+            small = self._bytes(factors, self.parts(choice))
+            if size is None or small <= size * (1 - self.margin):
+                return choice
+        return None
 
     def _within(self, factors: Factors, mix: float, target: float) -> Choice:
+        """For latency (mix 1) or bytes (mix 0); the knapsack adds up what goes twice, so more is
+        asked of it where that is missing.
+        """
         frontier = self._solve(factors, mix)
         start = self.base_s / self.original_s if mix else factors.rest / self.original_bytes
-        found = frontier.within(target * (1 - self.margin) - start)
-        return tuple(found or frontier.within(frontier.least) or ())
+        predicted = self._latency if mix else self._bytes
+        wanted = asked = target * (1 - self.margin)
+        choice: Choice = ()
+        for _ in range(ROUNDS):
+            found = frontier.within(asked - start) or frontier.within(frontier.least)
+            choice = tuple(found or ())
+            missing = predicted(factors, self.parts(choice)) - wanted
+            if missing <= 0:
+                break
+            asked -= missing
+        return choice
 
     def _within_both(self, factors: Factors, latency: float, size: float) -> Choice | None:
         """Of several weights between latency and bytes, the choice that keeps both for least."""
@@ -114,7 +172,7 @@ class Layered:
             frontier = self._solve(factors, mix)
             for loss in sorted(set(frontier.losses[frontier.losses < float("inf")].tolist())):
                 choice = tuple(frontier.cheapest(loss))
-                parts = Parts.of(self.options(choice))
+                parts = self.parts(choice)
                 fast = self._latency(factors, parts) <= latency * (1 - self.margin)
                 small = self._bytes(factors, parts) <= size * (1 - self.margin)
                 if fast and small:
@@ -167,6 +225,24 @@ class Layered:
     def options(self, choice: Choice) -> list[Option]:
         return [unit.options[index] for unit, index in zip(self.units, choice, strict=True)]
 
+    def parts(self, choice: Choice) -> Parts:
+        """What the predictions of a choice rest on."""
+        return self._parts(self.options(choice))
+
+    def _parts(self, options: Sequence[Option]) -> Parts:
+        """Of a layer with fewer inputs and fewer outputs, what goes by both is counted once."""
+        shares = {}
+        for unit, option in zip(self.units, options, strict=True):
+            left = max(unit.seconds - option.kind_s, 1e-12)
+            own = option.size_s - sum(option.reader_s.values())
+            shares |= dict.fromkeys(unit.layers, min(max(own / left, 0.0), 1.0))
+        twice: dict[str, float] = {}
+        for option in options:
+            both = sum(shares.get(layer, 0.0) * saved for layer, saved in option.reader_s.items())
+            name = f"{option.kind} width"
+            twice[name] = twice.get(name, 0.0) + both
+        return Parts.of(options, twice)
+
     def recipe(self, choice: Choice) -> Recipe | None:
         """The steps that make the model; None where every unit stays as it is."""
         amounts, ratios = {}, {}
@@ -193,7 +269,7 @@ class Layered:
 
     def predicted(self, choice: Choice) -> Row:
         """Latency, loss and bytes, and what each unit got and why."""
-        factors, parts = self.factors, Parts.of(self.options(choice))
+        factors, parts = self.factors, self.parts(choice)
         return {
             "latency_ms": 1e3 * self.original_s * self._latency(factors, parts),
             "loss": factors.loss_of(parts),
@@ -209,14 +285,19 @@ class Layered:
 
     # Rounds.
 
-    def next(self, tried: Mapping[Choice, Row]) -> Choice | None:
-        """A choice that wasn't made yet; None where there is none to learn from."""
+    def next(self, tried: Mapping[Choice, Row], spare: float | None = None) -> Choice | None:
+        """A choice that wasn't made yet; None where there is none to learn from.
+
+        Args:
+            tried: the rows of those that were made.
+            spare: as `choose` takes it.
+        """
         for _ in range(ROUNDS):
-            choice = self.choose()
+            choice = self.choose(spare)
             if choice is None or choice not in tried:
                 return choice
             row = tried[choice]
-            if row["fits"]:
+            if row["fits"] and (spare is None or row["loss"] <= spare):
                 return None
             self.margin += _MORE
         return None
@@ -260,5 +341,6 @@ def from_values(values: Sequence[Mapping[str, Any]]) -> list[Unit]:
     found = []
     for value in values:
         options = tuple(Option(**option) for option in value["options"])
-        found.append(Unit(value["name"], tuple(value["layers"]), options, value["seconds"]))
+        layers, readers = tuple(value["layers"]), tuple(value["readers"])
+        found.append(Unit(value["name"], layers, options, value["seconds"], readers))
     return found

@@ -18,7 +18,7 @@ from quantize.compression.recipe import (
 from quantize.compression.search.times import BF16, INT4, INT8
 from quantize.host import native_bf16
 
-SHARES = (0.25, 0.5, 0.125, 0.375, 0.625, 0.75)  # removed, in the order in which they are tried
+FIRST_SHARE = 0.3  # removed by the first recipe of a technique
 FINEST = 0.04  # two shares that are nearer are not told apart
 PRUNED, FACTORIZED = "pruned", "low_rank"
 
@@ -102,15 +102,26 @@ def without_layout(recipe: Recipe) -> Recipe | None:
     return Recipe(tuple(steps)) if steps else None
 
 
-def uniform_kind(recipe: Sequence[Mapping[str, Any]] | None) -> str | None:
-    """The kind ("int8", "bf16", "int4") that a row's recipe gives every layer; None for others."""
+def uniform(recipe: Sequence[Mapping[str, Any]] | None) -> tuple[str, float] | None:
+    """The kind ("int8", "bf16", "int4") that a row's recipe gives every layer, and the share of the
+    channels that it removes; None for others.
+    """
     steps = [step for step in recipe or () if step["step"] not in ("ChannelsLast", "Drop")]
     if any(step.get("skip") for step in steps):
         return None
+    amount = 0.0
+    if steps and steps[0]["step"] == "Prune" and isinstance(steps[0]["amount"], float):
+        amount = steps.pop(0)["amount"]
     kinds = [_kind(step) for step in steps]
     if kinds == [INT4, INT8]:
-        return INT4
-    return kinds[0] if kinds in ([INT8], [BF16]) else None
+        return INT4, amount
+    kind = kinds[0] if kinds in ([INT8], [BF16]) else None
+    return None if kind is None else (kind, amount)
+
+
+def has_tables(recipe: Sequence[Mapping[str, Any]] | None) -> bool:
+    """Whether a row's recipe stores embeddings in int8."""
+    return any(step.get("embeddings") for step in recipe or ())
 
 
 def dropped(recipe: Sequence[Mapping[str, Any]] | None) -> list[str]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,12 +24,13 @@ from quantize.compression.low_rank.candidates import find_layers
 from quantize.compression.low_rank.spectra import usable
 from quantize.compression.pruning.costs import Removable, removable
 from quantize.compression.recipe import Given
+from quantize.compression.search.strategy import FIRST_SHARE
 from quantize.compression.search.times import FLOAT, INT4, INT8, Stopwatch, made
 from quantize.nn import dense_weight
 from quantize.nn import low_rank as pairs
 from quantize.nn.int4 import GROUP_SIZES, Int4Linear
 
-AMOUNTS = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
+AMOUNTS = (0.125, FIRST_SHARE, 0.5, 0.625, 0.75, 0.875)
 RATIOS = (0.6, 0.45, 0.3, 0.2, 0.1)
 MEMORY = 1 << 29  # bytes of second moments held at once
 _RANGE = 4.0  # of a row's numbers, in root mean squares: what int8 inputs are rounded by
@@ -50,6 +51,7 @@ class Option:
         rounding: what the kind loses.
         removal: what the channels or ranks that go lose.
         bytes: of its layers.
+        reader_s: of `size_s`, what each layer of another unit saves that reads these channels.
     """
 
     kind: str = FLOAT
@@ -60,6 +62,7 @@ class Option:
     rounding: float = 0.0
     removal: float = 0.0
     bytes: float = 0.0
+    reader_s: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -71,12 +74,14 @@ class Unit:
         layers: those whose kind it decides.
         options: the first one is the layers as they are.
         seconds: that its layers take in a call as they are.
+        readers: layers of other units that read its channels, and are narrower with fewer of them.
     """
 
     name: str
     layers: tuple[str, ...]
     options: tuple[Option, ...]
     seconds: float
+    readers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -231,8 +236,7 @@ def _unit(
     options = []
     for kind in kinds:
         saved = seconds - sum(times[kind] for times in full.values())
-        four_bits = all(facts[layer].four_bits for layer in own)
-        if kind == INT4 and (saved <= 0 or not four_bits):
+        if kind == INT4 and not all(facts[layer].four_bits for layer in own):
             continue
         rounding = sum(facts[layer].rounding[kind] for layer in own)
         size = sum(facts[layer].bytes[kind] for layer in own)
@@ -241,7 +245,8 @@ def _unit(
         if group is not None:
             options += _narrower(start, group, own, facts, watch)
         options += _factorized(start, own, facts, watch, full)
-    return Unit(name, tuple(own), tuple(options), seconds)
+    readers = () if group is None else tuple(layer for layer in group.inputs if layer not in own)
+    return Unit(name, tuple(own), tuple(options), seconds, readers)
 
 
 def _whole(fact: Facts, watch: Stopwatch, fewer_in: int, fewer_out: int) -> dict[str, float]:
@@ -268,7 +273,8 @@ def _narrower(
             continue
         if start.kind == INT4 and not _in_groups(group, gone, own, facts):
             continue
-        saved, kept_bytes = 0.0, start.bytes
+        saved: dict[str, float] = {}
+        kept_bytes = start.bytes
         for layer in {**group.outputs, **group.inputs}:
             if layer not in facts:
                 continue
@@ -280,14 +286,14 @@ def _narrower(
             before = _whole(facts[layer], watch, 0, 0)
             after = _whole(facts[layer], watch, fewer_in, fewer_out)
             possible = [start.kind] if layer in own else list(before)
-            saved += min(before[kind] - after[kind] for kind in possible)
+            saved[layer] = min(before[kind] - after[kind] for kind in possible)
             share = (1 - fewer_in / inputs) * (1 - fewer_out / outputs)
             kept_bytes -= (1 - share) * facts[layer].bytes[start.kind] * (layer in own)
-        found[gone] = Option(
-            start.kind,
+        found[gone] = replace(
+            start,
             amount=amount,
-            kind_s=start.kind_s,
-            size_s=saved,
+            size_s=sum(saved.values()),
+            reader_s={layer: seconds for layer, seconds in saved.items() if layer not in own},
             rounding=start.rounding * group.kept(amount) / group.units,
             removal=float(group.costs[gone]),
             bytes=kept_bytes,
@@ -312,9 +318,9 @@ def _factorized(
     found = []
     for ratio in RATIOS:
         ranks = {layer: _rank(facts[layer], ratio) for layer in own}
-        if not any(ranks.values()):
+        if not all(ranks.values()):
             continue
-        if start.kind == INT4 and any((rank or 0) % GROUP_SIZES[0] for rank in ranks.values()):
+        if start.kind == INT4 and any(rank % GROUP_SIZES[0] for rank in ranks.values() if rank):
             continue
         saved, removal, kept_bytes = 0.0, 0.0, start.bytes
         for layer, rank in ranks.items():
@@ -326,17 +332,8 @@ def _factorized(
             removal += fact.spectrum[rank:].double().square().sum().item()
             m, k = pairs.matrix(fact.layer).shape
             kept_bytes -= (1 - rank * (m + k) / (m * k)) * fact.bytes[start.kind]
-        found.append(
-            Option(
-                start.kind,
-                ratio=ratio,
-                kind_s=start.kind_s,
-                size_s=saved,
-                rounding=start.rounding,
-                removal=removal,
-                bytes=kept_bytes,
-            )
-        )
+        changed = {"ratio": ratio, "size_s": saved, "removal": removal, "bytes": kept_bytes}
+        found.append(replace(start, **changed))
     return found
 
 

@@ -1,7 +1,9 @@
 """Tries recipes until the minutes are over, and chooses the best one that was measured.
 
-First what keeps every channel (16 bits, int8, int4), then choices layer by layer, corrected by what
-was measured, then pruned and factorized models, then a training of what came near.
+First int8, alone and pruned, then choices layer by layer, corrected by what was measured, then what
+else keeps every channel (16 bits, int4), models with fewer blocks, pruned and factorized ones, then
+a training of what came near. Once a point reaches the targets and has lost nothing but noise, the
+minutes that are left look for a faster one that does too.
 """
 
 from __future__ import annotations
@@ -15,9 +17,9 @@ from functools import partial
 from torch import nn
 
 from quantize import surgery
-from quantize.compression.blocks import drop_blocks, find_blocks
 from quantize.compression.recipe import Drop, Int8, Recipe
 from quantize.compression.search import choosing, strategy
+from quantize.compression.search.depth import Losses
 from quantize.compression.search.fits import Parts
 from quantize.compression.search.layered import (
     ROUNDS,
@@ -66,44 +68,58 @@ class Walk:
         self.rounds, more = choosing.confirmation(original, choosing.SHARE * self.seconds)
         self.deadline = self.end - more
         self.has_layout = self._is_faster_channels_last()
-        for recipe in strategy.whole(self.small_wanted, self.linear > 0.5, self.tables):
-            row = self._try(recipe)
-            self.plain += [] if row is None else [row]
-        self._smooth()
-        if self._is_done():
-            return
+        first, *others = strategy.whole(self.small_wanted, self.linear > 0.5, self.tables)
+        self._try_plain(first)
+        self._try(strategy.reduced(strategy.FIRST_SHARE, strategy.PRUNED, self._tail()))
         layered = self._survey(None)
-        most = MOST_SHARES
         if layered is None:
             self._try(strategy.where_faster())
         else:
             self._by_layer(layered)
-            most = min(FEW_SHARES, MOST_SHARES)
-        if not self._is_done():
-            self._drop()
-        if self._is_done():
-            return
+        if self._spare() is None:
+            for recipe in others:
+                self._try_plain(recipe)
+            self._smooth()
+            if layered is not None:
+                self._with_more_kinds()
+        self._drop()
         tail = self._tail()
+        most = MOST_SHARES if layered is None else FEW_SHARES
         for kind in (strategy.PRUNED, strategy.FACTORIZED):
             self._reduce(kind, tail, most)
-        if not self._is_done():
+        if self._spare() is None:
             self._recover()
 
-    def _is_done(self) -> bool:
-        """Whether a point reaches the targets beyond noise, has lost nothing but noise, and isn't
-        slower than the original.
+    def _with_more_kinds(self) -> None:
+        """Choose by layers among int4 and bfloat16 too, where they may be what is missing."""
+        more = [INT4] if self.small_wanted and self.linear > SOME_LINEAR else []
+        more += [BF16] if native_bf16("cpu") else []
+        layered = self._survey(None, *more) if more else None
+        if layered is not None:
+            self._by_layer(layered)
+
+    def _try_plain(self, recipe: Recipe) -> None:
+        """Try a recipe that keeps every channel."""
+        row = self._try(recipe)
+        self.plain += [] if row is None else [row]
+
+    def _spare(self) -> float | None:
+        """What a model may lose that is nothing but noise, once a point reaches the targets beyond
+        noise, has lost no more than that and isn't slower than the original; None before.
         """
         rows = [row for row in self.trial.rows() if row["recipe"] and row["fits"]]
         made = [row for row in rows if row["speedup"] >= 1]
         sure = [row for row in made if self.budget.excess(row, self.noise) <= 0]
-        return self.budget.has_targets and any(row["loss"] <= row["loss_noise"] for row in sure)
+        noises = [row["loss_noise"] for row in sure if row["loss"] <= row["loss_noise"]]
+        if not noises or not self.budget.has_targets:
+            return None
+        return min(max(noises), self.trial.allowed)
 
     def _smooth(self) -> None:
         """Try SmoothQuant where int8 loses something that it could win back."""
-        losing = [row for row in self.plain if strategy.uniform_kind(row["recipe"]) == INT8]
+        losing = [row for row in self.plain if strategy.uniform(row["recipe"]) == (INT8, 0.0)]
         if any(row["file"] and row["loss"] > row["loss_noise"] for row in losing):
-            row = self._try(strategy.smoothed(self.tables))
-            self.plain += [] if row is None else [row]
+            self._try_plain(strategy.smoothed(self.tables))
 
     def _is_faster_channels_last(self) -> bool:
         """Whether the order of the convolutions' weights alone makes a convolutional network
@@ -115,17 +131,16 @@ class Walk:
         row = self._try(strategy.channels_last(None))
         return row is not None and row["file"] is not None and row["speedup"] > 1 + self.noise
 
-    def _survey(self, before: Recipe | None) -> Layered | None:
-        """The parts of the model, after the steps of `before`, with their options; None where there
-        are none, or no time.
+    def _survey(self, before: Recipe | None, *more: str) -> Layered | None:
+        """The parts of the model, after the steps of `before`, with their options, `more` kinds
+        among them; None where there are none, or no time.
         """
         if self._is_over():
             return None
         trial = self.trial
         key = "whole" if before is None else file_name(before)
         known = trial.points.known.get(key, {"kinds": [], "units": []})
-        kinds = [FLOAT, INT8, *([BF16] if native_bf16("cpu") else [])]
-        kinds += [INT4] if self.small_wanted and self.linear > SOME_LINEAR else []
+        kinds = [FLOAT, INT8, *more]
         if not set(known["kinds"]) >= set(kinds):
             ready = strategy.channels_last(before) if self.has_layout else before
             try:
@@ -140,21 +155,26 @@ class Walk:
         ready = strategy.channels_last(before) if self.has_layout else before
         base = None if ready is None else trial.find(ready)
         told = (trial.original(), trial.budget, trial.allowed, self.tables)
-        return Layered(units, *told, knows_noise=trial.least_noise == 0, base=base)
+        layered = Layered(units, *told, knows_noise=trial.least_noise == 0, base=base)
+        if self.budget.speedup is not None or self.budget.latency_ms is not None:
+            layered.margin += self.noise
+        return layered
 
     def _by_layer(self, layered: Layered, before: Recipe | None = None) -> None:
         """Choices of an option for every part that is left by the steps of `before`, each corrected
         by what was measured of such choices.
         """
         learned = set()
-        for row in self.trial.rows():
+        rows = self.trial.rows()
+        rows.sort(key=lambda row: strategy.has_tables(row["recipe"]) == self.tables)
+        for row in rows:  # the last one tells the bytes that no unit has
             parts = _parts(row, layered)
             if parts is not None and strategy.dropped(row["recipe"]) == _dropped(before):
                 layered.learn(row, parts)
                 learned.add(row["name"])
         tried: dict[Choice, Row] = {}
         for _ in range(ROUNDS):
-            choice = layered.next(tried)
+            choice = layered.next(tried, self._spare())
             recipe = None if choice is None else layered.recipe(choice)
             if choice is None or recipe is None:
                 return
@@ -165,7 +185,7 @@ class Walk:
                 return
             tried[choice] = row
             if row["name"] not in learned:
-                layered.learn(row, Parts.of(layered.options(choice)))
+                layered.learn(row, layered.parts(choice))
                 learned.add(row["name"])
 
     def _drop(self) -> None:
@@ -183,36 +203,21 @@ class Walk:
             self._by_layer(layered, before)
 
     def _free_blocks(self) -> list[str]:
-        """The blocks without which the model loses no more than half of what it may, or noise."""
-        if self._is_over():
-            return []
-        trial = self.trial
-        blocks = find_blocks(trial.model, trial.example_inputs)
-        known = trial.points.known.get("blocks", {})
-        if blocks and not known:
-            trial.say(f"leaving out each of {len(blocks)} blocks")
-            losses = {name: self._loss_without([name]) for name in blocks}
-            known = {name: loss for name, loss in losses.items() if math.isfinite(loss)}
-            if not self._is_over():
-                self._kept(partial(trial.points.keep_known, "blocks", known))
+        """The blocks without which the model loses no more than half of what it may, or noise; as
+        many as the nearest point is too slow or too large by where no point reaches the targets.
+        """
+        trial, spare = self.trial, self._spare()
+        losses = Losses(trial, self._is_over)
+        known = losses.one_by_one(self._kept)
         half = trial.allowed / 2 if trial.allowed < math.inf else 0.0
-        most = max(half, trial.judge.noise, trial.least_noise)
-        found: list[str] = []
-        for name in sorted(known, key=lambda name: known[name]):
-            if known[name] > most or self._loss_without([*found, name]) > most:
-                break
-            found.append(name)
-        return found
+        most = max(half, trial.judge.noise, trial.least_noise) if spare is None else spare
+        return losses.dispensable(known, most, math.ceil(self._missing() * len(known)))
 
-    def _loss_without(self, blocks: list[str]) -> float:
-        """Of the metric; infinite where the model fails without them, or no time is left."""
-        if self._is_over():
-            return math.inf
-        try:
-            return self.trial.judge.score(drop_blocks(self.trial.model, blocks)).loss
-        except Exception as error:  # of somebody's model or metric
-            self.trial.say(f"not without {blocks[-1]}: {' '.join(str(error).split())[:150]}")
-            return math.inf
+    def _missing(self) -> float:
+        """The share of the nearest point within the loss that is too much for the targets."""
+        rows = [row for row in self.trial.rows() if row["within"]]
+        nearest = max(min(self.budget.excess(row, self.noise) for row in rows), 0.0)
+        return nearest / (1 + nearest) if math.isfinite(nearest) else 0.0  # inf: not measured
 
     def _try(self, recipe: Recipe, predicted: Row | None = None) -> Row | None:
         """The row of a recipe, known or measured now; None when the time or the disk is over."""
@@ -263,7 +268,7 @@ class Walk:
     def _reduce(self, kind: str, tail: Recipe | None, most: int) -> None:
         """Shares of one technique, each halfway between too little and too much."""
         tried: dict[float, bool] = {}
-        share: float | None = strategy.SHARES[0]
+        share: float | None = strategy.FIRST_SHARE
         while share is not None and len(tried) < most:
             row = self._try(strategy.reduced(share, kind, tail))
             if row is None or row["file"] is None:
@@ -322,5 +327,5 @@ def _parts(row: Row, layered: Layered) -> Parts | None:
     """The sums that a measured row was predicted from; None for recipes that have none."""
     if row["predicted"]:
         return Parts(**row["predicted"]["parts"])
-    kind = strategy.uniform_kind(row["recipe"])
-    return None if kind is None else layered.uniform(kind)
+    found = strategy.uniform(row["recipe"])
+    return None if found is None else layered.uniform(*found)
