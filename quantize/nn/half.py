@@ -6,6 +6,9 @@ keeps 7 bits and is twice as fast where the CPU multiplies it natively. So `to_h
 parameters, makes `state_dict()` (and so the file) give 16-bit tensors, and lets each layer compute
 in `compute_dtype`: the fastest type that loses none of the bits the file keeps. From outside such a
 layer is what it was: it takes, gives, and its weight reads in the dtype that it had.
+
+Where native code reads the float16 numbers of a linear layer, the layer itself holds no others (see
+`hold_stored`): it widens them block by block in the cache as it multiplies.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from quantize.host import compute_dtype
 from quantize.nn import Operands, WeightReading, dtype_name, dtype_named, is_traced, is_transposed
 
 HALF_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+_BLOCK = 1 << 18  # weights widened at a time: 1 MiB of float32, which caches hold
 
 
 @surgery.builder
@@ -80,7 +84,8 @@ class _Casting(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         parameters: Any = self._parameters
         weight, bias = parameters["weight"], parameters["bias"]
-        return self._multiply(input.to(weight.dtype), weight, bias).to(self._reads)
+        computed = torch.float32 if _is_narrow(weight) else weight.dtype
+        return self._multiply(input.to(computed), weight, bias).to(self._reads)
 
     @property
     def weight(self) -> Tensor:
@@ -93,6 +98,8 @@ class _Casting(nn.Module):
     def _reading(self, name: str) -> Any:
         """The parameter as the layer that this one was had it."""
         stored: Any = self._parameters[name]
+        if stored is not None and _is_narrow(stored):
+            self._settle()  # whoever asks may write into it
         if stored is None or stored.dtype == self._reads:
             return stored
         if is_traced():
@@ -123,13 +130,32 @@ class _Casting(nn.Module):
         return self
 
 
+def _is_narrow(parameter: Tensor) -> bool:
+    """Whether a parameter is held in float16 where the CPU computes in float32."""
+    return parameter.dtype is torch.float16 and parameter.device.type == "cpu"
+
+
 class HalfLinear(_Casting, nn.Linear):
     """`nn.Linear` on weights stored in 16 bits: [..., in_features] to [..., out_features] in the
     dtype that the layer had.
     """
 
+    def hold_stored(self, weight: Tensor) -> None:
+        """Hold `weight`, the same numbers in float16, instead of the float32 parameter's.
+
+        The parameter stays the same object. Whoever asks for `layer.weight` finds float32 again.
+        """
+        self._parameters["weight"].data = weight  # type: ignore[union-attr]
+
     def _multiply(self, x: Tensor, weight: Tensor, bias: Any) -> Tensor:
-        return F.linear(x, weight, bias)
+        if weight.dtype is x.dtype:
+            return F.linear(x, weight, bias)
+        if is_traced() or (torch.is_grad_enabled() and weight.requires_grad):
+            return F.linear(x, weight.to(x.dtype), bias)
+        rows = max(1, _BLOCK // self.in_features)
+        blocks = [F.linear(x, block.to(x.dtype)) for block in weight.split(rows)]
+        y = torch.cat(blocks, dim=-1)
+        return y if bias is None else y.add_(bias)
 
 
 class HalfConv1D(_Casting):

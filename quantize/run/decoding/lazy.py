@@ -98,12 +98,19 @@ def held(layer: nn.Module) -> list[Tensor]:
     return [tensor for tensor in tensors if tensor is not None and tensor is not missing]
 
 
-def holds_alone(layer: nn.Module) -> bool:
-    """Whether nobody but a layer has its integers, by another name, a view or a state dict."""
-    packed = shown(layer)
-    if type(packed) is not Tensor or not packed.is_contiguous() or packed.is_inference():
+def holds_alone(tensors: dict, name: str = PACKED) -> bool:
+    """Whether nobody but a layer has one of its tensors, by another name, a view or a state dict.
+
+    Args:
+        tensors: the layer's buffers or parameters.
+        name: of the tensor.
+    """
+    tensor = dict.__getitem__(tensors, name)
+    if type(tensor) not in (Tensor, nn.Parameter):
         return False
-    if sys.getrefcount(packed) > _OWN_REFERENCES:
+    if not tensor.is_contiguous() or tensor.is_inference():
         return False
-    storage = packed.untyped_storage()
+    if sys.getrefcount(tensor) > _OWN_REFERENCES:
+        return False
+    storage = tensor.untyped_storage()
     return torch._C._storage_Use_Count(storage._cdata) <= _OWN_STORAGES

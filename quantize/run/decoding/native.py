@@ -23,7 +23,8 @@ from quantize.nn.int8 import Int8Linear
 from quantize.nn.int8_outliers import Int8OutlierLinear
 from quantize.nn.low_rank import LowRankLinear
 from quantize.run.decoding.build import built
-from quantize.run.decoding.packing import PANEL, Panels, panels_of
+from quantize.run.decoding.caches import view_of
+from quantize.run.decoding.packing import PANEL, Panels, float16_of, panels_of
 from quantize.run.decoding.recognition import (
     KINDS,
     linears,
@@ -31,19 +32,18 @@ from quantize.run.decoding.recognition import (
     stored_in,
 )
 from quantize.run.decoding.sizes import blocks_of
-from quantize.run.decoding.structs import NORMS, Held, Layer, Linear, Model, Pass
+from quantize.run.decoding.structs import NORMS, Layer, Linear, Model, Pass
 from quantize.run.kv_cache import KVCache
 
 # Rows of a pass over float weights: above, a product of matrices is faster than that many of a
 # matrix and a vector.
 MOST_ROWS = 16
 PIECE_ROWS = 512  # rows of a call: bounds the memory of activations
-CACHE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
 
 
 class Step:
-    """Runs passes of `model`. narrow: float32 weights that hold float16 values are read from a
-    copy.
+    """Runs passes of `model`. narrow: float32 weights of float16 layers are read in 16 bits, and
+    held so.
     """
 
     def __init__(self, model: DecoderLM, *, narrow: bool = True):
@@ -74,7 +74,7 @@ class Step:
             ctypes.addressof(layers), self._linear(model.head),
         )  # fmt: skip
         self.vocabulary = model.head.out_features
-        self.answers = model.head.weight.dtype if isinstance(model.head, HalfLinear) else None
+        self.answers = model.head._reads if isinstance(model.head, HalfLinear) else None
         self.shapes = [block.attention.cache_shape[:2] for block in blocks_of(model)]
         use_huge_pages(self._blocks())
 
@@ -89,11 +89,10 @@ class Step:
         if embedded is None:
             return None
         pad = None if cache.pad is None else cache.pad.cpu().contiguous()
-        store = cache.open(tokens, embedded.dtype)
-        if store is None or not _fits_pad(pad, batch):
+        if not _fits_pad(pad, batch):
             return None
-        held = held_by(store, batch, cache.length, tokens)
-        if held is None:
+        view = view_of(cache, self.shapes, tokens, embedded.dtype)
+        if view is None:
             return None
         keep = min(logits_to_keep, tokens) or tokens
         found = []
@@ -105,10 +104,10 @@ class Step:
                 tokens=end - start,
                 length=cache.length + start,
                 keep=kept,
-                kind=KINDS[store[0].tensors["k"].dtype],
+                kind=KINDS[view.dtype],
                 threads=self.threads,
                 pad=None if pad is None else pad.data_ptr(),
-                held=ctypes.addressof(held),
+                held=view.address,
                 x=x.data_ptr(),
                 logits=logits.data_ptr(),
             )
@@ -139,7 +138,7 @@ class Step:
             return False
         if not self.reads_prompts and (not cache.length or ids.numel() > MOST_ROWS):
             return False
-        return ids.shape[0] == cache.batch and cache.shapes == self.shapes
+        return ids.shape[0] == cache.batch
 
     def _linear(self, layer: nn.Module) -> Linear:
         if type(layer) is LowRankLinear:
@@ -150,11 +149,13 @@ class Step:
             return outer
         integers = isinstance(layer, Int8Linear | Int4Linear)
         panels = panels_of(layer) if integers else None  # before anything else refers to the weight
+        narrow = float16_of(layer) if self.narrow and type(layer) is HalfLinear else None
         stored = stored_in(layer)
         if stored is None:
             raise TypeError(f"a {type(layer).__name__} has no operands")
         if panels is None:
-            panels = self._floats(layer, stored.weight)
+            weight = stored.weight if narrow is None else narrow
+            panels = Panels(weight.detach().contiguous())
         self.kept.append(panels)
         described = Linear(
             kind=KINDS[panels.weight.dtype],
@@ -174,14 +175,6 @@ class Step:
             described.channels = self._keep(own.channels, torch.int64)
             described.kept = self._keep(F.pad(own.kept, (0, missing)), torch.float32)
         return described
-
-    def _floats(self, layer: nn.Module, weight: Tensor) -> Panels:
-        """A float weight in the form that step.cpp reads."""
-        half = getattr(layer, "_half", (None, ()))[0]
-        may_narrow = self.narrow and half is torch.float16 and weight.dtype is torch.float32
-        if may_narrow and torch.equal(weight.half().float(), weight):
-            weight = weight.half()  # the same numbers in half the bytes
-        return Panels(weight.detach().contiguous())
 
     def _keep(self, tensor: Tensor | None, dtype: torch.dtype) -> int | None:
         """The address of a tensor's values, contiguous and in `dtype`; they live as long as this
@@ -213,34 +206,3 @@ def _pieces(batch: int, tokens: int, keep: int) -> Iterator[tuple[int, int, int]
 def widened(embedded: Tensor) -> Tensor:
     """Embeddings as a pass takes them, and overwrites: a copy in fp32."""
     return embedded.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
-
-
-def held_by(store: list, batch: int, length: int, tokens: int) -> ctypes.Array[Held] | None:
-    """What each layer of a cache holds, as step.cpp reads it; None unless every tensor is what
-    step.cpp takes it for.
-    """
-    dtype = store[0].tensors["k"].dtype
-    if dtype not in CACHE_DTYPES:
-        return None
-    held = (Held * len(store))()
-    for to, layer in zip(held, store, strict=True):
-        shape = (batch, layer.kv_heads, layer.capacity)
-        expected = {"k": (dtype, layer.head_dim), "v": (dtype, layer.head_dim)}
-        if dtype is torch.int8:
-            expected |= {"k_scale": (torch.bfloat16, 1), "v_scale": (torch.bfloat16, 1)}
-        if expected.keys() != layer.tensors.keys():
-            return None
-        if not 0 <= layer.first <= length or length + tokens - layer.first > layer.capacity:
-            return None
-        for name, tensor in layer.tensors.items():
-            kind, width = expected[name]
-            as_expected = (
-                tensor.dtype is kind
-                and tensor.shape == (*shape, width)
-                and tensor.device.type == "cpu"
-            )
-            if not as_expected or not tensor.is_contiguous():
-                return None
-            setattr(to, name, tensor.data_ptr())
-        to.capacity, to.first, to.window = layer.capacity, layer.first, layer.window or 0
-    return held

@@ -1,19 +1,22 @@
 """Integer weights in the layouts that step.cpp multiplies, kept until the weight dies or changes.
 
 They lie outside of the modules, so that no copy, move or file carries a stale one along. A layer
-doesn't hold its integers beside them, unless somebody else has them too (see `lazy`).
+doesn't hold its integers beside them, unless somebody else has them too (see `lazy`). Nor does one
+of float16 hold its weight in float32 beside the 16 bits that step.cpp reads.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from quantize.native import int8
+from quantize.nn.half import HalfLinear
 from quantize.nn.int4 import Int4Linear
 from quantize.nn.int8 import Int8Linear
 from quantize.run.decoding import lazy
@@ -22,6 +25,7 @@ from quantize.run.decoding.build import built
 PANEL = 16  # outputs
 STEP = 64  # inputs of an int8 panel are filled up to a multiple of it
 BLOCK, BLOCK_BYTES, SCALE_BYTES = 32, 256, 64  # as in int4.h
+ROWS = 1024  # of a float16 weight that are compared at a time
 
 
 @dataclass(frozen=True)
@@ -45,12 +49,33 @@ def panels_of(layer: Int8Linear | Int4Linear) -> Panels:
             return panels
         is_int8 = isinstance(layer, Int8Linear)
         panels = _int8_panels(layer) if is_int8 else _int4_panels(layer)
-        if lazy.holds_alone(layer):
+        if lazy.holds_alone(layer._buffers):
             unpack = int8_rows if is_int8 else int4_rows
             sizes = layer.out_features, layer.in_features
             group = () if is_int8 else (layer.group_size,)
             lazy.LazyBuffers(layer, panels, partial(unpack, panels.weight, *sizes, *group))
         return panels
+
+
+def float16_of(layer: HalfLinear) -> Tensor | None:
+    """The weight in float16 [outputs, inputs], which the layer holds alone if it alone had it.
+
+    None where those 16 bits aren't all of it.
+    """
+    with lazy.LOCK:
+        if layer._half[0] is not torch.float16:
+            return None
+        alone = lazy.holds_alone(layer._parameters, "weight")
+        weight: Any = layer._parameters["weight"].detach()
+        if weight.dtype is torch.float16:
+            return weight
+        narrow = weight.half()
+        pairs = zip(narrow.split(ROWS), weight.split(ROWS), strict=True)
+        if not all(torch.equal(part.float(), whole) for part, whole in pairs):
+            return None
+        if alone:
+            layer.hold_stored(narrow)
+        return narrow
 
 
 def _int8_panels(layer: Int8Linear) -> Panels:

@@ -48,7 +48,7 @@ class NativePasses:
         tokens: how many the caller means to decode. None compiles step.cpp where it isn't kept from
             before, as do integer weights, whose tokens mustn't depend on who decodes them; a number
             does so only once this process has decoded enough without it (WORTH_COMPILING).
-        narrow: read float32 weights that hold float16 values from a float16 copy.
+        narrow: read float32 weights of float16 layers in 16 bits, and let the layers hold them so.
     """
 
     def __init__(self, model: DecoderLM, *, tokens: int | None = None, narrow: bool = False):
@@ -58,7 +58,12 @@ class NativePasses:
         self.reason: str | None = None
         self._looked: tuple[_Watch, Step | None] | None = None
 
-    def __call__(self, ids: Tensor, cache: object, logits_to_keep: int) -> Tensor | None:
+    def __call__(
+        self, ids: Tensor, cache: object, logits_to_keep: int, *, unchanged: bool = False
+    ) -> Tensor | None:
+        """Logits [B, T, V] of ids [B, T]. unchanged: nobody had the time to change the model since
+        the last pass, so that it isn't checked.
+        """
         global _run_without
         if type(cache) is not KVCache or is_watched():
             return None
@@ -66,7 +71,7 @@ class NativePasses:
         if not few and not multiplies_integers(self.model):
             return None
         looked = self._looked
-        if looked is None or not looked[0].same():
+        if looked is None or not (unchanged or looked[0].same()):
             looked = self.look()
         step = looked[1]
         if step is not None:
@@ -77,6 +82,7 @@ class NativePasses:
 
     def look(self) -> tuple[_Watch, Step | None]:
         """See what the model is now, and make the native step for it if there can be one."""
+        self._looked = None  # which holds tensors that only layers should
         self.reason = obstacle(self.model, compile_now=self.compile_now)
         step = None if self.reason else Step(self.model, narrow=self.narrow)
         watch = _Watch(self.model)  # it holds all tensors: those that layers give up are gone

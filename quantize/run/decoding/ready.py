@@ -40,17 +40,17 @@ def for_decoding(
 
     `generate` decodes a `DecoderLM` natively by itself; this is for choosing the back end, for
     calling the model without `generate`, and for float16 weights (`to_half`), which native then
-    reads from a float16 copy. The result shares the model's weights; integers lie in memory once,
-    as native code reads them, and are computed for whoever else asks (see `lazy`). Not for training
-    or saving; a CUDA model runs as it is.
+    reads in 16 bits. The result shares the model's weights; integers and float16 weights lie in
+    memory once, as native code reads them, and are computed for whoever else asks (see `lazy` and
+    `HalfLinear.hold_stored`). Not for training or saving; a CUDA model runs as it is.
 
     Args:
         model: a `DecoderLM`, compressed or not. It isn't changed, its mode included.
         backend: "native" compiles a C++ file when first asked for (6 s; kept in the user's cache
-            folder) and follows later changes of the model, but for those made through `.data` in
-            float16 weights. "torchscript" traces a copy with merged layers and follows none. None
-            takes native where there is a compiler and every layer is of a kind that it knows, else
-            torchscript.
+            folder) and follows later changes of the model, but for those made through the `.data`
+            of float16 weights that somebody else holds too. "torchscript" traces a copy with merged
+            layers and follows none. None takes native where there is a compiler and every layer is
+            of a kind that it knows, else torchscript.
         progress: called with a line for people before each piece of work. With it, weights are
             packed now, not by the first pass.
 
@@ -101,24 +101,29 @@ class DecodingLM(nn.Module):
 
     def forward(self, ids: Tensor, cache: KVCache | None = None, logits_to_keep: int = 0) -> Tensor:
         if type(cache) is KVCache and ids.device.type == "cpu" and not is_watched():
-            if self._passes is None:
-                self._passes = self._make_passes()
-            logits = self._passes(ids, cache, logits_to_keep)
+            logits = self._made_passes()(ids, cache, logits_to_keep)
             if logits is not None:
                 return logits
         return self.model(ids, cache, logits_to_keep)
 
     def pack(self) -> None:
         """Do what the first native pass would begin with."""
-        if self._passes is None:
-            self._passes = self._make_passes()
-        if isinstance(self._passes, NativePasses):
-            self._passes.look()
+        passes = self.native_passes()
+        if passes is not None:
+            passes.look()
 
-    def _make_passes(self) -> NativePasses | torchscript.Step:
-        if self.backend == "native":
-            return NativePasses(self.model, narrow=True)
-        return torchscript.Step(self.model)
+    def native_passes(self) -> NativePasses | None:
+        """Those that run for this model; None with another back end."""
+        passes = self._made_passes()
+        return passes if isinstance(passes, NativePasses) else None
+
+    def _made_passes(self) -> NativePasses | torchscript.Step:
+        if self._passes is None:
+            native = self.backend == "native"
+            self._passes = (
+                NativePasses(self.model, narrow=True) if native else torchscript.Step(self.model)
+            )
+        return self._passes
 
     def rope_frequencies(self) -> Tensor:
         return self.model.rope_frequencies()

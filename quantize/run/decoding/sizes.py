@@ -19,12 +19,11 @@ def contradictions(model: DecoderLM) -> Iterator[str]:
     """What attributes, tensors and neighbours in `model` deny of each other, in words."""
     for name, module in model.named_modules():
         reason = surgery.contradiction(module)
-        if (
-            reason is None
-            and isinstance(module, nn.Linear)
-            and not module.weight.is_floating_point()
-        ):
-            reason = f"its weight is {module.weight.dtype}"
+        if reason is None and isinstance(module, nn.Linear):
+            own = module._parameters.get("weight")
+            weight = module.weight if own is None else own
+            if not weight.is_floating_point():
+                reason = f"its weight is {weight.dtype}"
         if reason is not None:
             yield f"{name or 'the model'}: {reason}"
     head_dim = model.config.head_dim

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quantize.run.decoding.native import Step, held_by, widened
+from quantize.run.decoding.caches import view_of
+from quantize.run.decoding.native import Step, widened
 from quantize.run.decoding.recognition import KINDS
 from quantize.run.decoding.structs import Held, Pass
 from quantize.run.kv_cache import KVCache
@@ -36,14 +37,13 @@ def read_together(step: Step, tokens: Tensor, caches: Sequence[KVCache]) -> Tens
     held = (Held * (rows * layers))()
     kinds: set[torch.dtype] = set()
     for row, cache in enumerate(caches):
-        store = cache.open(1) if cache.length and cache.shapes == step.shapes else None
-        if store is None or cache.batch != 1 or cache.pad is not None:
+        fits = cache.length and cache.batch == 1 and cache.pad is None
+        view = view_of(cache, step.shapes, 1) if fits else None
+        if view is None:
             return None
-        of_row = held_by(store, 1, cache.length, 1)
-        if of_row is None:
-            return None
-        held[row * layers : (row + 1) * layers] = list(of_row)
-        kinds.add(store[0].tensors["k"].dtype)
+        size = ctypes.sizeof(view.held)
+        ctypes.memmove(ctypes.addressof(held) + row * size, view.address, size)
+        kinds.add(view.dtype)
     if len(kinds) != 1:
         return None
     embedded = step.embed(tokens[:, None])

@@ -83,6 +83,7 @@ def generate(model: nn.Module, prompt: Prompt, **options: Any) -> Tensor | list[
         ValueError, TypeError: under way, for logits that aren't finite, a model that isn't causal.
     """
     run = Generation(model, prompt, **options)
+    run.undisturbed = run._draft is None and not run._stop_strings
     for _ in run:
         pass
     return (run.result, run.log_probs) if run.wants_log_probs else run.result
@@ -141,7 +142,7 @@ class Generation:
         check_ids("prompt", self.ids, self._vocabulary)
         self.prompt_length, self.batch = self.ids.shape[1], self.ids.shape[0]
         stops = stop_tokens_of(model, stop_tokens, self._vocabulary)
-        self._stop = torch.tensor(stops, dtype=torch.int64, device=self._device)
+        self._stop = frozenset(stops)
         self._stop_strings, self._to_text = as_strings(stop_strings), to_text
         if self._stop_strings and to_text is None:
             raise ValueError("stop_strings need to_text, a function from a list of ids to text")
@@ -155,6 +156,7 @@ class Generation:
         self.wants_log_probs, self._log_probs = log_probs, []
         self._done = torch.zeros(self.batch, dtype=torch.bool, device=self._device)
         self._ends: list[int | None] = [None] * self.batch  # where each row that stopped ends
+        self.undisturbed = False  # whether no code but this package's runs between two tokens
         self.drafted = self.accepted = 0
         self._tokens = self._run()
 
@@ -168,9 +170,7 @@ class Generation:
 
     @property
     def result(self) -> Tensor | list[Tensor]:
-        """Prompt and new tokens in the form the prompt had: ids [B, T + new], or a list of B 1-D
-        tensors without padding.
-        """
+        """Prompt and new tokens in the prompt's form: ids [B, T + new], or B of 1-D, unpadded."""
         if not self._ragged:
             return self.ids
         spans = zip(self.ids, self._pads(), self._ends, strict=True)
@@ -191,11 +191,12 @@ class Generation:
     def _run(self) -> Iterator[Tensor]:
         yield from self._accept(self._read_prompt(), self.ids[:, :0])
         limit = self.prompt_length + self.max_new_tokens
-        while self.ids.shape[1] < limit and not bool(self._done.all()):
+        while self.ids.shape[1] < limit and None in self._ends:
             guesses, draft_s = self._guess(limit)
             started = time.perf_counter()
             todo = torch.cat((self.ids[:, -1:], guesses), dim=1)
-            logits = self._reader.read(todo, last=todo.shape[1])  # [B, guesses + 1, V]
+            new = todo.shape[1]
+            logits = self._reader.read(todo, last=new, unchanged=self.undisturbed)  # [B, new, V]
             right = yield from self._accept(logits, guesses)
             count = guesses.shape[1]
             if count:
@@ -217,12 +218,13 @@ class Generation:
         right = 0
         for i in range(logits.shape[1]):
             token = self._choose(logits[:, i], self.ids.shape[1], self._seen)
-            token = torch.where(self._done, self.ids[:, -1], token)
+            if any(self._ends):
+                token = torch.where(self._done, self.ids[:, -1], token)
             self._keep(token, logits[:, i])
             hit = i < guesses.shape[1] and bool(((token == guesses[:, i]) | self._done).all())
             right += hit
             yield token
-            if not hit or bool(self._done.all()):
+            if not hit or None not in self._ends:
                 break
         return right
 
@@ -243,19 +245,17 @@ class Generation:
             self._log_probs.append(scores.masked_fill(self._done, 0.0))
         if self._seen is not None:
             self._seen.scatter_(1, token[:, None], True)
-        stops = torch.isin(token, self._stop) if len(self._stop) else torch.zeros_like(self._done)
-        if self._stop_strings:
-            ends = [self._ends_with_string(row) for row in self.ids]
-            stops = stops | torch.tensor(ends, dtype=torch.bool, device=self._device)
-        if bool(stops.any()):
-            for row in (stops & ~self._done).nonzero().flatten().tolist():
+        for row, chosen in enumerate(token.tolist()):
+            if self._ends[row] is None and self._stops_at(chosen, self.ids[row]):
                 self._ends[row] = self.ids.shape[1]
-            self._done = self._done | stops
+                self._done[row] = True
 
-    def _ends_with_string(self, row: Tensor) -> bool:
-        """Whether a stop string stands in the text of the last new tokens; a character may take
-        four byte-level tokens.
+    def _stops_at(self, chosen: int, row: Tensor) -> bool:
+        """Whether a row ends with the token just chosen: a stop token, or the end of a stop string
+        in the text of the last new ones; a character may take four byte-level tokens.
         """
+        if chosen in self._stop or not self._stop_strings:
+            return chosen in self._stop
         tail = 4 * max(map(len, self._stop_strings)) + 4
         to_text: Any = self._to_text
         text = to_text(row[self.prompt_length :][-tail:].tolist())

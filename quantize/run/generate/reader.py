@@ -125,6 +125,7 @@ class CachedReader:
     def __init__(self, model: nn.Module, cache: KVCache, *, tokens: int):
         self.model, self.cache = model, cache
         self.passes = _native_passes(model, tokens)
+        self._ran = False  # whether native code ran the last pass, and so had checked the model
 
     @property
     def reason(self) -> str | None:
@@ -185,10 +186,14 @@ class CachedReader:
             cache.truncate(int(same.cumprod(0).sum()))
         return ids[:, cache.length :]
 
-    def read(self, ids: Tensor, *, last: int) -> Tensor:
-        """Logits [B, last, V] after reading ids [B, n] >= last."""
+    def read(self, ids: Tensor, *, last: int, unchanged: bool = False) -> Tensor:
+        """Logits [B, last, V] after reading ids [B, n] >= last. unchanged: see `NativePasses`."""
         held = self.cache.tokens if self.cache.length else None
-        logits = None if self.passes is None else self.passes(ids, self.cache, last)
+        logits = None
+        if self.passes is not None:
+            checked = unchanged and self._ran
+            logits = self.passes(ids, self.cache, last, unchanged=checked)
+            self._ran = logits is not None
         if logits is None and ids.shape[1] > CHUNK and last == 1:
             logits = prefill(self.model, ids, self.cache)[:, None]
         elif logits is None:
@@ -224,7 +229,7 @@ class PlainReader:
     def length(self) -> int:
         return 0 if self.ids is None else self.ids.shape[1]
 
-    def read(self, ids: Tensor, *, last: int) -> Tensor:
+    def read(self, ids: Tensor, *, last: int, unchanged: bool = False) -> Tensor:
         self.ids = ids if self.ids is None else torch.cat((self.ids, ids), dim=1)
         logits = self._read_natively(last)
         if logits is not None:
@@ -268,6 +273,9 @@ class PlainReader:
 
 def _native_passes(model: nn.Module, tokens: int) -> NativePasses | None:
     """Native passes of a `DecoderLM` in eval mode. tokens: how many will be decoded."""
+    if type(model) is DecodingLM:
+        has_hooks = model._forward_hooks or model._forward_pre_hooks
+        return None if has_hooks else model.native_passes()
     if not isinstance(model, DecoderLM) or any(module.training for module in model.modules()):
         return None
     return NativePasses(model, tokens=tokens)

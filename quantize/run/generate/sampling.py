@@ -155,8 +155,8 @@ class Chooser:
         if seen is not None:
             logits = penalize(logits, seen, self.penalty)
         best, token = logits.max(-1)
-        if not bool(torch.isfinite(best).all()):
-            rows = (~torch.isfinite(best)).nonzero().flatten().tolist()
+        rows = [row for row, value in enumerate(best.tolist()) if not math.isfinite(value)]
+        if rows:
             raise ValueError(
                 f"the model's logits for position {position} aren't finite in row {rows}"
             )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 from decoding_models import PROMPT, decoder
-from helpers import assert_close
+from helpers import assert_close, tokens
 
 import quantize
 from quantize.native import build
@@ -68,17 +70,46 @@ def test_padding_longer_than_the_text_is_left_to_the_model():
 
 
 def test_step_checks_every_tensor_of_the_cache():
-    """A tensor of another dtype or shape is never handed to C++ as what it isn't."""
+    """A tensor of another dtype or shape is never handed to C++ as what it isn't, also in a cache
+    that was read before.
+    """
     model = decoder()
     step = native.Step(model)
-    for spoil in (
+    spoils = (
         lambda layer: layer.tensors.update(k=layer.tensors["k"].double()),
         lambda layer: layer.tensors.update(v=layer.tensors["v"][:, :1]),
         lambda layer: layer.tensors.pop("v"),
         lambda layer: setattr(layer, "first", -3),
-    ):
+    )
+    for spoil, reads in product(spoils, (0, 2)):
         cache = KVCache.for_model(model, block=64)
         with torch.no_grad():
             model(PROMPT, cache)
+        for _ in range(reads):
+            assert step(PROMPT[:, :1], cache, 1) is not None
         spoil(cache._layers[1])
         assert step(PROMPT[:, :1], cache, 1) is None
+
+
+def test_what_was_noted_of_a_cache_is_dropped_with_it():
+    """A cache that grows, is forked or stands at its limit is looked at again; a model of other
+    sizes can't read it.
+    """
+    model, other = decoder(), decoder(kv_heads=4)
+    steps = native.Step(model), native.Step(other)
+    cache, expected = (KVCache.for_model(model, limit=40, block=4) for _ in range(2))
+    with torch.no_grad():
+        for read in (cache, expected):
+            model(PROMPT, read)
+        forks = []
+        for token in tokens(30, 1, 1):
+            assert steps[1](token, cache, 1) is None
+            assert_close(steps[0](token, cache, 1), model(token, expected))
+            forks.append((cache.fork(), cache.length))
+    for fork, length in forks:
+        for kept, final in zip(fork._layers, cache._layers, strict=True):
+            whole = final.between(0, length)
+            assert all(torch.equal(t, whole[n]) for n, t in kept.between(0, length).items())
+    with pytest.raises(ValueError, match="limit"):
+        for _ in range(40):
+            steps[0](PROMPT[:, :1], cache, 1)

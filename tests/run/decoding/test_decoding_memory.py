@@ -11,12 +11,13 @@ from itertools import chain
 import pytest
 import torch
 from decoding_models import PROMPT, decoder
-from helpers import randn, tensor_bytes
+from helpers import assert_close, randn, tensor_bytes
 from torch import Tensor, nn
 
 import quantize
 from quantize.models import DecoderLM
 from quantize.native import build
+from quantize.nn.half import HalfLinear
 from quantize.nn.int4 import Int4Linear
 from quantize.nn.int8 import Int8Linear
 from quantize.nn.int8_outliers import Int8OutlierLinear
@@ -156,3 +157,50 @@ def test_for_decoding_says_what_it_does(model: DecoderLM):
     assert lines[0] == "checking 2 blocks" and lines[-1] == "packing the weights of 2 blocks"
     assert all(lazy.panels_of(layer) is not None for layer in integer_layers(model))
     assert torch.equal(write(ready), write(model))
+
+
+def narrow(model: nn.Module) -> list[bool]:
+    """Which float16 layers hold their weight in 16 bits."""
+    layers = [m for m in model.modules() if isinstance(m, HalfLinear)]
+    return [layer._parameters["weight"].dtype is torch.float16 for layer in layers]
+
+
+def test_float16_weights_lie_in_memory_once(tmp_path):
+    """In 16 bits, as native code reads them; the file and the model's own forward stay what they
+    were, whoever asks for a weight finds float32, and what is changed there is seen.
+    """
+    path = tmp_path / "model.safetensors"
+    quantize.save(quantize.to_half(decoder(width=128, ffn_width=4096)), path)
+    model = quantize.load(path)
+    with torch.no_grad():
+        before, logits, text = numbers(model), model(PROMPT), write(model)
+    ready = quantize.for_decoding(model, progress=lambda line: None)
+    assert all(narrow(model))
+    assert held_bytes(model) < 1.2 * tensor_bytes(path) + model.embedding.weight.nbytes // 2
+    assert torch.equal(write(ready), text)
+    assert all(narrow(model)) and same(numbers(model), before)
+    assert_close(model(PROMPT), logits)  # with gradients
+    with torch.no_grad():
+        assert_close(model(PROMPT), logits)
+    assert_close(copy.deepcopy(model)(PROMPT), logits)
+    with torch.no_grad():
+        model.head.weight.mul_(-1)
+    assert not all(narrow(model))
+    assert torch.equal(write(ready), write(copy.deepcopy(model)))
+    assert all(narrow(model)) and not torch.equal(write(ready), text)
+
+
+def test_float16_weights_that_others_hold_stay():
+    """A list of parameters, and an optimizer with it, keeps float32; so does a weight that lost its
+    16 bits.
+    """
+    model = quantize.to_half(decoder(width=128))
+    text = write(model)
+    parameters = list(model.parameters())
+    ready = quantize.for_decoding(model)
+    assert torch.equal(write(ready), text) and not any(narrow(model))
+    del parameters
+    with torch.no_grad():
+        model.head.weight.mul_(1 + 2**-12)
+    assert torch.equal(write(ready), write(model))
+    assert [not is_narrow for is_narrow in narrow(model)].count(True) == 1
