@@ -66,6 +66,7 @@ def app(
 
     starlette = Starlette(routes=ROUTES, lifespan=lifespan, exception_handlers=HANDLERS)
     direct = {oip.infer_path(name): (oip.infer, {"name": name}) for name in names}
+    direct["/v1/embeddings"] = embeddings.embeddings, {}
     return Guard(starlette, settings.token, direct)
 
 

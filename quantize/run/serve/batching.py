@@ -7,8 +7,10 @@ those of the next oldest whose lengths are nearest, so that little is padded, up
 tokens, padding included: what the settings allow, and what takes BATCH_S at the pace of the batches
 before. More would answer hardly more per second, and everyone later.
 
-All model calls of a process run in one thread, `compute`: PyTorch has its own threads below it, and
-two callers at once would only take each other's cores.
+One model call of a process runs at a time: PyTorch has its own threads below it, and two callers
+at once would only take each other's cores. Calls run in one thread, `compute`, but a batch that is
+soon done runs in the event loop itself, where it is ready earlier: to hand it over and back takes
+as long as a small model.
 """
 
 from __future__ import annotations
@@ -18,17 +20,22 @@ import logging
 import math
 import time
 from collections.abc import Callable, Hashable, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeVar
+
+import torch
 
 from quantize.run.serve.errors import Refused, busy
 from quantize.run.serve.settings import Settings
 
+T = TypeVar("T")
 LOG = logging.getLogger("quantize.serve")
 MOST_ROWS = 256
 BATCH_S = 0.1
+SOON_S = 0.005  # the event loop may be held up for so long
 WINDOW = 4  # budgets of the oldest tokens, from which a batch is chosen: nobody is left far behind
 SHARE = 0.2  # of the last batch in the pace
 
@@ -79,8 +86,8 @@ class Batcher:
     """The queue of one model.
 
     Args:
-        run: what each of a list of jobs gives, in their order; called in `compute`.
-        compute: the thread of all model calls.
+        run: what each of a list of jobs gives, in their order.
+        compute: where model calls run.
         settings: budget and bound of the queue.
         seen: told the rows of each batch, and how many jobs wait.
     """
@@ -88,7 +95,7 @@ class Batcher:
     def __init__(
         self,
         run: Callable[[list[Job]], Sequence[Any]],
-        compute: Executor,
+        compute: Compute,
         settings: Settings,
         seen: Callable[[int, int], None] = lambda rows, waiting: None,
     ) -> None:
@@ -124,7 +131,6 @@ class Batcher:
             )
 
     async def _work(self) -> None:
-        loop = asyncio.get_running_loop()
         while self.waiting:
             self.waiting = [job for job in self.waiting if not job.done.done()]
             if not self.waiting:
@@ -133,11 +139,13 @@ class Batcher:
             taken = set(map(id, jobs))
             self.waiting = [job for job in self.waiting if id(job) not in taken]
             self.seen(sum(job.rows for job in jobs), len(self.waiting))
-            started = time.monotonic()
-            results = await loop.run_in_executor(self.compute, self._results, jobs)
-            self._note_pace(jobs, time.monotonic() - started)
+            if self._seconds(jobs) <= SOON_S and not self.compute.busy:
+                results = self._results(jobs)
+            else:
+                results = await self.compute.run(partial(self._results, jobs))
             for job, result in zip(jobs, results, strict=True):
                 self._finish(job, result)
+            await asyncio.sleep(0)  # these are answered, and others come in
         self.seen(0, 0)
 
     def _budget(self) -> int:
@@ -145,9 +153,12 @@ class Batcher:
         most = self.settings.max_batch_tokens
         return int(min(most, max(1.0, self._pace * BATCH_S)))
 
+    def _seconds(self, jobs: Sequence[Job]) -> float:
+        """What a batch will take, at the pace of those before."""
+        return _tokens(jobs) / self._pace if math.isfinite(self._pace) else math.inf
+
     def _note_pace(self, jobs: Sequence[Job], seconds: float) -> None:
-        tokens = sum(job.rows for job in jobs) * max(job.length for job in jobs)
-        pace = tokens / max(seconds, 1e-6)
+        pace = _tokens(jobs) / max(seconds, 1e-6)
         known = math.isfinite(self._pace)
         self._pace = self._pace + SHARE * (pace - self._pace) if known else pace
 
@@ -162,12 +173,50 @@ class Batcher:
 
     def _results(self, jobs: list[Job]) -> Sequence[Any]:
         """One result or exception per job; where a batch fails, each is run by itself."""
+        started = time.perf_counter()
         try:
-            return self.run(jobs)
+            results = self.run(jobs)
         except Exception as error:
             if len(jobs) > 1:
                 return [self._results([job])[0] for job in jobs]
             return [error if isinstance(error, Refused) else failed(error)]
+        self._note_pace(jobs, time.perf_counter() - started)
+        return results
+
+
+def _tokens(jobs: Sequence[Job]) -> int:
+    """Tokens of a batch, padding included."""
+    return sum(job.rows for job in jobs) * max(job.length for job in jobs)
+
+
+class Compute:
+    """The thread of model calls.
+
+    Args:
+        threads: of torch, in that thread.
+    """
+
+    def __init__(self, threads: int = 1) -> None:
+        set_threads = partial(torch.set_num_threads, threads)
+        self._executor = ThreadPoolExecutor(1, "compute", initializer=set_threads)
+        self._calls = 0
+
+    @property
+    def busy(self) -> bool:
+        """Whether a call is under way or waits."""
+        return self._calls > 0
+
+    async def run(self, call: Callable[[], T]) -> T:
+        """What a call gives."""
+        self._calls += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._executor, call)
+        finally:
+            self._calls -= 1
+
+    def shutdown(self) -> None:
+        """Wait for the call under way; no other follows."""
+        self._executor.shutdown()
 
 
 def failed(error: Exception) -> Refused:

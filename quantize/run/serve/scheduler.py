@@ -12,7 +12,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from quantize.run.decoding.passes import NativePasses
 from quantize.run.decoding.recognition import obstacle
 from quantize.run.decoding.together import read_together
 from quantize.run.generate.reader import CHUNK
-from quantize.run.serve.batching import failed
+from quantize.run.serve.batching import Compute, failed
 from quantize.run.serve.errors import Refused, busy
 from quantize.run.serve.sequence import Sequence, Token
 from quantize.run.serve.settings import Settings
@@ -114,7 +114,7 @@ class Scheduler:
 
     Args:
         writer: of the model.
-        compute: the thread of all model calls.
+        compute: where model calls run.
         settings: how many texts are written at a time, how many wait.
         seen: told how many texts are written in a step, and how many wait.
     """
@@ -122,7 +122,7 @@ class Scheduler:
     def __init__(
         self,
         writer: Writer,
-        compute: Executor,
+        compute: Compute,
         settings: Settings,
         seen: Callable[[int, int], None] = lambda active, waiting: None,
     ) -> None:
@@ -164,13 +164,12 @@ class Scheduler:
             self._events.pop(text, None)
 
     async def _work(self) -> None:
-        loop = asyncio.get_running_loop()
         while self._admit():
             self.seen(len(self.active), len(self.waiting))
             active = list(self.active)
             events: list[tuple[Sequence, Event]]
             try:
-                events = await loop.run_in_executor(self.compute, self.writer.step, active)
+                events = await self.compute.run(partial(self.writer.step, active))
             except Exception as error:  # a pass failed as a whole
                 events = [(text, failed(error)) for text in active]
             self._deliver(events)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from starlette.requests import Request
 
 from quantize.host import default_threads
-from quantize.run.serve.batching import Batcher, Job
+from quantize.run.serve.batching import Batcher, Compute, Job
 from quantize.run.serve.errors import Refused, busy
 from quantize.run.serve.exchange import Gone
 from quantize.run.serve.keeping import Keeper
@@ -57,11 +56,12 @@ class Running:
 
     def _run(self, run: Callable[[list[Job]], Sequence[Any]], jobs: list[Job]) -> Sequence[Any]:
         """A batch, on the threads that it may have now."""
+        before = torch.get_num_threads()
         torch.set_num_threads(self._state.batch_threads())
         try:
             return run(jobs)
         finally:
-            torch.set_num_threads(self._state.text_threads)
+            torch.set_num_threads(before)
 
     def _seen(self, rows: int, waiting: int) -> None:
         self._metrics.computes(rows > 0)
@@ -87,8 +87,7 @@ class State:
         self.settings, self.metrics, self.keeper = settings, metrics, keeper
         self.cores = default_threads()
         self.text_threads = settings.threads or max(1, self.cores // settings.workers)
-        set_threads = partial(torch.set_num_threads, self.text_threads)
-        self.compute = ThreadPoolExecutor(1, "compute", initializer=set_threads)
+        self.compute = Compute(self.text_threads)
         self.models = {served.name: Running(served, self) for served in models}
         self.draining = False
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from concurrent.futures import ThreadPoolExecutor
+import threading
+import time
+from functools import partial
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from quantize.models import ConvNet, ConvNetConfig
 from quantize.run.decoding.passes import NativePasses
 from quantize.run.generate.reader import CHUNK
 from quantize.run.serve import Settings, app, serve_model
-from quantize.run.serve.batching import Batcher, Job, choose
+from quantize.run.serve.batching import Batcher, Compute, Job, choose
 from quantize.run.serve.keeping import Keeper
 from quantize.run.serve.metrics import Metrics
 from quantize.run.serve.prefixes import LEAST, Prefixes
@@ -55,15 +57,43 @@ def test_a_batch_takes_no_longer_than_it_should(monkeypatch: pytest.MonkeyPatch)
         return [0] * len(batch)
 
     async def work() -> None:
-        with ThreadPoolExecutor(1) as compute:
-            batcher = Batcher(run, compute, Settings())
-            batcher._note_pace([Job(None, 1, 10)], 0.01)  # 1000 a second: 100 in BATCH_S
-            monkeypatch.setattr(batcher, "_note_pace", lambda jobs, seconds: None)
-            await batcher.submit([Job(None, 1, 10) for _ in range(25)])
-            await batcher.submit([Job(None, 4, 200)])
+        batcher = Batcher(run, Compute(), Settings())
+        batcher._note_pace([Job(None, 1, 10)], 0.01)  # 1000 a second: 100 in BATCH_S
+        monkeypatch.setattr(batcher, "_note_pace", lambda jobs, seconds: None)
+        await batcher.submit([Job(None, 1, 10) for _ in range(25)])
+        await batcher.submit([Job(None, 4, 200)])
+        batcher.compute.shutdown()
 
     asyncio.run(work())
     assert sizes == [10, 10, 5, 1]
+
+
+def test_what_is_soon_done_runs_in_the_event_loop():
+    """Unless a call is under way already; what takes longer, or nobody knows, has its thread."""
+    threads: list[str] = []
+
+    def run(batch: list[Job]) -> list[int]:
+        threads.append(threading.current_thread().name)
+        return [0] * len(batch)
+
+    async def work() -> None:
+        compute = Compute()
+        batcher = Batcher(run, compute, Settings())
+        await batcher.submit([Job(None, 1, 1)])
+        batcher._pace = 1000.0
+        await batcher.submit([Job(None, 1, 100)])
+        batcher._pace = 1000.0
+        await batcher.submit([Job(None, 1, 1)])
+        batcher._pace = 1000.0
+        under_way = asyncio.ensure_future(compute.run(partial(time.sleep, 0.05)))
+        await asyncio.sleep(0)
+        await batcher.submit([Job(None, 1, 1)])
+        await under_way
+        compute.shutdown()
+
+    asyncio.run(work())
+    own = threading.current_thread().name
+    assert [name == own for name in threads] == [False, False, True, False]
 
 
 def test_a_batch_is_chosen_from_the_oldest():
