@@ -34,6 +34,8 @@ KNOWN = {
     "most_replicas": "",
     "threads": "",
     "ongoing": "16",
+    "up_s": "30",
+    "down_s": "600",
 }
 
 
@@ -44,7 +46,8 @@ def build(arguments: Mapping[str, str]) -> Any:
         arguments: texts, as `serve run` passes them. paths, names: of the models, separated by
             commas. replicas: how many there are at least, each with `threads` cores (default: all
             that are usable here). most_replicas: how many there may be (default: replicas); one is
-            added where more than `ongoing` requests a replica are under way.
+            added where more than `ongoing` requests a replica are under way for `up_s` seconds, and
+            taken away where fewer would do for `down_s`.
 
     Returns:
         The application.
@@ -64,11 +67,17 @@ def build(arguments: Mapping[str, str]) -> Any:
     least, threads = int(given["replicas"]), int(given["threads"] or default_threads())
     most = max(least, int(given["most_replicas"] or least))
     settings = Settings(threads=threads)
-    return deployment(paths, names, settings, (least, most), int(given["ongoing"]))
+    delays = float(given["up_s"]), float(given["down_s"])
+    return deployment(paths, names, settings, (least, most), int(given["ongoing"]), delays)
 
 
 def deployment(
-    paths: list[Path], names: list[str], settings: Settings, replicas: tuple[int, int], ongoing: int
+    paths: list[Path],
+    names: list[str],
+    settings: Settings,
+    replicas: tuple[int, int],
+    ongoing: int,
+    delays: tuple[float, float] = (30.0, 600.0),
 ) -> Any:
     """The app of models as a Ray Serve application.
 
@@ -77,6 +86,7 @@ def deployment(
         settings: of each replica.
         replicas: the least and the most.
         ongoing: requests under way of a replica beyond which another one is added.
+        delays: seconds until one is added, and until one is taken away.
     """
     serve: Any = importlib.import_module("ray.serve")
 
@@ -91,6 +101,8 @@ def deployment(
         "initial_replicas": least,
         "max_replicas": most,
         "target_ongoing_requests": ongoing,
+        "upscale_delay_s": delays[0],
+        "downscale_delay_s": delays[1],
     }
     options = serve.deployment(
         name=NAME,
