@@ -16,10 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from decoding import build
-from models import small_bert
+from models import classifier, pixels, small_bert
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
 
 import quantize
 from quantize.models import ConvNet, ConvNetConfig
@@ -29,6 +31,7 @@ from quantize.run.serve.datatypes import to_bytes
 from quantize.run.serve.encoder import Encoder
 
 LOAD = Path(__file__).with_name("load.py")
+PHOTO = "photo.npy"  # example inputs
 PROMPT = 32  # tokens of a prompt
 VOCABULARY = 4096  # of the encoder
 
@@ -41,15 +44,13 @@ class Service:
         name: of the model.
         path: what is served.
         requests: whole HTTP requests.
-        call: the library's call for request number i.
-        batched: the library's call for the first so many requests at once; None: no such thing.
+        call: the library's call for request number i, and as many after it at once.
     """
 
     name: str
     path: Path
     requests: list[bytes]
-    call: Callable[[int], Any]
-    batched: Callable[[int], Any] | None = None
+    call: Callable[..., Any]
 
 
 def http(path: str, body: bytes, **headers: object) -> bytes:
@@ -67,25 +68,41 @@ def images(folder: Path) -> Service:
     """A small CNN, asked with binary tensors."""
     torch.manual_seed(0)
     model = ConvNet(ConvNetConfig()).eval()
-    quantize.save(model, folder / "cnn.safetensors")
-    inputs = torch.randn(256, 1, 28, 28)
+    path = folder / "cnn.safetensors"
+    quantize.save(model, path)
+    return of_tensors("cnn", path, model, "images", torch.randn(256, 1, 28, 28), 256)
+
+
+def photos(folder: Path) -> Service:
+    """ResNet-18 on images of 224 x 224."""
+    torch.manual_seed(0)
+    sizes: Any = {"depths": [2, 2, 2, 2], "hidden_sizes": [64, 128, 256, 512]}
+    model = classifier("ResNet", layer_type="basic", **sizes).eval()
+    place, inputs = folder / "resnet18", pixels(64)
+    quantize.save_folder(model, place)
+    np.save(folder / PHOTO, inputs[:1].numpy())
+    return of_tensors("resnet18", place, model, "pixel_values", inputs, 16)
+
+
+def of_tensors(
+    name: str, path: Path, model: nn.Module, port: str, inputs: torch.Tensor, asked: int
+) -> Service:
+    """A model that is asked with binary tensors: the first `asked` rows of `inputs`, one each."""
 
     def request(x: torch.Tensor) -> bytes:
         data = to_bytes(x)
-        port = {"name": "images", "datatype": "FP32", "shape": list(x.shape)}
-        entry = {**port, "parameters": {"binary_data_size": len(data)}}
+        described = {"name": port, "datatype": "FP32", "shape": list(x.shape)}
+        entry = {**described, "parameters": {"binary_data_size": len(data)}}
         content = {"inputs": [entry], "parameters": {"binary_data_output": True}}
         head = json.dumps(content).encode()
         sizes = {"Inference-Header-Content-Length": len(head)}
-        return http("/v2/models/cnn/infer", head + data, **sizes)
+        return http(f"/v2/models/{name}/infer", head + data, **sizes)
 
-    def call(start: int, count: int = 1) -> torch.Tensor:
+    def call(start: int, count: int = 1) -> Any:
         with torch.no_grad():
             return model(inputs[start % len(inputs) :][:count])
 
-    requests = [request(x[None]) for x in inputs]
-    path = folder / "cnn.safetensors"
-    return Service("cnn", path, requests, call, lambda count: call(0, count))
+    return Service(name, path, [request(x[None]) for x in inputs[:asked]], call)
 
 
 def write_words(folder: Path, size: int) -> None:
@@ -127,7 +144,7 @@ def embeddings(folder: Path) -> Service:
 
     content = [{"model": "encoder", "input": text} for text in texts]
     requests = [post("/v1/embeddings", each) for each in content]
-    return Service("encoder", place, requests, call, lambda count: call(0, count))
+    return Service("encoder", place, requests, call)
 
 
 def decoder(folder: Path, shape: str) -> Callable[[int], Service]:
@@ -172,12 +189,23 @@ class Server:
         self.process.terminate()
         self.process.wait(60)
 
-    def memory_mb(self) -> float:
-        """What the process and its children hold, pages that they share counted once."""
+    def processes(self) -> list[str]:
+        """The process and its children."""
         pid = self.process.pid
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        return [str(pid), *Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+    def cpu_s(self) -> float:
+        """Seconds of CPU that they have taken."""
         total = 0
-        for each in (str(pid), *children):
+        for each in self.processes():
+            fields = Path(f"/proc/{each}/stat").read_text().rpartition(") ")[2].split()
+            total += int(fields[11]) + int(fields[12])  # of user and of kernel
+        return total / os.sysconf("SC_CLK_TCK")
+
+    def memory_mb(self) -> float:
+        """What they hold, pages that they share counted once."""
+        total = 0
+        for each in self.processes():
             text = Path(f"/proc/{each}/smaps_rollup").read_text()
             total += int(re.search(r"^Pss: +(\d+)", text, re.MULTILINE)[1])  # type: ignore[index]
         return total / 1024

@@ -9,6 +9,9 @@ Questions:
   turns. `overhead_ms` is the difference of medians.
 - crowd: 64 clients that each wait for their answer, against the library with its best batch
   (`share`); then requests at 80% of that rate, whenever earlier ones are answered (`p99_over_p50`).
+  `server_cpu_ms` is the CPU that the server's processes took for a request, model included.
+- floor: the same one client and the same 80% against a server that answers at once: what the load
+  generator and the kernel add to every other row.
 - streams: 1, 4 and 16 clients that let a decoder write, each its own prompt: tokens per second in
   all, time to the first token, time per token.
 - memory: what one and four workers hold, shared pages counted once.
@@ -23,8 +26,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import os
 import statistics
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +37,7 @@ from pathlib import Path
 import rows
 from rows import Row, host
 from services import (
+    PHOTO,
     Server,
     Service,
     decoder,
@@ -40,12 +46,15 @@ from services import (
     load,
     milliseconds,
     per_second,
+    photos,
     serve,
 )
 
 from quantize import clock
 
-QUESTIONS = ("overhead", "crowd", "streams", "memory", "flat", "burst")
+QUESTIONS = ("overhead", "crowd", "floor", "streams", "memory", "flat", "burst")
+MODELS = {"cnn": images, "encoder": embeddings, "resnet18": photos}
+NOTHING = Path(__file__).with_name("serving_nothing.py")
 KEY = ("question", "engine", "model", "clients")
 CLIENTS = 64
 NEW = 64  # tokens of a stream
@@ -75,11 +84,13 @@ def _percentile(values: list[float], percent: int) -> float:
 
 def best_batch(service: Service, seconds: float = 0.5) -> tuple[int, float]:
     """The batch with which the library answers most per second, and how many those are."""
-    assert service.batched is not None
-    rates = {}
-    for count in (1, 2, 4, 8, 16, 32, 64):
-        times = clock.burst(lambda count=count: service.batched(count), seconds)  # type: ignore
-        rates[count] = count / statistics.median(times)
+
+    def rate(count: int) -> float:
+        starts = itertools.count(0, count)
+        times = clock.burst(lambda: service.call(next(starts), count), seconds)
+        return count / statistics.mean(times)  # inputs differ in length
+
+    rates = {count: rate(count) for count in (1, 2, 4, 8, 16, 32, 64)}
     best = max(rates, key=lambda count: rates[count])
     return best, rates[best]
 
@@ -90,9 +101,10 @@ def crowd(service: Service, server: Server, total: int) -> Iterator[Row]:
     shares, rate = [], 0.0
     for _ in range(3):
         batch, library = best_batch(service)
+        before = server.cpu_s()
         answers = load(server, service.requests, clients=CLIENTS, total=total)
         milliseconds(answers)
-        rate = per_second(answers)
+        rate, cpu_s = per_second(answers), server.cpu_s() - before
         shares.append(rate / library)
         yield {
             "clients": CLIENTS,
@@ -100,14 +112,29 @@ def crowd(service: Service, server: Server, total: int) -> Iterator[Row]:
             "library_per_second": library,
             "library_batch": batch,
             "share": statistics.median(shares),
+            "server_cpu_ms": 1000 * cpu_s / len(answers),
         }
-    steady = load(server, service.requests, clients=CLIENTS, total=total, rate=0.8 * rate)
+    yield at_a_rate(service, server, total, 0.8 * rate)
+
+
+def at_a_rate(service: Service, server: Server, total: int, rate: float) -> Row:
+    """Requests that are sent whether or not earlier ones were answered."""
+    steady = load(server, service.requests, clients=CLIENTS, total=total, rate=rate)
     served = [answer for answer in steady if answer["status"] != 503]
     times = milliseconds(served)
     p50, p99 = statistics.median(times), _percentile(times, 99)
     refused = len(steady) - len(served)
     about: Row = {"clients": "80%", "per_second": per_second(steady), "refused": refused}
-    yield about | {"median_ms": p50, "p99_ms": p99, "p99_over_p50": p99 / p50}
+    return about | {"median_ms": p50, "p99_ms": p99, "p99_over_p50": p99 / p50}
+
+
+def floor(service: Service, total: int) -> Iterator[Row]:
+    """The load generator against a server that answers at once."""
+    with Server([sys.executable, str(NOTHING)]) as server:
+        one = milliseconds(load(server, service.requests, total=total))
+        found = {"median_ms": statistics.median(one), "p99_ms": _percentile(one, 99)}
+        yield {"clients": 1, **found}
+        yield at_a_rate(service, server, total, 1000)
 
 
 def streams(service: Service, server: Server, clients: int, new: int) -> Row:
@@ -155,12 +182,13 @@ def burst(service: Service, server: Server, total: int) -> Row:
 def found_rows(arguments: argparse.Namespace, folder: Path) -> Iterator[Row]:
     """The rows of the questions that were asked."""
     asked = set(arguments.questions)
-    for make in (images, embeddings):
+    for make in [MODELS[name] for name in arguments.models]:
         if not asked & {"overhead", "crowd", "burst", "flat"}:
             break
         service = make(folder)
         named = {"engine": "quantize", "model": service.name}
-        with serve(arguments, service.path) as server:
+        flags = ("--inputs", str(folder / PHOTO)) if make is photos else ()
+        with serve(arguments, service.path, *flags) as server:
             if "overhead" in asked:
                 found = overhead(service, server, arguments.total // 8, "end_s")
                 yield {"question": "overhead", **named, "clients": 1, **found}
@@ -171,6 +199,9 @@ def found_rows(arguments: argparse.Namespace, folder: Path) -> Iterator[Row]:
                 yield {"question": "burst", **named, **burst(service, server, 10_000)}
         if "flat" in asked and make is images:
             yield {"question": "flat", **named, **flat(service, arguments, 20_000)}
+    if "floor" in asked:
+        for found in floor(images(folder), arguments.total):
+            yield {"question": "floor", "engine": "nothing", "model": "cnn", **found}
     for shape in arguments.shapes:
         if asked & {"overhead", "streams", "memory"}:
             yield from _rows_of_a_decoder(arguments, folder, shape, asked)
@@ -200,6 +231,7 @@ def _rows_of_a_decoder(
 def main() -> None:
     parser = rows.Parser(__doc__, "serving.csv")
     parser.some("--questions", "what to measure", QUESTIONS)
+    parser.some("--models", "that aren't decoders", MODELS, tuple(MODELS)[:2])
     parser.some("--shapes", "of the decoder", ("30M", "135M"), ("135M",))
     parser.flag("--total", "requests of a measurement", 1600)
     arguments = parser.parse()
