@@ -136,7 +136,7 @@ def main() -> None:
                 found = scaled_by_load(service, place)
             about: Row = {"question": f"replica {question}", "engine": "quantize on Ray Serve"}
             row = about | {"model": service.name} | found | rows.host()
-            rows.write(arguments.out, [row], ("question", "engine", "model"))
+            rows.write(arguments.out, [row], ("question", "engine", "model", "clients"))
             serve.delete(ours.NAME)
         serve.shutdown()
         ray.shutdown()

@@ -72,6 +72,7 @@ class NativePasses:
             return None
         looked = self._looked
         if looked is None or not (unchanged or looked[0].same()):
+            looked = None  # as in `look`
             looked = self.look()
         step = looked[1]
         if step is not None:

@@ -66,7 +66,7 @@ def test_the_image_starts_the_server(installed: Path):
     command = json.loads(instructions("ENTRYPOINT")[0])
     manifest = (ROOT / "docs" / "kserve.yaml").read_text()
     (listed,) = re.findall(r"args:\n((?: +- .+\n)+)", manifest)
-    arguments = [line.strip("- ").strip('"') for line in listed.splitlines()]
+    arguments = re.findall(r'- "?([^"\n]+)', listed)
     entry = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
     module, _, function = entry[command[0]].partition(":")
     code = f"import sys; from {module} import {function}; sys.exit({function}(sys.argv[1:]))"
