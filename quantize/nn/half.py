@@ -84,6 +84,9 @@ class _Casting(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         parameters: Any = self._parameters
         weight, bias = parameters["weight"], parameters["bias"]
+        trains = torch.is_grad_enabled() and weight.requires_grad
+        if _is_narrow(weight) and trains and not is_traced():
+            self._settle()  # gradients and optimizers are those of float32
         computed = torch.float32 if _is_narrow(weight) else weight.dtype
         return self._multiply(input.to(computed), weight, bias).to(self._reads)
 
@@ -150,7 +153,7 @@ class HalfLinear(_Casting, nn.Linear):
     def _multiply(self, x: Tensor, weight: Tensor, bias: Any) -> Tensor:
         if weight.dtype is x.dtype:
             return F.linear(x, weight, bias)
-        if is_traced() or (torch.is_grad_enabled() and weight.requires_grad):
+        if is_traced():
             return F.linear(x, weight.to(x.dtype), bias)
         rows = max(1, _BLOCK // self.in_features)
         blocks = [F.linear(x, block.to(x.dtype)) for block in weight.split(rows)]

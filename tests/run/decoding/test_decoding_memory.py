@@ -179,10 +179,14 @@ def test_float16_weights_lie_in_memory_once(tmp_path):
     assert held_bytes(model) < 1.2 * tensor_bytes(path) + model.embedding.weight.nbytes // 2
     assert torch.equal(write(ready), text)
     assert all(narrow(model)) and same(numbers(model), before)
-    assert_close(model(PROMPT), logits)  # with gradients
     with torch.no_grad():
         assert_close(model(PROMPT), logits)
-    assert_close(copy.deepcopy(model)(PROMPT), logits)
+        assert_close(copy.deepcopy(model)(PROMPT), logits)
+    model(PROMPT).sum().backward()
+    assert not any(narrow(model)) and model.head._parameters["weight"].grad.dtype is torch.float32
+    assert torch.equal(model(PROMPT), logits)
+    model.zero_grad()
+    assert torch.equal(write(ready), text) and all(narrow(model))
     with torch.no_grad():
         model.head.weight.mul_(-1)
     assert not all(narrow(model))
