@@ -66,7 +66,8 @@ def float16_of(layer: HalfLinear) -> Tensor | None:
         if layer._half[0] is not torch.float16:
             return None
         alone = lazy.holds_alone(layer._parameters, "weight")
-        weight: Any = layer._parameters["weight"].detach()
+        parameter: Any = layer._parameters["weight"]
+        weight = parameter.detach()
         if weight.dtype is torch.float16:
             return weight
         narrow = weight.half()
