@@ -15,15 +15,18 @@ from quantize.calibration.exporting import exporting
 from quantize.calibration.frontier import Frontier
 from quantize.calibration.gradients import collect_gradients, fisher_loss
 from quantize.calibration.inputs import (
+    Beside,
     arguments,
     call,
     check_batches,
     copied,
     distance,
+    first_alone,
     in_blocks,
     in_eval_mode,
     keeps_cache,
     main_output,
+    of_original,
     on_tensors,
     output_tensors,
     relative_error,
@@ -51,6 +54,7 @@ from quantize.calibration.sums import InputStatistics, PairedStatistics, Product
 from quantize.calibration.survey import Survey
 
 __all__ = [
+    "Beside",
     "Call",
     "Calls",
     "Frontier",
@@ -77,6 +81,7 @@ __all__ = [
     "exact",
     "exporting",
     "find_streams",
+    "first_alone",
     "fisher_loss",
     "followers",
     "in_blocks",
@@ -86,6 +91,7 @@ __all__ = [
     "keeps_cache",
     "least_squares",
     "main_output",
+    "of_original",
     "on_tensors",
     "output_tensors",
     "reached",

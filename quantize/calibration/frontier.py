@@ -44,6 +44,7 @@ class Frontier:
         batches: of calibration, in memory.
         names: modules of the model, of which none is inside another.
         memory: bytes of kept outputs, and of arguments, that stay in memory; others are in files.
+        look: at the model, through these batches; None: taken now.
     """
 
     def __init__(
@@ -53,10 +54,11 @@ class Frontier:
         names: Iterable[str],
         *,
         memory: int = MEMORY,
+        look: Look | None = None,
     ) -> None:
         self.batches = batches
         modules = {name: model.get_submodule(name) for name in names}
-        look = Look(model, batches, modules)
+        self.look = look = look or Look(model, batches, modules)
         self.impure = impure_modules(model, look.stateful)
         self.store = Store(memory)
         self.kept = [Ran() for _ in batches]

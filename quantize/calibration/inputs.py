@@ -138,6 +138,37 @@ def check_batches(batches: Iterable[Any], name: str = "calibration") -> Iterable
     return batches
 
 
+class Beside(list):
+    """Batches of a model that is being changed, and what the original is given in place of each:
+    what lies before the two has changed already. To whoever doesn't ask, batches like others.
+    """
+
+    def __init__(self, batches: Iterable[Any], original: Iterable[Any]) -> None:
+        super().__init__(batches)
+        self.original = list(original)
+
+
+def of_original(batches: Iterable[Any]) -> Iterable[Any]:
+    """What the original is given."""
+    return batches.original if isinstance(batches, Beside) else batches
+
+
+def first_alone(batches: Iterable[Any]) -> list[Any]:
+    """The first batch, with the original's where that is another one."""
+    if isinstance(batches, Beside):
+        return Beside(batches[:1], batches.original[:1])
+    return [next(iter(batches))]
+
+
+def of_both(batches: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+    """What the original is given, and what the changed model is."""
+    if isinstance(batches, Beside):
+        yield from zip(batches.original, batches, strict=True)
+    else:
+        for batch in batches:
+            yield batch, batch
+
+
 @contextmanager
 def watching(hooks: Sequence[Any], *models: nn.Module) -> Iterator[None]:
     """Models in eval mode and run as written inside, since `torch.compile` would trace the hooks;
@@ -245,10 +276,10 @@ def distance(model: nn.Module, original: nn.Module, batches: Iterable[Any]) -> f
         ValueError: the outputs have other shapes, or are not finite where the original's are.
     """
     results = []
-    for part in (model, original):
+    for part, given in ((model, batches), (original, of_original(batches))):
         results.append([])
         with watching((), part):
-            for batch in batches:
+            for batch in given:
                 seed_devices(0)
                 results[-1].extend(_floating(call(part, batch)))
     return relative_error(*results)

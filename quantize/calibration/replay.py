@@ -21,7 +21,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from quantize.calibration.inputs import call, check_batches, in_eval_mode, watching, without_cache
+from quantize.calibration.inputs import (
+    call,
+    check_batches,
+    in_eval_mode,
+    of_both,
+    of_original,
+    watching,
+    without_cache,
+)
 from quantize.calibration.look import Look, digest
 from quantize.calibration.observe import Call, Watch
 from quantize.calibration.passes import Missing, Pass, Ran, Store, impure_modules, routed_through
@@ -34,7 +42,7 @@ class Walk:
 
     Args:
         original: the first of the two models of every call; it stays as it is.
-        batches: re-iterable calibration batches.
+        batches: re-iterable calibration batches; `Beside` where the two models get others.
         layers: those that will be shown, and may be changed in the other model.
         memory: bytes of kept outputs that stay in memory.
         replay: False runs every pass from the input.
@@ -57,7 +65,8 @@ class Walk:
         self.store = Store(memory)
         self.replay = replay
         if look is None:
-            look = Look(original, batches, {n: original.get_submodule(n) for n in self.layers})
+            watched = {name: original.get_submodule(name) for name in self.layers}
+            look = Look(original, of_original(batches), watched)
         self.look = look
         self.impure = impure_modules(original, look.stateful)
         self.kept: list[dict[int, Ran]] = [{}, {}]  # of the two models, by batch
@@ -85,14 +94,14 @@ class Walk:
             traceless = self.look.fixed and not self.look.stateful
             inside = in_eval_mode if traceless else partial(watching, ())
             stack.enter_context(inside(*distinct))
-            for number, batch in enumerate(self.batches):
-                expected = self._expected(number, batch, names)
+            for number, given in enumerate(of_both(self.batches)):
+                expected = self._expected(number, given[0], names)
                 if expected == 0:
                     continue
                 passes = []
                 for which, model in enumerate(models):
                     watch = Watch(model, names, streams, calls=expected, outputs=not which)
-                    passes.append(self._run(which, watch, number, batch))
+                    passes.append(self._run(which, watch, number, given[which]))
                 yield passes
 
     def _expected(self, number: int, batch: Any, names: Collection[str]) -> int | None:

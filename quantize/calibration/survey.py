@@ -14,7 +14,7 @@ from torch import nn
 
 from quantize.calibration.dual import Outer, is_finite_moment
 from quantize.calibration.gradients import Loss, OutputGradients
-from quantize.calibration.inputs import check_batches
+from quantize.calibration.inputs import check_batches, of_original
 from quantize.calibration.look import Look
 from quantize.calibration.patches import gram_bytes
 from quantize.calibration.statistics import InputSums, check_reached
@@ -35,7 +35,7 @@ class Survey:
 
     Args:
         model: the original.
-        batches: re-iterable calibration batches.
+        batches: re-iterable calibration batches; the model is run on those of the original.
         widths: for each layer, of its input and of its output: a moment holds the square.
         watched: more layers for the look, by name.
         outer: second moments of inputs too.
@@ -183,7 +183,8 @@ class Survey:
             layers = {name: self.layers[name] for name in with_gradients}
             gradients = OutputGradients(self.model, layers, loss=self.loss)
         noted = self.watched if first else {}
-        look = Look(self.model, self.batches, noted, inputs=inputs, gradients=gradients)
+        given = of_original(self.batches)
+        look = Look(self.model, given, noted, inputs=inputs, gradients=gradients)
         if inputs is not None:
             self.statistics = {n: seen for n, seen in inputs.statistics.items() if seen.count}
             check_reached(self.statistics)

@@ -4,6 +4,7 @@ refused.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,24 @@ from torch import nn
 
 import quantize
 from quantize import Given, Int8, LowRank, Prune, Recipe, Recover, write_by_block
-from quantize.calibration import Frontier
-from quantize.compression.recipe import blockwise
+from quantize.calibration import Beside, Frontier, distance
+from quantize.compression.recipe import Step, blockwise
 
 CALLS: list[str] = []
+
+
+@dataclass(frozen=True)
+class Shifted(Step):
+    """Adds the mean of what it is given to a bias."""
+
+    part = "shifted"
+
+    def __call__(self, model: nn.Module, given: Given) -> nn.Module:
+        copy = quantize.surgery.clone(model)
+        means = [batch["x"].mean() for batch in given.calibration or ()]
+        with torch.no_grad():
+            copy.down.second.bias += sum(means)
+        return copy
 
 
 class Block(nn.Module):
@@ -34,15 +49,16 @@ class Block(nn.Module):
 
 
 class Stack(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, depth: int = 3, gain: float = 0.5) -> None:
         super().__init__()
+        self.gain = gain
         self.enter, self.leave = nn.Linear(8, 16), nn.Linear(16, 4)
-        self.blocks = nn.ModuleList(Block(f"blocks.{i}") for i in range(3))
+        self.blocks = nn.ModuleList(Block(f"blocks.{i}") for i in range(depth))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.enter(x).tanh()
         for block in self.blocks:
-            x = block(x, gain=0.5)
+            x = block(x, gain=self.gain)
         return self.leave(x)
 
 
@@ -50,17 +66,44 @@ def batches() -> list[torch.Tensor]:
     return [randn(12, 8, seed=seed) for seed in (1, 2, 3)]
 
 
-def test_blocks_are_compressed_on_what_the_compressed_ones_give(tmp_path):
-    """The same as the recipe on each block by hand, on the outputs of the blocks so far."""
-    recipe = Prune(0.25) >> LowRank(0.6, only_faster=False)
+def test_blocks_are_fitted_from_what_the_compressed_ones_give(tmp_path):
+    """The same as the steps on each block by hand: the last that removes on the outputs of the
+    compressed blocks so far, beside those of the original's; the one before on the latter, the one
+    after on the former.
+    """
+    prune, factorize, shift = Prune(0.25), LowRank(0.6, only_faster=False), Shifted()
     model = seeded(Stack)
-    result = write_by_block(recipe, model, tmp_path / "a.pth", Given(calibration=batches()))
+    path, given = tmp_path / "a.pth", Given(calibration=batches())
+    result = write_by_block(prune >> factorize >> shift, model, path, given)
     states = [model.enter(batch).tanh().detach() for batch in batches()]
+    wanted = states
     for block in model.blocks:
-        given = [{"x": x, "gain": 0.5} for x in states]
-        small = recipe(block, Given(example_inputs=given[0], calibration=given))
-        states = [small(**inputs).detach() for inputs in given]
+        theirs = [{"x": x, "gain": 0.5} for x in wanted]
+        ours = [{"x": x, "gain": 0.5} for x in states]
+        small = prune(block, Given(example_inputs=theirs[0], calibration=theirs))
+        small = factorize(small, Given(calibration=Beside(ours, theirs)))
+        small = shift(small, Given(calibration=ours))
+        states = [small(**inputs).detach() for inputs in ours]
+        wanted = [block(**inputs).detach() for inputs in theirs]
     assert torch.equal(model.leave(states[0]), result(batches()[0]))
+
+
+@pytest.mark.parametrize(
+    "step, share", [(Prune({"*up": 0.5}), 1.0), (LowRank(0.7, only_faster=False), 0.95)]
+)
+def test_what_goes_wrong_in_a_block_is_taken_back_in_later_ones(step, share, tmp_path):
+    """Blocks fitted to their own outputs alone are further from the original, on other inputs."""
+    model, alone = (seeded(lambda: Stack(depth=8, gain=1.0)) for _ in range(2))
+    batches = [randn(200, 8, seed=seed) for seed in (1, 2, 3)]
+    path, given = tmp_path / "a.pth", Given(calibration=batches)
+    result = write_by_block(Recipe((step,)), model, path, given)
+    states = [model.enter(batch).tanh().detach() for batch in batches]
+    for place, block in enumerate(model.blocks):
+        inputs = [{"x": x, "gain": 1.0} for x in states]
+        alone.blocks[place] = step(block, Given(example_inputs=inputs[0], calibration=inputs))
+        states = [alone.blocks[place](**each).detach() for each in inputs]
+    others = [randn(64, 8, seed=9)]
+    assert distance(result, model, others) < share * distance(alone, model, others)
 
 
 @pytest.mark.parametrize("name", ["llama", "bert", "vit"])

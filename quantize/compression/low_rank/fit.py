@@ -41,7 +41,8 @@ def fit(
     if not groups:
         return result
     order = list(itertools.chain.from_iterable(groups))
-    streams = calibrate.find_streams(model, next(iter(batches)), order)
+    first = next(iter(calibrate.of_original(batches)))
+    streams = calibrate.find_streams(model, first, order)
     survey.plan([name for name in order if ranks[name] is not None], inputs=False)
     walk = calibrate.Walk(model, batches, order, look=survey.look)
     pace = calibrate.Pace(len(groups))

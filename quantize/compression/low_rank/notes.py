@@ -32,7 +32,7 @@ def write_down(
     away = None
     if batches is not None:
         try:
-            away = calibrate.distance(result, model, [next(iter(batches))])
+            away = calibrate.distance(result, model, calibrate.first_alone(batches))
         except ValueError as error:
             raise ValueError(
                 f"the factorized {type(model).__name__} can't be used: {error}"

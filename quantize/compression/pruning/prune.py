@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from quantize import surgery
-from quantize.calibration import check_batches, distance, without_cache
+from quantize.calibration import Beside, check_batches, distance, first_alone, without_cache
 from quantize.compression.pruning.choose import (
     check_amount,
     check_options,
@@ -135,7 +135,8 @@ def prune_ln_structured(
     follow_config(small, _sizes(trace, wanted, kept), lambda: Answers(small, example_inputs))
     result = mask(surgery.clone(work), small, kept) if masked else small
     surgery.round_stored(result)
-    _write_down(result, small, work, trace, wanted, left, example_inputs)
+    shown = first_alone(calibration) if isinstance(calibration, Beside) else [example_inputs]
+    _write_down(result, small, work, trace, wanted, left, shown)
     return result
 
 
@@ -149,7 +150,7 @@ def _write_down(
     trace: Trace,
     groups: list[Group],
     left: dict[str, str],
-    inputs: Any,
+    batches: list[Any],
 ) -> None:
     """Run the result once, and note what was done, what was left, and how far its outputs are from
     the original's.
@@ -160,7 +161,7 @@ def _write_down(
     left = _left(trace, model, done, left)
     try:
         with without_cache(result, model):
-            away = distance(result, model, [inputs])
+            away = distance(result, model, batches)
     except ValueError as error:
         raise ValueError(f"the pruned {type(model).__name__} can't be used: {error}") from error
     surgery.note(result, "pruned", done=done, left=left, distance=away, **sizes)

@@ -1,9 +1,11 @@
 """A recipe for a model that is larger than memory has room for twice: block by block, into a file.
 
-Each block is compressed by itself, on what the blocks before it, compressed already, give it in
-calibration, and goes to disk before the next one's turn. So memory holds what a recipe takes for
-one block. The price: a block is fitted to its own outputs; what goes wrong in it is not taken back
-by later ones, and budgets are shared out inside of blocks alone.
+Each block is compressed by itself and goes to disk before the next one's turn, so memory holds what
+a recipe takes for one block. In calibration it is given what the compressed blocks before it give,
+and beside that what the original's give. The last step that removes is fitted from the one to what
+the block makes of the other, and so takes back what went wrong in the blocks before; steps ahead of
+it see the original's alone, those after it the compressed ones' alone. The price: budgets are
+shared out inside of blocks.
 """
 
 from __future__ import annotations
@@ -18,7 +20,15 @@ import torch
 from torch import nn
 
 from quantize import surgery
-from quantize.calibration import Frontier, Pace, Store, check_batches, distance, without_cache
+from quantize.calibration import (
+    Beside,
+    Frontier,
+    Pace,
+    Store,
+    check_batches,
+    distance,
+    without_cache,
+)
 from quantize.checkpoint import save
 from quantize.compression.blocks import outer_blocks
 from quantize.compression.recipe.value import Given, Recipe, Step
@@ -64,8 +74,12 @@ def write_by_block(
     _check(recipe, given)
     batches = list(check_batches(given.calibration or ()))
     result = surgery.shell(model).eval()
+    original = surgery.shell(model).eval()
     frontier = Frontier(result, batches, outer_blocks(result))
     names = frontier.order
+    beside = None
+    if any(step.removes for step in recipe.steps):
+        beside = Frontier(original, batches, names, look=frontier.look)
     if not names:
         raise ValueError(
             f"{type(model).__name__} has no blocks: looked for modules with parts and weights in a "
@@ -79,10 +93,10 @@ def write_by_block(
         inputs = frontier.arguments(result, name)
         if place:  # it has run for the last time
             _to_files(result.get_submodule(names[place - 1]), store)
+        wanted = beside.arguments(original, name) if beside is not None else inputs
         block = result.get_submodule(name)
-        now = dataclasses.replace(given, example_inputs=inputs[0], calibration=inputs)
         try:
-            small = recipe(block, now)
+            small = _compressed(recipe, block, given, Beside(inputs, wanted))
         except ValueError as error:
             raise ValueError(f"block {name!r}: {error}") from error
         result = surgery.exchange(result, {block: small})
@@ -94,6 +108,20 @@ def write_by_block(
     surgery.note(result, "by block", done=dict.fromkeys(names, "by itself"), distance=away)
     save(result, path, metadata={**(metadata or {}), "recipe": recipe.as_values()})
     return result
+
+
+def _compressed(recipe: Recipe, block: nn.Module, given: Given, batches: Beside) -> nn.Module:
+    """A block after all steps, each given what it is to be fitted to."""
+    fitted = [place for place, step in enumerate(recipe.steps) if step.removes]
+    given_to = [list(batches) for _ in recipe.steps]
+    if fitted:
+        given_to[: fitted[-1]] = [batches.original] * fitted[-1]
+        given_to[fitted[-1]] = batches
+    small = block
+    for prefix, calibration in zip(recipe.prefixes, given_to, strict=True):
+        now = dataclasses.replace(given, example_inputs=calibration[0], calibration=calibration)
+        small = prefix.steps[-1](small, now.at(prefix, block))
+    return small
 
 
 def _check(recipe: Recipe, given: Given) -> None:
