@@ -37,12 +37,16 @@ def _steps(
     outputs = {name: kept.get((name, dim)) for name, dim in trace.labels.outputs}
     steps: dict[str, Step] = {}
     sources: dict[str, Any] = {}
+    norms: dict[str, str] = {}  # BatchNorms that are done with the layer that they read
     holders = owners(model)
     for node in trace.values:
         place = trace.place(node)
         if node.op != "call_function" or not place:
             continue
         base, module = operation(node), model.get_submodule(place)
+        if place in norms and base == "batch_norm":  # it runs again
+            steps[norms.pop(place)].norm = None
+            steps[place] = Step({place: kept.get((f"{place}.running_mean", 0))})
         if place in steps:
             steps[place].calls += base in (*LAYERS, "batch_norm")
         elif base in LAYERS and (place in shrunk or (steps and _alone(model, holders, place))):
@@ -50,7 +54,15 @@ def _steps(
             if dict(module.named_parameters(recurse=False))["weight"].ndim == 2:
                 sources[place] = node.args[1 if base == "addmm" else 0]
         elif base == "batch_norm" and steps and _has_statistics(module):
-            steps[place] = Step({place: kept.get((f"{place}.running_mean", 0))})
+            outputs_kept = kept.get((f"{place}.running_mean", 0))
+            source: Any = node.args[0]
+            reads = trace.place(source)
+            is_read = operation(source) in ("conv1d", "conv2d") and reads in steps
+            if is_read and steps[reads].norm is None:
+                steps[reads].norm = (place, outputs_kept)
+                norms[place] = reads
+            else:
+                steps[place] = Step({place: outputs_kept})
     return steps, sources
 
 

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from quantize.calibration import Call, Pace, Regression, Survey, Walk, exact, rows
 
+MOST_INPUTS = 1 << 26  # bytes of a layer's inputs that are kept for the BatchNorm after it
+
 
 @dataclass
 class Step:
@@ -27,11 +29,13 @@ class Step:
     layers: the outputs that each keeps, by index (None: all). calls: how often the layer runs in a
         pass, if it is only one.
     stream: its output is added to a residual stream.
+    norm: a BatchNorm that reads what its only layer gives, and the channels that this keeps.
     """
 
     layers: dict[str, Tensor | None]
     calls: int = 1
     stream: bool = False
+    norm: tuple[str, Tensor | None] | None = None
 
 
 def as_matrix(module: nn.Module) -> Tensor | None:
@@ -73,19 +77,25 @@ def _write(module: nn.Module, matrix: Tensor, bias: Tensor | None) -> None:
         held["bias"].data.copy_(bias)
 
 
-def refit(walk: Walk, original: nn.Module, pruned: nn.Module, step: Step) -> None:
+def refit(
+    walk: Walk, original: nn.Module, pruned: nn.Module, step: Step
+) -> tuple[_Spread, _Spread] | None:
     """Refit layers of `pruned` to the outputs (those kept) of the same layers of `original`.
 
     In a stream, what is fitted is the sum: the layer also makes up for what the stream lost further
-    up.
+    up. Returns what the BatchNorm of the step is given in the two models, where that is known.
     """
     layers = {name: pruned.get_submodule(name) for name in step.layers}
     first = next(iter(layers.values()))
     regression = Regression(bias=first._parameters.get("bias") is not None)
     streams = step.layers if step.stream else ()
+    known = step.norm is not None and step.calls == 1
+    spreads = (_Spread(), _Spread())
+    inputs: list[Tensor] = []  # of every batch, as long as they are few
     for before, after in walk.show((original, pruned), step.layers, streams):
         names = [call.name for call in before]
         if names != [call.name for call in after] or (len(layers) > 1 and names != list(layers)):
+            known = False
             continue  # the batch takes other ways through the two models
         for i in range(0, len(before), len(layers)):
             together = slice(i, i + len(layers))
@@ -93,8 +103,12 @@ def refit(walk: Walk, original: nn.Module, pruned: nn.Module, step: Step) -> Non
             y = _targets(first, step, before[together], after[together])  # [N, out]
             if len(y) == len(x):  # else the two models route other rows here
                 regression.add(x, y)
+        if known:
+            spreads[0].add(before[0].output)  # type: ignore[arg-type]  # the original's is there
+            inputs.append(after[0].input)
+            known = sum(x.nbytes for x in inputs) <= MOST_INPUTS
     if regression.count == 0:
-        return
+        return None
     if not regression.finite():
         raise ValueError(
             f"calibration gives layer {next(iter(layers))!r} inputs or outputs that are not finite"
@@ -106,6 +120,11 @@ def refit(walk: Walk, original: nn.Module, pruned: nn.Module, step: Step) -> Non
     biases = [None] * len(sizes) if bias is None else bias.split(sizes)
     for layer, its_weight, its_bias in zip(layers.values(), weights, biases, strict=True):
         _write(layer, its_weight, its_bias)
+    if not known:
+        return None
+    for x in inputs:
+        spreads[1].add(first(x))
+    return spreads
 
 
 def _targets(layer: nn.Module, step: Step, before: Sequence[Call], after: Sequence[Call]) -> Tensor:
@@ -144,19 +163,23 @@ def reestimate(
     name: str,
     outputs: Tensor | None,
 ) -> None:
-    """Shift and scale a BatchNorm's running statistics so that each channel's output has the mean
-    and variance it had.
-
-    Where the original's statistics are those of its inputs, this is the usual re-estimation (Jordan
-    et al., arXiv 2211.08403); where they are not (a frozen norm), the difference stays what it was.
-    """
-    norm: Any = pruned.get_submodule(name)
+    """`rescale` a BatchNorm from passes over the two models."""
     old, new = _Spread(), _Spread()
     for before, after in walk.show((original, pruned), [name]):
         for call in before:
             old.add(call.input)
         for call in after:
             new.add(call.input)
+    rescale(pruned.get_submodule(name), old, new, outputs)
+
+
+def rescale(norm: Any, old: _Spread, new: _Spread, outputs: Tensor | None) -> None:
+    """Shift and scale a BatchNorm's running statistics so that each channel's output has the mean
+    and variance it had.
+
+    Where the original's statistics are those of its inputs, this is the usual re-estimation (Jordan
+    et al., arXiv 2211.08403); where they are not (a frozen norm), the difference stays what it was.
+    """
     if min(old.count, new.count) < 2:
         return
     kept = slice(None) if outputs is None else outputs
@@ -213,7 +236,8 @@ def repair_layers(
 
     survey: of the original; its look has all repairable layers.
     """
-    layers = itertools.chain.from_iterable(step.layers for step in steps)
+    layers = list(itertools.chain.from_iterable(step.layers for step in steps))
+    layers += [step.norm[0] for step in steps if step.norm is not None]
     walk = Walk(original, survey.batches, layers, look=survey.look)
     pace = Pace(len(steps))
     for step in steps:
@@ -222,5 +246,19 @@ def repair_layers(
         if isinstance(pruned.get_submodule(name), nn.modules.batchnorm._BatchNorm):
             reestimate(walk, original, pruned, name, outputs)
         else:
-            refit(walk, original, pruned, step)
+            _refit_with_norm(walk, original, pruned, step)
         walk.finish(step.layers)
+
+
+def _refit_with_norm(walk: Walk, original: nn.Module, pruned: nn.Module, step: Step) -> None:
+    """`refit`, and the BatchNorm that comes next."""
+    spreads = refit(walk, original, pruned, step)
+    if step.norm is None:
+        return
+    walk.finish(step.layers)
+    norm, outputs = step.norm
+    if spreads is None:
+        reestimate(walk, original, pruned, norm, outputs)
+    else:
+        rescale(pruned.get_submodule(norm), *spreads, outputs)
+    walk.finish([norm])

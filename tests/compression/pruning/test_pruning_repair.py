@@ -9,7 +9,8 @@ from pruning_models import Branches, X, mlp, randn, small
 from torch import nn
 
 import quantize
-from quantize.compression.pruning import prune_ln_structured
+from quantize.calibration import Walk
+from quantize.compression.pruning import prune_ln_structured, repair
 
 
 def test_repair_is_exact_for_redundant_channels():
@@ -75,3 +76,44 @@ def test_what_calibration_never_reaches_is_left():
     assert "never reaches layer 'experts.1.2'" in quantize.summary(pruned).left["experts.1.0"]
     with pytest.raises(ValueError, match=r"never reaches layer 'experts.1.2'"):
         prune_ln_structured(model, example, calibration=batches, amount={"experts.1.0": 0.5})
+
+
+class TwoNorms(nn.Module):
+    """Convolutions whose outputs a BatchNorm reads: one by one, one norm twice, two of one."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.convs = nn.ModuleList(nn.Conv2d(c, 16, 3) for c in (3, 16, 16, 16))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(16) for _ in range(4))
+        for norm in self.norms:
+            norm.running_mean.normal_()
+            norm.running_var.uniform_(0.5, 2)
+
+    def forward(self, x):
+        x = self.norms[0](self.convs[0](x)).relu()
+        x = self.norms[1](self.convs[1](x)).relu()
+        x = self.norms[1](self.convs[2](x)).relu()
+        x = self.convs[3](x)
+        return self.norms[2](x) + self.norms[3](x)
+
+
+def test_norms_are_estimated_from_what_a_refit_has_seen(monkeypatch):
+    """With the same result as from passes of their own, in fewer of them."""
+    model, batches = TwoNorms().eval(), [randn(4, 3, 12, 12), 0.5 * randn(4, 3, 12, 12)]
+    shown: list[str] = []
+    show = Walk.show
+
+    def counted(self, models, names, *others):
+        shown.append(",".join(names))
+        return show(self, models, names, *others)
+
+    monkeypatch.setattr(Walk, "show", counted)
+    known = prune_ln_structured(model, batches[0], calibration=batches)
+    few, shown[:] = list(shown), []
+    monkeypatch.setattr(repair, "MOST_INPUTS", 0)
+    passed = prune_ln_structured(model, batches[0], calibration=batches)
+    assert few == ["convs.1", "convs.2", "norms.1", "convs.3", "norms.3"]
+    assert sorted(shown) == sorted([*few, "norms.2"])
+    for ours, theirs in zip(known.state_dict().values(), passed.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs)
