@@ -18,6 +18,7 @@ from quantize.calibration.patches import exact, snapshot
 from quantize.calibration.sums import Squares
 
 Loss = Callable[[Any, Any], torch.Tensor]
+Moment = Callable[[], torch.Tensor | Outer]
 
 
 def fisher_loss(output: Any, *, categories: bool, generator: torch.Generator) -> torch.Tensor:
@@ -130,9 +131,11 @@ class OutputGradients:
         categories = main.ndim > 0 and (named or main.shape[-1] in self.vocabularies)
         return fisher_loss(output, categories=categories, generator=self.generator)
 
-    def result(self) -> dict[str, torch.Tensor | Outer]:
-        """E[g g^T], [M, M], by layer, without those that the loss doesn't depend on."""
-        return {name: sums.mean(self.counts[name]) for name, sums in self.squares.items()}
+    def result(self) -> dict[str, Moment]:
+        """What gives E[g g^T], [M, M], by layer, without those that the loss doesn't depend on: the
+        sums that it is made of take half the room.
+        """
+        return {name: partial(sums.mean, self.counts[name]) for name, sums in self.squares.items()}
 
 
 class _Tap(torch.autograd.Function):
@@ -187,4 +190,4 @@ def collect_gradients(
         for batch in batches:
             gradients.backward(call(model, batch), batch)
     moments = gradients.result()
-    return {name: whole(moment).float() for name, moment in moments.items()}
+    return {name: whole(moment()).float() for name, moment in moments.items()}

@@ -22,8 +22,11 @@ from quantize.calibration.inputs import (
     watching,
     without_cache,
 )
+from quantize.calibration.passes import saved_in_files
 from quantize.calibration.state import changed
 from quantize.calibration.statistics import Calls, InputSums, on_input
+
+SAVED = 1 << 28  # bytes of what a gradient needs of a pass that stay in memory
 
 
 class Look:
@@ -94,6 +97,7 @@ class Look:
                 stack.callback(hook.remove)
             if gradients is not None:
                 stack.enter_context(without_weight_gradients(model))
+                stack.enter_context(saved_in_files(model, SAVED))
             stack.enter_context(torch.set_grad_enabled(gradients is not None))
             self.stateful |= changed(model, run)
 

@@ -17,7 +17,9 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from quantize.calibration.inputs import as_written, call, watching
+from quantize.calibration.gradients import without_weight_gradients
+from quantize.calibration.inputs import call, watching
+from quantize.calibration.passes import Gone, saved_in_files
 from quantize.calibration.patches import snapshot, storage_of
 
 ADDITIONS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
@@ -47,8 +49,8 @@ class _Seen(BaseException):
 class _Waiting:
     """A call whose output may yet be added to something.
 
-    output: the tensor that the model goes on with. leaf: in a strict watch, a leaf in the output's
-        place: what has a gradient with respect to it depends on the output.
+    output: the tensor that the model goes on with. leaf: in a strict watch, a number that what
+        depends on the output has a gradient with respect to.
     """
 
     call: Call
@@ -60,13 +62,14 @@ class Watch(TorchFunctionMode):
     """Notes the calls of layers in passes over a model.
 
     Args:
-        model: what `run` runs, in the mode that it is in.
+        model: what `run` runs, in the mode that it is in, with no module compiled.
         names: modules of it; each takes its input first and gives one tensor.
         streams: those of `names` whose streams are noted too.
         calls: number of calls after which a pass may end; None for whole passes.
         outputs: False notes inputs and streams alone, and a pass may end before the last layer.
         strict: what was computed from the output itself is no stream (GELU's x + 0.04 x^3). To
-            know, passes run with gradients.
+            know, passes run with gradients. Of inputs and streams only shapes are noted, and no
+            outputs.
     """
 
     def __init__(
@@ -94,7 +97,6 @@ class Watch(TorchFunctionMode):
         """The calls in the order in which they ended, in one pass over `batch`."""
         self.calls, self.waiting = [], []
         with ExitStack() as stack:
-            stack.enter_context(as_written(self.model))
             for name in self.names:
                 layer = self.model.get_submodule(name)
                 if self.outputs or name in self.streams:
@@ -113,9 +115,9 @@ class Watch(TorchFunctionMode):
 
     def _hook(self, name: str) -> Callable[..., torch.Tensor]:
         def note(_: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> torch.Tensor:
-            leaf = output.detach().requires_grad_() if self.strict else None
-            output = output if leaf is None else leaf.clone()
-            copy = snapshot(output) if self.outputs else None
+            leaf = torch.zeros((), requires_grad=True) if self.strict else None
+            output = output if leaf is None else _Cut.apply(output.detach(), leaf)
+            copy = snapshot(output) if self.outputs and not self.strict else None
             seen = Call(name, self._input(args, kwargs), copy)
             self.calls.append(seen)
             if name in self.streams:
@@ -135,6 +137,8 @@ class Watch(TorchFunctionMode):
     def _input(self, args: tuple, kwargs: dict) -> torch.Tensor:
         """A copy of what a layer is given: one for layers that are given one tensor in turn."""
         given = args[0] if args else next(iter(kwargs.values()))
+        if self.strict:
+            return Gone.of(given)
         version = None if given.is_inference() else given._version
         if given is not self.latest[0] or version is None or version != self.latest[1]:
             self.latest = (given, version, snapshot(given))
@@ -163,9 +167,21 @@ class Watch(TorchFunctionMode):
                 if not _is_same(waiting.output, ours) or _is_same(waiting.output, other):
                     continue
                 if not (self.strict and _depends(other, waiting.leaf)):
-                    waiting.call.stream = snapshot(other)
+                    waiting.call.stream = Gone.of(other) if self.strict else snapshot(other)
                     self.waiting.remove(waiting)
                 break
+
+
+class _Cut(torch.autograd.Function):
+    """A copy of a tensor that depends on a leaf, and on nothing before it."""
+
+    @staticmethod
+    def forward(ctx: Any, output: torch.Tensor, leaf: torch.Tensor) -> torch.Tensor:
+        return snapshot(output)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        return None, torch.zeros(())
 
 
 def _is_same(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -194,7 +210,7 @@ def find_streams(model: nn.Module, batch: Any, names: Collection[str]) -> set[st
     """Those of the layers `names` whose output joins a stream whenever the layer runs, in eval
     mode.
     """
-    with watching((), model):
+    with watching((), model), without_weight_gradients(model), saved_in_files(model, 0):
         calls = Watch(model, names, names, strict=True).run(batch)
     alone = {call.name for call in calls if call.stream is None}
     return {call.name for call in calls} - alone

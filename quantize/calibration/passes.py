@@ -8,6 +8,7 @@ inside. Past a number of bytes outputs go to files without names, which end with
 from __future__ import annotations
 
 import functools
+import mmap
 import tempfile
 import weakref
 from collections import Counter
@@ -24,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 from quantize.calibration.inputs import on_tensors
 from quantize.calibration.patches import snapshot, storage_of
 
+WORTH_A_FILE = 1 << 16  # bytes of what a graph saves
 PLAIN = (type(None), bool, int, float, complex, str, torch.dtype, torch.device, slice)
 # what may be asked of a tensor whose values are gone
 _Tensor: Any = Tensor  # at run time its attributes are descriptors
@@ -105,14 +107,43 @@ class Store:
 
 
 def _in_a_file(tensor: Tensor, folder: Path | None) -> Tensor:
-    with tempfile.NamedTemporaryFile(prefix="quantize-", dir=folder, delete=False) as file:
-        path = Path(file.name)
-    try:
-        count = tensor.numel()
-        mapped = torch.from_file(str(path), shared=True, size=count, dtype=tensor.dtype)
-    finally:
-        path.unlink()  # the mapping holds the file until it goes itself
-    return mapped.view(tensor.shape).copy_(tensor)
+    with tempfile.NamedTemporaryFile(prefix="quantize-", dir=folder) as file:
+        file.truncate(tensor.nbytes)
+        mapped = mmap.mmap(file.fileno(), tensor.nbytes)  # holds the file until it goes itself
+    values = torch.frombuffer(mapped, dtype=tensor.dtype).view(tensor.shape)
+    values.copy_(tensor)
+    if hasattr(mmap, "MADV_DONTNEED"):  # the pages stay in the file, no longer in this process
+        mapped.madvise(mmap.MADV_DONTNEED)
+    return values
+
+
+@contextmanager
+def saved_in_files(model: nn.Module, memory: int) -> Iterator[None]:
+    """Inside, of what the graph of one pass saves for its way back, `memory` bytes stay in memory;
+    the rest goes to files.
+    """
+    store = Store(0)
+    weights = {storage_of(parameter) for parameter in model.parameters()}
+    kept = 0
+
+    def pack(tensor: Tensor) -> tuple[Tensor, int]:
+        nonlocal kept
+        plain = tensor.detach()
+        movable = type(plain) is Tensor and plain.layout == torch.strided
+        if movable and plain.nbytes >= WORTH_A_FILE and storage_of(plain) not in weights:
+            kept += plain.nbytes
+            if kept > memory:
+                plain = store.copy(plain)
+        return plain, plain._version
+
+    def unpack(saved: tuple[Tensor, int]) -> Tensor:
+        tensor, version = saved
+        if tensor._version != version:  # as torch does for what it saves itself
+            raise RuntimeError("a tensor that a gradient needs was modified in place")
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
 
 
 class Pass(TorchFunctionMode):

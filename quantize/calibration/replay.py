@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from quantize.calibration.inputs import (
+    as_written,
     call,
     check_batches,
     in_eval_mode,
@@ -91,6 +92,7 @@ class Walk:
             for model in distinct:
                 stack.enter_context(routed_through(self.running, model, begun))
             stack.enter_context(without_cache(*distinct))
+            stack.enter_context(as_written(*distinct))
             traceless = self.look.fixed and not self.look.stateful
             inside = in_eval_mode if traceless else partial(watching, ())
             stack.enter_context(inside(*distinct))

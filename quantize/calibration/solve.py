@@ -40,16 +40,20 @@ def factorized(moment: Tensor, ridge: float | Tensor) -> Tensor:
     """Cholesky factor of the moment plus ridge * 1; where roundings leave a moment without one, the
     ridge grows tenfold until it has.
     """
-    matrix, total, more = moment.clone(), 0.0, float(ridge)
-    while True:
-        matrix.diagonal().add_(more)
-        total += more
-        factor, failed = torch.linalg.cholesky_ex(matrix)
-        if not failed:
-            return factor
-        more = max(9 * total, SMALLEST_RIDGE * float(moment.diagonal().mean()))
-        if not 0 < more < math.inf:
-            raise ValueError(f"a moment of shape {tuple(moment.shape)} is not finite")
+    diagonal = moment.diagonal().clone()
+    total, more = 0.0, float(ridge)
+    try:  # the matrix itself has the ridge for as long: a copy would take as much room again
+        while True:
+            total += more
+            moment.diagonal().copy_(diagonal + total)
+            factor, failed = torch.linalg.cholesky_ex(moment)
+            if not failed:
+                return factor
+            more = max(9 * total, SMALLEST_RIDGE * float(diagonal.mean()))
+            if not 0 < more < math.inf:
+                raise ValueError(f"a moment of shape {tuple(moment.shape)} is not finite")
+    finally:
+        moment.diagonal().copy_(diagonal)
 
 
 def compensate(

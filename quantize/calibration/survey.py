@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from quantize.calibration.dual import Outer, is_finite_moment
-from quantize.calibration.gradients import Loss, OutputGradients
+from quantize.calibration.gradients import Loss, Moment, OutputGradients
 from quantize.calibration.inputs import check_batches, of_original
 from quantize.calibration.look import Look
 from quantize.calibration.patches import gram_bytes
@@ -80,7 +80,7 @@ class Survey:
         self.whole = not gradients or self._of_gradients() <= memory
         self.reached = set(self.layers)  # until the first pass knows better
         self.statistics: dict[str, InputStatistics] = {}
-        self.moments: dict[str, torch.Tensor | Outer] = {}  # of gradients
+        self.moments: dict[str, Moment] = {}  # of gradients
         self.rows: dict[str, int] = {}  # of inputs, by layer that was looked at
         self.current: set[str] = set()  # layers that were looked at last
         self.plan(self.layers, inputs=True)
@@ -120,10 +120,15 @@ class Survey:
         return self.statistics[name]
 
     def gradient(self, name: str) -> torch.Tensor | Outer | None:
-        """E[g g^T] of the gradients at a layer's output, [M, M]; None where there are none."""
+        """E[g g^T] of the gradients at a layer's output, [M, M]; None where there are none that are
+        finite.
+        """
         if not self.whole and name not in self.current:
             self._pass(self._run_of(name))
-        return self.moments.get(name)
+        if name not in self.moments:
+            return None
+        moment = self.moments[name]()
+        return moment if is_finite_moment(moment) else None
 
     def forget(self, names: Iterable[str]) -> None:
         """Nothing more is asked of these layers."""
@@ -190,6 +195,5 @@ class Survey:
             check_reached(self.statistics)
             self.rows |= {name: seen.count for name, seen in self.statistics.items()}
         if gradients is not None:
-            moments = gradients.result()
-            self.moments |= {name: m for name, m in moments.items() if is_finite_moment(m)}
+            self.moments |= gradients.result()
         return look

@@ -114,13 +114,16 @@ def factorize_low_rank(
         whole = "kept whole: the budget is better spent elsewhere"
     for name in [name for name, r in ranks.items() if r is None]:
         left.setdefault(name, whole)
-    result = surgery.clone(model)
+    result = surgery.shell(model)
     if survey is None:
         result = _cut(result, ranks, split)
     else:
         steps = {"max_passes": max_passes, "split": split, "left": left, "say": say}
         result = fit(result, survey, ranks, **steps)
         survey.warn_if_few_rows("low rank")
+    original = {id(parameter) for parameter in model.parameters()}
+    new = [parameter for parameter in result.parameters() if id(parameter) not in original]
+    result = surgery.clone(result, sharing=new)
     surgery.round_stored(result)
     write_down(result, model, left, calibration, warn=not isinstance(value, Mapping))
     return result

@@ -4,6 +4,7 @@ from the inputs that the already factorized layers give.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Callable, Mapping
@@ -31,8 +32,8 @@ def fit(
     left: dict[str, str],
     say: Callable[[str], None],
 ) -> nn.Module:
-    """Fit the layers `ranks` of `result` in the order in which they run, each on the inputs that
-    the done ones give.
+    """Fit the layers `ranks` of `result`, a shell of the original, in the order in which they run,
+    each on the inputs that the done ones give.
 
     Layers of no rank stay whole, and before the first one of a rank as they are.
     """
@@ -42,8 +43,9 @@ def fit(
         return result
     order = list(itertools.chain.from_iterable(groups))
     first = next(iter(calibrate.of_original(batches)))
-    streams = calibrate.find_streams(model, first, order)
+    survey.forget(name for name in order if ranks[name] is None)
     survey.plan([name for name in order if ranks[name] is not None], inputs=False)
+    streams = calibrate.find_streams(model, first, order)
     walk = calibrate.Walk(model, batches, order, look=survey.look)
     pace = calibrate.Pace(len(groups))
     for group in groups:
@@ -106,8 +108,12 @@ def _fit_layer(
 
 
 def _write(layer: nn.Module, matrix: torch.Tensor, bias: torch.Tensor | None) -> None:
-    """Give a layer other numbers; a 16-bit layer's weight reads in another dtype than it has."""
+    """Give a layer parameters of its own, with other numbers; a 16-bit layer's weight reads in
+    another dtype than it has.
+    """
     stored: Any = layer._parameters
+    for name in ("weight", "bias"):
+        stored[name] = copy.deepcopy(stored[name])
     weight = stored["weight"]
     weight.copy_(matrix.T if pairs.is_transposed(layer) else matrix.reshape(weight.shape))
     if bias is not None:
