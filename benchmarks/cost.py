@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from models import bert, classifier, llama, pitch_net, resnet18, small_bert
+from models import bert, build, classifier, llama, pitch_net, pixels, resnet18, small_bert
 from rows import Parser, Row, host, in_a_process, write
 from torch import nn
 
@@ -103,10 +103,12 @@ def billion(layers: int) -> Case:
 
 
 def images(make: Callable[[], nn.Module]) -> Case:
+    """A classifier whose activations keep their range, as after training."""
+
     def batch(generator: torch.Generator) -> torch.Tensor:
         return torch.randn(BATCH, 3, SIZE, SIZE, generator=generator)
 
-    return Case(make, batch)
+    return Case(partial(build, make, pixels(BATCH, SIZE)), batch)
 
 
 def sounds(generator: torch.Generator) -> torch.Tensor:
