@@ -10,7 +10,12 @@ from typing import Any
 
 def number(step: Any, name: str, fits: Callable[[float], bool], allowed: str) -> float:
     """The field as a float. Raises TypeError for no number, ValueError for one out of range."""
-    return _number(f"{type(step).__name__}.{name}", getattr(step, name), fits, allowed)
+    return _number(*_field(step, name), fits, allowed)
+
+
+def _field(step: Any, name: str) -> tuple[str, Any]:
+    """What a message calls the field, and its value."""
+    return f"{type(step).__name__}.{name}", getattr(step, name)
 
 
 def _number(where: str, value: Any, fits: Callable[[float], bool], allowed: str) -> float:
@@ -27,8 +32,7 @@ def shares(
     step: Any, name: str, fits: Callable[[float], bool], allowed: str
 ) -> float | dict[str, float]:
     """The field as a float, or as a dict of them by name of a layer."""
-    value = getattr(step, name)
-    where = f"{type(step).__name__}.{name}"
+    where, value = _field(step, name)
     if not isinstance(value, Mapping):
         return _number(where, value, fits, allowed)
     if not value:
@@ -41,8 +45,7 @@ def shares(
 
 def count(step: Any, name: str) -> int:
     """The field as an integer of at least 1."""
-    value = getattr(step, name)
-    where = f"{type(step).__name__}.{name}"
+    where, value = _field(step, name)
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{where} must be an integer, got {value!r}")
     if value < 1:
@@ -52,8 +55,7 @@ def count(step: Any, name: str) -> int:
 
 def names(step: Any, name: str) -> tuple[str, ...]:
     """The field as a tuple of names and globs: a type can't be written down."""
-    value = getattr(step, name)
-    where = f"{type(step).__name__}.{name}"
+    where, value = _field(step, name)
     if isinstance(value, str) or not isinstance(value, Sequence):
         raise TypeError(f"{where} must be a sequence of names, got {value!r}")
     for entry in value:
@@ -64,7 +66,7 @@ def names(step: Any, name: str) -> tuple[str, ...]:
 
 def choice(step: Any, name: str, allowed: Sequence[Any]) -> None:
     """Raises ValueError for a field that is none of the allowed values."""
-    value = getattr(step, name)
+    where, value = _field(step, name)
     if not any(type(value) is type(each) and value == each for each in allowed):
         options = ", ".join(repr(each) for each in allowed)
-        raise ValueError(f"{type(step).__name__}.{name} is {value!r}; allowed: {options}")
+        raise ValueError(f"{where} is {value!r}; allowed: {options}")
