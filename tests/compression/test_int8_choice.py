@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+import warnings
 from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import in_int8, linear, mlp, randn
+from helpers import in_int8, linear, mlp, randn, seeded
 from torch import nn
 
 import quantize
@@ -251,3 +252,39 @@ def test_what_stays_float_is_said_with_its_size():
     noted = quantize.summary(small)
     assert noted.steps[-1].settings["stays_float"] == "93% of 10272 bytes"
     assert "93% of the bytes" in noted.left["0"]
+
+
+class Cancels(nn.Module):
+    """An image network in which two large weights cancel out on channels that are the same."""
+
+    def __init__(self, large: float) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3))
+        with torch.no_grad():
+            self.body[0].weight[1] = self.body[0].weight[0]
+            self.body[0].bias[1] = self.body[0].bias[0]
+            self.body[2].weight[:, 0] += large
+            self.body[2].weight[:, 1] -= large
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        self.called = True
+        return self.body(pixels)
+
+
+def test_random_images_tell_what_int8_does_to_image_networks():
+    """Far off without calibration: a warning with the share, and the summary has it. Neither a
+    network that int8 suits, nor one that takes no images, nor one with calibration says anything;
+    and no run of it leaves a trace.
+    """
+    far, near = seeded(lambda: Cancels(4.0)).eval(), seeded(lambda: Cancels(0.0)).eval()
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    with pytest.warns(UserWarning, match=r"Cancels moved by \d+% on random images of 64 x 64"):
+        small = in_int8(far)
+    assert "on_random_images" in quantize.summary(small).steps[0].settings
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        in_int8(near)
+        in_int8(nn.Sequential(nn.Flatten(0), nn.Unflatten(0, (1, 3, 9, 9)), *near.body))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not hasattr(far, "called") and not hasattr(near, "called")

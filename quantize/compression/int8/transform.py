@@ -28,7 +28,7 @@ from quantize.compression.int8.layers import (
     overlapping,
     small,
 )
-from quantize.compression.int8.limit import Trial, warn_if_far, within
+from quantize.compression.int8.limit import Trial, warn_if_far, warn_of_noise, within
 from quantize.compression.int8.outliers import find_plans
 from quantize.compression.int8.regions import Inputs, gaining_together, make_regions
 from quantize.compression.int8.speed import affordable, slower, slower_as_a_whole
@@ -61,7 +61,8 @@ def quantize_dynamic(
     or share their weight with a linear layer (a tied head).
     `quantize.summary(result)` says what was converted, what was not, and why, and what part of the
     bytes stays float. A UserWarning does too where that is more than 40 percent, and another one
-    says where the outputs moved by more than 5 percent on calibration. A BatchNorm in eval mode and
+    says where the outputs moved by more than 5 percent on calibration, or, without it, those of an
+    image network by more than 10 percent on random images. A BatchNorm in eval mode and
     a ReLU that alone read the output of a convolution are folded into it: calibration shows that,
     or else `torch.fx` where it can follow the forward. So a linear layer does the work of the GELU,
     ReLU or SiLU module that alone reads its output.
@@ -158,6 +159,8 @@ def quantize_dynamic(
             return _unconverted(model, stays | made.choice.left | left, why)
     if max_error is None and made.distance is not None:
         warn_if_far(model, made.distance)
+    if trial is None:
+        made.settings |= warn_of_noise(made.model, model)
     _tell(made, plans, left, folded | joined)
     return made.model
 
