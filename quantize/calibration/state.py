@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantize import surgery
+
 # Structure, hooks and records of a module: techniques may change them inside.
 _NOT_STATE = (frozenset(nn.Module().__dict__) - {"training"}) | {"_structure", "_notes"}
 _KEPT_WHOLE = (type, nn.Module, torch.dtype, torch.device)
@@ -34,14 +36,15 @@ def untouched(*models: nn.Module) -> Iterator[None]:
 
     State is: buffers (assigned anew or changed in place), plain attributes of every module
     (tensors, numbers, containers and simple objects, to any depth), training flags, weights that a
-    forward renormalizes (`max_norm`), forward hooks that were added, and the generators of torch,
-    numpy and Python. Replaced modules and parameters that somebody writes on purpose stay as
-    written.
+    forward renormalizes (`max_norm`) or writes to (`surgery.written_layers`), forward hooks that
+    were added, and the generators of torch, numpy and Python. Replaced modules and parameters that
+    somebody else writes stay as written.
     """
     saved: list[_State] = []
     memo: dict[int, _Saved] = {}
     for model in models:
-        saved.extend(_State(module, memo) for module in model.modules())
+        written = surgery.written_layers(model)
+        saved.extend(_State(module, memo, module in written) for module in model.modules())
     generators = _Generators()
     try:
         yield
@@ -58,7 +61,9 @@ def changed(model: nn.Module, run: Callable[[], Any]) -> set[str]:
     everyone's.
     """
     memo: dict[int, _Saved] = {}
-    saved = {name: _State(module, memo) for name, module in model.named_modules()}
+    written = surgery.written_layers(model)
+    named = model.named_modules()
+    saved = {name: _State(module, memo, module in written) for name, module in named}
     generators = _Generators()
     try:
         run()
@@ -77,10 +82,11 @@ def changed(model: nn.Module, run: Callable[[], Any]) -> set[str]:
 class _State:
     """What a forward pass of one module may change.
 
-    memo: by id, what was saved of other modules and need not be saved again.
+    memo: by id, what was saved of other modules and need not be saved again. written: does a
+        forward around it write to its weight?
     """
 
-    def __init__(self, module: nn.Module, memo: dict[int, _Saved]) -> None:
+    def __init__(self, module: nn.Module, memo: dict[int, _Saved], written: bool) -> None:
         self.module = module
         constant = getattr(
             type(module), "constant_buffers", False
@@ -94,7 +100,7 @@ class _State:
         self.weights = [
             _Saved(p, {})
             for p in module._parameters.values()
-            if p is not None and _renormalizes(module)
+            if p is not None and (written or _renormalizes(module))
         ]
 
     def changed(self) -> bool:

@@ -5,7 +5,7 @@ Every technique goes through here. `edit` changes a model, `record` keeps what a
 why), `sizes` tells whether a module agrees with its own tensors.
 """
 
-from quantize.surgery.asked import asked_classes, bound_layers
+from quantize.surgery.asked import asked_classes, bound_layers, written_layers
 from quantize.surgery.candidates import (
     Facts,
     check_finite,
@@ -101,4 +101,5 @@ __all__ = [
     "traced_followers",
     "uncompiled",
     "without_logs",
+    "written_layers",
 ]

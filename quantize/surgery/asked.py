@@ -9,6 +9,7 @@ classes, and weights that are written through another variable.
 from __future__ import annotations
 
 import dis
+import functools
 from collections.abc import Iterator
 from itertools import chain
 from types import CodeType, FunctionType, ModuleType
@@ -23,7 +24,7 @@ def bound_layers(model: nn.Module) -> dict[nn.Module, str]:
     """Why no layer of another kind can take the place of a layer of `model`, by layer: for what
     forwards around it do with it.
     """
-    return _written_layers(model) | asked_classes(model)
+    return written_layers(model) | asked_classes(model)
 
 
 def asked_classes(model: nn.Module) -> dict[nn.Module, str]:
@@ -44,21 +45,23 @@ def asked_classes(model: nn.Module) -> dict[nn.Module, str]:
     return found
 
 
-def _written_layers(model: nn.Module) -> dict[nn.Module, str]:
+def written_layers(model: nn.Module) -> dict[nn.Module, str]:
     """Why a layer of `model` must stay as it is, by layer: the forward of a module around it writes
     to its weight.
     """
     found: dict[nn.Module, str] = {}
-    known: dict[type, set[str]] = {}
     for owner in model.modules():
-        cls = type(owner)
-        if cls not in known:
-            written = (_written(code) for code, _ in _reached(cls))
-            known[cls] = set(chain.from_iterable(written))
-        for name, layer in owner.named_modules() if known[cls] else ():
-            if any(f".{name}".endswith(f".{path}") for path in known[cls]):
-                found[layer] = f"the forward of {cls.__name__} writes to its weight"
+        paths = _written_by(type(owner))
+        for name, layer in owner.named_modules() if paths else ():
+            if any(f".{name}".endswith(f".{path}") for path in paths):
+                found[layer] = f"the forward of {type(owner).__name__} writes to its weight"
     return found
+
+
+@functools.lru_cache(maxsize=1024)
+def _written_by(owner: type[nn.Module]) -> set[str]:
+    """Names of the layers to whose weights the forward of `owner` writes."""
+    return set(chain.from_iterable(_written(code) for code, _ in _reached(owner)))
 
 
 def _written(code: CodeType) -> Iterator[str]:

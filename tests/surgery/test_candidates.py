@@ -205,3 +205,20 @@ def test_layers_whose_weight_is_written_stay():
             assert torch.isfinite(small(x)).all()
         assert cosine(in_int8(model)(x), copy.deepcopy(model)(x)) > 0.99
     assert not model.rescaled
+
+
+def test_weights_that_a_forward_writes_are_as_before():
+    """Runs on calibration leave the model's weights, and the copy's, as they were: the copy divides
+    them once.
+    """
+    model, x = seeded(Rescales).eval(), randn(64, 32)
+    before = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        expected = copy.deepcopy(model)(x)
+        for small in (
+            in_int8(model, calibration=[x]),
+            quantize.quantize_weights(model, calibration=[x]),
+            quantize.factorize_low_rank(model, ratio=0.9, calibration=[x]),
+        ):
+            assert all(torch.equal(now, before[name]) for name, now in model.state_dict().items())
+            assert (small(x) - expected).norm() < 0.12 * expected.norm()
