@@ -5,6 +5,9 @@
 #include "integers.h"
 #include "rows.h"
 
+#include <sched.h>
+
+#include <atomic>
 #include <cstdlib>
 
 #if defined(_OPENMP)
@@ -33,7 +36,38 @@ inline int64_t rows_at_once(int64_t stride, int64_t rows) {
   return rows < chunk ? rows : chunk;
 }
 
+// Threads that wait for each other, in short steps: they spin for some 50 us, then let others run,
+// since the one that they wait for may want this very core.
+struct Team {
+  static constexpr int SPINS = 1000;
+  std::atomic<int64_t> arrived{0}, turn{0};
+
+  void wait(int64_t threads) {
+    const int64_t own = turn.load(std::memory_order_acquire);
+    if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == threads) {
+      arrived.store(0, std::memory_order_relaxed);
+      turn.store(own + 1, std::memory_order_release);
+      return;
+    }
+    for (int spins = 0; turn.load(std::memory_order_acquire) == own; spins++) {
+#if defined(__x86_64__)
+      if (spins < SPINS) {
+        __builtin_ia32_pause();
+        continue;
+      }
+#endif
+      sched_yield();
+    }
+  }
+};
+
+thread_local Team* team = nullptr;  // of the program that runs
+
 inline void barrier(int64_t threads) {
+  if (team) {
+    if (threads > 1) team->wait(threads);
+    return;
+  }
 #if defined(_OPENMP)
   if (threads > 1) {
 #pragma omp barrier

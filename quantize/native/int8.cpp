@@ -1,244 +1,45 @@
-// A dynamic int8 linear layer in one call:
-// y = (sum_k (q[k] - zero) w[k] * scale) * step + sum of a few channels in float + bias, and an
-// activation of it.
+// Dynamic int8 linear layers, and programs of them with the norms, the attention and the sums that
+// lie between.
 //
-// Where there are many rows, each thread quantizes its own and multiplies them by all weights, as
-// many at a time as its cache holds; where there are few, threads share out the rows to quantize
-// them, then the outputs. Sums are exact integers, and what follows is one IEEE operation at a time
-// (compiled without contraction), so neither the instruction set nor the number of threads or rows
-// changes a bit. quantize/nn/int8_kernels.py says the same in PyTorch.
+// Neither the instruction set nor the number of threads or rows changes a bit: sums of integers are
+// exact, and what follows is one IEEE operation at a time (compiled without contraction).
+// quantize/nn/int8_kernels.py says of the layers, in PyTorch, what they compute.
 
-#include "elementary.h"
-#include "gemm.h"
+#include "attend.h"
+#include "linears.h"
 
 enum Kind : int64_t { F32, F16, BF16 };
-enum How : int64_t { ALONE, SUM, PRODUCT };
+enum Work : int64_t { LINEARS, NORM, ATTENTION, EACH };
 
-struct Layer {
-  int64_t inputs, outputs;
-  const int8_t* packed;       // [panels][padded inputs / 4][16][4]
-  const int32_t* sums;        // of the weights of an output [16 panels]
-  const float *scale, *bias;  // [outputs]; bias may be null
-  const float* factor;        // [inputs], of the numbers that are quantized; may be null
-  int64_t outliers;           // channels that count in float, at most MOST_OUTLIERS
-  const int64_t* channels;    // [outliers]
-  const float* kept;          // their weights [outliers][16 panels]
-  int64_t activation;         // of the outputs; see elementary.h
-  const float* tails;         // of GELU [5][16], or null
+// Layers, and what becomes of the results of one that is alone.
+struct Linears {
+  const Layer* const* layers;
+  int64_t count, rows, how;
 };
 
-// Layers that read the same rows; those of several have neither factors nor outliers.
-struct Call {
-  const Layer* const* layers;
-  int64_t count, rows, threads;
-  const void* x;       // [rows, inputs]
-  void* const* y;      // [rows, outputs] of each layer
-  int64_t how;         // what becomes of results and `other`; see How
-  const float* other;  // [rows, outputs] of a single layer of floats, or null
+// Of a program. places: of what it reads, then of what it writes: the number of a block of memory
+// in the bits from 40 on, bytes from its start below them; -1 is nowhere.
+//   LINEARS: x, other, then a result for each layer
+//   NORM: x, weight, bias, result
+//   ATTENTION: q, k, v, mask, result
+//   EACH: x, other, result
+struct Step {
+  int64_t work, shared;  // shared: by all threads?
+  const void* what;      // Linears, Norm, Attention or Each
+  const int64_t* places;
 };
 
 namespace {
 
-constexpr int64_t MOST_OUTLIERS = 4;
-constexpr int64_t HEIGHT = 32;           // rows of a block
-constexpr int64_t NEAR_BYTES = 1 << 20;  // of weights that stay in the cache for every block
-
-// ------------------------------------------------------------------------------------------------
-// results
-
-inline void store_some(Floats y, float* to, int64_t n) { memcpy(to, &y, n * sizeof(float)); }
-inline void store_some(Floats y, Brain* to, int64_t n) {
-  typedef uint32_t Unsigned __attribute__((vector_size(64)));
-  typedef uint16_t Words __attribute__((vector_size(32)));
-  const Unsigned b = (Unsigned)y;
-  Unsigned rounded = (b + 0x7fff + (b >> 16 & 1)) >> 16;
-  rounded = (Ints)(b & 0x7fffffff) > 0x7f800000 ? rounded * 0 + 0x7fc0 : rounded;
-  const Words words = __builtin_convertvector(rounded, Words);
-  memcpy(to, &words, n * sizeof(Brain));
-}
-inline void store_some(Floats y, Half* to, int64_t n) {
-#if defined(__AVX512F__)
-  const __m256i words = _mm512_cvtps_ph((__m512)y, 0);
-  memcpy(to, &words, n * sizeof(Half));
-#else
-  for (int64_t i = 0; i < n; i++) to[i] = to_half(y[i]);
-#endif
-}
-
-// A row as its results need it.
-struct Quantized {
-  Row row;
-  float outlier[MOST_OUTLIERS];
-};
-
-// What becomes of the sums of a call.
-template <class T, bool BIAS, bool OUTLIERS>
-struct Results {
-  const Layer& layer;
-  const Quantized* rows;
-  T* y;
-  int64_t how;
-  const float* other;
-
-  // What the 16 outputs of a panel share.
-  struct Panel {
-    const Quantized* rows;
-    T* to;
-    int64_t outputs, many, outliers, activation, how;
-    const float *tails, *other;
-    Floats scale, bias = {}, kept[MOST_OUTLIERS];
-    Ints sums;
-
-    void put(const int32_t* from, int64_t apart, int64_t row, int64_t count) const {
-      for (int64_t r = row; r < row + count; r++, from += apart) {
-        const Floats result = joined(result_of(from, rows[r]), r * outputs);
-        if (many == LANES)
-          store_some(result, to + r * outputs, LANES);
-        else
-          store_some(result, to + r * outputs, many);
-      }
-    }
-    Floats joined(Floats result, int64_t at) const {
-      if (how == ALONE) return result;
-      const Floats more = many == LANES ? load(other + at) : load_part(other + at, many);
-      return how == SUM ? result + more : result * more;
-    }
-    Floats result_of(const int32_t* from, const Quantized& q) const {
-      Ints sum;
-      memcpy(&sum, from, sizeof sum);
-      const Ints exact = sum - q.row.zero * sums;
-      Floats result = __builtin_convertvector(exact, Floats) * scale * q.row.step;
-      if (OUTLIERS)
-        for (int64_t i = 0; i < outliers; i++) result = result + kept[i] * q.outlier[i];
-      if (BIAS) result = result + bias;
-      return activated(result, activation, tails);
-    }
-  };
-
-  Panel panel(int64_t panel) const {
-    const int64_t at = panel * LANES, left = layer.outputs - at;
-    const bool whole = left >= LANES;
-    Panel shared = {rows, y + at, layer.outputs, whole ? LANES : left};
-    shared.outliers = layer.outliers, shared.activation = layer.activation,
-    shared.tails = layer.tails, shared.how = how, shared.other = other ? other + at : other;
-    shared.scale = whole ? load(layer.scale + at) : load_part(layer.scale + at, left);
-    if (BIAS) shared.bias = whole ? load(layer.bias + at) : load_part(layer.bias + at, left);
-    memcpy(&shared.sums, layer.sums + at, sizeof shared.sums);
-    if (OUTLIERS)
-      for (int64_t i = 0; i < layer.outliers; i++)
-        shared.kept[i] = load(layer.kept + i * up(layer.outputs, LANES) + at);
-    return shared;
-  }
-};
-
-// ------------------------------------------------------------------------------------------------
-// a call
+constexpr int64_t MOST_LAYERS = 8;
 
 thread_local Scratch scratch;
 
 template <class T>
-struct Job {
-  const Layer& layer;  // the first, which says how rows are quantized
-  const Call& call;
-  int64_t padded, stride, chunk;
-  bool own_rows;  // does each thread have rows of its own?
-  uint8_t* memory;
-
-  explicit Job(const Call& call) : layer(*call.layers[0]), call(call) {
-    padded = up(layer.inputs, 64);
-    stride = row_stride(layer.inputs);
-    int64_t panels = 0;
-    for (int64_t i = 0; i < call.count; i++) panels += panels_of(*call.layers[i]);
-    own_rows = call.rows >= HEIGHT * call.threads;
-    const bool near = panels * LANES * padded <= NEAR_BYTES;
-    chunk = near ? HEIGHT : up(rows_at_once(stride, call.rows), HEIGHT);
-    if (!own_rows) chunk = up(call.rows, HEIGHT);
-  }
-
-  static int64_t panels_of(const Layer& layer) { return up(layer.outputs, LANES) / LANES; }
-
-  // Of a chunk of rows.
-  int64_t bytes() const { return up(chunk * (stride + int64_t(sizeof(Quantized))), 64); }
-
-  bool open() {
-    if (!scratch.reserve(bytes() * (own_rows ? call.threads : 1))) return false;
-    memory = scratch.memory;
-    return true;
-  }
-
-  // Rows as bytes, and what else is known of them.
-  struct Chunk {
-    int64_t first, count;
-    uint8_t* q;
-    Quantized* rows;
-  };
-  Chunk chunk_of(int64_t first, int64_t count, int64_t place) const {
-    uint8_t* q = memory + place * bytes();
-    return {first, count, q, (Quantized*)(q + chunk * stride)};
-  }
-
-  void quantize(const Chunk& to, int64_t low, int64_t high) const {
-    const T* x = (const T*)call.x + (to.first + low) * layer.inputs;
-    for (int64_t i = low; i < high; i++, x += layer.inputs) {
-      uint8_t* q = to.q + i * stride;
-      to.rows[i].row = layer.factor
-                           ? quantize_row(Scaled<T>{x, layer.factor}, layer.inputs, padded, q)
-                           : quantize_row(Plain<T>{x}, layer.inputs, padded, q);
-      for (int64_t o = 0; o < layer.outliers; o++)
-        to.rows[i].outlier[o] = widen(x[layer.channels[o]]);
-    }
-  }
-
-  template <bool BIAS, bool OUTLIERS>
-  void multiply(const Chunk& of, int64_t at, int64_t thread, int64_t threads) const {
-    typedef Results<T, BIAS, OUTLIERS> Sink;
-    const Layer& own = *call.layers[at];
-    const int64_t before = of.first * own.outputs;
-    const float* other = call.other ? call.other + before : nullptr;
-    const Sink sink = {own, of.rows, (T*)call.y[at] + before, call.how, other};
-    const Gemm<Sink> gemm = {of.q, own.packed, stride, padded, panels_of(own), sink};
-    gemm.share(of.count, thread, threads);
-  }
-  void multiply(const Chunk& of, int64_t thread, int64_t threads) const {
-    for (int64_t at = 0; at < call.count; at++) {
-      const bool bias = call.layers[at]->bias;
-      if (layer.outliers)
-        bias ? multiply<true, true>(of, at, thread, threads)
-             : multiply<false, true>(of, at, thread, threads);
-      else
-        bias ? multiply<true, false>(of, at, thread, threads)
-             : multiply<false, false>(of, at, thread, threads);
-    }
-  }
-
-  void run(int64_t thread, int64_t threads) const {
-    own_rows ? run_own(thread, threads) : run_shared(thread, threads);
-  }
-
-  void run_own(int64_t thread, int64_t threads) const {
-    const int64_t blocks = up(call.rows, HEIGHT) / HEIGHT;
-    int64_t end = blocks * (thread + 1) / threads * HEIGHT;
-    end = end < call.rows ? end : call.rows;
-    for (int64_t first = blocks * thread / threads * HEIGHT; first < end; first += chunk) {
-      const int64_t count = end - first < chunk ? end - first : chunk;
-      const Chunk own = chunk_of(first, count, thread);
-      quantize(own, 0, count);
-      multiply(own, 0, 1);
-    }
-  }
-
-  void run_shared(int64_t thread, int64_t threads) const {
-    const Chunk all = chunk_of(0, call.rows, 0);
-    quantize(all, call.rows * thread / threads, call.rows * (thread + 1) / threads);
-    barrier(threads);
-    multiply(all, thread, threads);
-  }
-};
-
-template <class T>
 int run(const Call& call) {
   Job<T> job(call);
-  if (!job.open()) return 1;
+  if (!scratch.reserve(job.all_bytes())) return 1;
+  job.memory = scratch.memory;
 #if defined(_OPENMP)
   if (call.threads > 1) {
 #pragma omp parallel num_threads(int(call.threads))
@@ -261,13 +62,94 @@ int run_kind(const Call& call, int64_t kind) {
   }
 }
 
+struct Program {
+  const Step* steps;
+  int64_t count, threads;
+  uint8_t* const* blocks;
+  uint8_t* memory = nullptr;
+
+  template <class T>
+  T* at(int64_t place) const {
+    return place < 0 ? nullptr : (T*)(blocks[place >> 40] + (place & 0xffffffffff));
+  }
+  int64_t team(const Step& step) const { return step.shared ? threads : 1; }
+
+  // A call of layers. results: room for as many places.
+  Call call_of(const Step& step, void** results) const {
+    const Linears& own = *(const Linears*)step.what;
+    for (int64_t i = 0; i < own.count; i++) results[i] = at<void>(step.places[2 + i]);
+    const float* other = at<float>(step.places[1]);
+    const float* x = at<float>(step.places[0]);
+    return {own.layers, own.count, own.rows, team(step), x, results, own.how, other};
+  }
+
+  int64_t bytes_of(const Step& step) const {
+    if (step.work == LINEARS) {
+      const Linears& own = *(const Linears*)step.what;
+      const Call call = {own.layers, own.count, own.rows, team(step), nullptr, nullptr, own.how};
+      return Job<float>(call).all_bytes();
+    }
+    if (step.work != ATTENTION) return 0;
+    return up(Attending::bytes(*(const Attention*)step.what), 64) * team(step);
+  }
+  int64_t bytes() const {
+    int64_t most = 0;
+    for (int64_t i = 0; i < count; i++) {
+      const int64_t own = bytes_of(steps[i]);
+      most = own > most ? own : most;
+    }
+    return most;
+  }
+
+  void attend(const Step& step, int64_t thread) const {
+    const Attention& own = *(const Attention*)step.what;
+    const int64_t* p = step.places;
+    uint8_t* mine = memory + thread * up(Attending::bytes(own), 64);
+    Attending(own, at<float>(p[0]), at<float>(p[1]), at<float>(p[2]), at<void>(p[3]),
+              at<float>(p[4]), mine)
+        .run(thread, team(step));
+  }
+
+  void run_step(const Step& step, int64_t thread) const {
+    const int64_t* p = step.places;
+    if (step.work == LINEARS) {
+      void* results[MOST_LAYERS];
+      const Call call = call_of(step, results);
+      Job<float> job(call);
+      job.memory = memory;
+      job.run(thread, team(step));
+    } else if (step.work == NORM) {
+      const Norm& own = *(const Norm*)step.what;
+      run_norm(own, at<float>(p[0]), at<float>(p[1]), at<float>(p[2]), at<float>(p[3]), thread,
+               team(step));
+    } else if (step.work == ATTENTION) {
+      attend(step, thread);
+    } else {
+      const Each& own = *(const Each*)step.what;
+      run_each(own, at<float>(p[0]), at<float>(p[1]), at<float>(p[2]), thread, team(step));
+    }
+  }
+  void run(int64_t thread) const {
+    for (int64_t i = 0; i < count; i++) {
+      if (thread < team(steps[i])) run_step(steps[i], thread);
+      barrier(threads);
+    }
+  }
+};
+
 }  // namespace
 
 extern "C" {
 
-// What int8.py compares with its own before the first call.
-extern const int64_t layer_bytes;
+// What int8_library.py compares with its own before the first call.
+extern const int64_t layer_bytes, linears_bytes, norm_bytes, attention_bytes, each_bytes,
+    step_bytes;
 const int64_t layer_bytes = sizeof(Layer);
+const int64_t linears_bytes = sizeof(Linears);
+const int64_t norm_bytes = sizeof(Norm);
+const int64_t attention_bytes = sizeof(Attention);
+const int64_t each_bytes = sizeof(Each);
+const int64_t step_bytes = sizeof(Step);
 
 // 0 if this process may run the code.
 int open_library() { return open_matrices(); }
@@ -296,18 +178,35 @@ int linear(const Layer* layer, int64_t what, const void* x, void* y) {
   return run_kind(call, what >> 40 & 0xff);
 }
 
-// The same of floats, with numbers of `other` [rows, outputs] added to the results or multiplied by
-// them.
-int linear_with(const Layer* layer, int64_t what, const void* x, void* y, int64_t how,
-                const float* other) {
-  const Call call = {&layer, 1, what & 0xffffffffff, what >> 48, x, &y, how, other};
-  return run<float>(call);
-}
-
-// The same of several layers without outliers that take the same rows.
-int linears(const Layer* const* layers, int64_t count, int64_t what, const void* x,
-            void* const* y) {
-  const Call call = {layers, count, what & 0xffffffffff, what >> 48, x, y, ALONE, nullptr};
-  return run_kind(call, what >> 40 & 0xff);
+// A program of `count` steps on blocks of memory, the last of which, of so many bytes, is found
+// here. 0, or 1 where there is no memory.
+int run_program(const Step* steps, int64_t count, uint8_t** blocks, int64_t last, int64_t bytes,
+                int64_t threads) {
+  Program program = {steps, count, threads, blocks};
+#if defined(_OPENMP)
+  if (threads > 1) {
+    bool enough = true;
+    Team own;
+#pragma omp parallel num_threads(int(threads))
+    {
+#pragma omp master
+      {
+        program.threads = omp_get_num_threads();
+        enough = scratch.reserve(bytes + program.bytes());
+        blocks[last] = scratch.memory, program.memory = scratch.memory + bytes;
+      }
+#pragma omp barrier
+      team = &own;
+      if (enough) program.run(omp_get_thread_num());
+      team = nullptr;
+    }
+    return !enough;
+  }
+#endif
+  program.threads = 1;
+  if (!scratch.reserve(bytes + program.bytes())) return 1;
+  blocks[last] = scratch.memory, program.memory = scratch.memory + bytes;
+  program.run(0);
+  return 0;
 }
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import os
 import weakref
 from typing import NamedTuple
@@ -40,8 +41,7 @@ _WORTH_A_THREAD = 1 << 14  # cycles; fewer are done before another thread wakes 
 class Shape(NamedTuple):
     """What a call with inputs of one shape and dtype needs.
 
-    rows, kind: in one number, as int8.cpp takes them. threads: at most. result: a tensor like the
-    output, without memory.
+    what: rows and kind, as int8.cpp takes them. result: like the output, without memory.
     """
 
     what: int
@@ -74,12 +74,14 @@ class Packed(packs.Copy):
 
     def _threads(self, rows: int) -> int:
         """How many threads so many rows are worth; 1 at least."""
-        rate = functions().products
-        if rows < _FEW_ROWS:
-            rate = min(rate, _PRODUCTS_OF_FEW_ROWS)
-        cycles = rows * self.outputs * self.inputs / rate
-        cycles += rows * (self.outputs + self.inputs) / _NUMBERS
-        return max(1, int(cycles / _WORTH_A_THREAD))
+        return max(1, int(self.cycles(rows) / _WORTH_A_THREAD))
+
+    def cycles(self, rows: int) -> float:
+        """About how many a core needs for so many rows."""
+        few = _PRODUCTS_OF_FEW_ROWS if rows < _FEW_ROWS else math.inf
+        rate = min(functions().products, few)
+        products = rows * self.outputs * self.inputs / rate
+        return products + rows * (self.outputs + self.inputs) / _NUMBERS
 
 
 class Bound:
@@ -300,9 +302,7 @@ _forked = False
 
 
 def threads(products: int) -> int:
-    """Threads for that many products, where nothing else is known of the work. OpenMP's threads
-    don't follow a process that forks.
-    """
+    """For that many products. OpenMP's threads don't follow a process that forks."""
     return 1 if _forked else max(1, min(torch.get_num_threads(), products // _PRODUCTS_A_THREAD))
 
 

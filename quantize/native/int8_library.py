@@ -1,4 +1,4 @@
-"""int8.cpp as a library: its struct, its functions, and the instruction set that it is compiled
+"""int8.cpp as a library: its structs, its functions, and the instruction set that it is compiled
 for.
 """
 
@@ -25,28 +25,84 @@ HEADERS = (
     *(_SOURCE.with_name(name) for name in ("elementary.h", "gemm.h", "integers.h", "rows.h")),
     build.NUMBERS,
 )
+_OWN = tuple(_SOURCE.with_name(f"{name}.h") for name in ("attend", "floats", "linears", "planes"))
 
 # Of the outputs, by name: as in elementary.h.
 ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh": 2, "silu": 3}
 
 
+_NUMBER, _POINTER, _FLOAT = ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
+_THREE, _FOUR = _NUMBER * 3, _NUMBER * 4
+
+
 class Layer(ctypes.Structure):
+    """As in linears.h."""
+
+    _fields_ = [
+        *((name, _NUMBER) for name in ("inputs", "outputs")),
+        *((name, _POINTER) for name in ("packed", "sums", "scale", "bias", "factor")),
+        ("outliers", _NUMBER),
+        *((name, _POINTER) for name in ("channels", "kept")),
+        ("activation", _NUMBER),
+        ("tails", _POINTER),
+    ]
+
+
+class Linears(ctypes.Structure):
+    """As in int8.cpp."""
+
+    _fields_ = [("layers", _POINTER), *((name, _NUMBER) for name in ("count", "rows", "how"))]
+
+
+class Norm(ctypes.Structure):
+    """As in floats.h."""
+
+    _fields_ = [
+        *((name, _NUMBER) for name in ("rows", "width", "centered")),
+        ("epsilon", _FLOAT),
+    ]
+
+
+class Attention(ctypes.Structure):
+    """As in attend.h."""
+
+    _fields_ = [
+        *((name, _NUMBER) for name in ("batches", "heads", "shared")),
+        *((name, _NUMBER) for name in ("queries", "keys", "width", "wide")),
+        *((name, _THREE) for name in ("q", "k", "v", "mask")),
+        ("scale", _FLOAT),
+        ("causal", ctypes.c_int32),
+        ("masked", _NUMBER),
+    ]
+
+
+class Each(ctypes.Structure):
+    """As in floats.h."""
+
+    _fields_ = [
+        *((name, _FOUR) for name in ("size", "x", "other", "y")),
+        *((name, _NUMBER) for name in ("how", "activation")),
+        ("tails", _POINTER),
+    ]
+
+
+class Step(ctypes.Structure):
     """As in int8.cpp."""
 
     _fields_ = [
-        ("inputs", ctypes.c_int64),
-        ("outputs", ctypes.c_int64),
-        ("packed", ctypes.c_void_p),
-        ("sums", ctypes.c_void_p),
-        ("scale", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
-        ("factor", ctypes.c_void_p),
-        ("outliers", ctypes.c_int64),
-        ("channels", ctypes.c_void_p),
-        ("kept", ctypes.c_void_p),
-        ("activation", ctypes.c_int64),
-        ("tails", ctypes.c_void_p),
+        *((name, _NUMBER) for name in ("work", "shared")),
+        *((name, _POINTER) for name in ("what", "places")),
     ]
+
+
+_STRUCTS = {
+    "layer_bytes": Layer,
+    "linears_bytes": Linears,
+    "norm_bytes": Norm,
+    "attention_bytes": Attention,
+    "each_bytes": Each,
+    "step_bytes": Step,
+}
 
 
 @dataclass(frozen=True)
@@ -56,8 +112,7 @@ class Functions:
     open_library: Callable[[], int]
     pack: Callable[..., None]
     linear: Callable[..., int]
-    linear_with: Callable[..., int]
-    linears: Callable[..., int]
+    run_program: Callable[..., int]
     products: int = 1  # about how many a core makes in a cycle
 
 
@@ -65,21 +120,19 @@ def read(library: ctypes.CDLL) -> Functions:
     """The functions of a compiled int8.cpp. Raises OSError for a library that isn't one of this
     version.
     """
-    number, pointer = ctypes.c_int64, ctypes.c_void_p
-    names = "open_library", "pack", "linear", "linear_with", "linears"
-    sizes = {"layer_bytes": ctypes.sizeof(Layer)}
+    sizes = {name: ctypes.sizeof(struct) for name, struct in _STRUCTS.items()}
+    names = "open_library", "pack", "linear", "run_program"
     functions = Functions(*packs.symbols(library, names, sizes))
-    functions.pack.argtypes = [pointer, number, number, pointer, pointer]
+    functions.pack.argtypes = [_POINTER, _NUMBER, _NUMBER, _POINTER, _POINTER]
     functions.pack.restype = None
-    functions.linear.argtypes = [pointer, number, pointer, pointer]
-    functions.linear_with.argtypes = [pointer, number, pointer, pointer, number, pointer]
-    functions.linears.argtypes = [pointer, number, number, pointer, pointer]
+    functions.linear.argtypes = [_POINTER, _NUMBER, _POINTER, _POINTER]
+    functions.run_program.argtypes = [_POINTER, _NUMBER, _POINTER, *[_NUMBER] * 3]
     return functions
 
 
 def code(level: str) -> build.Code:
     """int8.cpp for a level of `isa`."""
-    return packs.code(level, "int8", HEADERS, read)
+    return packs.code(level, "int8", (*HEADERS, *_OWN), read)
 
 
 @functools.cache

@@ -44,7 +44,7 @@ from quantize.native.outliers import Outliers
 from quantize.nn import int8_products as products
 from quantize.nn.int8_rows import Rows, quantize_rows, quantize_weight
 from quantize.nn.int8_stock import STOCK, Kernel, in_graph
-from quantize.nn.tape import is_recorded
+from quantize.nn.tape import is_replacing
 
 __all__ = ["Outliers", "Rows", "in_graph", "kernel", "linear", "quantize_rows", "quantize_weight"]
 
@@ -97,7 +97,7 @@ def linear(
         apart = (None, None, None) if outliers is None else outliers
         x = x.detach()
         return torch.ops.quantize.int8_linear(x, weight, scale, bias, *apart, activation)
-    if torch._C._len_torch_function_stack() and is_recorded():
+    if torch._C._len_torch_function_stack() and is_replacing():
         rest = weight, scale, bias, outliers, activation
         return handle_torch_function(linear, (x, weight), x, *rest)
     if _forced is None:

@@ -23,7 +23,7 @@ _ALIGNED = 64  # bytes
 _NEAR_BYTES = 1 << 22  # of the nearest cache of two cores
 
 
-class _Arena:
+class Arena:
     """Where values lie between steps: places in one block, used again after the last reader."""
 
     def __init__(self) -> None:
@@ -134,7 +134,7 @@ class Planner:
                 raise Unfit("a sum of different shapes")
         self.layers = [own or self._pooling(op) for op, own in zip(ops, layers, strict=True)]
         self.threads = int8.threads(sum(map(self._products, range(len(ops)))))
-        self.arena, self.steps = _Arena(), list[conv.Step]()
+        self.arena, self.steps = Arena(), list[conv.Step]()
         self.places: dict[int, int] = {SOURCE: conv.INPUT}
         self.ranges: dict[int, int] = {}
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import operator
 import weakref
-from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -19,15 +19,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
+from torch.overrides import _get_current_function_mode, _pop_mode_temporarily
 from torch.utils import _pytree as pytree
 
 from quantize.native import int8 as native_int8
 from quantize.native.packs import versions_of
 from quantize.nn import PackedLayer
+from quantize.nn.floats import OWN
 from quantize.nn.int8 import Int8Linear
 from quantize.nn.int8_embedding import Int8Embedding
-from quantize.nn.int8_joined import joined
-from quantize.nn.tape import CONSTANTS, TENSORS, Recorder, Tape, Unfit
+from quantize.nn.stretches import stretched
+from quantize.nn.tape import CONSTANTS, TENSORS, Recorder, Replacing, Tape, Unfit
 
 KINDS = (Int8Linear, Int8Embedding)  # layers in integers that can be recorded
 _MOST_FORMS = 64  # of inputs that are remembered
@@ -53,13 +55,14 @@ class State:
             self.sources += own, *parts, *more
         unique = {id(source): source for source in self.sources}
         self.sources = [source for source in unique.values() if len(source) or source != ()]
-        self.readers = [_reader(source) for source in self.sources if len(source)]
-        self.values = self._read()
+        self.full = [source for source in self.sources if len(source)]
+        self.readers = [*map(_reader, self.full)]
+        self.values = [*self._read()]
         self.size = sum(map(len, self.sources))
         self.tensors = [value for value in self.values if isinstance(value, Tensor)]
 
-    def _read(self) -> list[Any]:
-        return list(chain.from_iterable(read() for read in self.readers))
+    def _read(self) -> Iterator[Any]:
+        return chain.from_iterable(map(_call, self.readers, self.full))
 
     def holds(self) -> bool:
         """Is everything as it was? And does nobody watch the modules?"""
@@ -73,17 +76,22 @@ class State:
             return False
 
 
+_call: Any = operator.call
 _STANDARD = vars(nn.Module()).keys() - {"training"}  # attributes of every module
 
 
-def _reader(source: Collection[Any]) -> Callable[[], Iterable[Any]]:
+def _reader(source: Collection[Any]) -> Callable[[Any], Iterable[Any]]:
     """Reads what a source holds, less what all modules have."""
     if not isinstance(source, dict):
-        return partial(iter, source)
+        return iter
     names = [name for name in source if name not in _STANDARD]
     if not names:
-        return tuple
-    return partial(operator.itemgetter(names[0], *names), source)  # of two names and more: a tuple
+        return _nothing
+    return operator.itemgetter(names[0], *names)  # of two names and more: a tuple
+
+
+def _nothing(source: Any) -> tuple[()]:
+    return ()
 
 
 def _content(value: Any) -> Collection[Any]:
@@ -95,11 +103,15 @@ def _content(value: Any) -> Collection[Any]:
 
 
 class Region:
-    """What is recorded of a module. fits: can it be recorded? tapes: by the form of the inputs."""
+    """What is recorded of a module.
+
+    Attributes: is_known: are all layers inside of kinds that can be recorded? fits: and did it fail
+        seldom? tapes: by the form of the inputs.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         packed = [inside for inside in module.modules() if isinstance(inside, PackedLayer)]
-        self.fits = all(isinstance(inside, KINDS) for inside in packed)
+        self.is_known = self.fits = all(isinstance(inside, KINDS) for inside in packed)
         self.state: State | None = None
         self.seen: set[Hashable] = set()
         self.tapes: dict[Hashable, Tape | None] = {}
@@ -135,15 +147,16 @@ class Region:
             self.tapes.clear()
             self.state = state
         if not state.is_plain or not state.holds():
-            return call(), None
+            return plainly(call), None
         before = [tensor.clone() for tensor in inputs]
         versions = versions_of(state.tensors)
-        recorder = Recorder(inputs, state.tensors)
+        grad = torch.is_grad_enabled()
+        recorder = Recorder(inputs, state.tensors, {} if grad else OWN)
         with recorder:
             result = call()
         kept = versions == versions_of(state.tensors) and state.holds()
         try:
-            tape = recorder.tape(result, None if torch.is_grad_enabled() else joined)
+            tape = recorder.tape(result, None if grad else stretched)
             if kept and all(map(_are_equal, inputs, before)) and _gives(tape, inputs, result):
                 return result, tape
         except (Unfit, RuntimeError):  # another run of its calls may fail where inputs changed
@@ -177,25 +190,48 @@ def _are_equal(a: Tensor, b: Tensor) -> bool:
 _regions: weakref.WeakKeyDictionary[nn.Module, Region] = weakref.WeakKeyDictionary()
 
 
+def plainly(call: Callable[[], Any]) -> Any:
+    """The result of a module's own forward, with functions of torch as `floats` computes them where
+    no gradient may be asked for.
+    """
+    if torch.is_grad_enabled():
+        return call()
+    with Replacing(OWN):
+        return call()
+
+
 def replayed(module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """The result of a module's `forward`: by a tape, if there is one for such inputs."""
+    """The result of a module's `forward`: by a tape, if there is one for such inputs. It has the
+    bits of `plainly`.
+    """
     region = _regions.get(module)
     if region is None:
         region = _regions[module] = Region(module)
+    mode = _get_current_function_mode()
+    if not region.is_known or isinstance(mode, Recorder):
+        return forward(module, *args, **kwargs)
+    if isinstance(mode, Replacing):  # of a module around this one that isn't recorded
+        with _pop_mode_temporarily():
+            return _replayed(region, module, forward, args, kwargs)
+    return _replayed(region, module, forward, args, kwargs)
+
+
+def _replayed(
+    region: Region, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any
+) -> Any:
     inputs: list[Tensor] = []
+    call = partial(forward, module, *args, **kwargs)
     key = _form((args, kwargs), inputs) if region.fits else None
     if key is None or not _are_plain(inputs):
-        return forward(module, *args, **kwargs)
+        return plainly(call)
     grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
     key = key, grad, inference, torch.get_default_dtype()
     tape = region.tape(key)
     if tape is not None:
         return tape.run(inputs)
     if not region.is_due(key):
-        return forward(module, *args, **kwargs)
-    result, region.tapes[key] = region.record(
-        module, partial(forward, module, *args, **kwargs), inputs
-    )
+        return plainly(call)
+    result, region.tapes[key] = region.record(module, call, inputs)
     return result
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -104,16 +104,38 @@ def _with_last_reads(
     return found[::-1]
 
 
-class Recorder(TorchFunctionMode):
+class Replacing(TorchFunctionMode):
+    """Makes other calls in the place of some of those inside of it.
+
+    own: what is called, by the function of torch.
+    """
+
+    def __init__(self, own: Mapping[Any, Callable[..., Any]]) -> None:
+        super().__init__()
+        self.own = own
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return self.own.get(func, func)(*args, **(kwargs or {}))
+
+
+class Recorder(Replacing):
     """Records the calls that are made inside of it.
 
     Args:
         inputs: tensors that another run has others in the place of.
         owned: tensors that every run reads.
+        own: as Replacing has it; what is called is recorded.
     """
 
-    def __init__(self, inputs: Sequence[Tensor], owned: Iterable[Tensor]) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        inputs: Sequence[Tensor],
+        owned: Iterable[Tensor],
+        own: Mapping[Any, Callable[..., Any]],
+    ) -> None:
+        super().__init__(own)
         self.inputs, self.problem = inputs, ""
         self.steps: list[Step] = []
         self.values: list[Any] = []
@@ -130,6 +152,7 @@ class Recorder(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        func = self.own.get(func, func)
         result = func(*args, **(kwargs or {}))
         if func not in _QUESTIONS and not self.problem:
             try:
@@ -170,7 +193,7 @@ class Recorder(TorchFunctionMode):
                 return
             self.changes = True
         reads = [self._place(value) for value in (*args, *kwargs.values())]
-        call = _named(func, len(args), tuple(kwargs)) if kwargs else func
+        call = Named(func, len(args), tuple(kwargs)) if kwargs else func
         to = self._new(None)
         self.steps.append(Step(call, tuple(reads), to))
         if isinstance(result, (tuple, list)):
@@ -203,9 +226,9 @@ class Recorder(TorchFunctionMode):
         return to
 
 
-def is_recorded() -> bool:
-    """Does a recorder see what is called now?"""
-    return isinstance(_get_current_function_mode(), Recorder)
+def is_replacing() -> bool:
+    """Are calls that are made now replaced, or recorded?"""
+    return isinstance(_get_current_function_mode(), Replacing)
 
 
 def _version(tensor: Tensor) -> int:
@@ -224,10 +247,18 @@ def _gathered(make: Callable[[Any], Any], *values: Any) -> Any:
     return make(values)
 
 
-def _named(func: Callable[..., Any], count: int, names: tuple[str, ...]) -> Callable[..., Any]:
-    """func, with the values after the first `count` given by these names."""
+def is_gathering(step: Step) -> bool:
+    """Does it put its values into a list or a tuple?"""
+    return getattr(step.call, "func", None) is _gathered
 
-    def call(*values: Any) -> Any:
-        return func(*values[:count], **dict(zip(names, values[count:], strict=True)))
 
-    return call
+class Named(NamedTuple):
+    """func, with the values after the first ones (`positional`) given by these names."""
+
+    func: Callable[..., Any]
+    positional: int
+    names: tuple[str, ...]
+
+    def __call__(self, *values: Any) -> Any:
+        named = dict(zip(self.names, values[self.positional :], strict=True))
+        return self.func(*values[: self.positional], **named)

@@ -3,6 +3,7 @@ wherever it may do anything else.
 """
 
 import copy
+import itertools
 import types
 from collections.abc import Callable
 from typing import Any
@@ -14,11 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quantize import quantize_dynamic
+from quantize.native import program
 from quantize.nn import int8_kernels as kernels
 from quantize.nn import replay
-from quantize.nn.int8_joined import Joined, Together
 from quantize.nn.int8_region import Region
 from quantize.nn.replay import _MOST_FORMS
+from quantize.nn.stretches import Stretch
 
 RUNS: list[str] = []  # a word for each forward of a Block that ran
 TABLE = torch.ones(32)
@@ -62,7 +64,7 @@ def int8(change: Callable[[Block], object] = lambda block: None) -> Any:
 
 def own(block: Any, *args: Any, **kwargs: Any) -> Any:
     """What the block's forward gives."""
-    return type(block).own_forward(block, *args, **kwargs)
+    return replay.plainly(lambda: type(block).own_forward(block, *args, **kwargs))
 
 
 def tapes(block: Any) -> list[tuple[Any, Any]]:
@@ -118,6 +120,8 @@ def test_layers_that_do_more(level: str, monkeypatch: pytest.MonkeyPatch, change
     """Sums, products and layers of one input, in one native call each: the bits of the steps, on
     every instruction set, for many rows and few, on one thread and on two, without native code.
     """
+    monkeypatch.setattr(kernels, "_fastest", lambda *_: kernels.native)
+    monkeypatch.setattr(kernels, "_chosen", {})
     block = int8(lambda block: setattr(block, "more", change))
     for shape in ((1, 1, 32), (2, 5, 32), (3, 40, 32)):
         x = randn(*shape)
@@ -125,10 +129,16 @@ def test_layers_that_do_more(level: str, monkeypatch: pytest.MonkeyPatch, change
             monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
             assert is_replayed(block, x)
         (tape,) = (t for key, t in tapes(block) if key[0][1][1][0] == x.shape)
-        calls = [type(step.call) for step in tape.steps]
-        together = change is not _changes_what_was_read
-        assert calls.count(Together) == together
-        assert calls.count(Joined) == (together + 2 * (change is _gated))
+        stretches = [step.call for step in tape.steps if isinstance(step.call, Stretch)]
+        works = itertools.chain.from_iterable(stretch.program.works for stretch in stretches)
+        layers = [work.what for work in works if work.kind == program.LINEARS]
+        shortened = change is not _changes_what_was_read
+        assert bool(stretches) == shortened
+        assert sum(one.count for one in layers) == shortened * (9 if change is _gated else 6)
+        assert [one.count for one in layers].count(3) == shortened
+        sums = [one.how for one in layers]
+        assert sums.count(program.SUM) == shortened * (1 + (change is _gated))
+        assert sums.count(program.PRODUCT) == (change is _gated)
         with kernels.kernel("reference"):
             assert torch.equal(block(x), own(block, x))
 

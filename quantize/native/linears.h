@@ -1,0 +1,228 @@
+// Dynamic int8 linear layers that take the same rows:
+// y = (sum_k (q[k] - zero) w[k] * scale) * step + sum of a few channels in float + bias, and an
+// activation of it.
+//
+// Where there are many rows, each thread quantizes its own and multiplies them by all weights, as
+// many at a time as its cache holds; where there are few, threads share out the rows to quantize
+// them, then the outputs. Sums are exact integers, and what follows is one IEEE operation at a time
+// (compiled without contraction), so neither the instruction set nor the number of threads or rows
+// changes a bit. quantize/nn/int8_kernels.py says the same in PyTorch.
+
+#pragma once
+#include "floats.h"
+#include "gemm.h"
+
+struct Layer {
+  int64_t inputs, outputs;
+  const int8_t* packed;       // [panels][padded inputs / 4][16][4]
+  const int32_t* sums;        // of the weights of an output [16 panels]
+  const float *scale, *bias;  // [outputs]; bias may be null
+  const float* factor;        // [inputs], of the numbers that are quantized; may be null
+  int64_t outliers;           // channels that count in float, at most MOST_OUTLIERS
+  const int64_t* channels;    // [outliers]
+  const float* kept;          // their weights [outliers][16 panels]
+  int64_t activation;         // of the outputs; see elementary.h
+  const float* tails;         // of GELU [5][16], or null
+};
+
+// Layers that read the same rows; those of several have neither factors nor outliers.
+struct Call {
+  const Layer* const* layers;
+  int64_t count, rows, threads;
+  const void* x;       // [rows, inputs]
+  void* const* y;      // [rows, outputs] of each layer
+  int64_t how;         // what becomes of results and `other`; see How
+  const float* other;  // [rows, outputs] of a single layer of floats, or null
+};
+
+namespace {
+
+constexpr int64_t MOST_OUTLIERS = 4;
+constexpr int64_t HEIGHT = 32;           // rows of a block
+constexpr int64_t NEAR_BYTES = 1 << 20;  // of weights that stay in the cache for every block
+
+// ------------------------------------------------------------------------------------------------
+// results
+
+inline void store_some(Floats y, float* to, int64_t n) { memcpy(to, &y, n * sizeof(float)); }
+inline void store_some(Floats y, Brain* to, int64_t n) {
+  typedef uint32_t Unsigned __attribute__((vector_size(64)));
+  typedef uint16_t Words __attribute__((vector_size(32)));
+  const Unsigned b = (Unsigned)y;
+  Unsigned rounded = (b + 0x7fff + (b >> 16 & 1)) >> 16;
+  rounded = (Ints)(b & 0x7fffffff) > 0x7f800000 ? rounded * 0 + 0x7fc0 : rounded;
+  const Words words = __builtin_convertvector(rounded, Words);
+  memcpy(to, &words, n * sizeof(Brain));
+}
+inline void store_some(Floats y, Half* to, int64_t n) {
+#if defined(__AVX512F__)
+  const __m256i words = _mm512_cvtps_ph((__m512)y, 0);
+  memcpy(to, &words, n * sizeof(Half));
+#else
+  for (int64_t i = 0; i < n; i++) to[i] = to_half(y[i]);
+#endif
+}
+
+// A row as its results need it.
+struct Quantized {
+  Row row;
+  float outlier[MOST_OUTLIERS];
+};
+
+// What becomes of the sums of a call.
+template <class T, bool BIAS, bool OUTLIERS>
+struct Results {
+  const Layer& layer;
+  const Quantized* rows;
+  T* y;
+  int64_t how;
+  const float* other;
+
+  // What the 16 outputs of a panel share.
+  struct Panel {
+    const Quantized* rows;
+    T* to;
+    int64_t outputs, many, outliers, activation, how;
+    const float *tails, *other;
+    Floats scale, bias = {}, kept[MOST_OUTLIERS];
+    Ints sums;
+
+    void put(const int32_t* from, int64_t apart, int64_t row, int64_t count) const {
+      for (int64_t r = row; r < row + count; r++, from += apart) {
+        const Floats result = with_other(result_of(from, rows[r]), r * outputs);
+        if (many == LANES)
+          store_some(result, to + r * outputs, LANES);
+        else
+          store_some(result, to + r * outputs, many);
+      }
+    }
+    Floats with_other(Floats result, int64_t at) const {
+      return how == ALONE ? result : joined(result, how, load_some(other + at, many));
+    }
+    Floats result_of(const int32_t* from, const Quantized& q) const {
+      Ints sum;
+      memcpy(&sum, from, sizeof sum);
+      const Ints exact = sum - q.row.zero * sums;
+      Floats result = __builtin_convertvector(exact, Floats) * scale * q.row.step;
+      if (OUTLIERS)
+        for (int64_t i = 0; i < outliers; i++) result = result + kept[i] * q.outlier[i];
+      if (BIAS) result = result + bias;
+      return activated(result, activation, tails);
+    }
+  };
+
+  Panel panel(int64_t panel) const {
+    const int64_t at = panel * LANES, left = layer.outputs - at;
+    const bool whole = left >= LANES;
+    Panel shared = {rows, y + at, layer.outputs, whole ? LANES : left};
+    shared.outliers = layer.outliers, shared.activation = layer.activation,
+    shared.tails = layer.tails, shared.how = how, shared.other = other ? other + at : other;
+    shared.scale = whole ? load(layer.scale + at) : load_part(layer.scale + at, left);
+    if (BIAS) shared.bias = whole ? load(layer.bias + at) : load_part(layer.bias + at, left);
+    memcpy(&shared.sums, layer.sums + at, sizeof shared.sums);
+    if (OUTLIERS)
+      for (int64_t i = 0; i < layer.outliers; i++)
+        shared.kept[i] = load(layer.kept + i * up(layer.outputs, LANES) + at);
+    return shared;
+  }
+};
+
+// ------------------------------------------------------------------------------------------------
+// a call
+
+template <class T>
+struct Job {
+  const Layer& layer;  // the first, which says how rows are quantized
+  const Call& call;
+  int64_t padded, stride, chunk;
+  bool own_rows;              // does each thread have rows of its own?
+  uint8_t* memory = nullptr;  // of all_bytes
+
+  explicit Job(const Call& call) : layer(*call.layers[0]), call(call) {
+    padded = up(layer.inputs, 64);
+    stride = row_stride(layer.inputs);
+    int64_t panels = 0;
+    for (int64_t i = 0; i < call.count; i++) panels += panels_of(*call.layers[i]);
+    own_rows = call.rows >= HEIGHT * call.threads;
+    const bool near = panels * LANES * padded <= NEAR_BYTES;
+    chunk = near ? HEIGHT : up(rows_at_once(stride, call.rows), HEIGHT);
+    if (!own_rows) chunk = up(call.rows, HEIGHT);
+  }
+
+  static int64_t panels_of(const Layer& layer) { return up(layer.outputs, LANES) / LANES; }
+
+  // Of a chunk of rows.
+  int64_t bytes() const { return up(chunk * (stride + int64_t(sizeof(Quantized))), 64); }
+
+  int64_t all_bytes() const { return bytes() * (own_rows ? call.threads : 1); }
+
+  // Rows as bytes, and what else is known of them.
+  struct Chunk {
+    int64_t first, count;
+    uint8_t* q;
+    Quantized* rows;
+  };
+  Chunk chunk_of(int64_t first, int64_t count, int64_t place) const {
+    uint8_t* q = memory + place * bytes();
+    return {first, count, q, (Quantized*)(q + chunk * stride)};
+  }
+
+  void quantize(const Chunk& to, int64_t low, int64_t high) const {
+    const T* x = (const T*)call.x + (to.first + low) * layer.inputs;
+    for (int64_t i = low; i < high; i++, x += layer.inputs) {
+      uint8_t* q = to.q + i * stride;
+      to.rows[i].row = layer.factor
+                           ? quantize_row(Scaled<T>{x, layer.factor}, layer.inputs, padded, q)
+                           : quantize_row(Plain<T>{x}, layer.inputs, padded, q);
+      for (int64_t o = 0; o < layer.outliers; o++)
+        to.rows[i].outlier[o] = widen(x[layer.channels[o]]);
+    }
+  }
+
+  template <bool BIAS, bool OUTLIERS>
+  void multiply(const Chunk& of, int64_t at, int64_t thread, int64_t threads) const {
+    typedef Results<T, BIAS, OUTLIERS> Sink;
+    const Layer& own = *call.layers[at];
+    const int64_t before = of.first * own.outputs;
+    const float* other = call.other ? call.other + before : nullptr;
+    const Sink sink = {own, of.rows, (T*)call.y[at] + before, call.how, other};
+    const Gemm<Sink> gemm = {of.q, own.packed, stride, padded, panels_of(own), sink};
+    gemm.share(of.count, thread, threads);
+  }
+  void multiply(const Chunk& of, int64_t thread, int64_t threads) const {
+    for (int64_t at = 0; at < call.count; at++) {
+      const bool bias = call.layers[at]->bias;
+      if (layer.outliers)
+        bias ? multiply<true, true>(of, at, thread, threads)
+             : multiply<false, true>(of, at, thread, threads);
+      else
+        bias ? multiply<true, false>(of, at, thread, threads)
+             : multiply<false, false>(of, at, thread, threads);
+    }
+  }
+
+  void run(int64_t thread, int64_t threads) const {
+    own_rows ? run_own(thread, threads) : run_shared(thread, threads);
+  }
+
+  void run_own(int64_t thread, int64_t threads) const {
+    const int64_t blocks = up(call.rows, HEIGHT) / HEIGHT;
+    int64_t end = blocks * (thread + 1) / threads * HEIGHT;
+    end = end < call.rows ? end : call.rows;
+    for (int64_t first = blocks * thread / threads * HEIGHT; first < end; first += chunk) {
+      const int64_t count = end - first < chunk ? end - first : chunk;
+      const Chunk own = chunk_of(first, count, thread);
+      quantize(own, 0, count);
+      multiply(own, 0, 1);
+    }
+  }
+
+  void run_shared(int64_t thread, int64_t threads) const {
+    const Chunk all = chunk_of(0, call.rows, 0);
+    quantize(all, call.rows * thread / threads, call.rows * (thread + 1) / threads);
+    barrier(threads);
+    multiply(all, thread, threads);
+  }
+};
+
+}  // namespace
