@@ -9,6 +9,7 @@ import pytest
 from quantize.compression.search.budget import Budget
 from quantize.compression.search.choosing import best
 from quantize.compression.search.layered import Layered
+from quantize.compression.search.result import facts_of
 from quantize.compression.search.times import FLOAT, INT4, INT8
 from quantize.compression.search.units import Option, Unit
 
@@ -39,6 +40,12 @@ def test_a_point_that_is_surely_better_is_not_held_to_its_noise():
     assert names(rows, speedup=1.5) == ["pruned", "rounded"]
     rows = [row("rounded", 2.5, 0.0002, 0.0001), row("unsure", 3.4, 0.0035, 0.0036)]
     assert names(rows, speedup=1.5) == ["rounded", "unsure"]
+
+
+def test_the_latency_that_is_told_is_the_one_that_counts():
+    """By turns with the original, not that of a moment in which the machine was busy."""
+    told = facts_of(row("int8", 2.0, 0.0) | {"latency_ms": {"median": 99.0}})
+    assert told == "5 ms (2.00x), 100 bytes, loss 0"
 
 
 def test_what_is_slower_than_the_original_comes_last():
