@@ -1,4 +1,4 @@
-"""A server that answers every request at once with the same bytes: the floor of the load generator."""
+"""A server that answers requests at once with the same bytes: the floor of the load generator."""
 
 from __future__ import annotations
 

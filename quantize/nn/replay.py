@@ -170,9 +170,13 @@ class Region:
 
 
 def _gives(tape: Tape, inputs: Sequence[Tensor], expected: Any) -> bool:
-    """Does a tape give this result? Whether it does leaves no trace in the random numbers."""
+    """Does a tape give this result, and results of the same sizes for other numbers? Whether it
+    does leaves no trace in the random numbers.
+    """
     with torch.random.fork_rng(devices=[]):
         leaves, form = pytree.tree_flatten(tape.run(inputs))
+        if tape.is_sized_by_numbers(inputs):
+            return False
     known, known_form = pytree.tree_flatten(expected)
     return form == known_form and all(map(_are_alike, leaves, known))
 

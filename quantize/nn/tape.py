@@ -3,7 +3,8 @@
 A `Tape` is recorded while a forward runs on real inputs. Its steps are the very calls that were
 made, on the same tensors, so its results have the same bits; it holds for inputs of the same
 shapes, strides and dtypes. A forward that looks at the numbers of a tensor, or at anything of it
-but its form, can't be recorded, nor one that uses tensors of unknown origin.
+but its form, can't be recorded, nor one in which numbers decide how large a tensor is, nor one that
+uses tensors of unknown origin.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 TENSORS = (Tensor, nn.Parameter)  # no subclass: its calls may do anything
 CONSTANTS = (bool, int, float, str, type(None), torch.dtype, torch.device, torch.layout)
@@ -89,6 +91,32 @@ class Tape:
                 values[place] = None
         leaves = [values[place] for place in self.outputs]
         return leaves[0] if self.is_single else pytree.tree_unflatten(leaves, self.form)
+
+    def is_sized_by_numbers(self, inputs: Sequence[Tensor]) -> bool:
+        """Do numbers decide how large a tensor is? Then sizes may differ from those recorded."""
+        with _Sizes() as sizes:
+            self.run(inputs)
+        return sizes.vary
+
+
+class _Sizes(TorchDispatchMode):
+    """Sees calls whose results have sizes that numbers decide. vary: was there one?"""
+
+    vary = False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if torch.Tag.dynamic_output_shape in func.tags and not _takes_indices(func, args):
+            self.vary = True
+        return func(*args, **(kwargs or {}))
+
+
+def _takes_indices(func: Any, args: Sequence[Any]) -> bool:
+    """Does it take elements at indices, not those that a mask marks?"""
+    if func is not torch.ops.aten.index.Tensor:
+        return False
+    return all(index is None or index.dtype not in (torch.bool, torch.uint8) for index in args[1])
 
 
 def _with_last_reads(

@@ -163,6 +163,11 @@ def _counts_calls(block: Any, x: Tensor) -> Tensor:
     return x * block.calls
 
 
+def _added(x: Tensor, rows: Tensor) -> Tensor:
+    """With a mean in which the number of rows is one of Python's."""
+    return x.index_add(1, rows, x[:, rows] / max(1, rows.shape[0]))
+
+
 UNFIT: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "asks for a number": lambda block, x: x if x.sum() > 0 else -x,
     "reads a number": lambda block, x: x * x.max().item(),
@@ -173,6 +178,8 @@ UNFIT: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "keeps a result": _keeps,
     "keeps results in a list": _keeps_in_a_list,
     "counts its calls": _counts_calls,
+    "sizes by numbers": lambda block, x: _added(x, (x[0, :, 0] > 0).nonzero(as_tuple=True)[0]),
+    "rows of a mask": lambda block, x: x + x[x[..., 0] > 0].mean(0),
     "writes": lambda block, x: x.index_fill_(0, torch.tensor([0]), 1).__setitem__(0, 2) or x,
 }
 

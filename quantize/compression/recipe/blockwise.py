@@ -31,6 +31,7 @@ from quantize.calibration import (
 )
 from quantize.checkpoint import save
 from quantize.compression.blocks import outer_blocks
+from quantize.compression.int8.regions import make_regions
 from quantize.compression.recipe.value import Given, Recipe, Step
 from quantize.nn.passing import Passed
 
@@ -103,6 +104,7 @@ def write_by_block(
     _to_files(result.get_submodule(names[-1]), store)
     _join_notes(result, names)
     result = _rounded_outside(recipe, result, names)
+    make_regions(result)  # around several blocks
     with without_cache(result, model):
         away = distance(result, model, batches[:1])
     surgery.note(result, "by block", done=dict.fromkeys(names, "by itself"), distance=away)

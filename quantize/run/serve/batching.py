@@ -18,7 +18,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import time
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -28,6 +27,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from quantize.clock import timed
 from quantize.run.serve.errors import Refused, busy
 from quantize.run.serve.settings import Settings
 
@@ -173,14 +173,13 @@ class Batcher:
 
     def _results(self, jobs: list[Job]) -> Sequence[Any]:
         """One result or exception per job; where a batch fails, each is run by itself."""
-        started = time.perf_counter()
         try:
-            results = self.run(jobs)
+            results, seconds = timed(lambda: self.run(jobs))
         except Exception as error:
             if len(jobs) > 1:
                 return [self._results([job])[0] for job in jobs]
             return [error if isinstance(error, Refused) else failed(error)]
-        self._note_pace(jobs, time.perf_counter() - started)
+        self._note_pace(jobs, seconds)
         return results
 
 
