@@ -6,6 +6,7 @@ The passes that come before are named in the header of `quantize.run.fusion`.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from quantize.calibration import Pace, untouched
+from quantize.nn import PackedLayer
 from quantize.run.fusion import backends, torchscript
 from quantize.run.fusion.equality import Checker, difference, outputs, race
 from quantize.run.fusion.export import capture
@@ -22,6 +24,7 @@ from quantize.run.fusion.passes import simplify
 from quantize.run.fusion.planning import Plan, note, plan
 from quantize.run.fusion.state import answers, refuse_values
 
+_LOSS = 1.1  # times the model's own time, from which a fused model is called slower
 BACKENDS = ("torchscript", "inductor", "onnxruntime", "openvino")
 
 
@@ -54,7 +57,8 @@ def fuse(
     Sizes that the model leaves free (batch, length) stay free; another value of a size that it
     fixes is refused when called. State in tensors (a buffer that the forward changes) is carried
     from call to call and starts where the model's stands; the model itself, its state and the
-    example inputs stay as they are. The result returns what the model returns.
+    example inputs stay as they are. The result returns what the model returns. A model with layers
+    in integers is timed beside its fused version, and a slower one warns with both times.
 
     Args:
         model: in eval mode, with all its submodules.
@@ -134,6 +138,9 @@ def _torchscript(
     try:
         made = plan(model, example_inputs, progress=say)
         note(made.fused, model, "fuse", made.distance, backend="torchscript", way=made.way)
+        if any(isinstance(module, PackedLayer) for module in model.modules()):
+            say("timing beside the model")
+            _tell_loss(made, model, example_inputs)
         return made.fused, made
     except CaptureError as error:
         reason = str(error)
@@ -150,6 +157,25 @@ def _torchscript(
     checker(fused)
     note(fused, model, "fuse", checker.distance, backend="torchscript", way="without export")
     return fused, None
+
+
+def _tell_loss(made: Plan, model: nn.Module, example_inputs: Any) -> None:
+    """Warn where a graph, which has stock operations alone, is slower than layers in integers."""
+    times = _times(made, model, example_inputs)
+    if times["fused"] > _LOSS * times["model"]:
+        warnings.warn(
+            f"{type(model).__name__} fused takes {times['fused']:.3g} ms here, the model itself "
+            f"{times['model']:.3g}: its integer layers are stock operations in a TorchScript file",
+            stacklevel=4,
+        )
+
+
+def _times(made: Plan, model: nn.Module, example_inputs: Any) -> dict[str, float]:
+    """Milliseconds per call, in turns."""
+    with untouched(model):
+        times = race({"fused": made.fused, "model": model}, example_inputs)
+    made.program.rewind()
+    return times
 
 
 def compare(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from helpers import assert_close, in_int8, randn
 from torch import nn
 
 import quantize
-from quantize.run.fusion import fold, fuse, torchscript
+from quantize.run.fusion import fold, fuse, fusing, torchscript
 
 pytestmark = [
     pytest.mark.usefixtures("no_clock"),
@@ -127,6 +128,22 @@ def test_notes_of_the_model_and_of_fusing_go_with_the_result() -> None:
             quantize.summary(model).steps
         ) + 1
         assert steps[-1].distance <= 1e-2
+
+
+@pytest.mark.parametrize(("fused_ms", "warns"), [(3.0, True), (2.0, False)])
+def test_a_slower_fused_model_says_both_times(
+    fused_ms: float, warns: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where layers in integers are faster by themselves than as stock operations."""
+    times = {"fused": fused_ms, "model": 2.0}
+    monkeypatch.setattr(fusing, "_times", lambda *_: times)
+    model = in_int8(nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32)).eval())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fuse(model, randn(2, 32))
+    told = [str(one.message) for one in caught if "fused takes" in str(one.message)]
+    assert len(told) == warns
+    assert all("3 ms here, the model itself 2:" in line for line in told)
 
 
 def test_an_int8_lstm_is_refused_by_name() -> None:
