@@ -2,23 +2,20 @@
 
 The Python of a model costs as much as its int8 layers where inputs are small. A module that is made
 a region (`int8_region`) is recorded (`tape`) when inputs of a form come for the second time, and
-compared with its own forward. The tape is used as long as nothing of the modules has changed:
-neither an attribute, nor a tensor, nor a hook. Left out: training, autocast, inputs that aren't
-tensors, numbers or strings.
+for the third. Where both recordings are the same, and give what the forward gave, the tape is used
+as long as nothing of the modules has changed (`watched`): neither an attribute, nor a tensor, nor a
+hook. Left out: training, autocast, inputs that aren't tensors, numbers or strings.
 """
 
 from __future__ import annotations
 
-import operator
 import weakref
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 from torch.overrides import _get_current_function_mode, _pop_mode_temporarily
 from torch.utils import _pytree as pytree
 
@@ -30,90 +27,25 @@ from quantize.nn.int8 import Int8Linear
 from quantize.nn.int8_embedding import Int8Embedding
 from quantize.nn.stretches import stretched
 from quantize.nn.tape import CONSTANTS, TENSORS, Recorder, Replacing, Tape, Unfit
+from quantize.nn.watched import State
 
 KINDS = (Int8Linear, Int8Embedding)  # layers in integers that can be recorded
 _MOST_FORMS = 64  # of inputs that are remembered
 _MOST_FAILURES = 8  # until a module is left alone
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-class State:
-    """What the forward of a module may depend on besides its inputs: attributes of the modules
-    inside and of objects that these hold, as configs are.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        # a forward that somebody put in may do more than give a result
-        self.is_plain = not any(m.training or "forward" in vars(m) for m in module.modules())
-        self.hooks: list[dict[int, Any]] = []
-        self.sources: list[Collection[Any]] = []
-        for inside in module.modules():
-            own = vars(inside)
-            self.hooks += [own[name] for name in _HOOKS]
-            parts = own["_parameters"], own["_buffers"], own["_modules"]
-            more = [_content(value) for name, value in own.items() if name not in _STANDARD]
-            self.sources += own, *parts, *more
-        unique = {id(source): source for source in self.sources}
-        self.sources = [source for source in unique.values() if len(source) or source != ()]
-        self.full = [source for source in self.sources if len(source)]
-        self.readers = [*map(_reader, self.full)]
-        self.values = [*self._read()]
-        self.size = sum(map(len, self.sources))
-        self.tensors = [value for value in self.values if isinstance(value, Tensor)]
-
-    def _read(self) -> Iterator[Any]:
-        return chain.from_iterable(map(_call, self.readers, self.full))
-
-    def holds(self) -> bool:
-        """Is everything as it was? And does nobody watch the modules?"""
-        if any(self.hooks) or self.size != sum(map(len, self.sources)):
-            return False
-        if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
-            return False
-        try:
-            return all(map(operator.is_, self._read(), self.values))
-        except KeyError:  # an attribute is gone
-            return False
-
-
-_call: Any = operator.call
-_STANDARD = vars(nn.Module()).keys() - {"training"}  # attributes of every module
-
-
-def _reader(source: Collection[Any]) -> Callable[[Any], Iterable[Any]]:
-    """Reads what a source holds, less what all modules have."""
-    if not isinstance(source, dict):
-        return iter
-    names = [name for name in source if name not in _STANDARD]
-    if not names:
-        return _nothing
-    return operator.itemgetter(names[0], *names)  # of two names and more: a tuple
-
-
-def _nothing(source: Any) -> tuple[()]:
-    return ()
-
-
-def _content(value: Any) -> Collection[Any]:
-    """What can change in an attribute of a module while the attribute stays."""
-    if isinstance(value, (list, set, dict)):
-        return value
-    opaque = isinstance(value, (nn.Module, *TENSORS, *CONSTANTS)) or callable(value)
-    return () if opaque else getattr(value, "__dict__", ())
 
 
 class Region:
     """What is recorded of a module.
 
     Attributes: is_known: are all layers inside of kinds that can be recorded? fits: and did it fail
-        seldom? tapes: by the form of the inputs.
+        seldom? seen: forms of inputs, each with the mark of a first recording. tapes: by these.
     """
 
     def __init__(self, module: nn.Module) -> None:
         packed = [inside for inside in module.modules() if isinstance(inside, PackedLayer)]
         self.is_known = self.fits = all(isinstance(inside, KINDS) for inside in packed)
         self.state: State | None = None
-        self.seen: set[Hashable] = set()
+        self.seen: dict[Hashable, int | None] = {}
         self.tapes: dict[Hashable, Tape | None] = {}
         self.failures = 0
 
@@ -137,36 +69,68 @@ class Region:
         if len(self.seen) >= _MOST_FORMS:
             self.seen.clear()
             self.tapes.clear()
-        self.seen.add(key)
+        self.seen[key] = None
         return False
 
-    def record(self, module: nn.Module, call: Callable[[], Any], inputs: list[Tensor]) -> Any:
-        """The result of a call, and its tape, or None where there can't be one."""
-        state = State(module)
+    def record(
+        self, key: Hashable, module: nn.Module, call: partial[Any], inputs: list[Tensor]
+    ) -> Any:
+        """The result of a call. Notes the calls of torch in it, and makes a tape of them where it
+        is the second time.
+        """
+        state = _state(module)
+        if state is None or not state.is_plain or not state.holds():
+            self.fits = self.fits and state is not None
+            self.tapes[key] = None
+            return plainly(call)
         if self.state is None or not self.state.holds():
             self.tapes.clear()
+            self.seen = {**dict.fromkeys(self.seen), key: None}
             self.state = state
-        if not state.is_plain or not state.holds():
-            return plainly(call), None
-        before = [tensor.clone() for tensor in inputs]
+        before, given = [tensor.clone() for tensor in inputs], _form_of(call)
         versions = versions_of(state.tensors)
-        grad = torch.is_grad_enabled()
-        recorder = Recorder(inputs, state.tensors, {} if grad else OWN)
+        recorder = Recorder(inputs, state.tensors, {} if torch.is_grad_enabled() else OWN)
         with recorder:
             result = call()
         kept = versions == versions_of(state.tensors) and state.holds()
+        kept = kept and given == _form_of(call) and all(map(_are_equal, inputs, before))
+        if not kept or not self._keep(key, recorder, inputs, result):
+            self.tapes[key] = None
+            self._fail()
+        return result
+
+    def _keep(self, key: Hashable, recorder: Recorder, inputs: list[Tensor], result: Any) -> bool:
+        """Keep a recording for later, if it may be used."""
         try:
-            tape = recorder.tape(result, None if grad else stretched)
-            if kept and all(map(_are_equal, inputs, before)) and _gives(tape, inputs, result):
-                return result, tape
+            mark = recorder.end(result)
+            first, self.seen[key] = self.seen.get(key), mark
+            if first is None:
+                return True
+            tape = recorder.tape(None if torch.is_grad_enabled() else stretched)
+            if first != mark or not _gives(tape, inputs, result):
+                return False
         except (Unfit, RuntimeError):  # another run of its calls may fail where inputs changed
-            pass
-        self._fail()
-        return result, None
+            return False
+        self.tapes[key] = tape
+        return True
 
     def _fail(self) -> None:
         self.failures += 1
         self.fits = self.fits and self.failures < _MOST_FAILURES
+
+
+def _state(module: nn.Module) -> State | None:
+    """None where a part of it can't be seen."""
+    try:
+        return State(module)
+    except Unfit:
+        return None
+
+
+def _form_of(call: partial[Any]) -> tuple[Hashable, list[int]]:
+    """Of its arguments, and which tensors are among them."""
+    inputs: list[Tensor] = []
+    return _form((call.args[1:], call.keywords), inputs), [*map(id, inputs)]
 
 
 def _gives(tape: Tape, inputs: Sequence[Tensor], expected: Any) -> bool:
@@ -184,7 +148,8 @@ def _gives(tape: Tape, inputs: Sequence[Tensor], expected: Any) -> bool:
 def _are_alike(a: Any, b: Any) -> bool:
     if not isinstance(a, Tensor):
         return type(a) is type(b) and a == b
-    return a.dtype == b.dtype and a.stride() == b.stride() and _are_equal(a, b)
+    kept = a.requires_grad == b.requires_grad and a.is_inference() == b.is_inference()
+    return kept and a.dtype == b.dtype and a.stride() == b.stride() and _are_equal(a, b)
 
 
 def _are_equal(a: Tensor, b: Tensor) -> bool:
@@ -235,8 +200,7 @@ def _replayed(
         return tape.run(inputs)
     if not region.is_due(key):
         return plainly(call)
-    result, region.tapes[key] = region.record(module, call, inputs)
-    return result
+    return region.record(key, module, call, inputs)
 
 
 def _form(value: Any, inputs: list[Tensor]) -> Hashable | None:
@@ -245,6 +209,8 @@ def _form(value: Any, inputs: list[Tensor]) -> Hashable | None:
     """
     kind = type(value)
     if kind in TENSORS:
+        if kind is Tensor and value.__dict__:  # attributes that somebody put on it
+            return None
         inputs.append(value)
         return value.shape, value.stride(), value.dtype, value.requires_grad
     if kind is tuple or kind is list:

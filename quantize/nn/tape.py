@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 TENSORS = (Tensor, nn.Parameter)  # no subclass: its calls may do anything
 CONSTANTS = (bool, int, float, str, type(None), torch.dtype, torch.device, torch.layout)
-_KEPT = (*CONSTANTS, complex, torch.memory_format, type(Ellipsis))
+KEPT = (*CONSTANTS, complex, torch.memory_format, type(Ellipsis))
 _ATTRIBUTES = ("shape", "dtype", "device", "ndim", "requires_grad", "layout", "is_cuda", "is_meta")
 _METHODS = ("size", "dim", "stride", "numel", "is_contiguous", "is_floating_point", "__len__")
 # Calls whose results depend on the form of a tensor alone.
@@ -173,9 +173,12 @@ class Recorder(Replacing):
         self.changes = False
         for tensor in inputs:
             self._keep(tensor, self._new(None))
-        for tensor in owned:
-            if id(tensor) not in self.places:
-                self._keep(tensor, self._new(tensor))
+        unique = {id(tensor): tensor for tensor in owned}
+        if unique.keys() & self.places.keys():
+            self.problem = "a tensor of the module as an input"
+        for tensor in unique.values():
+            self._keep(tensor, self._new(tensor))
+        self.memory = {*map(_memory, unique.values())}
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -189,18 +192,26 @@ class Recorder(Replacing):
                 self.problem = str(problem)
         return result
 
-    def tape(self, result: Any, shorten: Shorten | None = None) -> Tape:
-        """What was recorded, for a forward that gave this result. shorten: gives fewer steps, in
-        another order, of those that change no tensor. Raises Unfit.
+    def end(self, result: Any) -> int:
+        """Note what the forward gave. Returns what tells recordings apart: their calls and the
+        numbers in them. Raises Unfit.
         """
         if self.problem:
             raise Unfit(self.problem)
-        leaves, form = pytree.tree_flatten(result)
-        outputs = [self._place(leaf) for leaf in leaves]
+        leaves, self.form = pytree.tree_flatten(result)
+        self.outputs = [self._place(leaf) for leaf in leaves]
+        calls = [(repr(step.call), step.reads, step.to) for step in self.steps]
+        values = [id(one) if isinstance(one, Tensor) else repr(one) for one in self.values]
+        return hash((*calls, *values, *self.outputs))
+
+    def tape(self, shorten: Shorten | None = None) -> Tape:
+        """What was recorded, once it has ended. shorten: gives fewer steps, in another order, of
+        those that change no tensor. Raises Unfit.
+        """
         steps: Sequence[Step] = self.steps
         if shorten is not None and not self._has_changed():
-            steps = shorten(steps, outputs, self.values, self.seen)
-        return Tape(steps, self.values, outputs, form)
+            steps = shorten(steps, self.outputs, self.values, self.seen)
+        return Tape(steps, self.values, self.outputs, self.form)
 
     def _has_changed(self) -> bool:
         """Did a step change a tensor, or may it have?"""
@@ -220,6 +231,8 @@ class Recorder(Replacing):
             if func in _PASSING:
                 return
             self.changes = True
+            if isinstance(result, Tensor) and _memory(result) in self.memory:
+                raise Unfit("a tensor of the module is changed")
         reads = [self._place(value) for value in (*args, *kwargs.values())]
         call = Named(func, len(args), tuple(kwargs)) if kwargs else func
         to = self._new(None)
@@ -263,12 +276,17 @@ def _version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
+def _memory(tensor: Tensor) -> int:
+    """Where its numbers lie, the same for all views of a tensor; 0 for one without."""
+    return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else 0
+
+
 def _is_constant(value: Any) -> bool:
     if isinstance(value, slice):
         return all(map(_is_constant, (value.start, value.stop, value.step)))
     if isinstance(value, (tuple, list)):
         return all(map(_is_constant, value))
-    return isinstance(value, _KEPT)
+    return isinstance(value, KEPT)
 
 
 def _gathered(make: Callable[[Any], Any], *values: Any) -> Any:

@@ -4,86 +4,24 @@ wherever it may do anything else.
 
 import copy
 import itertools
-import types
+import random
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from helpers import randn
-from torch import Tensor, nn
+from recorded_blocks import RUNS, int8, is_replayed, own, tapes
+from torch import Tensor
 from torch.nn import functional as F
 
-from quantize import quantize_dynamic
 from quantize.native import program
 from quantize.nn import int8_kernels as kernels
-from quantize.nn import replay
-from quantize.nn.int8_region import Region
 from quantize.nn.replay import _MOST_FORMS
 from quantize.nn.stretches import Stretch
 
-RUNS: list[str] = []  # a word for each forward of a Block that ran
 TABLE = torch.ones(32)
-
-
-class Block(nn.Module):
-    """Attention with a norm, after whatever else a forward may do."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(32)
-        self.q, self.k, self.v, self.out = (nn.Linear(32, 32) for _ in range(4))
-        self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
-        self.drop, self.act = nn.Dropout(0.5), nn.GELU()
-        self.register_buffer("count", torch.zeros(()))
-        self.config = types.SimpleNamespace(causal=False)
-        self.more: Callable[[Block, Tensor], Tensor] | None = None
-        self.kept: list[Any] = []
-        self.calls, self.last = 0, None
-
-    def forward(self, x: Tensor, mask: Tensor | None = None, *, names: bool = False) -> Any:
-        RUNS.append("forward")
-        heads = (*x.shape[:-1], 4, -1)
-        q, k, v = (f(x).view(heads).transpose(1, 2) for f in (self.q, self.k, self.v))
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=self.config.causal)
-        x = self.norm(x + self.drop(self.out(y.transpose(1, 2).flatten(2))))
-        x = torch.cat(torch.stack([x, self.down(self.act(self.up(x)))]).unbind())
-        x = x if self.more is None else self.more(self, x)
-        return {"x": x, "rest": (x[:1], None)} if names else x
-
-
-def int8(change: Callable[[Block], object] = lambda block: None) -> Any:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = nn.Sequential(Block(), nn.Identity()).eval()
-    change(model[0])
-    small: Any = quantize_dynamic(model, prefer="size")[0]
-    assert isinstance(small, Region) and type(small).__name__ == "Block"
-    return small
-
-
-def own(block: Any, *args: Any, **kwargs: Any) -> Any:
-    """What the block's forward gives."""
-    return replay.plainly(lambda: type(block).own_forward(block, *args, **kwargs))
-
-
-def tapes(block: Any) -> list[tuple[Any, Any]]:
-    return list(replay._regions[block].tapes.items())
-
-
-def is_replayed(block: Any, *args: Any, **kwargs: Any) -> bool:
-    """Does a third call do without the forward, and give its result?"""
-    for _ in range(2):
-        block(*args, **kwargs)
-    RUNS.clear()
-    actual = block(*args, **kwargs)
-    replayed = not RUNS
-    expected = own(block, *args, **kwargs)
-    if isinstance(expected, dict):
-        assert actual.keys() == expected.keys() and actual["rest"][1] is None
-        actual, expected = actual["rest"][0], expected["rest"][0]
-    assert torch.equal(actual, expected) and actual.stride() == expected.stride()
-    return replayed
+CALLS = itertools.count(1)
 
 
 @pytest.mark.parametrize("inference", [False, True])
@@ -163,6 +101,22 @@ def _counts_calls(block: Any, x: Tensor) -> Tensor:
     return x * block.calls
 
 
+def _counts_calls_elsewhere(block: Any, x: Tensor) -> Tensor:
+    block.config.inner.factor += 1
+    return block.config.inner(x)
+
+
+def _queues(block: Any, x: Tensor) -> Tensor:
+    last = block.config.inner.last
+    last.append(last[-1] + 1)
+    return x * last[0]
+
+
+def _counts_unseen(block: Any, x: Tensor) -> Tensor:
+    block.count.data.add_(1)
+    return x + block.count
+
+
 def _added(x: Tensor, rows: Tensor) -> Tensor:
     """With a mean in which the number of rows is one of Python's."""
     return x.index_add(1, rows, x[:, rows] / max(1, rows.shape[0]))
@@ -178,6 +132,13 @@ UNFIT: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "keeps a result": _keeps,
     "keeps results in a list": _keeps_in_a_list,
     "counts its calls": _counts_calls,
+    "counts them in an object": _counts_calls_elsewhere,
+    "counts them in a queue": _queues,
+    "counts them outside": lambda block, x: x * next(CALLS),
+    "changes a buffer's numbers": _counts_unseen,
+    "random numbers of Python": lambda block, x: x * random.random(),
+    "its own random numbers": lambda block, x: x * (block.last or random.Random(0)).random(),
+    "another kind of tensors": lambda block, x: torch.inference_mode()(block.norm)(x),
     "sizes by numbers": lambda block, x: _added(x, (x[0, :, 0] > 0).nonzero(as_tuple=True)[0]),
     "rows of a mask": lambda block, x: x + x[x[..., 0] > 0].mean(0),
     "writes": lambda block, x: x.index_fill_(0, torch.tensor([0]), 1).__setitem__(0, 2) or x,
@@ -191,11 +152,12 @@ def test_other_forwards_run_as_they_are(name: str):
     each call runs the forward, once.
     """
     block = int8(lambda block: setattr(block, "more", UNFIT[name]))
+    block.last = random.Random(0) if name == "its own random numbers" else None
     RUNS.clear()
     for _ in range(5):
         block(randn(1, 4, 32))
     assert len(RUNS) == 5
-    assert block.count == (5 if name == "changes a buffer" else 0)
+    assert block.count == (5 if name.startswith("changes a buffer") else 0)
     assert block.calls == (5 if name == "counts its calls" else 0)
     assert len(block.kept) == (5 if name == "keeps results in a list" else 0)
 
@@ -243,39 +205,6 @@ def test_other_calls_run_the_forward():
     for _ in range(4):
         block(x)
     assert len(RUNS) == 4
-
-
-CHANGES: dict[str, Callable[[Any], object]] = {
-    "an attribute": lambda block: setattr(block, "more", lambda block, x: x + 1),
-    "a config": lambda block: setattr(block.config, "causal", True),
-    "a layer": lambda block: setattr(block, "norm", nn.Identity()),
-    "a layer's attribute": lambda block: setattr(block.norm, "eps", 1.0),
-    "a weight": lambda block: setattr(block.norm, "weight", nn.Parameter(torch.zeros(32))),
-    "its numbers": lambda block: block.norm.weight.mul_(3),
-    "packed numbers": lambda block: block.q.packed.zero_(),
-    "a hook": lambda block: block.out.register_forward_hook(lambda m, x, y: y + 1),
-    "a hook before": lambda block: block.norm.register_forward_pre_hook(lambda m, x: (x[0] * 2,)),
-    "a forward": lambda block: setattr(block.out, "forward", lambda x: x),
-    "nothing that counts": lambda block: delattr(block, "last"),
-    "a dtype": lambda block: block.norm.double(),
-}
-
-
-@pytest.mark.parametrize("name", CHANGES)
-@torch.no_grad()
-def test_changes_of_the_module_count(name: str):
-    """From the next call on."""
-    block, x = int8(), randn(2, 5, 32)
-    assert is_replayed(block, x)
-    before = block(x)
-    CHANGES[name](block)
-    if name == "a dtype":
-        with pytest.raises(RuntimeError):
-            block(x)
-        return
-    actual = block(x)
-    assert torch.equal(actual, own(block, x))
-    assert torch.equal(actual, before) == (name == "nothing that counts")
 
 
 @torch.no_grad()

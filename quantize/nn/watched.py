@@ -1,0 +1,145 @@
+"""What a forward may depend on besides its inputs, as far as that can be seen: attributes of the
+modules and of their classes, and all that can be reached from these through lists, dictionaries and
+objects, as configs are. Not seen: variables of Python modules and of functions.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from enum import Enum
+from functools import partial
+from itertools import chain
+from types import MappingProxyType, MethodType, ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from quantize.nn.protocol import CompressedLayer
+from quantize.nn.tape import KEPT, TENSORS, Unfit
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_MOST = 20_000  # values that are compared before each call
+_CONTAINERS = (list, set, dict, deque)
+_FIXED = (*KEPT, *TENSORS, bytes, range, type, ModuleType, Enum, np.generic)  # as long as they live
+_DTYPE = operator.attrgetter("dtype")
+
+
+class State:
+    """What the forward of a module may depend on besides its inputs. Raises Unfit where a part of
+    it can't be seen.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        inside = [*module.modules()]
+        # a forward that somebody put in may do more than give a result
+        self.is_plain = not any(m.training or "forward" in vars(m) for m in inside)
+        self.hooks = [*chain.from_iterable(map(_hooks, inside))]
+        self.sources = _reachable(inside)
+        self.full = [source for source in self.sources if len(source)]
+        self.readers = [*map(_reader, self.full)]
+        self.values = [*self._read()]
+        self.size = sum(map(len, self.sources))
+        if len(self.values) > _MOST:
+            raise Unfit(f"{len(self.values)} values to compare")
+        self.tensors = [value for value in self.values if isinstance(value, Tensor)]
+        self.parameters = [one for one in self.tensors if isinstance(one, nn.Parameter)]
+        self.dtypes = [*map(_DTYPE, self.parameters)]
+
+    def _read(self) -> Iterator[Any]:
+        return chain.from_iterable(map(_call, self.readers, self.full))
+
+    def holds(self) -> bool:
+        """Is everything as it was? And does nobody watch the modules?"""
+        if any(self.hooks) or self.size != sum(map(len, self.sources)):
+            return False
+        if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+            return False
+        if self.dtypes != [*map(_DTYPE, self.parameters)]:  # by `.to()`, in place
+            return False
+        try:
+            return all(map(operator.is_, self._read(), self.values))
+        except (KeyError, RuntimeError):  # an attribute is gone, or a thread is adding one
+            return False
+
+
+_call: Any = operator.call
+_hooks: Any = operator.attrgetter(*_HOOKS)
+# Attributes of every module, and what this package notes on it.
+_SKIPPED = (vars(nn.Module()).keys() - {"training"}) | {"_structure"}
+
+
+def _reachable(modules: Iterable[nn.Module]) -> list[Collection[Any]]:
+    """What holds the values that modules may read; each once."""
+    waiting = deque[Collection[Any]]()
+    for module in modules:
+        own = vars(module)
+        waiting += own, own["_parameters"], own["_buffers"], own["_modules"]
+    classes = dict.fromkeys(chain.from_iterable(type(module).__mro__ for module in modules))
+    waiting += [vars(one) for one in classes if _is_own(one)]
+    found: dict[int, Collection[Any]] = {}
+    while waiting:
+        source = waiting.popleft()
+        if id(source) not in found:
+            found[id(source)] = source
+            waiting += filter(len, map(_content, _reader(source)(source)))
+    return [source for source in found.values() if not isinstance(source, tuple)]
+
+
+def _is_own(kind: type) -> bool:
+    """Is it a class of modules that neither torch nor this package brings?"""
+    if not issubclass(kind, nn.Module) or issubclass(kind, CompressedLayer):
+        return False
+    return kind.__module__.partition(".")[0] != "torch"
+
+
+def _reader(source: Collection[Any]) -> Callable[[Any], Iterable[Any]]:
+    """Reads what a source holds, less what all modules and classes have."""
+    if not isinstance(source, Mapping):
+        return iter
+    names = [name for name in source if name not in _SKIPPED]
+    if isinstance(source, MappingProxyType):
+        names = [name for name in names if not name.startswith("__")]
+    if not names:
+        return _nothing
+    if len(names) == 1:
+        names *= 2  # of several names it gives a tuple
+    return operator.itemgetter(*names)
+
+
+def _nothing(source: Any) -> tuple[()]:
+    return ()
+
+
+def _content(value: Any) -> Collection[Any]:
+    """What can change in a value while it stays the same object. Raises Unfit where that can't be
+    seen.
+    """
+    if isinstance(value, _CONTAINERS):
+        return value
+    if isinstance(value, (tuple, frozenset)):
+        return tuple(value)
+    if isinstance(value, MethodType):
+        return (value.__self__,)
+    if isinstance(value, partial):
+        return value.func, *value.args, *value.keywords.values()
+    if isinstance(value, _FIXED) or hasattr(type(value), "__get__"):  # functions, properties
+        return ()
+    own = getattr(value, "__dict__", None)
+    if own is None and callable(value):  # written in C
+        return ()
+    kind = type(value)
+    # what is pickled otherwise has more to it than attributes
+    plain = kind.__reduce_ex__ is object.__reduce_ex__ and kind.__reduce__ is object.__reduce__
+    plain = plain or isinstance(value, (nn.Module, SimpleNamespace))
+    if own is None or not plain or _has_slots(kind):
+        raise Unfit(f"an attribute of type {kind.__name__}")
+    return own
+
+
+def _has_slots(kind: type) -> bool:
+    return any(vars(base).get("__slots__") for base in kind.__mro__)

@@ -1,0 +1,119 @@
+"""Recorded calls are used no longer than what a forward depends on stays as it was."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers import randn
+from recorded_blocks import Block, int8, is_replayed, own
+from torch import Tensor, nn
+
+from quantize import quantize_dynamic
+from quantize.nn.int8_region import Region
+
+CHANGES: dict[str, Callable[[Any], object]] = {
+    "an attribute": lambda block: setattr(block, "more", lambda block, x: x + 1),
+    "a config": lambda block: setattr(block.config, "causal", True),
+    "a layer": lambda block: setattr(block, "norm", nn.Identity()),
+    "a layer's attribute": lambda block: setattr(block.norm, "eps", 1.0),
+    "a weight": lambda block: setattr(block.norm, "weight", nn.Parameter(torch.zeros(32))),
+    "its numbers": lambda block: block.norm.weight.mul_(3),
+    "packed numbers": lambda block: block.q.packed.zero_(),
+    "a hook": lambda block: block.out.register_forward_hook(lambda m, x, y: y + 1),
+    "a hook before": lambda block: block.norm.register_forward_pre_hook(lambda m, x: (x[0] * 2,)),
+    "a forward": lambda block: setattr(block.out, "forward", lambda x: x),
+    "nothing that counts": lambda block: delattr(block, "last"),
+    "a dtype": lambda block: block.norm.double(),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+@torch.no_grad()
+def test_changes_of_the_module_count(name: str):
+    """From the next call on."""
+    block, x = int8(), randn(2, 5, 32)
+    assert is_replayed(block, x)
+    before = block(x)
+    CHANGES[name](block)
+    if name == "a dtype":
+        with pytest.raises(RuntimeError):
+            block(x)
+        return
+    actual = block(x)
+    assert torch.equal(actual, own(block, x))
+    assert torch.equal(actual, before) == (name == "nothing that counts")
+
+
+REACHED: dict[str, tuple[Callable[[Any, Tensor], Tensor], Callable[[Any], object]]] = {
+    "an object in a config": (
+        lambda block, x: x * block.config.inner.factor,
+        lambda block: setattr(block.config.inner, "factor", 2.0),
+    ),
+    "a function with a state": (
+        lambda block, x: block.last(x),
+        lambda block: setattr(block.last, "factor", 2.0),
+    ),
+    "a list in a dictionary": (
+        lambda block, x: x * block.config.rope["factors"][0],
+        lambda block: block.config.rope["factors"].__setitem__(0, 2.0),
+    ),
+    "a queue": (
+        lambda block, x: x + block.config.inner.last[0],
+        lambda block: block.config.inner.last.extend([1.0, 2.0]),
+    ),
+    "a class": (lambda block, x: x * block.scale, lambda block: setattr(Block, "scale", 2.0)),
+    "a dtype": (
+        lambda block, x: x.to(block.out.like.dtype),
+        lambda block: setattr(block.out.like, "data", block.out.like.data.bfloat16()),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REACHED)
+@torch.no_grad()
+def test_changes_of_what_is_reached_count(name: str, monkeypatch: pytest.MonkeyPatch):
+    """From the next call on, however deep it lies."""
+    monkeypatch.setattr(Block, "scale", 1.0)  # and put it back
+    more, change = REACHED[name]
+    block, x = int8(lambda block: setattr(block, "more", more)), randn(2, 5, 32)
+    block.last = block.config.inner
+    assert is_replayed(block, x)
+    before = block(x)
+    change(block)
+    actual = block(x)
+    assert torch.equal(actual, own(block, x)) and not torch.equal(actual, before)
+
+
+class Named(nn.Module):
+    """Layers that take a dictionary and write into it, as those of sentence encoders do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
+        self.register_buffer("shift", torch.ones(2, 32))
+
+    def forward(self, given: dict[str, Tensor] | Tensor, *, scaled: bool = False) -> Tensor:
+        x = given if isinstance(given, Tensor) else given["x"]
+        y = self.down(self.up(x)) + self.shift
+        if not isinstance(given, Tensor):
+            given["y"] = y
+        return y * given.factor if scaled else y
+
+
+@torch.no_grad()
+def test_arguments_are_used_as_by_the_forward():
+    """A dictionary is written into; attributes of a tensor are read, and a tensor of the module
+    isn't taken for another input.
+    """
+    block: Any = quantize_dynamic(Named().eval(), prefer="size")
+    assert isinstance(block, Region)
+    for number in range(5):
+        given = {"x": randn(2, 32)}
+        y = block(given)
+        assert given["y"] is y
+        x = randn(2, 32)
+        x.factor = number  # type: ignore[attr-defined]
+        assert torch.equal(block(x, scaled=True), number * own(block, x))
+        shift = block.shift if number < 3 else x.clone()
+        assert torch.equal(block(shift), own(block, shift))
