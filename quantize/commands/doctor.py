@@ -16,11 +16,25 @@ from pathlib import Path
 from typing import Any
 
 from quantize import host
-from quantize.native import build, cache, isa
+from quantize.native import Kernels, cache, conv, int8_library, isa, recurrent, toolchain
+from quantize.run.decoding import structs
 from quantize.run.fusion import backends
 from quantize.script import Parser, threads
 from quantize.script import main as run
 
+# Native code, by what it computes.
+KERNELS = {
+    "int8": int8_library.KERNELS,
+    "convolutions": conv.KERNELS,
+    "recurrent layers": recurrent.KERNELS,
+    "decoding": structs.KERNELS,
+}
+ORIGINS = {
+    "carried": "carried by this package",
+    "kept": "compiled by an earlier process",
+    "compiled": "compiled by this process",
+}
+MISSING = "torch's own operations"
 # Packages that this one uses where they are installed, and what for.
 OPTIONAL = {
     "transformers": "to open folders of models other than the Llama family",
@@ -60,16 +74,17 @@ def facts() -> dict[str, Any]:
     Returns:
         "machine" (see `host.machine`), "affinity" (cores), "quota" (cores' worth of time; None for
         no limit), "compiler" (a command or None), "native" (levels that kernels are compiled for),
-        "cache" (folder of compiled kernels, or why there is none), "back_ends" and "packages" (name
-        to None, or why it isn't there).
+        "kernels" (name of KERNELS to where they come from), "cache" (folder of compiled kernels, or
+        why there is none), "back_ends" and "packages" (name to None, or why it isn't there).
     """
-    compiler = build.compiler()
+    compiler = toolchain.compiler()
     return {
         "machine": host.machine(),
         "affinity": _affinity(),
         "quota": _quota(),
         "compiler": None if compiler is None else " ".join(compiler),
         "native": isa.levels(),
+        "kernels": {name: _origin(kernels) for name, kernels in KERNELS.items()},
         "cache": _cache(),
         "back_ends": {"torchscript": None} | {n: backends.missing(n) for n in backends.NEEDS},
         "packages": {name: _absent(name) for name in OPTIONAL},
@@ -84,7 +99,7 @@ def advice(found: dict[str, Any]) -> list[str]:
     """
     lines = []
     sets = found["machine"]["instruction_sets"]
-    if found["compiler"] is None:
+    if found["compiler"] is None and MISSING in str(found["kernels"]):
         lines.append(
             "no C++ compiler: int8 layers and decoding use torch's own operations, which give the "
             "same numbers and are slower; install g++ or clang++"
@@ -108,6 +123,7 @@ def _described(found: dict[str, Any]) -> list[str]:
     lines = [
         f"Affinity: {found['affinity'] or 'unknown'} cores; quota: {quota}",
         f"Compiler: {found['compiler'] or 'none'}; kernels for: {', '.join(found['native'])}",
+        *(f"  {name}: {origin}" for name, origin in found["kernels"].items()),
         f"Compiled kernels are kept in: {found['cache']}",
         f"Back ends of fuse: {', '.join(here)}",
     ]
@@ -115,6 +131,15 @@ def _described(found: dict[str, Any]) -> list[str]:
     lines.append(f"Optional packages: {', '.join(packages) or 'none'}")
     lines += [f"  {why}" for why in found["packages"].values() if why is not None]
     return lines
+
+
+def _origin(kernels: Kernels) -> str:
+    """Where a process finds these."""
+    try:
+        found = kernels.find(compile_now=False)
+    except OSError as error:
+        return f"{MISSING} ({error})"
+    return "compiled at first use" if found is None else f"{found.level}, {ORIGINS[found.origin]}"
 
 
 def _affinity() -> int | None:

@@ -1,5 +1,5 @@
 """C++ kernels behind a plain C interface: how they are built, kept and chosen."""
 
-from quantize.native.build import NUMBERS, Code, Library, library
+from quantize.native.build import Kernels, Library
 
-__all__ = ["NUMBERS", "Code", "Library", "library"]
+__all__ = ["Kernels", "Library"]

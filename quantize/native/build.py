@@ -1,54 +1,41 @@
-"""C++ of this package compiled for this CPU, kept in the user's cache folder (see `cache`), and
-mapped only after its content was verified.
+"""C++ of this package as loaded libraries: carried by the installed wheel, kept in the user's cache
+folder (see `cache`), or compiled now (see `toolchain`); looked for in this order.
 
-What is mapped is a private copy of the verified bytes, so no later change of a file reaches a
-running process. Left out: Windows.
+Libraries have a plain C interface, and call the C library and OpenMP's alone, so no version of
+Python or torch is part of their names: a wheel's serve as long as the sources are theirs. What is
+mapped is a private copy of verified bytes, so no later change of a file reaches a running process.
+Left out: Windows.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
-import hashlib
 import os
-import shlex
-import shutil
-import signal
-import subprocess
 import tempfile
 import threading
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from quantize.native import cache
+from quantize.native import cache, isa, toolchain
+from quantize.native.toolchain import Target, UnavailableError, compiler
 
-FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
-NUMBERS = Path(__file__).with_name("numbers.h")
-# it takes 3 s; a compiler that hangs is stopped, and others wait no longer for its result
-COMPILER_S = 120.0
+CARRIED = Path(__file__).with_name("carried")  # of a wheel; see setup.py
 
 
 @dataclass(frozen=True)
-class Code:
-    """A library to be compiled.
+class Code(Target):
+    """A library to be found or compiled.
 
     Args:
-        name: the kept file's name starts with it.
-        source: the file to compile.
-        headers: what it includes of this package. They stand beside it or in this folder.
-        flags: of the compiler, added to FLAGS: the instruction set among them.
-        read: gives the functions of the mapped library. Raises OSError for one that isn't a
+        read: gives the functions of the mapped library, among them `open_library`, which returns 0
+            if this process may use the level's instructions. Raises OSError for one that isn't a
             library of this version's source.
     """
 
-    name: str
-    source: Path
-    headers: tuple[Path, ...]
-    flags: tuple[str, ...]
     read: Callable[[ctypes.CDLL], Any]
 
 
@@ -57,7 +44,49 @@ class Library:
     """What a compiled library exports."""
 
     functions: Any  # what the `read` of its Code gave
+    level: str
+    origin: str  # "carried", "kept" or "compiled"
     note: str | None = None  # why it isn't kept for the next process; None if it is
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """A source of this package, as a library for each level of `isa`.
+
+    Args: as of Code.
+    """
+
+    source: Path
+    read: Callable[[ctypes.CDLL], Any]
+
+    def code(self, level: str) -> Code:
+        """For one level."""
+        return Code(self.source, level, self.read)
+
+    def best(self) -> Library:
+        """For the best level that this process may use and that can be had, compiled now if need
+        be.
+
+        Raises: OSError: there is none; the message says why there isn't even one for the least
+            level. ValueError: QUANTIZE_ISA names no level.
+        """
+        found = self.find()
+        assert found is not None
+        return found
+
+    def find(self, *, compile_now: bool = True) -> Library | None:
+        """As `best`; compile_now: False returns None where it would have to be compiled."""
+        problems: list[UnavailableError] = []
+        for level in reversed(isa.levels()):
+            try:
+                found = library(self.code(level), compile_now=compile_now)
+            except UnavailableError as error:
+                problems.append(error)
+                continue
+            if found is None or found.functions.open_library() == 0:
+                return found
+        refused = "this process may not use the instruction sets that the CPU has"
+        raise problems[-1] if problems else OSError(refused)
 
 
 # By code, of this process: a compiler that failed isn't asked again.
@@ -76,7 +105,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def library(code: Code, *, compile_now: bool = True) -> Library | None:
-    """The compiled code: loaded before, kept by an earlier process, or compiled now.
+    """The compiled code: loaded before, carried, kept by an earlier process, or compiled now.
 
     Args:
         code: what to compile and how.
@@ -97,7 +126,7 @@ def library(code: Code, *, compile_now: bool = True) -> Library | None:
         if isinstance(outcome, Library) and outcome.note:
             _warn_once(outcome.note)
         if isinstance(outcome, OSError):
-            raise OSError(*outcome.args)
+            raise type(outcome)(*outcome.args)
         return outcome
 
 
@@ -116,30 +145,47 @@ def _warn_once(note: str) -> None:
 def _find(code: Code, compile_now: bool) -> Library | None:
     if cache.fcntl is None:
         raise OSError("native code is for POSIX systems")
+    problem = ""
+    try:
+        return _carried(code)
+    except FileNotFoundError:
+        pass  # the source tree, a wheel built without a compiler, or one of other sources
+    except OSError as error:
+        problem = f"; the one that the package carries: {error}"
     command = compiler()
     if command is None:
-        raise OSError("there is no C++ compiler (g++ or clang++, or the one that CXX names)")
-    name = file_name(code, command)
+        told = "there is no C++ compiler (g++ or clang++, or the one that CXX names)"
+        raise UnavailableError(told + problem)
+    name = toolchain.kept_name(code, tuple(command))
     try:
         path, folder = cache.open_folder()
     except OSError as error:
         if not compile_now:
             return None
         note = f"compiled for this process only: {error}"
-        return Library(code.read(_map(_compile(code, command))), note)
+        return _loaded(code, toolchain.compiled(code, command), "compiled", note)
     try:
         found = _kept(code, folder, name)
         if found is not None or not compile_now:
             return found
-        with cache.one_builder(folder, COMPILER_S):
+        with cache.one_builder(folder, toolchain.COMPILER_S):
             found = _kept(code, folder, name)  # by another process while this one waited
             if found is not None:
                 return found
-            content = _compile(code, command)
-            functions = code.read(_map(content))
-            return Library(functions, cache.keep(content, path / name))
+            content = toolchain.compiled(code, command)
+            library = _loaded(code, content, "compiled")
+            return replace(library, note=cache.keep(content, path / name))
     finally:
         os.close(folder)
+
+
+def _carried(code: Code) -> Library:
+    """The installed package is as trusted as its Python files, but may be damaged."""
+    path = CARRIED / code.name()
+    content = toolchain.opened(path.read_bytes())
+    if content is None:
+        raise OSError(f"{path} is damaged")
+    return _loaded(code, content, "carried")
 
 
 def _kept(code: Code, folder: int, name: str) -> Library | None:
@@ -147,66 +193,13 @@ def _kept(code: Code, folder: int, name: str) -> Library | None:
     if content is None:
         return None
     try:
-        return Library(code.read(_map(content)))
+        return _loaded(code, content, "kept")
     except OSError:
         return None
 
 
-def compiler() -> list[str] | None:
-    """The compiler's command, or None."""
-    for command in (shlex.split(os.environ.get("CXX", "")) or ["g++"], ["clang++"]):
-        program = shutil.which(command[0])
-        if program is not None:
-            return [program, *command[1:]]
-    return None
-
-
-def file_name(code: Code, command: list[str]) -> str:
-    """The name of the kept file: it tells sources, flags, and what the compiler knows of the CPU,
-    since machines may share a folder.
-    """
-    return f"{code.name}-{_key(code, tuple(command))}.so"
-
-
-@functools.cache
-def _key(code: Code, command: tuple[str, ...]) -> str:
-    macros = _run([*command, *code.flags, "-dM", "-E", "-x", "c++", os.devnull]).stdout
-    files = [path.read_bytes() for path in (code.source, *code.headers)]
-    flags = " ".join(FLAGS + code.flags).encode()
-    return hashlib.sha256(b"".join([*files, macros, flags])).hexdigest()[:16]
-
-
-def _compile(code: Code, command: list[str]) -> bytes:
-    """The content of the shared library."""
-    include = f"-I{Path(__file__).parent}"
-    with tempfile.TemporaryDirectory(prefix="quantize-") as scratch:
-        made = Path(scratch) / "made.so"
-        call = [*command, *FLAGS, *code.flags, include, str(code.source), "-o", str(made)]
-        for threads in (["-fopenmp"], []):  # a compiler without OpenMP gives one thread
-            done = _run([*call, *threads])
-            if done.returncode == 0:
-                return made.read_bytes()
-    message = done.stderr.decode(errors="replace").strip()
-    raise OSError(f"{command[0]} can't compile {code.source.name}: {message[-500:]}")
-
-
-def _run(command: list[str]) -> subprocess.CompletedProcess[bytes]:
-    """Run a compiler for at most COMPILER_S; it and all that it started are stopped then. Raises
-    OSError.
-    """
-    nothing, pipe = subprocess.DEVNULL, subprocess.PIPE
-    with subprocess.Popen(
-        command, stdin=nothing, stdout=pipe, stderr=pipe, start_new_session=True
-    ) as process:
-        try:
-            output, errors = process.communicate(timeout=COMPILER_S)
-        except BaseException as error:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            if isinstance(error, subprocess.TimeoutExpired):
-                raise OSError(f"{command[0]} took over {COMPILER_S:g} s and was stopped") from None
-            raise
-    return subprocess.CompletedProcess(command, process.returncode, output, errors)
+def _loaded(code: Code, content: bytes, origin: str, note: str | None = None) -> Library:
+    return Library(code.read(_map(content)), code.level, origin, note)
 
 
 def _map(content: bytes) -> ctypes.CDLL:

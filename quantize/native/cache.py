@@ -8,7 +8,6 @@ file that is cut short, emptied or replaced is not taken. Left out: a cache for 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import stat
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from quantize.atomic import atomic_write
+from quantize.native.toolchain import opened, sealed
 
 try:
     import fcntl as _fcntl
@@ -25,7 +25,6 @@ except ImportError:  # Windows
 fcntl: Any = _fcntl
 
 MOST_BYTES = 1 << 26
-DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 def open_folder() -> tuple[Path, int]:
@@ -88,8 +87,7 @@ def kept(folder: int, name: str) -> bytes | None:
         return None
     finally:
         os.close(descriptor)
-    content, digest = data[:-DIGEST_BYTES], data[-DIGEST_BYTES:]
-    return content if hashlib.sha256(content).digest() == digest else None
+    return opened(data)
 
 
 def keep(content: bytes, path: Path) -> str | None:
@@ -99,7 +97,7 @@ def keep(content: bytes, path: Path) -> str | None:
             path.unlink()
         with atomic_write(path) as file:
             os.fchmod(file.fileno(), 0o600)
-            file.write(content + hashlib.sha256(content).digest())
+            file.write(sealed(content))
     except OSError as error:
         return f"compiled for this process only: {path.parent}: {error.strerror or error}"
     return None

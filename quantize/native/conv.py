@@ -20,13 +20,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from quantize.native import int8, packs
+from quantize.native.build import Kernels
 from quantize.native.int8_library import ACTIVATIONS, packed_rows
 from quantize.native.tails import TAILS
 
 _LANES = 16
 _MOST_SHAPES = 64  # of inputs that are remembered for a weight
 _MOST_BYTES = 1 << 40  # of padded images; the kernel's sizes don't overflow below
-_HEADERS = tuple(Path(__file__).with_name(f"{n}.h") for n in ("planes", "steps", "windows"))
 
 # as in steps.h
 CONVOLUTION, DEPTHWISE, LARGEST, TO_LAST, TO_PLANES = range(5)
@@ -109,10 +109,13 @@ def read(library: ctypes.CDLL) -> Functions:
     return Functions(open_library, run_program, _NUMBER.in_dll(library, "range_bytes").value)
 
 
+KERNELS = Kernels(Path(__file__).with_name("conv.cpp"), read)
+
+
 @functools.cache
 def functions() -> Functions:
-    """The kernels for the best instruction set that this process may use; see `packs.best`."""
-    return packs.best("conv", (*_HEADERS, *int8.HEADERS), read)
+    """The kernels for the best instruction set; errors as of `Kernels.best`."""
+    return KERNELS.best().functions
 
 
 @dataclass(frozen=True)

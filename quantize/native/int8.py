@@ -16,12 +16,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from quantize.native import int8_library, packs
+from quantize.native import packs
 from quantize.native.int8_library import ACTIVATIONS, PANEL, Layer, functions, packed_rows
 from quantize.native.outliers import Outliers, contradiction, state_of
 from quantize.native.tails import TAILS
 
-HEADERS = int8_library.HEADERS
 KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as in int8.cpp
 MOST_INPUTS = 1 << 16  # products of 255 and 127 fit 32 bits that often
 _KIND, _THREADS = 40, 48  # where they stand in an argument, as in int8.cpp

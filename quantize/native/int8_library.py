@@ -14,18 +14,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from quantize.native import build, isa, packs
+from quantize.native import packs
+from quantize.native.build import Kernels
 
 # About how many products a core makes in a cycle, by level.
 _PRODUCTS = {"generic": 2, "avx2": 16, "avx512": 32, "vnni": 64, "amx": 512}
 
 PANEL, _STEP = 16, 64  # outputs and inputs that a packed weight is filled up to
-_SOURCE = Path(__file__).with_name("int8.cpp")
-HEADERS = (
-    *(_SOURCE.with_name(name) for name in ("elementary.h", "gemm.h", "integers.h", "rows.h")),
-    build.NUMBERS,
-)
-_OWN = tuple(_SOURCE.with_name(f"{name}.h") for name in ("attend", "floats", "linears", "planes"))
 
 # Of the outputs, by name: as in elementary.h.
 ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh": 2, "silu": 3}
@@ -130,23 +125,14 @@ def read(library: ctypes.CDLL) -> Functions:
     return functions
 
 
-def code(level: str) -> build.Code:
-    """int8.cpp for a level of `isa`."""
-    return packs.code(level, "int8", (*HEADERS, *_OWN), read)
+KERNELS = Kernels(Path(__file__).with_name("int8.cpp"), read)
 
 
 @functools.cache
 def functions() -> Functions:
-    """The kernels for the best instruction set that this process may use. Compiles at the first
-    call.
-
-    Raises: OSError: there are none; the message says why. ValueError: QUANTIZE_ISA names no level.
-    """
-    for level in reversed(isa.levels()):
-        library = build.library(code(level))
-        if library is not None and library.functions.open_library() == 0:
-            return dataclasses.replace(library.functions, products=_PRODUCTS[level])
-    raise OSError("this process may not use the instruction sets that the CPU has")
+    """The kernels for the best instruction set; errors as of `Kernels.best`."""
+    library = KERNELS.best()
+    return dataclasses.replace(library.functions, products=_PRODUCTS[library.level])
 
 
 def packed_rows(rows: Tensor) -> tuple[Tensor, Tensor]:

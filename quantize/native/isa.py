@@ -7,18 +7,14 @@ machines compute (the same bits) and how fast.
 from __future__ import annotations
 
 import os
-import platform
 
 import torch
 
+from quantize.native.toolchain import IS_X86
+
 SWITCH = "QUANTIZE_ISA"
 
-# By level: the compiler's flags, and the names of `torch.cpu.get_capabilities` that it needs.
-_AVX2 = ("-mavx2", "-mfma", "-mf16c")
-_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
-_VNNI = (*_AVX512, "-mavx512vnni")
-_AMX = (*_VNNI, "-mamx-tile", "-mamx-int8")
-FLAGS = {"generic": (), "avx2": _AVX2, "avx512": _AVX512, "vnni": _VNNI, "amx": _AMX}
+# By level, the names of `torch.cpu.get_capabilities` that it needs.
 _NEEDS = {
     "generic": (),
     "avx2": ("avx2", "fma3", "f16c"),
@@ -34,9 +30,9 @@ def levels() -> list[str]:
     Raises: ValueError: QUANTIZE_ISA names no level.
     """
     most = os.environ.get(SWITCH) or "amx"
-    if most not in FLAGS:
-        raise ValueError(f"{SWITCH} must be one of {', '.join(FLAGS)}, got {most!r}")
-    has = torch.cpu.get_capabilities() if platform.machine() in ("x86_64", "AMD64") else {}
+    if most not in _NEEDS:
+        raise ValueError(f"{SWITCH} must be one of {', '.join(_NEEDS)}, got {most!r}")
+    has = torch.cpu.get_capabilities() if IS_X86 else {}
     found = []
     for level, needed in _NEEDS.items():
         if not all(has.get(name) for name in needed):

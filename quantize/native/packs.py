@@ -1,6 +1,6 @@
-"""What the kernels have in common on Python's side: the library for the best instruction set, and
-copies of weights in a kernel's layout. They lie outside of the modules, so that no copy, move or
-file carries a stale one along.
+"""What the kernels have in common on Python's side: the check of a library's symbols, and copies of
+weights in a kernel's layout. They lie outside of the modules, so that no copy, move or file carries
+a stale one along.
 """
 
 from __future__ import annotations
@@ -10,38 +10,11 @@ import functools
 import operator
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
-from quantize.native import build, isa
-
 T = TypeVar("T", bound="Copy")
-
-
-def best(name: str, headers: tuple[Path, ...], read: Callable[[ctypes.CDLL], Any]) -> Any:
-    """The functions of `name`.cpp for the best instruction set that this process may use. Compiles
-    where it has to.
-
-    Raises: OSError: there are none; the message says why. ValueError: QUANTIZE_ISA names no level.
-    """
-    for level in reversed(isa.levels()):
-        library = build.library(code(level, name, headers, read))
-        if library is not None and library.functions.open_library() == 0:
-            return library.functions
-    raise OSError("this process may not use the instruction sets that the CPU has")
-
-
-def code(
-    level: str, name: str, headers: tuple[Path, ...], read: Callable[[ctypes.CDLL], Any]
-) -> build.Code:
-    """`name`.cpp for a level of `isa`. Contraction is off: it would round differently where the CPU
-    multiplies and adds in one step.
-    """
-    flags = (*isa.FLAGS[level], "-ffp-contract=off", "-Wno-psabi")
-    source = Path(__file__).with_name(f"{name}.cpp")
-    return build.Code(f"{name}-{level}", source, headers, flags, read)
 
 
 def symbols(library: ctypes.CDLL, names: Sequence[str], sizes: Mapping[str, int]) -> list[Any]:

@@ -11,12 +11,14 @@ import functools
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from quantize.native import int8, packs
+from quantize.native.build import Kernels
 from quantize.native.int8_library import packed_rows
 
 _LANES = 16
@@ -70,10 +72,13 @@ def read(library: ctypes.CDLL) -> Functions:
     return Functions(open_library, steps)
 
 
+KERNELS = Kernels(Path(__file__).with_name("recurrent.cpp"), read)
+
+
 @functools.cache
 def functions() -> Functions:
-    """The kernels for the best instruction set that this process may use; see `packs.best`."""
-    return packs.best("recurrent", int8.HEADERS, read)
+    """The kernels for the best instruction set; errors as of `Kernels.best`."""
+    return KERNELS.best().functions
 
 
 # ------------------------------------------------------------------------------------------------

@@ -34,9 +34,9 @@ TESTS = (
 
 def pytest_configure() -> None:
     """Compile with FLAGS from here on, for this process only."""
-    from quantize.native import build
+    from quantize.native import toolchain
 
-    build.FLAGS = (*build.FLAGS, *FLAGS)
+    toolchain.FLAGS = (*toolchain.FLAGS, *FLAGS)
 
 
 def library(name: str) -> str:

@@ -16,7 +16,7 @@ import torch
 from helpers import randn
 from torch import Tensor
 
-from quantize.native import build, cache, int8, int8_library, isa
+from quantize.native import build, cache, int8, int8_library, isa, toolchain
 from quantize.nn import int8_kernels as kernels
 from quantize.nn.int8 import Int8Linear
 
@@ -307,7 +307,7 @@ def test_without_a_compiler(monkeypatch):
     expected = stock(x, weight, scale, bias)
     int8_library.functions.cache_clear()
     monkeypatch.setattr(build, "_outcomes", {})
-    monkeypatch.setattr(build.shutil, "which", lambda name: None)
+    monkeypatch.setattr(toolchain.shutil, "which", lambda name: None)
     monkeypatch.setattr(kernels, "_chosen", {})
     try:
         assert torch.equal(kernels.linear(x, weight, scale, bias), expected)
@@ -323,12 +323,12 @@ def test_a_library_of_another_version_is_refused(monkeypatch):
     """A struct of another size, and a library without the functions."""
     with pytest.raises(OSError, match="lacks a symbol"):
         int8_library.read(ctypes.CDLL(None))
-    code = int8_library.code("generic")
+    code = int8_library.KERNELS.code("generic")
     if build.library(code).note is None:  # the compiler would make of it what is kept
         _, folder = cache.open_folder()
-        content = cache.kept(folder, build.file_name(code, build.compiler()))
+        content = cache.kept(folder, toolchain.kept_name(code, tuple(build.compiler())))
         os.close(folder)
-        monkeypatch.setattr(build, "_compile", lambda *_: content)
+        monkeypatch.setattr(toolchain, "compiled", lambda *_: content)
     monkeypatch.setattr(int8_library.ctypes, "sizeof", lambda kind: 8)
     monkeypatch.setattr(build, "_outcomes", {})
     with pytest.raises(OSError, match=r"structs of \[96, .*, not of \[8, "):

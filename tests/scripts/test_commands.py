@@ -117,11 +117,13 @@ def test_doctor_gives_facts_as_json(capsys):
     assert cli.main(["doctor", "--threads", "1"]) == 0
     shown = capsys.readouterr().out
     assert found["machine"]["cpu"] in shown and (found["compiler"] or "none") in shown
+    assert all(f"{name}: {origin}" in shown for name, origin in found["kernels"].items())
 
 
 def test_advice_names_what_is_missing():
     """Without a compiler, without int8 instructions, with too many threads: a line each."""
-    found = doctor.facts() | {"compiler": None, "quota": 0.5}
+    kernels = {"kernels": {"int8": f"{doctor.MISSING} (no C++ compiler)"}}
+    found = doctor.facts() | {"compiler": None, "quota": 0.5} | kernels
     found["machine"] |= {"instruction_sets": {"AVX2": True}, "usable_cores": 1, "threads": 8}
     lines = " ".join(doctor.advice(found))
     for word in ("C++ compiler", "int8", "OMP_NUM_THREADS=1", "quota"):

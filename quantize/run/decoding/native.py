@@ -22,7 +22,6 @@ from quantize.nn.int4 import Int4Linear
 from quantize.nn.int8 import Int8Linear
 from quantize.nn.int8_outliers import Int8OutlierLinear
 from quantize.nn.low_rank import LowRankLinear
-from quantize.run.decoding.build import built
 from quantize.run.decoding.caches import view_of
 from quantize.run.decoding.packing import PANEL, Panels, float16_of, panels_of
 from quantize.run.decoding.recognition import (
@@ -32,7 +31,7 @@ from quantize.run.decoding.recognition import (
     stored_in,
 )
 from quantize.run.decoding.sizes import blocks_of
-from quantize.run.decoding.structs import NORMS, Layer, Linear, Model, Pass
+from quantize.run.decoding.structs import KERNELS, NORMS, Layer, Linear, Model, Pass
 from quantize.run.kv_cache import KVCache
 
 # Rows of a pass over float weights: above, a product of matrices is faster than that many of a
@@ -48,7 +47,7 @@ class Step:
 
     def __init__(self, model: DecoderLM, *, narrow: bool = True):
         self.model, self.narrow = model, narrow
-        self.run = built().functions.decode
+        self.run = KERNELS.best().functions.decode
         self.reads_prompts = multiplies_integers(model)
         self.most_threads = usable_cores()  # one beyond the quota stops, and all others wait for it
         self.kept: list[object] = []  # what the pointers point to

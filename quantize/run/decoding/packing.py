@@ -20,7 +20,7 @@ from quantize.nn.half import HalfLinear
 from quantize.nn.int4 import Int4Linear
 from quantize.nn.int8 import Int8Linear
 from quantize.run.decoding import lazy
-from quantize.run.decoding.build import built
+from quantize.run.decoding.structs import KERNELS
 
 PANEL = 16  # outputs
 STEP = 64  # inputs of an int8 panel are filled up to a multiple of it
@@ -113,7 +113,7 @@ def _int4_panels(layer: Int4Linear) -> Panels:
 def _pack_int4(layer: Int4Linear) -> Tensor:
     packed, scale, zero = (t.contiguous() for t in (layer.packed, layer.scale, layer.zero))
     sizes = layer.out_features, layer.in_features, layer.group_size
-    functions = built().functions
+    functions = KERNELS.best().functions
     panels = torch.empty(functions.int4_bytes(*sizes), dtype=torch.uint8, device="cpu")
     sources = packed.data_ptr(), scale.data_ptr(), zero.data_ptr()
     functions.pack_int4(*sources, *sizes, panels.data_ptr())

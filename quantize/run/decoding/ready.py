@@ -21,9 +21,10 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from quantize.models import DecoderLM
-from quantize.run.decoding import build, recognition, torchscript
+from quantize.run.decoding import recognition, torchscript
 from quantize.run.decoding.passes import NativePasses, is_watched
 from quantize.run.decoding.sizes import contradictions
+from quantize.run.decoding.structs import KERNELS
 from quantize.run.kv_cache import KVCache
 
 BACKENDS = ("native", "torchscript")
@@ -82,7 +83,7 @@ def for_decoding(
     if obstacle:
         say(f"merging layers for TorchScript, as native code can't run: {obstacle}")
         return DecodingLM(model, "torchscript", obstacle)
-    ready = DecodingLM(model, "native", build.built().note)
+    ready = DecodingLM(model, "native", KERNELS.best().note)
     if progress is not None:
         say(f"packing the weights of {len(model.blocks)} blocks")
         ready.pack()

@@ -18,9 +18,8 @@ from quantize.nn.int8 import Int8Linear
 from quantize.nn.int8_outliers import Int8OutlierLinear
 from quantize.nn.low_rank import LowRankLinear
 from quantize.run.decoding import lazy
-from quantize.run.decoding.build import library
 from quantize.run.decoding.sizes import blocks_of, contradictions
-from quantize.run.decoding.structs import LINEARS
+from quantize.run.decoding.structs import KERNELS, LINEARS
 from quantize.run.kv_cache import KVCache
 
 KINDS = {
@@ -34,7 +33,7 @@ NOT_YET = "compiling step.cpp doesn't pay yet"
 
 
 def obstacle(model: DecoderLM, *, compile_now: bool = True) -> str | None:
-    """Why `Step` can't run `model`; None if it can. compile_now: as in `build.library`."""
+    """Why `Step` can't run `model`; None if it can. compile_now: as in `Kernels.find`."""
     try:
         found = next(_odd_parts(model), None)
     except (
@@ -44,7 +43,7 @@ def obstacle(model: DecoderLM, *, compile_now: bool = True) -> str | None:
     if found is not None:
         return found
     try:
-        compiled = library(compile_now=compile_now)
+        compiled = KERNELS.find(compile_now=compile_now)
         if any(isinstance(module, Int8Linear) for module in model.modules()):
             int8.functions()  # which pack the weights
     except OSError as error:

@@ -1,12 +1,14 @@
-"""The structs of structs.h and the functions of step.cpp, and the check that the compiled code has
-the same structs.
-"""
+"""The compiled step.cpp: its functions, and the structs of structs.h that they take."""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+
+from quantize.native import Kernels
+from quantize.native.packs import symbols
 
 _number, _pointer = ctypes.c_int64, ctypes.c_void_p
 
@@ -52,13 +54,20 @@ class Pass(ctypes.Structure):
     ]
 
 
-STRUCTS = (Linear, Layer, Model, Held, Pass)  # in the order of `struct_sizes` in step.cpp
+_STRUCTS = {
+    "linear_bytes": Linear,
+    "layer_bytes": Layer,
+    "model_bytes": Model,
+    "held_bytes": Held,
+    "pass_bytes": Pass,
+}
 
 
 @dataclass(frozen=True)
 class Functions:
     """What step.cpp exports."""
 
+    open_library: Callable[[], int]
     decode: Callable[..., None]
     int4_bytes: Callable[[int, int, int], int]
     pack_int4: Callable[..., None]
@@ -68,19 +77,15 @@ def read(library: ctypes.CDLL) -> Functions:
     """The functions of a compiled step.cpp. Raises OSError for a library that isn't one of this
     step.cpp.
     """
-    try:
-        found = Functions(library.decode, library.int4_bytes, library.pack_int4)
-        sizes = list((ctypes.c_int64 * len(STRUCTS)).in_dll(library, "struct_sizes"))
-    except (AttributeError, ValueError) as error:
-        raise OSError(f"the compiled library lacks a symbol: {error}") from None
-    expected = [ctypes.sizeof(struct) for struct in STRUCTS]
-    if sizes != expected:
-        raise OSError(
-            f"the compiled library has structs of {sizes} bytes, this version of {expected}"
-        )
+    sizes = {name: ctypes.sizeof(struct) for name, struct in _STRUCTS.items()}
+    names = "open_library", "decode", "int4_bytes", "pack_int4"
+    found = Functions(*symbols(library, names, sizes))
     library.decode.argtypes = [ctypes.POINTER(Model), ctypes.POINTER(Pass)]
     library.int4_bytes.argtypes, library.int4_bytes.restype = [_number] * 3, _number
     library.pack_int4.argtypes = [*[_pointer] * 3, *[_number] * 3, _pointer]
     for function in (library.decode, library.pack_int4):
         function.restype = None
     return found
+
+
+KERNELS = Kernels(Path(__file__).with_name("step.cpp"), read)

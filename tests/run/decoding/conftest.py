@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from quantize.native import build
-from quantize.run.decoding.build import STEP
+from quantize.run.decoding.structs import KERNELS
 
 
 @pytest.fixture(scope="session")
 def compiled() -> None:
     """The decoding step lies in the user's cache folder and is loaded."""
-    build.library(STEP)
+    KERNELS.best()

@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import quantize
-from quantize.native import build
+from quantize.native import build, toolchain
 from quantize.run.decoding import passes
 from quantize.run.generate import generate, generate_stream
 from quantize.run.kv_cache import KVCache
@@ -193,7 +193,7 @@ def test_compiling_waits_until_it_pays(monkeypatch, tmp_path):
     """
     compiled, content = [], b"not a library"
     monkeypatch.setattr(build, "_outcomes", {})
-    monkeypatch.setattr(build, "_compile", lambda code, command: compiled.append(1) or content)
+    monkeypatch.setattr(toolchain, "compiled", lambda code, command: compiled.append(1) or content)
     monkeypatch.setattr(passes, "_run_without", 0)
     monkeypatch.setattr(passes, "WORTH_COMPILING", 100)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

@@ -17,12 +17,15 @@ import pytest
 import torch
 
 from quantize.models import DecoderConfig, DecoderLM
-from quantize.native import build, cache
+from quantize.native import build, cache, isa, toolchain
 from quantize.run.decoding import for_decoding, structs
-from quantize.run.decoding.build import STEP
+from quantize.run.decoding.structs import KERNELS
 from quantize.run.generate import generate
 
 pytestmark = pytest.mark.skipif(build.compiler() is None, reason="needs a C++ compiler")
+
+
+STEP = KERNELS.code(isa.levels()[-1])
 
 
 def decoder() -> DecoderLM:
@@ -38,8 +41,9 @@ def content() -> bytes:
     if build.library(STEP).note is None:
         path, folder = cache.open_folder()
         os.close(folder)
-        return (path / build.file_name(STEP, build.compiler())).read_bytes()[: -cache.DIGEST_BYTES]
-    return build._compile(STEP, build.compiler())
+        name = toolchain.kept_name(STEP, tuple(build.compiler()))
+        return toolchain.opened((path / name).read_bytes())
+    return toolchain.compiled(STEP, build.compiler())
 
 
 class Compiler:
@@ -62,7 +66,7 @@ def compiler(content: bytes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     stand_in = Compiler(content)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(build, "_outcomes", {})
-    monkeypatch.setattr(build, "_compile", stand_in)
+    monkeypatch.setattr(toolchain, "compiled", stand_in)
     return stand_in
 
 
@@ -194,7 +198,7 @@ def test_where_nothing_can_be_kept(compiler, monkeypatch, tmp_path):
 
 def test_libraries_of_another_version_are_refused(content, monkeypatch, compiler):
     """Structs of other sizes, and a library without the function."""
-    monkeypatch.setattr(structs, "STRUCTS", structs.STRUCTS[::-1])
+    monkeypatch.setitem(structs._STRUCTS, "pass_bytes", structs.Model)
     with pytest.raises(OSError, match="structs of"):
         load(monkeypatch)
     with pytest.raises(OSError, match="lacks a symbol"):
@@ -216,12 +220,12 @@ def test_threads_and_processes_share_one_compilation(compiler, monkeypatch, tmp_
     assert len(set(map(id, libraries))) == 1 and compiler.calls == 1
     kept_file(tmp_path).unlink()
     path, folder = cache.open_folder()
-    with cache.one_builder(folder, build.COMPILER_S):  # another process compiles
+    with cache.one_builder(folder, toolchain.COMPILER_S):  # another process compiles
         monkeypatch.setattr(build, "_outcomes", {})
         waiting = threading.Thread(target=build.library, args=(STEP,))
         waiting.start()
         time.sleep(0.3)
-        name = build.file_name(STEP, build.compiler())
+        name = toolchain.kept_name(STEP, tuple(build.compiler()))
         assert waiting.is_alive() and cache.keep(compiler.content, path / name) is None
     os.close(folder)
     waiting.join()
@@ -250,14 +254,14 @@ def test_a_compiler_that_hangs_or_fails(script, reason, monkeypatch, tmp_path):
     program.chmod(0o755)
     monkeypatch.setenv("CXX", str(program))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(build, "COMPILER_S", 1.0)
+    monkeypatch.setattr(toolchain, "COMPILER_S", 1.0)
     monkeypatch.setattr(build, "_outcomes", {})
     for _ in range(2):
         fast = for_decoding(decoder())
         assert fast.backend == "torchscript" and reason in fast.reason
     with pytest.raises(ValueError, match="backend 'native' can't run this model"):
         for_decoding(decoder(), backend="native")
-    assert len((tmp_path / "log").read_text().splitlines()) <= 3
+    assert len((tmp_path / "log").read_text().splitlines()) <= len(isa.levels())
     assert os.read(alive, 1) == b""
     os.close(alive)
 
@@ -265,7 +269,7 @@ def test_a_compiler_that_hangs_or_fails(script, reason, monkeypatch, tmp_path):
 def test_without_a_compiler(monkeypatch):
     """Then TorchScript runs, unless native was asked for; `generate` runs the model as it is."""
     monkeypatch.setattr(build, "_outcomes", {})
-    monkeypatch.setattr(build.shutil, "which", lambda name: None)
+    monkeypatch.setattr(toolchain.shutil, "which", lambda name: None)
     fast = for_decoding(decoder())
     assert fast.backend == "torchscript" and "no C++ compiler" in fast.reason
     with pytest.raises(ValueError, match=r"no C\+\+ compiler"):

@@ -13,8 +13,7 @@ from transformers import BertConfig, BertForSequenceClassification, BertModel
 
 import quantize
 from quantize.models import ConvNet, ConvNetConfig
-from quantize.native import build
-from quantize.run.decoding.build import STEP
+from quantize.run.decoding.structs import KERNELS
 from quantize.run.serve import Settings, open_served, serve_model
 
 
@@ -23,7 +22,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """Models: `net` and `net8` (images), `lm` and `lm8` (bytes), `chat` (words), `bert` (vectors),
     `cross` (scores).
     """
-    build.library(STEP)
+    KERNELS.best()
     folder = tmp_path_factory.mktemp("served")
     net = seeded(lambda: ConvNet(ConvNetConfig()))
     lm = decoder(vocab_size=256, max_length=1200)
