@@ -145,16 +145,11 @@ def grade(before: float, loss: float, noise: float) -> list[str]:
 
 def metric_noise(before: float, value: float, metrics: Mapping[str, float]) -> float:
     """What a metric may change by chance: the `standard_error` among the metrics where `evaluate`
-    gives one, else the sampling noise of a share of so many examples; 0 where neither is known.
+    gives one, else that of a share (accuracy) of so many examples; 0 where neither is known.
     """
     given = metrics.get("standard_error")
-    return sampling_noise(before, value, metrics) if given is None else given
-
-
-def sampling_noise(before: float, value: float, metrics: Mapping[str, float]) -> float:
-    """The standard error of a share (accuracy) of as many examples as the metrics say; 0 where they
-    don't.
-    """
+    if given is not None:
+        return given
     count = next((metrics[name] for name in _COUNTS if metrics.get(name)), 0)
     mean = (before + value) / 2
     return math.sqrt(mean * (1 - mean) / count) if count and 0 <= mean <= 1 else 0.0

@@ -33,7 +33,7 @@ def _cells(row: Row, decimals: int) -> list[str]:
     latency, metric = row["latency_ms"] or {}, row["metric"]
     return [
         row["name"],
-        _size(row["bytes"]),
+        _count(row["bytes"], "B"),
         _number(row["bytes_ratio"], "{:.3f}"),
         _count(row["parameters"]),
         _significant(latency.get("median")) + (BUSY if "busy machine" in row["notes"] else ""),
@@ -190,20 +190,12 @@ def _significant(value: float | None) -> str:
     return f"{value:.{decimals}f}"
 
 
-def _size(count: int | None) -> str:
+def _count(count: int | None, unit: str = "") -> str:
     if count is None:
         return "-"
     if count < 1e3:
-        return f"{count} B"
-    return f"{count / 1e6:.2f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
-
-
-def _count(count: int | None) -> str:
-    if count is None:
-        return "-"
-    if count < 1e3:
-        return str(count)
-    return f"{count / 1e6:.2f} M" if count >= 1e6 else f"{count / 1e3:.1f} k"
+        return f"{count} {unit}".strip()
+    return f"{count / 1e6:.2f} M{unit}" if count >= 1e6 else f"{count / 1e3:.1f} k{unit}"
 
 
 def _plain(name: str, value: Any) -> str:

@@ -107,17 +107,26 @@ def choose(trial: Trial, rounds: int, was_cut: bool) -> Result:
         rows = [by_name.get(row["name"], row) for row in rows]
         good = best([*rows[:1], *fresh], budget, noise)
         if good:
-            row = good[0]
-            reason = f"{row['name']} keeps the budget: {facts_of(row)}"
-            if is_slower(row, noise):
-                reason += "; whatever else was tried and keeps it is slower than the original too"
-            return _result(trial, row, rows, True, reason)
+            return _result(trial, good[0], rows, True, _kept(good[0], noise))
     within = [row for row in rows if row["within"] and not row["fits"]]
-    nearest = min(within, key=lambda row: budget.excess(row))
+    nearest = min(within, key=budget.excess)
+    return _result(trial, nearest, rows, False, _missed(nearest, was_cut))
+
+
+def _kept(row: Row, noise: float) -> str:
+    """What is said of a row that keeps the budget."""
+    reason = f"{row['name']} keeps the budget: {facts_of(row)}"
+    if is_slower(row, noise):
+        reason += "; whatever else was tried and keeps it is slower than the original too"
+    return reason
+
+
+def _missed(nearest: Row, was_cut: bool) -> str:
+    """What is said where none does."""
     why = "; ".join(nearest["misses"])
     reason = f"the budget can't be met here: {why}; the best is {nearest['name']}: "
     more = "; the minutes were over before everything was tried" if was_cut else ""
-    return _result(trial, nearest, rows, False, reason + facts_of(nearest) + more)
+    return reason + facts_of(nearest) + more
 
 
 def _confirmed(trial: Trial, group: Sequence[Row], rounds: int) -> list[Row]:

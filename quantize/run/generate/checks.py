@@ -20,12 +20,10 @@ def check_count(name: str, value: object) -> None:
 
 def check_ids(name: str, ids: Tensor, vocabulary: int | None) -> None:
     """Raises ValueError for a token id that the model doesn't have."""
-    low, high = int(ids.min()), int(ids.max())
-    if low < 0 or (vocabulary is not None and high >= vocabulary):
+    low, high, most = int(ids.min()), int(ids.max()), (vocabulary or 2**63) - 1
+    if low < 0 or high > most:
         wrong = low if low < 0 else high
-        raise ValueError(
-            f"{name} holds token id {wrong}; allowed: 0 to {(vocabulary or 2**63) - 1}"
-        )
+        raise ValueError(f"{name} holds token id {wrong}; allowed: 0 to {most}")
 
 
 def check_length(model: nn.Module, prompt: int, new: int) -> None:
@@ -50,30 +48,19 @@ def stop_tokens_of(
                 return [own] if isinstance(own, int) else list(own)
         return []
     stops = [given] if isinstance(given, int) else list(given)
+    most = (vocabulary or 2**63) - 1
     for token in stops:
-        if (
-            not isinstance(token, int)
-            or token < 0
-            or (vocabulary is not None and token >= vocabulary)
-        ):
-            raise ValueError(
-                f"stop_tokens holds {token!r}; allowed: ids 0 to {(vocabulary or 2**63) - 1}"
-            )
+        if not isinstance(token, int) or not 0 <= token <= most:
+            raise ValueError(f"stop_tokens holds {token!r}; allowed: ids 0 to {most}")
     return stops
 
 
 def _model_limit(model: nn.Module) -> int | None:
+    """Of a config of transformers, whose max_length is no limit, or of ours."""
     config = getattr(model, "config", None)
-    for name in (
-        "max_length",
-        "max_position_embeddings",
-    ):  # ours; those of transformers, whose max_length is no limit
-        value = getattr(config, name, None)
-        if isinstance(value, int) and (
-            name != "max_length" or not hasattr(config, "max_position_embeddings")
-        ):
-            return value
-    return None
+    ours = getattr(config, "max_length", None)
+    limit = getattr(config, "max_position_embeddings", ours)
+    return limit if isinstance(limit, int) else None
 
 
 def as_ids(prompt: Prompt) -> tuple[Tensor, Tensor | None]:

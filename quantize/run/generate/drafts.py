@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16)
+LONGEST = 4  # tokens that are looked up
 
 
 class ModelDraft:
@@ -39,16 +40,13 @@ class LookupDraft:
     """What followed the last few tokens where they stood before in the same text (prompt look-up;
     no model).
 
-    The longest of the last 1 to `longest` tokens that occurs earlier is taken at its latest place.
+    The longest of the last 1 to LONGEST tokens that occurs earlier is taken at its latest place.
     """
-
-    def __init__(self, longest: int = 4):
-        self.longest = longest
 
     def propose(self, ids: Tensor, count: int) -> Tensor:
         """Guesses [1, n], n from 0 (never seen before) to `count`, after ids [1, T]."""
         text = ids[0]
-        for size in range(min(self.longest, len(text) - 1), 0, -1):
+        for size in range(min(LONGEST, len(text) - 1), 0, -1):
             windows = text[:-1].unfold(0, size, 1)  # all earlier places [places, size]
             found = (windows == text[-size:]).all(1).nonzero()
             if len(found):
@@ -69,9 +67,8 @@ class Pace:
     def __init__(self, fixed: int | None):
         self.fixed = fixed
         self.acceptance, self.draft_s = 0.8, 0.0  # per token
-        self.pass_s: dict[
-            int, float
-        ] = {}  # seconds of a pass, by the number of guesses checked in it
+        # seconds of a pass, by the number of guesses checked in it
+        self.pass_s: dict[int, float] = {}
         self.pause, self.wait = 0, 32
 
     def length(self) -> int:
@@ -93,18 +90,13 @@ class Pace:
         """
         self.pause -= right + 1
         old = self.pass_s.get(guessed, pass_s)
-        self.pass_s[guessed] = (
-            min(old, pass_s) if guessed not in self.pass_s else 0.8 * old + 0.2 * pass_s
-        )
+        self.pass_s[guessed] = 0.8 * old + 0.2 * pass_s
         if guessed:
             tested = min(right + 1, guessed)
             for i in range(tested):
                 self.acceptance = 0.9 * self.acceptance + 0.1 * (i < right)
-            self.draft_s = (
-                draft_s / guessed
-                if not self.draft_s
-                else 0.8 * self.draft_s + 0.2 * draft_s / guessed
-            )
+            each_s = draft_s / guessed
+            self.draft_s = 0.8 * (self.draft_s or each_s) + 0.2 * each_s
             if right == guessed:
                 self.wait = 32
 
