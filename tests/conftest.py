@@ -60,6 +60,9 @@ def pytest_collection_finish() -> None:
     """Leave what is imported by now to itself, and collect cycles less often: tracing makes many
     objects, and a third of all time went into looking for cycles among them.
     """
+    from nurseries import choose_kernels_at_once
+
+    choose_kernels_at_once()
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 20)
@@ -83,13 +86,20 @@ def no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("quantize.run.fusion.kernels.SMALL", 0)
 
 
-@pytest.fixture(scope="module")
-def one_nursery() -> Iterator[None]:
-    """Comparisons of a module fork their children from one Python, which is gone at the end."""
+@pytest.fixture(scope="session")
+def _nurseries() -> Iterator[Any]:
+    """Pythons that children are forked from, which are gone at the end."""
     from nurseries import Nurseries
 
-    with pytest.MonkeyPatch.context() as patch, Nurseries() as nurseries:
-        patch.setattr("quantize.measuring.turns.Nursery", nurseries)
-        patch.setattr("quantize.compression.search.finding.Nursery", nurseries)
-        yield
+    with Nurseries() as nurseries:
+        yield nurseries
     assert nurseries.are_reaped()
+
+
+@pytest.fixture(scope="module")
+def one_nursery(_nurseries: Any) -> Iterator[None]:
+    """Comparisons of a module fork their children from one Python, and so do other modules'."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("quantize.measuring.turns.Nursery", _nurseries)
+        patch.setattr("quantize.compression.search.finding.Nursery", _nurseries)
+        yield

@@ -7,38 +7,65 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from quantize import clock
+from quantize.jobs.presets import PRESETS
 from quantize.measuring.nursery import Nursery
 from quantize.measuring.turns import take_turns
+from quantize.nn import int8_kernels
 
 
 class Nurseries(ExitStack):
-    """Stands for `Nursery`: one for each count of threads and working folder, until the end."""
+    """Stands for `Nursery`: one for each count of threads and working folder, until the end, that
+    has imported what is asked for of packages other than torch.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.started: dict[tuple[int, Path], Nursery] = {}
+        self.started: list[tuple[Path, Nursery]] = []
 
     def __call__(
         self, *, threads: int, modules: Sequence[str] = ()
     ) -> AbstractContextManager[Nursery]:
         if not hasattr(os, "fork"):
             return Nursery(threads=threads)
-        key = threads, Path.cwd()
-        if key not in self.started:
-            self.started[key] = self.enter_context(Nursery(threads=threads))
-        return nullcontext(self.started[key])
+        wanted = {name for name in modules if not name.startswith("torch.")}
+        for folder, nursery in self.started:
+            alike = (folder, nursery.threads) == (Path.cwd(), threads)
+            if alike and wanted <= set(nursery.modules):
+                return nullcontext(nursery)
+        nursery = self.enter_context(Nursery(threads=threads, modules=modules))
+        self.started.append((Path.cwd(), nursery))
+        return nullcontext(nursery)
 
     def are_reaped(self) -> bool:
         """Whether all that forked something have ended and were waited for."""
-        processes = [nursery._process for nursery in self.started.values()]
+        processes = [nursery._process for _, nursery in self.started]
         return all(process is None or process.returncode is not None for process in processes)
+
+
+def choose_kernels_at_once() -> None:
+    """Let the kernels of int8 layers, which all give the same bits, race once for each shape: there
+    are thousands of shapes in these tests.
+    """
+    once = partial(clock.race, least=1)
+    int8_kernels.clock = SimpleNamespace(race=lambda calls, **_: once(calls))
+
+
+def train_briefly(patch: pytest.MonkeyPatch) -> None:
+    """Let the tiny text preset see short texts, and the scripts time each file once."""
+    tiny = PRESETS["text"]["tiny"]
+    recipe = replace(tiny.training, steps=2, length=32)
+    short = replace(tiny, training=recipe, batch=(2, 32), validation=512)
+    patch.setitem(PRESETS["text"], "tiny", short)
+    time_briefly(patch)
 
 
 def time_briefly(patch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from quantize.measuring import measure
 from quantize.models import MLP
 
 QUICK = {"threads": 1, "rounds": 2, "burst_seconds": 0.0}
@@ -115,6 +117,15 @@ def start_children_and_hang(model) -> None:
     start_children()
     Path(os.environ["QUANTIZE_TEST_STARTED"]).touch()
     time.sleep(1000)
+
+
+def measure_without_end(file: Path, environment: dict[str, str], spawn: bool) -> None:
+    """Measure a file with a function that never returns."""
+    os.environ.update(environment)
+    tempfile.tempdir = None
+    if spawn:
+        del os.fork
+    measure(file, INPUTS, evaluate=start_children_and_hang, **QUICK)
 
 
 def start_children_and_answer(model) -> float:

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from measuring_models import start_children_and_answer
+from fresh import ended, started
+from measuring_models import measure_without_end, start_children_and_answer
 from torch import nn
 
 import quantize
@@ -24,27 +25,11 @@ from quantize.measuring.artifact import MeasurementError
 from quantize.measuring.comparison import compare, measure
 from quantize.measuring.nursery import Nursery, modules_of
 from quantize.models import MLP, MLPConfig
-from quantize.native import int8
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
 
 QUICK = {"threads": 1, "rounds": 1, "burst_seconds": 0.0}
 INPUTS = torch.linspace(-1, 1, 32).reshape(2, 16)
-
-CALLER = """
-import sys
-import torch
-import quantize
-import measuring_models
-
-if {spawn}:
-    import os
-    del os.fork
-quantize.measure(
-    sys.argv[1], torch.zeros(2, 16), evaluate=measuring_models.start_children_and_hang,
-    threads=1, rounds=1, burst_seconds=0.0,
-)
-"""
 
 
 @pytest.fixture(scope="module")
@@ -75,28 +60,25 @@ def wait_until(condition, seconds: float = 60.0) -> bool:
 
 @linux
 @pytest.mark.slow
+@pytest.mark.xdist_group("fresh")
 @pytest.mark.parametrize(
     ("how", "spawn"), [(signal.SIGKILL, False), (signal.SIGINT, False), (signal.SIGTERM, True)]
 )
 def test_nothing_outlives_the_caller(file, tmp_path, how, spawn):
     """However the caller ends while a worker computes: no process of its is left, and no file."""
-    mark, started, folder = uuid.uuid4().hex, tmp_path / "started", tmp_path / "temporary"
+    mark, hanging, folder = uuid.uuid4().hex, tmp_path / "hanging", tmp_path / "temporary"
     folder.mkdir()
-    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(quantize.__file__).parents[1])])
+
     environment = {
-        **os.environ,
         "QUANTIZE_TEST_MARK": mark,
-        "QUANTIZE_TEST_STARTED": str(started),
+        "QUANTIZE_TEST_STARTED": str(hanging),
         "TMPDIR": str(folder),
-        "PYTHONPATH": paths,
+        "PYTHONPATH": str(Path(__file__).parent),
     }
-    code = CALLER.format(spawn=spawn)
-    caller = subprocess.Popen(
-        [sys.executable, "-c", code, str(file)], env=environment, stderr=subprocess.DEVNULL
-    )
-    assert wait_until(started.exists) and len(processes(mark)) >= 4
-    caller.send_signal(how)
-    caller.wait(60)
+    caller = started(measure_without_end, file, environment, spawn)
+    assert wait_until(hanging.exists) and len(processes(mark)) >= 3  # beside the caller
+    os.kill(caller.pid, how)
+    assert ended(caller) == (1 if how == signal.SIGINT else -how)
     escaped = 1 if spawn else 0  # without a nursery nobody hears of what left the worker's group
     try:
         assert wait_until(lambda: len(processes(mark)) <= escaped, 20), processes(mark)
@@ -146,19 +128,6 @@ def test_a_nursery_that_dies_is_named(file, tmp_path, monkeypatch):
     (tmp_path / "quantize" / "__init__.py").write_text("raise ImportError('no torch here')")
     with pytest.raises(MeasurementError, match="ImportError: no torch here"):
         measure(file, INPUTS, **QUICK)
-
-
-def threads_of_a_large_layer(model) -> float:
-    return float(int8.threads(1 << 40))
-
-
-@pytest.mark.slow
-def test_int8_layers_may_use_the_threads_of_a_measurement(file):
-    """A child of the nursery isn't one whose parent has computed."""
-    found = compare(
-        {"a": file}, INPUTS, evaluate=threads_of_a_large_layer, **QUICK | {"threads": 2}
-    )
-    assert list(found[0].metrics.values()) == [2.0]
 
 
 def nap(model, seconds: float) -> float:

@@ -25,6 +25,7 @@ from quantize.measuring import turns
 from quantize.measuring.artifact import MeasurementError
 from quantize.measuring.comparison import compare, measure
 from quantize.measuring.process import Worker, pack, pack_inputs, payload
+from quantize.native import int8
 
 pytestmark = [pytest.mark.usefixtures("one_nursery"), pytest.mark.xdist_group("measuring")]
 
@@ -34,6 +35,19 @@ def test_children_have_working_threads(files):
     """Matrix products on two threads run in a child: what it was forked from had no thread pool."""
     m = compare([files["mlp"]] * 2, INPUTS, evaluate=multiply, **{**QUICK, "threads": 2})
     assert all(x.metrics == {"product": 1.0} and x.notes == () for x in m)
+
+
+def threads_of_a_large_layer(model) -> float:
+    return float(int8.threads(1 << 40))
+
+
+@pytest.mark.slow
+def test_int8_layers_may_use_the_threads_of_a_measurement(files):
+    """A child of the nursery isn't one whose parent has computed."""
+    found = compare(
+        [files["mlp"]], INPUTS, evaluate=threads_of_a_large_layer, **QUICK | {"threads": 2}
+    )
+    assert list(found[0].metrics.values()) == [2.0]
 
 
 @pytest.mark.parametrize("start", ["fork", "spawn"])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import measured_by_bytes
-from nurseries import time_briefly
+from nurseries import train_briefly
 from PIL import Image
 from torch import nn
 
@@ -304,6 +304,8 @@ def test_a_python_file_makes_the_model(tmp_path, by_bytes, monkeypatch, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("scripts")
+@pytest.mark.usefixtures("one_nursery")
 def test_train_adds_what_compress_finds_as_a_row(tmp_path, monkeypatch):
     """`--budget` reaches the search; its model is measured beside the others, with its recipe and
     what each layer got.
@@ -318,7 +320,7 @@ def test_train_adds_what_compress_finds_as_a_row(tmp_path, monkeypatch):
         quantize.save(small, file, metadata={"recipe": recipe.as_values()})
         return quantize.Result(small, file, [], True, "", [{"name": "a", "got": "b", "why": "c"}])
 
-    time_briefly(monkeypatch)
+    train_briefly(monkeypatch)
     monkeypatch.setattr("quantize.jobs.choosing.compress", found)
     line = "--preset tiny --steps 2 --variants fp16 --budget bytes=4e5 max_loss=5% --threads 1"
     assert train.main([*line.split(), "--out", str(tmp_path)]) == 0

@@ -8,7 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from fresh import in_ranks
 from helpers import ROOT
+from script_ranks import train_briefly
 
 import quantize
 from quantize import jobs
@@ -37,8 +39,11 @@ def command(*arguments: str) -> subprocess.Popen:
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("fresh")
 def test_two_ranks_train_and_report(tmp_path):
-    """The README's torchrun line, twice into one folder: the same weights each time."""
+    """The README's torchrun line, and two ranks without the launcher into the same folder: the same
+    weights each time.
+    """
     launcher = [
         "-m",
         "torch.distributed.run",
@@ -61,13 +66,13 @@ def test_two_ranks_train_and_report(tmp_path):
         "--out",
         str(tmp_path),
     ]
-    runs = []
-    for _ in range(2):
-        process = command(*launcher, *options)
-        _, err = process.communicate(timeout=240)
-        assert process.returncode == 0, err
-        runs.append(quantize.load(tmp_path / "model.pth").state_dict())
-    first, second = runs
+    process = command(*launcher, *options)
+    _, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    first = quantize.load(tmp_path / "model.pth").state_dict()
+    (tmp_path / "model.pth").unlink()
+    assert in_ranks(train_briefly, 2, [*options, "--threads", "1"]) == [0, 0]
+    second = quantize.load(tmp_path / "model.pth").state_dict()
     assert list(first) == list(second)
     for name, tensor in first.items():
         assert torch.equal(tensor, second[name]), name

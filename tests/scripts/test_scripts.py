@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import in_int8
-from nurseries import time_briefly
+from nurseries import train_briefly
 
 import fusion
 import kv_cache
@@ -21,19 +21,10 @@ pytestmark = [pytest.mark.usefixtures("one_nursery"), pytest.mark.xdist_group("s
 STEPS = ["--steps", "4", "--threads", "1"]
 
 
-def quick(patch: pytest.MonkeyPatch) -> None:
-    """Let the tiny text preset see short texts, and the scripts time each file once."""
-    tiny = PRESETS["text"]["tiny"]
-    recipe = replace(tiny.training, steps=2, length=32)
-    short = replace(tiny, training=recipe, batch=(2, 32), validation=512)
-    patch.setitem(PRESETS["text"], "tiny", short)
-    time_briefly(patch)
-
-
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
     """Texts are short and files measured briefly."""
-    quick(monkeypatch)
+    train_briefly(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +32,7 @@ def text_run(tmp_path_factory, one_nursery) -> Path:
     """The folder that a tiny text run wrote."""
     out = tmp_path_factory.mktemp("text")
     with pytest.MonkeyPatch.context() as patch:
-        quick(patch)
+        train_briefly(patch)
         assert train.main(["--preset", "tiny", *STEPS, "--out", str(out)]) == 0
     return out
 

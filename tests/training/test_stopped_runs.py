@@ -3,15 +3,23 @@
 import os
 import re
 import signal
-import subprocess
-import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from fresh import ended, in_ranks, started
 from torch import nn
-from training_models import RECIPE, batches, digest, network, two_rank_task
+from training_models import (
+    RECIPE,
+    batches,
+    digest,
+    network,
+    train_as_rank,
+    train_on,
+    two_rank_task,
+)
 
 from quantize.training import (
     TrainingError,
@@ -165,47 +173,30 @@ def test_a_state_of_another_run_is_refused(tmp_path, change, message):
         )
 
 
-def child(*arguments, launcher=()):
-    """`training_child.py` as a process."""
-    script = Path(__file__).with_name("training_child.py")
-    command = [sys.executable, *launcher, str(script), *map(str, arguments)]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-        "OMP_NUM_THREADS": "1",
-    }
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    )
-
-
 @pytest.mark.slow
+@pytest.mark.xdist_group("fresh")
 def test_sigkill_and_resume(tmp_path):
     """Killed with SIGKILL and resumed, a run ends with the uninterrupted run's bits; 50 kills:
     benchmarks/kill_resume.py.
     """
-    path = tmp_path / "state"
-    expected = digest(fit(network(), batches, classification_loss, replace(RECIPE, steps=120)))
-    process = child("kill", path)
-    for line in process.stdout:
-        if int(line) >= 60:
-            os.kill(process.pid, signal.SIGKILL)
-            break
-    process.communicate()
-    assert read_state(path)["step"] >= 59
-    out, err = child("kill", path).communicate()
-    assert out.splitlines()[-1] == expected, err
+    expected = digest(fit(network(), batches, classification_loss, replace(RECIPE, steps=200)))
+    process, step = started(train_on, tmp_path, 200), tmp_path / "step"
+    while not (step.exists() and int(step.read_text() or 0) >= 60):
+        assert process.is_alive()
+        time.sleep(0.002)
+    process.kill()
+    assert ended(process) == -signal.SIGKILL
+    assert read_state(tmp_path / "state")["step"] >= 59 and not (tmp_path / "digest").exists()
+    assert ended(started(train_on, tmp_path, 200)) == 0
+    assert (tmp_path / "digest").read_text() == expected
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("fresh")
 def test_two_ranks_match_one_with_twice_the_batch(tmp_path):
-    """torchrun with two ranks ends with the weights of one rank that sees both batches, to float
-    tolerance.
-    """
+    """Two ranks end with the weights of one rank that sees both batches, to float tolerance."""
     path = tmp_path / "weights"
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    process = child("ranks", path, launcher=launcher)
-    assert process.wait(120) == 0, process.stderr.read()
+    assert in_ranks(train_as_rank, 2, path) == [0, 0]
     two = torch.load(path, weights_only=True)
     one = fit(*two_rank_task(0, 1), bf16=False).state_dict()
     for name, tensor in one.items():

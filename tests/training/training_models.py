@@ -1,11 +1,14 @@
 """A network, batches and a recipe that the tests of training share."""
 
 import hashlib
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import nn
 
-from quantize.training import TrainConfig, classification_loss
+from quantize import training
+from quantize.training import TrainConfig, classification_loss, fit
 
 RECIPE = TrainConfig(steps=12, batch=8, warmup=2, lr=1e-2)
 
@@ -49,3 +52,27 @@ def two_rank_task(rank, world):
         classification_loss,
         RECIPE,
     )
+
+
+def train_on(folder: Path, steps: int) -> None:
+    """Go on with the training in a folder, say each step, and write what came out."""
+    model = fit(
+        network(),
+        batches,
+        classification_loss,
+        replace(RECIPE, steps=steps),
+        checkpoint_path=folder / "state",
+        checkpoint_seconds=0,
+        resume=True,
+        on_progress=lambda at: (folder / "step").write_text(str(at.step)),
+    )
+    (folder / "digest").write_text(digest(model))
+
+
+def train_as_rank(path: Path) -> None:
+    """One of two ranks; the first one writes the weights."""
+    with training.distributed() as (rank, world):
+        assert world == 2
+        model = fit(*two_rank_task(rank, world), bf16=False)
+    if rank == 0:
+        torch.save(model.state_dict(), path)

@@ -14,34 +14,52 @@ from quantize import generate, load, save, to_half
 from quantize.compression.distillation import make_student
 from quantize.compression.low_rank import factorize_low_rank
 from quantize.compression.pruning import prune_ln_structured
+from quantize.compression.pruning.exporting import export
 
 
-@pytest.mark.parametrize("calibrated", [False, True])
+@pytest.fixture
+def traced_once(monkeypatch):
+    """A test that prunes one model on the same inputs in several ways traces it for the first."""
+    traced = []
+
+    def first(model, inputs):
+        if not traced:
+            traced.append((type(model), export(model, inputs)))
+        kind, program = traced[0]
+        assert type(model) is kind
+        return program
+
+    monkeypatch.setattr("quantize.compression.pruning.prune.export", first)
+
+
 @pytest.mark.parametrize("name", SMALL)
-def test_pruned_equals_masked(name, calibrated):
-    """The smaller model computes what the full one computes with zeros in the removed places."""
+def test_pruned_equals_masked(name, traced_once):
+    """The smaller model computes what the full one computes with zeros in the removed places, with
+    calibration and without.
+    """
     model, inputs = small(name)
     before = state(model)
-    options = {"amount": 0.5, "calibration": [inputs] if calibrated else None}
-    pruned = prune_ln_structured(model, inputs, **options)
-    masked = prune_ln_structured(model, inputs, masked=True, **options)
-    assert size(pruned) < size(model) == size(masked)
-    assert_close(run(pruned, inputs), run(masked, inputs), factor=10)
-    assert untouched(model, before)
+    for calibration in (None, [inputs]):
+        options = {"amount": 0.5, "calibration": calibration}
+        pruned = prune_ln_structured(model, inputs, **options)
+        masked = prune_ln_structured(model, inputs, masked=True, **options)
+        assert size(pruned) < size(model) == size(masked)
+        assert_close(run(pruned, inputs), run(masked, inputs), factor=10)
+        assert untouched(model, before)
 
 
-@pytest.mark.parametrize("amount", [pytest.param(0.25, marks=pytest.mark.slow), 0.5])
 @pytest.mark.parametrize("name", ZOO)
-def test_zoo(name, amount, tmp_path):
+def test_zoo(name, tmp_path, traced_once):
     """Models that others wrote: pruned equals masked, and the file loads into a fresh instance."""
     model, inputs = zoo(name)
-    pruned = prune_ln_structured(model, inputs, amount=amount)
-    masked = prune_ln_structured(model, inputs, amount=amount, masked=True)
-    assert size(pruned) < size(model)
-    assert_close(run(pruned, inputs), run(masked, inputs), factor=10)
-    save(pruned, tmp_path / "pruned.pth")
-    again = load(tmp_path / "pruned.pth", model=zoo(name, seed=1)[0])
-    assert_close(run(again, inputs), run(pruned, inputs))
+    for amount in (0.25, 0.5):
+        pruned = prune_ln_structured(model, inputs, amount=amount)
+        masked = prune_ln_structured(model, inputs, amount=amount, masked=True)
+        assert size(pruned) < size(model)
+        assert_close(run(pruned, inputs), run(masked, inputs), factor=10)
+        save(pruned, tmp_path / f"{amount}.pth")
+        again = load(tmp_path / f"{amount}.pth", model=zoo(name, seed=1)[0])
+        assert_close(run(again, inputs), run(pruned, inputs))
 
 
 def test_twice(tmp_path):
