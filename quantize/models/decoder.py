@@ -20,6 +20,7 @@ from quantize import checkpoint
 from quantize.models import pretrained, published
 from quantize.models.attention import apply_rope, causal_attention, rope_table
 from quantize.models.config import DecoderConfig
+from quantize.native import bfloat16
 
 
 class Cache(Protocol):
@@ -42,6 +43,8 @@ class RMSNorm(nn.RMSNorm):
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.training and bfloat16.learns(x):
+            return bfloat16.norm(x, self.weight, self.eps)
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
@@ -70,9 +73,11 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None = None) -> Tensor:
         heads = (*x.shape[:2], -1, self.head_dim)
-        q = apply_rope(self.q_norm(self.q(x).view(heads)).transpose(1, 2), cos, sin)  # [B, H, T, D]
-        # [B, KV, T, D]
-        k = apply_rope(self.k_norm(self.k(x).view(heads)).transpose(1, 2), cos, sin)
+        q = self.q_norm(self.q(x).view(heads)).transpose(1, 2)  # [B, H, T, D]
+        k = self.k_norm(self.k(x).view(heads)).transpose(1, 2)  # [B, KV, T, D]
+        native = self.training and cos.ndim == 2 and bfloat16.learns(q, k, parts=2)
+        rotate = bfloat16.rotate if native else apply_rope
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         v = self.v(x).view(heads).transpose(1, 2)
         return self.out(self.attend(q, k, v, cache).transpose(1, 2).flatten(2))
 
@@ -99,7 +104,10 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(config.ffn_width, config.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        gate, up = self.gate(x), self.up(x)
+        if self.training and bfloat16.learns(gate, up):
+            return self.down(bfloat16.gated(gate, up))
+        return self.down(F.silu(gate) * up)
 
 
 class DecoderBlock(nn.Module):

@@ -4,7 +4,7 @@
     uv run python tests/native/sanitized.py -k bits
     uv run python tests/native/sanitized.py tests/run/decoding/test_decoding.py
 
-Every library is covered: int8.cpp, conv.cpp, recurrent.cpp and decoding's step.cpp.
+Every library is covered: int8.cpp, bfloat16.cpp, conv.cpp, recurrent.cpp and decoding's step.cpp.
 
 Needs g++ with its sanitizers (libasan, libubsan), on Linux. Started by pytest as a plugin, it adds
 the flags to every library that is compiled; started as a script, it starts pytest so, with the
