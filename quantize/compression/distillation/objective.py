@@ -36,6 +36,8 @@ from quantize.compression.distillation.state import (
 from quantize.seeding import seed_devices
 from quantize.training import TrainingError
 
+MOST_HEARD = 1 << 28  # bytes of the teacher's answers on what is held out
+
 
 class Trained(nn.Module):
     """What `fit` trains: the student behind the projections, so that the student's head is still
@@ -90,6 +92,8 @@ class Objective:
         self.trained = Trained(self.student)
         self.carried = Carried(self.student, set(), stateful=False)
         self._before: dict[str, Tensor] = {}  # what the student carries, before the last step
+        self._heard: dict[int, tuple[Any, dict[str, Tensor]]] = {}  # by the number of a batch
+        self._room = MOST_HEARD
 
     def settings(self) -> dict:
         """What must agree between two runs for one to go on where the other stopped."""
@@ -130,7 +134,9 @@ class Objective:
     def __call__(self, trained: Any, batch: Batch) -> Tensor:
         self.carried.renew()
         self._before = self.carried.copies()
-        total = self._total(trained, batch)
+        # first: the teacher's activations are gone before the student's graph is there
+        taught = self._ask_teacher(batch[0], batch[2])
+        total = self._total(trained, batch, taught)
         if not total.requires_grad:
             raise TrainingError(
                 f"no gradient reaches the student ({type(self.student).__name__}): its output "
@@ -145,8 +151,9 @@ class Objective:
         losses = []
         for inputs, targets, index in batches:
             batch = (self.moved(inputs), self.moved(targets), index)
+            taught = self._hear(batch)
             with untouched(self.student), in_eval_mode(self.student):
-                losses.append(self._total(self.trained, batch).item())
+                losses.append(self._total(self.trained, batch, taught).item())
         return sum(losses) / len(losses)
 
     @torch.no_grad()
@@ -165,10 +172,25 @@ class Objective:
                     outputs[-1].append(self.select(call(model, self.moved(inputs))).clone())
         return relative_error(*outputs)
 
-    def _total(self, trained: Trained, batch: Batch) -> Tensor:
+    def _hear(self, batch: Batch) -> Any:
+        """`_ask_teacher` about a batch that is held out, whose answers are kept while there is room
+        for them: each of them is asked for whenever training is judged.
+        """
+        inputs, _, index = batch
+        if index not in self._heard:
+            taught = self._ask_teacher(inputs, index)
+            kept = [taught, *self.taught.values()]
+            size = sum(one.nbytes for one in kept if isinstance(one, Tensor))
+            if taught is None or size > self._room:
+                return taught
+            self._room -= size
+            self._heard[index] = on_tensors(taught, Tensor.clone), dict(self.taught)
+        taught, inside = self._heard[index]
+        self.taught.update(inside)
+        return taught
+
+    def _total(self, trained: Trained, batch: Batch, taught: Any) -> Tensor:
         inputs, targets, index = batch
-        # first: the teacher's activations are gone before the student's graph is there
-        taught = self._ask_teacher(inputs, index)
         output = self.run_student(inputs, index)
         parts = []
         if self.alpha > 0:
