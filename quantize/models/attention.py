@@ -63,7 +63,8 @@ def blocked_causal_attention(q: Tensor, k: Tensor, v: Tensor, block: int = 128) 
 
     On 2 cores, 8 x 8 heads, 256 positions, head width 64, bf16: 4.6 ms against 8.1 ms of torch's
     CPU kernel, which has no bf16 products to use; in fp32 8.7 against 8.4. Forward and backward of
-    8 x 2 heads in bf16: 4.9 ms (6.0 in one block).
+    8 x 2 heads in bf16: 4.9 ms (6.0 in one block); 7.5 against 9.0 on one core with the scale and
+    the mask added by the product.
     """
     groups = q.shape[1] // k.shape[1]
     if groups > 1:
@@ -72,11 +73,12 @@ def blocked_causal_attention(q: Tensor, k: Tensor, v: Tensor, block: int = 128) 
     if torch.compiler.is_compiling():
         block = t  # no loop, which would be unrolled for this length only
     hidden = torch.full((min(block, t),) * 2, -math.inf, dtype=q.dtype, device=q.device).triu(1)
-    q, k, v = (x.reshape(b * h, t, d) for x in (q * d**-0.5, k, v))
+    q, k, v = (x.reshape(b * h, t, d) for x in (q, k, v))
     parts = []
     for start in range(0, t, block):
         end = min(start + block, t)
-        scores = torch.bmm(q[:, start:end], k[:, :end].transpose(1, 2))
-        scores[:, :, start:] += hidden[: end - start, : end - start]
+        mask = F.pad(hidden[: end - start, : end - start], (start, 0))
+        keys = k[:, :end].transpose(1, 2)
+        scores = torch.baddbmm(mask, q[:, start:end], keys, alpha=d**-0.5)
         parts.append(torch.bmm(scores.softmax(-1), v[:, :end]))
     return torch.cat(parts, 1).view(b, h, t, d)

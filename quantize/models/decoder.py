@@ -43,7 +43,7 @@ class RMSNorm(nn.RMSNorm):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training and bfloat16.learns(x):
+        if bfloat16.takes(x):
             return bfloat16.norm(x, self.weight, self.eps)
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
@@ -75,7 +75,7 @@ class Attention(nn.Module):
         heads = (*x.shape[:2], -1, self.head_dim)
         q = self.q_norm(self.q(x).view(heads)).transpose(1, 2)  # [B, H, T, D]
         k = self.k_norm(self.k(x).view(heads)).transpose(1, 2)  # [B, KV, T, D]
-        native = self.training and cos.ndim == 2 and bfloat16.learns(q, k, parts=2)
+        native = cos.ndim == 2 and bfloat16.takes(q, k, parts=2)
         rotate = bfloat16.rotate if native else apply_rope
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         v = self.v(x).view(heads).transpose(1, 2)
@@ -105,7 +105,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate(x), self.up(x)
-        if self.training and bfloat16.learns(gate, up):
+        if bfloat16.takes(gate, up):
             return self.down(bfloat16.gated(gate, up))
         return self.down(F.silu(gate) * up)
 

@@ -77,7 +77,8 @@ void norm_back(const Brain* gradient, const Brain* x, const float* weight, const
       }
       const float back = sum(products) / float(width) * scale * scale * scale;
       for (int64_t i = 0; i < width; i += LANES)
-        keep(load(g + i) * load(weight + i) * scale - load(from + i) * back, to_x + row * width + i);
+        keep(load(g + i) * load(weight + i) * scale - load(from + i) * back,
+             to_x + row * width + i);
     }
   });
 }

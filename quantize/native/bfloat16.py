@@ -1,9 +1,9 @@
-"""Norms, rotary positions and gated units of bfloat16 tensors that gradients go through, each way in
-one native call (bfloat16.cpp).
+"""Norms, rotary positions and gated units of bfloat16 tensors under autocast, forward and back, each
+in one native call (bfloat16.cpp).
 
 PyTorch's CPU makes a dozen passes over memory for each of them, which took half of a training step
 of a narrow decoder. These compute in float32 and round once. Gradients of gradients aren't there.
-Whoever calls them asks `learns` first, and keeps PyTorch's operations for where it says no.
+Whoever calls them asks `takes` first, and keeps PyTorch's operations for where it says no.
 """
 
 from __future__ import annotations
@@ -65,17 +65,19 @@ def _functions() -> Functions | None:
         return None
 
 
-def learns(*tensors: Tensor, parts: int = 1) -> bool:
-    """Will gradients go through these [..., width] in bfloat16 on the CPU, and can the functions
-    below read each of so many `parts` of their rows?
+def takes(*tensors: Tensor, parts: int = 1) -> bool:
+    """Does autocast compute in bfloat16 here, and can the functions below read these [..., width],
+    or each of so many `parts` of their rows?
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not torch.is_grad_enabled():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    if not torch.is_autocast_enabled("cpu"):
         return False
     return all(_fits(one, parts) for one in tensors) and _functions() is not None
 
 
 def _fits(x: Tensor, parts: int) -> bool:
-    plain = x.dtype is torch.bfloat16 and x.requires_grad and int8.takes(x)
+    plain = x.dtype is torch.bfloat16 and int8.takes(x)
     return plain and x.numel() > 0 and x.shape[-1] % (parts * _LANES) == 0
 
 
@@ -155,7 +157,7 @@ class _Gated(torch.autograd.Function):
 
 
 def norm(x: Tensor, weight: Tensor, eps: float | None) -> Tensor:
-    """`F.rms_norm` of x, bfloat16 [..., width], where `learns(x)`; weight: [width].
+    """`F.rms_norm` of x, bfloat16 [..., width], where `takes(x)`; weight: [width].
 
     Raises: ValueError: the weight has another width.
     """
@@ -164,7 +166,7 @@ def norm(x: Tensor, weight: Tensor, eps: float | None) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`apply_rope` of x, bfloat16 [B, H, T, D], where `learns(x, parts=2)`; cos, sin: [T, D / 2].
+    """`apply_rope` of x, bfloat16 [B, H, T, D], where `takes(x, parts=2)`; cos, sin: [T, D / 2].
 
     Raises: ValueError: cos or sin are for other positions or widths.
     """
@@ -174,7 +176,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def gated(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, where `learns(gate, up)`. Raises: ValueError: they differ in shape."""
+    """silu(gate) * up, where `takes(gate, up)`. Raises: ValueError: they differ in shape."""
     _check(up, gate.shape)
     return _Gated.apply(gate, up)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -50,20 +48,22 @@ class BatchedMuon(torch.optim.Muon):
                 if parameter.grad is not None:
                     shapes.setdefault(parameter.shape, []).append(parameter)
             for shape, parameters in shapes.items():
-                updates = []
-                for parameter in parameters:
-                    state = self.state[parameter]
-                    if "momentum_buffer" not in state:
-                        state["momentum_buffer"] = torch.zeros_like(parameter)
-                    gradient: Any = parameter.grad
-                    momentum = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
-                    updates.append(gradient.lerp(momentum, group["momentum"]))
+                gradients: list[Any] = [parameter.grad for parameter in parameters]
+                momenta = [self._momentum(parameter) for parameter in parameters]
+                torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+                updates = torch._foreach_lerp(gradients, momenta, group["momentum"])
                 update = orthogonalize(
                     torch.stack(updates), group["ns_coefficients"], group["ns_steps"]
                 )
                 lr = group["lr"] * max(1, shape[0] / shape[1]) ** 0.5
                 torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(parameters, list(update.float().unbind()), alpha=-lr)
+
+    def _momentum(self, parameter: Tensor) -> Tensor:
+        state = self.state[parameter]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        return state["momentum_buffer"]
 
 
 def orthogonalize(x: Tensor, coefficients: tuple[float, float, float], steps: int) -> Tensor:

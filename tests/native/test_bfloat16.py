@@ -109,13 +109,13 @@ def test_a_decoder_learns_the_same_without_native_code(monkeypatch: pytest.Monke
 
 def test_what_the_kernel_cant_read_is_left_to_torch() -> None:
     fits = random(4, 32)
-    assert bfloat16.learns(fits) and bfloat16.learns(fits, parts=2)
-    assert not bfloat16.learns(fits, parts=4)
-    assert not bfloat16.learns(fits.detach())
-    assert not bfloat16.learns(random(4, 24))
-    assert not bfloat16.learns(random(4, 32, dtype=torch.float32))
-    assert not bfloat16.learns(fits, random(0, 32))
-    with torch.no_grad():
-        assert not bfloat16.learns(fits)
+    assert not bfloat16.takes(fits)
+    with torch.autocast("cpu", dtype=HALF):
+        assert bfloat16.takes(fits, fits.detach()) and bfloat16.takes(fits, parts=2)
+        assert not bfloat16.takes(fits, parts=4)
+        assert not bfloat16.takes(random(4, 24))
+        assert not bfloat16.takes(random(4, 32, dtype=torch.float32))
+        assert not bfloat16.takes(fits, random(0, 32))
+        assert not bfloat16.takes(torch.empty(4, 32, dtype=HALF, device="meta"))
     with pytest.raises(ValueError, match=r"\[32\], got \[16\]"):
         bfloat16.norm(fits, torch.ones(16), 1e-5)
