@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from quantize import host
-from quantize.native import Kernels, cache, conv, int8_library, isa, recurrent, toolchain
+from quantize.native import Kernels, bfloat16, cache, conv, int8_library, isa, recurrent, toolchain
 from quantize.run.decoding import structs
 from quantize.run.fusion import backends
 from quantize.script import Parser, threads
@@ -27,6 +27,7 @@ KERNELS = {
     "int8": int8_library.KERNELS,
     "convolutions": conv.KERNELS,
     "recurrent layers": recurrent.KERNELS,
+    "training in bf16": bfloat16.KERNELS,
     "decoding": structs.KERNELS,
 }
 ORIGINS = {

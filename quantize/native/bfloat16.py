@@ -1,5 +1,5 @@
-"""Norms, rotary positions and gated units of bfloat16 tensors under autocast, forward and back, each
-in one native call (bfloat16.cpp).
+"""Norms, rotary positions and gated units of bfloat16 tensors under autocast, forward and back,
+each in one native call (bfloat16.cpp).
 
 PyTorch's CPU makes a dozen passes over memory for each of them, which took half of a training step
 of a narrow decoder. These compute in float32 and round once. Gradients of gradients aren't there.
@@ -12,18 +12,19 @@ import ctypes
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from quantize.native import build, int8, packs
+from quantize.native import int8, packs
+from quantize.native.build import Kernels
 
 _LANES = 16
 _IN_ORDER = torch.contiguous_format
 _WORTH_THREADS = 1 << 15  # numbers; for fewer no other thread wakes up
-_HEADERS = (build.NUMBERS.with_name("elementary.h"), build.NUMBERS)
 _NUMBER, _POINTER, _FLOAT = ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
 
 
@@ -56,11 +57,14 @@ def read(library: ctypes.CDLL) -> Functions:
     return found
 
 
+KERNELS = Kernels(Path(__file__).with_name("bfloat16.cpp"), read)
+
+
 @functools.cache
 def _functions() -> Functions | None:
     """The kernels for the best instruction set; None where there are none."""
     try:
-        return packs.best("bfloat16", _HEADERS, read)
+        return KERNELS.best().functions
     except OSError:
         return None
 
