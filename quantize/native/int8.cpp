@@ -14,19 +14,20 @@ enum Work : int64_t { LINEARS, NORM, ATTENTION, EACH };
 // Layers, and what becomes of the results of one that is alone.
 struct Linears {
   const Layer* const* layers;
-  int64_t count, rows, how;
+  int64_t count, rows, apart, how;
 };
 
 // Of a program. places: of what it reads, then of what it writes: the number of a block of memory
-// in the bits from 40 on, bytes from its start below them; -1 is nowhere.
+// in the bits from 40 on, bytes from its start below them; -1 is nowhere. apart: for each, bytes
+// from one slice to the next, but in the last block, which is of a slice.
 //   LINEARS: x, other, then a result for each layer
 //   NORM: x, weight, bias, result
 //   ATTENTION: q, k, v, mask, result
 //   EACH: x, other, result
 struct Step {
   int64_t work, shared;  // shared: by all threads?
-  const void* what;      // Linears, Norm, Attention or Each
-  const int64_t* places;
+  const void* what;      // Linears, Norm, Attention or Each, of one slice
+  const int64_t *places, *apart;
 };
 
 namespace {
@@ -62,78 +63,110 @@ int run_kind(const Call& call, int64_t kind) {
   }
 }
 
+// A slice that `threads` compute together, and which of them this one is. arena: what lies between
+// the steps; memory: what a step needs for itself.
+struct Turn {
+  int64_t slice, thread, threads;
+  uint8_t *arena, *memory;
+
+  int64_t team(const Step& step) const { return step.shared ? threads : 1; }
+};
+
+// bytes: of the arena of a slice, which is the block `last`.
 struct Program {
   const Step* steps;
-  int64_t count, threads;
+  int64_t count, slices, last, bytes, threads;
   uint8_t* const* blocks;
-  uint8_t* memory = nullptr;
+  uint8_t* memory = nullptr;  // of all_bytes
 
   template <class T>
-  T* at(int64_t place) const {
-    return place < 0 ? nullptr : (T*)(blocks[place >> 40] + (place & 0xffffffffff));
+  T* at(const Step& step, int64_t i, const Turn& turn) const {
+    const int64_t place = step.places[i];
+    if (place < 0) return nullptr;
+    const int64_t block = place >> 40, in_block = place & 0xffffffffff;
+    if (block == last) return (T*)(turn.arena + in_block);
+    return (T*)(blocks[block] + in_block + turn.slice * step.apart[i]);
   }
-  int64_t team(const Step& step) const { return step.shared ? threads : 1; }
 
   // A call of layers. results: room for as many places.
-  Call call_of(const Step& step, void** results) const {
+  Call call_of(const Step& step, const Turn& turn, void** results) const {
     const Linears& own = *(const Linears*)step.what;
-    for (int64_t i = 0; i < own.count; i++) results[i] = at<void>(step.places[2 + i]);
-    const float* other = at<float>(step.places[1]);
-    const float* x = at<float>(step.places[0]);
-    return {own.layers, own.count, own.rows, team(step), x, results, own.how, other};
+    for (int64_t i = 0; i < own.count; i++) results[i] = at<void>(step, 2 + i, turn);
+    const float *x = at<float>(step, 0, turn), *other = at<float>(step, 1, turn);
+    const int64_t threads = turn.team(step);
+    return {own.layers, own.count, own.rows, threads, x, own.apart, results, own.how, other};
   }
 
-  int64_t bytes_of(const Step& step) const {
+  // What a step needs for itself.
+  int64_t bytes_of(const Step& step, int64_t threads) const {
+    threads = step.shared ? threads : 1;
     if (step.work == LINEARS) {
       const Linears& own = *(const Linears*)step.what;
-      const Call call = {own.layers, own.count, own.rows, team(step), nullptr, nullptr, own.how};
+      const Call call = {own.layers, own.count, own.rows, threads};
       return Job<float>(call).all_bytes();
     }
     if (step.work != ATTENTION) return 0;
-    return up(Attending::bytes(*(const Attention*)step.what), 64) * team(step);
+    return up(Attending::bytes(*(const Attention*)step.what), 64) * threads;
   }
-  int64_t bytes() const {
+  // Memory of a slice that so many threads compute.
+  int64_t slice_bytes(int64_t threads) const {
     int64_t most = 0;
     for (int64_t i = 0; i < count; i++) {
-      const int64_t own = bytes_of(steps[i]);
+      const int64_t own = bytes_of(steps[i], threads);
       most = own > most ? own : most;
     }
-    return most;
+    return bytes + most;
+  }
+  int64_t all_bytes() const {
+    const int64_t apart = slices < threads ? 0 : slice_bytes(1) * threads;
+    const int64_t together = slices % threads ? slice_bytes(threads) : 0;
+    return apart > together ? apart : together;
   }
 
-  void attend(const Step& step, int64_t thread) const {
+  void attend(const Step& step, const Turn& turn) const {
     const Attention& own = *(const Attention*)step.what;
-    const int64_t* p = step.places;
-    uint8_t* mine = memory + thread * up(Attending::bytes(own), 64);
-    Attending(own, at<float>(p[0]), at<float>(p[1]), at<float>(p[2]), at<void>(p[3]),
-              at<float>(p[4]), mine)
-        .run(thread, team(step));
+    uint8_t* mine = turn.memory + turn.thread * up(Attending::bytes(own), 64);
+    const float *q = at<float>(step, 0, turn), *k = at<float>(step, 1, turn);
+    const float* v = at<float>(step, 2, turn);
+    Attending(own, q, k, v, at<void>(step, 3, turn), at<float>(step, 4, turn), mine)
+        .run(turn.thread, turn.team(step));
   }
 
-  void run_step(const Step& step, int64_t thread) const {
-    const int64_t* p = step.places;
+  void run_step(const Step& step, const Turn& turn) const {
+    const int64_t thread = turn.thread, threads = turn.team(step);
     if (step.work == LINEARS) {
       void* results[MOST_LAYERS];
-      const Call call = call_of(step, results);
+      const Call call = call_of(step, turn, results);
       Job<float> job(call);
-      job.memory = memory;
-      job.run(thread, team(step));
-    } else if (step.work == NORM) {
-      const Norm& own = *(const Norm*)step.what;
-      run_norm(own, at<float>(p[0]), at<float>(p[1]), at<float>(p[2]), at<float>(p[3]), thread,
-               team(step));
+      job.memory = turn.memory;
+      job.run(thread, threads);
     } else if (step.work == ATTENTION) {
-      attend(step, thread);
+      attend(step, turn);
     } else {
-      const Each& own = *(const Each*)step.what;
-      run_each(own, at<float>(p[0]), at<float>(p[1]), at<float>(p[2]), thread, team(step));
+      const float *x = at<float>(step, 0, turn), *other = at<float>(step, 1, turn);
+      float* third = at<float>(step, 2, turn);
+      if (step.work == NORM)
+        run_norm(*(const Norm*)step.what, x, other, third, at<float>(step, 3, turn), thread,
+                 threads);
+      else
+        run_each(*(const Each*)step.what, x, other, third, thread, threads);
     }
   }
-  void run(int64_t thread) const {
+  void run_slice(const Turn& turn) const {
     for (int64_t i = 0; i < count; i++) {
-      if (thread < team(steps[i])) run_step(steps[i], thread);
-      barrier(threads);
+      if (turn.thread < turn.team(steps[i])) run_step(steps[i], turn);
+      barrier(turn.threads);
     }
+  }
+  // A slice's numbers stay in the cache from step to step. Each thread computes as many as the
+  // others; all share out those that are left.
+  void run(int64_t thread) const {
+    const int64_t own = slices / threads, size = slice_bytes(1);
+    uint8_t* mine = memory + thread * size;
+    for (int64_t i = 0; i < own; i++) run_slice({thread * own + i, 0, 1, mine, mine + bytes});
+    barrier(threads);
+    for (int64_t slice = own * threads; slice < slices; slice++)
+      run_slice({slice, thread, threads, memory, memory + bytes});
   }
 };
 
@@ -174,15 +207,16 @@ void pack(const int8_t* weight, int64_t outputs, int64_t inputs, int8_t* packed,
 // next 8, and the threads in the rest: for few rows each argument takes a noticeable part of a
 // call.
 int linear(const Layer* layer, int64_t what, const void* x, void* y) {
-  const Call call = {&layer, 1, what & 0xffffffffff, what >> 48, x, &y, ALONE, nullptr};
+  const int64_t rows = what & 0xffffffffff, threads = what >> 48;
+  const Call call = {&layer, 1, rows, threads, x, layer->inputs, &y, ALONE, nullptr};
   return run_kind(call, what >> 40 & 0xff);
 }
 
-// A program of `count` steps on blocks of memory, the last of which, of so many bytes, is found
-// here. 0, or 1 where there is no memory.
-int run_program(const Step* steps, int64_t count, uint8_t** blocks, int64_t last, int64_t bytes,
-                int64_t threads) {
-  Program program = {steps, count, threads, blocks};
+// A program of `count` steps, for each of the slices, on blocks of memory; another one, the last,
+// of so many bytes for a slice, is found here. 0, or 1 where there is no memory.
+int run_program(const Step* steps, int64_t count, int64_t slices, uint8_t* const* blocks,
+                int64_t last, int64_t bytes, int64_t threads) {
+  Program program = {steps, count, slices, last, bytes, threads, blocks};
 #if defined(_OPENMP)
   if (threads > 1) {
     bool enough = true;
@@ -192,8 +226,8 @@ int run_program(const Step* steps, int64_t count, uint8_t** blocks, int64_t last
 #pragma omp master
       {
         program.threads = omp_get_num_threads();
-        enough = scratch.reserve(bytes + program.bytes());
-        blocks[last] = scratch.memory, program.memory = scratch.memory + bytes;
+        enough = scratch.reserve(program.all_bytes());
+        program.memory = scratch.memory;
       }
 #pragma omp barrier
       team = &own;
@@ -204,8 +238,8 @@ int run_program(const Step* steps, int64_t count, uint8_t** blocks, int64_t last
   }
 #endif
   program.threads = 1;
-  if (!scratch.reserve(bytes + program.bytes())) return 1;
-  blocks[last] = scratch.memory, program.memory = scratch.memory + bytes;
+  if (!scratch.reserve(program.all_bytes())) return 1;
+  program.memory = scratch.memory;
   program.run(0);
   return 0;
 }

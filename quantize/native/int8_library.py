@@ -46,7 +46,10 @@ class Layer(ctypes.Structure):
 class Linears(ctypes.Structure):
     """As in int8.cpp."""
 
-    _fields_ = [("layers", _POINTER), *((name, _NUMBER) for name in ("count", "rows", "how"))]
+    _fields_ = [
+        ("layers", _POINTER),
+        *((name, _NUMBER) for name in ("count", "rows", "apart", "how")),
+    ]
 
 
 class Norm(ctypes.Structure):
@@ -86,7 +89,7 @@ class Step(ctypes.Structure):
 
     _fields_ = [
         *((name, _NUMBER) for name in ("work", "shared")),
-        *((name, _POINTER) for name in ("what", "places")),
+        *((name, _POINTER) for name in ("what", "places", "apart")),
     ]
 
 
@@ -121,7 +124,7 @@ def read(library: ctypes.CDLL) -> Functions:
     functions.pack.argtypes = [_POINTER, _NUMBER, _NUMBER, _POINTER, _POINTER]
     functions.pack.restype = None
     functions.linear.argtypes = [_POINTER, _NUMBER, _POINTER, _POINTER]
-    functions.run_program.argtypes = [_POINTER, _NUMBER, _POINTER, *[_NUMBER] * 3]
+    functions.run_program.argtypes = [_POINTER, *[_NUMBER] * 2, _POINTER, *[_NUMBER] * 3]
     return functions
 
 

@@ -30,6 +30,7 @@ struct Call {
   const Layer* const* layers;
   int64_t count, rows, threads;
   const void* x;       // [rows, inputs]
+  int64_t apart;       // numbers from one row of x to the next
   void* const* y;      // [rows, outputs] of each layer
   int64_t how;         // what becomes of results and `other`; see How
   const float* other;  // [rows, outputs] of a single layer of floats, or null
@@ -168,8 +169,8 @@ struct Job {
   }
 
   void quantize(const Chunk& to, int64_t low, int64_t high) const {
-    const T* x = (const T*)call.x + (to.first + low) * layer.inputs;
-    for (int64_t i = low; i < high; i++, x += layer.inputs) {
+    const T* x = (const T*)call.x + (to.first + low) * call.apart;
+    for (int64_t i = low; i < high; i++, x += call.apart) {
       uint8_t* q = to.q + i * stride;
       to.rows[i].row = layer.factor
                            ? quantize_row(Scaled<T>{x, layer.factor}, layer.inputs, padded, q)

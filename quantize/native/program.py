@@ -1,7 +1,8 @@
 """Norms, attention, sums and int8 linear layers as steps of one native call (int8.cpp).
 
 A `Work` says what one step reads and computes. It is made for tensors of some shapes and strides;
-what it is run on may be others of the same.
+what it is run on may be others of the same. Where steps have rows or batches apart, a program may
+run for one slice of them after the other, whose numbers stay in the cache.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ LINEARS, NORM, ATTENTION, EACH = range(4)  # as in int8.cpp
 ALONE, SUM, PRODUCT, DIFFERENCE = range(4)  # as in floats.h
 _UNMASKED, _ADDED, _SEEN = range(3)  # as in attend.h
 _NOWHERE, _BLOCK = -1, 40  # as in int8.cpp
+NUMBER = 4  # bytes
 MOST_LAYERS = 8  # of a step, as in int8.cpp
 _FEWEST_QUERIES = 4  # fewer aren't worth the copy of keys and values that a step makes
 _WORTH_ALL_THREADS = 1 << 12  # cycles
@@ -48,6 +50,9 @@ class Work:
         what: the struct of that kind.
         reads: tensors, in the order of the step's places; None for one that there isn't.
         owned: tensors that `what` points to.
+        units: rows, batches or lines that are computed apart from each other.
+        strides: bytes from one unit to the next in what it reads and in each result; 0 for what all
+            of them read.
         cycles: about how many a core needs.
         held: what else must live as long as this.
         at: of the result, where the first number is written.
@@ -57,9 +62,22 @@ class Work:
     what: ctypes.Structure
     reads: Sequence[Tensor | None]
     owned: Sequence[Tensor]
+    units: int
+    strides: Sequence[int]
     cycles: float
     held: Any = None
     at: int = 0
+
+    def slice_of(self, slices: int) -> Work:
+        """The first of so many slices, without what it reads."""
+        what = type(self.what).from_buffer_copy(self.what)
+        if isinstance(what, Each):
+            what.size[_first(what.size)] //= slices
+        else:
+            name = "batches" if isinstance(what, Attention) else "rows"
+            setattr(what, name, getattr(what, name) // slices)
+        units, cycles = self.units // slices, self.cycles / slices
+        return dataclasses.replace(self, what=what, units=units, cycles=cycles, reads=())
 
 
 def _is_plain(x: Any) -> bool:
@@ -81,8 +99,9 @@ def norm(
         return None
     if any(one.numel() != width for one in vectors):
         return None
-    what = Norm(x.numel() // width, width, centered, eps)
-    return Work(NORM, what, [x, weight, bias], [], x.numel())
+    rows, stride = x.numel() // width, width * NUMBER
+    what = Norm(rows, width, centered, eps)
+    return Work(NORM, what, [x, weight, bias], [], rows, [stride, 0, 0, stride], x.numel())
 
 
 def attention(
@@ -102,13 +121,16 @@ def attention(
     what = Attention(batches, heads, heads // groups, queries, keys, width, v.shape[3])
     what.q[:], what.k[:], what.v[:] = (one.stride()[:3] for one in (q, k, v))
     what.scale, what.causal = scale, causal
+    result = heads * queries * v.shape[3]
+    strides = [*(NUMBER * one.stride(0) for one in (q, k, v)), 0, NUMBER * result]
     if mask is not None:
         kinds = {torch.float32: _ADDED, torch.bool: _SEEN}
         if mask.dtype not in kinds or mask.shape[-1] != keys or mask.stride(-1) != 1:
             return None
         what.mask[:], what.masked = mask.expand(shape).stride()[:3], kinds[mask.dtype]
+        strides[3] = what.mask[0] * mask.itemsize
     cycles = math.prod(shape) * (1 + (width + v.shape[3]) / _PRODUCTS)
-    return Work(ATTENTION, what, [q, k, v, mask], [], cycles)
+    return Work(ATTENTION, what, [q, k, v, mask], [], batches, strides, cycles)
 
 
 def each(
@@ -141,8 +163,15 @@ def each(
     what.y[missing:] = y
     if activation in TAILS:
         what.tails = TAILS[activation].data_ptr()
-    reads = [x, other]
-    return Work(EACH, what, reads, [], math.prod(shape) * (1 if activation is None else 3), at=at)
+    first = _first(what.size)
+    strides = [NUMBER * one[first] for one in (what.x, what.other, what.y)]
+    cycles = math.prod(shape) * (1 if activation is None else 3)
+    return Work(EACH, what, [x, other], [], what.size[first], strides, cycles, at=at)
+
+
+def _first(size: Sequence[int]) -> int:
+    """The first dimension that has more than one place."""
+    return next((dimension for dimension, count in enumerate(size) if count > 1), 0)
 
 
 Operands = tuple[Tensor, Tensor, Tensor | None, str | None]  # weight, scale, bias, activation
@@ -151,27 +180,34 @@ Operands = tuple[Tensor, Tensor, Tensor | None, str | None]  # weight, scale, bi
 def linears(
     x: Tensor, layers: Sequence[Operands], how: int = ALONE, other: Tensor | None = None
 ) -> Work | None:
-    """Int8 linear layers without outliers that read the same x; what becomes of the result of a
-    single one and `other`, of its shape. None where `int8.again` wouldn't compute them.
+    """Int8 linear layers without outliers that read the same x, rows of one distance; what becomes
+    of the result of a single one and `other`, of its shape. None where `int8.again` computes none.
     """
     bounds, owned, cycles = list[int8.Bound](), list[Tensor](), 0.0
+    inputs = x.shape[-1]
+    if not _is_plain(x) or not (x.is_contiguous() or (x.dim() == 2 and x.stride(1) == 1)):
+        return None
+    apart = inputs if x.is_contiguous() else x.stride(0)
     for weight, scale, bias, activation in layers:
         found = int8.KNOWN.get(id(weight))
         vectors = [scale] if bias is None else [scale, bias]
         if found is None or not found.is_of(weight) or (x.shape, x.dtype) not in found.shapes:
             return None
-        if not all(_is_plain(one) and one.is_contiguous() for one in (x, *vectors)):
+        if not all(_is_plain(one) and one.is_contiguous() for one in vectors):
             return None
         bounds.append(int8.Bound(found, scale, bias, None, activation))
         owned += weight, *vectors
-        cycles += found.cycles(x.numel() // found.inputs)
+        cycles += found.cycles(x.numel() // inputs)
     if other is not None and not (_is_plain(other) and other.is_contiguous()):
         return None
     addresses = (ctypes.POINTER(Layer) * len(bounds))(*(ctypes.pointer(b.layer) for b in bounds))
-    rows = x.numel() // x.shape[-1]
-    what = Linears(ctypes.addressof(addresses), len(bounds), rows, how)
+    rows = x.numel() // inputs
+    what = Linears(ctypes.addressof(addresses), len(bounds), rows, apart, how)
     packs = [int8.packed(weight) for weight, *_ in layers]
-    return Work(LINEARS, what, [x, other], owned, cycles, (addresses, bounds, packs))
+    results = [NUMBER * weight.shape[0] for weight, *_ in layers]
+    strides = [NUMBER * apart, results[0], *results]
+    held = addresses, bounds, packs
+    return Work(LINEARS, what, [x, other], owned, rows, strides, cycles, held)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -183,37 +219,48 @@ def place(block: int, at: int = 0) -> int:
     return (block << _BLOCK) + at
 
 
+def _numbers(values: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
+    return (ctypes.c_int64 * len(values))(*values)
+
+
 class Program:
     """Steps that run one after the other.
 
     Args:
         works: what they do.
         places: for each, of what it reads, None for nothing, and of its results.
-        size: bytes of a last block, for what lies between the steps; whole times 64.
+        size: bytes of a last block, for what lies between the steps of a slice; whole times 64.
+        slices: of all works, one after the other.
     """
 
     def __init__(
-        self, works: Sequence[Work], places: Sequence[Sequence[int | None]], size: int = 0
+        self,
+        works: Sequence[Work],
+        places: Sequence[Sequence[int | None]],
+        size: int = 0,
+        slices: int = 1,
     ) -> None:
-        self.size = size
-        self.works = [dataclasses.replace(work, reads=()) for work in works]
+        self.size, self.slices = size, slices
+        self.works = [work.slice_of(slices) for work in works]
         self.arrays, steps = list[Any](), list[Step]()
-        for work, own in zip(works, places, strict=True):
-            array = (ctypes.c_int64 * len(own))(*(_NOWHERE if p is None else p for p in own))
-            self.arrays.append(array)
+        for work, own in zip(self.works, places, strict=True):
+            where = _numbers([_NOWHERE if p is None else p for p in own])
+            apart = _numbers([work.units * stride for stride in work.strides])
+            self.arrays += where, apart
             shared = work.cycles > _WORTH_ALL_THREADS
-            what = ctypes.addressof(work.what)
-            steps.append(Step(work.kind, shared, what, ctypes.addressof(array)))
+            addresses = map(ctypes.addressof, (work.what, where, apart))
+            steps.append(Step(work.kind, shared, *addresses))
         self.count = len(steps)
         self.steps = (Step * self.count)(*steps)
         self.address = ctypes.addressof(self.steps)
-        self.is_shared = any(step.shared for step in steps)
+        self.is_shared = slices > 1 or any(step.shared for step in steps)
         self.compute = functions().run_program
 
     def run(self, blocks: Sequence[int]) -> None:
         """On blocks of memory at these addresses, and the last one. Raises MemoryError."""
         threads = torch.get_num_threads() if self.is_shared and not int8.forked() else 1
         last = len(blocks)
-        addresses = (ctypes.c_void_p * (last + 1))(*blocks)
-        if self.compute(self.address, self.count, addresses, last, self.size, threads):
+        addresses = (ctypes.c_void_p * last)(*blocks)
+        rest = self.slices, addresses, last, self.size, threads
+        if self.compute(self.address, self.count, *rest):
             raise MemoryError("no memory for what lies between the steps of a program")

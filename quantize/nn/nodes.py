@@ -184,7 +184,7 @@ class Reading:
 
     def _linear(self, step: Step) -> Node | None:
         x, *vectors, outliers, activation = (self._value(place) for place in step.reads)
-        if outliers is not None or not x.is_contiguous():
+        if outliers is not None:
             return None
         covers, how, other = {step.to}, ALONE, None
         reader = self._reader(step.to)

@@ -1,11 +1,12 @@
 """A tape's steps with stretches of them in one native call each: what lies between is calls of
-torch.
+torch. A stretch of many rows runs slice by slice, where no slice reads another one's numbers.
 
 All numbers are computed as by the steps one after the other, so the bits are the same.
 """
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Mapping, Sequence
 from itertools import chain
@@ -15,14 +16,14 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from quantize.native.program import Program, Work, place
+from quantize.native.program import LINEARS, NUMBER, Program, Work, place
 from quantize.nn import int8_kernels as kernels
 from quantize.nn.floats import has_code
 from quantize.nn.int8_plan import Arena
 from quantize.nn.nodes import Node, Reading
 from quantize.nn.tape import Step, Tape
 
-_NUMBER = 4  # bytes
+_FEWEST_ROWS = 96  # of int8 layers in a slice, so that each weight read is worth it
 
 
 class Stretch:
@@ -127,8 +128,11 @@ class _Schedule:
 
     def _roots(self, node: Node) -> list[int]:
         """Places of the tensors that a node reads, or reads views of."""
-        reading = self.reading
-        return list(dict.fromkeys(reading.root(reading.place_of[id(one)]) for one in node.reads()))
+        return list(dict.fromkeys(map(self._root, node.reads())))
+
+    def _root(self, tensor: Tensor) -> int:
+        """The place of a tensor, or of the one that it is a view of."""
+        return self.reading.root(self.reading.place_of[id(tensor)])
 
     def _stretch(self, nodes: Sequence[Node]) -> list[Step]:
         """Steps that run these nodes."""
@@ -148,6 +152,7 @@ class _Schedule:
         """What gives these results of the nodes from tensors at the places `given`."""
         seen = self.reading.seen
         ends = [*given, *results]
+        slices = self._slices(nodes)
         known = {root: place(block) for block, root in enumerate(ends)}
         arena, works = Arena(), list[Work]()
         places = list[list[int | None]]()
@@ -157,24 +162,48 @@ class _Schedule:
         for at, node in enumerate(nodes):
             for result in node.results:
                 if result not in known:
-                    known[result] = place(len(ends), arena.take(seen[result].nbytes))
+                    size = seen[result].nbytes // slices
+                    known[result] = place(len(ends), arena.take(size))
             for work in node.works:
                 works.append(work)
-                made = [known[result] + work.at * _NUMBER for result in node.results]
+                made = [known[result] + work.at * NUMBER for result in node.results]
                 places.append([*(self._place(known, one) for one in work.reads), *made])
             for root, end in last.items():
                 if end == at and root not in ends:
-                    arena.give(known[root] & (1 << 40) - 1, seen[root].nbytes)
+                    arena.give(known[root] & (1 << 40) - 1, seen[root].nbytes // slices)
         forms = [(seen[result].shape, seen[result].stride()) for result in results]
         fixed = [one for one in map(self.reading.values.__getitem__, given) if one is not None]
         plain = self._plain(given, results)
-        return Stretch(Program(works, places, arena.size), forms, plain, fixed)
+        return Stretch(Program(works, places, arena.size, slices), forms, plain, fixed)
+
+    def _slices(self, nodes: Sequence[Node]) -> int:
+        """Into how many slices the work of these nodes is cut, each for one thread."""
+        works = [*chain.from_iterable(node.works for node in nodes)]
+        rows = max((work.units for work in works if work.kind == LINEARS), default=0)
+        threads, most = torch.get_num_threads(), rows // _FEWEST_ROWS
+        common = math.gcd(*(work.units for work in works))
+        fitting = [n for n in range(most, 1, -1) if common % n == 0]
+        slices = next(iter(fitting), 1)
+        return slices if slices >= threads and self._are_apart(nodes) else 1
+
+    def _are_apart(self, nodes: Sequence[Node]) -> bool:
+        """Is every tensor that these nodes make cut in the same places by all that write or read
+        it? Views that go through all of its units, a unit's bytes at a time, stay within a unit.
+        """
+        made = set(chain.from_iterable(node.results for node in nodes))
+        for node in nodes:
+            for work in node.works:
+                reads = [None if one is None else self._root(one) for one in work.reads]
+                for root, stride in zip([*reads, *node.results], work.strides, strict=True):
+                    if root in made and stride * work.units != self.reading.seen[root].nbytes:
+                        return False
+        return True
 
     def _place(self, known: Mapping[int, int], tensor: Tensor | None) -> int | None:
         """Where a tensor lies that is, or is a view of, one at a known place."""
         if tensor is None:
             return None
-        root = self.reading.root(self.reading.place_of[id(tensor)])
+        root = self._root(tensor)
         return known[root] + tensor.data_ptr() - self.reading.seen[root].data_ptr()
 
     def _plain(self, given: Sequence[int], results: Sequence[int]) -> Tape:

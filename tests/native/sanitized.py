@@ -27,6 +27,7 @@ TESTS = (
     "tests/nn/test_int8_conv.py",
     "tests/nn/test_int8_recurrent.py",
     "tests/nn/test_int8_calls.py",
+    "tests/nn/test_int8_slices.py",
     "tests/nn/test_floats.py",
     "tests/run/decoding/test_decoding_caches.py",
 )
