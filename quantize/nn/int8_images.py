@@ -21,11 +21,13 @@ no compiler.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -159,23 +161,49 @@ def convolve(x: Tensor, how: Convolution) -> Tensor:
     if torch.jit.is_tracing() or torch.compiler.is_exporting():
         return in_graph(x, how)
     if torch.compiler.is_compiling():
-        weight, scale, bias, geometry, ending = how
-        found = torch.ops.quantize.int8_conv(
-            x.detach(), weight, scale, bias, geometry.stride, geometry.dilation, geometry.before,
-            geometry.after, geometry.groups, *ending,
-        )  # fmt: skip
-        return found
+        return _whole(x.detach(), how)
     return _eager(x, how)
+
+
+_kept_whole: ContextVar[bool] = ContextVar("kept_whole", default=False)
+
+
+@contextlib.contextmanager
+def whole_in_graphs() -> Iterator[None]:
+    """Inside, a recorded graph holds an int8 convolution as one operator of this package, for who
+    puts another one in its place; depthwise layers, and those that pad each side by another number,
+    stay stock operations.
+    """
+    token = _kept_whole.set(True)
+    try:
+        yield
+    finally:
+        _kept_whole.reset(token)
+
+
+def _whole(x: Tensor, how: Convolution) -> Tensor:
+    """One operator, the ending in it."""
+    weight, scale, bias, geometry, ending = how
+    found: Tensor = torch.ops.quantize.int8_conv(
+        x, weight, scale, bias, geometry.stride, geometry.dilation, geometry.before,
+        geometry.after, geometry.groups, *ending,
+    )  # fmt: skip
+    return found
 
 
 def in_graph(x: Tensor, how: Convolution) -> Tensor:
     """Stock operations, for a graph that is recorded. A depthwise layer is one convolution there,
     which adds its products in an order of its own.
     """
-    if how.geometry.depthwise(how.weight):
+    geometry, floats = how.geometry, x.detach().float()
+    if geometry.depthwise(how.weight):
         return in_float(x.detach(), how)
-    y = stock(products.int_mm, x.detach().float(), how)
-    return ended(y, how.ending, IN_GRAPH).to(x.dtype)
+    if _kept_whole.get() and geometry.before == geometry.after:
+        y = _whole(floats, how._replace(ending=PLAIN))
+    else:
+        y = stock(products.int_mm, floats, how)
+    y = ended(y, how.ending, IN_GRAPH)
+    return y if y.dtype == x.dtype else y.to(x.dtype)  # a cast may be a view, to the graph's reader
 
 
 def in_float(x: Tensor, how: Convolution) -> Tensor:

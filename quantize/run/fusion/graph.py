@@ -58,7 +58,9 @@ class Program:
         for name, tensor in self.module.named_buffers():
             module.register_buffer(name, tensor)
         graph.output(graph.graph_copy(self.graph, {}))
-        return replace(self, module=fx.GraphModule(module, graph), notes=[*self.notes])
+        made = fx.GraphModule(module, graph)
+        lists = {"notes": [*self.notes], "conditions": [*self.conditions]}
+        return replace(self, module=made, **lists)
 
     def rewind(self) -> None:
         """Put the state back to what it was; whatever was built of this program shares it."""

@@ -6,8 +6,9 @@ The operators are stock PyTorch's (`mkldnn._convolution_pointwise`, `mkldnn._lin
 out by trying them on a few numbers. A packed weight makes a convolution answer in channels-last, so
 the layout needs no conversion operators.
 
-Int8 layers keep their own operators: they multiply by one scale per row after the integer product,
-so that an activation can't be part of the kernel that makes it.
+Int8 linear layers keep their own operators: they multiply by one scale per row after the integer
+product, so that an activation can't be part of the kernel that makes it. Int8 convolutions are in
+integers.py.
 
 One difference remains: these kernels' ReLU is max(x, 0), which makes a NaN a 0, where eager keeps
 the NaN.
@@ -85,7 +86,7 @@ def available() -> bool:
     return torch.backends.mkldnn.is_available() and known("none")
 
 
-def _activation(node: fx.Node) -> tuple[str, tuple[float, ...], str] | None:
+def activation_of(node: fx.Node) -> tuple[str, tuple[float, ...], str] | None:
     """Name, scalars and algorithm of an activation operator in oneDNN's words."""
     simple = {
         aten.relu.default: "relu",
@@ -126,7 +127,7 @@ def use_kernels(program: Program) -> None:
         if prepared is None:
             continue
         last, other, act = node, None, ("none", (), "")
-        user = _sole_user(last)
+        user = sole_user(last)
         if (
             user is not None
             and user.target is aten.add.Tensor
@@ -136,9 +137,9 @@ def use_kernels(program: Program) -> None:
             candidate = argument(user, 1) if argument(user, 0) is last else argument(user, 0)
             if candidate is not last and isinstance(candidate, fx.Node) and _like(candidate, last):
                 last, other = user, candidate
-        user = _sole_user(last)
+        user = sole_user(last)
         if user is not None:
-            found = _activation(user)
+            found = activation_of(user)
             if found is not None and (
                 other is None or (found[0] == "relu" and node.target not in LINEARS)
             ):
@@ -157,7 +158,8 @@ def use_kernels(program: Program) -> None:
         )
 
 
-def _sole_user(node: fx.Node) -> fx.Node | None:
+def sole_user(node: fx.Node) -> fx.Node | None:
+    """The operator that reads this one's result, if it is one."""
     user = next(iter(node.users), None)
     if user is None or len(node.users) > 1 or user.op != "call_function" or not user.args:
         return None
@@ -201,7 +203,7 @@ def _packed(program: Program, node: fx.Node) -> fx.Node | None:
             return None
         rows = 1
         for size in x.shape[:-1]:
-            rows *= _hint(size)
+            rows *= hint(size)
         rows = max(1, rows // program.widened)
         if rows * weight.numel() < SMALL:
             return None
@@ -217,7 +219,7 @@ def _packed(program: Program, node: fx.Node) -> fx.Node | None:
         )
         if None in (stride, padding, dilation):
             return None
-        size = [max(1, _hint(x.shape[0]) // program.widened), *(_hint(s) for s in x.shape[1:])]
+        size = [max(1, hint(x.shape[0]) // program.widened), *(hint(s) for s in x.shape[1:])]
         target = torch.ops.mkldnn._reorder_convolution_weight.default
         arguments = (argument(node, 1), padding, stride, dilation, argument(node, 6, 1), size)
     with program.graph.inserting_before(node):
@@ -226,7 +228,8 @@ def _packed(program: Program, node: fx.Node) -> fx.Node | None:
     return prepared
 
 
-def _hint(size: int | torch.SymInt) -> int:
+def hint(size: int | torch.SymInt) -> int:
+    """A size as it was in the example."""
     return size if isinstance(size, int) else int(size.node.hint or 1)
 
 

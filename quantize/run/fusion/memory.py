@@ -36,6 +36,7 @@ _FRESH = {  # their results have memory of their own, dense and without overlaps
     _CONVOLUTION.binary,
     torch.ops.mkldnn._linear_pointwise.default,
     torch.ops.mkldnn._linear_pointwise.binary,
+    torch.ops.onednn.qconv_pointwise.tensor,
     aten.linear.default,
     aten.conv1d.default,
     aten.conv2d.default,

@@ -13,7 +13,9 @@ from torch import nn
 
 from quantize import surgery
 from quantize.calibration import Pace
-from quantize.run.fusion import kernels, linears, passes, torchscript
+from quantize.nn.int8_images import whole_in_graphs
+from quantize.run.fusion import integers, kernels, linears, passes, torchscript
+from quantize.run.fusion.edit import calls
 from quantize.run.fusion.equality import Checker, race
 from quantize.run.fusion.export import capture
 from quantize.run.fusion.folded import Folded
@@ -21,11 +23,12 @@ from quantize.run.fusion.graph import CaptureError, Program, check_inputs, lines
 from quantize.run.fusion.memory import reuse_memory, separate_outputs
 from quantize.run.fusion.state import answers, refuse_values
 
-EXPORTED, SIMPLE, KERNELS, MERGED = (
+EXPORTED, SIMPLE, KERNELS, MERGED, INTEGERS = (
     "as exported",
     "simplified",
     "kernels",
     "kernels, merged linears",
+    "int8 kernels",
 )
 
 
@@ -50,9 +53,20 @@ def ways_of(program: Program) -> dict[str, Program]:
     """The programs to choose from, by name, from least to most rewritten.
 
     A program that writes into memory as it runs (its state, its inputs) stays as it was exported.
+    One with whole int8 convolutions, which no file can hold, has one way.
     """
-    simple = program.copy()
-    if not passes.simplify(simple):
+    simple, whole = program.copy(), calls(program, {integers.CONVOLUTION})
+    simplified = passes.simplify(simple)
+    if whole and not simplified:
+        raise CaptureError("it writes into memory as it runs")
+    if whole:
+        integers.use_integers(simple)
+        kernels.use_kernels(simple)
+        reuse_memory(simple)
+        integers.add_in_place(simple)
+        separate_outputs(simple, program)
+        return {INTEGERS: simple}
+    if not simplified:
         program.notes.append("it writes into memory as it runs: its operators stay as they are")
         return {EXPORTED: program}
     ways = {EXPORTED: program, SIMPLE: simple}
@@ -86,17 +100,34 @@ def plan(
     say("running the model")
     seen = answers(model, example_inputs)
     refuse_values(model, seen)
-    say("exporting the model to a graph")
-    program = capture(model, example_inputs, seen.changed)
-    say(f"rewriting a graph of {program.operators().total()} operators")
     checker = Checker(model, example_inputs, seen)
+    reason = None
+    if checker.noise and build is torchscript.compile and integers.available():
+        try:
+            with whole_in_graphs():
+                return _planned(checker, build, say)
+        except (ValueError, RuntimeError) as error:
+            reason = f"left out: {INTEGERS}: {lines_of(error)[0]}"
+    made = _planned(checker, build, say)
+    if reason is not None:
+        made.notes.append(reason)
+    return made
+
+
+def _planned(
+    checker: Checker, build: Callable[[Program], nn.Module], say: Callable[[str], None]
+) -> Plan:
+    say("exporting the model to a graph")
+    program = capture(checker.model, checker.example_inputs, checker.seen.changed)
+    say(f"rewriting a graph of {program.operators().total()} operators")
     checker.settle(program, Folded(program))
     ways = ways_of(program)
     built: dict[str, nn.Module] = {}
     problems: dict[str, Exception] = {}
     distances: dict[str, float] = {}
     pace = Pace(max(len(ways) - 1, 1))
-    for name in [*list(ways)[1:], EXPORTED]:
+    rewritten = [name for name in ways if name != EXPORTED]
+    for name in [*rewritten, *(ways.keys() - rewritten)]:
         if name == EXPORTED and built:
             break  # only when the passes changed the numbers too much
         try:
@@ -109,12 +140,12 @@ def plan(
         except (ValueError, RuntimeError) as error:
             problems[name] = error
     if not built:
-        raise problems[EXPORTED]
+        raise list(problems.values())[-1]
     best, *others = built
     notes = []
     if others:
         say("timing")
-        times = race(built, example_inputs)
+        times = race(built, checker.example_inputs)
         best = min(times, key=times.__getitem__)
         notes.append("timed: " + ", ".join(f"{n} {t:.3f} ms" for n, t in times.items()))
     notes = [*ways[best].notes, *notes]

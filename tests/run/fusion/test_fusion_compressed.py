@@ -13,7 +13,9 @@ from helpers import assert_close, in_int8, randn
 from torch import nn
 
 import quantize
-from quantize.run.fusion import fold, fuse, fusing, torchscript
+from quantize.calibration import relative_error
+from quantize.nn.int8_conv import Int8Conv
+from quantize.run.fusion import fold, fuse, fusing, integers, planning, torchscript
 
 pytestmark = [
     pytest.mark.usefixtures("no_clock"),
@@ -55,6 +57,69 @@ def test_tied_weights_are_stored_once(tmp_path: Path) -> None:
     fuse(model, ids).save(tmp_path / "fused.pt")
     tensors = sum(p.numel() * p.element_size() for p in model.parameters())
     assert (tmp_path / "fused.pt").stat().st_size < tensors + 60_000
+
+
+def in_8_bits(x: torch.Tensor) -> torch.Tensor:
+    """x rounded to 256 steps over the range of all its numbers, in float64."""
+    low, high = x.amin().clamp_max(0).double(), x.amax().clamp_min(0).double()
+    step = (high - low) / 255
+    zero = (-low / step).round()
+    return ((x.double() / step + zero + 0.5).floor() - zero) * step
+
+
+@pytest.mark.skipif(not integers.available(), reason="no int8 products here")
+@pytest.mark.parametrize("dims", [1, 2])
+def test_an_int8_convolution_is_one_kernel(dims: int, tmp_path: Path) -> None:
+    """The file rounds the whole batch to 8 bits and multiplies it by the stored weight, by a plain
+    computation of that in float64; loaded, it gives the same bits, as small as before.
+    """
+    kind = (nn.Conv1d, nn.Conv2d)[dims - 1]
+    model = randomized(nn.Sequential(kind(64, 256, 3, padding=1), nn.ReLU()))
+    x = randn(2, 64, *[12] * dims)
+    int8 = in_int8(model)
+    made = planning.plan(int8, x)
+    layer = next(m for m in int8.modules() if isinstance(m, Int8Conv))
+    function = (torch.nn.functional.conv1d, torch.nn.functional.conv2d)[dims - 1]
+    for images in (x, 3 * x.abs()):
+        bias = layer.bias.double()
+        expected = function(in_8_bits(images), layer.dense_weight().double(), bias, padding=1)
+        assert relative_error([made.fused(images)], [expected.relu()]) < 1e-5
+    assert made.after["onednn.qconv_pointwise.tensor"] == 1
+    made.fused.save(tmp_path / "fused.pt")
+    assert torch.equal(torchscript.load(str(tmp_path / "fused.pt"))(x), made.fused(x))
+    assert (tmp_path / "fused.pt").stat().st_size < layer.packed.numel() + 60_000
+
+
+class Residual(nn.Module):
+    """A convolution that halves images, and two more around a sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(16, 32, 3, 2, 1)
+        self.second, self.third = (nn.Conv2d(32, 32, 3, padding=1) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x).relu()
+        return (self.third(self.second(x).relu()) + x).relu()
+
+
+@pytest.mark.skipif(not integers.available(), reason="no int8 products here")
+def test_an_int8_residual_network_is_a_file_of_kernels() -> None:
+    """The sum and its activation are part of a kernel; the file is as near to the float model as
+    the int8 model, twice in a row and at other sizes, and refuses those at which oneDNN is wrong.
+    """
+    model = randomized(Residual())
+    int8, x = in_int8(model), randn(2, 16, 20, 24)
+    made = planning.plan(int8, x)
+    kernels = ("qconv_pointwise.tensor", "qconv2d_pointwise.binary_tensor")
+    assert [made.after[f"onednn.{name}"] for name in kernels] == [2, 1]
+    assert made.after["aten.add_.Tensor"] == made.after["aten.relu_"] == 0
+    for images in (x, x, randn(1, 16, 9, 16), randn(3, 16, 2, 2)):
+        pair = (relative_error([m(images)], [model(images)]) for m in (made.fused, int8))
+        own, models = pair
+        assert own <= 1.5 * models < 0.05
+    with pytest.raises(Exception, match="sizes must be so that"):
+        made.fused(randn(1, 16, 20, 2))
 
 
 def test_int8_stays_int8() -> None:
