@@ -85,6 +85,31 @@ struct Sums {
   }
 };
 constexpr int MOST_ROWS = 4, MOST_PANELS = 1;
+#elif defined(__aarch64__)
+// Weights are moved up by 128, so that both factors have no sign; `shift` is what that adds.
+struct Quad {
+  uint8x16_t bytes;
+  explicit Quad(int32_t q) : bytes(vreinterpretq_u8_s32(vdupq_n_s32(q))) {}
+};
+struct Weights {
+  uint8x16_t part[4];
+  explicit Weights(const int8_t* w) {
+    for (int i = 0; i < 4; i++)
+      part[i] = veorq_u8(vld1q_u8((const uint8_t*)w + 16 * i), vdupq_n_u8(128));
+  }
+};
+struct Sums {
+  uint32x4_t total[4] = {}, shift = {};
+  void add(const Quad& q, const Weights& w) {
+    for (int i = 0; i < 4; i++) total[i] = dot(total[i], q.bytes, w.part[i]);
+    shift = dot(shift, q.bytes, vdupq_n_u8(128));
+  }
+  void store(int32_t* to) const {
+    for (int i = 0; i < 4; i++)
+      vst1q_s32(to + 4 * i, vreinterpretq_s32_u32(vsubq_u32(total[i], shift)));
+  }
+};
+constexpr int MOST_ROWS = 4, MOST_PANELS = 1;
 #else
 struct Quad {
   int32_t byte[4];

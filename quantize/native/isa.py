@@ -10,7 +10,7 @@ import os
 
 import torch
 
-from quantize.native.toolchain import IS_X86
+from quantize.native import toolchain
 
 SWITCH = "QUANTIZE_ISA"
 
@@ -21,6 +21,7 @@ _NEEDS = {
     "avx512": ("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl"),
     "vnni": ("avx512_vnni",),
     "amx": ("amx_tile", "amx_int8"),
+    "dotprod": ("dot",),
 }
 
 
@@ -29,13 +30,13 @@ def levels() -> list[str]:
 
     Raises: ValueError: QUANTIZE_ISA names no level.
     """
-    most = os.environ.get(SWITCH) or "amx"
-    if most not in _NEEDS:
+    most = os.environ.get(SWITCH)
+    if most and most not in _NEEDS:
         raise ValueError(f"{SWITCH} must be one of {', '.join(_NEEDS)}, got {most!r}")
-    has = torch.cpu.get_capabilities() if IS_X86 else {}
+    has = torch.cpu.get_capabilities()
     found = []
-    for level, needed in _NEEDS.items():
-        if not all(has.get(name) for name in needed):
+    for level in toolchain.levels():
+        if not all(has.get(name) for name in _NEEDS[level]):
             break
         found.append(level)
         if level == most:

@@ -8,6 +8,8 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include "neon.h"
 #endif
 
 template <class To, class From>
@@ -96,9 +98,10 @@ inline Ints load_bytes(const uint8_t* p) {
             _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(p + 8)))};
   return bits<Ints>(both);
 #else
-  Ints r;
-  for (int i = 0; i < LANES; i++) r[i] = p[i];
-  return r;
+  typedef uint8_t Bytes __attribute__((vector_size(16)));
+  Bytes bytes;
+  memcpy(&bytes, p, sizeof bytes);
+  return __builtin_convertvector(bytes, Ints);
 #endif
 }
 
@@ -112,9 +115,10 @@ inline Ints load_words(const uint16_t* p) {
             _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)(p + 8)))};
   return bits<Ints>(both);
 #else
-  Ints r;
-  for (int i = 0; i < LANES; i++) r[i] = p[i];
-  return r;
+  typedef uint16_t Words __attribute__((vector_size(32)));
+  Words words;
+  memcpy(&words, p, sizeof words);
+  return __builtin_convertvector(words, Ints);
 #endif
 }
 

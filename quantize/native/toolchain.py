@@ -28,12 +28,16 @@ FLAGS = (
     *("-Wno-psabi", "-shared", "-fPIC"),
 )
 # Flags of the levels of instruction sets, the best last. Each has all that those before it have.
+_DOTPROD = ("-march=armv8.2-a+dotprod",)
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
 _VNNI = (*_AVX512, "-mavx512vnni")
 _AMX = (*_VNNI, "-mamx-tile", "-mamx-int8")
-LEVELS = {"generic": (), "avx2": _AVX2, "avx512": _AVX512, "vnni": _VNNI, "amx": _AMX}
+_X86 = {"generic": (), "avx2": _AVX2, "avx512": _AVX512, "vnni": _VNNI, "amx": _AMX}
+_ARM = {"generic": (), "dotprod": _DOTPROD}
+LEVELS = _X86 | _ARM
 IS_X86 = platform.machine() in ("x86_64", "AMD64")
+IS_ARM = platform.machine() in ("aarch64", "arm64")
 
 HERE = Path(__file__).parent
 DIGEST_BYTES = hashlib.sha256().digest_size
@@ -73,6 +77,13 @@ class Target:
         parts = (*(path.read_bytes() for path in files(self.source)), *known, flags)
         key = hashlib.sha256(b"".join(parts)).hexdigest()[:16]
         return f"{self.source.stem}-{self.level}-{key}.so"
+
+
+def levels() -> list[str]:
+    """Those of this machine's architecture, the best last."""
+    if IS_X86:
+        return list(_X86)
+    return list(_ARM) if IS_ARM else ["generic"]
 
 
 @functools.cache
@@ -178,8 +189,7 @@ def carry(package: Path, folder: Path) -> list[str]:
     command = compiler()
     if command is None or os.name != "posix":
         return ["no C++ compiler: the wheel carries no compiled kernels"]
-    levels = LEVELS if IS_X86 else ("generic",)
-    targets = [Target(*parts) for parts in product(package.rglob("*.cpp"), levels)]
+    targets = [Target(*parts) for parts in product(package.rglob("*.cpp"), levels())]
     folder.mkdir(parents=True, exist_ok=True)
 
     def make(target: Target) -> str | None:

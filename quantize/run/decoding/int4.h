@@ -34,7 +34,8 @@ inline Floats multiply_add(Floats a, Floats b, Floats c) {
                        _mm256_fmadd_ps(x.part[1], y.part[1], z.part[1])};
   return bits<Floats>(sums);
 #else
-  return a * b + c;
+  for (int i = 0; i < LANES; i++) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  return c;
 #endif
 }
 
@@ -62,6 +63,18 @@ struct CodeSums {
       const __m256i pairs = _mm256_maddubs_epi16(all.part[half], x);
       sums.part[half] = _mm256_add_epi32(sums.part[half], _mm256_madd_epi16(pairs, ones));
     }
+    total = bits<Ints>(sums);
+#elif defined(__aarch64__)
+    struct Quarters {
+      int32x4_t part[4];
+    };
+    struct Parts {
+      int8x16_t part[4];
+    };
+    Quarters sums = bits<Quarters>(total);
+    const Parts all = bits<Parts>(codes);
+    const int8x16_t x = vreinterpretq_s8_s32(vdupq_n_s32(quad));
+    for (int i = 0; i < 4; i++) sums.part[i] = dot(sums.part[i], all.part[i], x);
     total = bits<Ints>(sums);
 #else
     for (int output = 0; output < 16; output++)
