@@ -203,9 +203,8 @@ def _counted(count: int | None, thing: str) -> str:
 def _attempt(read: Callable[[], T], default: T) -> T:
     try:
         return read()
-    except (
-        Exception
-    ):  # odd machines fail in odd ways, and a missing line is better than no measurement
+    except Exception:
+        # odd machines fail in odd ways, and a missing line is better than no measurement
         return default
 
 
@@ -227,19 +226,14 @@ def _cpu_name(cpu: dict[str, Any]) -> str | None:
         for line in Path("/proc/cpuinfo").read_text(errors="replace").split("\n\n")[0].splitlines():
             key, _, value = line.partition(":")
             info[key.strip()] = value.strip()
-    name = (
-        name
-        if name.lower() not in ("", "unknown")
-        else info.get("model name") or info.get("Model") or platform.processor()
-    )
-    if (
-        "cpu family" in info and "model" in info
-    ):  # clouds shorten the name to "AMD EPYC"; the numbers still tell which
+    if name.lower() in ("", "unknown"):
+        name = info.get("model name") or info.get("Model") or platform.processor()
+    if "cpu family" in info and "model" in info:
+        # clouds shorten the name to "AMD EPYC"; the numbers still tell which
         name += f" (family {info['cpu family']}, model {info['model']})"
     elif "CPU part" in info:
-        name = (
-            f"{name} (implementer {info.get('CPU implementer')}, part {info['CPU part']})".strip()
-        )
+        told = f"(implementer {info.get('CPU implementer')}, part {info['CPU part']})"
+        name = f"{name} {told}".strip()
     return name or None
 
 

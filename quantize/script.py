@@ -187,9 +187,8 @@ def in_words(error: BaseException) -> str:
     message = " ".join(str(error).split())
     if isinstance(error, OSError) and error.strerror:
         reason = error.strerror
-        if isinstance(
-            error, (FileExistsError, NotADirectoryError)
-        ):  # mkdir takes folders that exist
+        if isinstance(error, (FileExistsError, NotADirectoryError)):
+            # mkdir takes folders that exist
             reason = "exists and is not a folder"
         places = [str(place) for place in (error.filename, error.filename2) if place is not None]
         message = ": ".join([" -> ".join(places), reason]) if places else reason

@@ -69,7 +69,7 @@ def save(model: nn.Module, path: str | Path, *, metadata: dict[str, Any] | None 
     path = Path(path)
     if path.suffix not in SUFFIXES:
         raise ValueError(f"a checkpoint's name ends in {' or '.join(SUFFIXES)}, got {str(path)!r}")
-    if not _is_plain_module(model):
+    if not surgery.is_eager(model):
         kind = type(model).__name__
         raise TypeError(f"model must be an nn.Module and no TorchScript, got {kind}")
     if metadata is not None and not isinstance(metadata, dict):
@@ -111,7 +111,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
             altered, foreign, newer, unsafe, or of another architecture.
         TypeError: `model` is no nn.Module.
     """
-    if model is not None and not _is_plain_module(model):
+    if model is not None and not surgery.is_eager(model):
         raise TypeError(
             f"model must be an nn.Module and no TorchScript, got {model!r}; to load Net's file, "
             f"pass model=Net()"
@@ -128,10 +128,6 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
             require(name in known, f"module {name!r} contradicts itself: {reason}")
     _give_notes(filled, notes)
     return filled
-
-
-def _is_plain_module(model: object) -> bool:
-    return isinstance(model, nn.Module) and not isinstance(model, torch.jit.ScriptModule)
 
 
 def _restructured(empty: nn.Module, record: dict[str, Any]) -> nn.Module:

@@ -50,7 +50,6 @@ def _flags() -> script.Parser:
     parser = script.Parser("quantize compress", __doc__)
     source.add_flags(parser)
     data_help = "text files, images, or one .npz, .npy, .safetensors of inputs; folders too"
-    evaluate_help = "module:function, called with a model; gives the metric, or a dict of them"
     loss_help = "most that the metric may lose: 0.01, 1%% (of the original's), '2 noise'"
     parser.add_argument("--data", nargs="+", type=script.path, required=True, help=data_help)
     parser.add_argument("--out", type=script.path, required=True, help="folder of the result")
@@ -60,13 +59,9 @@ def _flags() -> script.Parser:
     parser.flag("--bytes", "of the file, at most: 20000000, 20M, 19Mi", type=_bytes)
     parser.flag("--memory-mb", "MiB of a process that runs it, at most", type=float)
     parser.flag("--minutes", "that the search may take", type=script.minutes, default=5.0)
-    parser.flag("--evaluate", evaluate_help)
-    parser.flag("--batch", "examples in a call", type=script.count, default=8)
-    parser.flag("--length", "tokens of an example; none: 128 or the limit", type=script.count)
     parser.flag("--image-size", "height and width; none: the model's own", type=script.count)
     parser.flag("--batches", "to calibrate on and to judge by", type=script.count, default=32)
     parser.flag("--seed", "seed of trainings", type=script.seed, default=0)
-    parser.flag("--threads", "torch threads; none: the cores that are usable", type=script.threads)
     return parser
 
 

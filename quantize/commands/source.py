@@ -15,7 +15,7 @@ from quantize.models.opening import open_model
 
 
 def add_flags(parser: script.Parser) -> None:
-    """The positional argument `source` and `--model`."""
+    """The positional argument `source`, `--model`, and what is asked of it."""
     source_help = (
         "a folder of transformers or of quantize, a .pth or .safetensors, or a .py with "
         "model = ... in it"
@@ -26,6 +26,11 @@ def add_flags(parser: script.Parser) -> None:
     )
     parser.add_argument("source", type=script.path, help=source_help)
     parser.flag("--model", model_help)
+    evaluate_help = "module:function, called with a model; gives the metric, or a dict of them"
+    parser.flag("--evaluate", evaluate_help)
+    parser.flag("--batch", "examples in a call", type=script.count, default=8)
+    parser.flag("--length", "tokens of an example; none: 128 or the limit", type=script.count)
+    parser.flag("--threads", "torch threads; none: the cores that are usable", type=script.threads)
 
 
 def opened(arguments: argparse.Namespace) -> nn.Module:

@@ -80,10 +80,6 @@ def _flags() -> script.Parser:
     data_help = "text, images or arrays that the model reads; none: its own example inputs"
     parser.flag("--baseline", "what it was made of; none: as the report says", type=script.path)
     parser.flag("--data", data_help, type=script.path, nargs="+")
-    parser.flag("--evaluate", "module:function, called with a model; gives the metric")
-    parser.flag("--batch", "examples in a call", type=script.count, default=8)
-    parser.flag("--length", "tokens of an example; none: 128 or the limit", type=script.count)
-    parser.flag("--threads", "torch threads; none: the cores that are usable", type=script.threads)
     return parser
 
 

@@ -93,9 +93,8 @@ class Artifact:
             self.module, load_s = clock.timed(partial(self._guard, "building it", self.build))
             if isinstance(self.module, nn.Module):
                 self.module.eval()
-        elif isinstance(self.module, nn.Module) and not isinstance(
-            self.module, torch.jit.ScriptModule
-        ):  # eval mode and packed weights must not reach the caller's
+        elif surgery.is_eager(self.module):
+            # eval mode and packed weights must not reach the caller's
             self.module = surgery.clone(self.module).eval()
         if self.example_inputs is None:
             make = getattr(self.module, "example_inputs", None)

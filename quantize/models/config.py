@@ -76,12 +76,10 @@ class DecoderConfig:
     tied_head: bool = False
     qkv_bias: bool = False  # Qwen2
     qk_norm: bool = False  # Qwen3
-    window: int | Sequence[int | None] | None = (
-        None  # positions a query sees, itself included; one, or one per layer
-    )
-    rope_frequencies: Sequence[float] | None = (
-        None  # radians per position, head_dim / 2 of them, where RoPE is scaled
-    )
+    # positions a query sees, itself included; one, or one per layer
+    window: int | Sequence[int | None] | None = None
+    # radians per position, head_dim / 2 of them, where RoPE is scaled
+    rope_frequencies: Sequence[float] | None = None
     rope_scale: float = 1.0  # factor on cosines and sines (YaRN)
     eos_token_id: int | Sequence[int] | None = None  # what ends a text
 
@@ -114,17 +112,10 @@ class DecoderConfig:
         fits = known and len(windows) == (self.layers if one_each else 1)
         _require(self, "window", f"None, an integer >= 1, or {self.layers} of these", fits)
         pairs = self.rope_frequencies
-        fits = (
-            isinstance(pairs, tuple)
-            and len(pairs) == self.head_dim // 2
-            and all(map(_is_number, pairs))
-        )
-        _require(
-            self,
-            "rope_frequencies",
-            f"None or {self.head_dim // 2} finite numbers",
-            pairs is None or fits,
-        )
+        half = self.head_dim // 2
+        known = isinstance(pairs, tuple) and all(map(_is_number, pairs))
+        fits = pairs is None or (known and len(pairs) == half)
+        _require(self, "rope_frequencies", f"None or {half} finite numbers", fits)
         ends = self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
         known = all(type(end) is int and 0 <= end < self.vocab_size for end in ends)
         allowed = f"None, or one or several ids below {self.vocab_size}"
@@ -165,11 +156,7 @@ def _set_widths(config: object, name: str) -> None:
     it.
     """
     value = getattr(config, name)
-    _require(
-        config,
-        name,
-        "a list of at least one integer >= 1",
-        isinstance(value, list | tuple) and len(value) > 0,
-    )
+    filled = isinstance(value, list | tuple) and len(value) > 0
+    _require(config, name, "a list of at least one integer >= 1", filled)
     _require(config, name, f"a list of integers from 1 to {MAX_COUNT}", all(map(_is_count, value)))
     object.__setattr__(config, name, tuple(value))

@@ -163,19 +163,16 @@ class DecoderLM(nn.Module):
     def forward(self, ids: Tensor, cache: Cache | None = None, logits_to_keep: int = 0) -> Tensor:
         config = self.config
         new = ids.shape[1]
-        positions = (
-            torch.arange(new, device=ids.device)
-            if cache is None
-            else cache.positions(new, ids.device)
-        )
+        if cache is None:
+            positions = torch.arange(new, device=ids.device)
+        else:
+            positions = cache.positions(new, ids.device)
         x = self.embedding(ids)  # [B, T, width]
-        if torch.is_autocast_enabled(
-            x.device.type
-        ):  # else the residual stream is fp32 and each sum a cast
+        if torch.is_autocast_enabled(x.device.type):
+            # else the residual stream is fp32 and each sum a cast
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        cos, sin = rope_table(
-            positions, config.head_dim, config.rope_theta, config.rope_frequencies
-        )
+        rope = config.rope_theta, config.rope_frequencies
+        cos, sin = rope_table(positions, config.head_dim, *rope)
         if config.rope_scale != 1:
             cos, sin = cos * config.rope_scale, sin * config.rope_scale
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
@@ -202,10 +199,8 @@ class DecoderLM(nn.Module):
         folder = Path(folder)
         with checkpoint.blaming(folder):
             config = DecoderConfig(**pretrained.read_config(folder))
-            with (
-                torch.device("meta"),
-                checkpoint.Bounded(1000 + 40 * config.layers),
-            ):  # nothing to initialise
+            # nothing to initialise
+            with torch.device("meta"), checkpoint.Bounded(1000 + 40 * config.layers):
                 model = cls(config)
             tensors = published.read_tensors(folder, config.tied_head, dtype)
             if config.tied_head and "embedding.weight" in tensors:

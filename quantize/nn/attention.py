@@ -60,9 +60,8 @@ class ProjectedAttention(nn.Module):
             _fill(part, weight, bias, source.out_proj.weight)
         _fill(new.out, source.out_proj.weight, source.out_proj.bias, source.out_proj.weight)
         surgery.take_place(source, new)
-        surgery.record(
-            new, "ProjectedAttention", **settings
-        )  # the projections' own records follow it
+        # the projections' own records follow it
+        surgery.record(new, "ProjectedAttention", **settings)
         return new
 
     @classmethod
@@ -160,27 +159,22 @@ class ProjectedAttention(nn.Module):
         """
         if is_causal and attn_mask is None:
             raise ValueError("is_causal=True needs attn_mask, as in nn.MultiheadAttention")
-        q, k, v = (
-            self.q(query),
-            self.k(key),
-            self.v(value),
-        )  # before any reshaping: the same tensor is quantized once
+        # before any reshaping: the same tensor is quantized once
+        q, k, v = self.q(query), self.k(key), self.v(value)
         batched = q.dim() == 3
         if not batched:
             q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
         elif not self.batch_first:
             q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
-        q, k, v = (
-            t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v)
-        )  # [B, H, T, D]
+        # [B, H, T, D]
+        q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
         mask = self._mask(attn_mask, key_padding_mask, q, k)
         dropout = self.dropout if self.training else 0.0
         weights = None
         if need_weights:
             scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
-            weights = F.dropout(
-                (scores if mask is None else scores + mask).softmax(-1), dropout
-            )  # [B, H, T, S]
+            scores = scores if mask is None else scores + mask
+            weights = F.dropout(scores.softmax(-1), dropout)  # [B, H, T, S]
             y = weights @ v
             weights = weights.mean(1) if average_attn_weights else weights
         else:

@@ -58,14 +58,12 @@ def half(
 def _give_half(module: Any, state: dict[str, Tensor], prefix: str, _metadata: object) -> None:
     dtype, names = module._half
     computed = {module._parameters[name].dtype for name in names}
-    if len(computed) == 1 and not isinstance(
-        module, _Casting
-    ):  # a file repeats a later `.to(dtype)`, too
+    if len(computed) == 1 and not isinstance(module, _Casting):
+        # a file repeats a later `.to(dtype)`, too
         surgery.amend(module, "half", computed=dtype_name(computed.pop()))
     for key in (prefix + n for n in names):
-        if not isinstance(
-            state[key], nn.Parameter
-        ):  # with keep_vars=True the caller wants the parameters themselves
+        # with keep_vars=True the caller wants the parameters themselves
+        if not isinstance(state[key], nn.Parameter):
             state[key] = state[key].to(dtype)
 
 

@@ -35,6 +35,7 @@ from quantize.nn import (
 )
 
 GROUP_SIZES = (32, 64, 128, 256)
+_DAMPING = 0.01  # share of the mean second moment that is added to each, for GPTQ
 _FEW_ROWS = 128  # above, widening the weight once is cheaper than the kernel's product
 
 
@@ -55,7 +56,7 @@ def quantize_groups(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor, Te
 
 
 def quantize_groups_gptq(
-    weight: Tensor, group_size: int, second_moment: Tensor, damping: float = 0.01
+    weight: Tensor, group_size: int, second_moment: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `quantize_groups`, but with a small error of `x W^T` for inputs x with E[x x^T] =
     `second_moment`, `[K, K]`.
@@ -63,7 +64,7 @@ def quantize_groups_gptq(
     weight, k = weight.clone().float(), weight.shape[1]
     moment = second_moment.double().clone()
     diagonal = moment.diagonal()
-    diagonal += damping * diagonal.mean().clamp_min(1e-12)
+    diagonal += _DAMPING * diagonal.mean().clamp_min(1e-12)
     inverse = torch.linalg.cholesky(
         torch.cholesky_inverse(torch.linalg.cholesky(moment)), upper=True
     ).float()
@@ -71,9 +72,8 @@ def quantize_groups_gptq(
     scales, zeros = [], []
     for start in range(0, k, group_size):
         stop = start + group_size
-        scale, zero = _grid(
-            weight[:, None, start:stop]
-        )  # [N, 1], of the weights as corrected so far
+        # [N, 1], of the weights as corrected so far
+        scale, zero = _grid(weight[:, None, start:stop])
         scales.append(scale)
         zeros.append(zero)
         errors = torch.empty(weight.shape[0], group_size, dtype=torch.float32)
@@ -278,7 +278,6 @@ class Int4Linear(PackedLayer):
         )
 
 
-_packs = (
-    WeakTensorKeyDictionary()
-)  # outside the modules: a copy, a move or a file can't carry a stale one along
+# outside the modules: a copy, a move or a file can't carry a stale one along
+_packs = WeakTensorKeyDictionary()
 _packs_lock = threading.Lock()

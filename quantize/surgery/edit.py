@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import fnmatch
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,11 @@ def shell(model: nn.Module) -> nn.Module:
     own = [p for p in model.parameters() if nn.parameter.is_lazy(p) or p.is_inference()]
     copied = {id(parameter) for parameter in own}
     return clone(model, sharing=[p for p in model.parameters() if id(p) not in copied])
+
+
+def is_eager(model: object) -> TypeGuard[nn.Module]:
+    """Whether `model` is an nn.Module that Python runs, and no TorchScript."""
+    return isinstance(model, nn.Module) and not isinstance(model, torch.jit.ScriptModule)
 
 
 def _check_editable(model: nn.Module) -> None:

@@ -36,9 +36,8 @@ def resize(
     shapes = {n: list(t.shape) for n, t in tensors.items()}
     values = {n: list(v) if isinstance(v, tuple) else v for n, v in attributes.items()}
     edits = edits_of(module)
-    if (
-        edits and edits[-1][0] == "resized" and not edits[-1][2]
-    ):  # one edit for a module cut several times
+    if edits and edits[-1][0] == "resized" and not edits[-1][2]:
+        # one edit for a module cut several times
         earlier = edits[-1][1]
         module.__dict__["_structure"] = edits[:-1]
         shapes, values = {**earlier["shapes"], **shapes}, {**earlier["attributes"], **values}

@@ -24,9 +24,8 @@ def contradiction(module: nn.Module) -> str | None:
     own = getattr(type(module), "contradiction", None)
     if own is not None:
         return own(module)
-    if type(module).__name__ == "Conv1D" and hasattr(
-        module, "nf"
-    ):  # transformers', for GPT-2: [in, out]
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+        # transformers', for GPT-2: [in, out]
         return _conv1d(module)
     for kind, describe in _KNOWN.items():
         if isinstance(module, kind):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quantize import clock
+from quantize import clock, surgery
 from quantize.calibration import call, main_output, watching, without_cache
 from quantize.measuring.artifact import as_metrics, per_example, standard_error
 from quantize.measuring.rows import higher_is_better, metric_noise
@@ -161,7 +161,7 @@ class Divergence:
 def _answer(model: Any, batch: Any) -> tuple[Tensor, bool]:
     """The main output as rows [N, C] in fp32, and whether it is logits."""
     with torch.no_grad():
-        if isinstance(model, nn.Module) and not isinstance(model, torch.jit.ScriptModule):
+        if surgery.is_eager(model):
             with watching((), model), without_cache(model):
                 output = call(model, batch)
         else:

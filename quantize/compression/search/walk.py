@@ -141,8 +141,8 @@ class Walk:
         key = "whole" if before is None else file_name(before)
         known = trial.points.known.get(key, {"kinds": [], "units": []})
         kinds = [FLOAT, INT8, *more]
+        ready = strategy.channels_last(before) if self.has_layout else before
         if not set(known["kinds"]) >= set(kinds):
-            ready = strategy.channels_last(before) if self.has_layout else before
             try:
                 model = trial.model if ready is None else ready(trial.model)
                 units = survey(model, trial.given, kinds, trial.say)
@@ -152,7 +152,6 @@ class Walk:
             known = {"kinds": kinds, "units": as_values(units)}
             self._kept(partial(trial.points.keep_known, key, known))
         units = from_values(known["units"])
-        ready = strategy.channels_last(before) if self.has_layout else before
         base = None if ready is None else trial.find(ready)
         told = (trial.original(), trial.budget, trial.allowed, self.tables)
         layered = Layered(units, *told, knows_noise=trial.least_noise == 0, base=base)

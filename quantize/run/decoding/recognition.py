@@ -36,9 +36,8 @@ def obstacle(model: DecoderLM, *, compile_now: bool = True) -> str | None:
     """Why `Step` can't run `model`; None if it can. compile_now: as in `Kernels.find`."""
     try:
         found = next(_odd_parts(model), None)
-    except (
-        AttributeError
-    ) as error:  # parts of somebody else's that don't have what a DecoderLM's have
+    except AttributeError as error:
+        # parts of somebody else's that don't have what a DecoderLM's have
         return f"it isn't made as a DecoderLM is: {error}"
     if found is not None:
         return found
@@ -149,13 +148,8 @@ def _changed_code(model: DecoderLM) -> Iterator[str]:
 def linears(block: Any) -> dict[str, Any]:
     """The linear layers of a block, by their names in `Layer`."""
     attention, ffn = block.attention, block.ffn
-    return dict(
-        zip(
-            LINEARS,
-            (attention.q, attention.k, attention.v, attention.out, ffn.gate, ffn.up, ffn.down),
-            strict=True,
-        )
-    )
+    projections = attention.q, attention.k, attention.v, attention.out
+    return dict(zip(LINEARS, (*projections, ffn.gate, ffn.up, ffn.down), strict=True))
 
 
 def parts_of(layer: Any) -> tuple[Any, ...]:
