@@ -80,7 +80,7 @@ def tokens(*shape: int, vocabulary: int = 61, seed: int = 0) -> torch.Tensor:
 
 def seeded(build: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
     """The model that `build` makes with weights drawn from `seed`, in eval mode."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build().eval()
 
@@ -296,7 +296,7 @@ def zoo(name: str, seed: int = 0) -> tuple[nn.Module, dict[str, torch.Tensor]]:
 @functools.cache
 def _built(name: str, seed: int) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     """What `zoo` copies, built once in a process."""
-    with torch.random.fork_rng(), torch.no_grad():
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         model, inputs = _ZOO[name]()
         norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]

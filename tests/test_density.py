@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,16 +19,19 @@ PACKAGE = sorted((ROOT / "quantize").rglob("*.py"))
 SCRIPTS = sorted(ROOT.glob("*.py"))
 
 
+pytestmark = pytest.mark.xdist_group("density")  # each file is parsed once
+
+
 @functools.cache
-def parsed(path: Path) -> ast.Module:
-    """The syntax tree of a file."""
-    return ast.parse(path.read_text())
+def parsed(path: Path) -> list[ast.AST]:
+    """All nodes of a file's syntax tree, the file itself first."""
+    return list(ast.walk(ast.parse(path.read_text())))
 
 
-def prose(tree: ast.AST) -> set[int]:
+def prose(nodes: Iterable[ast.AST]) -> set[int]:
     """Numbers of the lines that docstrings take."""
     lines: set[int] = set()
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, DOCUMENTED) and ast.get_docstring(node) is not None:
             text = node.body[0]
             lines |= set(range(text.lineno, text.end_lineno + 1))
@@ -40,9 +43,8 @@ def measured(files: list[Path]) -> tuple[int, int]:
     nodes = lines = 0
     for path in files:
         source = path.read_text()
-        tree = parsed(path)
-        kept = prose(tree)
-        for node in ast.walk(tree):
+        kept = prose(parsed(path))
+        for node in parsed(path):
             documented = isinstance(node, DOCUMENTED) and ast.get_docstring(node) is not None
             nodes += 1 - 2 * documented
         for number, line in enumerate(source.splitlines(), 1):
@@ -59,7 +61,7 @@ def found(files: list[Path], rule: str) -> Iterator[str]:
             if len(path.read_text().splitlines()) > MOST_LINES:
                 yield name
             continue
-        for node in ast.walk(parsed(path)):
+        for node in parsed(path):
             if BROKEN[rule](node):
                 yield f"{name}:{getattr(node, 'name', '')}".removesuffix(":")
 
@@ -68,7 +70,7 @@ def is_long_function(node: ast.AST) -> bool:
     if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
         return False
     lines = set(range(node.lineno, node.end_lineno + 1))
-    return len(lines - prose(node)) > MOST_LINES_OF_A_FUNCTION
+    return len(lines - prose(ast.walk(node))) > MOST_LINES_OF_A_FUNCTION
 
 
 def is_nested_conditional(node: ast.AST) -> bool:
@@ -108,7 +110,7 @@ def test_no_logic_in_an_init() -> None:
     for path in PACKAGE:
         if path.name != "__init__.py":
             continue
-        for node in parsed(path).body:
+        for node in ast.iter_child_nodes(parsed(path)[0]):
             plain = isinstance(node, (ast.Import, ast.ImportFrom, ast.Expr))
             names = [getattr(target, "id", "") for target in getattr(node, "targets", [])]
             assert plain or (set(names) <= {"__all__", "__version__"} and names), path

@@ -48,7 +48,7 @@ class Cell:
 
 def examine(transform: str, name: str) -> Cell:
     """Apply one transform to one model and check every promise."""
-    with warnings.catch_warnings(), torch.random.fork_rng():
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
         torch.manual_seed(7)
         return _examine(TRANSFORMS[transform], name)

@@ -73,7 +73,7 @@ def answers(model: nn.Module, batches: Sequence[Any]) -> list[Any]:
     state.
     """
     found = []
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         for i, batch in enumerate(batches):
             torch.manual_seed(i)
             output = call(model, copy.deepcopy(batch))

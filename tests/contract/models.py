@@ -286,7 +286,7 @@ def build(name: str, seed: int = 0) -> Made:
     if name in ZOO:
         return zoo(name, seed)
     makers = _OWN | _ODD | _OTHERS
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model, inputs = makers[name]()
     if name != "training":

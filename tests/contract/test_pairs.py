@@ -96,7 +96,7 @@ def examine(before: str, after: str, model: str, folder: Path) -> tuple[list[str
     given = first(before, model)
     if given is None:
         return [], f"{before} is refused"
-    with warnings.catch_warnings(), torch.random.fork_rng():
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
         torch.manual_seed(11)
         return _examine(before, after, model, given, folder)

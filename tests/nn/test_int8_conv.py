@@ -43,7 +43,7 @@ FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 def layer(name: str) -> Any:
     kind, options = LAYERS[name]
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return kind(33, **{"out_channels": 66, **options}).eval()
 
@@ -157,7 +157,7 @@ class Net(nn.Module):
 
 @pytest.fixture(scope="module")
 def net() -> nn.Module:
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = Net().train()
         for _ in range(4):

@@ -31,7 +31,7 @@ each_layer = pytest.mark.parametrize(("kind", "options"), CASES, ids=str)
 
 
 def layer(kind: type[nn.RNNBase], inputs: int = 33, units: int = 40, **options: Any) -> nn.RNNBase:
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return kind(inputs, units, **options).eval()
 
@@ -160,7 +160,7 @@ class Tagger(nn.Module):
 
 @pytest.fixture(scope="module")
 def tagger() -> nn.Module:
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return Tagger().eval()
 

@@ -19,7 +19,7 @@ from quantize.nn.timing import Timing
 
 
 def seeded(make: Any) -> Any:
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return make().eval()
 

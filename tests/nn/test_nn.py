@@ -35,7 +35,7 @@ class Net(nn.Module):
 
 
 def net(kind: type[nn.Module] = Net) -> nn.Module:
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return kind().eval()
 

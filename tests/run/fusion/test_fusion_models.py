@@ -223,7 +223,7 @@ QUICK = ("separable",)
 
 def build(name: str) -> tuple[nn.Module, Any]:
     make, inputs = FOREIGN[name]
-    with torch.random.fork_rng(), torch.no_grad():
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         model = make()
         norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
