@@ -10,7 +10,8 @@ the relative error of the output, the bytes of both files, and how many layers b
 stayed. Recurrent layers alone have PyTorch's legacy int8 beside them. Calibration is a batch of
 each size. Weights are random; speed doesn't depend on them. With --peers each of these engines runs
 in a process of its own, in turns with the int8 model: its median milliseconds stand in a column of
-its name.
+its name. With --trained, models are trained on digits in the place of all this, and what int8 and
+one TorchScript file of it cost them goes to zoo_digits.csv.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import Any
 import models
 import peers
 import rows
+import tasks
 import torch
 import transformers
 import zoo_models as own
@@ -166,6 +168,25 @@ def beside(name: str, batch: int, small: nn.Module, arguments: argparse.Namespac
     return row
 
 
+TRAINED: dict[str, Callable[[], tasks.Task]] = {
+    "digits": lambda: tasks.image_task(own.digits(), 300),
+    "resnet": tasks.resnet,
+    "mobilenet_v2": tasks.mobilenet_v2,
+}
+
+
+def trained(name: str) -> list[rows.Row]:
+    """The rows of a model that is trained on digits: held-out accuracy and cross-entropy."""
+    torch.manual_seed(0)
+    task = TRAINED[name]()
+    model = tasks.fit(task.model, task.batches, task.loss, task.steps, task.rate)
+    images = [task.batches(step)[0] for step in range(4)]
+    small = quantize.quantize_dynamic(model, calibration=images, prefer="size")
+    variants = {"fp32": model, "int8": small, "fused_int8": quantize.fuse(small, images[0])}
+    scores = {variant: task.score(made) for variant, made in variants.items()}
+    return [{"model": name, "variant": key} | one._asdict() for key, one in scores.items()]
+
+
 def _opened(path: Path) -> nn.Module:
     return torch.load(path, weights_only=False)
 
@@ -179,8 +200,14 @@ def main() -> None:
     parser.some("--models", "which models", of=MODELS)
     parser.flag("--batches", "batch sizes", [1, 8])
     parser.add_argument("--peers", help="other engines too", nargs="*", choices=PEERS, default=[])
+    parser.add_argument("--trained", help="on digits instead", nargs="*", choices=TRAINED)
     arguments = parser.parse_engines()
     warnings.simplefilter("ignore")
+    for name in arguments.trained or ():
+        out = arguments.out.with_name("zoo_digits.csv")
+        rows.write(out, trained(name), key=("model", "variant"))
+    if arguments.trained:
+        return
     for name in arguments.models:
         model, small = made(name, arguments.batches)
         found = compared(name, arguments.batches, model, small)
