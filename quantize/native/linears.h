@@ -40,7 +40,8 @@ namespace {
 
 constexpr int64_t MOST_OUTLIERS = 4;
 constexpr int64_t HEIGHT = 32;           // rows of a block
-constexpr int64_t NEAR_BYTES = 1 << 20;  // of weights that stay in the cache for every block
+constexpr int64_t NEAR_BYTES = 1 << 20;  // of weights that stay in the cache for every chunk,
+constexpr int64_t NEAR_ROWS = 128;       // of this many rows; more pay for weights from far
 
 // ------------------------------------------------------------------------------------------------
 // results
@@ -146,7 +147,7 @@ struct Job {
     for (int64_t i = 0; i < call.count; i++) panels += panels_of(*call.layers[i]);
     own_rows = call.rows >= HEIGHT * call.threads;
     const bool near = panels * LANES * padded <= NEAR_BYTES;
-    chunk = near ? HEIGHT : up(rows_at_once(stride, call.rows), HEIGHT);
+    chunk = near ? NEAR_ROWS : up(rows_at_once(stride, call.rows), HEIGHT);
     if (!own_rows) chunk = up(call.rows, HEIGHT);
   }
 
