@@ -39,13 +39,15 @@ def export(model: nn.Module, example_inputs: Any) -> torch.export.ExportedProgra
                 f"{type(model).__name__} doesn't run on example_inputs: {_first_line(error)}"
             ) from error
     _return_plain_containers(model)
-    args, kwargs = arguments(copied(example_inputs, {}))
     fast = torch.backends.mha.get_fastpath_enabled()
     try:
         # or a whole encoder layer becomes one opaque operation
         torch.backends.mha.set_fastpath_enabled(False)
-        with untouched(model), without_cache(model), torch.no_grad(), exporting():
-            return torch.export.export(model, args, kwargs, strict=False)
+        try:
+            return _exported(model, example_inputs)
+        except Exception:
+            # what a first call makes and keeps, as anchors of a detector, can't always be traced
+            return _exported(model, example_inputs, called=True)
     except Exception as error:
         message = (
             f"{type(model).__name__} can't be exported, so its channels can't be followed: "
@@ -54,6 +56,18 @@ def export(model: nn.Module, example_inputs: Any) -> torch.export.ExportedProgra
         raise ValueError(message) from error
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def _exported(
+    model: nn.Module, inputs: Any, *, called: bool = False
+) -> torch.export.ExportedProgram:
+    """The graph. called: of the call after a first one."""
+    args, kwargs = arguments(copied(inputs, {}))
+    with untouched(model), without_cache(model), torch.no_grad():
+        if called:
+            call(model, inputs)
+        with exporting():
+            return torch.export.export(model, args, kwargs, strict=False)
 
 
 def check_inputs(inputs: Any) -> None:

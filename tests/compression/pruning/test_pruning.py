@@ -161,6 +161,36 @@ def test_a_cache_of_a_fixed_size_keeps_its_channels(shrink):
     assert (result.first.out_features, result.second.out_features) == (32, 16)
 
 
+class Anchored(nn.Module):
+    """A detector that makes its anchors at the first call with images of a size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 16, 3, 4, 1), nn.ReLU(), nn.Conv2d(16, 4, 1))
+        self.strides, self.anchors, self.size = torch.tensor([4.0]), torch.empty(0), None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.layers(x).flatten(2)
+        if self.size != x.shape[2:]:
+            steps = torch.arange(y.shape[2]) * float(self.strides[0])
+            self.anchors, self.size = steps, x.shape[2:]
+        return y + self.anchors
+
+
+def test_what_a_first_call_keeps_is_made_before_a_model_is_followed():
+    """Also where making it can't be traced; the model is as before, and the pruned one makes its
+    own.
+    """
+    model = seeded(Anchored)
+    pruned = prune_ln_structured(model, randn(2, 3, 16, 16), amount=0.5)
+    assert model.size is None and pruned.size is None
+    assert pruned.layers[0].out_channels == 8
+    for side in (16, 24):
+        x = randn(1, 3, side, side)
+        expected = pruned.layers(x).flatten(2) + torch.arange((side // 4) ** 2) * 4
+        assert torch.equal(pruned(x), expected)
+
+
 def test_composes_with_half():
     """A model stored in 16 bits can be pruned."""
     half = to_half(mlp())
