@@ -24,7 +24,7 @@ import hashlib, torch, quantize
 from torch import nn
 from quantize.commands import doctor
 from quantize.nn import int8_kernels
-from quantize.run.decoding import for_decoding
+from quantize.run.decoding.native import Step
 
 torch.manual_seed(0)
 image = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(576, 10)).eval()
@@ -36,8 +36,9 @@ with int8_kernels.kernel("native"), torch.no_grad():
     answers[1] = answers[1][0]
     quantized = quantize.quantize_dynamic(decoder.eval(), prefer="size")
     for model in (decoder, quantized, quantize.quantize_weights(decoder)):
-        fast = for_decoding(model, backend="native")
-        answers.append(fast(torch.arange(12).reshape(2, 6)))
+        cache = quantize.KVCache.for_model(model, batch=2)
+        model(torch.arange(10).reshape(2, 5), cache)
+        answers.append(Step(model)(torch.tensor([[1], [2]]), cache, 0))
 for answer in answers:
     print(hashlib.sha256(answer.numpy().tobytes()).hexdigest())
 print(quantize.__file__, doctor.facts()["kernels"])

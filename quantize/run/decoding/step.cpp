@@ -12,11 +12,13 @@
 namespace {
 
 void rms_norm(const float* x, const float* weight, int64_t n, float eps, float* y) {
-  float squares = 0;
-#pragma omp simd reduction(+ : squares)
-  for (int64_t i = 0; i < n; i++) squares += x[i] * x[i];
+  Floats lanes = {};
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES) lanes += load(x + i) * load(x + i);
+  float squares = sum(lanes);
+  for (; i < n; i++) squares += x[i] * x[i];
   const float factor = 1 / sqrtf(squares / n + eps);
-  for (int64_t i = 0; i < n; i++) y[i] = x[i] * factor * weight[i];
+  for (i = 0; i < n; i++) y[i] = x[i] * factor * weight[i];
 }
 
 void rotate(float* x, const float* cosine, const float* sine, int64_t d) {
