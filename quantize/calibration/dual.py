@@ -48,13 +48,12 @@ class Outer:
         product = (left @ self.rows.T) @ self.rows
         return product.add_(left, alpha=self.floor + ridge)
 
-    def inverse(self) -> Tensor:
-        """Of the matrix, [K, K], by the Woodbury identity; the floor is above zero."""
+    def inverse_rows(self) -> Tensor:
+        """R [N, K] by which the inverse is (1 - R^T R) / floor (Woodbury); the floor is above
+        zero.
+        """
         factor = factorized(self.rows @ self.rows.T, self.floor)
-        half = torch.linalg.solve_triangular(factor, self.rows, upper=False)  # [N, K]
-        inverse = (half.T @ half).mul_(-1.0 / self.floor)
-        inverse.diagonal().add_(1.0 / self.floor)
-        return inverse
+        return torch.linalg.solve_triangular(factor, self.rows, upper=False)
 
     def whole(self) -> Tensor:
         """The matrix, [K, K]."""

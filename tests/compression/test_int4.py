@@ -62,6 +62,27 @@ def test_gptq_beats_rounding_to_the_nearest():
     assert (x @ better.t() - exact).pow(2).mean() < 0.5 * (x @ plain.t() - exact).pow(2).mean()
 
 
+def test_gptq_rounds_as_its_authors_do():
+    """Column by column, each time with the others moved by the inverse moment's Cholesky factor."""
+    weight, x = randn(24, 128), randn(600, 8) @ randn(8, 128, seed=1) + randn(600, 128, seed=2)
+    moment = (x.t() @ x / len(x)).double()
+    values, scale, zero = int4.quantize_groups_gptq(weight, 32, moment)
+    damped = moment + int4._DAMPING * moment.diagonal().mean() * torch.eye(128)
+    factor = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
+    moved, expected = weight.double(), torch.empty_like(values)
+    for i in range(128):
+        group = i // 32
+        if i % 32 == 0:
+            grid = int4._grid(moved[:, None, i : i + 32])
+            assert torch.equal(grid[0][:, 0], scale[:, group])
+        step, offset = scale[:, group, None], zero[:, group, None]
+        expected[:, i : i + 1] = int4._to_grid(moved[:, i : i + 1], step, offset)
+        rounded = int4._from_grid(expected[:, i : i + 1], step, offset)
+        error = (moved[:, i : i + 1] - rounded) / factor[i, i]
+        moved[:, i:] -= error * factor[i, i:]
+    assert torch.equal(values, expected)
+
+
 def test_transform_follows_the_model_and_its_record():
     """Outputs stay close, the input stays what it was, and the record rebuilds the same bits on a
     fresh model.

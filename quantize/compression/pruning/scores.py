@@ -137,11 +137,39 @@ def _elimination(reader: Reader, remove: int, ridge: float, *, known: bool) -> E
         given = moment.times(weight) if isinstance(moment, Outer) else weight @ moment
         size = (given * weight).sum()
         weight = weight / size.clamp(min=1e-30).sqrt()
+    # those of no unit have done their part in the inverse
+    columns = reader.places.flatten()
     if isinstance(moment, Outer):
-        inverse = moment.inverse()
+        inverse = Inverse(moment.inverse_rows()[:, columns], 1.0 / moment.floor)
     else:
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(moment))
-    return Elimination(weight, inverse, reader.places, remove)
+        whole = torch.cholesky_inverse(torch.linalg.cholesky(moment))
+        inverse = whole[columns][:, columns].float()
+    return Elimination(weight.T[columns].float(), inverse, len(reader.places), remove)
+
+
+@dataclass
+class Inverse:
+    """The inverse of a moment of few rows, [K, K], computed where it is looked at.
+
+    Args:
+        rows: R, [N, K], float64: the inverse is size * (1 - R^T R), whose digits cancel.
+        size: above zero.
+    """
+
+    rows: Tensor
+    size: float
+
+    def __getitem__(self, places: Tensor) -> Tensor:
+        """The rows of the matrix at these places, float32 [places, K]."""
+        found = (self.rows[:, places].T @ self.rows).neg_()
+        found[torch.arange(len(places)), places] += 1
+        return found.mul_(self.size).float()
+
+    def blocks(self, units: int) -> Tensor:
+        """The square blocks of equal size on the diagonal, [units, S, S]."""
+        by_unit = self.rows.T.unflatten(0, (units, -1))  # [units, S, N]
+        products = by_unit @ by_unit.mT
+        return (torch.eye(len(products[0])) - products) * self.size
 
 
 class Elimination:
@@ -151,21 +179,30 @@ class Elimination:
     Removing units is a block Cholesky factorization of the inverse, with the units that go next as
     pivots. It looks to the left: rows of the inverse are brought up to date when they become the
     pivot, and only the blocks on the diagonal always are. So it takes O(K n^2) for n columns
-    removed, and the inverse is only read. One factorization, in float64, gives the inverse; the
-    elimination runs in float32, as the ridge bounds the condition of what it works on.
+    removed, and the inverse is only read, of few rows only where they become the pivot. One
+    factorization, in float64, gives the inverse; the elimination runs in float32, as the ridge
+    bounds the condition of what it works on.
+
+    Args:
+        weight: [K, out], the columns of a unit side by side.
+        inverse: [K, K].
+        units: how many there are.
+        most: how many of them may go.
     """
 
-    def __init__(self, weight: Tensor, inverse: Tensor, places: Tensor, most: int) -> None:
-        units, size = places.shape
-        columns = places.flatten()  # those of no unit have done their part in the inverse
-        self.units, self.size = units, size
-        self.inverse = inverse[columns][:, columns].float()  # [K, K], K = units * size
-        self.weight = weight.T[columns].float()  # [K, out]
-        self.factor = self.inverse.new_empty(most * size, len(columns))  # [columns removed, K]
+    def __init__(self, weight: Tensor, inverse: Tensor | Inverse, units: int, most: int) -> None:
+        width = len(weight)  # K = units * size
+        self.units, self.size = units, width // units
+        self.inverse = inverse  # [K, K]
+        self.weight = weight  # [K, out]
+        self.factor = weight.new_empty(most * self.size, width)  # [columns removed, K]
         self.removed = 0  # rows of the factor in use
-        square = self.inverse.view(units, size, units, size)
-        blocks = square.diagonal(dim1=0, dim2=2)  # [S, S, units]
-        self.blocks = blocks.permute(2, 0, 1).double()
+        if isinstance(inverse, Inverse):
+            blocks = inverse.blocks(units)
+        else:
+            square = inverse.view(units, self.size, units, self.size)
+            blocks = square.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+        self.blocks = blocks.double()  # [units, S, S]
 
     def costs(self, units: Tensor) -> Tensor:
         """tr(W_u inv(inv(H)_uu) W_u^T) of each of these units, [units]."""
