@@ -3,6 +3,10 @@
 A step is a frozen dataclass around one public function. It holds what is written down with the
 file; what belongs to the moment (inputs, batches, where to write, whom to tell) is in `Given`.
 Wrong orders and values are refused when a recipe is made, before any work.
+
+A step that needs statistics takes them of the model before it. None are kept for the next one:
+what a step removes or refits changes the inputs of nearly all layers, and what was seen of the few
+others (those before the first change, 2% of a recipe's time) would have to be held meanwhile.
 """
 
 from __future__ import annotations
