@@ -86,6 +86,16 @@ def test_held_out_batches_are_never_trained_on():
     )
 
 
+def test_a_teacher_is_asked_once_about_what_is_held_out():
+    """Its answers are kept while training is judged by them; the summary's distance asks again."""
+    teacher, batches = net(), data(8)
+    ((held, _, _),) = Numbered(batches, paired=False, steps=16).held
+    asked: list[torch.Tensor] = []
+    teacher.register_forward_pre_hook(lambda _, inputs: asked.append(inputs[0].clone()))
+    recover(nearby(net(), 0.02), teacher, batches, steps=16)
+    assert sum(torch.equal(inputs, held) for inputs in asked) == 2
+
+
 class Stateful(nn.Module):
     """A forward that counts, keeps a hidden state with its graph, and normalizes."""
 
