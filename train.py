@@ -1,6 +1,6 @@
 """Train a model, compress it in every way, measure each file, print the table.
 
-    uv run python train.py                                  # text, 5 to 7 minutes on 2 cores
+    uv run python train.py                                  # text, 4 to 5 minutes on 2 cores
     uv run python train.py --preset tiny                    # half a minute: does everything work?
     uv run python train.py --task image                     # scikit-learn's digits
     uv run python train.py --data my_texts --preset base    # your own files
