@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import codecs
 import json
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -185,9 +186,19 @@ def test_wrong_conversations_are_named(running, messages: list):
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_goes_stops_its_text(running, stream: bool):
-    """The next step is without it, whether or not the text was streamed."""
+def test_a_client_that_goes_stops_its_text(running, stream: bool, monkeypatch):
+    """The next step is without it, whether or not the text was streamed.
+
+    Steps take 10 ms, so that no machine is fast enough to end the text before the client goes.
+    """
     scheduler = running.server.config.app.app.state.serving.models["lm"].scheduler
+    step = scheduler.writer.step
+
+    def slow_step(texts: list[Sequence]) -> list:
+        time.sleep(0.01)
+        return step(texts)
+
+    monkeypatch.setattr(scheduler.writer, "step", slow_step)
     body = {"model": "lm", "prompt": "go on", "max_tokens": 1000, "stream": stream}
     before = running.numbers("quantize_cancelled_total", "lm")
     if stream:
