@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import torch
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -60,7 +61,10 @@ def app(
     async def lifespan(starlette: Starlette) -> AsyncIterator[None]:
         state = State(models, settings, metrics or Metrics(names), keeper or Keeper())
         starlette.state.serving = state
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)  # in the event loop; see `batching`
         yield
+        torch.set_num_threads(before)
         state.draining = True
         state.compute.shutdown()
 

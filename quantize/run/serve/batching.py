@@ -10,7 +10,9 @@ before. More would answer hardly more per second, and everyone later.
 One model call of a process runs at a time: PyTorch has its own threads below it, and two callers
 at once would only take each other's cores. Calls run in one thread, `compute`, but a batch that is
 soon done runs in the event loop itself, where it is ready earlier: to hand it over and back takes
-as long as a small model.
+as long as a small model. It computes alone there: libgomp keeps a team for each thread that ever
+had others below it, and once its threads are more than the cores it puts all of them to sleep at
+every barrier (GOMP_SPINCOUNT no longer counts), which made a model of 8 ms take 16.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ T = TypeVar("T")
 LOG = logging.getLogger("quantize.serve")
 MOST_ROWS = 256
 BATCH_S = 0.1
-SOON_S = 0.005  # the event loop may be held up for so long
+SOON_S = 0.002  # the event loop may be held up for so long
 WINDOW = 4  # budgets of the oldest tokens, from which a batch is chosen: nobody is left far behind
 SHARE = 0.2  # of the last batch in the pace
 
@@ -90,6 +92,7 @@ class Batcher:
         compute: where model calls run.
         settings: budget and bound of the queue.
         seen: told the rows of each batch, and how many jobs wait.
+        threads: how many of torch the next batch may have; None: as many as `compute` says.
     """
 
     def __init__(
@@ -98,8 +101,10 @@ class Batcher:
         compute: Compute,
         settings: Settings,
         seen: Callable[[int, int], None] = lambda rows, waiting: None,
+        threads: Callable[[], int] | None = None,
     ) -> None:
         self.run, self.compute, self.settings, self.seen = run, compute, settings, seen
+        self._threads = threads or (lambda: compute.threads)
         self.waiting: list[Job] = []
         self._pace = math.inf  # tokens per second
         self._runner: asyncio.Task | None = None
@@ -142,7 +147,8 @@ class Batcher:
             if self._seconds(jobs) <= SOON_S and not self.compute.busy:
                 results = self._results(jobs)
             else:
-                results = await self.compute.run(partial(self._results, jobs))
+                call = partial(self._results, jobs)
+                results = await self.compute.run(call, self._threads())
             for job, result in zip(jobs, results, strict=True):
                 self._finish(job, result)
             await asyncio.sleep(0)  # these are answered, and others come in
@@ -192,12 +198,12 @@ class Compute:
     """The thread of model calls.
 
     Args:
-        threads: of torch, in that thread.
+        threads: of torch, for calls that don't say how many they may have.
     """
 
     def __init__(self, threads: int = 1) -> None:
-        set_threads = partial(torch.set_num_threads, threads)
-        self._executor = ThreadPoolExecutor(1, "compute", initializer=set_threads)
+        self.threads = threads
+        self._executor = ThreadPoolExecutor(1, "compute")
         self._calls = 0
 
     @property
@@ -205,17 +211,24 @@ class Compute:
         """Whether a call is under way or waits."""
         return self._calls > 0
 
-    async def run(self, call: Callable[[], T]) -> T:
-        """What a call gives."""
+    async def run(self, call: Callable[[], T], threads: int | None = None) -> T:
+        """What a call gives, on so many threads of torch."""
+        work = partial(_on_threads, threads or self.threads, call)
         self._calls += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._executor, call)
+            return await asyncio.get_running_loop().run_in_executor(self._executor, work)
         finally:
             self._calls -= 1
 
     def shutdown(self) -> None:
         """Wait for the call under way; no other follows."""
         self._executor.shutdown()
+
+
+def _on_threads(threads: int, call: Callable[[], T]) -> T:
+    if torch.get_num_threads() != threads:  # to set them takes long, even to what they are
+        torch.set_num_threads(threads)
+    return call()
 
 
 def failed(error: Exception) -> Refused:

@@ -6,10 +6,8 @@ import asyncio
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
-import torch
 from starlette.requests import Request
 
 from quantize.host import default_threads
@@ -40,11 +38,9 @@ class Running:
         self.prefixes = Prefixes(settings.prefix_bytes)
         self.tensors = self.encoder = self.scheduler = None
         if served.tensors is not None:
-            run = partial(self._run, served.tensors.run)
-            self.tensors = Batcher(run, compute, settings, self._seen)
+            self.tensors = self._batcher(served.tensors.run)
         if served.encoder is not None:
-            run = partial(self._run, served.encoder.run)
-            self.encoder = Batcher(run, compute, settings, self._seen)
+            self.encoder = self._batcher(served.encoder.run)
         if served.decoder is not None:
             writer = served.decoder.writer
             self.scheduler = Scheduler(writer, compute, settings, self._seen)
@@ -54,14 +50,9 @@ class Running:
         if self.scheduler is not None and self.scheduler.full:
             raise busy(len(self.scheduler.waiting))
 
-    def _run(self, run: Callable[[list[Job]], Sequence[Any]], jobs: list[Job]) -> Sequence[Any]:
-        """A batch, on the threads that it may have now."""
-        before = torch.get_num_threads()
-        torch.set_num_threads(self._state.batch_threads())
-        try:
-            return run(jobs)
-        finally:
-            torch.set_num_threads(before)
+    def _batcher(self, run: Callable[[list[Job]], Sequence[Any]]) -> Batcher:
+        state = self._state
+        return Batcher(run, state.compute, state.settings, self._seen, state.batch_threads)
 
     def _seen(self, rows: int, waiting: int) -> None:
         self._metrics.computes(rows > 0)
