@@ -6,7 +6,8 @@ It reads a JSON object from standard input and writes one to standard output:
     requests    base64 of whole HTTP requests; client i sends number i, i + clients, ...
     clients     connections, each with one request under way
     total       requests in all
-    rate        requests per second, sent whether or not earlier ones were answered; null: each
+    rate        requests per second, sent whether or not earlier ones were answered, each by the
+                client that has been idle for longest, or by one more where none is; null: each
                 client sends when it has its answer
     limit_s     after so long no more are sent
 
@@ -22,6 +23,7 @@ import base64
 import json
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -158,7 +160,7 @@ class Load:
         self.job, self.answers = job, []
         self.requests = [base64.b64decode(each) for each in job["requests"]]
         self.begin = time.perf_counter()
-        self.idle: list[Client] = []
+        self.idle: deque[Client] = deque()
         self.under_way = 0
         self.done = asyncio.get_running_loop().create_future()
 
@@ -202,7 +204,7 @@ class Load:
                 self.send(client, number)
 
     async def _at_a_rate(self) -> None:
-        """Each request at its time, over whichever connection is free, or a new one."""
+        """Each request at its time, over the connection that is free for longest, or a new one."""
         all_sent = False
 
         def free(client: Client) -> None:
@@ -211,13 +213,13 @@ class Load:
             if all_sent and not self.under_way:
                 self.done.set_result(None)
 
-        self.idle = [Client(self.job["address"], free) for _ in range(self.job["clients"])]
+        self.idle += [Client(self.job["address"], free) for _ in range(self.job["clients"])]
         for number in range(self.job["total"]):
             due = number / self.job["rate"]
             await asyncio.sleep(max(0.0, due - self.elapsed()))
             if not self.may_send():
                 break
-            client = self.idle.pop() if self.idle else Client(self.job["address"], free)
+            client = self.idle.popleft() if self.idle else Client(self.job["address"], free)
             self.send(client, number)
         all_sent = True
         if not self.under_way:

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from quantize.checkpoint import CheckpointError
+from quantize.clock import burst
 from quantize.models import DecoderLM
 from quantize.models.opening import open_model
 from quantize.run.fusion.torchscript import load as load_torchscript
@@ -32,6 +33,8 @@ from quantize.run.serve.tensors import TensorModel
 
 LOG = logging.getLogger("quantize.serve")
 BYTES = 256
+USUAL_TOKENS = 32  # of a text that an encoder reads
+TIMED_S = 0.02
 
 
 class Decoder:
@@ -82,12 +85,17 @@ class Decoder:
 
 @dataclass(frozen=True)
 class Served:
-    """What is served under one name; the parts that this model can't be asked by are None."""
+    """What is served under one name; the parts that this model can't be asked by are None.
+
+    `call_s` are the seconds of a call for one request of usual size, on the threads of the one who
+    opened it; 0 for a decoder, which isn't asked by calls.
+    """
 
     name: str
     tensors: TensorModel | None = None
     decoder: Decoder | None = None
     encoder: Encoder | None = None
+    call_s: float = 0.0
 
     @property
     def platform(self) -> str:
@@ -148,7 +156,18 @@ def serve_model(
             f"{name}: a {type(model).__name__} without example inputs, and without the "
             f"tokenizer.json of a decoder or encoder: give --inputs"
         )
-    return Served(name, tensors, decoder, encoder)
+    call_s = 0.0 if decoder else _call_s(tensors, encoder)
+    return Served(name, tensors, decoder, encoder, call_s)
+
+
+def _call_s(tensors: TensorModel | None, encoder: Encoder | None) -> float:
+    """Seconds of a call for one request."""
+    if encoder is not None:
+        text = encoder.job(encoder.encode(" ".join("a" * USUAL_TOKENS)))
+        return min(burst(lambda: encoder.run([text]), TIMED_S))
+    assert tensors is not None
+    rows = {name: value[:1] for name, value in tensors.example.items()}
+    return min(burst(lambda: tensors(rows), TIMED_S))
 
 
 def _open_torchscript(path: Path) -> nn.Module:

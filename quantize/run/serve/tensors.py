@@ -64,7 +64,7 @@ class TensorModel:
 
     def __init__(self, model: nn.Module, example_inputs: Any) -> None:
         self.model = model
-        example = named(model, example_inputs)
+        self.example = example = named(model, example_inputs)
         self.by_keyword = isinstance(example_inputs, Mapping)
         self.inputs = [_input_port(name, value) for name, value in example.items()]
         self._vocabulary = _vocabulary(model)

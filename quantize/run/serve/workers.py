@@ -38,6 +38,7 @@ from quantize.run.serve.settings import Settings
 LOG = logging.getLogger("quantize.serve")
 POLL_S = 0.25
 MOST_WORKERS = 8  # that are started unasked
+LONG_S = 0.004  # a call beside which HTTP costs little
 LEAST_LIFE_S = 1.0  # a worker that dies sooner is replaced only after so long
 BACKLOG = 2048
 Load = Callable[[], list[Served]]
@@ -207,10 +208,11 @@ class Supervisor:
 
 
 def fitting(models: Iterable[Served]) -> int:
-    """Workers that answer most: one for each core, as small requests cost Python as much time as
-    the model; but one for a decoder, which reads its weights once for all texts of a worker.
+    """Workers that answer most, soonest: one for each core where HTTP costs Python as much time as
+    the model takes; else one, to which every request comes, so that none waits behind others while
+    a core is free. One for a decoder too, which reads its weights once for all texts of a worker.
     """
-    if any(served.decoder is not None for served in models):
+    if any(served.decoder is not None or served.call_s > LONG_S for served in models):
         return 1
     return min(MOST_WORKERS, default_threads())
 

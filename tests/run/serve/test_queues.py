@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -210,10 +211,31 @@ def test_a_batch_gets_the_cores_that_no_other_worker_computes_on():
 
 
 def test_workers_that_nobody_asked_for():
-    """One for each core, and one where texts are written."""
-    text = serve_model(decoder(vocab_size=256), "lm")
-    assert fitting([serve_model(net(), "net")]) == min(MOST_WORKERS, default_threads())
-    assert fitting([serve_model(net(), "net"), text]) == 1
+    """One for each core; one in all where texts are written, or a call takes long."""
+    text, small = serve_model(decoder(vocab_size=256), "lm"), serve_model(net(), "net")
+    assert small.call_s > 0.0
+    quick, slow = replace(small, call_s=0.001), replace(small, call_s=0.02)
+    assert fitting([quick]) == min(MOST_WORKERS, default_threads())
+    assert fitting([quick, slow]) == fitting([quick, text]) == 1
+
+
+def test_other_threads_than_the_calls_compute_alone():
+    """libgomp keeps threads for each thread that ever computed on several; see `batching`."""
+    seen: list[int] = []
+
+    async def work() -> None:
+        starlette = app({"net": net()}).app
+        async with starlette.router.lifespan_context(starlette):
+            seen.append(torch.get_num_threads())
+            compute = Compute(2)
+            seen.append(await compute.run(torch.get_num_threads))
+            seen.append(await compute.run(torch.get_num_threads, 3))
+            seen.append(torch.get_num_threads())
+            compute.shutdown()
+
+    before = torch.get_num_threads()
+    asyncio.run(work())
+    assert seen == [1, 2, 3, 1] and torch.get_num_threads() == before
 
 
 def net() -> ConvNet:
