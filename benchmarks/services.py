@@ -26,7 +26,6 @@ from torch import nn
 import quantize
 from quantize.models import ConvNet, ConvNetConfig
 from quantize.run.generate import generate
-from quantize.run.serve.batching import Job
 from quantize.run.serve.datatypes import to_bytes
 from quantize.run.serve.encoder import Encoder
 
@@ -140,7 +139,7 @@ def embeddings(folder: Path) -> Service:
     def call(start: int, count: int = 1) -> Any:
         encoded = [encoder.encode(texts[(start + i) % len(texts)]) for i in range(count)]
         encoded.sort(key=lambda each: len(each[0]))
-        return encoder.run([Job(each, 1, len(each[0]), done=None) for each in encoded])
+        return encoder.answers(encoded)
 
     content = [{"model": "encoder", "input": text} for text in texts]
     requests = [post("/v1/embeddings", each) for each in content]

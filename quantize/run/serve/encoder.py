@@ -71,8 +71,12 @@ class Encoder:
         return Job(encoded, 1, len(encoded[0]))
 
     def run(self, jobs: Sequence[Job]) -> Sequence[Any]:
+        """What `answers` gives for the texts of some jobs."""
+        return self.answers([job.content for job in jobs])
+
+    def answers(self, encoded: Sequence[tuple[list, list]]) -> Sequence[Any]:
         """A vector [H] for each text, or a score where the model gives scores."""
-        outputs = self._outputs([job.content for job in jobs])
+        outputs = self._outputs(encoded)
         if self.scores:
             return outputs["logits"].float().sigmoid().flatten().tolist()
         return list(self._pooled(outputs))

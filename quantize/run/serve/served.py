@@ -163,8 +163,9 @@ def serve_model(
 def _call_s(tensors: TensorModel | None, encoder: Encoder | None) -> float:
     """Seconds of a call for one request."""
     if encoder is not None:
-        text = encoder.job(encoder.encode(" ".join("a" * USUAL_TOKENS)))
-        return min(burst(lambda: encoder.run([text]), TIMED_S))
+        ids, _ = encoder.encode("a")
+        text = encoder.checked((ids * USUAL_TOKENS)[: min(USUAL_TOKENS, encoder.most_tokens)])
+        return min(burst(lambda: encoder.answers([text]), TIMED_S))
     assert tensors is not None
     rows = {name: value[:1] for name, value in tensors.example.items()}
     return min(burst(lambda: tensors(rows), TIMED_S))

@@ -7,19 +7,22 @@ import threading
 import time
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from helpers import decoder
 from hypothesis import given
 from hypothesis import strategies as st
+from served_models import WORDS, write_folder
+from transformers import BertConfig, BertModel
 
 from quantize import quantize_dynamic
 from quantize.host import default_threads
 from quantize.models import ConvNet, ConvNetConfig
 from quantize.run.decoding.passes import NativePasses
 from quantize.run.generate.reader import CHUNK
-from quantize.run.serve import Settings, app, serve_model
+from quantize.run.serve import Settings, app, open_served, serve_model
 from quantize.run.serve.batching import Batcher, Compute, Job, choose
 from quantize.run.serve.keeping import Keeper
 from quantize.run.serve.metrics import Metrics
@@ -217,6 +220,16 @@ def test_workers_that_nobody_asked_for():
     quick, slow = replace(small, call_s=0.001), replace(small, call_s=0.02)
     assert fitting([quick]) == min(MOST_WORKERS, default_threads())
     assert fitting([quick, slow]) == fitting([quick, text]) == 1
+
+
+def test_a_short_reader_is_timed_too(tmp_path: Path):
+    """A model of fewer positions than a usual text has tokens is opened and timed."""
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = BertConfig(
+        vocab_size=len(WORDS), intermediate_size=16, max_position_embeddings=6, **small
+    )
+    folder = write_folder(tmp_path / "short", BertModel(config).eval())
+    assert open_served(folder, "short").call_s > 0.0
 
 
 def test_other_threads_than_the_calls_compute_alone():
