@@ -9,7 +9,8 @@ Questions:
   turns. `overhead_ms` is the difference of medians.
 - crowd: 64 clients that each wait for their answer, against the library with its best batch
   (`share`); then requests at 80% of that rate, whenever earlier ones are answered (`p99_over_p50`).
-  `server_cpu_ms` is the CPU that the server's processes took for a request, model included.
+  `server_cpu_ms` is the CPU that the server's processes took for a request, model included,
+  `load_cpu_ms` that of the load generator, which shares the cores with them.
 - floor: the same one client and the same 80% against a server that answers at once: what the load
   generator and the kernel add to every other row.
 - streams: 1, 4 and 16 clients that let a decoder write, each its own prompt: tokens per second in
@@ -33,6 +34,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import rows
 from rows import Row, host
@@ -113,8 +115,15 @@ def crowd(service: Service, server: Server, total: int) -> Iterator[Row]:
             "library_batch": batch,
             "share": statistics.median(shares),
             "server_cpu_ms": 1000 * cpu_s / len(answers),
+            "load_cpu_ms": _load_cpu_ms(answers),
         }
     yield at_a_rate(service, server, total, 0.8 * rate)
+
+
+def _load_cpu_ms(answers: list[dict[str, Any]]) -> float:
+    """CPU of the load generator for a request: between its first answer and its last."""
+    taken = [answer["cpu_s"] for answer in answers]
+    return 1000 * (max(taken) - min(taken)) / len(answers)
 
 
 def at_a_rate(service: Service, server: Server, total: int, rate: float) -> Row:
