@@ -3,11 +3,12 @@ what its layers see.
 
 `inputs` has batches, outputs and the distance between two models; `state` what a forward pass may
 change; `patches` the rows that a layer's weight multiplies; `sums` sums over them, `statistics`
-those of a model's layers; `gradients` how much the output depends on each layer's; `look` passes
-that show all of that at once, `survey` as few of them as memory allows; `observe` single calls of
-layers, `replay` those of two models side by side, `frontier` what modules of one are called with
-while those before them change; `readers` who reads what a layer gives; `solve` least squares from
-moments, `dual` from few rows, `refit` from parts; `exporting` what torch.export needs around it.
+those of a model's layers, `projected` those that one weight shows; `gradients` how much the output
+depends on each layer's; `look` passes that show all of that at once, `survey` as few of them as
+memory allows; `observe` single calls of layers, `replay` those of two models side by side,
+`frontier` what modules of one are called with while those before them change; `readers` who reads
+what a layer gives; `solve` least squares from moments, `dual` from few rows, `refit` from parts;
+`exporting` what torch.export needs around it.
 """
 
 from quantize.calibration.dual import Outer, compensate_rows, whole
@@ -37,6 +38,7 @@ from quantize.calibration.inputs import (
 from quantize.calibration.observe import Call, Watch, find_streams
 from quantize.calibration.passes import Store
 from quantize.calibration.patches import exact, is_finite, rows, snapshot
+from quantize.calibration.projected import Projected
 from quantize.calibration.readers import followers
 from quantize.calibration.refit import Regression
 from quantize.calibration.replay import Pace, Walk
@@ -63,6 +65,7 @@ __all__ = [
     "Pace",
     "PairedStatistics",
     "Products",
+    "Projected",
     "Regression",
     "Store",
     "Survey",

@@ -67,11 +67,6 @@ def whole(moment: Tensor | Outer) -> Tensor:
     return moment.whole() if isinstance(moment, Outer) else moment
 
 
-def is_finite_moment(moment: Tensor | Outer) -> bool:
-    """Are all numbers of a moment finite?"""
-    return is_finite(moment.rows if isinstance(moment, Outer) else moment)
-
-
 def compensate_rows(
     weight: Tensor, moment: Outer, gap: Tensor, first: Tensor, *, centred: bool
 ) -> Tensor:

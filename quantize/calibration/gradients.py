@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from quantize.calibration.dual import Outer, whole
+from quantize.calibration.dual import whole
 from quantize.calibration.inputs import BLOCK, call, check_batches, main_output, watching
 from quantize.calibration.patches import exact, snapshot
+from quantize.calibration.projected import Projected
 from quantize.calibration.sums import Squares
 
 Loss = Callable[[Any, Any], torch.Tensor]
-Moment = Callable[[], torch.Tensor | Outer]
+Moment = Callable[[], Any]
 
 
 def fisher_loss(output: Any, *, categories: bool, generator: torch.Generator) -> torch.Tensor:
@@ -75,6 +76,8 @@ class OutputGradients:
         layers: of it, by name.
         loss: see `collect_gradients`.
         seed: of the labels or noise that the default loss draws.
+        projected: weights W [M, K] of linears of which the gradients W^T g at their inputs, fewer
+            than those at their outputs, are wanted.
     """
 
     def __init__(
@@ -84,8 +87,10 @@ class OutputGradients:
         *,
         loss: Loss | None = None,
         seed: int = 0,
+        projected: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         self.layers = layers
+        self.projected = projected or {}
         self.loss = loss
         self.generator = torch.Generator().manual_seed(seed)
         self.vocabularies = {
@@ -93,19 +98,40 @@ class OutputGradients:
         }
         self.squares: dict[str, Squares] = {}
         self.counts: dict[str, int] = {}
+        self.powers: dict[str, float] = {}  # sums of g^2, of projected ones
         self.leaves: list[torch.Tensor] = []
 
     def hooks(self) -> list[Any]:
         """Handles of the hooks on the layers."""
-        return [
-            layer.register_forward_hook(partial(self._tap, name))
-            for name, layer in self.layers.items()
-        ]
+        handles = []
+        for name, layer in self.layers.items():
+            see = self._add
+            if name in self.projected:
+                before = partial(self._tap_input, name)
+                handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))
+                see = self._add_power
+            after = partial(self._tap_output, partial(see, name))
+            handles.append(layer.register_forward_hook(after))
+        return handles
 
-    def _tap(self, name: str, _module: nn.Module, _args: Any, output: torch.Tensor) -> torch.Tensor:
+    def _tap_input(
+        self, name: str, _module: nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]]:
+        see = partial(self._add, name)
+        if args:
+            return (self._tapped(args[0], see), *args[1:]), kwargs
+        key = next(iter(kwargs))
+        return args, {**kwargs, key: self._tapped(kwargs[key], see)}
+
+    def _tap_output(
+        self, see: Callable, _module: nn.Module, _args: Any, output: torch.Tensor
+    ) -> torch.Tensor:
+        return self._tapped(output, see)
+
+    def _tapped(self, tensor: torch.Tensor, see: Callable) -> torch.Tensor:
         leaf = torch.zeros((), requires_grad=True)
         self.leaves.append(leaf)
-        return _Tap.apply(output, leaf, partial(self._add, name))
+        return _Tap.apply(tensor, leaf, see)
 
     def _add(self, name: str, gradient: torch.Tensor) -> None:
         layer = self.layers[name]
@@ -115,6 +141,10 @@ class OutputGradients:
         rows = snapshot(exact(gradient).reshape(-1, gradient.shape[-1]))
         self.squares.setdefault(name, Squares()).add(rows)
         self.counts[name] = self.counts.get(name, 0) + len(rows)
+
+    def _add_power(self, name: str, gradient: torch.Tensor) -> None:
+        power = float(exact(gradient).norm()) ** 2
+        self.powers[name] = self.powers.get(name, 0.0) + power
 
     def backward(self, output: Any, batch: Any) -> None:
         """Go back from the loss of what a pass gave."""
@@ -135,7 +165,17 @@ class OutputGradients:
         """What gives E[g g^T], [M, M], by layer, without those that the loss doesn't depend on: the
         sums that it is made of take half the room.
         """
-        return {name: partial(sums.mean, self.counts[name]) for name, sums in self.squares.items()}
+        moments: dict[str, Moment] = {}
+        for name, sums in self.squares.items():
+            moments[name] = partial(sums.mean, self.counts[name])
+            if name in self.projected:
+                moments[name] = partial(self._moment, name)
+        return moments
+
+    def _moment(self, name: str) -> Projected:
+        weight, count = self.projected[name].T.double(), self.counts[name]
+        seen = whole(self.squares[name].mean(count)).double()
+        return Projected(weight, seen, self.powers[name] / (count * weight.shape[1]))
 
 
 class _Tap(torch.autograd.Function):

@@ -117,16 +117,19 @@ def sample(layer: nn.Conv1d | nn.Conv2d, x: Tensor) -> tuple[Tensor, int]:
     return rows(layer, x, every=max(1, every)), count
 
 
-def exact(x: Tensor) -> Tensor:
+def exact(x: Tensor, largest: Tensor | None = None) -> Tensor:
     """float32, or float64 where squares of x could leave the range of float32 or x is float64
     already.
+
+    largest: of |x|, in parts of x; None: looked for where it decides.
     """
     x = x.detach()
     if x.dtype == torch.float64:
         return x
     if x.dtype == torch.float16 or not x.numel():
         return x.float()
-    return x.double() if max(x.aminmax(), key=abs) > _LARGE else x.float()
+    ends = x.aminmax() if largest is None else (largest.max(),)
+    return x.double() if max(ends, key=abs) > _LARGE else x.float()
 
 
 def snapshot(tensor: Tensor) -> Tensor:

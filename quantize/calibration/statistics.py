@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from quantize.calibration.inputs import call, check_batches, run_batch, watching
 from quantize.calibration.patches import channel_rows, is_finite, rows, sample
+from quantize.calibration.projected import ProjectedStatistics
 from quantize.calibration.sums import InputStatistics, Products
 
 
@@ -82,6 +83,7 @@ class InputSums:
         outer: second moments too. They are of patches from a grid over a convolution's outputs
             where a call has more than `PATCHES_PER_COLUMN` patches for each of their columns.
         by_channel: convolutions whose rows are the channels at each position, not patches.
+        projected: weights [M, K] of those layers of which `ProjectedStatistics` are wanted.
     """
 
     def __init__(
@@ -90,16 +92,27 @@ class InputSums:
         *,
         outer: bool = True,
         by_channel: Collection[str] = (),
+        projected: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.layers = layers
         self.outer = outer
         self.by_channel = by_channel
         self.statistics = {name: InputStatistics() for name in layers}
         self.products = Products()
+        for name, weight in (projected or {}).items():
+            self.statistics[name] = ProjectedStatistics(weight=weight)
 
     def hooks(self) -> list[Any]:
         """Handles of the hooks on the layers."""
-        return [on_input(layer, partial(self._note, name)) for name, layer in self.layers.items()]
+        handles = []
+        for name, layer in self.layers.items():
+            seen = self.statistics[name]
+            if isinstance(seen, ProjectedStatistics):
+                note = partial(_note_both, seen)
+                handles.append(layer.register_forward_hook(note, with_kwargs=True))
+            else:
+                handles.append(on_input(layer, partial(self._note, name)))
+        return handles
 
     def _note(self, name: str, x: Tensor) -> None:
         layer, seen = self.layers[name], self.statistics[name]
@@ -113,6 +126,19 @@ class InputSums:
             else:
                 self.products.see(x)
                 seen.update(rows(layer, x), product=self.products.square)
+
+
+@torch.no_grad()
+def _note_both(
+    seen: ProjectedStatistics, layer: nn.Module, args: tuple, kwargs: dict, output: Tensor
+) -> None:
+    """Add what one call of a layer was given and gave."""
+    x = args[0] if args else next(iter(kwargs.values()))
+    if isinstance(layer, nn.Conv2d):
+        patches, count = sample(layer, x)
+        seen.update_both(patches, patches @ seen.weight.to(patches.dtype).T, count)
+    else:
+        seen.update_both(rows(layer, x), rows(layer, output))
 
 
 @torch.no_grad()

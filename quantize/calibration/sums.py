@@ -123,14 +123,15 @@ class InputStatistics:
         """
         if x.numel():
             count = len(x) if count is None else count
-            self._summed(exact(x), count, outer=outer, product=product)
+            self._summed(x, count, outer=outer, product=product)
 
     def _summed(self, x: Tensor, count: int, *, outer: bool, product: Product | None) -> Tensor:
-        """Add rows x [N, K], and return them less the shift."""
+        """Add rows x [N, K], and return them less the shift, as `exact` gives them."""
         times = count / x.shape[0]
         self.count += count
-        magnitude = torch.maximum(x.amax(0), -x.amin(0))
-        self.largest = torch.maximum(magnitude, torch.as_tensor(self.largest).to(magnitude))
+        magnitude = torch.maximum(x.amax(0), -x.amin(0)).detach()
+        x = exact(x, magnitude)
+        self.largest = torch.maximum(magnitude.to(x), torch.as_tensor(self.largest).to(x))
         if self.shift is None:
             self.shift = x.mean(0, dtype=torch.float64).to(x.dtype)
         x = x - self.shift
@@ -178,10 +179,14 @@ class InputStatistics:
         return moment
 
     @property
+    def variance(self) -> Tensor:
+        """E[x^2] - E[x]^2, [K], float64."""
+        return self.squares.diagonal().double() / self.count - self.from_shift**2
+
+    @property
     def power(self) -> Tensor:
         """E[x^2], [K], float64."""
-        variance = self.squares.diagonal().double() / self.count - self.from_shift**2
-        return variance + self.mean**2
+        return self.variance + self.mean**2
 
 
 @dataclass
@@ -206,7 +211,7 @@ class PairedStatistics(InputStatistics):
         if x.numel() == 0:
             return
         products = products or Products()
-        x = self._summed(exact(x), len(x), outer=True, product=products.square)
+        x = self._summed(x, len(x), outer=True, product=products.square)
         z = exact(z)
         if self.other_shift is None:
             self.other_shift = z.mean(0, dtype=torch.float64).to(z.dtype)

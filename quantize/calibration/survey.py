@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from quantize.calibration.dual import Outer, is_finite_moment
 from quantize.calibration.gradients import Loss, Moment, OutputGradients
 from quantize.calibration.inputs import check_batches, of_original
 from quantize.calibration.look import Look
 from quantize.calibration.patches import gram_bytes
+from quantize.calibration.projected import is_finite_moment
 from quantize.calibration.statistics import InputSums, check_reached
 from quantize.calibration.sums import InputStatistics
 
@@ -40,6 +40,8 @@ class Survey:
         watched: more layers for the look, by name.
         outer: second moments of inputs too.
         by_channel: see `InputSums`.
+        projected: weights [M, K] of layers of whose wider side, inputs or gradients, nothing but
+            the moment behind the weight is asked: see `Projected`.
         gradients: whether those are wanted.
         loss: see `collect_gradients`.
         memory: bytes.
@@ -59,6 +61,7 @@ class Survey:
         watched: Mapping[str, nn.Module] | None = None,
         outer: bool = True,
         by_channel: Collection[str] = (),
+        projected: Mapping[str, torch.Tensor] | None = None,
         gradients: bool = True,
         loss: Loss | None = None,
         memory: int = MEMORY,
@@ -70,11 +73,17 @@ class Survey:
         self.watched = self.layers | dict(watched or {})
         self.outer = outer
         self.by_channel = by_channel
+        self.narrow: dict[str, torch.Tensor] = {}  # weights of projected inputs
+        self.wide: dict[str, torch.Tensor] = {}  # of projected gradients
+        for name, weight in (projected or {}).items():
+            (self.narrow if len(weight) < weight.shape[1] else self.wide)[name] = weight
         self.differentiable = gradients
         self.loss = loss
         self.say = say
         self.widths = widths
-        self.sizes = {n: (gram_bytes(k), gram_bytes(m)) for n, (k, m) in widths.items()}
+        self.sizes: dict[str, tuple[int, int]] = {}
+        for name, (k, m) in widths.items():
+            self.sizes[name] = gram_bytes(k), gram_bytes(k if name in self.wide else m)
         self.memory = memory
         # are all moments of gradients kept, from the first pass on?
         self.whole = not gradients or self._of_gradients() <= memory
@@ -119,9 +128,9 @@ class Survey:
             self._pass(self._run_of(name))
         return self.statistics[name]
 
-    def gradient(self, name: str) -> torch.Tensor | Outer | None:
-        """E[g g^T] of the gradients at a layer's output, [M, M]; None where there are none that are
-        finite.
+    def gradient(self, name: str) -> Any:
+        """E[g g^T] of the gradients at a layer's output, [M, M]: a matrix, `Outer` where there are
+        few rows, `Projected` where that was asked for; None where there are none that are finite.
         """
         if not self.whole and name not in self.current:
             self._pass(self._run_of(name))
@@ -183,10 +192,13 @@ class Survey:
         inputs = gradients = None
         if self.with_inputs:
             layers = {name: self.layers[name] for name in names}
-            inputs = InputSums(layers, outer=self.outer, by_channel=self.by_channel)
+            narrow = {name: self.narrow[name] for name in names if name in self.narrow}
+            inputs = InputSums(
+                layers, outer=self.outer, by_channel=self.by_channel, projected=narrow
+            )
         if with_gradients:
             layers = {name: self.layers[name] for name in with_gradients}
-            gradients = OutputGradients(self.model, layers, loss=self.loss)
+            gradients = OutputGradients(self.model, layers, loss=self.loss, projected=self.wide)
         noted = self.watched if first else {}
         given = of_original(self.batches)
         look = Look(self.model, given, noted, inputs=inputs, gradients=gradients)

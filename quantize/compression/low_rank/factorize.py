@@ -100,7 +100,13 @@ def factorize_low_rank(
     survey = None
     if calibration is not None:
         survey = calibrate.Survey(
-            model, calibration, _widths(layers), loss=loss, memory=memory, say=say
+            model,
+            calibration,
+            _widths(layers),
+            projected=_projected(layers),
+            loss=loss,
+            memory=memory,
+            say=say,
         )
         layers, idle = reached(layers, survey.reached)
         left.update(idle)
@@ -145,6 +151,20 @@ def _widths(layers: Mapping[str, nn.Module]) -> dict[str, tuple[int, int]]:
         outputs, inputs = pairs.matrix(layer).shape
         widths[name] = (inputs, outputs)
     return widths
+
+
+def _projected(layers: Mapping[str, nn.Module]) -> dict[str, torch.Tensor]:
+    """The weights [M, K] of layers whose wider side is only asked for through them: the inputs
+    before, and the gradients of all that aren't cut in space.
+    """
+    weights = {}
+    for name, layer in layers.items():
+        weight = pairs.matrix(layer)
+        outputs, inputs = weight.shape
+        plain = outputs < inputs or not isinstance(layer, nn.Conv2d)
+        if outputs != inputs and plain and not layer._forward_hooks:  # those may change outputs
+            weights[name] = weight
+    return weights
 
 
 def _choose(

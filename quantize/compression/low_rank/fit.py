@@ -83,7 +83,7 @@ def _fit_layer(
     result: nn.Module,
     layer: nn.Module,
     seen: residuals.Seen,
-    gradient: torch.Tensor | None,
+    gradient: Any,
     rank: int | None,
     split: str,
 ) -> nn.Module:
@@ -124,7 +124,7 @@ def factors(
     layer: nn.Module,
     weight: torch.Tensor,
     moment: torch.Tensor | calibrate.Outer | None,
-    gradient: torch.Tensor | None,
+    gradient: Any,
     rank: int,
     split: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, str]:

@@ -16,14 +16,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from quantize.calibration import Outer, is_finite
+from quantize.calibration import Outer, Projected, is_finite, whole
 
 Moment = Tensor | Outer  # of inputs, [K, K]
+Shown = Moment | Projected  # of inputs, or of gradients, [M, M]
 INPUT_RIDGE = 1e-6  # times the mean of the diagonal; keeps rank-deficient moments invertible
 GRADIENT_RIDGE = 1e-2  # larger: a direction that moved no output in calibration may still matter
 
@@ -61,7 +62,7 @@ def cholesky(moment: Tensor, ridge: float) -> Tensor:
         ridge = max(10 * ridge, 1e-12)
 
 
-def with_unseen(moment: Moment, count: int) -> Moment:
+def with_unseen(moment: Any, count: int) -> Any:
     """The moment [K, K] of `count` rows of inputs, with some energy in all directions where there
     are fewer rows than inputs.
 
@@ -70,11 +71,13 @@ def with_unseen(moment: Moment, count: int) -> Moment:
     e is the number of directions that share the energy of the known ones.
     """
     k = moment.shape[0]
+    if count >= k or isinstance(moment, Projected):  # projected ones are of enough rows
+        return moment
     if isinstance(moment, Outer):
         power, squares = k * moment.power, moment.squares
     else:
         power, squares = moment.diagonal().sum(), moment.square().sum()
-    if count >= k or power <= 0:
+    if power <= 0:
         return moment
     directions = power.square() / squares
     hidden = directions / (count + directions)
@@ -94,8 +97,8 @@ def _scale(moment: Tensor) -> Tensor:
 
 def whitened_svd(
     weight: Tensor,
-    second_moment: Moment | None = None,
-    gradient_moment: Tensor | None = None,
+    second_moment: Shown | None = None,
+    gradient_moment: Shown | None = None,
     *,
     rank: int | None = None,
     ridge: float = INPUT_RIDGE,
@@ -145,8 +148,8 @@ def whitened_svd(
 
 def whitened_spectrum(
     weight: Tensor,
-    second_moment: Moment | None = None,
-    gradient_moment: Tensor | None = None,
+    second_moment: Shown | None = None,
+    gradient_moment: Shown | None = None,
     *,
     ridge: float = INPUT_RIDGE,
     gradient_ridge: float = GRADIENT_RIDGE,
@@ -160,8 +163,8 @@ def whitened_spectrum(
 
 def _whitened_gram(
     weight: Tensor,
-    second_moment: Moment | None,
-    gradient_moment: Tensor | None,
+    second_moment: Shown | None,
+    gradient_moment: Shown | None,
     ridge: float,
     gradient_ridge: float,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -170,16 +173,30 @@ def _whitened_gram(
 
     The moment of the larger side, whose factorization would cost most, only multiplies.
     """
-    m, k = weight.shape
-    if m <= k:
-        outer = None if gradient_moment is None else cholesky(gradient_moment, gradient_ridge)
-        left = weight if outer is None else outer.T @ weight  # R^T W
-        return times(left, second_moment, ridge) @ left.T, outer, left
-    if isinstance(second_moment, Outer):
-        second_moment = second_moment.whole()
-    right = None if second_moment is None else cholesky(second_moment, ridge)
-    seen = weight if right is None else weight @ right  # W L
-    return times(seen.T, gradient_moment, gradient_ridge) @ seen, right, seen
+    flat = len(weight) <= weight.shape[1]
+    near: tuple[Any, float] = (gradient_moment, gradient_ridge)
+    far: tuple[Any, float] = (second_moment, ridge)
+    if not flat:
+        near, far = far, near
+    rows = weight if flat else weight.T
+    factor = None
+    if near[0] is not None:
+        factor = cholesky(whole(near[0]), near[1])
+    left = rows if factor is None else factor.T @ rows  # R^T W, or (W L)^T
+    shaped = left if flat else left.T
+    if not isinstance(far[0], Projected):
+        return times(left, *far) @ left.T, factor, shaped
+    gram = _between(rows, *far)
+    if factor is not None:
+        gram = factor.T @ gram @ factor
+    return gram, factor, shaped
+
+
+def _between(rows: Tensor, moment: Projected, ridge: float) -> Tensor:
+    """rows [N, K] times moment [K, K] + ridge * mean(diagonal) * 1, times rows^T."""
+    _check_finite(moment.seen)
+    tiny = torch.finfo(torch.float64).tiny
+    return moment.between(rows, ridge * (moment.power if moment.power > tiny else 1.0))
 
 
 def times(rows: Tensor, moment: Moment | None, ridge: float) -> Tensor:

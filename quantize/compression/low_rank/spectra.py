@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -43,10 +44,12 @@ def spectra(layers: Mapping[str, nn.Module], survey: calibrate.Survey | None) ->
     return found
 
 
-def usable(gradient: Tensor | calibrate.Outer | None) -> Tensor | None:
-    """A moment of gradients, as a matrix, if it says anything."""
+def usable(gradient: Any) -> Any:
+    """A moment of gradients, as a matrix where it isn't projected, if it says anything."""
     if gradient is None:
         return None
+    if isinstance(gradient, calibrate.Projected):
+        return gradient if gradient.power > 0 else None
     matrix = calibrate.whole(gradient)
     return matrix if matrix.diagonal().sum() > 0 else None
 

@@ -46,7 +46,7 @@ def quick_share(layer: nn.Module, input_shape: Sequence[int], *, always: bool) -
         with untouched(layer):  # the random state too
             x = _inputs(layer, input_shape)
             _KNOWN[key] = None
-            if always or _seconds([layer], x)[0] >= LONG_ENOUGH:
+            if always or _seconds([layer], x, least=5)[0] >= LONG_ENOUGH:
                 shares = (s for s in SHARES if _no_slower(_random_pair(layer, s), layer, x))
                 _KNOWN[key] = next(shares, 0.0)
     return _KNOWN[key]
@@ -73,5 +73,5 @@ def _no_slower(candidate: nn.Module, layer: nn.Module, x: Tensor) -> bool:
     return pair <= TOLERANCE * original
 
 
-def _seconds(modules: Sequence[nn.Module], x: Tensor) -> list[float]:
-    return clock.race([partial(module, x) for module in modules], least=15, warm_up=2)
+def _seconds(modules: Sequence[nn.Module], x: Tensor, *, least: int = 9) -> list[float]:
+    return clock.race([partial(module, x) for module in modules], least=least, warm_up=2)

@@ -11,9 +11,10 @@ from low_rank_models import data, mlp, pairs_in, parameters
 from torch import nn
 
 import quantize
-from quantize.calibration import find_streams
+from quantize.calibration import Projected, Survey, find_streams
 from quantize.compression.low_rank import factorize_low_rank
-from quantize.nn.low_rank import LowRankLinear
+from quantize.compression.low_rank.spectra import spectra
+from quantize.nn.low_rank import LowRankLinear, matrix
 
 
 def test_calibration_beats_the_plain_svd():
@@ -242,3 +243,41 @@ def test_constant_inputs_leave_a_whole_layer_as_it_is():
     small = factorize_low_rank(model, ratio={"0": 0.4, "2": 1.0}, calibration=x)
     assert_close(small(x[0]), model(x[0]), factor=10)
     assert_close(small[2].weight, model[2].weight, factor=100)
+
+
+class Shapes(nn.Module):
+    """Layers that are wider in, wider out, and convolutions."""
+
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        self.cut = nn.Conv2d(3, 8, 3, stride=2, bias=bias)
+        self.wide = nn.Conv2d(8, 24, 1, bias=bias)
+        self.up = nn.Linear(24, 40, bias=bias)
+        self.down = nn.Linear(40, 10, bias=bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.wide(self.cut(x).relu()).relu()
+        return self.down(input=self.up(input=x.movedim(1, -1)).relu())
+
+
+@pytest.mark.parametrize(("bias", "rows"), [(True, 6), (False, 6), (True, 1), (False, 1)])
+def test_spectra_are_those_of_whole_moments(bias, rows):
+    """What outputs and gradients at inputs tell of a layer's wider side is all that a spectrum
+    asks of it; of few rows the moments themselves are asked.
+    """
+    torch.manual_seed(2)
+    model = Shapes(bias).eval()
+    size = 15 if rows > 1 else 7
+    batches = [torch.randn(rows, 3, size, size) + 0.3 for _ in range(2)]
+    layers = dict(model.named_children())
+    widths = {name: tuple(reversed(matrix(layer).shape)) for name, layer in layers.items()}
+    projected = {name: matrix(layer) for name, layer in layers.items() if name != "wide"}
+    found = []
+    for narrow in ({}, projected):
+        survey = Survey(model, batches, widths, projected=narrow)
+        found.append(spectra(layers, survey))
+        known = survey.gradient("up"), survey.inputs("down").moment(centred=bias)
+        kinds = [isinstance(moment, Projected) for moment in known]
+        assert kinds == [bool(narrow), bool(narrow) and rows > 1]
+    for name in layers:
+        assert_close(found[1][name], found[0][name], dtype=torch.float32, factor=10)

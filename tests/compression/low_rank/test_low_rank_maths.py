@@ -10,7 +10,7 @@ from helpers import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantize.calibration import Outer, compensate
+from quantize.calibration import Outer, Projected, compensate
 from quantize.compression.low_rank import maths, spatial
 
 
@@ -244,3 +244,31 @@ def test_moments_given_as_rows_do_as_well(shape):
     assert_close(given[2], expected[2], factor=1e3)
     errors = [maths.weighted_error(matrix, s, gradient) for s in moments]
     assert errors[0] == pytest.approx(errors[1], rel=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(20, 36), (36, 20)])
+def test_projected_moments_do_as_well(shape):
+    """Of the larger side's moment, the spectrum of a weight asks only what that weight shows of it;
+    so do the factors of a weight that mixes its rows, or on the other side its columns.
+    """
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(1)).double()
+    inputs, gradient = moment(shape[1], 70), moment(shape[0], 70)
+    moments, projected = [inputs, gradient], [inputs, gradient]
+    flat = shape[0] < shape[1]
+    narrow, wide = (weight, inputs) if flat else (weight.T, gradient)
+    power = float(wide.diagonal().mean())
+    projected[not flat] = Projected(narrow, narrow @ wide @ narrow.T, power)
+    given, expected = (maths.whitened_spectrum(weight, *pair) for pair in (projected, moments))
+    assert_close(given, expected, factor=1e3)
+    mix = torch.randn(20, 20).double()
+    other = mix @ weight if flat else weight @ mix
+    given, expected = (maths.whitened_svd(other, *pair, rank=5) for pair in (projected, moments))
+    assert_close(given.second @ given.first, expected.second @ expected.first, factor=1e3)
+
+
+def test_a_projected_moment_counts_its_mean_power_in_directions_it_does_not_show():
+    """Rows at right angles to the weight's have the mean power."""
+    weight, left = torch.eye(3, 8).double(), torch.eye(8).double()[2:5]
+    given = Projected(weight, torch.diag(torch.tensor([5.0, 6.0, 7.0])).double(), 2.0)
+    expected = torch.diag(torch.tensor([7.0, 2.0, 2.0])).double() + 0.5 * torch.eye(3)
+    assert_close(given.between(left, 0.5), expected)
