@@ -102,8 +102,19 @@ def is_plain(module: nn.Module, kinds: Collection[type[nn.Module]]) -> bool:
     return type(module) in kinds and not watched and "forward" not in module.__dict__
 
 
+def _base(conv: Any) -> type[nn.Module] | None:
+    """The convolution of torch that it is, or that it takes its forward from."""
+    kind = type(conv)
+    for base in _PAIRS:
+        own: Any = base
+        if isinstance(conv, base) and kind.forward is own.forward:
+            return base if kind._conv_forward is own._conv_forward else None
+    return None
+
+
 def _folds(conv: Any, norm: Any) -> bool:
-    if not is_plain(conv, _PAIRS) or not is_plain(norm, [_PAIRS[type(conv)]]):
+    base = _base(conv)
+    if base is None or not is_plain(conv, [type(conv)]) or not is_plain(norm, [_PAIRS[base]]):
         return False
     if norm.training or norm.running_mean is None or "_half" in vars(conv) | vars(norm):
         return False
