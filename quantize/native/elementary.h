@@ -43,7 +43,7 @@ inline Floats with_tail(Floats x, const float* tails) {
   return (x < 0 ? Floats{} : x) - within * tail;
 }
 
-enum Activation : int64_t { NONE, RELU, GELU, SILU };
+enum Activation : int64_t { NONE, RELU, GELU, SILU, SIGMOID };
 
 inline Floats activated(Floats x, int64_t activation, const float* tails) {
   switch (activation) {
@@ -53,6 +53,8 @@ inline Floats activated(Floats x, int64_t activation, const float* tails) {
       return with_tail(x, tails);
     case SILU:
       return x * sigmoid(x);
+    case SIGMOID:
+      return sigmoid(x);
     default:
       return x;
   }

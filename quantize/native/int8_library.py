@@ -23,7 +23,7 @@ _PRODUCTS = {"generic": 2, "avx2": 16, "avx512": 32, "vnni": 64, "amx": 512, "do
 PANEL, _STEP = 16, 64  # outputs and inputs that a packed weight is filled up to
 
 # Of the outputs, by name: as in elementary.h.
-ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh": 2, "silu": 3}
+ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh": 2, "silu": 3, "sigmoid": 4}
 
 
 _NUMBER, _POINTER, _FLOAT = ctypes.c_int64, ctypes.c_void_p, ctypes.c_float

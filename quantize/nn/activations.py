@@ -40,6 +40,7 @@ _ELEMENTWISE = (
     "ReLU",
     "GELU",
     "SiLU",
+    "Sigmoid",
     "GELUActivation",
     "GELUTanh",
     "NewGELUActivation",

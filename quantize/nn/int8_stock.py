@@ -95,6 +95,7 @@ IN_GRAPH: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "silu": F.silu,
+    "sigmoid": torch.sigmoid,
 }
 
 
