@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from quantize.native.conv import LAST, channels_last
 from quantize.nn.elementary import ACTIVATIONS
 from quantize.nn.int8 import Int8Linear
 from quantize.nn.int8_conv import Int8Conv
@@ -76,7 +77,8 @@ def convolution(layer: Int8Conv, x: Tensor) -> Tensor:
         y = ACTIVATIONS[layer.activation](y)
     if layer.relu:
         y = y.relu()
-    return (y if layer.ceiling is None else y.clamp(max=layer.ceiling)).to(x.dtype)
+    y = (y if layer.ceiling is None else y.clamp(max=layer.ceiling)).to(x.dtype)
+    return y.contiguous(memory_format=LAST[x.dim()]) if channels_last(x) else y
 
 
 def products(layer: Int8Conv, x: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ inline void copy(uint8_t* to, const uint8_t* from, int64_t n) {
 struct Job {
   const Step& step;
   const Layer& layer;
-  const float *x, *other;
+  const float *x, *other, *gate;
   float* y;
   int64_t threads;
   int64_t full[3];  // sizes with the padding
@@ -51,6 +51,7 @@ struct Job {
         layer(*step.layer),
         x(run.numbers(step.x)),
         other(run.numbers(step.other)),
+        gate(run.numbers(step.gate)),
         y(run.numbers(step.y)),
         threads(run.threads),
         y_ranges(run.ranges(step.y_range)) {
@@ -197,13 +198,18 @@ struct Job {
       if (step.x_last) {
         const float* from = own + pixel * layer.channels;
         for (int64_t i = 0; i < some; i++)
-          steps[i] =
-              quantize_row(from + i * layer.channels, layer.channels, padded, to + i * stride);
+          steps[i] = quantize_pixel(from + i * layer.channels, sample, to + i * stride);
       } else {
         quantize_columns(own + pixel, some, to, steps);
       }
       row += some, to += some * stride, steps += some;
     }
+  }
+
+  Row quantize_pixel(const float* from, int64_t sample, uint8_t* to) const {
+    if (!gate) return quantize_row(Plain<float>{from}, layer.channels, padded, to);
+    const Scaled<float> scaled = {from, gate + sample * layer.channels};
+    return quantize_row(scaled, layer.channels, padded, to);
   }
 
   // The same of up to 16 pixels whose channels are planes.

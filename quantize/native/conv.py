@@ -29,7 +29,7 @@ _MOST_SHAPES = 64  # of inputs that are remembered for a weight
 _MOST_BYTES = 1 << 40  # of padded images; the kernel's sizes don't overflow below
 
 # as in steps.h
-CONVOLUTION, DEPTHWISE, LARGEST, TO_LAST, TO_PLANES = range(5)
+CONVOLUTION, DEPTHWISE, LARGEST, TO_LAST, TO_PLANES, MEAN = range(6)
 INPUT, OUTPUT, NOWHERE = -1, -2, -3
 
 _NUMBER, _POINTER = ctypes.c_int64, ctypes.c_void_p
@@ -66,7 +66,7 @@ class Step(ctypes.Structure):
         ("layer", _POINTER),
         *((name, _NUMBER) for name in ("kind", "samples")),
         *((name, _THREE) for name in ("size", "out")),
-        *((name, _NUMBER) for name in ("x", "y", "other", "x_last", "y_last")),
+        *((name, _NUMBER) for name in ("x", "y", "other", "gate", "x_last", "y_last")),
         *((name, _NUMBER) for name in ("x_range", "y_range", "activation")),
         ("tails", _POINTER),
         *((name, ctypes.c_float) for name in ("low", "high", "last_low", "last_high")),
@@ -164,6 +164,9 @@ class Geometry:
         zeros = [_three(v, 0) for v in (self.before, self.after)]
         ones = [_three(v, 1) for v in (kernel, self.stride, self.dilation)]
         return Layer(*ones, *zeros, channels, outputs, self.groups, taps)
+
+
+STILL = Geometry((1, 1), (1, 1), (0, 0), (0, 0))
 
 
 class Convolution(NamedTuple):
@@ -271,7 +274,7 @@ def step(kind: int, layer: Layer, shape: Sequence[int], out: Sequence[int]) -> S
     if shape[0] * (shape[1] + 4) * math.prod(padded) > _MOST_BYTES:
         raise MemoryError(f"no memory for {list(shape)} with padding {pads[0]}")
     made = Step(ctypes.addressof(layer), kind, shape[0], _three(size, 1), _three(out, 1))
-    made.other = made.x_range = made.y_range = NOWHERE
+    made.other = made.gate = made.x_range = made.y_range = NOWHERE
     made.low, made.high = made.last_low, made.last_high = PLAIN[:2]
     return made
 
@@ -307,6 +310,30 @@ def convolve(x: Tensor, how: Convolution) -> Tensor:
     call = Turns(1, threads, 0, 0, x.data_ptr(), y.data_ptr(), None)
     if functions().run_program(ctypes.addressof(one), 1, ctypes.byref(call)):
         raise MemoryError(f"no memory for a convolution of {list(x.shape)}")
+    return y
+
+
+def average(x: Tensor) -> Tensor:
+    """The mean of each channel of images: numbers of a line are added one after the other, then
+    lines; the sum is multiplied by the rounded inverse of their count.
+
+    Args:
+        x: float32 [N, C, H, W], not empty, one that `int8.takes` takes.
+
+    Returns: [N, C, 1, 1] in the memory format of x.
+
+    Raises: as of `convolve`.
+    """
+    last = channels_last(x)
+    format = torch.channels_last if last else torch.contiguous_format
+    y = torch.empty(*x.shape[:2], 1, 1, dtype=torch.float32, memory_format=format)
+    x = x if last else x.contiguous(memory_format=torch.channels_last)
+    layer = STILL.layer((1, 1), x.shape[1], x.shape[1])
+    one = step(MEAN, layer, x.shape, (1, 1))
+    one.x, one.y, one.x_last, one.y_last = INPUT, OUTPUT, True, True
+    call = Turns(1, 1, 0, 0, x.data_ptr(), y.data_ptr(), None)
+    if functions().run_program(ctypes.addressof(one), 1, ctypes.byref(call)):
+        raise MemoryError(f"no memory for a mean of {list(x.shape)}")
     return y
 
 

@@ -10,6 +10,7 @@ enum Kind : int64_t {
   LARGEST,    // the largest number of each window
   TO_LAST,    // channels as planes to channels last
   TO_PLANES,  // and back
+  MEAN,       // of each channel of an image, channels last: of lines, and of their sums
 };
 
 struct Layer {
@@ -40,6 +41,7 @@ struct Step {
   int64_t kind, samples, size[3], out[3];
   int64_t x, y;
   int64_t other;             // channels last: is added to what `ended` gives, then `last_limits`
+  int64_t gate;              // [samples][channels]: times pixels of x, channels last
   int64_t x_last, y_last;    // are channels their last dimension?
   int64_t x_range, y_range;  // [threads][samples] Range of x, of y; may be NOWHERE
   int64_t activation;        // of the results, before they are cut off; see elementary.h

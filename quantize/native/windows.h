@@ -108,6 +108,41 @@ struct Windows {
     }
   }
 
+  // ----------------------------------------------------------------------------- means
+
+  // V vectors of channels of an image: sums of lines, one after the other, then theirs.
+  template <int V>
+  void mean(const float* image, int64_t c, int64_t many, float* to) const {
+    Floats total[V] = {};
+    for (int64_t line = 0; line < step.size[0] * step.size[1]; line++) {
+      Floats own[V] = {};
+      for (int64_t u = 0; u < step.size[2]; u++, image += layer.channels)
+        for (int v = 0; v < V; v++)
+          own[v] = own[v] + load_some(image + c + v * LANES, v + 1 < V ? LANES : many);
+      for (int v = 0; v < V; v++) total[v] = total[v] + own[v];
+    }
+    const float share = float(1.0 / double(plane));
+    for (int v = 0; v < V; v++)
+      store(total[v] * share, to + c + v * LANES, v + 1 < V ? LANES : many);
+  }
+
+  void run_mean() const {
+    const int64_t wide = layer.channels / threads >= 4 * LANES ? 4 * LANES : LANES;
+    const int64_t blocks = (layer.channels + wide - 1) / wide, all = step.samples * blocks;
+    const int64_t end = all * (thread + 1) / threads;
+    for (int64_t at = all * thread / threads; at < end; at++) {
+      const float* image = x + at / blocks * plane * layer.channels;
+      float* to = y + at / blocks * layer.channels;
+      int64_t c = at % blocks * wide;
+      const int64_t last = least_of(c + wide, layer.channels);
+      if (last - c == 4 * LANES) {
+        mean<4>(image, c, LANES, to);
+        continue;
+      }
+      for (; c < last; c += LANES) mean<1>(image, c, least_of(last - c, LANES), to);
+    }
+  }
+
   // ----------------------------------------------------------------------------- planes
 
   // A channel into the middle of its padding, which holds zeros.
@@ -213,6 +248,7 @@ inline void run_window(const Step& step, const Run& run, int64_t thread, uint8_t
       turn_all(windows.x + s * many, windows.plane, channels, windows.y + s * many, thread,
                run.threads);
   }
+  if (step.kind == MEAN) windows.run_mean();
   if (step.kind == LARGEST) windows.run_last<true>((int64_t*)memory);
   if (step.kind == DEPTHWISE)
     step.x_last ? windows.run_last<false>((int64_t*)memory) : windows.run_planes((float*)memory);

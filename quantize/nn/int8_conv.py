@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import handle_torch_function
 
 from quantize import surgery
 from quantize.native.conv import Convolution, Ending, Geometry
 from quantize.nn import PackedLayer, dtype_name, dtype_named, int8_images
 from quantize.nn import int8_kernels as kernels
 from quantize.nn.elementary import check_activation
+from quantize.nn.tape import is_replacing
 
 
 @surgery.builder
@@ -145,9 +147,14 @@ class Int8Conv(PackedLayer):
         return surgery.mismatch(self, shapes, {"packed": torch.int8, "scale": torch.float32})
 
     def forward(self, input: Tensor) -> Tensor:
-        x = input
         buffers: Any = self._buffers  # read without nn.Module's __getattr__: it costs a microsecond
-        held = buffers["packed"], buffers["scale"], buffers["bias"]
+        held = input, buffers["packed"], buffers["scale"], buffers["bias"]
+        if torch._C._len_torch_function_stack() and is_replacing():
+            return handle_torch_function(self.convolved, (input,), *held)  # type: ignore[no-any-return]
+        return self.convolved(*held)
+
+    def convolved(self, x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        """What the forward gives for x and the tensors of this layer."""
         dims, given = len(self.kernel_size), x.dim()
         if given not in (dims + 1, dims + 2) or x.shape[-dims - 1] != self.in_channels:
             raise ValueError(
@@ -158,7 +165,7 @@ class Int8Conv(PackedLayer):
         if self.padding_mode != "zeros":
             batch = F.pad(batch, self._pads, mode=self.padding_mode)
         compute = int8_images.in_float if self.floats else int8_images.convolve
-        y = compute(batch, Convolution(*held, self.geometry, self.ending))
+        y = compute(batch, Convolution(packed, scale, bias, self.geometry, self.ending))
         return y if given == dims + 2 else y.squeeze(0)
 
     @property

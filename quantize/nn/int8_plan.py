@@ -132,6 +132,9 @@ class Planner:
             self.shapes[at] = self._shape(op)
             if op.other is not None and self.shapes[op.other] != self.shapes[at]:
                 raise Unfit("a sum of different shapes")
+            gate = (*self.shapes[op.x][:2], 1, 1)
+            if op.gate is not None and self.shapes[op.gate] != gate:
+                raise Unfit("a product with other numbers than one for each channel")
         self.layers = [own or self._pooling(op) for op, own in zip(ops, layers, strict=True)]
         self.threads = int8.threads(sum(map(self._products, range(len(ops)))))
         self.arena, self.steps = Arena(), list[conv.Step]()
@@ -140,11 +143,11 @@ class Planner:
 
     def _shape(self, op: Op) -> tuple[int, ...]:
         samples, channels, *size = self.shapes[op.x]
-        if op.kind != conv.LARGEST:
+        if op.has_weights:
             if channels != op.module.in_channels:
                 raise Unfit("another number of channels")
             channels = op.module.out_channels
-        return samples, channels, *op.geometry.sizes(size, op.kernel)
+        return samples, channels, *op.sizes(size)
 
     def _pooling(self, op: Op) -> conv.Layer:
         channels = self.shapes[op.x][1]
@@ -152,7 +155,9 @@ class Planner:
 
     def _products(self, at: int) -> int:
         op = self.ops[at]
-        each = 1 if op.kind == conv.LARGEST else op.module.packed[0].numel()
+        if not op.has_weights:
+            return math.prod(self.shapes[op.x])
+        each: int = op.module.packed[0].numel()
         return math.prod(self.shapes[at]) * each
 
     def _bytes(self, value: int) -> int:
@@ -180,11 +185,13 @@ class Planner:
         step = conv.step(op.kind, self.layers[at], self.shapes[op.x], self.shapes[at][2:])
         final = at == len(self.ops) - 1
         # and only they write them
-        direct = final and (self.last or op.kind == conv.CONVOLUTION)
+        direct = final and (self.last or op.kind in (conv.CONVOLUTION, conv.MEAN))
         self.places[at] = conv.OUTPUT if direct else self.arena.take(self._bytes(at))
         step.x, step.y = self.places[op.x], self.places[at]
         step.x_last, step.y_last = self._is_last(step.x), self._is_last(step.y)
         step.end(op.ending)
+        if op.gate is not None:
+            step.gate = self.places[op.gate]
         if op.other is not None:
             step.other = self.places[op.other]
             step.last_low, step.last_high = op.last_ending[:2]

@@ -1,7 +1,8 @@
 """A module of int8 convolutions as a program that runs in one native call.
 
 `trace` reads the module's forward (torch.fx) where it is made of int8 convolutions, activations,
-additions of two results, padding with zeros and max pooling alone. An addition and an activation
+additions of two results, padding with zeros, max pooling, and products with what is made of the
+means of channels alone. An addition and an activation
 are done while the convolution before them stores its results; the ranges of samples are noted there
 too. A convolution does the padding before it. A forward that asks for the sizes of its input is
 read once for each shape. Between the steps everything is float32 with the channels last, and each
@@ -12,7 +13,7 @@ forward can run in a program's place at any time.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,6 +27,7 @@ from quantize.nn.int8_tracer import (
     ACTIVATIONS,
     ADDS,
     LEAVES,
+    PRODUCTS,
     RELU,
     RELU6,
     AsksForSize,
@@ -33,6 +35,7 @@ from quantize.nn.int8_tracer import (
     Tracer,
     Unfit,
     geometry_of,
+    is_mean,
     kernel_of,
     pads_of,
 )
@@ -45,10 +48,11 @@ class Op:
     """One operation. Values are numbered: -1 is the input, and each operation gives the next one.
 
     Args:
-        module: an Int8Conv or a max pooling.
+        module: an Int8Conv, a max pooling, or an average pooling to one pixel.
         x: the value that it reads.
         ending: what becomes of its results.
         other: a value that is added to them then, or None.
+        gate: a value [N, C, 1, 1] that x is multiplied by, or None.
         last_ending: and of the sums.
         before, after: zeros that are added to each dimension of x, beyond the module's own.
     """
@@ -57,28 +61,45 @@ class Op:
     x: int
     ending: Ending = PLAIN
     other: int | None = None
+    gate: int | None = None
     last_ending: Ending = PLAIN
     before: tuple[int, ...] = ()
     after: tuple[int, ...] = ()
 
     @property
     def reads(self) -> list[int]:
-        return [self.x] if self.other is None else [self.x, self.other]
+        return [value for value in (self.x, self.other, self.gate) if value is not None]
+
+    def moved(self, move: Callable[[int], int]) -> Op:
+        """The same, but for the numbers of the values that it reads."""
+        other = None if self.other is None else move(self.other)
+        gate = None if self.gate is None else move(self.gate)
+        return replace(self, x=move(self.x), other=other, gate=gate)
+
+    @property
+    def has_weights(self) -> bool:
+        return isinstance(self.module, Int8Conv)
 
     @property
     def kind(self) -> int:
         """As in `native.conv`."""
-        if not isinstance(self.module, Int8Conv):
-            return conv.LARGEST
+        if not self.has_weights:
+            return conv.MEAN if is_mean(self.module) else conv.LARGEST
         depthwise = self.module.geometry.depthwise(self.module.packed)
         return conv.DEPTHWISE if depthwise else conv.CONVOLUTION
 
     @property
     def kernel(self) -> tuple[int, ...]:
-        return kernel_of(self.module)
+        return (1, 1) if self.kind == conv.MEAN else kernel_of(self.module)
+
+    def sizes(self, size: Sequence[int]) -> tuple[int, ...]:
+        """Of the result. Raises ValueError where the input is smaller than the kernel."""
+        return (1, 1) if self.kind == conv.MEAN else self.geometry.sizes(size, self.kernel)
 
     @property
     def geometry(self) -> Geometry:
+        if self.kind == conv.MEAN:
+            return conv.STILL
         own = geometry_of(self.module)
         if not self.before:
             return own
@@ -112,7 +133,7 @@ def trace(module: nn.Module, shape: Sequence[int] | None = None) -> list[Op] | N
         with surgery.without_logs():
             graph = Tracer(tuple(shape or unknown)).trace(Call(copied))
         ops = _Reading(Call(module), graph).ops
-        reads = {op.module.in_channels for op in ops if op.x == SOURCE and op.kind != conv.LARGEST}
+        reads = {op.module.in_channels for op in ops if op.x == SOURCE and op.has_weights}
         return ops if reads == {first.in_channels} else None
     except AsksForSize:
         raise
@@ -128,6 +149,7 @@ class _Reading:
         self.values: dict[fx.Node, int] = {}  # by the node that gives it
         self.same: dict[fx.Node, fx.Node] = {}  # nodes that give what another one gave
         self.padded: dict[fx.Node, dict[str, Any]] = {}  # zeros that a node adds
+        self.gated: dict[fx.Node, tuple[int, int]] = {}  # values that a node multiplies
         for node in graph.nodes:
             if self._passes_on(node):
                 self.same[node] = self._source(node)
@@ -179,6 +201,8 @@ class _Reading:
             self._convolve(node, source, found)
         elif kind is nn.MaxPool2d and not (found.ceil_mode or found.return_indices):
             self._append(node, Op(found, self.values[source]))
+        elif kind is nn.AdaptiveAvgPool2d and is_mean(found):
+            self._append(node, Op(found, self.values[source]))
         else:
             raise Unfit(f"a {kind.__name__}")
 
@@ -188,7 +212,13 @@ class _Reading:
         if pads and (len(layer.kernel_size) != 2 or layer.geometry.pointwise(layer.kernel_size)):
             raise Unfit("padding before a convolution that can't do it")
         x = self._source(source) if pads else source
-        self._append(node, Op(layer, self.values[x], layer.ending, **pads))
+        if x not in self.gated:
+            self._append(node, Op(layer, self.values[x], layer.ending, **pads))
+        elif layer.geometry.pointwise(layer.kernel_size):
+            value, gate = self.gated[x]
+            self._append(node, Op(layer, value, layer.ending, gate=gate))
+        else:
+            raise Unfit("a product that is read by something else than a kernel of one pixel")
 
     def _call_function(self, node: fx.Node) -> None:
         if node in self.padded:
@@ -198,6 +228,8 @@ class _Reading:
             raise Unfit(f"options {options}")
         if node.target in ADDS and len(node.args) == 2:
             self._add(node)
+        elif node.target in PRODUCTS and len(node.args) == 2:
+            self._multiply(node)
         elif node.target in ACTIVATIONS and len(node.args) == 1:
             self._activate(node, ACTIVATIONS[node.target])
         else:
@@ -225,10 +257,28 @@ class _Reading:
             raise Unfit("an activation of what is read elsewhere too")
         op = self.ops[x]
         name = "ending" if op.other is None else "last_ending"
-        if getattr(op, name) != PLAIN or op.kind == conv.LARGEST:
+        if getattr(op, name) != PLAIN or not op.has_weights:
             raise Unfit("an activation of something else than a convolution or a sum")
         self.ops[x] = replace(op, **{name: ending})
         self.values[node] = x
+
+    def _is_pooled(self, value: int) -> bool:
+        """Is it made of the means of channels, and has one pixel?"""
+        if value == SOURCE:
+            return False
+        op = self.ops[value]
+        if op.kind == conv.MEAN:
+            return True
+        pixels = op.has_weights and op.geometry.pointwise(op.kernel) and op.other is None
+        return pixels and self._is_pooled(op.x)
+
+    def _multiply(self, node: fx.Node) -> None:
+        """Note a product of an image and a gate for each of its channels."""
+        values = [self.values[self._source(node, at)] for at in range(2)]
+        whole, gate = sorted(values, key=self._is_pooled)
+        if self._is_pooled(whole) or not self._is_pooled(gate):
+            raise Unfit("a product of something else than an image and numbers of its channels")
+        self.gated[node] = whole, gate
 
     def _add(self, node: fx.Node) -> None:
         """Let the later one of two operations add the result of the other one."""

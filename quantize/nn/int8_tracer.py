@@ -15,9 +15,11 @@ from torch.nn import functional as F
 from quantize.native.conv import Ending, Geometry
 from quantize.nn.int8_conv import Int8Conv
 
-LEAVES = (Int8Conv, nn.Identity, nn.Dropout, nn.ReLU, nn.ReLU6, nn.MaxPool2d, nn.ZeroPad2d)
+POOLINGS = (nn.MaxPool2d, nn.AdaptiveAvgPool2d)
+LEAVES = (Int8Conv, nn.Identity, nn.Dropout, nn.ReLU, nn.ReLU6, nn.ZeroPad2d, *POOLINGS)
 RELU, RELU6 = Ending(0.0), Ending(0.0, 6.0)
 ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
+PRODUCTS = {operator.mul, torch.mul, "mul"}
 ACTIVATIONS: dict[Any, Ending] = {
     **dict.fromkeys((torch.relu, torch.relu_, F.relu, "relu", "relu_"), RELU),
     F.relu6: RELU6,
@@ -46,6 +48,11 @@ def geometry_of(module: Any) -> Geometry:
         return module.geometry
     pads = _pair(module.padding)
     return Geometry(_pair(module.stride), _pair(module.dilation), pads, pads)
+
+
+def is_mean(module: Any) -> bool:
+    """Does a pooling leave one pixel, the mean of all?"""
+    return isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1))
 
 
 def _pair(value: Any) -> tuple[int, int]:
@@ -81,13 +88,15 @@ class Tracer(fx.Tracer):
         if node.op == "placeholder":
             return self.sizes
         found = self.root.get_submodule(str(node.target)) if node.op == "call_module" else None
-        known = found is not None or node.target in ADDS or node.target in ACTIVATIONS
+        known = found is not None or node.target in ADDS | PRODUCTS | ACTIVATIONS.keys()
         first = node.args[0] if known or node.target is F.pad else None
         if not isinstance(first, fx.Node):
             raise Unfit("a forward that asks for a size of something else")
         samples, channels, *size = self.sizes_of(first)
         if isinstance(found, Int8Conv):
             channels = found.out_channels
+        if isinstance(found, nn.AdaptiveAvgPool2d):
+            return samples, channels, 1, 1
         if None in size:
             return samples, channels, *size
         if isinstance(found, (Int8Conv, nn.MaxPool2d)):

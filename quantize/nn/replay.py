@@ -22,14 +22,16 @@ from torch.utils import _pytree as pytree
 from quantize.native import int8 as native_int8
 from quantize.native.packs import versions_of
 from quantize.nn import PackedLayer
-from quantize.nn.floats import OWN
+from quantize.nn.floats import REPLACED
 from quantize.nn.int8 import Int8Linear
+from quantize.nn.int8_chain import joined
+from quantize.nn.int8_conv import Int8Conv
 from quantize.nn.int8_embedding import Int8Embedding
 from quantize.nn.stretches import stretched
-from quantize.nn.tape import CONSTANTS, TENSORS, Recorder, Replacing, Tape, Unfit
+from quantize.nn.tape import CONSTANTS, TENSORS, Recorder, Replacing, Step, Tape, Unfit
 from quantize.nn.watched import State
 
-KINDS = (Int8Linear, Int8Embedding)  # layers in integers that can be recorded
+KINDS = (Int8Linear, Int8Conv, Int8Embedding)  # layers in integers that can be recorded
 _MOST_FORMS = 64  # of inputs that are remembered
 _MOST_FAILURES = 8  # until a module is left alone
 
@@ -89,7 +91,7 @@ class Region:
             self.state = state
         before, given = [tensor.clone() for tensor in inputs], _form_of(call)
         versions = versions_of(state.tensors)
-        recorder = Recorder(inputs, state.tensors, {} if torch.is_grad_enabled() else OWN)
+        recorder = Recorder(inputs, state.tensors, {} if torch.is_grad_enabled() else REPLACED)
         with recorder:
             result = call()
         kept = versions == versions_of(state.tensors) and state.holds()
@@ -106,7 +108,7 @@ class Region:
             first, self.seen[key] = self.seen.get(key), mark
             if first is None:
                 return True
-            tape = recorder.tape(None if torch.is_grad_enabled() else stretched)
+            tape = recorder.tape(None if torch.is_grad_enabled() else _shorter)
             if first != mark or not _gives(tape, inputs, result):
                 return False
         except (Unfit, RuntimeError):  # another run of its calls may fail where inputs changed
@@ -117,6 +119,11 @@ class Region:
     def _fail(self) -> None:
         self.failures += 1
         self.fits = self.fits and self.failures < _MOST_FAILURES
+
+
+def _shorter(steps: Sequence[Step], *known: Any) -> list[Step]:
+    """The steps, with what native programs can do in as few of them as can be."""
+    return stretched(joined(steps, *known), *known)
 
 
 def _state(module: nn.Module) -> State | None:
@@ -165,7 +172,7 @@ def plainly(call: Callable[[], Any]) -> Any:
     """
     if torch.is_grad_enabled():
         return call()
-    with Replacing(OWN):
+    with Replacing(REPLACED):
         return call()
 
 

@@ -29,18 +29,21 @@ _SIDE = 48  # of the images for which a forward is read that asks for sizes
 def make_regions(model: nn.Module) -> list[str]:
     """Make regions (`quantize.nn.int8_region`), in place: the largest modules that are nothing but
     int8 convolutions and what lies between them, but not the model itself, and all modules around
-    several int8 linear layers. Returns their names.
+    several int8 layers. Returns their names.
     """
     asked = surgery.asked_classes(model)
-    found: list[str] = []
+    found, programs = list[str](), list[str]()
     for name, module in model.named_modules():
-        if module in asked or not may_be_region(module):
+        inside = any(name.startswith(f"{program}.") for program in programs)
+        if inside or module in asked or not may_be_region(module):
             continue
-        inside = not name or any(name.startswith(f"{region}.") for region in found)
-        if _may_be_recorded(module) or (not inside and _is_program(module)):
+        is_program = bool(name) and _is_program(module)
+        if is_program or _may_be_recorded(module):
             int8_region(module)
             surgery.record(module, "int8_region")
             found.append(name)
+        if is_program:
+            programs.append(name)
     return found
 
 
@@ -102,9 +105,9 @@ def _is_program(module: nn.Module) -> bool:
 
 
 def _may_be_recorded(module: nn.Module) -> bool:
-    """Has it a forward of its own around int8 linear layers?"""
+    """Has it a forward of its own around int8 layers?"""
     if type(module).forward is nn.Module.forward or isinstance(module, CompressedLayer):
         return False
     packed = [inside for inside in module.modules() if isinstance(inside, PackedLayer)]
-    linears = sum(isinstance(layer, Int8Linear) for layer in packed)
-    return linears >= _FEWEST and all(isinstance(layer, KINDS) for layer in packed)
+    computing = sum(isinstance(layer, (Int8Linear, Int8Conv)) for layer in packed)
+    return computing >= _FEWEST and all(isinstance(layer, KINDS) for layer in packed)

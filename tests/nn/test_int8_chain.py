@@ -1,0 +1,135 @@
+"""Programs that follow each other as one, and those with gates of channels."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from helpers import in_int8, randn
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from quantize.native.conv import LAST
+from quantize.nn import int8_kernels as kernels
+from quantize.nn.floats import averaged
+from quantize.nn.int8_chain import Program
+from quantize.nn.int8_program import trace
+from quantize.nn.int8_region import program_of
+from quantize.nn.replay import _regions, plainly
+
+
+class Mobile(nn.Module):
+    """A depthwise convolution between others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.narrow = nn.Conv2d(32, 48, 1), nn.Conv2d(48, 32, 1)
+        self.deep, self.cut = nn.Conv2d(48, 48, 3, padding=1, groups=48), nn.ReLU6()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.narrow(self.cut(self.deep(F.relu6(self.wide(x)))))
+
+
+class Net(nn.Module):
+    """Blocks in a list, a convolution alone behind padding with nothing, and named results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Mobile(), Mobile(), Mobile()])
+        self.last, self.pool = nn.Conv2d(32, 48, 1), nn.AdaptiveAvgPool2d(1)
+
+    def forward(self, x: Tensor, *, every: bool = False) -> dict[str, Any]:
+        between = []
+        for block in self.blocks:
+            x = block(x)
+            between.append(x)
+        x = self.last(F.pad(x, [0, 0, 0, 0]))
+        found = {"last": x, "pooled": self.pool(x).flatten(1)}
+        return found | {"between": between} if every else found
+
+
+def _programs_of(model: nn.Module) -> list[list[int]]:
+    """Operations of the programs in each recording."""
+    tapes = [tape for tape in _regions[model].tapes.values() if tape is not None]
+    calls = [[step.call for step in tape.steps] for tape in tapes]
+    return [[len(one.ops) for one in own if isinstance(one, Program)] for own in calls]
+
+
+@torch.no_grad()
+def test_programs_that_follow_each_other():
+    """They are one where nothing else reads what lies between, with the same bits, and see
+    changes of a layer.
+    """
+    model, x = in_int8(Net().eval(), calibration=[randn(2, 32, 12, 12)]), randn(2, 32, 9, 11)
+    with kernels.kernel("reference"):
+        expected = model(x, every=True)
+    for every, programs in ((False, [[10, 1]]), (True, [[10, 1], [3, 3, 3, 1, 1]])):
+        for _ in range(5):
+            assert torch.equal(model(x, every=every)["last"], expected["last"])
+        assert _programs_of(model) == programs
+    found = model(x, every=True)["between"]
+    assert all(map(torch.equal, found, expected["between"]))
+    model.blocks[1].deep.scale.mul_(2)
+    with kernels.kernel("reference"):
+        changed = model(x)["last"]
+    assert torch.equal(model(x)["last"], changed) and not torch.equal(changed, expected["last"])
+    model.blocks[2] = copy.deepcopy(model.blocks[0])
+    with kernels.kernel("reference"):
+        changed = model(x)["last"]
+    assert torch.equal(model(x)["last"], changed)
+
+
+class Gated(nn.Module):
+    """Squeeze and excitation between a depthwise convolution and one of pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.narrow = nn.Conv2d(32, 48, 1), nn.Conv2d(48, 32, 1)
+        self.deep, self.act = nn.Conv2d(48, 48, 3, padding=1, groups=48, bias=False), nn.SiLU()
+        self.norm, self.squeeze = nn.BatchNorm2d(48), nn.AdaptiveAvgPool2d(1)
+        self.reduce, self.expand = nn.Conv2d(48, 40, 1), nn.Conv2d(40, 48, 1)
+        self.act_reduce, self.act_expand = nn.SiLU(), nn.Sigmoid()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.act(self.norm(self.deep(self.wide(x))))
+        gate = self.reduce(self.squeeze(y))
+        gate = self.act_expand(self.expand(self.act_reduce(gate)))
+        return self.narrow(torch.mul(y, gate)) + x
+
+
+class GatedTwice(Gated):
+    """Another reader of the product."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.deep(x.repeat(1, 2, 1, 1)[:, :48])
+        y = y * self.act_expand(self.squeeze(y))
+        return self.narrow(y) + y[:, :32]
+
+
+@torch.no_grad()
+def test_gates_of_channels(level: str, monkeypatch: pytest.MonkeyPatch):
+    """A block with squeeze and excitation is one program, with the bits of its layers one after
+    the other at every instruction set, for any number of threads and samples.
+    """
+    model = in_int8(nn.Sequential(Gated(), nn.Flatten()).eval(), calibration=[randn(2, 32, 9, 9)])
+    block = model[0]
+    for x in (randn(3, 32, 10, 11), randn(3, 32, 10, 11).contiguous(memory_format=LAST[4])):
+        expected = plainly(partial(type(block).own_forward, block, x))
+        pooled = averaged(x, 1).flatten(1)
+        assert torch.allclose(pooled, x.mean((2, 3)), rtol=0, atol=1e-6)
+        for threads in (1, 2):
+            monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+            assert program_of(block, x.shape) is not None
+            assert torch.equal(block(x), expected)
+            assert torch.equal(block(x[1:2]), expected[1:2])
+    double = copy.deepcopy(block).double()
+    assert torch.allclose(double(x.double()).float(), expected, rtol=0, atol=1e-3)
+
+
+def test_gates_that_are_read_twice():
+    """The product is no part of a program."""
+    model = in_int8(nn.Sequential(GatedTwice()).eval())
+    assert trace(model[0]) is None
