@@ -149,7 +149,7 @@ def each(
     """
     if not _is_plain(x) or not 0 < x.dim() <= 4 or not (other is None or _is_plain(other)):
         return None
-    shape = x.shape if other is None else torch.broadcast_shapes(x.shape, other.shape)
+    shape = x.shape if other is None else torch.broadcast_tensors(x, other)[0].shape
     if len(shape) > 4:
         return None
     missing = 4 - len(shape)

@@ -104,6 +104,11 @@ class _Sizes(TorchDispatchMode):
 
     vary = False
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Told True, torch imports its compiler at the first call, which takes a second."""
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:

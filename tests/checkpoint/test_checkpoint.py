@@ -11,6 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 from checkpoint_models import IDS, Holder, Net, Tiny, TinyConfig, assert_same, both, net
+from helpers import in_int8
 from hypothesis import strategies as st
 from torch import nn
 
@@ -100,9 +101,7 @@ DTYPES = [
     st.data(),
 )
 @hypothesis.settings(
-    deadline=None,
     max_examples=60,
-    derandomize=True,
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
 )
 def test_every_dtype_shape_and_layout(tmp_path, suffix, kinds, data):
@@ -292,13 +291,16 @@ def test_parametrized_and_normed_modules(tmp_path, suffix):
 
 
 @pytest.mark.slow
-def test_loading_imports_no_compiler(tmp_path):
-    """Loading a built-in model in a fresh process doesn't pull in torch._dynamo or sympy, which
-    take seconds and memory.
+def test_loading_and_running_imports_no_compiler(tmp_path):
+    """Loading a built-in model in int8 in a fresh process, and calling it until its calls are
+    replayed, doesn't pull in torch._dynamo or sympy, which take seconds and memory.
     """
-    save(DecoderLM(DecoderConfig(width=8, layers=1, heads=2)), tmp_path / "m.pth")
+    model = DecoderLM(DecoderConfig(width=32, layers=2, heads=2)).eval()
+    save(in_int8(model), tmp_path / "m.pth")
     code = (
-        "import sys, quantize.models\nfrom quantize.checkpoint import load\nload(sys.argv[1])\n"
+        "import sys, torch, quantize.models\nfrom quantize.checkpoint import load\n"
+        "model, _ = load(sys.argv[1]), torch.set_grad_enabled(False)\n"
+        "for _ in range(4): model(torch.ones(2, 32, dtype=torch.long))\n"
         "sys.exit(' '.join({'torch._dynamo', 'sympy'} & set(sys.modules)) or 0)\n"
     )
     result = subprocess.run(
