@@ -33,7 +33,7 @@ def exact(x: torch.Tensor, layer: Int8Linear) -> torch.Tensor:
 
 # The arithmetic.
 @given(st.integers(1, 70), st.integers(1, 70), st.integers(1, 70), st.booleans())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_layer_follows_its_definition(m: int, k: int, n: int, bias: bool):
     """Any width, odd ones and 1 among them, gives the float64 result up to activations on the other
     side of a half.

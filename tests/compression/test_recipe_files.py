@@ -71,7 +71,7 @@ def recipes(draw):
 
 
 @pytest.mark.slow
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @drawn(recipes())
 def test_json_gives_an_equal_recipe(recipe):
     """As text and as the values in it; equal recipes have equal hashes and names."""

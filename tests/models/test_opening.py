@@ -260,7 +260,7 @@ def test_a_short_file_asks_for_no_more_memory_than_it_has(content, message, tmp_
 
 
 @given(data=st.data())
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200)
 def test_damage_is_a_checkpoint_error_or_harmless(data, tmp_path_factory):
     """Any byte of a pickled module may be anything: one kind of error, or a model of its class."""
     folder = tmp_path_factory.getbasetemp()

@@ -180,7 +180,7 @@ def test_sigkill_and_resume(tmp_path):
     benchmarks/kill_resume.py.
     """
     expected = digest(fit(network(), batches, classification_loss, replace(RECIPE, steps=200)))
-    process, step = started(train_on, tmp_path, 200), tmp_path / "step"
+    process, step = started(train_on, tmp_path, 200, 199), tmp_path / "step"
     while not (step.exists() and int(step.read_text() or 0) >= 60):
         assert process.is_alive()
         time.sleep(0.002)

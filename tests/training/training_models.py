@@ -1,6 +1,7 @@
 """A network, batches and a recipe that the tests of training share."""
 
 import hashlib
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 
 from quantize import training
-from quantize.training import TrainConfig, classification_loss, fit
+from quantize.training import Progress, TrainConfig, classification_loss, fit
 
 RECIPE = TrainConfig(steps=12, batch=8, warmup=2, lr=1e-2)
 
@@ -54,8 +55,17 @@ def two_rank_task(rank, world):
     )
 
 
-def train_on(folder: Path, steps: int) -> None:
-    """Go on with the training in a folder, say each step, and write what came out."""
+def train_on(folder: Path, steps: int, last: int | None = None) -> None:
+    """Go on with the training in a folder, say each step, and write what came out.
+
+    last: the step that it stays at until it is killed.
+    """
+
+    def say(at: Progress) -> None:
+        (folder / "step").write_text(str(at.step))
+        while at.step == last:
+            time.sleep(1)
+
     model = fit(
         network(),
         batches,
@@ -64,7 +74,7 @@ def train_on(folder: Path, steps: int) -> None:
         checkpoint_path=folder / "state",
         checkpoint_seconds=0,
         resume=True,
-        on_progress=lambda at: (folder / "step").write_text(str(at.step)),
+        on_progress=say,
     )
     (folder / "digest").write_text(digest(model))
 

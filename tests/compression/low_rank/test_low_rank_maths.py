@@ -34,7 +34,7 @@ def loss(error: torch.Tensor, inputs: torch.Tensor | None, outputs: torch.Tensor
 shapes = st.tuples(st.integers(1, 24), st.integers(1, 24))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(shape=shapes, whiten=st.booleans(), weigh=st.booleans(), deficient=st.booleans())
 def test_full_rank_reproduces_the_weight(shape, whiten, weigh, deficient):
     """At full rank second @ first is the weight, whatever the moments, rank-deficient ones
@@ -49,7 +49,7 @@ def test_full_rank_reproduces_the_weight(shape, whiten, weigh, deficient):
     assert_close(second @ first, weight, dtype=torch.float32)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(shape=shapes, fraction=st.floats(0, 1), whiten=st.booleans(), weigh=st.booleans())
 def test_error_is_the_tail_of_the_spectrum(shape, fraction, whiten, weigh):
     """What rank r loses is the sum of the squared singular values from r on."""

@@ -9,7 +9,7 @@ import weakref
 import pytest
 import torch
 from helpers import assert_close, cosine, run
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pruning_models import Branches, X, mlp, randn, seeded, size
 from torch import nn
@@ -74,7 +74,6 @@ def test_alike_layers_share_what_is_removed():
     st.lists(st.lists(st.integers(0, 9), min_size=4, max_size=4), min_size=2, max_size=3),
     st.integers(1, 6),
 )
-@settings(deadline=None, derandomize=True)
 def test_sharing_out_is_optimal_for_convex_costs(slopes, total):
     """The greedy walk finds the cheapest way to give `total` units where each further unit of a
     group costs no less.

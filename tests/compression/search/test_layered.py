@@ -41,7 +41,7 @@ def batches() -> list[torch.Tensor]:
 
 
 @drawn(st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_the_knapsack_is_as_good_as_trying_everything(data):
     """Within a step of the grid for each unit, no other choice loses less."""
     numbers = st.floats(0, 10, allow_nan=False)

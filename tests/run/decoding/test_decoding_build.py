@@ -234,13 +234,13 @@ def test_threads_and_processes_share_one_compilation(compiler, monkeypatch, tmp_
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("script", "reason"),
+    ("script", "seconds", "reason"),
     [
-        ("sleep 60 & sleep 60", "took over 1 s and was stopped"),
-        ("echo broken >&2; exit 1", "can't compile step.cpp: broken"),
+        ("sleep 60 & sleep 60", 1.0, "took over 1 s and was stopped"),
+        ("echo broken >&2; exit 1", 60.0, "can't compile step.cpp: broken"),
     ],
 )
-def test_a_compiler_that_hangs_or_fails(script, reason, monkeypatch, tmp_path):
+def test_a_compiler_that_hangs_or_fails(script, seconds, reason, monkeypatch, tmp_path):
     """It and what it started are stopped, it isn't asked twice, and TorchScript runs with the
     reason.
     """
@@ -254,7 +254,7 @@ def test_a_compiler_that_hangs_or_fails(script, reason, monkeypatch, tmp_path):
     program.chmod(0o755)
     monkeypatch.setenv("CXX", str(program))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(toolchain, "COMPILER_S", 1.0)
+    monkeypatch.setattr(toolchain, "COMPILER_S", seconds)
     monkeypatch.setattr(build, "_outcomes", {})
     for _ in range(2):
         fast = for_decoding(decoder())

@@ -43,7 +43,7 @@ def test_activation_joins_the_convolution(
 SMALL = st.integers(1, 3)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     groups=st.integers(1, 3),
     per_in=st.integers(1, 3),
@@ -75,7 +75,7 @@ def test_scaled_output_is_the_layer_then_the_affine_map(
     )
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(groups=SMALL, per_in=SMALL, per_out=SMALL, bias=st.booleans())
 def test_scaled_input_is_the_affine_map_then_the_layer(
     groups: int, per_in: int, per_out: int, bias: bool

@@ -30,7 +30,7 @@ def test_cached_equals_uncached_at_every_length(kind):
     assert_close(in_pieces(model, ids, cache), run(model, ids))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.lists(st.integers(1, 9), min_size=1, max_size=5),
     st.sampled_from(sorted(KINDS)),

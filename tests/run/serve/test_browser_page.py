@@ -13,7 +13,7 @@ from quantize.run.serve.application import PAGE
 
 
 def wait_for(page: browser.Page, condition: str) -> None:
-    end = time.monotonic() + 20
+    end = time.monotonic() + 60
     while not page.run(condition):
         assert time.monotonic() < end, page.run("document.body.innerText")
         time.sleep(0.05)

@@ -27,6 +27,25 @@ from quantize.commands import serve
 
 TOKEN = {"Authorization": "Bearer secret"}
 LONG = {"model": "lm", "prompt": "go", "max_tokens": 400, "temperature": 0}
+# The command, with steps of 5 ms, so that no machine ends a long text before a test looks at it.
+SLOWLY = """
+import sys
+import time
+
+from quantize.cli import main
+from quantize.run.serve.scheduler import Writer
+
+step = Writer.step
+
+
+def slow_step(self, texts):
+    time.sleep(0.005)
+    return step(self, texts)
+
+
+Writer.step = slow_step
+sys.exit(main())
+"""
 
 
 class Command:
@@ -35,7 +54,7 @@ class Command:
     def __init__(self, *arguments: str, log: Path) -> None:
         self.log = log
         environment = os.environ | {"QUANTIZE_TOKEN": "secret"}
-        command = [sys.executable, "-m", "quantize", "serve", *arguments, "--port", "0"]
+        command = [sys.executable, "-c", SLOWLY, "serve", *arguments, "--port", "0"]
         self.process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=log.open("w"), text=True, env=environment
         )
@@ -179,8 +198,8 @@ def test_a_replaced_file_is_served(command: Command, tmp_path: Path):
     with httpx.Client(base_url=command.url, headers=TOKEN, timeout=60) as other:
         slow = threading.Thread(target=lambda: answers.append(text(other, 400)))
         slow.start()
-        quantize.save(decoder(seed=1, vocab_size=256, max_length=600), path)
         before = command.workers()
+        quantize.save(decoder(seed=1, vocab_size=256, max_length=600), path)
         until(lambda: len(command.workers()) == 2 and not command.workers() & before)
         slow.join()
     assert answers[0].startswith(old)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -89,10 +87,13 @@ def test_what_is_soon_done_runs_in_the_event_loop():
         batcher._pace = 1000.0
         await batcher.submit([Job(None, 1, 1)])
         batcher._pace = 1000.0
-        under_way = asyncio.ensure_future(compute.run(partial(time.sleep, 0.05)))
-        await asyncio.sleep(0)
-        await batcher.submit([Job(None, 1, 1)])
-        await under_way
+        released = threading.Event()
+        under_way = asyncio.ensure_future(compute.run(released.wait))
+        submitted = asyncio.ensure_future(batcher.submit([Job(None, 1, 1)]))
+        while compute._calls < 2 and not submitted.done():
+            await asyncio.sleep(0)
+        released.set()
+        await asyncio.gather(under_way, submitted)
         compute.shutdown()
 
     asyncio.run(work())
