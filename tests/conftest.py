@@ -11,6 +11,9 @@ from typing import Any
 import pytest
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
+# Graphs of one or two layers hardly repeat an operation: looking for each in a cache of thousands
+# takes a fifth of an export here.
+os.environ["TORCH_FAKE_TENSOR_DISPATCH_CACHE"] = "0"
 # Dozens of tests start a Python that imports torch: compiled modules are kept for the next one,
 # also where the environment says otherwise.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
