@@ -8,16 +8,12 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.text import Annotation, Text
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-from matplotlib.transforms import Bbox
 
 from quantize.measuring.rows import limits, not_beaten
 
@@ -28,8 +24,8 @@ def pareto_plot(rows: Sequence[dict[str, Any]]) -> bytes:
     """PNG bytes. Rows without a metric are left out; what is far worse than the rest stands on the
     lower edge.
     """
-    figure, (left, right) = _panels(2, (12, 5.2), sharey=True)
-    canvas = FigureCanvasAgg(figure)
+    height = max(5.2, 0.2 * len(rows))
+    figure, (left, right) = _panels(2, (13, height), sharey=True)
     shown = [r for r in rows if r["metric"]["value"] is not None]
     metric = shown[0]["metric"] if shown else {"name": "metric", "higher_is_better": True}
     sign = 1 if metric["higher_is_better"] else -1
@@ -41,23 +37,19 @@ def pareto_plot(rows: Sequence[dict[str, Any]]) -> bytes:
         (left, sizes, "file size, MB"),
         (right, latencies, "latency, ms (bars: 10th to 90th percentile)"),
     )
-    labels = []
     for axes, points, title in panels:
         axes.set_ylim(*sorted((sign * floor, sign * ceiling)))
         if sign < 0:
             axes.invert_yaxis()  # better is up
         axes.set_xlabel(title)
         axes.ticklabel_format(axis="y", style="plain", useOffset=False)
-        labels.append(_draw(axes, points, sign, floor, rows[0]["name"]))
+        _draw(axes, points, sign, floor, rows[0]["name"])
     better = "higher" if sign > 0 else "lower"
     left.set_ylabel(f"{metric['name'].replace('_', ' ')}, {better} is better (better is up)")
     figure.suptitle(
         "Up and left is better; the line joins what no other file beats in both cost and quality",
         fontsize=11,
     )
-    canvas.draw()  # the layout is known from here on, and labels can look for room
-    for (axes, _, _), points in zip(panels, labels, strict=True):
-        _name(axes, canvas.get_renderer(), points)
     return _png(figure)
 
 
@@ -134,116 +126,50 @@ def _png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-@dataclass(frozen=True)
-class _Point:
-    x: float
-    y: float
-    low: float  # ends of the bar; x twice for none
-    high: float
-    text: str
-
-
-def _draw(axes: Axes, points: list, sign: int, floor: float, baseline: str) -> list[_Point]:
-    """Markers, bars and the line along the front; where the names are to go."""
-    edge = floor + 0.04 * abs(np.subtract(*axes.get_ylim()))
+def _draw(axes: Axes, points: list, sign: int, floor: float, baseline: str) -> None:
+    """Markers, bars, names and the line along the front."""
+    low, high = sorted(axes.get_ylim())
+    edge = floor + 0.04 * (high - low)
     front = not_beaten([(x, sign * row["metric"]["value"]) for row, x, _ in points])
-    drawn, line = [], []
+    named, line = [], []
     for i, (row, x, spread) in enumerate(points):
         value = row["metric"]["value"]
         off = sign * value < floor
         y = sign * edge if off else value
-        low, high = (spread["p10"], spread["p90"]) if spread else (x, x)
         kind = "front" if i in front else "other"
         marker = "o"
         if row["name"] == baseline:
             kind, marker = "baseline", "s"
         marker = "v" if off else marker
         color = _COLORS[kind]
-        axes.plot([low, high], [y, y], color=color, linewidth=1.2, alpha=0.6, clip_on=False)
+        ends = [spread["p10"], spread["p90"]] if spread else [x, x]
+        axes.plot(ends, [y, y], color=color, linewidth=1.2, alpha=0.6, clip_on=False)
         axes.plot([x], [y], marker, color=color, markersize=7, clip_on=False, zorder=3)
-        drawn.append(
-            _Point(x, y, low, high, f"{row['name']} ({value:.3g})" if off else row["name"])
-        )
+        named.append((sign * y, x, f"{row['name']} ({value:.3g})" if off else row["name"]))
         if i in front and not off:
             line.append((x, y))
-    line.sort()
-    axes.plot(
-        [x for x, _ in line],
-        [y for _, y in line],
-        color=_COLORS["front"],
-        linewidth=1.0,
-        alpha=0.5,
-        zorder=1,
-    )
-    axes.set_xlim(0, max([p.high for p in drawn], default=1.0) * 1.12)
-    return drawn
+    axes.plot(*zip(*sorted(line), strict=True), color=_COLORS["front"], linewidth=1.0, alpha=0.5)
+    axes.set_xlim(left=0)
+    _name(axes, named, sign)
 
 
-def _name(axes: Axes, renderer: Any, points: list[_Point]) -> None:
-    """Write each name near its point, at the first place where it covers no other name, marker, bar
-    or edge.
+def _name(axes: Axes, points: list[tuple[float, float, str]], sign: int) -> None:
+    """Write the names in a column beside the panel, in the order of their points' qualities, each
+    with a line to its point.
     """
-    taken = [_box(axes, point) for point in points]
-    frame = axes.get_window_extent(renderer).padded(12)
-    for point in points:
-        best: tuple[int, Annotation, Bbox] | None = None
-        for offset in _OFFSETS:
-            label = _label(axes, point, offset)
-            label.update_positions(renderer)
-            place = Text.get_window_extent(label, renderer)  # without the line to the point
-            cost = sum(place.overlaps(other) for other in taken)
-            cost += 0 if _inside(place, frame) else 3
-            if best is not None and cost >= best[0]:
-                label.remove()
-                continue
-            if best is not None:
-                best[1].remove()
-            best = (cost, label, place)
-            if cost == 0:
-                break
-        if best is not None:
-            taken.append(best[2])
-
-
-def _box(axes: Axes, point: _Point) -> Bbox:
-    """What a point and its bar cover, in pixels."""
-    ends = [(point.low, point.y), (point.high, point.y)]
-    (left, middle), (right, _) = axes.transData.transform(ends)
-    return Bbox.from_extents(left - 6, middle - 6, right + 6, middle + 6)
-
-
-def _inside(place: Bbox, frame: Bbox) -> bool:
-    across = frame.x0 <= place.x0 and place.x1 <= frame.x1
-    return across and frame.y0 <= place.y0 and place.y1 <= frame.y1
-
-
-def _label(axes: Axes, point: _Point, offset: tuple[int, int]) -> Annotation:
-    """The point's name so many points away from it, or from the near end of its bar; with a line
-    where that is far.
-    """
-    dx, dy = offset
-    x = point.x
-    if abs(dy) < 8:
-        x = point.high if dx > 0 else point.low
-    arrow = {"arrowstyle": "-", "color": _COLORS["other"], "linewidth": 0.6}
-    return axes.annotate(
-        point.text,
-        (x, point.y),
-        offset,
-        textcoords="offset points",
-        fontsize=9,
-        va="center",
-        zorder=4,
-        ha=_ALIGNED[(dx > 0) - (dx < 0)],
-        bbox={"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 0.6},
-        arrowprops=arrow if abs(dy) > 14 else None,
-    )
-
-
-_ALIGNED = {1: "left", 0: "center", -1: "right"}  # by the direction in which a name stands
-# Where a name may stand, in points from its marker: beside it, above, below, then farther away with
-# a line to it.
-_OFFSETS = [(9, 0), (-9, 0), (0, 12), (0, -12), (9, 12), (9, -12), (-9, 12), (-9, -12)]
-for _step in (22, 34, 46, 58, 72, 90):
-    for _dy in (_step, -_step):
-        _OFFSETS += [(_dx, _dy) for _dx in (10, -10, 40, -40, 0)]
+    for i, (quality, x, text) in enumerate(sorted(points)):
+        axes.annotate(
+            text,
+            (x, sign * quality),
+            (1.05, (i + 0.5) / len(points)),
+            textcoords="axes fraction",
+            fontsize=9,
+            va="center",
+            arrowprops={
+                "arrowstyle": "-",
+                "color": _COLORS["other"],
+                "linewidth": 0.6,
+                "alpha": 0.7,
+                "relpos": (0, 0.5),
+            },
+        )

@@ -315,7 +315,7 @@ def test_plot_is_an_image_for_any_number_of_rows(count):
             ]
         )
     )
-    assert image.imread(io.BytesIO(png)).shape[:2] == (780, 1800)
+    assert image.imread(io.BytesIO(png)).shape[:2] == (780, 1950)
 
 
 @pytest.mark.parametrize(
