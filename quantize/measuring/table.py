@@ -84,10 +84,9 @@ def legend(rows: Sequence[Row]) -> list[str]:
         lines.append(f"{metric['name']}: {better} is better.{told}")
     busy = [row["name"] for row in rows if "busy machine" in row["notes"]]
     if busy:
-        lines.append(
-            f"{BUSY} The machine was busy while {', '.join(busy)} ran: don't trust these times, "
-            f"measure again."
-        )
+        names = "each of them" if len(busy) == len(rows) else ", ".join(busy)
+        told = f"The machine was busy while {names} ran: don't trust these times, measure again."
+        lines.append(f"{BUSY} {told}")
     return lines
 
 
