@@ -120,28 +120,26 @@ def _plot(points: Sequence[tuple[int, Row, float]], label: str) -> str:
     if not points:
         return ""
     metric = points[0][1]["metric"]
-    sign = 1 if metric["higher_is_better"] else -1
+    sign, better = (1, "higher") if metric["higher_is_better"] else (-1, "lower")
+    costs = [cost for _, _, cost in points]
     qualities = [sign * row["metric"]["value"] for _, row, _ in points]
     low, high = limits(qualities)
-    tick = _round_step(1.1 * max(cost for *_, cost in points) / _TICKS)
-    most = tick * _TICKS
-    costs = [cost for _, _, cost in points]
+    most = _round_step(1.1 * max(costs) / _TICKS) * _TICKS
+    shares = [(max(quality, low) - low) / (high - low) for quality in qualities]
+    across = [_LEFT + (_WIDTH - _LEFT - _RIGHT) * cost / most for cost in costs]
+    down = [_HEIGHT - _BOTTOM - (_HEIGHT - _TOP - _BOTTOM) * share for share in shares]
+    places = list(zip(across, down, strict=True))
+
     front = not_beaten(list(zip(costs, qualities, strict=True)))
-
-    def place(cost: float, quality: float) -> tuple[float, float]:
-        across = _LEFT + (_WIDTH - _LEFT - _RIGHT) * cost / most
-        share = (max(quality, low) - low) / (high - low)
-        return across, _HEIGHT - _BOTTOM - (_HEIGHT - _TOP - _BOTTOM) * share
-
-    name = f"{metric['name'] or 'metric'} ({'higher' if sign > 0 else 'lower'} is better)"
+    on_front = sorted(places[i] for i in front if qualities[i] >= low)
+    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in on_front)
+    name = f"{metric['name'] or 'metric'} ({better} is better)"
     parts = [_axes(most, (low, high), sign, label, name.replace("_", " "))]
-    on_front = sorted((costs[i], qualities[i]) for i in front if qualities[i] >= low)
-    line = " ".join("{:.1f},{:.1f}".format(*place(*point)) for point in on_front)
     parts.append(f'<polyline class="front" points="{line}"/>')
     for i, (number, row, cost) in enumerate(points):
         kind = "front" if i in front else "other"
         kind = "base" if number == 0 else kind
-        parts.append(_point(number, row, place(cost, qualities[i]), kind, f"{cost:.3g}"))
+        parts.append(_point(number, row, places[i], kind, f"{cost:.3g}"))
     box = f'viewBox="0 0 {_WIDTH} {_HEIGHT}"'
     title = f'aria-label="{escape(label)} against {escape(name)}"'
     return f"<svg {box} role=img {title}>{''.join(parts)}</svg>"

@@ -94,9 +94,8 @@ class DecoderConfig:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         _require_count(self, "kv_heads", "head_dim", "ffn_width")
-        _require(
-            self, "kv_heads", f"a divisor of heads={self.heads}", self.heads % self.kv_heads == 0
-        )
+        shared = self.heads % self.kv_heads == 0
+        _require(self, "kv_heads", f"a divisor of heads={self.heads}", shared)
         _require(self, "head_dim", "an even number (RoPE turns pairs)", self.head_dim % 2 == 0)
         for name in ("rope_theta", "norm_eps", "rope_scale"):
             value = getattr(self, name)
@@ -106,20 +105,23 @@ class DecoderConfig:
         for name in ("window", "rope_frequencies", "eos_token_id"):
             if isinstance(getattr(self, name), list):  # as JSON returns it
                 object.__setattr__(self, name, tuple(getattr(self, name)))
-        one_each = isinstance(self.window, tuple)
+        self._check_optional()
+
+    def _check_optional(self) -> None:
+        """What may be None, one value, or several."""
+        layers, half = self.layers, self.head_dim // 2
         windows = self.window if isinstance(self.window, tuple) else (self.window,)
-        known = all(w is None or _is_count(w) for w in windows)
-        fits = known and len(windows) == (self.layers if one_each else 1)
-        _require(self, "window", f"None, an integer >= 1, or {self.layers} of these", fits)
+        count = layers if windows is self.window else 1
+        fits = len(windows) == count and all(w is None or _is_count(w) for w in windows)
+        _require(self, "window", f"None, an integer >= 1, or {layers} of these", fits)
         pairs = self.rope_frequencies
-        half = self.head_dim // 2
-        known = isinstance(pairs, tuple) and all(map(_is_number, pairs))
-        fits = pairs is None or (known and len(pairs) == half)
-        _require(self, "rope_frequencies", f"None or {half} finite numbers", fits)
+        fits = isinstance(pairs, tuple) and len(pairs) == half and all(map(_is_number, pairs))
+        allowed = f"None or {half} finite numbers"
+        _require(self, "rope_frequencies", allowed, pairs is None or fits)
         ends = self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
-        known = all(type(end) is int and 0 <= end < self.vocab_size for end in ends)
+        fits = all(type(end) is int and 0 <= end < self.vocab_size for end in ends)
         allowed = f"None, or one or several ids below {self.vocab_size}"
-        _require(self, "eos_token_id", allowed, self.eos_token_id is None or known)
+        _require(self, "eos_token_id", allowed, self.eos_token_id is None or fits)
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,7 @@ _READ = {
     "layer_types",
     "eos_token_id",
 }
+_FULL, _SLIDING = "full_attention", "sliding_attention"  # kinds of layers
 # Keys that must have this value, because nothing else is supported.
 _FIXED = {
     "hidden_act": "silu",
@@ -167,26 +168,19 @@ def _short(number: int) -> str:
 
 def _windows(raw: Mapping[str, Any]) -> int | list[int | None] | None:
     """The sliding window of all layers, or one per layer, as each family's config puts it."""
-    window = raw.get("sliding_window", 4096 if raw["model_type"] == "mistral" else None)
-    layers = raw["num_hidden_layers"]
-    if raw["model_type"] == "llama" and window is not None:
+    family, layers = raw["model_type"], raw["num_hidden_layers"]
+    window = raw.get("sliding_window", 4096 if family == "mistral" else None)
+    if family == "llama" and window is not None:
         raise ValueError(f"sliding_window is {window!r}; llama models have none")
-    if raw["model_type"].startswith("qwen"):
+    first = 0  # of the layers with a window
+    if family.startswith("qwen"):
+        first = raw.get("max_window_layers", 28)
         if not raw.get("use_sliding_window", False) or window is None:
             return None
-        first = raw.get("max_window_layers", 28)
-        kinds = raw.get("layer_types") or [
-            "full_attention" if i < first else "sliding_attention" for i in range(layers)
-        ]
-    else:
-        kinds = raw.get("layer_types") or ["sliding_attention"] * layers
-    if len(kinds) != layers or not set(kinds) <= {"full_attention", "sliding_attention"}:
+    kinds = raw.get("layer_types") or [_FULL if i < first else _SLIDING for i in range(layers)]
+    if len(kinds) != layers or not set(kinds) <= {_FULL, _SLIDING}:
         raise ValueError(
-            f"layer_types is {kinds!r}; supported: full_attention and sliding_attention for "
-            f"{layers} layers"
+            f"layer_types is {kinds!r}; supported: {_FULL} and {_SLIDING} for {layers} layers"
         )
-    if window is None or set(kinds) == {"full_attention"}:
-        return None
-    if set(kinds) == {"sliding_attention"}:
-        return window
-    return [window if kind == "sliding_attention" else None for kind in kinds]
+    windows = [window if kind == _SLIDING else None for kind in kinds]
+    return windows[0] if len(set(windows)) == 1 else windows

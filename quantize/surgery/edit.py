@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import fnmatch
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeGuard
 
@@ -146,28 +147,25 @@ def skip_filter(model: nn.Module, skip: Skip) -> Callable[[str, nn.Module], bool
         raise TypeError(
             f"skip must be a sequence of names and types, got {skip!r}; write skip=({skip!r},)"
         )
-    names = {n for n, _ in model.named_modules(remove_duplicate=False)}
-    patterns = [s for s in skip if isinstance(s, str)]
+    modules = dict(model.named_modules(remove_duplicate=False))
+    patterns = [entry for entry in skip if isinstance(entry, str)]
     kinds = tuple(s for s in skip if isinstance(s, type) and issubclass(s, nn.Module))
     for entry in skip:
-        if not isinstance(entry, str) and not (
-            isinstance(entry, type) and issubclass(entry, nn.Module)
-        ):
+        if entry not in patterns and entry not in kinds:
             raise TypeError(f"skip takes names, globs and nn.Module types, got {entry!r}")
-        if isinstance(entry, str) and not set(entry) & set("*?[") and entry not in names:
+    for name in patterns:
+        if not set(name) & set("*?[") and name not in modules:
             raise ValueError(
-                f"skip names {entry!r}, which is not a module of {type(model).__name__}"
+                f"skip names {name!r}, which is not a module of {type(model).__name__}"
             )
-    by_type = {
-        n for n, m in model.named_modules(remove_duplicate=False) if kinds and isinstance(m, kinds)
-    }
 
     def skipped(name: str, module: nn.Module) -> bool:
         parts = name.split(".")
-        around = [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
-        return any(
-            a in by_type or any(fnmatch.fnmatchcase(a, p) for p in patterns) for a in around
-        ) or (bool(kinds) and isinstance(module, kinds))
+        around = [".".join(parts[: end + 1]) for end in range(len(parts))]
+        if any(isinstance(part, kinds) for part in (module, *map(modules.get, around))):
+            return True
+        pairs = itertools.product(around, patterns)
+        return any(fnmatch.fnmatchcase(place, pattern) for place, pattern in pairs)
 
     return skipped
 

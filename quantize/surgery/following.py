@@ -94,17 +94,16 @@ def _ways_to_call(model: nn.Module) -> list[tuple[str, ...]]:
 
 def _pairs(graph: fx.Graph, names: Collection[str]) -> Iterator[tuple[str, str]]:
     """Layers and their readers in one graph."""
-    calls = Counter(str(node.target) for node in graph.nodes if node.op == "call_module")
-    read = {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
-    for node in graph.nodes:
-        name = str(node.target)
-        if node.op != "call_module" or name not in names or len(node.users) != 1:
-            continue
-        user = next(iter(node.users))
-        reader = str(user.target)
-        once = calls[name] == calls[reader] == 1 and not read & {name, reader}
-        if user.op == "call_module" and once and user.args == (node,) and not user.kwargs:
-            yield name, reader
+    called = [node for node in graph.nodes if node.op == "call_module"]
+    calls = Counter(node.target for node in called)
+    read = {node.target.rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
+    once = {name for name, count in calls.items() if count == 1} - read
+    for node in called:
+        user = next(iter(node.users), node)
+        alone = len(node.users) == 1 and user.args == (node,) and not user.kwargs
+        if user.op == "call_module" and alone and node.target in once & set(names):
+            if user.target in once:
+                yield node.target, user.target
 
 
 # ------------------------------------------------------------------------------------------------

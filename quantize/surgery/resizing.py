@@ -72,19 +72,23 @@ def _plausible(old: Any, value: Any, widest: int) -> bool:
     along an axis?
     """
     if isinstance(value, list):
-        before = old if isinstance(old, (list, tuple)) else ()
-        most = max((n for n in before if type(n) is int), default=0)
-        return len(value) <= MAX_LIST and all(
-            _plausible(most if type(v) is int else None, v, widest) for v in value
-        )
+        return len(value) <= MAX_LIST and _are_plausible(old, value, widest)
     if isinstance(value, str):
         return len(value) <= MAX_LIST
     if type(value) is float:
         return type(old) is not int and (math.isfinite(value) or value == old)
     if type(value) is int and type(old) is not bool:
-        most = max(widest, MAX_NUMBER, old if type(old) is int else 0)
-        return min(0, old if type(old) is int else 0) <= value <= most
+        before = old if type(old) is int else 0
+        return min(0, before) <= value <= max(widest, MAX_NUMBER, before)
     return isinstance(value, bool | None)
+
+
+def _are_plausible(old: Any, values: list[Any], widest: int) -> bool:
+    """`_plausible` of each value: a number may be as large as the largest one before."""
+    before = old if isinstance(old, (list, tuple)) else ()
+    most = max((number for number in before if type(number) is int), default=0)
+    instead = [most if type(value) is int else None for value in values]
+    return all(_plausible(*pair, widest) for pair in zip(instead, values, strict=True))
 
 
 def _get_tensor(module: nn.Module, name: str) -> Tensor:
