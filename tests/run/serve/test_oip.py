@@ -72,7 +72,7 @@ def test_ids_of_several_inputs(client, running):
 
 
 def test_rows_in_a_batch_are_what_they_are_alone(running):
-    """int8 layers give the same bits beside other rows; requests do share calls, each of which takes
+    """int8 layers give the same bits beside other rows; requests do share calls, as a call takes
     10 ms on any machine.
     """
     model, rows = running.models["mlp8"].tensors, [randn(1, 64, seed=i) for i in range(24)]
