@@ -280,6 +280,8 @@ struct Results {
   const Row* steps;
   Range* ranges;  // of each sample of y, as this thread sees it; may be null
 
+  static constexpr int64_t TOGETHER = LANES;
+
   // What the 16 outputs of a panel share.
   struct Panel {
     const Results& all;

@@ -30,7 +30,7 @@ inline Floats entries(const float* table, Ints index) {
 }
 
 // relu(x) - |x| tail(|x|); tails: [5][16] as in tails.py.
-inline Floats with_tail(Floats x, const float* tails) {
+[[gnu::always_inline]] inline Floats with_tail(Floats x, const float* tails) {
   const float shift = 0x1.8p23f;  // adding it rounds to the nearest integer, half to even
   const Floats size = (Floats)((Ints)x & 0x7fffffff), limit = Floats{} + 5.4f;
   const Floats within = size < limit ? size : limit;
@@ -45,7 +45,7 @@ inline Floats with_tail(Floats x, const float* tails) {
 
 enum Activation : int64_t { NONE, RELU, GELU, SILU, SIGMOID };
 
-inline Floats activated(Floats x, int64_t activation, const float* tails) {
+[[gnu::always_inline]] inline Floats activated(Floats x, int64_t activation, const float* tails) {
   switch (activation) {
     case RELU:
       return x < 0 ? Floats{} : x;

@@ -9,6 +9,7 @@
 
 #include <atomic>
 #include <cstdlib>
+#include <optional>
 
 #if defined(_OPENMP)
 #include <omp.h>
@@ -99,7 +100,8 @@ struct Scratch {  // of a thread that calls; it grows
 };
 
 // Rows times a weight. Sink::panel(p) gives what the 16 outputs of a panel share; its
-// put(sums, apart, row, n) takes the sums of n rows, `apart` numbers from one to the next.
+// put(sums, apart, row, n) takes the sums of n rows, `apart` numbers from one to the next. Sums of
+// tiles come Sink::TOGETHER rows at a time, or fewer.
 template <class Sink>
 struct Gemm {
   const uint8_t* q;
@@ -108,65 +110,98 @@ struct Gemm {
   const Sink& sink;
 
   static constexpr int64_t TILE_ROWS = 8;  // fewer are multiplied without tiles
+  static constexpr int64_t BLOCK = 32;     // rows
 
-  // 16 P outputs of the rows from `low` to `high`.
-  template <int P>
-  void outputs(int64_t low, int64_t high, int64_t panel, bool tiles) const {
-    const int8_t* w = packed + panel * 16 * padded;
-    alignas(64) int32_t sums[32 * 32];
-    for (int64_t row = low; row < high;) {
-      const int64_t many = multiply<P>(row, high - row, w, tiles, sums);
-      for (int p = 0; p < P; p++) sink.panel(panel + p).put(sums + p * 16, P * 16, row, many);
-      row += many;
-    }
-  }
-
-  // Sums of the next rows; returns of how many.
-  template <int P>
-  int64_t multiply(int64_t row, int64_t left, const int8_t* w, bool tiles, int32_t* sums) const {
-    const uint8_t* from = q + row * stride;
-#if defined(QUANTIZE_TILES)
-    if (tiles && left > 16) {
-      multiply_tiles<2, P <= 2 ? P : 2>(from, stride, w, 16 * padded, padded, sums);
-      return left < 32 ? left : 32;
-    }
-    if (tiles) {
-      multiply_tiles<1, P <= 2 ? P : 2>(from, stride, w, 16 * padded, padded, sums);
-      return left;
-    }
-#endif
-    const int64_t many = left < MOST_ROWS ? left : MOST_ROWS;
-    multiply_rows<P>(many, from, stride, w, 16 * padded, padded, sums);
-    return many;
+  // f(row, panel) for each block of rows and of `most` panels that a thread has.
+  template <class F>
+  void each_block(int64_t count, int64_t most, int64_t thread, int64_t threads, const F& f) const {
+    const int64_t blocks = up(count, BLOCK) / BLOCK, tasks = up(panels, most) / most * blocks;
+    const int64_t end = tasks * (thread + 1) / threads;
+    for (int64_t task = tasks * thread / threads; task < end; task++)
+      f(task % blocks * BLOCK, task / blocks * most);
   }
 
   // A thread's part of `count` rows.
   void share(int64_t count, int64_t thread, int64_t threads) const {
-    bool tiles = false;
-    int64_t most = MOST_PANELS, height = up(count, 32);
 #if defined(QUANTIZE_TILES)
-    tiles = count >= TILE_ROWS;
-    if (tiles) most = 2, open_tiles();
+    if (count >= TILE_ROWS) return share_tiles(count, thread, threads);
 #endif
-    const int64_t groups = (panels + most - 1) / most;
-    if (groups < 4 * threads) height = 32;  // few outputs: share out the rows too
-    const int64_t blocks = (count + height - 1) / height, tasks = groups * blocks;
-    const int64_t end = tasks * (thread + 1) / threads;
-    for (int64_t task = tasks * thread / threads; task < end; task++) {
-      const int64_t low = task % blocks * height, panel = task / blocks * most;
-      const int64_t high = low + height < count ? low + height : count;
-      const int64_t many = panels - panel < most ? panels - panel : most;
-      if (many == 4)
-        outputs<MOST_PANELS >= 4 ? 4 : 1>(low, high, panel, tiles);
-      else if (many == 2)
-        outputs<2>(low, high, panel, tiles);
+    each_block(count, MOST_PANELS, thread, threads, [&](int64_t row, int64_t panel) {
+      const int64_t end = row + BLOCK < count ? row + BLOCK : count;
+      if (panels - panel >= MOST_PANELS)
+        outputs<MOST_PANELS>(row, end, panel);
       else
-        for (int64_t p = 0; p < many; p++) outputs<1>(low, high, panel + p, tiles);
-    }
-#if defined(QUANTIZE_TILES)
-    if (tiles) close_tiles();
-#endif
+        for (int64_t p = panel; p < panels; p++) outputs<1>(row, end, p);
+    });
   }
+
+  // 16 P outputs of the rows from `row` to `end`.
+  template <int P>
+  void outputs(int64_t row, int64_t end, int64_t panel) const {
+    const int8_t* w = packed + panel * LANES * padded;
+    alignas(64) int32_t sums[MOST_ROWS * LANES * P];
+    for (; row < end; row += MOST_ROWS) {
+      const int64_t many = end - row < MOST_ROWS ? end - row : MOST_ROWS;
+      multiply_rows<P>(many, q + row * stride, stride, w, LANES * padded, padded, sums);
+      for (int p = 0; p < P; p++) sink.panel(panel + p).put(sums + p * LANES, P * LANES, row, many);
+    }
+  }
+
+#if defined(QUANTIZE_TILES)
+  // Sums of a block, which are put in parts while tiles multiply the next block.
+  struct Waiting {
+    alignas(64) int32_t sums[BLOCK * 2 * LANES];
+    std::optional<decltype(sink.panel(0))> panels[2];
+    int64_t apart = 0, row = 0, many = 0, done = 0;
+
+    int64_t parts() const { return up(many - done, Sink::TOGETHER) / Sink::TOGETHER; }
+    void put(int64_t parts) {
+      for (; parts > 0 && done < many; parts--, done += Sink::TOGETHER) {
+        const int64_t left = many - done, rows = left < Sink::TOGETHER ? left : Sink::TOGETHER;
+        for (int64_t p = 0; p * LANES < apart; p++)
+          panels[p]->put(sums + done * apart + p * LANES, apart, row + done, rows);
+      }
+    }
+  };
+
+  void share_tiles(int64_t count, int64_t thread, int64_t threads) const {
+    open_tiles();
+    Waiting waiting;
+    each_block(count, 2, thread, threads, [&](int64_t row, int64_t panel) {
+      if (panels - panel >= 2)
+        block<2>(row, count, panel, waiting);
+      else
+        block<1>(row, count, panel, waiting);
+    });
+    waiting.put(waiting.parts());
+    close_tiles();
+  }
+
+  // Up to BLOCK rows of `count`, for P panels. Meanwhile the weights of the panels after them come
+  // nearer, a part for each block.
+  template <int P>
+  void block(int64_t row, int64_t count, int64_t panel, Waiting& waiting) const {
+    const int64_t left = count - row, steps = padded / 64, blocks = up(count, BLOCK) / BLOCK;
+    const int64_t lines = up(P * LANES, blocks) / blocks;  // of 64 bytes, in a step
+    const int8_t *w = packed + panel * LANES * padded, *next = w + P * LANES * padded;
+    const int8_t* end = panel + P < panels ? next + P * LANES * padded : next;
+    next += row / BLOCK * steps * lines * 64;
+    const int64_t parts = up(waiting.parts(), steps) / steps;
+    const auto meanwhile = [&] {
+      for (int64_t line = 0; line < lines && next < end; line++, next += 64)
+        __builtin_prefetch(next, 0, 2);
+      waiting.put(parts);
+    };
+    const uint8_t* from = q + row * stride;
+    if (left > 16)
+      multiply_tiles<2, P>(from, stride, w, LANES * padded, padded, waiting.sums, meanwhile);
+    else
+      multiply_tiles<1, P>(from, stride, w, LANES * padded, padded, waiting.sums, meanwhile);
+    for (int p = 0; p < P; p++) waiting.panels[p].emplace(sink.panel(panel + p));
+    waiting.apart = P * LANES, waiting.row = row, waiting.done = 0;
+    waiting.many = left < BLOCK ? left : BLOCK;
+  }
+#endif
 };
 
 }  // namespace

@@ -7,6 +7,8 @@
 #pragma once
 #include "numbers.h"
 
+#include <atomic>
+
 #if defined(__AMX_INT8__)
 #define QUANTIZE_TILES 1
 #endif
@@ -176,21 +178,31 @@ struct TileShapes {
   uint8_t palette = 1, first_row = 0, reserved[14] = {};
   uint16_t bytes[16] = {};
   uint8_t rows[16] = {};
+
+  constexpr TileShapes() {
+    for (int tile = 0; tile < 8; tile++) bytes[tile] = 64, rows[tile] = 16;
+  }
 };
 
 // Tiles 0 to 3 are sums of 16 rows and 16 outputs, 4 and 5 rows of q, 6 and 7 weights. They are
-// this thread's from here on.
+// this thread's from here on. Compilers don't know that tiles are loaded from memory: all that was
+// written to it before has to be there.
 inline void open_tiles() {
-  TileShapes shapes;
-  for (int tile = 0; tile < 8; tile++) shapes.bytes[tile] = 64, shapes.rows[tile] = 16;
-  _tile_loadconfig(&shapes);
+  static constexpr TileShapes SHAPES;
+  std::atomic_signal_fence(std::memory_order_seq_cst);
+  _tile_loadconfig(&SHAPES);
 }
 inline void close_tiles() { _tile_release(); }
 
+struct Nothing {
+  void operator()() const {}
+};
+
 // sums [16 R][16 P]: of 16 R rows and P panels, for R and P of 1 or 2. k: a multiple of 64.
-template <int R, int P>
+// meanwhile: is called for each 64 of k, before sums are written.
+template <int R, int P, class Work = Nothing>
 inline void multiply_tiles(const uint8_t* q, int64_t stride, const int8_t* w, int64_t panel,
-                           int64_t k, int32_t* sums) {
+                           int64_t k, int32_t* sums, const Work& meanwhile = {}) {
   _tile_zero(0);
   if (P == 2) _tile_zero(1);
   if (R == 2) _tile_zero(2);
@@ -208,6 +220,7 @@ inline void multiply_tiles(const uint8_t* q, int64_t stride, const int8_t* w, in
       _tile_dpbusd(2, 5, 6);
     }
     if (R == 2 && P == 2) _tile_dpbusd(3, 5, 7);
+    meanwhile();
   }
   _tile_stored(0, sums, 64 * P);
   if (P == 2) _tile_stored(1, sums + 16, 64 * P);

@@ -46,20 +46,25 @@ constexpr int64_t NEAR_ROWS = 128;       // of this many rows; more pay for weig
 // ------------------------------------------------------------------------------------------------
 // results
 
-inline void store_some(Floats y, float* to, int64_t n) { memcpy(to, &y, n * sizeof(float)); }
+template <class T>
+inline void copy_some(const T& from, void* to, int64_t n) {
+  if (n == LANES)
+    memcpy(to, &from, sizeof from);
+  else
+    memcpy(to, &from, n * sizeof from / LANES);
+}
+inline void store_some(Floats y, float* to, int64_t n) { store(y, to, n); }
 inline void store_some(Floats y, Brain* to, int64_t n) {
   typedef uint32_t Unsigned __attribute__((vector_size(64)));
   typedef uint16_t Words __attribute__((vector_size(32)));
   const Unsigned b = (Unsigned)y;
   Unsigned rounded = (b + 0x7fff + (b >> 16 & 1)) >> 16;
   rounded = (Ints)(b & 0x7fffffff) > 0x7f800000 ? rounded * 0 + 0x7fc0 : rounded;
-  const Words words = __builtin_convertvector(rounded, Words);
-  memcpy(to, &words, n * sizeof(Brain));
+  copy_some(__builtin_convertvector(rounded, Words), to, n);
 }
 inline void store_some(Floats y, Half* to, int64_t n) {
 #if defined(__AVX512F__)
-  const __m256i words = _mm512_cvtps_ph((__m512)y, 0);
-  memcpy(to, &words, n * sizeof(Half));
+  copy_some(_mm512_cvtps_ph((__m512)y, 0), to, n);
 #else
   for (int64_t i = 0; i < n; i++) to[i] = to_half(y[i]);
 #endif
@@ -72,7 +77,7 @@ struct Quantized {
 };
 
 // What becomes of the sums of a call.
-template <class T, bool BIAS, bool OUTLIERS>
+template <class T, bool OUTLIERS>
 struct Results {
   const Layer& layer;
   const Quantized* rows;
@@ -80,26 +85,38 @@ struct Results {
   int64_t how;
   const float* other;
 
+  static constexpr int64_t TOGETHER = 4;
+
   // What the 16 outputs of a panel share.
   struct Panel {
     const Quantized* rows;
     T* to;
     int64_t outputs, many, outliers, activation, how;
     const float *tails, *other;
-    Floats scale, bias = {}, kept[MOST_OUTLIERS];
+    Floats scale, bias, kept[MOST_OUTLIERS];
     Ints sums;
 
     void put(const int32_t* from, int64_t apart, int64_t row, int64_t count) const {
-      for (int64_t r = row; r < row + count; r++, from += apart) {
-        const Floats result = with_other(result_of(from, rows[r]), r * outputs);
-        if (many == LANES)
-          store_some(result, to + r * outputs, LANES);
-        else
-          store_some(result, to + r * outputs, many);
+      switch (activation) {
+        case NONE:
+          return put_rows<NONE>(from, apart, row, count);
+        case RELU:
+          return put_rows<RELU>(from, apart, row, count);
+        case GELU:
+          return put_rows<GELU>(from, apart, row, count);
+        default:
+          return put_rows<SILU>(from, apart, row, count);
       }
     }
-    Floats with_other(Floats result, int64_t at) const {
-      return how == ALONE ? result : joined(result, how, load_some(other + at, many));
+    template <int64_t ACTIVATION>
+    void put_rows(const int32_t* from, int64_t apart, int64_t row, int64_t count) const {
+      const Panel own = *this;  // that no result is written to, so it stays in registers
+      for (int64_t r = row; r < row + count; r++, from += apart) {
+        const int64_t at = r * own.outputs;
+        Floats y = activated(own.result_of(from, own.rows[r]), ACTIVATION, own.tails);
+        if (own.how != ALONE) y = joined(y, own.how, load_some(own.other + at, own.many));
+        store_some(y, own.to + at, own.many);
+      }
     }
     Floats result_of(const int32_t* from, const Quantized& q) const {
       Ints sum;
@@ -108,8 +125,7 @@ struct Results {
       Floats result = __builtin_convertvector(exact, Floats) * scale * q.row.step;
       if (OUTLIERS)
         for (int64_t i = 0; i < outliers; i++) result = result + kept[i] * q.outlier[i];
-      if (BIAS) result = result + bias;
-      return activated(result, activation, tails);
+      return result + bias;
     }
   };
 
@@ -120,7 +136,8 @@ struct Results {
     shared.outliers = layer.outliers, shared.activation = layer.activation,
     shared.tails = layer.tails, shared.how = how, shared.other = other ? other + at : other;
     shared.scale = whole ? load(layer.scale + at) : load_part(layer.scale + at, left);
-    if (BIAS) shared.bias = whole ? load(layer.bias + at) : load_part(layer.bias + at, left);
+    shared.bias = -Floats{};  // adding it changes nothing, not even the sign of a zero
+    if (layer.bias) shared.bias = whole ? load(layer.bias + at) : load_part(layer.bias + at, left);
     memcpy(&shared.sums, layer.sums + at, sizeof shared.sums);
     if (OUTLIERS)
       for (int64_t i = 0; i < layer.outliers; i++)
@@ -181,9 +198,9 @@ struct Job {
     }
   }
 
-  template <bool BIAS, bool OUTLIERS>
+  template <bool OUTLIERS>
   void multiply(const Chunk& of, int64_t at, int64_t thread, int64_t threads) const {
-    typedef Results<T, BIAS, OUTLIERS> Sink;
+    typedef Results<T, OUTLIERS> Sink;
     const Layer& own = *call.layers[at];
     const int64_t before = of.first * own.outputs;
     const float* other = call.other ? call.other + before : nullptr;
@@ -192,15 +209,9 @@ struct Job {
     gemm.share(of.count, thread, threads);
   }
   void multiply(const Chunk& of, int64_t thread, int64_t threads) const {
-    for (int64_t at = 0; at < call.count; at++) {
-      const bool bias = call.layers[at]->bias;
-      if (layer.outliers)
-        bias ? multiply<true, true>(of, at, thread, threads)
-             : multiply<false, true>(of, at, thread, threads);
-      else
-        bias ? multiply<true, false>(of, at, thread, threads)
-             : multiply<false, false>(of, at, thread, threads);
-    }
+    for (int64_t at = 0; at < call.count; at++)
+      layer.outliers ? multiply<true>(of, at, thread, threads)
+                     : multiply<false>(of, at, thread, threads);
   }
 
   void run(int64_t thread, int64_t threads) const {
