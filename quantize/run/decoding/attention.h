@@ -42,14 +42,14 @@ inline void weigh(const float (*s)[CHUNK], const T* v, const T* next, int64_t n,
 }
 
 // s[m] = the scores of n rows of k [n, d] for query m: q[m] . k, which don't depend on n. next:
-// rows that are read after them.
+// rows that are read after them, of which half are asked for.
 template <int M, class T>
 inline void score(const float* const* q, const T* k, const T* next, int64_t n, int64_t d,
                   float (*s)[CHUNK]) {
   for (int64_t p = 0; p < n; p += 4) {
     const T* row[4];
     for (int64_t j = 0; j < 4; j++) row[j] = k + (p + j < n ? p + j : n - 1) * d;
-    fetch(next + p * d, 4, d);
+    fetch(next + p / 2 * d, 2, d);
     Floats t[M][4] = {};
     int64_t i = 0;
     for (; i + LANES <= d; i += LANES) {
@@ -89,17 +89,42 @@ struct Keys {  // positions of one head of keys and values; the scales may be nu
 
 constexpr int64_t MOST_QUERIES = 6;  // whose sums fit the registers
 
-// s[p] becomes exp(s[p] - top); returns the sum.
-inline float exponentials(float* s, int64_t n, float top) {
+// s[p] becomes factor s[p], times the position's scale if there are any. Returns the largest.
+inline float scale_by(float* s, int64_t n, float factor, const Brain* scales) {
+  Floats tops = Floats{} - INFINITY;
+  int64_t p = 0;
+  for (; p + LANES <= n; p += LANES) {
+    const Floats by = scales ? factor * load(scales + p) : Floats{} + factor;
+    const Floats found = load(s + p) * by;
+    memcpy(s + p, &found, sizeof found);
+    tops = found > tops ? found : tops;
+  }
+  float top = -INFINITY;
+  for (int i = 0; i < LANES; i++) top = tops[i] > top ? tops[i] : top;
+  for (; p < n; p++) {
+    s[p] *= scales ? factor * widen(scales[p]) : factor;
+    top = s[p] > top ? s[p] : top;
+  }
+  return top;
+}
+
+// s[p] becomes exp(s[p] - top), times the position's scale if there are any. Returns the sum
+// without scales.
+inline float exponentials(float* s, int64_t n, float top, const Brain* scales) {
   Floats sums = {};
   int64_t p = 0;
   for (; p + LANES <= n; p += LANES) {
     const Floats found = exponential(load(s + p) - top);
-    memcpy(s + p, &found, sizeof found);
+    const Floats scaled = scales ? found * load(scales + p) : found;
+    memcpy(s + p, &scaled, sizeof scaled);
     sums += found;
   }
   float total = sum(sums);
-  for (; p < n; p++) total += s[p] = exponential(s[p] - top);
+  for (; p < n; p++) {
+    const float found = exponential(s[p] - top);
+    total += found;
+    s[p] = scales ? found * widen(scales[p]) : found;
+  }
   return total;
 }
 
@@ -119,17 +144,14 @@ void attend(const Query* query, const Keys<T>& in, int64_t d) {
   if (in.k_scale) fetch(in.k_scale, n, 1);
   if (in.v_scale) fetch(in.v_scale, n, 1);
   score<M>(x, in.k, in.v, n, d, scores);
+  const int64_t rest = n - n / 2, part = (rest + M - 1) / M;
   for (int m = 0; m < M; m++) {
-    float *s = scores[m], top = -INFINITY;
+    fetch(in.v + (n / 2 + m * part) * d, part, d);  // memory has nothing else to do meanwhile
+    float* s = scores[m];
     const int64_t own = query[m].n;
-    for (int64_t p = 0; p < own; p++) s[p] *= in.k_scale ? factor * widen(in.k_scale[p]) : factor;
-#pragma omp simd reduction(max : top)
-    for (int64_t p = 0; p < own; p++) top = s[p] > top ? s[p] : top;
-    const float sum = exponentials(s, own, top);
+    const float top = scale_by(s, own, factor, in.k_scale);
     *query[m].to.peak = top;
-    *query[m].to.total = sum;
-    if (in.v_scale)
-      for (int64_t p = 0; p < own; p++) s[p] *= widen(in.v_scale[p]);
+    *query[m].to.total = exponentials(s, own, top, in.v_scale);
     for (int64_t p = own; p < n; p++) s[p] = 0;
   }
   weigh<M>(scores, in.v, in.k + n * d, n, d, y);

@@ -14,10 +14,12 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from quantize.allocator import use_huge_pages
 from quantize.run.decoding.structs import Held
 from quantize.run.kv_cache import KVCache
 
 Shapes = list[tuple[int, int]]
+LONG_BYTES = 16 << 20  # of a cache that is worth moving into huge pages
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
 
 
@@ -37,6 +39,9 @@ class View:
         self._tensors = [weakref.ref(tensor) for tensor in _tensors(store)]
         self._firsts = [layer.first for layer in store]
         self._room = min(layer.first + layer.capacity for layer in store)
+        blocks = [(tensor.data_ptr(), tensor.nbytes) for tensor in _tensors(store)]
+        if sum(size for _, size in blocks) >= LONG_BYTES:
+            use_huge_pages(blocks)
 
     def fits(self, cache: KVCache, end: int) -> bool:
         """Whether the cache still holds these tensors alone, with room for `end` positions."""

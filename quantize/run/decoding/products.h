@@ -5,12 +5,7 @@
 
 #pragma once
 #include "inputs.h"
-#include "integers.h"
-
-#if defined(QUANTIZE_TILES)
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
+#include "tiles.h"
 
 namespace {
 
@@ -75,15 +70,6 @@ inline void multiply_row(const uint8_t* q, const int8_t* w, int64_t panel, int64
 
 // ------------------------------------------------------------------------------------------------
 // a product
-
-#if defined(QUANTIZE_TILES)
-// Whether this process may use tiles.
-inline bool tiles_are_open() {
-  constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
-  static const bool open = syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
-  return open;
-}
-#endif
 
 struct Product {  // y[row, output] = or += W x + b
   const Linear& a;

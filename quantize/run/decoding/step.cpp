@@ -138,10 +138,7 @@ struct Run {
 #pragma omp barrier
     keep_heads(a, context, wide);
 #pragma omp barrier
-    if (rows > FEW_ROWS)
-      attend_blocks(context, wide);
-    else
-      attend_chunks(context, wide);
+    attend(context, wide);
 #pragma omp barrier
     prepare(context.heads * d, kinds_of(a.out));
     apply(a.out, in, middle, rows, pass.x, width, true);
@@ -205,12 +202,21 @@ struct Run {
     }
   }
 
+  void attend(const Context& context, int64_t wide) {
+    const Tiles tiles(pass.kind == INT8 && attends_by_tiles(d));
+    if (rows > FEW_ROWS)
+      attend_blocks(context, wide);
+    else
+      attend_chunks(context, wide);
+  }
+
   // Few rows: chunks are shared out, and joined when all are there. A thread takes several in turn,
   // as each asks for the next one's keys, but not so many that a long row is left to it alone.
   void attend_chunks(const Context& context, int64_t wide) {
     const int64_t heads = context.heads, kv_heads = context.kv_heads, group = context.group();
-    const int64_t takes = kv_heads * most_chunks / (2 * thread_count());
-    const int64_t in_turn = takes > 1 ? takes : 1;
+    const int64_t parts = (rows > 1 ? 2 : 1) * thread_count();
+    const int64_t in_turn = (kv_heads * most_chunks + parts - 1) / parts;
+    std::vector<Query> query(group);
 #pragma omp for schedule(dynamic, in_turn) collapse(3)
     for (int64_t row = 0; row < rows; row++)
       for (int64_t kv = 0; kv < kv_heads; kv++)
@@ -220,7 +226,6 @@ struct Run {
           const Seen part = context.part(row, chunks.low + i);
           const float* q = &qkv[row * wide + kv * group * d];
           const Found to = found(row, i, kv * group);
-          std::vector<Query> query(group);
           for (int64_t h = 0; h < group; h++)
             query[h] = {q + h * d, part.high - part.low, to.of(h, d)};
           attend_part(query.data(), group, context, context.held(row),

@@ -16,7 +16,7 @@ from torch import nn
 import quantize
 from quantize import surgery
 from quantize.models import DecoderLM
-from quantize.native import build
+from quantize.native import build, isa
 from quantize.nn.int8_outliers import Int8OutlierLinear
 from quantize.run.generate import generate
 from quantize.run.kv_cache import KVCache
@@ -132,6 +132,33 @@ def test_under_another_default_dtype(model, expected):
 def test_pieces_of_a_prompt_and_windows(model, dtype):
     """Bit for bit, whatever the cache's dtype, with and without a window, around every chunk."""
     check_pieces(model, dtype)
+
+
+@pytest.mark.parametrize("heads, head_dim", [(3, 64), (8, 64), (8, 80)])
+def test_without_special_instructions(heads, head_dim, monkeypatch):
+    """Bit for bit over an int8 cache, by tiles and by vectors; what isn't a number in one text is
+    none there and a number in the other.
+    """
+    changes = {"width": 64, "heads": heads, "kv_heads": 1, "head_dim": head_dim}
+    decoder = helpers.decoder(**changes, max_length=400)
+    with torch.no_grad():
+        decoder.embedding.weight[60] = torch.nan
+    model, ids = KINDS["int8"](decoder), tokens(2, 330).clamp(max=59)
+    ids[1, 290] = 60
+    best = logits_in_pieces(model, ids)
+    monkeypatch.setenv(isa.SWITCH, "generic")
+    plain = logits_in_pieces(model, ids)
+    torch.testing.assert_close(plain, best, rtol=0, atol=0, equal_nan=True)
+    assert best[0].isfinite().all() and best[1, :290].isfinite().all()
+    assert best[1, 290:].isnan().all()
+
+
+def logits_in_pieces(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    fast = quantize.for_decoding(copy.deepcopy(model), backend="native")
+    cache = KVCache.for_model(model, batch=len(ids), dtype=torch.int8)
+    with torch.no_grad():
+        pieces = [fast(piece, cache) for piece in ids.split([270, 17, 1, 3, 1, 38], 1)]
+    return torch.cat(pieces, 1)
 
 
 def test_pieces_with_some_float_layers():
