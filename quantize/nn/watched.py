@@ -1,6 +1,6 @@
 """What a forward may depend on besides its inputs, as far as that can be seen: attributes of the
 modules and of their classes, and all that can be reached from these through lists, dictionaries and
-objects, as configs are. Not seen: variables of Python modules and of functions.
+objects, as configs are; and the variables that its code names, see `code`.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from enum import Enum
 from functools import partial
 from itertools import chain
-from types import MappingProxyType, MethodType, ModuleType, SimpleNamespace
+from types import FunctionType, MappingProxyType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
+from quantize.nn.code import variables_of
 from quantize.nn.protocol import CompressedLayer
 from quantize.nn.tape import KEPT, TENSORS, Unfit
 
@@ -38,9 +39,17 @@ class State:
         # a forward that somebody put in may do more than give a result
         self.is_plain = not any(m.training or "forward" in vars(m) for m in inside)
         self.hooks = [*chain.from_iterable(map(_hooks, inside))]
-        self.sources = _reachable(inside)
-        self.full = [source for source in self.sources if len(source)]
+        classes = [*dict.fromkeys(chain.from_iterable(type(m).__mro__ for m in inside))]
+        classes = [*filter(_is_own, classes)]
+        starts = [*chain.from_iterable(map(_sources_of, inside)), *map(vars, classes)]
+        self.sources = _reachable(starts, _content)
+        variables = variables_of(classes, _functions_in(self.sources))
+        read = (tuple(reader(holder)) for holder, reader in variables)
+        self.sources += _reachable(read, _content_if_seen)
+        self.full: list[Any] = [source for source in self.sources if len(source)]
         self.readers = [*map(_reader, self.full)]
+        self.full += [holder for holder, _ in variables]
+        self.readers += [reader for _, reader in variables]
         self.values = [*self._read()]
         self.size = sum(map(len, self.sources))
         if len(self.values) > _MOST:
@@ -62,7 +71,7 @@ class State:
             return False
         try:
             return all(map(operator.is_, self._read(), self.values))
-        except (KeyError, RuntimeError):  # an attribute is gone, or a thread is adding one
+        except (KeyError, ValueError, RuntimeError):  # one is gone, or a thread is adding one
             return False
 
 
@@ -72,21 +81,30 @@ _hooks: Any = operator.attrgetter(*_HOOKS)
 _SKIPPED = (vars(nn.Module()).keys() - {"training"}) | {"_structure"}
 
 
-def _reachable(modules: Iterable[nn.Module]) -> list[Collection[Any]]:
-    """What holds the values that modules may read; each once."""
-    waiting = deque[Collection[Any]]()
-    for module in modules:
-        own = vars(module)
-        waiting += own, own["_parameters"], own["_buffers"], own["_modules"]
-    classes = dict.fromkeys(chain.from_iterable(type(module).__mro__ for module in modules))
-    waiting += [vars(one) for one in classes if _is_own(one)]
+def _sources_of(module: nn.Module) -> Iterator[Collection[Any]]:
+    own = vars(module)
+    return iter((own, own["_parameters"], own["_buffers"], own["_modules"]))
+
+
+def _reachable(
+    starts: Iterable[Collection[Any]], content: Callable[[Any], Collection[Any]]
+) -> list[Collection[Any]]:
+    """What holds the values that can be read from some holders of values on; each once."""
+    waiting = deque(starts)
     found: dict[int, Collection[Any]] = {}
     while waiting:
         source = waiting.popleft()
         if id(source) not in found:
             found[id(source)] = source
-            waiting += filter(len, map(_content, _reader(source)(source)))
+            waiting += filter(len, map(content, _reader(source)(source)))
     return [source for source in found.values() if not isinstance(source, tuple)]
+
+
+def _functions_in(sources: Iterable[Collection[Any]]) -> Iterator[FunctionType]:
+    """Those that modules hold; of the methods of their classes few are ever called."""
+    for source in sources:
+        if not isinstance(source, MappingProxyType):
+            yield from (one for one in _reader(source)(source) if isinstance(one, FunctionType))
 
 
 def _is_own(kind: type) -> bool:
@@ -138,6 +156,16 @@ def _content(value: Any) -> Collection[Any]:
     if own is None or not plain or _has_slots(kind):
         raise Unfit(f"an attribute of type {kind.__name__}")
     return own
+
+
+def _content_if_seen(value: Any) -> Collection[Any]:
+    """What can change in the value of a variable. A logger, say, has more to it than can be seen,
+    and hardly decides what a forward gives.
+    """
+    try:
+        return _content(value)
+    except Unfit:
+        return ()
 
 
 def _has_slots(kind: type) -> bool:

@@ -1,9 +1,11 @@
 """Recorded calls are used no longer than what a forward depends on stays as it was."""
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+import recorded_blocks
 import torch
 from helpers import randn
 from recorded_blocks import Block, int8, is_replayed, own
@@ -45,6 +47,33 @@ def test_changes_of_the_module_count(name: str):
     assert torch.equal(actual, before) == (name == "nothing that counts")
 
 
+HERE = sys.modules[__name__]
+FACTOR = 1.0
+TABLE = torch.ones(32)
+FACTORS = {"last": [1.0]}
+CHANGE: list[Callable[[float], None]] = []
+
+
+def scaled_by_a_variable(block: Any, x: Tensor) -> Tensor:
+    return x * FACTOR
+
+
+def scaled_by_a_default(block: Any, x: Tensor, factors: Any = [1.0]) -> Tensor:  # noqa: B006
+    return x * factors[-1]
+
+
+def enclosing() -> Callable[[Any, Tensor], Tensor]:
+    """A function of a variable that another one sets."""
+    factor = 1.0
+
+    def change(value: float) -> None:
+        nonlocal factor
+        factor = value
+
+    CHANGE.append(change)
+    return lambda block, x: x * factor
+
+
 REACHED: dict[str, tuple[Callable[[Any, Tensor], Tensor], Callable[[Any], object]]] = {
     "an object in a config": (
         lambda block, x: x * block.config.inner.factor,
@@ -67,6 +96,25 @@ REACHED: dict[str, tuple[Callable[[Any, Tensor], Tensor], Callable[[Any], object
         lambda block, x: x.to(block.out.like.dtype),
         lambda block: setattr(block.out.like, "data", block.out.like.data.bfloat16()),
     ),
+    "a variable": (scaled_by_a_variable, lambda block: setattr(HERE, "FACTOR", 2.0)),
+    "a variable's content": (
+        lambda block, x: x * FACTORS["last"][0],
+        lambda block: FACTORS["last"].__setitem__(0, 2.0),
+    ),
+    "numbers of a variable": (lambda block, x: x * TABLE, lambda block: TABLE.mul_(2)),
+    "a variable of another module": (
+        lambda block, x: x * recorded_blocks.FACTOR,
+        lambda block: setattr(recorded_blocks, "FACTOR", 2.0),
+    ),
+    "a variable of a function around": (enclosing(), lambda block: CHANGE[0](2.0)),
+    "a function": (
+        lambda block, x: scaled_by_a_variable(block, x),
+        lambda block: setattr(HERE, "scaled_by_a_variable", lambda block, x: x + 1),
+    ),
+    "a default": (
+        scaled_by_a_default,
+        lambda block: scaled_by_a_default.__defaults__[0].append(2.0),
+    ),
 }
 
 
@@ -75,6 +123,9 @@ REACHED: dict[str, tuple[Callable[[Any, Tensor], Tensor], Callable[[Any], object
 def test_changes_of_what_is_reached_count(name: str, monkeypatch: pytest.MonkeyPatch):
     """From the next call on, however deep it lies."""
     monkeypatch.setattr(Block, "scale", 1.0)  # and put it back
+    monkeypatch.setattr(HERE, "FACTOR", 1.0)
+    monkeypatch.setattr(HERE, "scaled_by_a_variable", scaled_by_a_variable)
+    monkeypatch.setattr(recorded_blocks, "FACTOR", 1.0)
     more, change = REACHED[name]
     block, x = int8(lambda block: setattr(block, "more", more)), randn(2, 5, 32)
     block.last = block.config.inner

@@ -1,0 +1,144 @@
+"""The variables that the code of a forward names: those of Python modules, of the functions around
+it, and its arguments' defaults.
+
+Of a class of modules the methods are looked into that have the name of an attribute in such code,
+and of Python modules what has such a name, so that more is found than is read. Functions of torch,
+numpy and this package aren't looked into.
+"""
+
+from __future__ import annotations
+
+import dis
+import operator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from types import CodeType, FunctionType, ModuleType
+from typing import Any
+
+from torch import nn
+
+_CLOSED = {"torch", "numpy", "quantize"}
+Variables = tuple[Any, Callable[[Any], Iterable[Any]]]  # what holds them, and what reads them there
+
+
+def variables_of(
+    classes: Iterable[type[nn.Module]], functions: Iterable[FunctionType]
+) -> list[Variables]:
+    """What the forwards of some classes name, some functions, and those that they call."""
+    methods: dict[str, list[FunctionType]] = {}
+    for kind in classes:
+        for name, value in vars(kind).items():
+            methods.setdefault(name, []).extend(_functions(value))
+    found = _Found(methods)
+    found.name("forward")
+    for function in functions:
+        found.add(function)
+    while found.waiting:
+        found.look(found.waiting.popleft())
+    return [*found.variables()]
+
+
+class _Found:
+    """Functions that were found, and names of variables by what holds them.
+
+    Args:
+        methods: of the classes of modules, by name.
+    """
+
+    def __init__(self, methods: dict[str, list[FunctionType]]) -> None:
+        self.methods = methods
+        self.waiting: deque[FunctionType] = deque()
+        self.known: set[FunctionType] = set()
+        self.named: dict[int, tuple[dict[str, Any], set[str]]] = {}
+        self.cells: list[Any] = []
+
+    def name(self, name: str) -> None:
+        """Code names a method, perhaps."""
+        for function in self.methods.pop(name, ()):
+            self.add(function)
+
+    def add(self, value: Any) -> None:
+        """The functions that a value is, or holds, wait to be looked into."""
+        for function in _functions(value):
+            if function not in self.known and _is_open(function.__globals__.get("__name__")):
+                self.known.add(function)
+                self.waiting.append(function)
+
+    def look(self, function: FunctionType) -> None:
+        """Note what a function names."""
+        holder, names = function.__globals__, {*_variables(function.__code__)}
+        attributes = {*_names(function.__code__)}
+        for name in attributes:
+            self.name(name)
+        self._read(holder, names)
+        for value in map(holder.get, names):
+            if isinstance(value, ModuleType) and _is_open(value.__name__):
+                self._read(vars(value), attributes)
+        for cell in function.__closure__ or ():
+            self._enclose(cell)
+
+    def variables(self) -> Iterator[Variables]:
+        """All that were noted."""
+        for holder, names in self.named.values():
+            yield holder, _reader(operator.itemgetter, [*names])
+        for cell in self.cells:
+            yield cell, _reader(operator.attrgetter, ["cell_contents"])
+        for function in self.known:
+            if function.__defaults__ or function.__kwdefaults__:
+                yield function, operator.attrgetter("__defaults__", "__kwdefaults__")
+
+    def _read(self, holder: dict[str, Any], names: set[str]) -> None:
+        here = names & holder.keys()
+        if here:
+            self.named.setdefault(id(holder), (holder, set()))[1].update(here)
+        for name in here:
+            self.add(holder[name])
+
+    def _enclose(self, cell: Any) -> None:
+        try:
+            content = cell.cell_contents
+        except ValueError:  # nothing yet
+            return
+        self.cells.append(cell)
+        self.add(content)
+
+
+def _is_open(module: str | None) -> bool:
+    """Are functions of a Python module looked into?"""
+    return module is not None and module.partition(".")[0] not in _CLOSED
+
+
+def _variables(code: CodeType) -> Iterator[str]:
+    """Names of Python modules' variables in a piece of code and in those inside it."""
+    for each in _codes(code):
+        for instruction in dis.get_instructions(each):
+            if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+                yield instruction.argval
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    """All names in a piece of code and in those inside it, those of attributes too."""
+    for each in _codes(code):
+        yield from each.co_names
+
+
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _codes(constant)
+
+
+def _functions(value: Any) -> Iterator[FunctionType]:
+    """Those that a value is made of."""
+    if isinstance(value, property):
+        value = value.fget
+    value = getattr(value, "__func__", value)
+    if isinstance(value, FunctionType):
+        yield value
+        yield from _functions(getattr(value, "__wrapped__", None))
+
+
+def _reader(getter: Callable[..., Any], names: list[str]) -> Callable[[Any], Iterable[Any]]:
+    """Reads some names; of several a getter gives a tuple."""
+    return getter(*(names * 2 if len(names) == 1 else names))
