@@ -20,6 +20,7 @@ from typing import Any
 from quantize.checkpoint import CheckpointError, atomic_write
 from quantize.measuring.artifact import check_there
 from quantize.measuring.page import page
+from quantize.measuring.plot import pareto_plot
 from quantize.measuring.result import Measurement
 from quantize.measuring.rows import Report, build_rows, failed_row, strict
 from quantize.measuring.table import markdown
@@ -60,9 +61,6 @@ def write_report(report: Report, folder: str | Path) -> list[Path]:
     """Write `report.json`, `report.md`, `pareto.png` and `report.html` into `folder`, each
     atomically; their paths. Raises OSError.
     """
-    # Importing matplotlib takes a third of a second, which no measuring process has to spend.
-    from quantize.measuring.plot import pareto_plot
-
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     values = json.dumps(report, indent=2, allow_nan=False, ensure_ascii=False)

@@ -50,7 +50,7 @@ def by_bytes(monkeypatch):
     """
     monkeypatch.setattr("quantize.compression.search.trial.compare", measured_by_bytes)
     monkeypatch.setattr("quantize.compression.search.finding.Nursery.launch", lambda _: None)
-    monkeypatch.setattr("quantize.measuring.plot.pareto_plot", lambda rows: b"")
+    monkeypatch.setattr("quantize.measuring.report.pareto_plot", lambda rows: b"")
     monkeypatch.setattr(Stopwatch, "_race", timed_by_bytes)
     monkeypatch.setattr("quantize.compression.search.walk.MOST_SHARES", 3)
     monkeypatch.setattr("quantize.compression.search.walk.FEW_SHARES", 3)
