@@ -97,23 +97,21 @@ struct Results {
     Ints sums;
 
     void put(const int32_t* from, int64_t apart, int64_t row, int64_t count) const {
-      switch (activation) {
+      switch (activation) {  // code of their own for the most frequent ones
         case NONE:
-          return put_rows<NONE>(from, apart, row, count);
-        case RELU:
-          return put_rows<RELU>(from, apart, row, count);
+          return put_active(from, apart, row, count, NONE);
         case GELU:
-          return put_rows<GELU>(from, apart, row, count);
+          return put_active(from, apart, row, count, GELU);
         default:
-          return put_rows<SILU>(from, apart, row, count);
+          return put_active(from, apart, row, count, activation);
       }
     }
-    template <int64_t ACTIVATION>
-    void put_rows(const int32_t* from, int64_t apart, int64_t row, int64_t count) const {
+    [[gnu::always_inline]] void put_active(const int32_t* from, int64_t apart, int64_t row,
+                                           int64_t count, int64_t activation) const {
       const Panel own = *this;  // that no result is written to, so it stays in registers
       for (int64_t r = row; r < row + count; r++, from += apart) {
         const int64_t at = r * own.outputs;
-        Floats y = activated(own.result_of(from, own.rows[r]), ACTIVATION, own.tails);
+        Floats y = activated(own.result_of(from, own.rows[r]), activation, own.tails);
         if (own.how != ALONE) y = joined(y, own.how, load_some(own.other + at, own.many));
         store_some(y, own.to + at, own.many);
       }
