@@ -8,8 +8,8 @@ can't be undone before that.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +67,8 @@ class Watch(TorchFunctionMode):
         streams: those of `names` whose streams are noted too.
         calls: number of calls after which a pass may end; None for whole passes.
         outputs: False notes inputs and streams alone, and a pass may end before the last layer.
+        skip: where outputs aren't asked for, the last call of a linear doesn't run: its output is
+            only looked for in the addition. Raises `Missing` where it is read before that.
         strict: what was computed from the output itself is no stream (GELU's x + 0.04 x^3). To
             know, passes run with gradients. Of inputs and streams only shapes are noted, and no
             outputs.
@@ -80,6 +82,7 @@ class Watch(TorchFunctionMode):
         *,
         calls: int | None = None,
         outputs: bool = True,
+        skip: bool = False,
         strict: bool = False,
     ) -> None:
         super().__init__()
@@ -88,6 +91,7 @@ class Watch(TorchFunctionMode):
         self.streams = set(streams)
         self.expected = calls
         self.outputs = outputs
+        self.skip = skip and not outputs
         self.strict = strict
         self.calls: list[Call] = []
         self.waiting: list[_Waiting] = []
@@ -104,6 +108,8 @@ class Watch(TorchFunctionMode):
                 else:
                     handle = layer.register_forward_pre_hook(self._early(name), with_kwargs=True)
                 stack.callback(handle.remove)
+                if self.skip and name in self.streams and isinstance(layer, nn.Linear):
+                    stack.enter_context(self._skipping(layer))
             if self.streams:
                 stack.enter_context(self)
             try:
@@ -126,6 +132,25 @@ class Watch(TorchFunctionMode):
             return output
 
         return note
+
+    @contextmanager
+    def _skipping(self, layer: nn.Linear) -> Iterator[None]:
+        """Inside, nothing stands for the layer's output where its call is the last."""
+        own, forward = layer.__dict__.get("forward"), layer.forward
+
+        def skip(*args: Any, **kwargs: Any) -> torch.Tensor:
+            if self.waiting or len(self.calls) + 1 != self.expected:
+                return forward(*args, **kwargs)
+            x = args[0] if args else next(iter(kwargs.values()))
+            return _Summand.of(x.new_empty(*x.shape[:-1], layer.out_features))
+
+        layer.__dict__["forward"] = skip
+        try:
+            yield
+        finally:
+            del layer.__dict__["forward"]
+            if own is not None:
+                layer.__dict__["forward"] = own
 
     def _early(self, name: str) -> Callable[..., None]:
         def note(_: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -172,6 +197,18 @@ class Watch(TorchFunctionMode):
                 break
 
 
+class _Summand(Gone):
+    """Stands for an output that is only looked for in an addition."""
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        if function is nn.functional.dropout and not (kwargs or {}).get("training", True):
+            return args[0]
+        return super().__torch_function__(function, types, args, kwargs)
+
+
 class _Cut(torch.autograd.Function):
     """A copy of a tensor that depends on a leaf, and on nothing before it."""
 
@@ -186,8 +223,10 @@ class _Cut(torch.autograd.Function):
 
 def _is_same(a: torch.Tensor, b: torch.Tensor) -> bool:
     """One tensor, or views of it of one shape (dropout in eval mode gives such)."""
-    if a.layout != torch.strided or b.layout != torch.strided:
+    if a is b or isinstance(a, Gone) or isinstance(b, Gone):
         return a is b
+    if a.layout != torch.strided or b.layout != torch.strided:
+        return False
     if a.shape != b.shape or a.stride() != b.stride():
         return False
     places = [(storage_of(tensor), int(tensor.storage_offset())) for tensor in (a, b)]

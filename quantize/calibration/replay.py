@@ -65,6 +65,7 @@ class Walk:
         self.changing = set(self.layers)
         self.store = Store(memory)
         self.replay = replay
+        self.skip = True  # may a layer that is only shown its stream be left out?
         if look is None:
             watched = {name: original.get_submodule(name) for name in self.layers}
             look = Look(original, of_original(batches), watched)
@@ -102,7 +103,9 @@ class Walk:
                     continue
                 passes = []
                 for which, model in enumerate(models):
-                    watch = Watch(model, names, streams, calls=expected, outputs=not which)
+                    watch = Watch(
+                        model, names, streams, calls=expected, outputs=not which, skip=self.skip
+                    )
                     passes.append(self._run(which, watch, number, given[which]))
                 yield passes
 
@@ -138,7 +141,9 @@ class Walk:
             try:
                 calls = watch.run(batch, run)
             except Missing:
-                pass
+                if watch.skip:
+                    watch.skip = self.skip = False
+                    continue
             else:
                 if which or number or not self.replay or self._as_before(calls):
                     return calls

@@ -164,6 +164,34 @@ def test_each_layer_runs_a_few_times_whatever_the_depth():
     assert max(runs(12)) == 3 and sum(runs(12)) == 2 * sum(runs(6)) + 1
 
 
+@pytest.mark.parametrize(("reads", "more"), [(False, 0), (True, 1)])
+def test_a_layer_that_only_joins_a_stream_does_not_run(reads, more):
+    """What the layer that still changes is added to is known without its output; a model that reads
+    that output before gets it.
+    """
+
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.dropout = linear(), nn.Dropout(0.5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.dropout(self.layer(x))
+            return x.sin() + y if not reads or y.sum() > 0 else y + x.sin()
+
+    torch.manual_seed(0)
+    model, batches, runs = Residual().eval(), [torch.randn(4, 8) for _ in range(3)], []
+    forward = nn.Linear.forward
+    walk = Walk(model, batches, ["layer"])
+    with pytest.MonkeyPatch.context() as patch:
+        counted = lambda layer, x: runs.append(x) or forward(layer, x)  # noqa: E731
+        patch.setattr(nn.Linear, "forward", counted)
+        shown = list(walk.show((model, model), ["layer"], ["layer"]))
+    assert len(runs) == (1 + more) * len(batches)
+    for batch, (_, (call,)) in zip(batches, shown, strict=True):
+        assert torch.equal(call.stream, batch.sin()) and torch.equal(call.input, batch)
+
+
 def test_outputs_that_nobody_reads_any_more_are_forgotten():
     """In a chain of blocks, memory holds the output of the last ones, not of all."""
     torch.manual_seed(0)
