@@ -31,6 +31,11 @@ inline void copy(uint8_t* to, const uint8_t* from, int64_t n) {
   for (; n > 0; n--) *to++ = *from++;
 }
 
+inline void clear(uint8_t* to, int64_t n) {
+  for (; n >= 16; n -= 16, to += 16) memset(to, 0, 16);
+  for (; n > 0; n--) *to++ = 0;
+}
+
 struct Job {
   const Step& step;
   const Layer& layer;
@@ -197,8 +202,10 @@ struct Job {
       const float* own = x + sample * layer.channels * plane;
       if (step.x_last) {
         const float* from = own + pixel * layer.channels;
-        for (int64_t i = 0; i < some; i++)
-          steps[i] = quantize_pixel(from + i * layer.channels, sample, to + i * stride);
+        if (gate)
+          quantize_together(Scaled<float>{from, gate + sample * layer.channels}, some, to, steps);
+        else
+          quantize_together(Plain<float>{from}, some, to, steps);
       } else {
         quantize_columns(own + pixel, some, to, steps);
       }
@@ -206,10 +213,32 @@ struct Job {
     }
   }
 
-  Row quantize_pixel(const float* from, int64_t sample, uint8_t* to) const {
-    if (!gate) return quantize_row(Plain<float>{from}, layer.channels, padded, to);
-    const Scaled<float> scaled = {from, gate + sample * layer.channels};
-    return quantize_row(scaled, layer.channels, padded, to);
+  // Up to 16 pixels, channels last: their ranges become steps side by side. first: of the pixels.
+  template <class Numbers>
+  void quantize_together(const Numbers& first, int64_t some, uint8_t* to, Row* steps) const {
+    Range all;
+    Floats low[LANES] = {}, high[LANES] = {};
+    Numbers own = first;
+    for (int64_t i = 0; i < some; i++, own.x += layer.channels) {
+      Range range;
+      range.look(own, layer.channels);
+      low[i] = range.low, high[i] = range.high;
+      all.poison = all.poison + range.poison;
+    }
+    transpose(low), transpose(high);
+    for (int64_t i = 0; i < LANES; i++) {
+      all.low = least(low[i], all.low);
+      all.high = most(high[i], all.high);
+    }
+    const bool finite = all.finite();
+    const SideBySide each(all);
+    own = first;
+    for (int64_t i = 0; i < some; i++, to += stride, own.x += layer.channels) {
+      steps[i] = finite ? each.row(int(i)) : quantize_row(own, layer.channels, padded, to);
+      if (!finite) continue;
+      each.steps(int(i)).put(own, layer.channels, to);
+      clear(to + layer.channels, padded - layer.channels);
+    }
   }
 
   // The same of up to 16 pixels whose channels are planes.
@@ -268,7 +297,12 @@ struct Job {
       gather(first, first + count, group, to);
   }
 
+  static int64_t line_bytes(int64_t count, int64_t stride) {
+    return up(count, HEIGHT) * stride + up(count * sizeof(Row), 64);
+  }
+
   void run(int64_t thread) const;
+  void line(int64_t first, int64_t count, uint8_t* memory, float* to, int64_t to_first) const;
   void multiply_own(int64_t group, int64_t thread) const;
   void multiply_shared(int64_t group, int64_t thread) const;
 };
@@ -279,6 +313,8 @@ struct Results {
   int64_t group, first;
   const Row* steps;
   Range* ranges;  // of each sample of y, as this thread sees it; may be null
+  float* y;       // channels last: of the row `y_first`
+  int64_t y_first;
 
   static constexpr int64_t TOGETHER = LANES;
 
@@ -323,7 +359,7 @@ struct Results {
     }
 
     void store_pixels(const Floats* y, int64_t row, int64_t some) const {
-      float* to = job.y + row * job.layer.outputs + channel;
+      float* to = all.y + (row - all.y_first) * job.layer.outputs + channel;
       for (int64_t i = 0; i < some; i++, to += job.layer.outputs) store(y[i], to, many);
     }
 
@@ -362,7 +398,7 @@ void Job::multiply_own(int64_t group, int64_t thread) const {
   for (int64_t first = blocks * thread / threads * HEIGHT; first < end; first += chunk) {
     const int64_t count = least_of(end - first, chunk);
     fill(first, count, group, q, steps);
-    Results{*this, group, first, steps, seen}.multiply(q, count, 0, 1);
+    Results{*this, group, first, steps, seen, y, 0}.multiply(q, count, 0, 1);
   }
 }
 
@@ -373,7 +409,7 @@ void Job::multiply_shared(int64_t group, int64_t thread) const {
     const int64_t low = count * thread / threads, end = count * (thread + 1) / threads;
     fill(first + low, end - low, group, gathered + low * stride, found + low);
     barrier(threads);
-    Results{*this, group, first, found, seen}.multiply(gathered, count, thread, threads);
+    Results{*this, group, first, found, seen, y, 0}.multiply(gathered, count, thread, threads);
     barrier(threads);
   }
 }
@@ -395,6 +431,73 @@ void Job::run(int64_t thread) const {
     own_rows ? multiply_own(group, thread) : multiply_shared(group, thread);
 }
 
+// Rows of pixels, by this thread alone, to memory that begins with those from `to_first` on.
+void Job::line(int64_t first, int64_t count, uint8_t* memory, float* to, int64_t to_first) const {
+  Row* steps = (Row*)(memory + up(count, HEIGHT) * stride);
+  quantize_pixels(first, first + count, memory, steps);
+  Results{*this, 0, first, steps, nullptr, to, to_first}.multiply(memory, count, 0, 1);
+}
+
+// A depthwise convolution with the kernels of one pixel before and behind it (one may be missing),
+// line by line: each thread computes the lines that its own look at, and keeps as many as a window
+// has. So what lies between large images stays in the cache, and no thread waits for another one.
+struct Chain {
+  const Step *wide = nullptr, *deep = nullptr, *narrow = nullptr;
+  const Layer& layer;
+  int64_t width, reach;  // numbers in a line, and lines of a window
+
+  explicit Chain(const Step* steps)
+      : wide(steps[0].kind == CONVOLUTION ? steps : nullptr),
+        deep(wide ? steps + 1 : steps),
+        narrow(steps + steps[0].together - 1 == deep ? nullptr : deep + 1),
+        layer(*deep->layer),
+        width(deep->size[2] * layer.channels),
+        reach(layer.kernel[1]) {}
+
+  int64_t ring_bytes() const { return wide ? up(reach * width * sizeof(float), 64) : 0; }
+  // Of a thread.
+  int64_t bytes(const Run& run) const {
+    const Job before(wide ? *wide : *narrow, run), after(narrow ? *narrow : *wide, run);
+    return up(reach * sizeof(int64_t), 64) + ring_bytes() +
+           Job::line_bytes(deep->size[2], before.stride) +
+           Job::line_bytes(deep->out[2], after.stride);
+  }
+
+  void run(const Run& run, int64_t thread, uint8_t* memory) const {
+    const Job before(wide ? *wide : *narrow, run), after(narrow ? *narrow : *wide, run);
+    const Windows windows(*deep, run, thread);
+    int64_t* lines = (int64_t*)memory;
+    float* ring = (float*)(memory + up(reach * sizeof(int64_t), 64));
+    uint8_t* own = (uint8_t*)ring + ring_bytes();
+    uint8_t* last = own + Job::line_bytes(deep->size[2], before.stride);
+    const int64_t each = deep->out[1], all = deep->samples * each;
+    const int64_t end = all * (thread + 1) / run.threads;
+    int64_t next = 0;  // the first line that isn't computed, among those of all samples
+    for (int64_t at = all * thread / run.threads; at < end; at++) {
+      const int64_t sample = at / each, pixels = deep->out[2];
+      windows.lines_of(0, at % each, lines);
+      for (int64_t h = 0; wide && h < reach; h++)
+        if (lines[h] >= 0) lines[h] = ringed(before, sample, lines[h], next, ring, own);
+      const float* image = wide ? ring : windows.x + sample * windows.plane * layer.channels;
+      windows.line_last<false>(image, lines, windows.y + at * pixels * layer.channels);
+      if (narrow) after.line(at * pixels, pixels, last, after.y, 0);
+    }
+  }
+
+  // Where in the ring the line of an image lies that starts at this pixel; it is computed first if
+  // it is new.
+  int64_t ringed(const Job& before, int64_t sample, int64_t pixel, int64_t& next, float* ring,
+                 uint8_t* memory) const {
+    const int64_t pixels = deep->size[2], line = sample * deep->size[1] + pixel / pixels;
+    const int64_t place = line % reach;
+    if (line >= next) {
+      before.line(line * pixels, pixels, memory, ring + place * width, line * pixels);
+      next = line + 1;
+    }
+    return place * pixels;
+  }
+};
+
 int64_t window_bytes(const Step& step) { return Windows::bytes(step); }
 
 // The most memory that a step needs.
@@ -402,15 +505,19 @@ int64_t most_bytes(const Step* steps, int64_t count, const Run& run) {
   int64_t most = 0;
   for (int64_t i = 0; i < count; i++) {
     const bool product = steps[i].kind == CONVOLUTION;
-    const int64_t own = product ? Job(steps[i], run).bytes() : window_bytes(steps[i]) * run.threads;
+    int64_t own = product ? Job(steps[i], run).bytes() : window_bytes(steps[i]) * run.threads;
+    if (steps[i].together > 1) own = Chain(steps + i).bytes(run) * run.threads;
     most = own > most ? own : most;
   }
   return most;
 }
 
 void run_steps(const Step* steps, int64_t count, const Run& run, uint8_t* memory, int64_t thread) {
-  for (int64_t i = 0; i < count; i++) {
-    if (steps[i].kind == CONVOLUTION) {
+  for (int64_t i = 0; i < count; i += steps[i].together) {
+    if (steps[i].together > 1) {
+      const Chain chain(steps + i);
+      chain.run(run, thread, memory + thread * chain.bytes(run));
+    } else if (steps[i].kind == CONVOLUTION) {
       Job job(steps[i], run);
       job.open(memory, run);
       job.run(thread);

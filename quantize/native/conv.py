@@ -66,6 +66,7 @@ class Step(ctypes.Structure):
         ("layer", _POINTER),
         *((name, _NUMBER) for name in ("kind", "samples")),
         *((name, _THREE) for name in ("size", "out")),
+        ("together", _NUMBER),
         *((name, _NUMBER) for name in ("x", "y", "other", "gate", "x_last", "y_last")),
         *((name, _NUMBER) for name in ("x_range", "y_range", "activation")),
         ("tails", _POINTER),
@@ -273,7 +274,7 @@ def step(kind: int, layer: Layer, shape: Sequence[int], out: Sequence[int]) -> S
     padded = map(sum, zip(_three(size, 1), *pads, strict=True))
     if shape[0] * (shape[1] + 4) * math.prod(padded) > _MOST_BYTES:
         raise MemoryError(f"no memory for {list(shape)} with padding {pads[0]}")
-    made = Step(ctypes.addressof(layer), kind, shape[0], _three(size, 1), _three(out, 1))
+    made = Step(ctypes.addressof(layer), kind, shape[0], _three(size, 1), _three(out, 1), 1)
     made.other = made.gate = made.x_range = made.y_range = NOWHERE
     made.low, made.high = made.last_low, made.last_high = PLAIN[:2]
     return made

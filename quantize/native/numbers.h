@@ -71,10 +71,24 @@ typedef float Floats __attribute__((vector_size(64)));
 typedef int32_t Ints __attribute__((vector_size(64)));
 constexpr int64_t LANES = 16;
 
+// The smaller, or the larger, of two numbers; b where one is NaN.
+inline Floats least(Floats a, Floats b) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_min_ps((__m512)a, (__m512)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+inline Floats most(Floats a, Floats b) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
 inline Floats exponential(Floats x) {  // as of one number, bit for bit
-  const Floats most = Floats{} + 88, least = Floats{} - 87;
-  x = x > most ? most : x;
-  x = x < least ? least : x;
+  x = most(Floats{} - 87, least(Floats{} + 88, x));
   const float shift = 0x1.8p23f;  // adding it rounds to the nearest integer, half to even
   const Floats shifted = x * 1.44269504f + shift;
   const Floats n = shifted - shift;

@@ -12,21 +12,6 @@ struct Row {
   int32_t zero;
 };
 
-inline Floats least(Floats a, Floats b) {
-#if defined(__AVX512F__)
-  return (Floats)_mm512_min_ps((__m512)a, (__m512)b);
-#else
-  return a < b ? a : b;
-#endif
-}
-inline Floats most(Floats a, Floats b) {
-#if defined(__AVX512F__)
-  return (Floats)_mm512_max_ps((__m512)a, (__m512)b);
-#else
-  return a > b ? a : b;
-#endif
-}
-
 template <class T>
 inline Floats load_part(const T* x, int64_t n) {  // zeros after the first n
   T some[LANES] = {};
@@ -49,7 +34,10 @@ inline Ints cut_off(Ints numbers) {  // below 0 and above 255
 inline void store_bytes(Ints numbers, uint8_t* to, int64_t n) {
   typedef uint8_t Bytes __attribute__((vector_size(16)));
   const Bytes bytes = __builtin_convertvector(cut_off(numbers), Bytes);
-  memcpy(to, &bytes, n);
+  if (n == 8)
+    memcpy(to, &bytes, 8);  // without a call
+  else
+    memcpy(to, &bytes, n);
 }
 // The same with 64 numbers.
 inline void store_bytes(const Ints* numbers, uint8_t* to) {
@@ -156,6 +144,7 @@ struct Steps {
   float inverse;
   bool finite;
 
+  Steps(Row row, float inverse) : row(row), inverse(inverse), finite(true) {}
   explicit Steps(const Range& range) {
     float bottom, top;
     range.bounds(bottom, top);
@@ -210,6 +199,7 @@ struct SideBySide {
     zero = finite ? zero : Ints{};
   }
   Row row(int lane) const { return {step[lane], zero[lane]}; }
+  Steps steps(int lane) const { return Steps(row(lane), inverse[lane]); }
 
   Ints bytes_of(Floats v) const {
     return cut_off((Ints)(v * inverse + Steps::SHIFT) - bits<int32_t>(Steps::SHIFT) + zero);

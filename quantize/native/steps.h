@@ -27,10 +27,7 @@ struct Layer {
 // Numbers below `low` become low, those above `high` become high.
 struct Limits {
   float low, high;
-  Floats cut(Floats y) const {
-    y = y < low ? Floats{} + low : y;
-    return y > high ? Floats{} + high : y;
-  }
+  Floats cut(Floats y) const { return least(Floats{} + high, most(Floats{} + low, y)); }
 };
 
 // Where a tensor lies: bytes from the start of the arena, or one of these.
@@ -39,6 +36,7 @@ constexpr int64_t INPUT = -1, OUTPUT = -2, NOWHERE = -3;
 struct Step {
   const Layer* layer;
   int64_t kind, samples, size[3], out[3];
+  int64_t together;  // steps from this one on that run line by line; see Chain
   int64_t x, y;
   int64_t other;             // channels last: is added to what `ended` gives, then `last_limits`
   int64_t gate;              // [samples][channels]: times pixels of x, channels last

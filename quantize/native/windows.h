@@ -85,16 +85,78 @@ struct Windows {
     }
   }
 
+  // Output pixels of a line from `at` to `end`.
   template <bool LARGEST_OF>
-  void line_last(const float* image, const int64_t* lines, float* to) const {
-    for (int64_t at = 0; at < step.out[2]; at++, to += layer.channels) {
+  void pixels_of(const float* image, const int64_t* lines, int64_t at, int64_t end,
+                 float* to) const {
+    for (; at < end; at++) {
       const int64_t first = at * layer.stride[2] - layer.before[2];
+      float* own = to + at * layer.channels;
       int64_t c = 0;
       for (; c + 4 * LANES <= layer.channels; c += 4 * LANES)
-        window<LARGEST_OF, 4>(image, lines, first, c, LANES, to);
+        window<LARGEST_OF, 4>(image, lines, first, c, LANES, own);
       for (; c < layer.channels; c += LANES)
-        window<LARGEST_OF, 1>(image, lines, first, c, least_of(layer.channels - c, LANES), to);
+        window<LARGEST_OF, 1>(image, lines, first, c, least_of(layer.channels - c, LANES), own);
     }
+  }
+
+  template <bool LARGEST_OF>
+  void line_last(const float* image, const int64_t* lines, float* to) const {
+    const int64_t k = layer.kernel[2];
+    const bool square = layer.kernel[0] == 1 && layer.kernel[1] == k && layer.dilation[2] == 1;
+    if (LARGEST_OF || !square || (k != 3 && k != 5))
+      return pixels_of<LARGEST_OF>(image, lines, 0, step.out[2], to);
+    // those whose windows lie inside of the lines
+    const int64_t stride = layer.stride[2], room = step.size[2] + layer.before[2] - k;
+    const int64_t end = room < 0 ? 0 : least_of(room / stride + 1, step.out[2]);
+    const int64_t low = least_of((layer.before[2] + stride - 1) / stride, end);
+    pixels_of<false>(image, lines, 0, low, to);
+    for (int64_t c = 0; c < layer.channels; c += LANES) {
+      const bool whole = c + LANES <= layer.channels;
+      if (k == 3)
+        whole ? inside<3, true>(image, lines, c, low, end, to)
+              : inside<3, false>(image, lines, c, low, end, to);
+      else
+        whole ? inside<5, true>(image, lines, c, low, end, to)
+              : inside<5, false>(image, lines, c, low, end, to);
+    }
+    pixels_of<false>(image, lines, end, step.out[2], to);
+  }
+
+  // Sums of a vector of channels (or fewer than 16) whose windows of K x K leave no line at its
+  // ends.
+  template <int K, bool WHOLE>
+  void inside(const float* image, const int64_t* lines, int64_t c, int64_t at, int64_t end,
+              float* to) const {
+    const int64_t many = WHOLE ? LANES : layer.channels - c, width = up(layer.channels, LANES);
+    const int64_t apart = layer.stride[2] * layer.channels;
+    const int64_t first = (at * layer.stride[2] - layer.before[2]) * layer.channels + c;
+    const float* from[K];
+    Floats weight[K][K];
+    int rows = 0;
+    for (int h = 0; h < K; h++) {
+      if (lines[h] < 0) continue;
+      from[rows] = image + lines[h] * layer.channels + first;
+      for (int w = 0; w < K; w++) weight[rows][w] = load(layer.weights + (h * K + w) * width + c);
+      rows++;
+    }
+    const Floats bias = layer.bias ? load(layer.bias + c) : Floats{};
+    for (to += at * layer.channels + c; at < end; at++, to += layer.channels) {
+      Floats y = {};
+      if (rows == K)
+        for (int h = 0; h < K; h++) y = add_row<K>(y, from[h], weight[h], many);
+      else
+        for (int h = 0; h < rows; h++) y = add_row<K>(y, from[h], weight[h], many);
+      for (int h = 0; h < rows; h++) from[h] += apart;
+      if (layer.bias) y = y + bias;
+      store(step.ended(y), to, many);
+    }
+  }
+
+  template <int K>
+  Floats add_row(Floats y, const float* from, const Floats* weight, int64_t many) const {
+    for (int w = 0; w < K; w++) y = y + load_some(from + w * layer.channels, many) * weight[w];
+    return y;
   }
 
   template <bool LARGEST_OF>

@@ -51,15 +51,15 @@ class Program:
         forward: Callable[[Tensor], Tensor],
     ) -> None:
         self.ops, self.shape, self.forward = ops, shape, forward
-        self.layers = [op.module if op.has_weights else None for op in ops]
+        self.layers: list[Int8Conv] = [op.module for op in ops if op.has_weights]
         self.links: list[tuple[dict[str, nn.Module | None], str, nn.Module | None]] = []
         for parent in module.modules():
             children = parent._modules
             self.links += [(children, name, child) for name, child in children.items()]
-        self.tensors: list[Tensor | None] = []  # of the layers, when their packs were made,
-        self.state: list[tuple[int, ...]] | None = None  # and what tells whether they changed
+        self.tensors: list[Tensor] = []  # of the layers, when their packs were made,
+        self.state: tuple[list[int], list[int]] | None = None  # and what tells of changes
         self.packs: list[conv.Packed | None] = []
-        self.vectors: list[tuple[Tensor | None, ...] | None] = []  # that these hold
+        self.vectors: list[tuple[conv.Packed, tuple[Tensor | None, ...]]] = []  # that these hold
         self.plans: dict[tuple[torch.Size, bool, int], Plan | None] = {}
 
     def is_current(self) -> bool:
@@ -101,19 +101,17 @@ class Program:
 
     def _pack(self) -> None:
         """Bring what the kernel reads up to date with the layers."""
-        tensors: list[Tensor | None] = []
-        for layer in self.layers:
-            if layer is not None:
-                tensors += layer._buffers.values()
-        state = _state(tensors)
-        vectors = [None if own is None else own.vectors for own in self.packs]
-        # another layer may hold the same weight, and have been called with another bias
-        kept = all(map(operator.is_, vectors, self.vectors))
-        if state is not None and state == self.state and kept:
-            return
-        self.tensors, self.state = tensors, state
+        buffers = chain.from_iterable(layer._buffers.values() for layer in self.layers)
+        tensors = [one for one in buffers if one is not None]
+        same = len(tensors) == len(self.tensors) and all(map(operator.is_, tensors, self.tensors))
+        if same and self.state is not None and self.state == _state(tensors):
+            # another layer may hold the same weight, and have been called with another bias
+            if all(own.vectors is given for own, given in self.vectors):
+                return
+        self.tensors = tensors
+        self.state = None if any(map(Tensor.is_inference, tensors)) else _state(tensors)
         self.packs = [_packed(op) if op.has_weights else None for op in self.ops]
-        self.vectors = [None if own is None else own.vectors for own in self.packs]
+        self.vectors = [(own, own.vectors) for own in self.packs if own is not None]
         self.plans.clear()
 
     def _plan(self, x: Tensor) -> Plan | None:
@@ -125,7 +123,7 @@ class Program:
 
     def fits(self) -> bool:
         """May its layers be read by native code, each with a weight of its own?"""
-        weights = [layer.packed for layer in self.layers if layer is not None]
+        weights = [layer.packed for layer in self.layers]
         alone = len({id(weight) for weight in weights}) == len(weights)
         on_cpu = all(weight.device.type == "cpu" for weight in weights)
         short = all(w[0].numel() <= native_int8.MOST_INPUTS for w in weights)
@@ -158,19 +156,12 @@ class Program:
             yield 2, first.in_channels, *[side] * len(first.kernel_size)
 
 
-def _state(tensors: list[Tensor | None]) -> list[tuple[int, ...]] | None:
-    """What tells whether one of them was changed or replaced, as long as they live; None where
-    changes can't be seen.
-    """
-    found: list[tuple[int, ...]] = []
-    for tensor in tensors:
-        if tensor is None:
-            found.append(())
-        elif tensor.is_inference():
-            return None
-        else:
-            found.append((id(tensor), tensor._version, tensor.data_ptr()))
-    return found
+def _state(tensors: list[Tensor]) -> tuple[list[int], list[int]]:
+    """What tells whether one of them was changed."""
+    return [*map(_version, tensors)], [*map(Tensor.data_ptr, tensors)]
+
+
+_version = operator.attrgetter("_version")
 
 
 def _packed(op: Op) -> conv.Packed:

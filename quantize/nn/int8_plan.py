@@ -21,6 +21,7 @@ from quantize.nn.int8_tracer import Unfit
 
 _ALIGNED = 64  # bytes
 _NEAR_BYTES = 1 << 22  # of the nearest cache of two cores
+_LARGE_BYTES = 1 << 19  # of a value that doesn't stay there as a whole
 
 
 class Arena:
@@ -140,6 +141,7 @@ class Planner:
         self.arena, self.steps = Arena(), list[conv.Step]()
         self.places: dict[int, int] = {SOURCE: conv.INPUT}
         self.ranges: dict[int, int] = {}
+        self.chains = self._chains()
 
     def _shape(self, op: Op) -> tuple[int, ...]:
         samples, channels, *size = self.shapes[op.x]
@@ -160,6 +162,42 @@ class Planner:
         each: int = op.module.packed[0].numel()
         return math.prod(self.shapes[at]) * each
 
+    def _chains(self) -> dict[int, int]:
+        """Operations that run line by line: a depthwise convolution of large images, with those of
+        single pixels before and behind it. By the first of them, how many they are.
+        """
+        found, free = dict[int, int](), 0
+        for at, op in enumerate(self.ops):
+            if op.kind != conv.DEPTHWISE or len(op.kernel) != 2 or op.geometry.dilation != (1, 1):
+                continue
+            if max(self._bytes(op.x), self._bytes(at)) < _LARGE_BYTES:
+                continue
+            first = at - 1 if op.x == at - 1 >= free and self._widens(at - 1) else at
+            end = at + 2 if self._narrows(at + 1) else at + 1
+            if end - first > 1:
+                found[first], free = end - first, end
+        return found
+
+    def _widens(self, at: int) -> bool:
+        """May what a convolution gives be forgotten once the next operation has read it?"""
+        alone = self._readers(at) == [at + 1] and self.ops[at].other is None
+        return alone and self._is_by_pixel(at)
+
+    def _narrows(self, at: int) -> bool:
+        """Does a convolution read what the operation before gives, and nothing of all its lines?"""
+        if at == len(self.ops) or self.ops[at].x != at - 1 or self.ops[at].gate is not None:
+            return False
+        return self._is_by_pixel(at)
+
+    def _is_by_pixel(self, at: int) -> bool:
+        """Is it a convolution of each pixel by itself, whose range nobody asks for?"""
+        op = self.ops[at]
+        pixels = op.kind == conv.CONVOLUTION and op.geometry.pointwise(op.kernel)
+        return pixels and not any(self.ops[reader].needs_range() for reader in self._readers(at))
+
+    def _readers(self, at: int) -> list[int]:
+        return [reader for reader, op in enumerate(self.ops) if at in op.reads]
+
     def _bytes(self, value: int) -> int:
         return 4 * math.prod(self.shapes[value])
 
@@ -174,8 +212,15 @@ class Planner:
             place = self.arena.take(self._bytes(SOURCE))
             self._turn(conv.TO_LAST, SOURCE, conv.INPUT, place)
             self.places[SOURCE] = place
+        end, running = 0, list[int]()
         for at in range(len(self.ops)):
+            end = max(end, at + self.chains.get(at, 1))
             self._append(at)
+            running.append(at)
+            if at + 1 == end:  # steps that run line by line read and write at the same time
+                for one in running:
+                    self._free(one)
+                running.clear()
         steps = (conv.Step * len(self.steps))(*self.steps)
         shape = self.shapes[len(self.ops) - 1]
         return Plan(steps, shape, self.arena.size, self.threads, self.layers)
@@ -186,7 +231,11 @@ class Planner:
         final = at == len(self.ops) - 1
         # and only they write them
         direct = final and (self.last or op.kind in (conv.CONVOLUTION, conv.MEAN))
-        self.places[at] = conv.OUTPUT if direct else self.arena.take(self._bytes(at))
+        if self.chains.get(at, 1) > 1 and op.kind == conv.CONVOLUTION:
+            self.places[at] = conv.NOWHERE  # threads keep a few lines of it
+        else:
+            self.places[at] = conv.OUTPUT if direct else self.arena.take(self._bytes(at))
+        step.together = self.chains.get(at, 1)
         step.x, step.y = self.places[op.x], self.places[at]
         step.x_last, step.y_last = self._is_last(step.x), self._is_last(step.y)
         step.end(op.ending)
@@ -199,7 +248,6 @@ class Planner:
         self.steps.append(step)
         if final and not direct:
             self._turn(conv.TO_PLANES, at, step.y, conv.OUTPUT)
-        self._free(at)
 
     def _is_last(self, place: int) -> bool:
         return self.last or place not in (conv.INPUT, conv.OUTPUT)

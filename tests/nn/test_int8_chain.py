@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from quantize.native.conv import LAST
 from quantize.nn import int8_kernels as kernels
+from quantize.nn import int8_plan
 from quantize.nn.floats import averaged
 from quantize.nn.int8_chain import Program
 from quantize.nn.int8_program import trace
@@ -133,3 +134,34 @@ def test_gates_that_are_read_twice():
     """The product is no part of a program."""
     model = in_int8(nn.Sequential(GatedTwice()).eval())
     assert trace(model[0]) is None
+
+
+def deep(channels: int, kernel: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(channels, channels, kernel, stride, kernel // 2, groups=channels)
+
+
+def lines() -> nn.Module:
+    """Depthwise layers with those of pixels on both sides, on one, and between two of them."""
+    first = [nn.Conv2d(32, 72, 1), nn.SiLU(), deep(72, 3), nn.ReLU6(), nn.Conv2d(72, 40, 1)]
+    second = [nn.Conv2d(40, 48, 1), nn.ReLU(), deep(48, 5, 2), nn.Conv2d(48, 48, 1), deep(48, 3)]
+    third = [nn.Conv2d(48, 40, 3), deep(40, 3, 2), nn.Conv2d(40, 32, 1)]
+    return nn.Sequential(*first, *second, nn.Conv2d(48, 48, 1), *third)
+
+
+@torch.no_grad()
+def test_lines_of_large_images(level: str, monkeypatch: pytest.MonkeyPatch):
+    """Depthwise layers run line by line with their neighbours, with the bits of one after the
+    other.
+    """
+    monkeypatch.setattr(int8_plan, "_LARGE_BYTES", 1)
+    model = in_int8(nn.Sequential(nn.Sequential(lines(), Mobile()), nn.Flatten()).eval())
+    block = model[0]
+    for shape in ((3, 32, 17, 12), (2, 32, 12, 19)):
+        for format in (torch.contiguous_format, torch.channels_last):
+            x = randn(*shape).contiguous(memory_format=format)
+            expected = type(block).own_forward(block, x)
+            for threads in (1, 2):
+                monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+                assert torch.equal(block(x), expected)
+    (plan, *_) = program_of(block, x.shape).plans.values()
+    assert [step.together for step in plan.steps if step.together > 1] == [3, 3, 2, 3]
