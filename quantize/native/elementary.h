@@ -6,18 +6,6 @@
 
 namespace {
 
-// NaN stays NaN.
-inline Floats clamped(Floats x, float limit) {
-  const Floats most = Floats{} + limit;
-  x = x > most ? most : x;
-  return x < -most ? -most : x;
-}
-
-// exp as far as 80: no result is denormal.
-inline Floats limited_exponential(Floats x) { return exponential(clamped(x, 80)); }
-inline Floats sigmoid(Floats x) { return 1 / (limited_exponential(-x) + 1); }
-inline Floats hyperbolic(Floats x) { return 1 / (limited_exponential(x * -2) + 1) * 2 - 1; }
-
 // The entries of a table of 16.
 inline Floats entries(const float* table, Ints index) {
 #if defined(__AVX512F__)
@@ -28,6 +16,25 @@ inline Floats entries(const float* table, Ints index) {
   return found;
 #endif
 }
+
+// exp as far as 80, where no result is denormal: 2^(n / 16) from a table, times a polynomial of
+// what is left. NaN stays NaN.
+inline Floats limited_exponential(Floats x) {
+  alignas(64) static constexpr float powers[LANES] = {
+      1.0f,        1.04427373f, 1.09050775f, 1.13878858f, 1.18920708f, 1.24185777f,
+      1.29683959f, 1.35425556f, 1.41421354f, 1.47682619f, 1.54221082f, 1.61049032f,
+      1.68179283f, 1.75625217f, 1.83400810f, 1.91520655f};
+  x = most(Floats{} - 80, least(Floats{} + 80, x));
+  const float shift = 0x1.8p23f;  // adding it rounds to the nearest integer, half to even
+  const Floats shifted = x * 23.0831203f + shift;
+  const Floats r = x - (shifted - shift) * 0.0433216989f;
+  const Floats p = (r * 0.166666672f + 0.5f) * r * r + r;
+  const Floats power = entries(powers, (Ints)shifted & 15);
+  const Ints scale = (((Ints)shifted & ~15) << 19) + (127 << 23);
+  return (power + power * p) * (Floats)scale;
+}
+inline Floats sigmoid(Floats x) { return 1 / (limited_exponential(-x) + 1); }
+inline Floats hyperbolic(Floats x) { return 1 / (limited_exponential(x * -2) + 1) * 2 - 1; }
 
 // relu(x) - |x| tail(|x|); tails: [5][16] as in tails.py.
 [[gnu::always_inline]] inline Floats with_tail(Floats x, const float* tails) {
