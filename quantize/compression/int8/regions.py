@@ -22,7 +22,7 @@ from quantize.nn.int8_tracer import AsksForSize
 from quantize.nn.replay import KINDS
 
 Inputs = Mapping[str, set[tuple[int, ...]]]  # shapes by layer, on calibration
-_FEWEST = 2  # operations of a region
+_FEWEST = 2  # int8 layers of a region that is recorded
 _SIDE = 48  # of the images for which a forward is read that asks for sizes
 
 
@@ -100,8 +100,7 @@ def _operations(module: nn.Module) -> list[Op] | None:
 
 
 def _is_program(module: nn.Module) -> bool:
-    ops = _operations(module)
-    return ops is not None and len(ops) >= _FEWEST
+    return not isinstance(module, CompressedLayer) and _operations(module) is not None
 
 
 def _may_be_recorded(module: nn.Module) -> bool:
