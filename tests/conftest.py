@@ -4,6 +4,7 @@ don't depend on cores.
 
 import gc
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -23,6 +24,10 @@ import torch  # noqa: E402
 
 # What messages about a graph would show is the test's own stack, taken at each operation.
 torch.fx.config.do_not_emit_stack_traces = True
+
+# A run that a script starts in the background ignores Ctrl-C, and so would the processes that tests
+# send it to.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Thousands of small files, none of which must outlive a power cut.
 os.fsync = lambda descriptor: None
