@@ -19,7 +19,9 @@ from quantize.run.decoding.structs import Held
 from quantize.run.kv_cache import KVCache
 
 Shapes = list[tuple[int, int]]
-LONG_BYTES = 16 << 20  # of a cache that is worth moving into huge pages
+# A cache of so many bytes is moved into huge pages after so many passes over a single token: that
+# takes as long as it saves in some tens of them.
+LONG_BYTES, MANY_STEPS = 16 << 20, 32
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
 
 
@@ -39,9 +41,7 @@ class View:
         self._tensors = [weakref.ref(tensor) for tensor in _tensors(store)]
         self._firsts = [layer.first for layer in store]
         self._room = min(layer.first + layer.capacity for layer in store)
-        blocks = [(tensor.data_ptr(), tensor.nbytes) for tensor in _tensors(store)]
-        if sum(size for _, size in blocks) >= LONG_BYTES:
-            use_huge_pages(blocks)
+        self._steps = 0
 
     def fits(self, cache: KVCache, end: int) -> bool:
         """Whether the cache still holds these tensors alone, with room for `end` positions."""
@@ -56,6 +56,15 @@ class View:
         tensors = list(_tensors(self.store))
         noted = [reference() for reference in self._tensors]
         return len(tensors) == len(noted) and all(map(operator.is_, tensors, noted))
+
+    def count_step(self) -> None:
+        """Note a pass over a single token."""
+        self._steps += 1
+        if self._steps != MANY_STEPS:
+            return
+        blocks = [(tensor.data_ptr(), tensor.nbytes) for tensor in _tensors(self.store)]
+        if sum(size for _, size in blocks) >= LONG_BYTES:
+            use_huge_pages(blocks)
 
 
 _views: WeakKeyDictionary[KVCache, View] = WeakKeyDictionary()
@@ -80,6 +89,8 @@ def view_of(
     """
     view = _views.get(cache)
     if view is not None and view.shapes == shapes and view.fits(cache, cache.length + new):
+        if new == 1:
+            view.count_step()
         return view
     if cache.shapes != shapes:
         return None

@@ -11,7 +11,7 @@ from helpers import assert_close, tokens
 
 import quantize
 from quantize.native import build
-from quantize.run.decoding import native
+from quantize.run.decoding import caches, native
 from quantize.run.kv_cache import KVCache
 
 pytestmark = [
@@ -113,3 +113,21 @@ def test_what_was_noted_of_a_cache_is_dropped_with_it():
     with pytest.raises(ValueError, match="limit"):
         for _ in range(40):
             steps[0](PROMPT[:, :1], cache, 1)
+
+
+def test_a_long_cache_is_moved_into_huge_pages_once(monkeypatch):
+    """All its tensors, and only when tokens follow one by one."""
+    moved = []
+    monkeypatch.setattr(caches, "LONG_BYTES", 1)
+    monkeypatch.setattr(caches, "MANY_STEPS", 3)
+    monkeypatch.setattr(caches, "use_huge_pages", moved.append)
+    fast = quantize.for_decoding(decoder(), backend="native")
+    cache = KVCache.for_model(fast)
+    with torch.no_grad():
+        for piece in (PROMPT, PROMPT, PROMPT[:, :1], PROMPT[:, :1]):
+            fast(piece, cache)
+        assert not moved
+        for _ in range(5):
+            fast(PROMPT[:, :1], cache)
+    (blocks,) = moved
+    assert sum(size for _, size in blocks) == cache.nbytes
