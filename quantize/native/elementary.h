@@ -6,13 +6,16 @@
 
 namespace {
 
-// The entries of a table of 16.
+// The entries of a table of N, 16 or 32, by the lowest bits of an index.
+template <int N>
 inline Floats entries(const float* table, Ints index) {
 #if defined(__AVX512F__)
-  return (Floats)_mm512_permutexvar_ps((__m512i)index, (__m512)load(table));
+  const __m512 low = (__m512)load(table);
+  if (N == 16) return (Floats)_mm512_permutexvar_ps((__m512i)index, low);
+  return (Floats)_mm512_permutex2var_ps(low, (__m512i)index, (__m512)load(table + N - LANES));
 #else
   Floats found;
-  for (int i = 0; i < LANES; i++) found[i] = table[index[i]];
+  for (int i = 0; i < LANES; i++) found[i] = table[index[i] & (N - 1)];
   return found;
 #endif
 }
@@ -29,25 +32,24 @@ inline Floats limited_exponential(Floats x) {
   const Floats shifted = x * 23.0831203f + shift;
   const Floats r = x - (shifted - shift) * 0.0433216989f;
   const Floats p = (r * 0.166666672f + 0.5f) * r * r + r;
-  const Floats power = entries(powers, (Ints)shifted & 15);
+  const Floats power = entries<16>(powers, (Ints)shifted);
   const Ints scale = (((Ints)shifted & ~15) << 19) + (127 << 23);
   return (power + power * p) * (Floats)scale;
 }
 inline Floats sigmoid(Floats x) { return 1 / (limited_exponential(-x) + 1); }
 inline Floats hyperbolic(Floats x) { return 1 / (limited_exponential(x * -2) + 1) * 2 - 1; }
 
-// relu(x) - |x| tail(|x|); tails: [5][16] as in tails.py.
+// relu(x) - |x| tail(|x|); tails: [4][32] as in tails.py.
 [[gnu::always_inline]] inline Floats with_tail(Floats x, const float* tails) {
   const float shift = 0x1.8p23f;  // adding it rounds to the nearest integer, half to even
-  const Floats size = (Floats)((Ints)x & 0x7fffffff), limit = Floats{} + 5.4f;
-  const Floats within = size < limit ? size : limit;
-  const Floats place = within * 2.7777778f, shifted = place + shift;
+  const Floats size = (Floats)((Ints)x & 0x7fffffff), within = least(size, Floats{} + 5.4f);
+  const Floats place = within * 5.7407408f, shifted = place + shift;
   const Floats distance = place - (shifted - shift);
-  const Ints point = (Ints)shifted & 15;
-  Floats tail = entries(tails + 64, point);
-  for (int power = 3; power >= 0; power--)
-    tail = tail * distance + entries(tails + 16 * power, point);
-  return (x < 0 ? Floats{} : x) - within * tail;
+  const Ints point = (Ints)shifted;
+  Floats tail = entries<32>(tails + 96, point);
+  for (int power = 2; power >= 0; power--)
+    tail = tail * distance + entries<32>(tails + 32 * power, point);
+  return most(Floats{}, x) - within * tail;
 }
 
 enum Activation : int64_t { NONE, RELU, GELU, SILU, SIGMOID };
@@ -55,7 +57,7 @@ enum Activation : int64_t { NONE, RELU, GELU, SILU, SIGMOID };
 [[gnu::always_inline]] inline Floats activated(Floats x, int64_t activation, const float* tails) {
   switch (activation) {
     case RELU:
-      return x < 0 ? Floats{} : x;
+      return most(Floats{}, x);
     case GELU:
       return with_tail(x, tails);
     case SILU:

@@ -22,7 +22,7 @@ struct Layer {
   const int64_t* channels;    // [outliers]
   const float* kept;          // their weights [outliers][16 panels]
   int64_t activation;         // of the outputs; see elementary.h
-  const float* tails;         // of GELU [5][16], or null
+  const float* tails;         // of GELU [4][32], or null
 };
 
 // Layers that read the same rows; those of several have neither factors nor outliers.

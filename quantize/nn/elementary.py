@@ -58,8 +58,8 @@ def _with_tail(x: Tensor, tails: Tensor) -> Tensor:
     place = within * STEPS
     point = place.round()
     powers = tails.to(x.device)[:, point.long()].unbind()
-    tail = powers[4]
-    for coefficient in powers[3::-1]:
+    tail = powers[3]
+    for coefficient in powers[2::-1]:
         tail = tail * (place - point) + coefficient
     return torch.where(x < 0, 0.0, x) - within * tail
 
