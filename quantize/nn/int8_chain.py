@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules import module as torch_module
 
 from quantize.native import conv
 from quantize.native import int8 as native_int8
@@ -34,10 +33,9 @@ _POOL = nn.AdaptiveAvgPool2d(1)
 
 
 class Program:
-    """What a region runs, as long as its modules stay what they are.
+    """What a region runs, as long as all that its forward depends on stays as it was.
 
     Args:
-        module: the region.
         ops: of its forward.
         shape: of the inputs that they are for; None: of any.
         forward: what runs in its place where there is no plan.
@@ -45,37 +43,17 @@ class Program:
 
     def __init__(
         self,
-        module: nn.Module,
         ops: Sequence[Op],
         shape: torch.Size | None,
         forward: Callable[[Tensor], Tensor],
     ) -> None:
         self.ops, self.shape, self.forward = ops, shape, forward
         self.layers: list[Int8Conv] = [op.module for op in ops if op.has_weights]
-        self.links: list[tuple[dict[str, nn.Module | None], str, nn.Module | None]] = []
-        for parent in module.modules():
-            children = parent._modules
-            self.links += [(children, name, child) for name, child in children.items()]
         self.tensors: list[Tensor] = []  # of the layers, when their packs were made,
         self.state: tuple[list[int], list[int]] | None = None  # and what tells of changes
         self.packs: list[conv.Packed | None] = []
         self.vectors: list[tuple[conv.Packed, tuple[Tensor | None, ...]]] = []  # that these hold
         self.plans: dict[tuple[torch.Size, bool, int], Plan | None] = {}
-
-    def is_current(self) -> bool:
-        """Are the modules inside those that it was made of?"""
-        return all(children.get(name) is child for children, name, child in self.links)
-
-    def is_watched(self) -> bool:
-        """Does somebody see the calls of the modules inside, or are some in training mode?"""
-        for _, _, child in self.links:
-            if child is None:
-                continue
-            if child._forward_hooks or child._forward_pre_hooks or child.training:
-                return True
-            if "forward" in child.__dict__:
-                return True
-        return bool(torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks)
 
     def __call__(self, x: Tensor) -> Tensor:
         found = self.run(x) if kernels.native_allowed() else None
@@ -213,13 +191,13 @@ def _program_of(step: Step, seen: Mapping[int, Tensor]) -> Program | None:
     x = seen.get(step.reads[0]) if step.reads else None
     if step.call is averaged and x is not None and x.dtype is torch.float32:
         size = seen[step.to].shape[2:]
-        return Program(_POOL, [Op(_POOL, SOURCE)], None, _POOL) if tuple(size) == (1, 1) else None
+        return Program([Op(_POOL, SOURCE)], None, _POOL) if tuple(size) == (1, 1) else None
     layer = getattr(step.call, "__self__", None)
     if type(layer) is not Int8Conv or layer.floats or layer.padding_mode != "zeros":
         return None
     if x is None or x.dtype is not torch.float32 or x.dim() != len(layer.kernel_size) + 2:
         return None
-    made = Program(layer, [Op(layer, SOURCE, layer.ending)], None, layer.forward)
+    made = Program([Op(layer, SOURCE, layer.ending)], None, layer.forward)
     return made if made.fits() else None
 
 
@@ -239,4 +217,4 @@ def _both(first: Program, second: Program) -> Program:
     ops = list(first.ops)
     for op in second.ops:
         ops.append(op.moved(moved))
-    return Program(nn.Module(), ops, None, lambda x: second(first(x)))
+    return Program(ops, None, lambda x: second(first(x)))

@@ -27,32 +27,57 @@ from quantize.nn.int8_program import trace
 from quantize.nn.int8_tracer import AsksForSize
 from quantize.nn.replay import plainly, replayed
 from quantize.nn.tape import is_replacing
+from quantize.nn.watched import State, state_of
 
 _MOST_SHAPES = 16  # of inputs whose programs are kept
+_MOST_CHANGES = 16  # of a region, before it is left to its forward
 
 
-_Programs = dict[torch.Size | None, "Program | None"]  # by the shape of inputs; None: for all
+class _Programs:
+    """The programs of a region by the shape of inputs, or one for all under None. They hold as long
+    as all that its forward depends on stays as it was; `is_open`: can that be seen?
+    """
+
+    def __init__(self) -> None:
+        self.known: dict[torch.Size | None, Program | None] = {}
+        self.state: State | None = None
+        self.is_open, self.asks_for_size, self.changes = True, False, 0
+
+    def program(self, module: nn.Module, shape: torch.Size) -> Program | None:
+        """For inputs of a shape, made when it is first asked for; None where there is none."""
+        key = shape if self.asks_for_size else None
+        has_none = key in self.known and self.known[key] is None
+        if has_none or not self.is_open or (self.state is not None and self.state.is_watched()):
+            return None
+        if self.state is None or not self.state.holds():
+            self._begin(module)
+        if self.state is None or not self.state.is_plain:
+            return None
+        if key in self.known:
+            return self.known[key]
+        if len(self.known) > _MOST_SHAPES:
+            self.known.clear()
+        try:
+            self.known[key] = _made(module, key)
+        except AsksForSize:
+            self.asks_for_size = True
+            return self.program(module, shape)
+        self.is_open = self.state.holds()  # or the forward itself changes something
+        return self.known[key] if self.is_open else None
+
+    def _begin(self, module: nn.Module) -> None:
+        self.known.clear()
+        self.state = state_of(module)
+        self.changes += 1
+        self.is_open = self.state is not None and self.changes <= _MOST_CHANGES
+
+
 _programs: weakref.WeakKeyDictionary[nn.Module, _Programs] = weakref.WeakKeyDictionary()
-_asking: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # those that have one for each shape
 
 
 def program_of(module: nn.Module, shape: torch.Size) -> Program | None:
-    """The program of a region for inputs of a shape, made when it is first asked for; None where it
-    has none.
-    """
-    known = _programs.setdefault(module, {})
-    key = shape if module in _asking else None
-    found = known.get(key)
-    if key in known and (found is None or found.is_current()):
-        return found
-    if len(known) > _MOST_SHAPES:
-        known.clear()
-    try:
-        found = known[key] = _made(module, key)
-    except AsksForSize:
-        _asking.add(module)
-        return program_of(module, shape)
-    return found
+    """The program of a region for inputs of a shape; None where it has none."""
+    return _programs.setdefault(module, _Programs()).program(module, shape)
 
 
 @torch.inference_mode(False)
@@ -61,9 +86,8 @@ def _made(module: nn.Module, shape: torch.Size | None) -> Program | None:
     ops = trace(module, shape)
     if ops is None:
         return None
-    forward = functools.partial(_own_forward, weakref.ref(module))
-    found = Program(module, ops, shape, forward)
-    if not found.fits() or found.is_watched() or not int8_images.is_exact():
+    found = Program(ops, shape, functools.partial(_own_forward, weakref.ref(module)))
+    if not found.fits() or not int8_images.is_exact():
         return None
     return found if found.is_exact() else None
 
@@ -94,8 +118,7 @@ def _fitting(module: nn.Module, x: Tensor) -> Program | None:
         return None
     if module.training or not kernels.native_allowed():
         return None
-    program = program_of(module, x.shape)
-    return None if program is None or program.is_watched() else program
+    return program_of(module, x.shape)
 
 
 class Region:

@@ -29,7 +29,7 @@ from quantize.nn.int8_conv import Int8Conv
 from quantize.nn.int8_embedding import Int8Embedding
 from quantize.nn.stretches import stretched
 from quantize.nn.tape import CONSTANTS, TENSORS, Recorder, Replacing, Step, Tape, Unfit
-from quantize.nn.watched import State
+from quantize.nn.watched import State, state_of
 
 KINDS = (Int8Linear, Int8Conv, Int8Embedding)  # layers in integers that can be recorded
 _MOST_FORMS = 64  # of inputs that are remembered
@@ -80,7 +80,7 @@ class Region:
         """The result of a call. Notes the calls of torch in it, and makes a tape of them where it
         is the second time.
         """
-        state = _state(module)
+        state = state_of(module)
         if state is None or not state.is_plain or not state.holds():
             self.fits = self.fits and state is not None
             self.tapes[key] = None
@@ -124,14 +124,6 @@ class Region:
 def _shorter(steps: Sequence[Step], *known: Any) -> list[Step]:
     """The steps, with what native programs can do in as few of them as can be."""
     return stretched(joined(steps, *known), *known)
-
-
-def _state(module: nn.Module) -> State | None:
-    """None where a part of it can't be seen."""
-    try:
-        return State(module)
-    except Unfit:
-        return None
 
 
 def _form_of(call: partial[Any]) -> tuple[Hashable, list[int]]:

@@ -61,11 +61,14 @@ class State:
     def _read(self) -> Iterator[Any]:
         return chain.from_iterable(map(_call, self.readers, self.full))
 
+    def is_watched(self) -> bool:
+        """Does somebody see the calls of the modules?"""
+        everywhere = torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
+        return bool(everywhere) or any(self.hooks)
+
     def holds(self) -> bool:
         """Is everything as it was? And does nobody watch the modules?"""
-        if any(self.hooks) or self.size != sum(map(len, self.sources)):
-            return False
-        if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+        if self.is_watched() or self.size != sum(map(len, self.sources)):
             return False
         if self.dtypes != [*map(_DTYPE, self.parameters)]:  # by `.to()`, in place
             return False
@@ -73,6 +76,14 @@ class State:
             return all(map(operator.is_, self._read(), self.values))
         except (KeyError, ValueError, RuntimeError):  # one is gone, or a thread is adding one
             return False
+
+
+def state_of(module: nn.Module) -> State | None:
+    """None where a part of it can't be seen."""
+    try:
+        return State(module)
+    except Unfit:
+        return None
 
 
 _call: Any = operator.call
