@@ -73,7 +73,10 @@ def absorbed(module: nn.Module) -> nn.Module:
 def with_bias(module: nn.Module) -> nn.Module:
     """Give a convolution that has no bias one of zeros, in place."""
     conv: Any = module
-    conv.bias = nn.Parameter(torch.zeros_like(conv.weight[:, 0].flatten(1)[:, 0]))
+    weight = conv.weight
+    # torch.zeros_like of a tensor without data imports sympy, which takes a third of a second
+    bias = torch.empty(len(weight), dtype=weight.dtype, device=weight.device).zero_()
+    conv.bias = nn.Parameter(bias)
     return module
 
 
