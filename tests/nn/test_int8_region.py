@@ -271,13 +271,14 @@ def test_a_forward_that_changes_its_input():
 ADDS = {"now": True}
 
 
-class Chooses(Block):
+class Chooses(nn.Module):
     """Its sum depends on an attribute and on a variable."""
 
     adds = True
 
     def __init__(self) -> None:
-        super().__init__(32, 32)
+        super().__init__()
+        self.first, self.last = nn.Conv2d(32, 48, 1), nn.Conv2d(48, 32, 3, padding=1)
         self.ran = 0
 
     def forward(self, x: Tensor) -> Tensor:
