@@ -268,65 +268,6 @@ def test_a_forward_that_changes_its_input():
     assert module(x) is x and not torch.equal(x, given) and program_of(module, x.shape) is None
 
 
-ADDS = {"now": True}
-
-
-class Chooses(nn.Module):
-    """Its sum depends on an attribute and on a variable."""
-
-    adds = True
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.last = nn.Conv2d(32, 48, 1), nn.Conv2d(48, 32, 3, padding=1)
-        self.ran = 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.last(F.relu(self.first(x)))
-        return y + x if self.adds and ADDS["now"] else y
-
-
-class Counts(Chooses):
-    """Its forward changes it."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.ran += 1
-        return super().forward(x)
-
-
-CHOICES: dict[str, Callable[[Any], object]] = {
-    "an attribute": lambda module: setattr(module, "adds", False),
-    "an attribute of the class": lambda module: setattr(Chooses, "adds", False),
-    "a variable": lambda module: ADDS.__setitem__("now", False),
-}
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("name", CHOICES)
-def test_what_a_forward_depends_on_may_change(name: str, monkeypatch: pytest.MonkeyPatch):
-    """The program is that of the forward as it is now."""
-    monkeypatch.setattr(Chooses, "adds", True)  # and put them back
-    monkeypatch.setitem(ADDS, "now", True)
-    module, x = region(Chooses), randn(2, 32, 8, 8)
-    before = module(x)
-    assert program_of(module, x.shape) is not None
-    CHOICES[name](module)
-    actual = module(x)
-    assert torch.equal(actual, type(module).own_forward(module, x))
-    assert not torch.equal(actual, before) and program_of(module, x.shape) is not None
-
-
-@torch.no_grad()
-def test_a_forward_that_counts_its_calls():
-    """It runs itself, each time."""
-    module, x = region(Counts), randn(2, 32, 8, 8)
-    module(x)
-    before = module.ran
-    for _ in range(3):
-        module(x)
-    assert module.ran == before + 3 and program_of(module, x.shape) is None
-
-
 @torch.no_grad()
 def test_watched_changed_and_refused():
     """Hooks inside are called, a weight that changes counts, and wrong inputs are refused as
