@@ -5,7 +5,8 @@ A batch is taken as soon as the model is free, so a lone request never waits for
 arrived while the last batch ran is the next one. The oldest request always goes first; beside it go
 those of the next oldest whose lengths are nearest, so that little is padded, up to a budget of
 tokens, padding included: what the settings allow, and what takes BATCH_S at the pace of the batches
-before. More would answer hardly more per second, and everyone later.
+before, or, where much more waits, a PART of it. Larger batches would answer hardly more per second,
+and everyone later.
 
 One model call of a process runs at a time: PyTorch has its own threads below it, and two callers
 at once would only take each other's cores. Calls run in one thread, `compute`, but a batch that is
@@ -37,6 +38,7 @@ T = TypeVar("T")
 LOG = logging.getLogger("quantize.serve")
 MOST_ROWS = 256
 BATCH_S = 0.1
+PART = 0.25
 SOON_S = 0.002  # the event loop may be held up for so long
 WINDOW = 4  # budgets of the oldest tokens, from which a batch is chosen: nobody is left far behind
 SHARE = 0.2  # of the last batch in the pace
@@ -156,8 +158,9 @@ class Batcher:
 
     def _budget(self) -> int:
         """Tokens of the next batch."""
-        most = self.settings.max_batch_tokens
-        return int(min(most, max(1.0, self._pace * BATCH_S)))
+        waiting = sum(job.rows * job.length for job in self.waiting)
+        wanted = max(1.0, self._pace * BATCH_S, PART * waiting)
+        return int(min(self.settings.max_batch_tokens, wanted))
 
     def _seconds(self, jobs: Sequence[Job]) -> float:
         """What a batch will take, at the pace of those before."""
