@@ -1,6 +1,7 @@
 """What a forward may depend on besides its inputs, as far as that can be seen: attributes of the
 modules and of their classes, and all that can be reached from these through lists, dictionaries and
-objects, as configs are; and the variables that its code names, see `code`.
+objects, as configs are; and the variables that its code names, see `code`. Not seen: what the
+object in such a variable holds otherwise than as attributes (slots, a state in C).
 """
 
 from __future__ import annotations
