@@ -1,10 +1,12 @@
 """Products of int8 matrices in stock PyTorch, each exact: `int_mm`, `onednn`, `reference`.
 
-They take int8 q `[M, K]` and weight `[N, K]` and give `sum_k q w` as integers, `[M, N]`.
+They take int8 q `[M, K]` and weight `[N, K]` and give `sum_k q w` as integers, `[M, N]`. One that
+can't on this CPU raises RuntimeError.
 """
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,7 +36,25 @@ def onednn(q: Tensor, weight: Tensor) -> Tensor:
 
     Its activations are unsigned, q + 128: with signed ones some CPUs fall into a loop that takes
     minutes. It gives float32, so the inputs are cut where a sum could pass 2^24.
+
+    Raises: RuntimeError: on a CPU whose sums of two products are cut off at 16 bits.
     """
+    if not onednn_is_exact():
+        raise RuntimeError("onednn: this CPU has no VNNI, and cuts sums off at 16 bits")
+    return _onednn(q, weight)
+
+
+@functools.cache
+def onednn_is_exact() -> bool:
+    """Does oneDNN add products of bytes without a loss here? False too where a build has none."""
+    q, weight = torch.full((4, 64), 127, dtype=torch.int8), torch.full((16, 64), 127).char()
+    try:
+        return torch.equal(_onednn(q, weight), reference(q, weight))
+    except (RuntimeError, AttributeError):
+        return False
+
+
+def _onednn(q: Tensor, weight: Tensor) -> Tensor:
     unsigned = q.view(torch.uint8).bitwise_xor(128)
     outputs = weight.shape[0]
     scale = torch.ones(outputs, dtype=torch.float32)

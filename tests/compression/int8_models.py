@@ -9,10 +9,17 @@ from torch import Tensor, nn
 
 from quantize.native import build, int8_library, isa
 from quantize.nn import int8_kernels as kernels
+from quantize.nn import int8_products as products
 from quantize.nn.int8 import Int8Linear
 
-# Native code needs a compiler.
-KERNELS = list(kernels.KERNELS if build.compiler() else kernels.STOCK)
+
+def _kernels() -> list[str]:
+    """Native code needs a compiler; oneDNN refuses a CPU on which it would cut sums off."""
+    missing = {"native": build.compiler() is None, "onednn": not products.onednn_is_exact()}
+    return [name for name in kernels.KERNELS if not missing.get(name)]
+
+
+KERNELS = _kernels()
 
 
 def layer_of(k: int, n: int, bias: bool = True) -> Int8Linear:

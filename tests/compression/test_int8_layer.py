@@ -9,7 +9,7 @@ import threading
 
 import torch
 from helpers import in_int8, linear, randn
-from int8_models import layer_of
+from int8_models import KERNELS, layer_of
 from torch import nn
 
 import quantize
@@ -42,11 +42,13 @@ def test_layer_survives_what_happens_to_modules():
     other.load_state_dict({k: v.clone() for k, v in layer.state_dict().items()}, assign=True)
     assert torch.equal(other(x), y)
     assert copy.deepcopy(layer).to(torch.bfloat16).scale.dtype == torch.float32
-    with kernels.kernel("onednn"):
-        assert torch.equal(layer(x), y)
-        layer.packed.neg_()
-        layer.bias.neg_()
-        assert torch.equal(layer(x), -y)
+    for name in KERNELS:
+        with kernels.kernel(name):
+            assert torch.equal(layer(x), y), name
+            for sign in (-1, 1):
+                layer.packed.neg_()
+                layer.bias.neg_()
+                assert torch.equal(layer(x), sign * y), name
 
 
 def test_threads_may_share_a_layer():

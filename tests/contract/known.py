@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from contract.broken import BROKEN as BROKEN
 from contract.broken import BROKEN_PAIRS as BROKEN_PAIRS
+from quantize.host import native_bf16
 
 HALF = ("half fp16", "half bf16")
 INT8 = ("int8", "int8 smooth")
@@ -52,7 +53,8 @@ for transforms, models, part in REFUSALS:
 PACKED = ("int8", "int8 smooth", "int4 calibrated")
 REFUSED_ORDERS: tuple[tuple[tuple[str, ...], tuple[str, ...], str], ...] = (
     (HALF, HALF, "stored in 16 bits already"),
-    (("half bf16",), ("recovered",), "too coarse for small steps"),
+    # elsewhere its layers compute in float32, and are trained in it
+    (("half bf16",) if native_bf16() else (), ("recovered",), "too coarse for small steps"),
     (PACKED, ("pruned calibrated", "student"), "holds integers: prune before quantizing"),
     (PACKED, ("recovered",), "holds integers, which can't be trained"),
     (("fused",), (*EVERY,), "TorchScript module"),

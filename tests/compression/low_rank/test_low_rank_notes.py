@@ -57,6 +57,7 @@ def test_time_says_nothing_of_small_layers_unless_asked(monkeypatch):
     either.
     """
     monkeypatch.setattr(timing, "_KNOWN", {})
+    monkeypatch.setattr(timing, "LONG_ENOUGH", 1e-4)
     monkeypatch.setattr(timing, "_no_slower", lambda *_: False)
     model, x = mlp(64, 64), data(64, rows=8)
     assert pairs_in(factorize_low_rank(model, calibration=x)) and pairs_in(

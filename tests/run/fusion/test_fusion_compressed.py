@@ -67,11 +67,11 @@ def in_8_bits(x: torch.Tensor) -> torch.Tensor:
     return ((x.double() / step + zero + 0.5).floor() - zero) * step
 
 
-@pytest.mark.skipif(not integers.available(), reason="no int8 products here")
 @pytest.mark.parametrize("dims", [1, 2])
 def test_an_int8_convolution_is_one_kernel(dims: int, tmp_path: Path) -> None:
     """The file rounds the whole batch to 8 bits and multiplies it by the stored weight, by a plain
-    computation of that in float64; loaded, it gives the same bits, as small as before.
+    computation of that in float64; loaded, it gives the same bits, as small as before. On a CPU
+    whose kernels are wrong it has stock products in their place, and rounds as the layer does.
     """
     kind = (nn.Conv1d, nn.Conv2d)[dims - 1]
     model = randomized(nn.Sequential(kind(64, 256, 3, padding=1), nn.ReLU()))
@@ -83,8 +83,9 @@ def test_an_int8_convolution_is_one_kernel(dims: int, tmp_path: Path) -> None:
     for images in (x, 3 * x.abs()):
         bias = layer.bias.double()
         expected = function(in_8_bits(images), layer.dense_weight().double(), bias, padding=1)
-        assert relative_error([made.fused(images)], [expected.relu()]) < 1e-5
-    assert made.after["onednn.qconv_pointwise.tensor"] == 1
+        expected = expected.relu() if integers.available() else int8(images)
+        assert relative_error([made.fused(images)], [expected]) < 1e-5
+    assert made.after["onednn.qconv_pointwise.tensor"] == int(integers.available())
     made.fused.save(tmp_path / "fused.pt")
     assert torch.equal(torchscript.load(str(tmp_path / "fused.pt"))(x), made.fused(x))
     assert (tmp_path / "fused.pt").stat().st_size < layer.packed.numel() + 60_000
@@ -103,7 +104,6 @@ class Residual(nn.Module):
         return (self.third(self.second(x).relu()) + x).relu()
 
 
-@pytest.mark.skipif(not integers.available(), reason="no int8 products here")
 def test_an_int8_residual_network_is_a_file_of_kernels() -> None:
     """The sum and its activation are part of a kernel; the file is as near to the float model as
     the int8 model, twice in a row and at other sizes, and refuses those at which oneDNN is wrong.
@@ -112,9 +112,12 @@ def test_an_int8_residual_network_is_a_file_of_kernels() -> None:
     int8, x = in_int8(model), randn(2, 16, 20, 24)
     made = planning.plan(int8, x)
     kernels = ("qconv_pointwise.tensor", "qconv2d_pointwise.binary_tensor")
-    assert [made.after[f"onednn.{name}"] for name in kernels] == [2, 1]
-    assert made.after["aten.add_.Tensor"] == made.after["aten.relu_"] == 0
-    for images in (x, x, randn(1, 16, 9, 16), randn(3, 16, 2, 2)):
+    found = [made.after[f"onednn.{name}"] for name in kernels]
+    assert found == ([2, 1] if integers.available() else [0, 0])
+    if integers.available():
+        assert made.after["aten.add_.Tensor"] == made.after["aten.relu_"] == 0
+    small = [randn(3, 16, 2, 2)] if integers.available() else []
+    for images in (x, x, randn(1, 16, 9, 16), *small):
         pair = (relative_error([m(images)], [model(images)]) for m in (made.fused, int8))
         own, models = pair
         assert own <= 1.5 * models < 0.05
