@@ -40,6 +40,8 @@ class Program:
     conditions: list[str] = field(default_factory=list)
     # more of them, which matter only if the model asked, not torch
     doubtful: list[str] = field(default_factory=list)
+    # lines of TorchScript that a file runs when it is loaded
+    at_load: list[str] = field(default_factory=list)
     widened: int = (
         1  # 2 if a batch of one was doubled for the export: hints about sizes are too large by this
     )

@@ -6,7 +6,7 @@ things differ from the layer itself: the whole batch shares one range, where the
 each sample, or each pixel where the kernel is one pixel; and oneDNN rounds its results in an order
 of its own. How much the first costs is bounded where the file is compared with the model, see
 `Checker`. On a CPU without VNNI such kernels may cut off sums at 16 bits: none is put in there, and
-a file should run on the kind of machine where it was made.
+a file from elsewhere refuses to load.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from quantize.run.fusion import torchscript
 from quantize.run.fusion.edit import (
     add_constant,
     argument,
@@ -54,23 +55,31 @@ _FRESH = {  # operators whose results have memory of their own here
 _SMALLEST = 1e-30  # step of an image of zeros
 
 
+# The largest sums, in TorchScript: for this process, and for one that loads a file.
+_TRIAL = """
+x = torch.full([1, 16, 4, 4], 255, dtype=torch.uint8)
+weight = torch.full([16, 16, 3, 3], 127, dtype=torch.int8)
+scale, zeros, one = torch.ones([16]), torch.zeros([16], dtype=torch.long), [1, 1]
+packed = torch.ops.onednn.qconv_prepack(weight, scale, 1.0, 0, one, one, one, 1, None)
+none = torch.jit.annotate(List[Optional[number]], [])
+y = torch.ops.onednn.qconv_pointwise(
+    x, torch.tensor(0.5), torch.tensor(7), packed, scale, zeros, None, one, one, one, 1,
+    1.0, 0, torch.float, "none", none, "")
+expected = torch.conv2d((x.float() - 7) / 2, weight.float(), None, one, one)
+exact = torch.allclose(y, expected) and torch.equal(packed.to_dense(), weight)
+""".strip().splitlines()
+REFUSES = (
+    'assert exact, "this CPU cuts int8 convolutions off at 16 bits, having no VNNI: '
+    'fuse the model here"'
+)
+
+
 @functools.cache
 def available() -> bool:
     """Does this build multiply in int8 here, with the right numbers? Without VNNI, sums of two
     products may be cut off at 16 bits.
     """
-    try:
-        x = torch.full((1, 16, 4, 4), 255, dtype=torch.uint8)
-        weight, scale = torch.full((16, 16, 3, 3), 127, dtype=torch.int8), torch.ones(16)
-        zeros, one = torch.zeros(16, dtype=torch.long), [1, 1]
-        packed = _onednn.qconv_prepack(weight, scale, 1.0, 0, one, one, one, 1, None)
-        how = (packed, scale, zeros, None, one, one, one, 1)
-        last = (1.0, 0, torch.float32, "none", [], "")
-        y = _onednn.qconv_pointwise.tensor(x, torch.tensor(0.5), torch.tensor(7), *how, *last)
-        expected = torch.nn.functional.conv2d((x.float() - 7) / 2, weight.float(), padding=1)
-        return torch.allclose(y, expected) and torch.equal(packed.to_dense(), weight)
-    except (RuntimeError, AttributeError):
-        return False
+    return torchscript.succeeds(_TRIAL)
 
 
 @dataclass
@@ -104,6 +113,7 @@ def use_integers(program: Program) -> int:
     drop_dead(program)
     if nodes:
         loosen_views(program)
+        program.at_load = [*_TRIAL, REFUSES]
         program.notes.append(f"{len(nodes)} int8 convolutions as packed kernels")
     return len(nodes)
 

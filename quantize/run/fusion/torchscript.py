@@ -17,7 +17,7 @@ import linecache
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,16 @@ def load(path: str) -> nn.Module:
     """`torch.jit.load` on the CPU."""
     with _quiet():
         return torch.jit.load(path, map_location="cpu")
+
+
+def succeeds(trial: Sequence[str]) -> bool:
+    """Do these lines of TorchScript run, and find `exact` true?"""
+    lines = ["def run() -> bool:", *trial, "return exact"]
+    try:
+        with _quiet():
+            return torch.jit.CompilationUnit("\n    ".join(lines) + "\n").run()
+    except (RuntimeError, AttributeError):
+        return False
 
 
 def plain_frozen(model: nn.Module, example_inputs: Any) -> nn.Module:

@@ -165,6 +165,7 @@ class Writer:
             name = node.name if node in self.inner else f"self.prepared_{node.name}"
             lines.append(f"    {name} = {self.call(node)}")
         lines += [f"    self.{a} = torch.empty([0])" for a in self.only_prepared]
+        lines += [f"    {line}" for line in self.program.at_load]
         lines += ["    pass"] if len(lines) == 1 else []
         return "\n".join(lines)
 

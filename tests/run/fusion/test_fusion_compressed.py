@@ -221,3 +221,21 @@ def test_an_int8_lstm_is_refused_by_name() -> None:
         ValueError, match=r"layer '0' \(Int8LSTM\) can't be fused: .*loop over time"
     ):
         fuse(model, randn(2, 5, 32))
+
+
+@pytest.mark.parametrize("size", [1, 127])
+def test_a_cpu_that_cuts_sums_off_is_known_by_the_largest(size: int) -> None:
+    """With small weights the trial passes everywhere, with the largest where products are whole."""
+    lines = [line.replace("127", str(size)) for line in integers._TRIAL]
+    assert torchscript.succeeds(lines) is (size == 1 or integers.available())
+
+
+def test_a_file_from_another_cpu_refuses_to_load(monkeypatch, tmp_path: Path) -> None:
+    """What is tried when a file is made is tried again where it is loaded."""
+    made = planning.plan(nn.Sequential(nn.Linear(8, 8)).eval(), randn(2, 8))
+    made.program.at_load = ["exact = torch.zeros([1]).sum() == 0", integers.REFUSES]
+    torchscript.compile(made.program).save(tmp_path / "good.pt")
+    assert torchscript.load(str(tmp_path / "good.pt"))(randn(2, 8)).shape == (2, 8)
+    made.program.at_load = ["exact = False", integers.REFUSES]
+    with pytest.raises(Exception, match="cuts int8 convolutions off at 16 bits"):
+        torchscript.compile(made.program)
