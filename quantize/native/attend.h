@@ -22,47 +22,20 @@ namespace {
 
 enum Masked : int64_t { UNMASKED, ADDED, SEEN };  // SEEN: a byte for each key, 0 hides it
 
-// a b + c, rounded once.
-inline Floats fused(Floats a, Floats b, Floats c) {
-#if defined(__AVX512F__)
-  return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif defined(__AVX2__)
-  struct Halves {
-    __m256 low, high;
-  };
-  const Halves x = bits<Halves>(a), y = bits<Halves>(b), z = bits<Halves>(c);
-  const Halves found = {_mm256_fmadd_ps(x.low, y.low, z.low),
-                        _mm256_fmadd_ps(x.high, y.high, z.high)};
-  return bits<Floats>(found);
-#else
-  for (int i = 0; i < LANES; i++) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
-  return c;
-#endif
-}
-
-inline float largest(Floats x) {
-#if defined(__AVX512F__)
-  return _mm512_reduce_max_ps((__m512)x);
-#else
-  float found = x[0];
-  for (int i = 1; i < LANES; i++) found = x[i] > found ? x[i] : found;
-  return found;
-#endif
-}
-
 // exp(x) of x up to 0; 0 below -87. To 2e-7 of its size; NaN stays NaN.
 inline Floats weight_of(Floats x) {
   const Floats shift = Floats{} + 0x1.8p23f;  // adding it rounds to the nearest integer
-  const Floats shifted = fused(x, Floats{} + 1.44269504f, shift), n = shifted - shift;
-  const Floats r = fused(n, Floats{} + 2.12194440e-4f, fused(n, Floats{} - 0.693359375f, x));
-  Floats p = fused(r, Floats{} + 1.9875691500e-4f, Floats{} + 1.3981999507e-3f);
-  p = fused(p, r, Floats{} + 8.3334519073e-3f);
-  p = fused(p, r, Floats{} + 4.1665795894e-2f);
-  p = fused(p, r, Floats{} + 1.6666665459e-1f);
-  p = fused(p, r, Floats{} + 5.0000001201e-1f);
+  const Floats shifted = multiply_add(x, Floats{} + 1.44269504f, shift), n = shifted - shift;
+  const Floats r =
+      multiply_add(n, Floats{} + 2.12194440e-4f, multiply_add(n, Floats{} - 0.693359375f, x));
+  Floats p = multiply_add(r, Floats{} + 1.9875691500e-4f, Floats{} + 1.3981999507e-3f);
+  p = multiply_add(p, r, Floats{} + 8.3334519073e-3f);
+  p = multiply_add(p, r, Floats{} + 4.1665795894e-2f);
+  p = multiply_add(p, r, Floats{} + 1.6666665459e-1f);
+  p = multiply_add(p, r, Floats{} + 5.0000001201e-1f);
   const Ints power = ((Ints)shifted - bits<int32_t>(0x1.8p23f) + 127) << 23;
-  const Floats found = (fused(p, r * r, r) + 1) * (Floats)power;
-  return x < -87 ? Floats{} : found;
+  const Floats found = (multiply_add(p, r * r, r) + 1) * (Floats)power;
+  return choose(x < -87, Floats{}, found);
 }
 
 #if defined(__AVX512F__)
@@ -92,7 +65,7 @@ inline void fused_products(const float* a, int64_t a_apart, const float* b, int6
     for (int p = 0; p < P; p++) side[p] = load(b + p * apart + i * LANES);
     for (int r = 0; r < HIGH; r++) {
       const Floats one = spread(a + r * a_apart + i);
-      for (int p = 0; p < P; p++) total[r][p] = fused(one, side[p], total[r][p]);
+      for (int p = 0; p < P; p++) total[r][p] = multiply_add(one, side[p], total[r][p]);
     }
   }
   for (int r = 0; r < HIGH; r++)
@@ -214,7 +187,7 @@ struct Attending {
       store(score, row + i);
       high = most(score, high);
     }
-    const float found = largest(high), top = found > highest[r] ? found : highest[r];
+    const float found = largest_of(high), top = found > highest[r] ? found : highest[r];
     const float base = top == -INFINITY ? 0 : top;
     Floats sum_of_lanes = {};
     for (int64_t i = 0; i < many; i += LANES) {
@@ -237,11 +210,11 @@ struct Attending {
     if (own.masked == SEEN) {
       uint8_t seen[LANES] = {};
       memcpy(seen, (const uint8_t*)mask + at, many);
-      score = load_bytes(seen) == 0 ? hidden : score;
+      score = choose(load_bytes(seen) == 0, hidden, score);
     }
     const int64_t end = least_of(many, left);
     if (end >= LANES) return score;
-    return lanes >= int32_t(end < 0 ? 0 : end) ? hidden : score;
+    return choose(lanes >= int32_t(end < 0 ? 0 : end), hidden, score);
   }
 };
 

@@ -9,15 +9,6 @@
 
 namespace {
 
-// Rounded as `to_brain` rounds.
-inline void keep(Floats x, Brain* y) {
-  typedef uint32_t Bits __attribute__((vector_size(64)));
-  typedef uint16_t Words __attribute__((vector_size(32)));
-  const Bits all = (Bits)x, rounded = (all + 0x7fff + (all >> 16 & 1)) >> 16;
-  const Words words = __builtin_convertvector(x != x ? Bits{} + 0x7fc0 : rounded, Words);
-  memcpy(y, &words, sizeof words);
-}
-
 // work(first, last, thread): a thread's part of `count` items.
 template <class Work>
 void shared(int64_t count, int64_t threads, const Work& work) {
@@ -55,7 +46,7 @@ void norm(const Brain* x, const float* weight, float epsilon, int64_t rows, int6
       }
       const float scale = inverse[row] = 1 / sqrtf(sum(squares) / float(width) + epsilon);
       for (int64_t i = 0; i < width; i += LANES)
-        keep(load(from + i) * scale * load(weight + i), y + row * width + i);
+        store(load(from + i) * scale * load(weight + i), y + row * width + i);
     }
   });
 }
@@ -73,12 +64,12 @@ void norm_back(const Brain* gradient, const Brain* x, const float* weight, const
         const Floats both = load(g + i) * load(from + i);
         products += both * load(weight + i);
         const Floats total = load(own + i) + both * scale;
-        memcpy(own + i, &total, sizeof total);
+        store_vector(total, own + i);
       }
       const float back = sum(products) / float(width) * scale * scale * scale;
       for (int64_t i = 0; i < width; i += LANES)
-        keep(load(g + i) * load(weight + i) * scale - load(from + i) * back,
-             to_x + row * width + i);
+        store(load(g + i) * load(weight + i) * scale - load(from + i) * back,
+              to_x + row * width + i);
     }
   });
 }
@@ -96,8 +87,8 @@ void rotate(const Brain* x, const int64_t* size, const int64_t* strides, const f
       for (int64_t i = 0; i < half; i += LANES) {
         const Floats a = load(from + i), b = load(from + half + i);
         const Floats c = load(cosine + at * half + i), s = load(sine + at * half + i) * sign;
-        keep(a * c - b * s, to + i);
-        keep(b * c + a * s, to + half + i);
+        store(a * c - b * s, to + i);
+        store(b * c + a * s, to + half + i);
       }
     }
   });
@@ -108,7 +99,7 @@ void gated(const Brain* gate, const Brain* up, int64_t count, Brain* y, int64_t 
   shared(count / LANES, threads, [=](int64_t first, int64_t last, int64_t) {
     for (int64_t i = LANES * first; i < LANES * last; i += LANES) {
       const Floats x = load(gate + i);
-      keep(x * sigmoid(x) * load(up + i), y + i);
+      store(x * sigmoid(x) * load(up + i), y + i);
     }
   });
 }
@@ -119,8 +110,8 @@ void gated_back(const Brain* gradient, const Brain* gate, const Brain* up, int64
   shared(count / LANES, threads, [=](int64_t first, int64_t last, int64_t) {
     for (int64_t i = LANES * first; i < LANES * last; i += LANES) {
       const Floats g = load(gradient + i), x = load(gate + i), share = sigmoid(x);
-      keep(g * load(up + i) * share * (x * (1 - share) + 1), to_gate + i);
-      keep(g * x * share, to_up + i);
+      store(g * load(up + i) * share * (x * (1 - share) + 1), to_gate + i);
+      store(g * x * share, to_up + i);
     }
   });
 }

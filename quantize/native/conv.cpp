@@ -347,10 +347,9 @@ struct Results {
     }
 
     Floats output(const int32_t* from, const Row& step, int64_t row) const {
-      Ints sum;
-      memcpy(&sum, from, sizeof sum);
+      const Ints sum = load_vector<Ints>(from);
       const Ints exact = sum - step.zero * sums;
-      Floats y = __builtin_convertvector(exact, Floats) * scale * step.step;
+      Floats y = to_floats(exact) * scale * step.step;
       if (job.layer.bias) y = y + bias;
       y = job.step.ended(y);
       if (!job.other) return y;
@@ -377,7 +376,7 @@ struct Results {
     Panel found = {*this, job, group * own + at, least_of(own - at, LANES)};
     found.scale = load(layer.scale + shared);
     if (layer.bias) found.bias = load(layer.bias + shared);
-    memcpy(&found.sums, layer.sums + shared, sizeof found.sums);
+    found.sums = load_vector<Ints>(layer.sums + shared);
     return found;
   }
 

@@ -13,6 +13,22 @@ inline Floats entries(const float* table, Ints index) {
   const __m512 low = (__m512)load(table);
   if (N == 16) return (Floats)_mm512_permutexvar_ps((__m512i)index, low);
   return (Floats)_mm512_permutex2var_ps(low, (__m512i)index, (__m512)load(table + N - LANES));
+#elif defined(__AVX2__)
+  Floats found;
+  for (int half = 0; half < 2; half++) {
+    const __m256i at = (__m256i)index.part[half];
+    const auto eight = [&](int from) {
+      return _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + from), at);
+    };
+    const __m256 upper = (__m256)_mm256_slli_epi32(at, 28);  // its sign: bit 3
+    __m256 own = _mm256_blendv_ps(eight(0), eight(8), upper);
+    if (N == 32) {
+      const __m256 others = _mm256_blendv_ps(eight(N - 16), eight(N - 8), upper);
+      own = _mm256_blendv_ps(own, others, (__m256)_mm256_slli_epi32(at, 27));
+    }
+    found.part[half] = own;
+  }
+  return found;
 #else
   Floats found;
   for (int i = 0; i < LANES; i++) found[i] = table[index[i] & (N - 1)];

@@ -45,7 +45,7 @@ inline void normalize(const Norm& own, const float* x, const float* weight, cons
   const Ints lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   const float squares = summed(own.width, [&](int64_t i, int64_t n) {
     Floats distance = load_some(x + i, n) - mean;
-    if (n < LANES) distance = lanes < int32_t(n) ? distance : Floats{};
+    if (n < LANES) distance = choose(lanes < int32_t(n), distance, Floats{});
     return distance * distance;
   });
   const float inverse = 1 / sqrtf(squares / width + own.epsilon);

@@ -55,12 +55,9 @@ inline void copy_some(const T& from, void* to, int64_t n) {
 }
 inline void store_some(Floats y, float* to, int64_t n) { store(y, to, n); }
 inline void store_some(Floats y, Brain* to, int64_t n) {
-  typedef uint32_t Unsigned __attribute__((vector_size(64)));
-  typedef uint16_t Words __attribute__((vector_size(32)));
-  const Unsigned b = (Unsigned)y;
-  Unsigned rounded = (b + 0x7fff + (b >> 16 & 1)) >> 16;
-  rounded = (Ints)(b & 0x7fffffff) > 0x7f800000 ? rounded * 0 + 0x7fc0 : rounded;
-  copy_some(__builtin_convertvector(rounded, Words), to, n);
+  Brain all[LANES];
+  store(y, all);
+  copy_some(all, to, n);
 }
 inline void store_some(Floats y, Half* to, int64_t n) {
 #if defined(__AVX512F__)
@@ -117,10 +114,9 @@ struct Results {
       }
     }
     Floats result_of(const int32_t* from, const Quantized& q) const {
-      Ints sum;
-      memcpy(&sum, from, sizeof sum);
+      const Ints sum = load_vector<Ints>(from);
       const Ints exact = sum - q.row.zero * sums;
-      Floats result = __builtin_convertvector(exact, Floats) * scale * q.row.step;
+      Floats result = to_floats(exact) * scale * q.row.step;
       if (OUTLIERS)
         for (int64_t i = 0; i < outliers; i++) result = result + kept[i] * q.outlier[i];
       return result + bias;
@@ -136,7 +132,7 @@ struct Results {
     shared.scale = whole ? load(layer.scale + at) : load_part(layer.scale + at, left);
     shared.bias = -Floats{};  // adding it changes nothing, not even the sign of a zero
     if (layer.bias) shared.bias = whole ? load(layer.bias + at) : load_part(layer.bias + at, left);
-    memcpy(&shared.sums, layer.sums + at, sizeof shared.sums);
+    shared.sums = load_vector<Ints>(layer.sums + at);
     if (OUTLIERS)
       for (int64_t i = 0; i < layer.outliers; i++)
         shared.kept[i] = load(layer.kept + i * up(layer.outputs, LANES) + at);

@@ -2,15 +2,9 @@
 // anywhere.
 
 #pragma once
-#include <cmath>
-#include <cstdint>
-#include <cstring>
+#include "vectors.h"
 
-#if defined(__AVX2__)
-#include <immintrin.h>
-#elif defined(__aarch64__)
-#include "neon.h"
-#endif
+#include <cmath>
 
 template <class To, class From>
 inline To bits(From from) {
@@ -67,23 +61,36 @@ inline float exponential(
 // -------------------------------------------------------------------------------------------
 // sixteen at a time
 
-typedef float Floats __attribute__((vector_size(64)));
-typedef int32_t Ints __attribute__((vector_size(64)));
-constexpr int64_t LANES = 16;
-
 // The smaller, or the larger, of two numbers; b where one is NaN.
 inline Floats least(Floats a, Floats b) {
 #if defined(__AVX512F__)
   return (Floats)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return {_mm256_min_ps(a.part[0], b.part[0]), _mm256_min_ps(a.part[1], b.part[1])};
 #else
-  return a < b ? a : b;
+  return choose(a < b, a, b);
 #endif
 }
 inline Floats most(Floats a, Floats b) {
 #if defined(__AVX512F__)
   return (Floats)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return {_mm256_max_ps(a.part[0], b.part[0]), _mm256_max_ps(a.part[1], b.part[1])};
 #else
-  return a > b ? a : b;
+  return choose(a > b, a, b);
+#endif
+}
+
+// a b + c, rounded once.
+inline Floats multiply_add(Floats a, Floats b, Floats c) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  return {_mm256_fmadd_ps(a.part[0], b.part[0], c.part[0]),
+          _mm256_fmadd_ps(a.part[1], b.part[1], c.part[1])};
+#else
+  for (int i = 0; i < LANES; i++) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  return c;
 #endif
 }
 
@@ -106,16 +113,12 @@ inline Ints load_bytes(const uint8_t* p) {
 #if defined(__AVX512F__)
   return (Ints)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
 #elif defined(__AVX2__)
-  struct {
-    __m256i low, high;
-  } both = {_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)),
-            _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(p + 8)))};
-  return bits<Ints>(both);
+  return {(Ints::Part)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)),
+          (Ints::Part)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(p + 8)))};
 #else
-  typedef uint8_t Bytes __attribute__((vector_size(16)));
-  Bytes bytes;
-  memcpy(&bytes, p, sizeof bytes);
-  return __builtin_convertvector(bytes, Ints);
+  Ints found;
+  for (int i = 0; i < LANES; i++) found[i] = p[i];
+  return found;
 #endif
 }
 
@@ -123,34 +126,30 @@ inline Ints load_words(const uint16_t* p) {
 #if defined(__AVX512F__)
   return (Ints)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
 #elif defined(__AVX2__)
-  struct {
-    __m256i low, high;
-  } both = {_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)),
-            _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)(p + 8)))};
-  return bits<Ints>(both);
+  return {(Ints::Part)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)),
+          (Ints::Part)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)(p + 8)))};
 #else
-  typedef uint16_t Words __attribute__((vector_size(32)));
-  Words words;
-  memcpy(&words, p, sizeof words);
-  return __builtin_convertvector(words, Ints);
+  Ints found;
+  for (int i = 0; i < LANES; i++) found[i] = p[i];
+  return found;
 #endif
 }
 
-inline Floats load(const float* p) {
-  typedef float Anywhere __attribute__((vector_size(64), aligned(4), may_alias));
-  return *(const Anywhere*)p;
-}
+inline Floats load(const float* p) { return load_vector<Floats>(p); }
 inline Floats load(const Brain* p) { return (Floats)(load_words(&p->bits) << 16); }
 inline Floats load(const int8_t* p) {
 #if defined(__AVX512F__)
   return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
 #else
-  return __builtin_convertvector((load_bytes((const uint8_t*)p) ^ 128) - 128, Floats);
+  return to_floats((load_bytes((const uint8_t*)p) ^ 128) - 128);
 #endif
 }
 inline Floats load(const Half* p) {
 #if defined(__AVX512F__)
   return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__F16C__)
+  return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)),
+          _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8)))};
 #else
   Ints b = load_words(&p->bits);
   Floats size = (Floats)((b & 0x7fff) << 13) * 0x1p112f;
@@ -161,6 +160,11 @@ inline Floats load(const Half* p) {
 inline float sum(Floats x) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_ps((__m512)x);
+#elif defined(__AVX2__)
+  const __m256 eight = _mm256_add_ps(x.part[0], x.part[1]);
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 #else
   float s[LANES];
   memcpy(s, &x, sizeof s);
@@ -168,6 +172,93 @@ inline float sum(Floats x) {
     for (int i = 0; i < half; i++) s[i] += s[i + half];
   return s[0];
 #endif
+}
+
+inline int32_t sum(Ints x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_epi32((__m512i)x);
+#else
+  int32_t found = 0;
+  for (int half = 0; half < 2; half++)
+    for (int i = 0; i < 8; i++) found += x.part[half][i];
+  return found;
+#endif
+}
+
+// Over all lanes; no number is NaN.
+inline float largest_of(Floats x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)x);
+#elif defined(__AVX2__)
+  const __m256 eight = _mm256_max_ps(x.part[0], x.part[1]);
+  const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+#else
+  float found = x[0];
+  for (int i = 1; i < LANES; i++) found = x[i] > found ? x[i] : found;
+  return found;
+#endif
+}
+inline int32_t largest_of(Ints x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_epi32((__m512i)x);
+#elif defined(__AVX2__)
+  const __m256i eight = _mm256_max_epi32((__m256i)x.part[0], (__m256i)x.part[1]);
+  const __m128i four =
+      _mm_max_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+  const __m128i two = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+  return _mm_cvtsi128_si32(_mm_max_epi32(two, _mm_shuffle_epi32(two, 0xb1)));
+#else
+  int32_t found = x[0];
+  for (int i = 1; i < LANES; i++) found = x[i] > found ? x[i] : found;
+  return found;
+#endif
+}
+
+// Whether a mask is set in all lanes.
+inline bool all_of(Ints mask) {
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask((__m512i)mask) == 0xffff;
+#elif defined(__AVX2__)
+  return _mm256_movemask_epi8((__m256i)(mask.part[0] & mask.part[1])) == -1;
+#else
+  int32_t found = -1;
+  for (int i = 0; i < LANES; i++) found &= mask[i];
+  return found;
+#endif
+}
+
+// The lower half of each.
+inline void store_words(Ints numbers, void* to) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256((__m256i*)to, _mm512_cvtepi32_epi16((__m512i)numbers));
+#elif defined(__AVX2__)
+  const Ints low = numbers & 0xffff;
+  const __m256i words = _mm256_packus_epi32((__m256i)low.part[0], (__m256i)low.part[1]);
+  _mm256_storeu_si256((__m256i*)to, _mm256_permute4x64_epi64(words, 0xd8));
+#else
+  for (int i = 0; i < LANES; i++) ((uint16_t*)to)[i] = uint16_t(numbers[i]);
+#endif
+}
+// The lowest byte of each.
+inline void store_lowest(Ints numbers, void* to) {
+#if defined(__AVX512F__)
+  _mm_storeu_si128((__m128i*)to, _mm512_cvtepi32_epi8((__m512i)numbers));
+#elif defined(__AVX2__)
+  const Ints low = numbers & 0xff;
+  const __m256i words = _mm256_packus_epi32((__m256i)low.part[0], (__m256i)low.part[1]);
+  const __m256i all = _mm256_permute4x64_epi64(words, 0xd8);
+  const __m128i first = _mm256_castsi256_si128(all), last = _mm256_extracti128_si256(all, 1);
+  _mm_storeu_si128((__m128i*)to, _mm_packus_epi16(first, last));
+#else
+  for (int i = 0; i < LANES; i++) ((uint8_t*)to)[i] = uint8_t(numbers[i]);
+#endif
+}
+// Rounded as `to_brain` rounds.
+inline void store(Floats x, Brain* to) {
+  const Ints all = (Ints)x, rounded = (all + 0x7fff + (all >> 16 & 1)) >> 16;
+  store_words(choose(x != x, Ints{} + 0x7fc0, rounded), to);
 }
 
 // The four sums at once; not in the order of `sum`, but in the same one on all instruction sets.
@@ -180,6 +271,16 @@ inline void sum4(const Floats* x, float* y) {
   __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all),
                               _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(all), 1)));
   _mm_storeu_ps(y, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+#elif defined(__AVX2__)
+  __m256 half[2];
+  for (int i = 0; i < 2; i++) {
+    const __m256 a = x[0].part[i], b = x[1].part[i], c = x[2].part[i], d = x[3].part[i];
+    const __m256 ab = _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+    const __m256 cd = _mm256_add_ps(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
+    half[i] = _mm256_add_ps(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xee));
+  }
+  const __m256 all = _mm256_add_ps(half[0], half[1]);
+  _mm_storeu_ps(y, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
 #else
   for (int i = 0; i < 4; i++) {
     const Floats v = x[i];

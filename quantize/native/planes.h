@@ -6,18 +6,6 @@
 
 namespace {
 
-// The first, or the last, eight numbers of two vectors in turns.
-template <class T>
-inline T lower(T a, T b) {
-  const Ints places = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
-  return __builtin_shuffle(a, b, places);
-}
-template <class T>
-inline T upper(T a, T b) {
-  const Ints places = {8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  return __builtin_shuffle(a, b, places);
-}
-
 // 16 vectors of 16 numbers, columns to rows.
 inline void transpose(Floats* v) {
   Floats other[LANES];
@@ -35,7 +23,7 @@ inline void transpose(Floats* v) {
 
 inline void store(Floats v, float* to, int64_t n = LANES) {
   if (n == LANES) {
-    memcpy(to, &v, sizeof v);
+    store_vector(v, to);
     return;
   }
 #if defined(__AVX512F__)

@@ -55,14 +55,12 @@ inline void finish(const Product& product, int64_t panel, const Row* rows, int64
                    const int32_t* from, Parts* parts) {
   for (int p = 0; p < P; p++) {
     const int64_t at = (panel + p) * LANES;
-    Ints sums;
-    memcpy(&sums, product.sums + at, sizeof sums);
+    const Ints sums = load_vector<Ints>(product.sums + at);
     const Floats scale = load(product.scale + at);
     for (int64_t r = 0; r < many; r++) {
-      Ints sum;
-      memcpy(&sum, from + (r * P + p) * LANES, sizeof sum);
+      const Ints sum = load_vector<Ints>(from + (r * P + p) * LANES);
       const Ints exact = sum - rows[r].zero * sums;
-      Floats y = __builtin_convertvector(exact, Floats) * scale * rows[r].step;
+      Floats y = to_floats(exact) * scale * rows[r].step;
       if (product.bias) y = y + load(product.bias + at);
       parts[p][r] = y;
     }

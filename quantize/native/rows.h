@@ -26,18 +26,20 @@ inline Floats load_part(const float* x, int64_t n) {
 #endif
 
 inline Ints cut_off(Ints numbers) {  // below 0 and above 255
-  const Ints cut = numbers < 0 ? 0 : numbers;
-  return cut > 255 ? 255 : cut;
+  const Ints cut = choose(numbers < 0, Ints{}, numbers);
+  return choose(cut > 255, Ints{} + 255, cut);
 }
 
 // n numbers, cut off, as bytes.
 inline void store_bytes(Ints numbers, uint8_t* to, int64_t n) {
-  typedef uint8_t Bytes __attribute__((vector_size(16)));
-  const Bytes bytes = __builtin_convertvector(cut_off(numbers), Bytes);
-  if (n == 8)
-    memcpy(to, &bytes, 8);  // without a call
+  uint8_t bytes[LANES];
+  store_lowest(cut_off(numbers), bytes);
+  if (n == LANES)
+    memcpy(to, bytes, LANES);
+  else if (n == 8)
+    memcpy(to, bytes, 8);  // without a call
   else
-    memcpy(to, &bytes, n);
+    memcpy(to, bytes, n);
 }
 // The same with 64 numbers.
 inline void store_bytes(const Ints* numbers, uint8_t* to) {
@@ -47,6 +49,16 @@ inline void store_bytes(const Ints* numbers, uint8_t* to) {
   const __m512i high = _mm512_packs_epi32((__m512i)numbers[2], (__m512i)numbers[3]);
   const __m512i bytes = _mm512_packus_epi16(low, high);
   _mm512_storeu_si512(to, _mm512_permutexvar_epi32(order, bytes));
+#elif defined(__AVX2__)
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  for (int half = 0; half < 2; half++, to += 32, numbers += 2) {
+    const __m256i low =
+        _mm256_packs_epi32((__m256i)numbers[0].part[0], (__m256i)numbers[0].part[1]);
+    const __m256i high =
+        _mm256_packs_epi32((__m256i)numbers[1].part[0], (__m256i)numbers[1].part[1]);
+    const __m256i bytes = _mm256_packus_epi16(low, high);
+    _mm256_storeu_si256((__m256i*)to, _mm256_permutevar8x32_epi32(bytes, order));
+  }
 #else
   for (int part = 0; part < 4; part++) store_bytes(numbers[part], to + part * LANES, LANES);
 #endif
@@ -111,9 +123,7 @@ struct Range {
 #if defined(__AVX512F__)
     return !_mm512_cmp_ps_mask((__m512)poison, (__m512)poison, _CMP_UNORD_Q);
 #else
-    bool found = true;
-    for (int i = 0; i < LANES; i++) found &= poison[i] == poison[i];
-    return found;
+    return all_of(poison == poison);
 #endif
   }
   // Over all lanes.
@@ -128,11 +138,8 @@ struct Range {
     bottom = _mm512_cvtss_f32(m);
     top = -_mm_cvtss_f32(_mm512_extractf32x4_ps(m, 2));
 #else
-    bottom = top = 0;
-    for (int i = 0; i < LANES; i++) {
-      bottom = low[i] < bottom ? low[i] : bottom;
-      top = high[i] > top ? high[i] : top;
-    }
+    bottom = -largest_of(-low);
+    top = largest_of(high);
 #endif
   }
 };
@@ -191,12 +198,12 @@ struct SideBySide {
 
   explicit SideBySide(const Range& ranges) {
     step = ranges.high * (1.0f / 255) - ranges.low * (1.0f / 255);
-    step = step < SMALLEST ? Floats{} + SMALLEST : step;
+    step = choose(step < SMALLEST, Floats{} + SMALLEST, step);
     inverse = 1.0f / step;
     zero = (Ints)(-ranges.low * inverse + Steps::SHIFT) - bits<int32_t>(Steps::SHIFT);
     const Ints finite = ranges.poison == ranges.poison;
-    step = finite ? step : Floats{} + bits<float>(0x7fc00000);
-    zero = finite ? zero : Ints{};
+    step = choose(finite, step, Floats{} + bits<float>(0x7fc00000));
+    zero = choose(finite, zero, Ints{});
   }
   Row row(int lane) const { return {step[lane], zero[lane]}; }
   Steps steps(int lane) const { return Steps(row(lane), inverse[lane]); }

@@ -73,7 +73,7 @@ struct Windows {
         for (int v = 0; v < V; v++) {
           const Floats x = load_some(from + v * LANES, v + 1 < V ? LANES : many);
           if (LARGEST_OF)
-            result[v] = (x > result[v]) | (x != x) ? x : result[v];
+            result[v] = choose((x > result[v]) | (x != x), x, result[v]);
           else
             result[v] = result[v] + x * load(weight + v * LANES);
         }
@@ -224,10 +224,7 @@ struct Windows {
   template <int A>
   static Floats load_apart(const float* from, int64_t apart) {
     if (A == 1) return load(from);
-    if (A == 2) {
-      const Ints even = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
-      return __builtin_shuffle(load(from), load(from + LANES), even);
-    }
+    if (A == 2) return evens(load(from), load(from + LANES));
     Floats found;
     for (int i = 0; i < LANES; i++) found[i] = from[i * apart];
     return found;

@@ -24,7 +24,8 @@ inline void weigh(const float (*s)[CHUNK], const T* v, const T* next, int64_t n,
         for (int m = 0; m < M; m++) t[m][j] = multiply_add(Floats{} + s[m][p], x, t[m][j]);
       }
     }
-    for (int m = 0; m < M; m++) memcpy(y[m] + i, t[m], sizeof t[m]);
+    for (int m = 0; m < M; m++)
+      for (int j = 0; j < 4; j++) store_vector(t[m][j], y[m] + i + j * LANES);
   }
   for (; i + LANES <= d; i += LANES) {
     Floats t[M] = {};
@@ -32,7 +33,7 @@ inline void weigh(const float (*s)[CHUNK], const T* v, const T* next, int64_t n,
       const Floats x = load(v + p * d + i);
       for (int m = 0; m < M; m++) t[m] = multiply_add(Floats{} + s[m][p], x, t[m]);
     }
-    for (int m = 0; m < M; m++) memcpy(y[m] + i, &t[m], sizeof t[m]);
+    for (int m = 0; m < M; m++) store_vector(t[m], y[m] + i);
   }
   for (; i < d; i++)
     for (int m = 0; m < M; m++) {
@@ -96,11 +97,10 @@ inline float scale_by(float* s, int64_t n, float factor, const Brain* scales) {
   for (; p + LANES <= n; p += LANES) {
     const Floats by = scales ? factor * load(scales + p) : Floats{} + factor;
     const Floats found = load(s + p) * by;
-    memcpy(s + p, &found, sizeof found);
-    tops = found > tops ? found : tops;
+    store_vector(found, s + p);
+    tops = most(found, tops);
   }
-  float top = -INFINITY;
-  for (int i = 0; i < LANES; i++) top = tops[i] > top ? tops[i] : top;
+  float top = largest_of(tops);
   for (; p < n; p++) {
     s[p] *= scales ? factor * widen(scales[p]) : factor;
     top = s[p] > top ? s[p] : top;
@@ -116,7 +116,7 @@ inline float exponentials(float* s, int64_t n, float top, const Brain* scales) {
   for (; p + LANES <= n; p += LANES) {
     const Floats found = exponential(load(s + p) - top);
     const Floats scaled = scales ? found * load(scales + p) : found;
-    memcpy(s + p, &scaled, sizeof scaled);
+    store_vector(scaled, s + p);
     sums += found;
   }
   float total = sum(sums);

@@ -20,50 +20,24 @@
 namespace {
 
 constexpr int64_t BLOCK = 32, BLOCK_BYTES = 256;
-typedef uint8_t Bytes __attribute__((vector_size(64)));
 
-inline Floats multiply_add(Floats a, Floats b, Floats c) {
-#if defined(__AVX512F__)
-  return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif defined(__FMA__)
-  struct Halves {
-    __m256 part[2];
-  };
-  const Halves x = bits<Halves>(a), y = bits<Halves>(b), z = bits<Halves>(c);
-  const Halves sums = {_mm256_fmadd_ps(x.part[0], y.part[0], z.part[0]),
-                       _mm256_fmadd_ps(x.part[1], y.part[1], z.part[1])};
-  return bits<Floats>(sums);
-#else
-  for (int i = 0; i < LANES; i++) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
-  return c;
-#endif
-}
-
-inline Bytes load_codes(const uint8_t* from) {
-  typedef uint8_t Anywhere __attribute__((vector_size(64), aligned(1), may_alias));
-  return *(const Anywhere*)from;
-}
-
-// Exact sums of 16 outputs.
+// Exact sums of 16 outputs over a block.
 struct CodeSums {
+#if defined(__AVX2__) && !defined(__AVX512VNNI__)
+  // Of the even and of the odd pairs: 8 of 2 * 15 * 127 fit in 16 bits.
+  __m256i pairs[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+#else
   Ints total = {};
+#endif
 
   // codes: up to 15; quad: the row's 4 signed bytes that they meet.
   void add(const Bytes& codes, int32_t quad) {
 #if defined(__AVX512VNNI__)
     total = (Ints)_mm512_dpbusd_epi32((__m512i)total, (__m512i)codes, _mm512_set1_epi32(quad));
-#elif defined(__AVX2__)  // 15 * 128 * 2 fits in 16 bits
-    struct Halves {
-      __m256i part[2];
-    };
-    Halves sums = bits<Halves>(total);
-    const Halves all = bits<Halves>(codes);
-    const __m256i x = _mm256_set1_epi32(quad), ones = _mm256_set1_epi16(1);
-    for (int half = 0; half < 2; half++) {
-      const __m256i pairs = _mm256_maddubs_epi16(all.part[half], x);
-      sums.part[half] = _mm256_add_epi32(sums.part[half], _mm256_madd_epi16(pairs, ones));
-    }
-    total = bits<Ints>(sums);
+#elif defined(__AVX2__)
+    const __m256i x = _mm256_set1_epi32(quad);
+    for (int half = 0; half < 2; half++)
+      pairs[half] = _mm256_add_epi16(pairs[half], _mm256_maddubs_epi16(half_of(codes, half), x));
 #elif defined(__aarch64__)
     struct Quarters {
       int32x4_t part[4];
@@ -81,31 +55,26 @@ struct CodeSums {
       for (int i = 0; i < 4; i++) total[output] += codes[4 * output + i] * int8_t(quad >> 8 * i);
 #endif
   }
-  Floats floats() const { return __builtin_convertvector(total, Floats); }
+  Floats floats() const {
+#if defined(__AVX2__) && !defined(__AVX512VNNI__)
+    const __m256i ones = _mm256_set1_epi16(1);
+    return to_floats(joined(_mm256_madd_epi16(pairs[0], ones), _mm256_madd_epi16(pairs[1], ones)));
+#else
+    return to_floats(total);
+#endif
+  }
 };
 
 // ------------------------------------------------------------------------------------------------
 // rows
 
-// Over all lanes.
-inline int32_t largest_of(Ints x) {
-#if defined(__AVX512F__)
-  return _mm512_reduce_max_epi32((__m512i)x);
-#else
-  int32_t found = x[0];
-  for (int i = 1; i < LANES; i++) found = x[i] > found ? x[i] : found;
-  return found;
-#endif
-}
-
-// q: bytes [n]; step, sum: one for every 32, the sum times the step. n: a multiple of 32. A block
+// q: bytes [n]; step, sums: one for every 32, the sum times the step. n: a multiple of 32. A block
 // with a NaN or an infinity gets a step of NaN.
-inline void quantize_blocks(const float* x, int64_t n, int8_t* q, float* step, float* sum) {
-  typedef int8_t Small __attribute__((vector_size(16)));
+inline void quantize_blocks(const float* x, int64_t n, int8_t* q, float* step, float* sums) {
   for (int64_t block = 0; block < n / BLOCK; block++) {
     const Floats part[2] = {load(x + BLOCK * block), load(x + BLOCK * block + LANES)};
     const Ints size[2] = {(Ints)part[0] & 0x7fffffff, (Ints)part[1] & 0x7fffffff};
-    const int32_t largest = largest_of(size[0] > size[1] ? size[0] : size[1]);
+    const int32_t largest = largest_of(choose(size[0] > size[1], size[0], size[1]));
     const bool finite = largest < 0x7f800000;
     float s = bits<float>(largest) * (1.0f / 127);
     s = s < SMALLEST ? SMALLEST : s;
@@ -115,13 +84,10 @@ inline void quantize_blocks(const float* x, int64_t n, int8_t* q, float* step, f
       const Floats usable = finite ? part[half] : Floats{};
       const Ints whole = (Ints)(usable * inverse + shift) - bits<int32_t>(shift);
       total += whole;
-      const Small bytes = __builtin_convertvector(whole, Small);
-      memcpy(q + BLOCK * block + LANES * half, &bytes, LANES);
+      store_lowest(whole, q + BLOCK * block + LANES * half);
     }
-    int32_t all = 0;
-    for (int i = 0; i < LANES; i++) all += total[i];
     step[block] = finite ? s : bits<float>(0x7fc00000);
-    sum[block] = step[block] * float(all);
+    sums[block] = step[block] * float(sum(total));
   }
 }
 
@@ -151,7 +117,7 @@ struct StoredPanel {
   void codes(int64_t g, int64_t block, int64_t i, Bytes& low, Bytes& high) const {
     const uint8_t* from = at + g * group_bytes(group) + block * BLOCK_BYTES + 64 * i;
     __builtin_prefetch(from + ahead);
-    const Bytes both = load_codes(from);
+    const Bytes both = load_vector<Bytes>(from);
     low = both & 15;
     high = both >> 4;
   }
@@ -167,12 +133,13 @@ struct WidePanel {
     for (int64_t g = 0; g < inputs / group; g++) {
       Floats pair[2];
       from.scales(g, pair[0], pair[1]);
-      memcpy(floats + 32 * g, pair, sizeof pair);
+      for (int i = 0; i < 2; i++) store_vector(pair[i], floats + 32 * g + LANES * i);
       for (int64_t block = 0; block < group / BLOCK; block++)
         for (int64_t i = 0; i < 4; i++) {
           Bytes two[2];
           from.codes(g, block, i, two[0], two[1]);
-          memcpy(bytes + 16 * (g * group + block * BLOCK) + 128 * i, two, sizeof two);
+          uint8_t* to = bytes + 16 * (g * group + block * BLOCK) + 128 * i;
+          for (int part = 0; part < 2; part++) store_vector(two[part], to + 64 * part);
         }
     }
   }
@@ -182,8 +149,8 @@ struct WidePanel {
   }
   void codes(int64_t g, int64_t block, int64_t i, Bytes& low, Bytes& high) const {
     const uint8_t* from = bytes + 16 * (g * group + block * BLOCK) + 128 * i;
-    low = load_codes(from);
-    high = load_codes(from + 64);
+    low = load_vector<Bytes>(from);
+    high = load_vector<Bytes>(from + 64);
   }
 };
 

@@ -33,7 +33,7 @@ inline float largest(const float* x, int64_t n) {
   Ints sizes = {};
   for (int64_t i = 0; i < n; i += LANES) {
     const Ints size = (Ints)load_first(x + i, n - i) & 0x7fffffff;
-    sizes = size > sizes ? size : sizes;
+    sizes = choose(size > sizes, size, sizes);
   }
   const int32_t found = largest_of(sizes), infinite = 0x7f800000;
   return bits<float>(found < infinite ? found : 0x7fc00000);
@@ -53,13 +53,6 @@ struct Rounding {
     return (Ints)(usable * inverse + shift) - bits<int32_t>(shift);
   }
 };
-
-// The lowest byte of each.
-inline void store_lowest(Ints numbers, void* to) {
-  typedef uint8_t Bytes __attribute__((vector_size(16)));
-  const Bytes bytes = __builtin_convertvector(numbers, Bytes);
-  memcpy(to, &bytes, sizeof bytes);
-}
 
 #if defined(__AVX512VNNI__)
 
@@ -152,10 +145,7 @@ struct Rounded {
     static thread_local std::vector<int8_t> kept;
     return kept;
   }
-  void store(int m, Ints exact, float* s) const {
-    const Floats scores = __builtin_convertvector(exact, Floats) * step[m];
-    memcpy(s, &scores, sizeof scores);
-  }
+  void store(int m, Ints exact, float* s) const { store_vector(to_floats(exact) * step[m], s); }
 };
 
 #if defined(QUANTIZE_TILES)
@@ -335,7 +325,7 @@ inline void weigh(const float (*s)[CHUNK], const int8_t* v, const int8_t* next, 
       turn_quarters(exact, columns);
       for (int64_t j = 0; j < left; j += LANES) {
         const Ints some = (Ints)columns[j / LANES];
-        const Floats sums = __builtin_convertvector(some, Floats) * shares.step[m];
+        const Floats sums = to_floats(some) * shares.step[m];
         memcpy(y[m] + i + j, &sums, std::min(left - j, LANES) * sizeof(float));
       }
     }

@@ -101,7 +101,7 @@ struct Product {  // y[row, output] = or += W x + b
     if (many == LANES) {
       if (a.bias) sums = sums + load(a.bias + output);
       if (add) sums = sums + load(to);
-      memcpy(to, &sums, sizeof sums);
+      store_vector(sums, to);
       return;
     }
     if (a.bias) sums = sums + load_part(a.bias + output, many);
@@ -207,12 +207,10 @@ struct Product {  // y[row, output] = or += W x + b
     const int64_t output = panel * LANES;
     const int64_t many = a.outputs - output < LANES ? a.outputs - output : LANES;
     const Floats scale = many == LANES ? load(a.scale + output) : load_part(a.scale + output, many);
-    Ints sum, weights;
-    memcpy(&sum, from, sizeof sum);
-    memcpy(&weights, a.sums + output, sizeof weights);
+    const Ints sum = load_vector<Ints>(from), weights = load_vector<Ints>(a.sums + output);
     const Row& own = in.row[row];
     const Ints exact = sum - own.zero * weights;
-    Floats result = __builtin_convertvector(exact, Floats) * scale * own.step;
+    Floats result = to_floats(exact) * scale * own.step;
     for (int64_t i = 0; i < a.outliers; i++) {
       const Floats kept = load(a.kept + i * panels() * LANES + output);
       result = result + kept * value[row * a.inputs + a.channels[i]];
