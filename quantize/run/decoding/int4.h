@@ -24,20 +24,22 @@ constexpr int64_t BLOCK = 32, BLOCK_BYTES = 256;
 // Exact sums of 16 outputs over a block.
 struct CodeSums {
 #if defined(__AVX2__) && !defined(__AVX512VNNI__)
-  // Of the even and of the odd pairs: 8 of 2 * 15 * 127 fit in 16 bits.
-  __m256i pairs[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+  // Of two inputs in each 16 bits, in which 8 of 2 * 15 * 127 fit; of 8 outputs and of the others.
+  __m256i first = _mm256_setzero_si256(), last = _mm256_setzero_si256();
 #else
   Ints total = {};
 #endif
 
-  // codes: up to 15; quad: the row's 4 signed bytes that they meet.
-  void add(const Bytes& codes, int32_t quad) {
+  // codes: up to 15; four: the row's signed bytes that they meet.
+  void add(const Bytes& codes, const int8_t* four) {
+    int32_t quad;
+    memcpy(&quad, four, 4);
 #if defined(__AVX512VNNI__)
     total = (Ints)_mm512_dpbusd_epi32((__m512i)total, (__m512i)codes, _mm512_set1_epi32(quad));
 #elif defined(__AVX2__)
     const __m256i x = _mm256_set1_epi32(quad);
-    for (int half = 0; half < 2; half++)
-      pairs[half] = _mm256_add_epi16(pairs[half], _mm256_maddubs_epi16(half_of(codes, half), x));
+    first = _mm256_add_epi16(first, _mm256_maddubs_epi16(half_of(codes, 0), x));
+    last = _mm256_add_epi16(last, _mm256_maddubs_epi16(half_of(codes, 1), x));
 #elif defined(__aarch64__)
     struct Quarters {
       int32x4_t part[4];
@@ -52,13 +54,13 @@ struct CodeSums {
     total = bits<Ints>(sums);
 #else
     for (int output = 0; output < 16; output++)
-      for (int i = 0; i < 4; i++) total[output] += codes[4 * output + i] * int8_t(quad >> 8 * i);
+      for (int i = 0; i < 4; i++) total[output] += codes[4 * output + i] * four[i];
 #endif
   }
   Floats floats() const {
 #if defined(__AVX2__) && !defined(__AVX512VNNI__)
     const __m256i ones = _mm256_set1_epi16(1);
-    return to_floats(joined(_mm256_madd_epi16(pairs[0], ones), _mm256_madd_epi16(pairs[1], ones)));
+    return to_floats(joined(_mm256_madd_epi16(first, ones), _mm256_madd_epi16(last, ones)));
 #else
     return to_floats(total);
 #endif
@@ -154,6 +156,13 @@ struct WidePanel {
   }
 };
 
+// Panels whose sums, of 4 rows, fit the registers.
+#if defined(__AVX2__) && !defined(__AVX512VNNI__)
+constexpr int64_t CODE_PANELS = 1;
+#else
+constexpr int64_t CODE_PANELS = 2;
+#endif
+
 // y[r][p] = 16 outputs of panel p for row r.
 template <int R, int P, class Panel>
 inline void multiply_codes(const Panel* panel, const FineRow* row, int64_t inputs, int64_t group,
@@ -166,19 +175,23 @@ inline void multiply_codes(const Panel* panel, const FineRow* row, int64_t input
     for (int64_t block = 0; block < blocks; block++) {
       const int64_t at = g * blocks + block;
       CodeSums sums[R][P];
+#pragma GCC unroll 1
       for (int64_t i = 0; i < 4; i++)
+#pragma GCC unroll 4
         for (int p = 0; p < P; p++) {
           Bytes low, high;
           panel[p].codes(g, block, i, low, high);
+#pragma GCC unroll 4
           for (int r = 0; r < R; r++) {
-            int32_t quad[2];
-            memcpy(quad, row[r].q + BLOCK * at + 8 * i, 8);
-            sums[r][p].add(low, quad[0]);
-            sums[r][p].add(high, quad[1]);
+            const int8_t* eight = row[r].q + BLOCK * at + 8 * i;
+            sums[r][p].add(low, eight);
+            sums[r][p].add(high, eight + 4);
           }
         }
+#pragma GCC unroll 4
       for (int r = 0; r < R; r++) {
         const Floats step = Floats{} + row[r].step[at], sum = Floats{} + row[r].sum[at];
+#pragma GCC unroll 4
         for (int p = 0; p < P; p++) {
           total[r][p] = multiply_add(sums[r][p].floats(), scale[p] * step, total[r][p]);
           total[r][p] = multiply_add(shift[p], sum, total[r][p]);

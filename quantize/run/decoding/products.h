@@ -221,29 +221,33 @@ struct Product {  // y[row, output] = or += W x + b
   // int4, as int4.h describes.
 
   void run_int4(Span span) const {
-    if (rows >= WIDE_ROWS) {
-      std::vector<uint8_t> bytes(2 * LANES * a.inputs);
-      std::vector<float> floats(2 * 2 * LANES * a.inputs / a.group);
-      WidePanel wide[2];
-      for (int p = 0; p < 2; p++)
-        wide[p] = {bytes.data() + p * LANES * a.inputs,
-                   floats.data() + p * 2 * LANES * a.inputs / a.group, a.group};
-      for (int64_t panel = span.low; panel < span.high; panel += 2) {
-        const int64_t many = span.high - panel < 2 ? 1 : 2;
-        for (int64_t p = 0; p < many; p++) wide[p].fill(stored(panel + p), a.inputs);
-        many == 2 ? int4_rows<2>(panel, wide) : int4_rows<1>(panel, wide);
+    const bool wide = rows >= WIDE_ROWS;
+    const int64_t most = rows == 1 ? 2 : CODE_PANELS,
+                  floats_of_one = 2 * LANES * a.inputs / a.group;
+    std::vector<uint8_t> bytes(wide ? most * LANES * a.inputs : 0);
+    std::vector<float> floats(wide ? most * floats_of_one : 0);
+    for (int64_t panel = span.low; panel < span.high; panel += most) {
+      const int64_t many = span.high - panel < most ? span.high - panel : most;
+      StoredPanel narrow[2];
+      WidePanel unpacked[2];
+      for (int64_t p = 0; p < many; p++) {
+        narrow[p] = stored(panel + p, most);
+        unpacked[p] = {bytes.data() + p * LANES * a.inputs, floats.data() + p * floats_of_one,
+                       a.group};
+        if (wide) unpacked[p].fill(narrow[p], a.inputs);
       }
-      return;
-    }
-    for (int64_t panel = span.low; panel < span.high; panel += 2) {
-      const StoredPanel two[2] = {stored(panel), stored(panel + 1)};
-      span.high - panel < 2 ? int4_rows<1>(panel, two) : int4_rows<2>(panel, two);
+      wide ? int4_panels(panel, many, unpacked) : int4_panels(panel, many, narrow);
     }
   }
 
-  StoredPanel stored(int64_t panel) const {
+  StoredPanel stored(int64_t panel, int64_t together) const {
     const int64_t apart = panel_bytes(a);
-    return {(const uint8_t*)a.weight + panel * apart, a.group, 2 * apart};
+    return {(const uint8_t*)a.weight + panel * apart, a.group, together * apart};
+  }
+
+  template <class Panel>
+  void int4_panels(int64_t panel, int64_t many, const Panel* from) const {
+    many == 2 ? int4_rows<2>(panel, from) : int4_rows<1>(panel, from);
   }
 
   template <int P, class Panel>
