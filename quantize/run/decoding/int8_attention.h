@@ -6,20 +6,13 @@
 
 #pragma once
 #include "int4.h"
-#include "tiles.h"
+#include "quads.h"
+#include "words.h"
 
 #include <algorithm>
 #include <vector>
 
 namespace {
-
-// Asks for rows that are read later, for the second level of cache: a chunk is too short for the
-// CPU to notice by itself where it goes on.
-template <class T>
-inline void fetch(const T* rows, int64_t count, int64_t d) {
-  for (int64_t i = 0; i < count * d * int64_t(sizeof(T)); i += 64)
-    __builtin_prefetch((const char*)rows + i, 0, 2);
-}
 
 // The first of LANES numbers; zeros for those that aren't there.
 inline Floats load_first(const float* x, int64_t many) {
@@ -54,68 +47,8 @@ struct Rounding {
   }
 };
 
-#if defined(__AVX512VNNI__)
-
-inline __m512i four_times(const uint8_t* from) {  // 4 bytes, in every lane
-  int32_t four;
-  memcpy(&four, from, 4);
-  return _mm512_set1_epi32(four);
-}
-
-inline __mmask64 first_bytes(int64_t n) {
-  return n >= WIDE ? ~uint64_t(0) : (uint64_t(1) << n) - 1;
-}
-
-// Quarter i of each of four vectors, for every i.
-inline void turn_quarters(const __m512i* x, __m512i* y) {
-  const __m512i a = _mm512_shuffle_i32x4(x[0], x[1], 0x44);
-  const __m512i b = _mm512_shuffle_i32x4(x[2], x[3], 0x44);
-  const __m512i c = _mm512_shuffle_i32x4(x[0], x[1], 0xee);
-  const __m512i d = _mm512_shuffle_i32x4(x[2], x[3], 0xee);
-  y[0] = _mm512_shuffle_i32x4(a, b, 0x88);
-  y[1] = _mm512_shuffle_i32x4(a, b, 0xdd);
-  y[2] = _mm512_shuffle_i32x4(c, d, 0x88);
-  y[3] = _mm512_shuffle_i32x4(c, d, 0xdd);
-}
-
-// The sums of the quarters of four vectors: quarter i of the result has those of every quarter i.
-inline __m512i quarter_sums(const __m512i* x) {
-  const __m512i a =
-      _mm512_add_epi32(_mm512_unpacklo_epi32(x[0], x[1]), _mm512_unpackhi_epi32(x[0], x[1]));
-  const __m512i b =
-      _mm512_add_epi32(_mm512_unpacklo_epi32(x[2], x[3]), _mm512_unpackhi_epi32(x[2], x[3]));
-  return _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
-}
-
-// total[m][i], quarter j: parts of q[m] . (k + 128) for row 4 j + i, as the instruction's left side
-// has no sign. q: M rows of bytes, `apart` from each other.
-template <int M>
-inline void shifted_products(const int8_t* q, int64_t apart, const int8_t* const* k, int64_t d,
-                             __m512i (*total)[4]) {
-  const __m512i sign = _mm512_set1_epi8(-128);
-  for (int64_t at = 0; at < d; at += WIDE) {
-    const __mmask64 mask = first_bytes(d - at);
-    for (int i = 0; i < 4; i++) {
-      __m512i row[4], keys[4];
-      for (int j = 0; j < 4; j++)
-        row[j] = _mm512_xor_si512(_mm512_maskz_loadu_epi8(mask, k[4 * j + i] + at), sign);
-      turn_quarters(row, keys);
-      for (int m = 0; m < M; m++) {
-        const __m128i* query = (const __m128i*)(q + m * apart + at);
-        __m512i sum = at ? total[m][i] : _mm512_setzero_si512();
-        for (int j = 0; j < 4; j++)
-          sum =
-              _mm512_dpbusd_epi32(sum, keys[j], _mm512_broadcast_i32x4(_mm_loadu_si128(query + j)));
-        total[m][i] = sum;
-      }
-    }
-  }
-}
-
-#endif
-
-// M queries in 16 bits, each as two bytes: 256 upper + lower. Behind the d of a row lie zeros up to
-// whole vectors.
+// M queries in 16 bits; for instructions that multiply bytes, each as two: 256 upper + lower.
+// Behind the d of a row lie zeros up to whole vectors.
 template <int M>
 struct Rounded {
   const int64_t apart;
@@ -128,15 +61,19 @@ struct Rounded {
     for (int m = 0; m < M; m++) {
       const Rounding rounding(q[m], d, most);
       step[m] = rounding.step;
-      int8_t *low = lower(m), *high = upper(m);
       for (int64_t i = 0; i < apart; i += LANES) {
         const Ints value = rounding.count(load_first(q[m] + i, d - i));
-        store_lowest(value, low + i);
-        store_lowest((value + 128) >> 8, high + i);
+#if defined(__AVX512VNNI__)
+        store_lowest(value, lower(m) + i);
+        store_lowest((value + 128) >> 8, upper(m) + i);
         sum[m] += value;
+#else
+        store_words(value, words(m) + i);
+#endif
       }
     }
   }
+  int16_t* words(int64_t m) const { return (int16_t*)bytes().data() + m * apart; }
   int8_t* lower(int64_t m) const { return bytes().data() + m * apart; }
   int8_t* upper(int64_t m) const { return lower(M + m); }
 
@@ -209,20 +146,29 @@ inline void score(const float* const* x, const int8_t* k, const int8_t* next, in
     }
   }
 #else
-  for (int64_t p = 0; p < n; p++)
-    for (int m = 0; m < M; m++) {
-      const int8_t *low = q.lower(m), *high = q.upper(m);
-      int32_t exact = 0;
-      for (int64_t i = 0; i < d; i++) exact += (256 * high[i] + low[i]) * int16_t(k[p * d + i]);
-      s[m][p] = float(exact) * q.step[m];
-    }
+  constexpr int TOGETHER = M % 3 == 0 ? 3 : M % 2 == 0 ? 2 : 1;  // whose sums fit the registers
+  for (int64_t p = 0; p < n; p += 4) {
+    const int8_t* row[4];
+    for (int64_t j = 0; j < 4; j++) row[j] = k + (p + j < n ? p + j : n - 1) * d;
+    fetch(next + p / 2 * d, 2, d);
+    int32_t exact[M][4];
+    for (int m = 0; m < M; m += TOGETHER)
+      multiply_words<TOGETHER>(q.words(m), q.apart, row, d, exact + m);
+    for (int m = 0; m < M; m++)
+      for (int j = 0; j < 4; j++) s[m][p + j] = float(exact[m][j]) * q.step[m];
+  }
 #endif
 }
 
-// What n positions weigh for M queries, in 16 bits: the lower bytes of all, then the upper ones.
+// What n positions weigh for M queries, in 16 bits: the lower bytes of all, then the upper ones. Or
+// as words that have a sign, less 2^15; then a row of ones, whose sums give that back.
 template <int M>
 struct Shares {
+#if defined(__AVX512VNNI__)
   alignas(64) uint8_t bytes[TILE][CHUNK];
+#else
+  int16_t words[M + 1][CHUNK];
+#endif
   float step[M];
 
   Shares(const float (*s)[CHUNK], int64_t n) {
@@ -231,53 +177,22 @@ struct Shares {
       step[m] = rounding.step;
       for (int64_t p = 0; p < (n + WIDE - 1) / WIDE * WIDE; p += LANES) {
         const Ints count = rounding.count(load_first(s[m] + p, n - p));
+#if defined(__AVX512VNNI__)
         store_lowest(count, bytes[m] + p);
         store_lowest(count >> 8, bytes[M + m] + p);
+#else
+        store_words(count - 0x8000, words[m] + p);
+#endif
       }
     }
+#if !defined(__AVX512VNNI__)
+    std::fill(words[M], words[M] + n, 1);
+    for (int row = 0; row <= M && n < CHUNK; row++) words[row][n] = 0;
+#endif
   }
 };
 
 #if defined(__AVX512VNNI__)
-
-// Up to WIDE columns of WIDE rows, the bytes of every four rows side by side: in vector i of them,
-// quarter by quarter, those of columns 16 quarter + 4 i and the three after it.
-struct Quads {
-  alignas(64) int8_t bytes[WIDE / 4][4][WIDE];
-
-  // The first n rows of v, d apart, the last one repeated. left: columns that are used. next: rows
-  // that are asked for meanwhile, or null.
-  void fill(const int8_t* v, const int8_t* next, int64_t n, int64_t d, int64_t left) {
-    const __mmask64 mask = first_bytes(left);
-    for (int64_t p = 0; p < WIDE; p += 4) {
-      __m512i row[4];
-      for (int64_t j = 0; j < 4; j++)
-        row[j] = _mm512_maskz_loadu_epi8(mask, v + (p + j < n ? p + j : n - 1) * d);
-      if (next) fetch(next + p * d, 4, d);
-      const __m512i first = _mm512_unpacklo_epi8(row[0], row[1]);
-      const __m512i second = _mm512_unpacklo_epi8(row[2], row[3]);
-      const __m512i third = _mm512_unpackhi_epi8(row[0], row[1]);
-      const __m512i fourth = _mm512_unpackhi_epi8(row[2], row[3]);
-      int8_t (*to)[WIDE] = bytes[p / 4];
-      _mm512_store_si512(to[0], _mm512_unpacklo_epi16(first, second));
-      _mm512_store_si512(to[1], _mm512_unpackhi_epi16(first, second));
-      _mm512_store_si512(to[2], _mm512_unpacklo_epi16(third, fourth));
-      _mm512_store_si512(to[3], _mm512_unpackhi_epi16(third, fourth));
-    }
-  }
-
-  // total[i] += the sums of vector i, each row times its weight.
-  void add_to(const uint8_t* weights, int32_t (*total)[TILE][TILE], int row) const {
-    __m512i sums[4];
-    for (int i = 0; i < 4; i++) sums[i] = _mm512_load_si512(total[i][row]);
-    for (int64_t p = 0; p < WIDE; p += 4) {
-      const __m512i four = four_times(weights + p);
-      for (int i = 0; i < 4; i++)
-        sums[i] = _mm512_dpbusd_epi32(sums[i], four, _mm512_load_si512(bytes[p / 4][i]));
-    }
-    for (int i = 0; i < 4; i++) _mm512_store_si512(total[i][row], sums[i]);
-  }
-};
 
 // total[i][row]: exact sums of vector i of Quads for each row of shares, over n rows of v.
 template <int M>
@@ -331,14 +246,18 @@ inline void weigh(const float (*s)[CHUNK], const int8_t* v, const int8_t* next, 
     }
   }
 #else
-  std::vector<int32_t> exact(d);
-  for (int m = 0; m < M; m++) {
-    std::fill(exact.begin(), exact.end(), 0);
-    for (int64_t p = 0; p < n; p++) {
-      const int32_t weight = shares.bytes[M + m][p] * 256 + shares.bytes[m][p];
-      for (int64_t i = 0; i < d; i++) exact[i] += weight * v[p * d + i];
+  for (int64_t i = 0; i < d; i += LANES) {
+    const int64_t many = d - i < LANES ? d - i : LANES;
+    int32_t exact[M + 1][LANES];
+    const auto ask = [&](int64_t p) {
+      if (i == 0) fetch(next + p * d, 2, d);
+    };
+    add_columns<M + 1>(shares.words[0], CHUNK, v + i, n, d, many, exact, ask);
+    for (int m = 0; m < M; m++) {
+      const Ints sums = load_vector<Ints>(exact[m]) + (load_vector<Ints>(exact[M]) << 15);
+      const Floats found = to_floats(sums) * shares.step[m];
+      memcpy(y[m] + i, &found, many * sizeof(float));
     }
-    for (int64_t i = 0; i < d; i++) y[m][i] = float(exact[i]) * shares.step[m];
   }
 #endif
 }

@@ -14,6 +14,14 @@ constexpr int64_t CHUNK = 256;  // positions; 2^16 * 127 * CHUNK fits 32 bits
 constexpr int64_t WIDE = 64;    // bytes of a vector
 constexpr int64_t TILE = 16;    // rows of a tile
 
+// Asks for rows that are read later, for the second level of cache: a chunk is too short for the
+// CPU to notice by itself where it goes on.
+template <class T>
+inline void fetch(const T* rows, int64_t count, int64_t d) {
+  for (int64_t i = 0; i < count * d * int64_t(sizeof(T)); i += 64)
+    __builtin_prefetch((const char*)rows + i, 0, 2);
+}
+
 #if defined(QUANTIZE_TILES)
 
 // Whether this process may use tiles.
