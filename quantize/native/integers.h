@@ -58,13 +58,18 @@ struct Sums {
 };
 constexpr int MOST_ROWS = 4, MOST_PANELS = 2;
 #elif defined(__AVX2__)
+#define QUANTIZE_UNPACKS 1
 struct Quad {
   __m256i even, odd;
-  explicit Quad(int32_t q)
-      : even(_mm256_set1_epi32(q & 0xff00ff)), odd(_mm256_set1_epi32(q >> 8 & 0xff00ff)) {}
+  explicit Quad(int32_t q) {
+    const __m256i bytes = _mm256_set1_epi32(q);
+    even = _mm256_and_si256(bytes, _mm256_set1_epi16(255));
+    odd = _mm256_srli_epi16(bytes, 8);
+  }
 };
 struct Weights {
   __m256i even[2], odd[2];
+  Weights() = default;
   explicit Weights(const int8_t* w) {
     for (int half = 0; half < 2; half++) {
       const __m256i bytes = _mm256_loadu_si256((const __m256i*)w + half);
@@ -82,11 +87,26 @@ struct Sums {
       total[half] = _mm256_add_epi32(total[half], _mm256_add_epi32(products, more));
     }
   }
+  // One step after the other: where registers are scarce, compilers would move and spill.
+  void add_in_order(const Quad& q, const Weights& w) {
+    for (int half = 0; half < 2; half++) {
+      add_products(half, _mm256_madd_epi16(q.even, w.even[half]));
+      add_products(half, _mm256_madd_epi16(q.odd, w.odd[half]));
+    }
+  }
+  void add_products(int half, __m256i products) {
+    total[half] = _mm256_add_epi32(total[half], products);
+    asm volatile("" : "+x"(total[half]));
+  }
+  void load(const int32_t* from) {
+    for (int half = 0; half < 2; half++)
+      total[half] = _mm256_loadu_si256((const __m256i*)from + half);
+  }
   void store(int32_t* to) const {
     for (int half = 0; half < 2; half++) _mm256_storeu_si256((__m256i*)to + half, total[half]);
   }
 };
-constexpr int MOST_ROWS = 4, MOST_PANELS = 1;
+constexpr int MOST_ROWS = 32, MOST_PANELS = 2;
 #elif defined(__aarch64__)
 // Weights are moved up by 128, so that both factors have no sign; `shift` is what that adds.
 struct Quad {
@@ -154,6 +174,56 @@ inline void multiply_block(const uint8_t* q, int64_t stride, const int8_t* w, in
     for (int p = 0; p < P; p++) total[r][p].store(sums + (r * P + p) * 16);
 }
 
+#if defined(QUANTIZE_UNPACKS)
+
+// sums of R rows and unpacked weights [k / 4][P]; more: are added to those that are there.
+template <int R, int P>
+inline void add_unpacked(const uint8_t* q, int64_t stride, const Weights* w, int64_t k, bool more,
+                         int32_t* sums) {
+  Sums total[R][P];
+  for (int r = 0; r < R && more; r++)
+    for (int p = 0; p < P; p++) total[r][p].load(sums + (r * P + p) * 16);
+  for (int64_t i = 0; i < k; i += 4, w += P) {
+    for (int r = 0; r < R; r++) {
+      int32_t four;
+      memcpy(&four, q + r * stride + i, 4);
+      const Quad quad(four);
+      for (int p = 0; p < P; p++) total[r][p].add_in_order(quad, w[p]);
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int p = 0; p < P; p++) total[r][p].store(sums + (r * P + p) * 16);
+}
+
+// Weights of many rows are unpacked once for all of them, as many as the nearest cache holds.
+template <int P>
+inline void multiply_rows(int64_t rows, const uint8_t* q, int64_t stride, const int8_t* w,
+                          int64_t panel, int64_t k, int32_t* sums) {
+  constexpr int64_t UNPACKED = 256, ROWS_WORTH_IT = 5;
+  const int64_t whole = rows / 2 * 2;
+  if (rows < ROWS_WORTH_IT) {
+    for (int64_t r = 0; r < whole; r += 2)
+      multiply_block<2, P>(q + r * stride, stride, w, panel, k, sums + r * P * 16);
+    if (whole < rows)
+      multiply_block<1, P>(q + whole * stride, stride, w, panel, k, sums + whole * P * 16);
+    return;
+  }
+  Weights unpacked[UNPACKED / 4 * P];
+  for (int64_t from = 0; from < k; from += UNPACKED, q += UNPACKED) {
+    const int64_t many = k - from < UNPACKED ? k - from : UNPACKED;
+    for (int64_t i = 0; i < many; i += 4)
+      for (int p = 0; p < P; p++)
+        unpacked[i / 4 * P + p] = Weights(w + p * panel + 16 * (from + i));
+    for (int64_t r = 0; r < whole; r += 2)
+      add_unpacked<2, P>(q + r * stride, stride, unpacked, many, from > 0, sums + r * P * 16);
+    if (whole < rows)
+      add_unpacked<1, P>(q + whole * stride, stride, unpacked, many, from > 0,
+                         sums + whole * P * 16);
+  }
+}
+
+#else
+
 template <int P>
 inline void multiply_rows(int64_t rows, const uint8_t* q, int64_t stride, const int8_t* w,
                           int64_t panel, int64_t k, int32_t* sums) {
@@ -168,6 +238,8 @@ inline void multiply_rows(int64_t rows, const uint8_t* q, int64_t stride, const 
       return multiply_block<4, P>(q, stride, w, panel, k, sums);
   }
 }
+
+#endif
 
 // ------------------------------------------------------------------------------------------------
 // matrix tiles
