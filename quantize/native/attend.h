@@ -47,15 +47,18 @@ constexpr int HIGH = 4, BROAD = 1;
 inline Floats spread(const float* x) {
 #if defined(__AVX512F__)
   return (Floats)_mm512_set1_ps(*x);
+#elif defined(__AVX2__)
+  return {_mm256_broadcast_ss(x), _mm256_broadcast_ss(x)};
 #else
   return Floats{} + *x;
 #endif
 }
 
 // to[r][16 p] = products of HIGH rows of `a` and P panels of `b` [count][16], added to what is
-// there if there is MORE. apart: numbers from a panel to the next.
+// there if there is MORE. apart: numbers from a panel to the next. Inlined into loops, whose inner
+// loops compilers unroll before they look for registers.
 template <int P, bool MORE>
-inline void fused_products(const float* a, int64_t a_apart, const float* b, int64_t apart,
+[[gnu::always_inline]] inline void fused_products(const float* a, int64_t a_apart, const float* b, int64_t apart,
                            int64_t count, float* to, int64_t to_apart) {
   Floats total[HIGH][P];
   for (int r = 0; r < HIGH; r++)
