@@ -58,8 +58,9 @@ inline Floats spread(const float* x) {
 // there if there is MORE. apart: numbers from a panel to the next. Inlined into loops, whose inner
 // loops compilers unroll before they look for registers.
 template <int P, bool MORE>
-[[gnu::always_inline]] inline void fused_products(const float* a, int64_t a_apart, const float* b, int64_t apart,
-                           int64_t count, float* to, int64_t to_apart) {
+[[gnu::always_inline]] inline void fused_products(const float* a, int64_t a_apart, const float* b,
+                                                  int64_t apart, int64_t count, float* to,
+                                                  int64_t to_apart) {
   Floats total[HIGH][P];
   for (int r = 0; r < HIGH; r++)
     for (int p = 0; p < P; p++) total[r][p] = MORE ? load(to + r * to_apart + p * LANES) : Floats{};
@@ -207,7 +208,7 @@ struct Attending {
 
   // -inf for keys that aren't seen, those after the first `left` and `many` among them.
   Floats masked(Floats score, int64_t at, int64_t many, int64_t left) const {
-    const Ints lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const Ints lanes = places_of_lanes();
     const Floats hidden = Floats{} - INFINITY;
     if (own.masked == ADDED) score = score + load_some((const float*)mask + at, many);
     if (own.masked == SEEN) {

@@ -42,7 +42,7 @@ inline void normalize(const Norm& own, const float* x, const float* weight, cons
   float mean = 0;
   if (own.centered)
     mean = summed(own.width, [&](int64_t i, int64_t n) { return load_some(x + i, n); }) / width;
-  const Ints lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const Ints lanes = places_of_lanes();
   const float squares = summed(own.width, [&](int64_t i, int64_t n) {
     Floats distance = load_some(x + i, n) - mean;
     if (n < LANES) distance = choose(lanes < int32_t(n), distance, Floats{});

@@ -21,6 +21,7 @@ typedef float Floats __attribute__((vector_size(64)));
 typedef int32_t Ints __attribute__((vector_size(64)));
 typedef uint8_t Bytes __attribute__((vector_size(64)));
 
+inline Ints places_of_lanes() { return Ints{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }
 // a where the mask is set, else b.
 template <class T>
 inline T choose(Ints mask, T a, T b) {
@@ -70,6 +71,15 @@ template <class T>
 struct Vector {
   typedef T Part __attribute__((vector_size(32)));
   Part part[2];
+
+  Vector() = default;
+  Vector(const Part& low, const Part& high) : part{low, high} {}
+  // A part at a time: compilers copy structs by 16 bytes, which are slow to read again as 32.
+  Vector(const Vector& other) : part{other.part[0], other.part[1]} {}
+  Vector& operator=(const Vector& other) {
+    part[0] = other.part[0], part[1] = other.part[1];
+    return *this;
+  }
 
   T operator[](int64_t i) const { return part[i / (32 / sizeof(T))][i % (32 / sizeof(T))]; }
   T& operator[](int64_t i) {
@@ -125,6 +135,9 @@ typedef Vector<float> Floats;
 typedef Vector<int32_t> Ints;
 typedef Vector<uint8_t> Bytes;
 
+inline Ints places_of_lanes() {
+  return {Places{0, 1, 2, 3, 4, 5, 6, 7}, Places{8, 9, 10, 11, 12, 13, 14, 15}};
+}
 template <class T>
 inline T choose(const Ints& mask, const T& a, const T& b) {
   return {mask.part[0] ? a.part[0] : b.part[0], mask.part[1] ? a.part[1] : b.part[1]};
