@@ -383,7 +383,7 @@ struct Results {
   // A thread's part of the products of `count` rows.
   void multiply(const uint8_t* q, int64_t count, int64_t thread, int64_t threads) const {
     const int8_t* packed = job.layer.packed + group * job.panels * LANES * job.padded;
-    const Gemm<Results> gemm = {q, packed, job.stride, job.padded, job.panels, *this};
+    const Gemm<Results> gemm = {q, packed, job.stride, job.inputs, job.padded, job.panels, *this};
     gemm.share(count, thread, threads);
   }
 };

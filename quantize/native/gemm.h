@@ -106,7 +106,7 @@ template <class Sink>
 struct Gemm {
   const uint8_t* q;
   const int8_t* packed;
-  int64_t stride, padded, panels;
+  int64_t stride, inputs, padded, panels;
   const Sink& sink;
 
   static constexpr int64_t TILE_ROWS = 8;  // fewer are multiplied without tiles
@@ -142,7 +142,7 @@ struct Gemm {
     alignas(64) int32_t sums[MOST_ROWS * LANES * P];
     for (; row < end; row += MOST_ROWS) {
       const int64_t many = end - row < MOST_ROWS ? end - row : MOST_ROWS;
-      multiply_rows<P>(many, q + row * stride, stride, w, LANES * padded, padded, sums);
+      multiply_rows<P>(many, q + row * stride, stride, w, LANES * padded, up(inputs, 4), sums);
       for (int p = 0; p < P; p++) sink.panel(panel + p).put(sums + p * LANES, P * LANES, row, many);
     }
   }

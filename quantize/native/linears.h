@@ -199,7 +199,7 @@ struct Job {
     const int64_t before = of.first * own.outputs;
     const float* other = call.other ? call.other + before : nullptr;
     const Sink sink = {own, of.rows, (T*)call.y[at] + before, call.how, other};
-    const Gemm<Sink> gemm = {of.q, own.packed, stride, padded, panels_of(own), sink};
+    const Gemm<Sink> gemm = {of.q, own.packed, stride, own.inputs, padded, panels_of(own), sink};
     gemm.share(of.count, thread, threads);
   }
   void multiply(const Chunk& of, int64_t thread, int64_t threads) const {
