@@ -46,7 +46,9 @@ struct Step {
   const float* tails;        // of GELU
   Limits limits, last_limits;
 
-  Floats ended(Floats y) const { return limits.cut(activated(y, activation, tails)); }
+  [[gnu::always_inline]] Floats ended(Floats y) const {
+    return limits.cut(activated(y, activation, tails));
+  }
 };
 
 // One turn of a program.
