@@ -50,6 +50,8 @@ __all__ = ["Outliers", "Rows", "in_graph", "kernel", "linear", "quantize_rows", 
 
 SWITCH = "QUANTIZE_INT8_KERNEL"
 _MANY = 1024  # rows above which a kernel's rank no longer changes
+_FEW = 16  # rows that a kernel is tried with first:
+_HOPELESS = 16  # so many times as slow as the best, it isn't tried with more
 
 
 def native(
@@ -235,25 +237,33 @@ def _fastest(m: int, n: int, k: int, kernels: dict[str, Kernel]) -> Kernel:
     common = common.mul_(40).clamp_(-127, 127).to(torch.int8)
     hard = common.clone()
     x[0], hard[0], hard[-1] = 1, 127, -127
-    expected = STOCK["reference"](x, hard, scale, None)
-    exact: dict[str, Kernel] = {}
-    for name, candidate in kernels.items():
-        with contextlib.suppress(RuntimeError, OSError):  # what this build or machine doesn't have
-            if torch.equal(candidate(x, hard, scale, None), expected):
-                exact[name] = candidate
-    usual = "int_mm" if m < 256 else "onednn"
-    handicap = {"native" if "native" in exact else usual: 1.0, "reference": 3.0}
 
-    def costs(names: list[str], least: int) -> dict[str, float]:
-        calls = [partial(_call_anew, exact[name], x, common, scale) for name in names]
+    def exact(names: list[str], x: Tensor) -> list[str]:
+        expected = STOCK["reference"](x, hard, scale, None)
+        return [name for name in names if _gives(expected, kernels[name], x, hard, scale)]
+
+    def costs(names: list[str], x: Tensor, least: int) -> dict[str, float]:
+        usual = "int_mm" if m < 256 else "onednn"
+        handicap = {"native" if "native" in names else usual: 1.0, "reference": 3.0}
+        calls = [partial(_call_anew, kernels[name], x, common, scale) for name in names]
         seconds = clock.race(calls, least=least)  # the uncounted call packs the weight
         return {n: handicap.get(n, 1.25) * s for n, s in zip(names, seconds, strict=True)}
 
-    first = costs(list(exact), 3)
-    hopeful = [name for name in exact if first[name] <= 4 * min(first.values())]
-    calls = 20 if m < 64 else 4
-    found = costs(hopeful, calls) if len(hopeful) > 1 else first
-    return exact[min(found, key=found.__getitem__)]
+    hopeful = list(kernels)
+    for rows, times in ((x[:_FEW], _HOPELESS), (x, 4)):
+        hopeful = exact(hopeful, rows)
+        cost = costs(hopeful, rows, 3)
+        hopeful = [name for name in hopeful if cost[name] <= times * min(cost.values())]
+    if len(hopeful) > 1:
+        cost = costs(hopeful, x, 20 if m < 64 else 4)
+    return kernels[min(hopeful, key=cost.__getitem__)]
+
+
+def _gives(expected: Tensor, candidate: Kernel, *given: Tensor) -> bool:
+    """False too where this build or machine doesn't have the kernel."""
+    with contextlib.suppress(RuntimeError, OSError):
+        return torch.equal(candidate(*given, None), expected)
+    return False
 
 
 def _call_anew(candidate: Kernel, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
