@@ -18,7 +18,7 @@ from quantize.native import packs
 from quantize.native.build import Kernels
 
 # About how many products a core makes in a cycle, by level.
-_PRODUCTS = {"generic": 2, "avx2": 16, "avx512": 32, "vnni": 64, "amx": 512, "dotprod": 32}
+_PRODUCTS = {"generic": 2, "avx2": 22, "avx512": 32, "vnni": 64, "amx": 512, "dotprod": 32}
 
 PANEL, _STEP = 16, 64  # outputs and inputs that a packed weight is filled up to
 
