@@ -47,12 +47,13 @@ struct Rows {  // quantized, of one thread
   int64_t stride;
 };
 
-// parts[p][r]: 16 outputs of each panel of a block for `many` rows, up to MOST_AT_ONCE.
+// parts[p][r]: 16 outputs of each panel of a block for `many` rows from `first` on, up to
+// MOST_AT_ONCE.
 typedef Floats Parts[MOST_AT_ONCE];
 
 template <int P>
 inline void finish(const Product& product, int64_t panel, const Row* rows, int64_t many,
-                   const int32_t* from, Parts* parts) {
+                   const int32_t* from, Parts* parts, int64_t first) {
   for (int p = 0; p < P; p++) {
     const int64_t at = (panel + p) * LANES;
     const Ints sums = load_vector<Ints>(product.sums + at);
@@ -62,7 +63,7 @@ inline void finish(const Product& product, int64_t panel, const Row* rows, int64
       const Ints exact = sum - rows[r].zero * sums;
       Floats y = to_floats(exact) * scale * rows[r].step;
       if (product.bias) y = y + load(product.bias + at);
-      parts[p][r] = y;
+      parts[p][first + r] = y;
     }
   }
 }
@@ -82,15 +83,13 @@ void multiply(const Product& product, int64_t panel, const Rows& q, int64_t row,
       multiply_tiles<2, SIDE>(from, q.stride, w, size, padded, sums);
     else
       multiply_tiles<1, SIDE>(from, q.stride, w, size, padded, sums);
-    return finish<SIDE>(product, panel, q.rows + row, many, sums, parts);
+    return finish<SIDE>(product, panel, q.rows + row, many, sums, parts, 0);
   }
 #endif
   for (int64_t r = 0; r < many; r += MOST_ROWS) {
     const int64_t some = many - r < MOST_ROWS ? many - r : MOST_ROWS;
-    multiply_rows<P>(some, from + r * q.stride, q.stride, w, size, padded, sums);
-    Parts piece[P];
-    finish<P>(product, panel, q.rows + row + r, some, sums, piece);
-    for (int p = 0; p < P; p++) memcpy(parts[p] + r, piece[p], some * sizeof(Floats));
+    multiply_rows<P>(some, from + r * q.stride, q.stride, w, size, up(product.inputs, 4), sums);
+    finish<P>(product, panel, q.rows + row + r, some, sums, parts, r);
   }
 }
 
