@@ -90,13 +90,14 @@ def share_out(costs: Sequence[Tensor], total: int, step: int) -> list[int]:
     convex hull of every curve, so that a cheap stretch behind an expensive one is seen.
     """
     given = [0] * len(costs)
+    curves = [cost.tolist() for cost in costs]
     while (left := total - sum(given)) >= step:
         best: tuple[float, int, int] | None = None
-        for i, cost in enumerate(costs):
+        for i, cost in enumerate(curves):
             now = given[i]
             most = min(len(cost) - 1, now + left)
             for k in range(now + step, most + 1, step):
-                slope = float(cost[k] - cost[now]) / (k - now)
+                slope = (cost[k] - cost[now]) / (k - now)
                 if best is None or slope < best[0]:
                     best = (slope, i, k)
         if best is None:

@@ -206,11 +206,11 @@ class Elimination:
 
     def costs(self, units: Tensor) -> Tensor:
         """tr(W_u inv(inv(H)_uu) W_u^T) of each of these units, [units]."""
-        by_unit = self.weight.view(self.units, self.size, -1)
-        weights, blocks = by_unit[units], self.blocks[units]  # [U, S, out], [U, S, S]
+        blocks = self.blocks[units]  # [U, S, S]
         if self.size == 1:
-            powers = weights.square().sum((1, 2))
-            return powers.double() / blocks[:, 0, 0]
+            lengths = torch.linalg.vector_norm(self.weight, dim=1)[units]
+            return lengths.double().square() / blocks[:, 0, 0]
+        weights = self.weight.view(self.units, self.size, -1)[units]  # [U, S, out]
         grams = weights @ weights.mT  # [U, S, S]
         solved = torch.linalg.solve(blocks, grams.double())
         return solved.diagonal(dim1=1, dim2=2).sum(1)
@@ -222,9 +222,12 @@ class Elimination:
         factor = self.factor[: self.removed]
         pivot = self.inverse[rows]  # [R, K]
         pivot.addmm_(factor[:, rows].T, factor, alpha=-1)
-        corner = torch.linalg.cholesky(pivot[:, rows].double()).float()
-        panel = torch.linalg.solve_triangular(corner, pivot, upper=False)  # [R, K]
-        moved = torch.linalg.solve_triangular(corner, self.weight[rows], upper=False)  # [R, out]
+        corner = torch.linalg.cholesky(pivot[:, rows].double())
+        one = torch.eye(len(rows), dtype=corner.dtype)
+        # a product with the inverse takes far less time than solving for a few rows
+        corner = torch.linalg.solve_triangular(corner, one, upper=False).float()
+        panel = corner @ pivot  # [R, K]
+        moved = corner @ self.weight[rows]  # [R, out]
         self.weight.addmm_(panel.T, moved, alpha=-1)
         removed = self.removed + len(rows)
         self.factor[self.removed : removed] = panel
