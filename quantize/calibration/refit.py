@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from quantize.calibration.dual import FewRows
-from quantize.calibration.patches import added, is_finite
-from quantize.calibration.solve import PLAIN_RIDGE, least_squares, min_ridge
+from quantize.calibration.patches import added, is_finite, upper_gram
+from quantize.calibration.solve import PLAIN_RIDGE, factorized, least_squares, min_ridge
+from quantize.calibration.sums import Squares
 
 # inputs up to which their moments are taken: a factorization takes the cube of them
 WIDEST = 4096
@@ -27,24 +28,22 @@ class Moments:
     count: int = 0
     x: Any = 0.0  # [K], sum of x
     y: Any = 0.0  # [M], sum of y
-    outer: Any = 0.0  # [K, K], sum of x x^T
     cross: Any = 0.0  # [M, K], sum of y x^T
+    squares: Squares = field(default_factory=Squares)  # of x
 
     def add(self, x: Tensor, y: Tensor) -> None:
         self.count += len(x)
         self.x = self.x + x.sum(0).double()
         self.y = self.y + y.sum(0).double()
-        self.outer = added(self.outer, (x.T @ x).double())
         self.cross = added(self.cross, (y.T @ x).double())
+        self.squares.add_product([strip.double() for strip in upper_gram(x)])
 
     def __add__(self, other: Moments) -> Moments:
-        return Moments(
-            self.count + other.count,
-            self.x + other.x,
-            self.y + other.y,
-            self.outer + other.outer,
-            self.cross + other.cross,
-        )
+        squares = Squares()
+        for part in (self, other):
+            squares.add_product(part.squares.strips)
+        count, cross = self.count + other.count, self.cross + other.cross
+        return Moments(count, self.x + other.x, self.y + other.y, cross, squares)
 
     @property
     def means(self) -> tuple[Tensor, Tensor]:
@@ -52,7 +51,7 @@ class Moments:
 
     def second(self, *, centred: bool) -> tuple[Tensor, Tensor]:
         """E[x x^T] and E[y x^T]; covariances if `centred`."""
-        outer, cross = self.outer / self.count, self.cross / self.count
+        outer, cross = self.squares.whole() / self.count, self.cross / self.count
         if not centred:
             return outer, cross
         x, y = self.means
@@ -111,7 +110,7 @@ class Regression:
         if self.few is not None:
             return self.few.finite()
         total = self.halves[0] + self.halves[1]
-        return is_finite(total.outer) and is_finite(total.cross)
+        return is_finite(total.squares.diagonal()) and is_finite(total.cross)
 
     def fit(self, start: Tensor) -> tuple[Tensor, Tensor | None]:
         """The weight [M, K], held to `start`, and the bias [M] if there is one; float64."""
@@ -131,40 +130,45 @@ class Regression:
 
     def _power(self, total: Moments) -> float:
         """The mean of x^2 over rows and inputs."""
-        squares = total.outer.diagonal() / total.count
+        squares = total.squares.diagonal() / total.count
         if self.shift is not None:
             shift = self.shift[0].double()
             squares = squares + shift * (2 * total.means[0] + shift)
         return float(squares.mean())
 
     def _best_ridge(self, start: Tensor, power: float) -> float:
-        first, second = self.halves
-        if min(first.count, second.count) == 0:
+        if min(half.count for half in self.halves) == 0:
             return PLAIN_RIDGE
         mix = _mixtures(len(start)).to(start.device)
-        mixed = [self._mixed(half, mix) for half in self.halves]
         start = mix @ start
+        first, second = (self._mixed(half, mix, start) for half in self.halves)
 
         def error(ridge: float) -> float:
-            there = self._error(mixed[0], mixed[1], start, ridge * power)
-            back = self._error(mixed[1], mixed[0], start, ridge * power)
+            there = self._error(first, second, ridge * power)
+            back = self._error(second, first, ridge * power)
             return there + back
 
         return min_ridge(error)
 
-    def _mixed(self, moments: Moments, mix: Tensor) -> tuple[int, Tensor, Tensor, Tensor, Tensor]:
+    def _mixed(
+        self, moments: Moments, mix: Tensor, start: Tensor
+    ) -> tuple[int, Tensor, Tensor, Tensor, Tensor]:
+        """Count, E[x x^T], E[z x^T], E[x] and E[z], of what `start` leaves of mixtures of the
+        targets, z.
+        """
         outer, cross = moments.second(centred=self.bias)
         x, y = moments.means
-        return moments.count, outer, mix @ cross, x, mix @ y
+        left = torch.addmm(mix @ cross, start, outer, alpha=-1)
+        return moments.count, outer, left, x, mix @ y - start @ x
 
-    def _error(self, known: tuple, unseen: tuple, start: Tensor, ridge: float) -> float:
+    def _error(self, known: tuple, unseen: tuple, ridge: float) -> float:
         """Squared error over the rows of `unseen` of a fit on `known`, up to a constant."""
-        _, outer, cross, x, y = known
-        weight = least_squares(outer, cross, start, ridge)
-        count, outer, cross, x_unseen, y_unseen = unseen
-        error = ((weight @ outer) * weight).sum() - 2 * (weight * cross).sum()
+        _, outer, left, x, z = known
+        change = torch.cholesky_solve(left.T, factorized(outer, ridge)).T
+        count, outer, left, x_unseen, z_unseen = unseen
+        error = ((change @ outer) * change).sum() - 2 * (change * left).sum()
         if self.bias:
-            error = error + (y_unseen - y - weight @ (x_unseen - x)).square().sum()
+            error = error + (z_unseen - z - change @ (x_unseen - x)).square().sum()
         return count * float(error)
 
 
