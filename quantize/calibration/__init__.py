@@ -43,7 +43,7 @@ from quantize.calibration.readers import followers
 from quantize.calibration.refit import Regression
 from quantize.calibration.replay import Pace, Walk
 from quantize.calibration.solve import compensate, least_squares
-from quantize.calibration.state import untouched
+from quantize.calibration.state import changed, untouched
 from quantize.calibration.statistics import (
     Calls,
     check_reached,
@@ -73,6 +73,7 @@ __all__ = [
     "Watch",
     "arguments",
     "call",
+    "changed",
     "check_batches",
     "check_reached",
     "collect",

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from quantize import surgery
 from quantize.calibration import (
     call,
+    changed,
     in_blocks,
     keeps_cache,
     main_output,
@@ -120,7 +121,8 @@ def _uncut(model: nn.Module, kept: dict[Key, Tensor]) -> list[Tensor]:
 
 
 class Answers:
-    """The outputs of a model in two calls, one after the other.
+    """The outputs of a model in one call, or in two, one after the other, where a call changes its
+    state.
 
     Where a model of transformers keeps a cache for generation, also its answer with that: its sizes
     may come from the config.
@@ -146,10 +148,19 @@ class Answers:
 @torch.no_grad()
 def _answers(model: nn.Module, inputs: Any) -> Generator[list[Tensor], None, None]:
     """The outputs of each call, from the model's state, which is as before afterwards."""
+    first: list[Tensor] = []
+
+    def run() -> list[Tensor]:
+        return [snapshot(t) for t in output_tensors(call(model, inputs))]
+
     with watching((), model), without_cache(model):
         seed_devices(0)
-        for _ in range(2):
-            yield [snapshot(t) for t in output_tensors(call(model, inputs))]
+        stateful = changed(model, lambda: first.extend(run()))
+        yield first
+        if stateful:
+            seed_devices(0)
+            run()
+            yield run()
     if keeps_cache(model):
         with watching((), model):
             seed_devices(0)
