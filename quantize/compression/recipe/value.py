@@ -4,9 +4,18 @@ A step is a frozen dataclass around one public function. It holds what is writte
 file; what belongs to the moment (inputs, batches, where to write, whom to tell) is in `Given`.
 Wrong orders and values are refused when a recipe is made, before any work.
 
-A step that needs statistics takes them of the model before it. None are kept for the next one:
-what a step removes or refits changes the inputs of nearly all layers, and what was seen of the few
-others (those before the first change, 2% of a recipe's time) would have to be held meanwhile.
+Each step takes its statistics of the model that it is given, in passes of its own:
+
+- `Prune`: input moments of the layers that read what may go, and gradients at their outputs; then,
+  layer by layer, regressions on what the pruned model gives them.
+- `LowRank`: input moments and gradients of all layers; then, layer by layer, moments of the inputs
+  in both models.
+- `Int4`: input moments. `Int8(smooth=True)`: largest inputs, and errors. `Int8`, `Half`: none.
+
+None are kept for the next step, which would get wrong ones: a step that removes or refits changes
+gradients everywhere, and the inputs of all layers behind the first that it changed. Inputs of the
+layers before that could be kept: at most 3% of the time of `Prune >> LowRank >> Int4 >> Int8` on a
+BERT of four blocks, less on deeper models, while their moments would take memory.
 """
 
 from __future__ import annotations
