@@ -42,14 +42,14 @@ class Own:
         self, like: Callable[..., Tensor], work: Callable[..., Work | None], by_position: bool
     ) -> None:
         self.like, self.work, self.by_position = like, work, by_position
-        self.known: dict[Any, _Alone | None] = {}  # by the form of the arguments
+        self.known: dict[Any, _Alone | None] = {}  # by their form, and which are the same
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         values = *args, *kwargs.values()
         tensors = [one for one in values if isinstance(one, Tensor)]
         if not _are_free(tensors):
             return self.like(*args, **kwargs)
-        key = (*map(_form, values), *kwargs)
+        key = (*map(_form, values), *kwargs, _which_are_same(tensors))
         if key not in self.known:
             if len(self.known) >= _MOST_FORMS:
                 self.known.clear()
@@ -63,7 +63,7 @@ class _Alone:
     """A program of one step for tensors of the forms of `tensors`."""
 
     def __init__(self, work: Work, tensors: Sequence[Tensor], by_position: bool) -> None:
-        identities = [id(one) for one in tensors]
+        identities = [*map(id, tensors)]
         order = [None if one is None else identities.index(id(one)) for one in work.reads]
         places = [None if at is None else place(at) for at in order]
         self.program = Program([work], [[*places, place(len(tensors))]])
@@ -83,6 +83,12 @@ def _form(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.shape, value.stride(), value.dtype
     return tuple(value) if isinstance(value, list) else (type(value), value)
+
+
+def _which_are_same(tensors: Sequence[Tensor]) -> tuple[int, ...]:
+    """For each tensor the place of the first one that it is."""
+    identities = [*map(id, tensors)]
+    return tuple(map(identities.index, identities))
 
 
 def _are_free(tensors: Sequence[Tensor]) -> bool:

@@ -69,6 +69,17 @@ def _assert_near(actual: Tensor, exact: Tensor) -> None:
     assert ((actual - exact).abs() <= bound).all()
 
 
+@torch.no_grad()
+def test_a_tensor_given_twice_is_told_from_two_of_its_form():
+    """Attention of a tensor to itself, and a norm whose weight is its bias, come first."""
+    x, other, third = randn(1, 2, 5, 8), randn(1, 2, 5, 8, seed=1), randn(1, 2, 5, 8, seed=2)
+    for q, k, v in ((x, x, x), (x, other, other), (x, x, other), (x, other, x), (x, other, third)):
+        _assert_near(ATTEND(q, k, v), F.scaled_dot_product_attention(q, k, v))
+    weight = randn(8)
+    for bias in (weight, randn(8, seed=1)):
+        _assert_near(LAYER_NORM(x, (8,), weight, bias), F.layer_norm(x, (8,), weight, bias))
+
+
 # batches, query heads, heads of keys, queries, keys, widths of keys and values
 SHAPES = [(1, 6, 6, 32, 32, 64, 64), (2, 4, 2, 37, 300, 24, 20), (3, 2, 1, 5, 17, 7, 9)]
 MASKS: dict[str, Callable[[int, int, int], dict[str, Any]]] = {
