@@ -190,7 +190,7 @@ def _replayed(
     inputs: list[Tensor] = []
     call = partial(forward, module, *args, **kwargs)
     key = _form((args, kwargs), inputs) if region.fits else None
-    if key is None or not _are_plain(inputs):
+    if key is None or not _are_fit(inputs):
         return plainly(call)
     grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
     key = key, grad, inference, torch.get_default_dtype()
@@ -208,6 +208,8 @@ def _form(value: Any, inputs: list[Tensor]) -> Hashable | None:
     """
     kind = type(value)
     if kind in TENSORS:
+        if not native_int8.takes(value):  # sparse ones have no strides, nested ones no shape
+            return None
         if kind is Tensor and value.__dict__:  # attributes that somebody put on it
             return None
         inputs.append(value)
@@ -221,8 +223,7 @@ def _form(value: Any, inputs: list[Tensor]) -> Hashable | None:
     return (kind, value) if kind in CONSTANTS else None
 
 
-def _are_plain(inputs: list[Tensor]) -> bool:
-    """Are these different tensors on the CPU, in a call that nobody watches?"""
+def _are_fit(inputs: list[Tensor]) -> bool:
+    """Are these different tensors, outside of autocast?"""
     different = len({id(tensor) for tensor in inputs}) == len(inputs)
-    plain = all(map(native_int8.takes, inputs)) and not torch.is_autocast_enabled("cpu")
-    return bool(inputs) and different and plain
+    return bool(inputs) and different and not torch.is_autocast_enabled("cpu")

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import randn
+from helpers import assert_close, randn
 from recorded_blocks import RUNS, int8, is_replayed, own, tapes
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+import quantize
 from quantize.native import program
 from quantize.nn import int8_kernels as kernels
 from quantize.nn.replay import _MOST_FORMS
@@ -231,3 +232,26 @@ def test_many_forms():
     for length in range(1, _MOST_FORMS + 4):
         block(randn(1, length, 32))
     assert is_replayed(block, randn(1, 3, 32))
+
+
+class Graph(nn.Module):
+    """Multiplies by the matrix of a graph, given or its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(32, 32), nn.Linear(32, 32)
+        self.register_buffer("own", torch.eye(6).to_sparse())
+
+    def forward(self, x: Tensor, edges: Tensor) -> Tensor:
+        return self.second(edges @ self.first(x) + self.own @ x)
+
+
+@torch.no_grad()
+def test_sparse_inputs_and_buffers():
+    """Those without strides, too, give what dense ones give."""
+    small, x = quantize.quantize_dynamic(Graph().eval(), prefer="size"), randn(6, 32)
+    edges = (randn(6, 6) > 0).float()
+    expected = small(x, edges)
+    for given in (edges, edges.to_sparse(), edges.to_sparse_csr()):
+        for _ in range(4):
+            assert_close(small(x, given), expected)

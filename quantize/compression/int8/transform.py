@@ -344,5 +344,7 @@ def _with_shares(model: nn.Module, report: Report) -> tuple[Report, str | None]:
 
 def _bytes(model: nn.Module) -> int:
     return sum(
-        tensor.nbytes for tensor in model.state_dict().values() if isinstance(tensor, torch.Tensor)
+        tensor.nbytes
+        for tensor in model.state_dict().values()
+        if isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided
     )
