@@ -6,8 +6,8 @@ from quantize.nn.attention import (
     ProjectedAttention,
     project_attentions,
     restore_attentions,
-    without_fast_paths,
 )
+from quantize.nn.encoder import with_padded_encoders, without_fast_paths
 from quantize.nn.protocol import (
     CompressedLayer,
     Operands,
@@ -39,5 +39,6 @@ __all__ = [
     "own_class",
     "project_attentions",
     "restore_attentions",
+    "with_padded_encoders",
     "without_fast_paths",
 ]

@@ -3,8 +3,7 @@ their own.
 
 `nn.MultiheadAttention` multiplies by its weights without calling a layer, so a technique has
 nothing to replace in it. `project_attentions` puts this module in its place; the projections are
-then linear layers like all others. Torch's fused encoder layers read weights too:
-`without_fast_paths` turns them off.
+then linear layers like all others. Torch's fused encoder layers read weights too: see `encoder`.
 """
 
 from __future__ import annotations
@@ -255,19 +254,6 @@ def restore_attentions(
             projected.__dict__.pop("_structure", None)
             back[projected] = original
     return surgery.replace(model, back)
-
-
-def without_fast_paths(model: nn.Module) -> None:
-    """Turn off, in place, what reads float weights in torch's encoder layers: the flags that they
-    look at first.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer) and module.activation_relu_or_gelu:
-            surgery.resize(module, tensors={}, attributes={"activation_relu_or_gelu": 0})
-        if isinstance(module, nn.TransformerEncoder) and getattr(
-            module, "use_nested_tensor", False
-        ):
-            surgery.resize(module, tensors={}, attributes={"use_nested_tensor": False})
 
 
 def _obstacle(

@@ -17,6 +17,7 @@ from torch._guards import detect_fake_mode
 
 from quantize import surgery
 from quantize.calibration import exporting
+from quantize.nn import with_padded_encoders
 from quantize.run.fusion.graph import CaptureError, Program, lines_of, named_arguments
 from quantize.run.fusion.importing import Flat, Importer
 from quantize.run.fusion.nested import Spec, flatten
@@ -42,7 +43,8 @@ def capture(model: nn.Module, example_inputs: Any, changed: Sequence[str] = ()) 
         """A copy for each try: tracing runs the model's Python, which may leave something
         behind.
         """
-        twin = _with_state_in_buffers(settled(surgery.clone(model)), changed)
+        copied = with_padded_encoders(settled(surgery.clone(model)))
+        twin = _with_state_in_buffers(copied, changed)
         return Flat(twin, spec, keyword).eval()
 
     arguments = dict(zip(named, spec.children, strict=True))
