@@ -1,33 +1,34 @@
 """The variables that the code of a forward names: those of Python modules, of the functions around
 it, and its arguments' defaults.
 
-Of a class of modules the methods are looked into that have the name of an attribute in such code,
-and of Python modules what has such a name, so that more is found than is read. Functions of torch,
-numpy and this package aren't looked into.
+Of classes the methods are looked into that have the name of an attribute in such code, and of
+Python modules what has such a name, so that more is found than is read. Functions of torch, numpy
+and this package aren't looked into.
 """
 
 from __future__ import annotations
 
 import dis
 import operator
+import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
-
-from torch import nn
 
 _CLOSED = {"torch", "numpy", "quantize"}
 Variables = tuple[Any, Callable[[Any], Iterable[Any]]]  # what holds them, and what reads them there
 
 
 def variables_of(
-    classes: Iterable[type[nn.Module]], functions: Iterable[FunctionType]
+    classes: Iterable[Mapping[str, Any]], functions: Iterable[FunctionType]
 ) -> list[Variables]:
-    """What the forwards of some classes name, some functions, and those that they call."""
+    """What the forwards of some classes (their attributes) name, some functions, and those that
+    they call.
+    """
     methods: dict[str, list[FunctionType]] = {}
-    for kind in classes:
-        for name, value in vars(kind).items():
+    for attributes in classes:
+        for name, value in attributes.items():
             methods.setdefault(name, []).extend(_functions(value))
     found = _Found(methods)
     found.name("forward")
@@ -42,7 +43,7 @@ class _Found:
     """Functions that were found, and names of variables by what holds them.
 
     Args:
-        methods: of the classes of modules, by name.
+        methods: of the classes, by name.
     """
 
     def __init__(self, methods: dict[str, list[FunctionType]]) -> None:
@@ -101,6 +102,12 @@ class _Found:
             return
         self.cells.append(cell)
         self.add(content)
+
+
+def is_open(kind: type) -> bool:
+    """Are attributes of a class looked into? Python's own don't change."""
+    module = str(kind.__module__)
+    return _is_open(module) and module.partition(".")[0] not in sys.stdlib_module_names
 
 
 def _is_open(module: str | None) -> bool:

@@ -1,16 +1,18 @@
 """What a forward may depend on besides its inputs, as far as that can be seen: attributes of the
 modules and of their classes, and all that can be reached from these through lists, dictionaries and
-objects, as configs are; and the variables that its code names, see `code`. Not seen: what the
-object in such a variable holds otherwise than as attributes (slots, a state in C).
+objects, as configs are, and their classes; and the variables that its code names, see `code`. Not
+seen: what the object in such a variable holds otherwise than as attributes (slots, a state in C);
+with an array in one, nothing is recorded.
 """
 
 from __future__ import annotations
 
+import array
 import operator
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from enum import Enum
-from functools import partial
+from functools import lru_cache, partial
 from itertools import chain
 from types import FunctionType, MappingProxyType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
@@ -19,14 +21,15 @@ import numpy as np
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from quantize.nn.code import variables_of
+from quantize.nn.code import is_open, variables_of
 from quantize.nn.protocol import CompressedLayer
 from quantize.nn.tape import KEPT, TENSORS, Unfit
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _MOST = 20_000  # values that are compared before each call
-_CONTAINERS = (list, set, dict, deque)
-_FIXED = (*KEPT, *TENSORS, bytes, range, type, ModuleType, Enum, np.generic)  # as long as they live
+_CONTAINERS = (list, set, dict, deque, MappingProxyType)
+_FIXED = (*KEPT, *TENSORS, bytes, range, ModuleType, Enum, np.generic)  # as long as they live
+_OPAQUE = (np.ndarray, array.array, bytearray)
 _DTYPE = operator.attrgetter("dtype")
 
 
@@ -42,11 +45,14 @@ class State:
         self.hooks = [*chain.from_iterable(map(_hooks, inside))]
         classes = [*dict.fromkeys(chain.from_iterable(type(m).__mro__ for m in inside))]
         classes = [*filter(_is_own, classes)]
-        starts = [*chain.from_iterable(map(_sources_of, inside)), *map(vars, classes)]
+        starts = [*chain.from_iterable(map(_sources_of, inside)), *map(_vars, classes)]
         self.sources = _reachable(starts, _content)
-        variables = variables_of(classes, _functions_in(self.sources))
+        reached = [one for one in self.sources if isinstance(one, MappingProxyType)]
+        variables = variables_of(reached, _functions_in(self.sources))
         read = (tuple(reader(holder)) for holder, reader in variables)
-        self.sources += _reachable(read, _content_if_seen)
+        seen = {*map(id, self.sources)}
+        more = _reachable(read, _content_if_seen)
+        self.sources += [source for source in more if id(source) not in seen]
         self.full: list[Any] = [source for source in self.sources if len(source)]
         self.readers = [*map(_reader, self.full)]
         self.full += [holder for holder, _ in variables]
@@ -90,7 +96,7 @@ def state_of(module: nn.Module) -> State | None:
 _call: Any = operator.call
 _hooks: Any = operator.attrgetter(*_HOOKS)
 # Attributes of every module, and what this package notes on it.
-_SKIPPED = (vars(nn.Module()).keys() - {"training"}) | {"_structure"}
+_SKIPPED = (vars(nn.Module()).keys() - {"training"}) | {"_structure", "_abc_impl"}
 
 
 def _sources_of(module: nn.Module) -> Iterator[Collection[Any]]:
@@ -108,7 +114,8 @@ def _reachable(
         source = waiting.popleft()
         if id(source) not in found:
             found[id(source)] = source
-            waiting += filter(len, map(content, _reader(source)(source)))
+            look = _content_if_seen if isinstance(source, MappingProxyType) else content
+            waiting += filter(len, map(look, _reader(source)(source)))
     return [source for source in found.values() if not isinstance(source, tuple)]
 
 
@@ -150,6 +157,9 @@ def _content(value: Any) -> Collection[Any]:
     """
     if isinstance(value, _CONTAINERS):
         return value
+    if isinstance(value, type):
+        others = not issubclass(value, nn.Module)
+        return tuple(map(_vars, filter(is_open, value.__mro__))) if others else ()
     if isinstance(value, (tuple, frozenset)):
         return tuple(value)
     if isinstance(value, MethodType):
@@ -167,16 +177,25 @@ def _content(value: Any) -> Collection[Any]:
     plain = plain or isinstance(value, (nn.Module, SimpleNamespace))
     if own is None or not plain or _has_slots(kind):
         raise Unfit(f"an attribute of type {kind.__name__}")
-    return own
+    return own, kind
+
+
+@lru_cache(maxsize=1 << 16)
+def _vars(kind: type) -> Mapping[str, Any]:
+    """The same object for the same class."""
+    return vars(kind)
 
 
 def _content_if_seen(value: Any) -> Collection[Any]:
-    """What can change in the value of a variable. A logger, say, has more to it than can be seen,
-    and hardly decides what a forward gives.
+    """What can change in the value of a variable, or of a class's attribute. A logger, say, has
+    more to it than can be seen, and hardly decides what a forward gives. Raises Unfit for numbers
+    that can't be watched.
     """
     try:
         return _content(value)
     except Unfit:
+        if isinstance(value, _OPAQUE):
+            raise
         return ()
 
 

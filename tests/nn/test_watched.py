@@ -4,11 +4,12 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import recorded_blocks
 import torch
 from helpers import randn
-from recorded_blocks import Block, int8, is_replayed, own
+from recorded_blocks import Block, Inner, int8, is_replayed, own
 from torch import Tensor, nn
 
 from quantize import quantize_dynamic
@@ -47,7 +48,14 @@ def test_changes_of_the_module_count(name: str):
     assert torch.equal(actual, before) == (name == "nothing that counts")
 
 
+class Settings:
+    """As programs keep them: nobody makes one."""
+
+    factor = 1.0
+
+
 HERE = sys.modules[__name__]
+ARRAY = np.ones(1, dtype=np.float32)
 FACTOR = 1.0
 TABLE = torch.ones(32)
 FACTORS = {"last": [1.0]}
@@ -92,6 +100,18 @@ REACHED: dict[str, tuple[Callable[[Any, Tensor], Tensor], Callable[[Any], object
         lambda block: block.config.inner.last.extend([1.0, 2.0]),
     ),
     "a class": (lambda block, x: x * block.scale, lambda block: setattr(Block, "scale", 2.0)),
+    "a class in a variable": (
+        lambda block, x: x * Settings.factor,
+        lambda block: setattr(Settings, "factor", 2.0),
+    ),
+    "the class of an object in a config": (
+        lambda block, x: x * block.config.inner.rate,
+        lambda block: setattr(Inner, "rate", 2.0),
+    ),
+    "a variable that a method of an object names": (
+        lambda block, x: x * block.config.inner.known(),
+        lambda block: setattr(recorded_blocks, "FACTOR", 2.0),
+    ),
     "a dtype": (
         lambda block, x: x.to(block.out.like.dtype),
         lambda block: setattr(block.out.like, "data", block.out.like.data.bfloat16()),
@@ -123,6 +143,8 @@ REACHED: dict[str, tuple[Callable[[Any, Tensor], Tensor], Callable[[Any], object
 def test_changes_of_what_is_reached_count(name: str, monkeypatch: pytest.MonkeyPatch):
     """From the next call on, however deep it lies."""
     monkeypatch.setattr(Block, "scale", 1.0)  # and put it back
+    monkeypatch.setattr(Inner, "rate", 1.0)
+    monkeypatch.setattr(Settings, "factor", 1.0)
     monkeypatch.setattr(HERE, "FACTOR", 1.0)
     monkeypatch.setattr(HERE, "scaled_by_a_variable", scaled_by_a_variable)
     monkeypatch.setattr(recorded_blocks, "FACTOR", 1.0)
@@ -134,6 +156,17 @@ def test_changes_of_what_is_reached_count(name: str, monkeypatch: pytest.MonkeyP
     change(block)
     actual = block(x)
     assert torch.equal(actual, own(block, x)) and not torch.equal(actual, before)
+
+
+@torch.no_grad()
+def test_an_array_in_a_variable_counts():
+    """Nobody can see whether its numbers change."""
+    x = randn(2, 5, 32)
+    block = int8(lambda block: setattr(block, "more", lambda block, x: x * float(ARRAY[0])))
+    for factor in (1, 2):
+        ARRAY.fill(factor)
+        for _ in range(4):
+            assert torch.equal(block(x), own(block, x))
 
 
 class Named(nn.Module):
