@@ -199,7 +199,9 @@ inline void multiply_codes(const Panel* panel, const FineRow* row, int64_t input
       }
     }
   }
+#pragma GCC unroll 4
   for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
     for (int p = 0; p < P; p++) y[r][p] = total[r][p];
 }
 

@@ -20,17 +20,28 @@ inline void dot(const W* w, const float* x, int64_t n, float (*y)[O]) {
   Floats total[M][O] = {};
   int64_t i = 0;
   for (; i + LANES <= n; i += LANES)
+#pragma GCC unroll 4
     for (int o = 0; o < O; o++) {
       if (M * O == 1) __builtin_prefetch(w + i + AHEAD);
       const Floats v = load(w + o * n + i);
+#pragma GCC unroll 4
       for (int m = 0; m < M; m++) total[m][o] = multiply_add(v, load(x + m * n + i), total[m][o]);
     }
+#pragma GCC unroll 4
   for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
     for (int o = 0; o < O; o++) {
       y[m][o] = sum(total[m][o]);
       for (int64_t k = i; k < n; k++) y[m][o] += widen(w[o * n + k]) * x[m * n + k];
     }
 }
+
+// Outputs whose sums, of 4 rows, fit the registers.
+#if defined(__AVX512F__)
+constexpr int FLOAT_OUTPUTS = 4;
+#else
+constexpr int FLOAT_OUTPUTS = 1;
+#endif
 
 template <int O, class W>
 inline void dot_some(int64_t rows, const W* w, const float* x, int64_t n, float (*y)[O]) {
@@ -81,6 +92,7 @@ struct Product {  // y[row, output] = or += W x + b
   bool add;
 
   static constexpr int64_t TILE_ROWS = 8, WIDE_ROWS = 9;  // from so many rows on it pays
+  static constexpr int64_t ROWS_AT_ONCE = 16;             // of floats: they stay in the cache
 
   void run() const {
     if (a.kind == INT8)
@@ -112,16 +124,20 @@ struct Product {  // y[row, output] = or += W x + b
   // Floats.
 
   void run_floats(Span outputs) const {
-    int64_t output = outputs.low;
-    if (rows > 1)
-      for (; output + 4 <= outputs.high; output += 4) float_outputs<4>(output);
-    for (; output < outputs.high; output++) float_outputs<1>(output);
+    for (int64_t row = 0; row < rows; row += ROWS_AT_ONCE) {
+      const int64_t end = row + ROWS_AT_ONCE < rows ? row + ROWS_AT_ONCE : rows;
+      int64_t output = outputs.low;
+      if (rows > 1)
+        for (; output + FLOAT_OUTPUTS <= outputs.high; output += FLOAT_OUTPUTS)
+          float_outputs<FLOAT_OUTPUTS>(output, row, end);
+      for (; output < outputs.high; output++) float_outputs<1>(output, row, end);
+    }
   }
 
   template <int O>
-  void float_outputs(int64_t output) const {
-    for (int64_t row = 0; row < rows; row += 4) {
-      const int64_t many = rows - row < 4 ? rows - row : 4;
+  void float_outputs(int64_t output, int64_t row, int64_t end) const {
+    for (; row < end; row += 4) {
+      const int64_t many = end - row < 4 ? end - row : 4;
       float sums[4][O];
       dot_outputs<O>(output, row, many, sums);
       for (int64_t m = 0; m < many; m++)

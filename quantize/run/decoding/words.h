@@ -44,6 +44,7 @@ inline void multiply_words(const int16_t* q, int64_t apart, const int8_t* const*
         total[m][j] = _mm256_add_epi32(total[m][j], _mm256_madd_epi16(words, keys[j]));
     }
   }
+#pragma GCC unroll 4
   for (int m = 0; m < N; m++) _mm_storeu_si128((__m128i*)exact[m], four_sums(total[m]));
 #else
   for (int m = 0; m < N; m++)
@@ -77,6 +78,7 @@ inline void add_columns(const int16_t* weights, int64_t apart, const int8_t* v, 
       total[m][1] = _mm256_add_epi32(total[m][1], _mm256_madd_epi16(high, pair));
     }
   }
+#pragma GCC unroll 8
   for (int m = 0; m < N; m++) store_vector(joined(total[m][0], total[m][1]), exact[m]);
 #else
   memset(exact, 0, N * sizeof *exact);
