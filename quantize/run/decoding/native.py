@@ -1,8 +1,9 @@
 """step.cpp, compiled and called: a pass over some tokens as C calls on the tensors of a model and
 its cache.
 
-Left out, and so left to the model itself: prompts of models with float weights, whose products of
-many rows PyTorch has, attention sinks, layers of other kinds than this package's own, hooks, CUDA.
+Left out, and so left to the model itself: prompts of models with float weights whose products of
+many rows PyTorch has (see `reads_prompts`), attention sinks, layers of other kinds than this
+package's own, hooks, CUDA.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from quantize.run.decoding.packing import PANEL, Panels, float16_of, panels_of
 from quantize.run.decoding.recognition import (
     KINDS,
     linears,
-    multiplies_integers,
+    reads_prompts,
     stored_in,
 )
 from quantize.run.decoding.sizes import blocks_of
@@ -48,7 +49,7 @@ class Step:
     def __init__(self, model: DecoderLM, *, narrow: bool = True):
         self.model, self.narrow = model, narrow
         self.run = KERNELS.best().functions.decode
-        self.reads_prompts = multiplies_integers(model)
+        self.reads_prompts = reads_prompts(model)
         self.most_threads = usable_cores()  # one beyond the quota stops, and all others wait for it
         self.kept: list[object] = []  # what the pointers point to
         config = model.config

@@ -26,6 +26,7 @@ from quantize.run.decoding.recognition import (
     is_plain,
     multiplies_integers,
     obstacle,
+    reads_prompts,
 )
 from quantize.run.kv_cache import KVCache
 
@@ -38,7 +39,7 @@ _run_without = 0
 
 class NativePasses:
     """Logits of a pass, or None for a pass that is left to the model: over the first tokens of a
-    text or many of them, unless its layers multiply integers.
+    text or many of them, unless native code reads prompts (see `reads_prompts`).
 
     `reason` says why the model runs its passes itself; None while native code does, or before it
     was asked.
@@ -68,7 +69,7 @@ class NativePasses:
         if type(cache) is not KVCache or is_watched():
             return None
         few = bool(cache.length) and ids.numel() <= MOST_ROWS
-        if not few and not multiplies_integers(self.model):
+        if not few and not reads_prompts(self.model):
             return None
         looked = self._looked
         if looked is None or not (unchanged or looked[0].same()):

@@ -7,7 +7,8 @@ with the model's own weights:
 
 - `native`: C++ that reads each weight once at the speed of memory (step.cpp), compiled in seconds
   on the machine that decodes. `generate` takes it by itself (see `passes`). Where layers
-  multiply integers it reads prompts too, and rounds alike however a text is cut into passes.
+  multiply integers it reads prompts too, and rounds alike however a text is cut into passes; and
+  those of bfloat16 layers, where the CPU has no instructions for them.
 - `torchscript`: the pass of a single token as one traced graph of stock operations, for machines
   without a compiler.
 

@@ -9,6 +9,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from quantize.host import native_bf16
 from quantize.models import Attention, DecoderBlock, DecoderLM, FeedForward, RMSNorm
 from quantize.native import int8
 from quantize.nn import Operands, operands, own_class
@@ -174,10 +175,27 @@ def multiplies_integers(model: DecoderLM) -> bool:
     its integer products of many rows are the faster ones, and every way to read a text rounds
     alike.
     """
+    return any(isinstance(part, Int8Linear | Int4Linear) for part in _parts(model))
+
+
+def reads_prompts(model: DecoderLM) -> bool:
+    """Whether native code reads prompts too: of a model that multiplies integers, and of one in
+    bfloat16 on a CPU without instructions for it, where PyTorch's products are the slower ones.
+    """
+    if multiplies_integers(model):
+        return True
+    return not native_bf16() and any(map(_is_bfloat16, _parts(model)))
+
+
+def _is_bfloat16(part: nn.Module) -> bool:
+    return type(part) is nn.Linear and part.weight.dtype is torch.bfloat16
+
+
+def _parts(model: DecoderLM) -> list[Any]:
+    """The layers of the blocks that multiply; none of a model that isn't made as a DecoderLM is."""
     try:
         blocks = map(linears, blocks_of(model))
         layers = chain.from_iterable(block.values() for block in blocks)
-        parts = list(chain.from_iterable(map(parts_of, layers)))
-    except AttributeError:  # it isn't made as a DecoderLM is
-        return False
-    return any(isinstance(part, Int8Linear | Int4Linear) for part in parts)
+        return list(chain.from_iterable(map(parts_of, layers)))
+    except AttributeError:
+        return []
