@@ -9,32 +9,42 @@
 
 namespace {
 
+// Vectors of sums that the registers have room for.
+#if defined(__AVX512F__)
+constexpr int MOST_SUMS = 24;
+#else
+constexpr int MOST_SUMS = 6;
+#endif
+
+// C vectors of columns of `weigh`.
+template <int M, int C, class T>
+inline void weigh_columns(const float (*s)[CHUNK], const T* v, const T* next, int64_t n, int64_t d,
+                          float* const* y, int64_t i) {
+  Floats t[M][C] = {};
+  for (int64_t p = 0; p < n; p++) {
+    if (i == 0) fetch(next + p * d, 1, d);
+#pragma GCC unroll 4
+    for (int j = 0; j < C; j++) {
+      const Floats x = load(v + p * d + i + j * LANES);
+#pragma GCC unroll 6
+      for (int m = 0; m < M; m++) t[m][j] = multiply_add(Floats{} + s[m][p], x, t[m][j]);
+    }
+  }
+#pragma GCC unroll 6
+  for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
+    for (int j = 0; j < C; j++) store_vector(t[m][j], y[m] + i + j * LANES);
+}
+
 // y[m] = the sum of n rows of v [n, d], each times its weight s[m]. next: rows that are read after
 // them.
 template <int M, class T>
 inline void weigh(const float (*s)[CHUNK], const T* v, const T* next, int64_t n, int64_t d,
                   float* const* y) {
+  constexpr int MOST = MOST_SUMS / M, C = MOST > 4 ? 4 : MOST;
   int64_t i = 0;
-  for (; i + 4 * LANES <= d; i += 4 * LANES) {
-    Floats t[M][4] = {};
-    for (int64_t p = 0; p < n; p++) {
-      if (i == 0) fetch(next + p * d, 1, d);
-      for (int j = 0; j < 4; j++) {
-        const Floats x = load(v + p * d + i + j * LANES);
-        for (int m = 0; m < M; m++) t[m][j] = multiply_add(Floats{} + s[m][p], x, t[m][j]);
-      }
-    }
-    for (int m = 0; m < M; m++)
-      for (int j = 0; j < 4; j++) store_vector(t[m][j], y[m] + i + j * LANES);
-  }
-  for (; i + LANES <= d; i += LANES) {
-    Floats t[M] = {};
-    for (int64_t p = 0; p < n; p++) {
-      const Floats x = load(v + p * d + i);
-      for (int m = 0; m < M; m++) t[m] = multiply_add(Floats{} + s[m][p], x, t[m]);
-    }
-    for (int m = 0; m < M; m++) store_vector(t[m], y[m] + i);
-  }
+  for (; i + C * LANES <= d; i += C * LANES) weigh_columns<M, C>(s, v, next, n, d, y, i);
+  for (; i + LANES <= d; i += LANES) weigh_columns<M, 1>(s, v, next, n, d, y, i);
   for (; i < d; i++)
     for (int m = 0; m < M; m++) {
       y[m][i] = 0;
@@ -42,29 +52,41 @@ inline void weigh(const float (*s)[CHUNK], const T* v, const T* next, int64_t n,
     }
 }
 
+// s[m] = the scores of four rows of keys for M queries q.
+template <int M, class T>
+inline void score_four(const float* const* q, const T* const* row, int64_t d, float (*s)[CHUNK],
+                       int64_t p) {
+  Floats t[M][4] = {};
+  int64_t i = 0;
+  for (; i + LANES <= d; i += LANES) {
+    Floats keys[4];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) keys[j] = load(row[j] + i);
+#pragma GCC unroll 6
+    for (int m = 0; m < M; m++) {
+      const Floats x = load(q[m] + i);
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; j++) t[m][j] = multiply_add(keys[j], x, t[m][j]);
+    }
+  }
+#pragma GCC unroll 6
+  for (int m = 0; m < M; m++) sum4(t[m], s[m] + p);
+  for (; i < d; i++)
+    for (int m = 0; m < M; m++)
+      for (int j = 0; j < 4; j++) s[m][p + j] += q[m][i] * widen(row[j][i]);
+}
+
 // s[m] = the scores of n rows of k [n, d] for query m: q[m] . k, which don't depend on n. next:
 // rows that are read after them, of which half are asked for.
 template <int M, class T>
 inline void score(const float* const* q, const T* k, const T* next, int64_t n, int64_t d,
                   float (*s)[CHUNK]) {
+  constexpr int TOGETHER = 4 * M <= MOST_SUMS ? M : 1;
   for (int64_t p = 0; p < n; p += 4) {
     const T* row[4];
     for (int64_t j = 0; j < 4; j++) row[j] = k + (p + j < n ? p + j : n - 1) * d;
     fetch(next + p / 2 * d, 2, d);
-    Floats t[M][4] = {};
-    int64_t i = 0;
-    for (; i + LANES <= d; i += LANES) {
-      Floats keys[4];
-      for (int j = 0; j < 4; j++) keys[j] = load(row[j] + i);
-      for (int m = 0; m < M; m++) {
-        const Floats x = load(q[m] + i);
-        for (int j = 0; j < 4; j++) t[m][j] = multiply_add(keys[j], x, t[m][j]);
-      }
-    }
-    for (int m = 0; m < M; m++) sum4(t[m], s[m] + p);
-    for (; i < d; i++)
-      for (int m = 0; m < M; m++)
-        for (int j = 0; j < 4; j++) s[m][p + j] += q[m][i] * widen(row[j][i]);
+    for (int m = 0; m < M; m += TOGETHER) score_four<TOGETHER>(q + m, row, d, s + m, p);
   }
 }
 
@@ -88,7 +110,7 @@ struct Keys {  // positions of one head of keys and values; the scales may be nu
   const Brain *k_scale, *v_scale;
 };
 
-constexpr int64_t MOST_QUERIES = 6;  // whose sums fit the registers
+constexpr int64_t MOST_QUERIES = 6;  // at once
 
 // s[p] becomes factor s[p], times the position's scale if there are any. Returns the largest.
 inline float scale_by(float* s, int64_t n, float factor, const Brain* scales) {
