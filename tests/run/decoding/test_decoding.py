@@ -19,7 +19,7 @@ from quantize.models import MLP, MLPConfig
 from quantize.native import build
 from quantize.nn.int4 import Int4Linear
 from quantize.nn.int8 import Int8Linear
-from quantize.run.decoding import DecodingLM, for_decoding
+from quantize.run.decoding import DecodingLM, for_decoding, recognition
 from quantize.run.decoding.torchscript import merge_linears
 from quantize.run.generate import generate, generate_stream
 from quantize.run.kv_cache import KVCache
@@ -124,6 +124,23 @@ def test_native_equals_a_pass_without_a_cache(kind, cache):
     least = 0.2 if cache is torch.int8 else 0.8
     off = (got - expected).abs().amax(-1) / expected.abs().max()
     assert (off < 3e-5).float().mean() > least and off.max() < 0.05
+
+
+@NATIVE
+def test_prompts_of_bfloat16(monkeypatch):
+    """Native code reads them where the CPU has no instructions for it: bit for bit as by parts, and
+    no further from the same weights in float32 than PyTorch's products are.
+    """
+    monkeypatch.setattr(recognition, "native_bf16", lambda: False)
+    model = decoder().to(torch.bfloat16)
+    fast, ids = for_decoding(model, backend="native"), tokens(2, 40)
+    caches = [KVCache.for_model(model, batch=2) for _ in range(2)]
+    whole = run(lambda i: fast(i, caches[0]), ids)
+    parts = [run(lambda i: fast(i, caches[1]), piece) for piece in ids.split([30, 1, 9], dim=1)]
+    assert torch.equal(whole, torch.cat(parts, dim=1))
+    exact = run(copy.deepcopy(model).float(), ids)
+    native, stock = (float((y - exact).norm()) for y in (whole, run(model, ids)))
+    assert native < stock
 
 
 @NATIVE
