@@ -11,6 +11,7 @@ import array
 import operator
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextvars import ContextVar
 from enum import Enum
 from functools import lru_cache, partial
 from itertools import chain
@@ -49,7 +50,7 @@ class State:
         self.sources = _reachable(starts, _content)
         reached = [one for one in self.sources if isinstance(one, MappingProxyType)]
         variables = variables_of(reached, _functions_in(self.sources))
-        read = (tuple(reader(holder)) for holder, reader in variables)
+        read = [tuple(reader(holder)) for holder, reader in variables]
         seen = {*map(id, self.sources)}
         more = _reachable(read, _content_if_seen)
         self.sources += [source for source in more if id(source) not in seen]
@@ -57,6 +58,9 @@ class State:
         self.readers = [*map(_reader, self.full)]
         self.full += [holder for holder, _ in variables]
         self.readers += [reader for _, reader in variables]
+        contexts = [one for one in chain.from_iterable(read) if isinstance(one, ContextVar)]
+        self.full += contexts
+        self.readers += [_in_context] * len(contexts)
         self.values = [*self._read()]
         self.size = sum(map(len, self.sources))
         if len(self.values) > _MOST:
@@ -145,6 +149,11 @@ def _reader(source: Collection[Any]) -> Callable[[Any], Iterable[Any]]:
     if len(names) == 1:
         names *= 2  # of several names it gives a tuple
     return operator.itemgetter(*names)
+
+
+def _in_context(variable: ContextVar[Any]) -> tuple[Any]:
+    """What it stands for now."""
+    return (variable.get(None),)
 
 
 def _nothing(source: Any) -> tuple[()]:

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
@@ -56,6 +57,7 @@ class Settings:
 
 HERE = sys.modules[__name__]
 ARRAY = np.ones(1, dtype=np.float32)
+CURRENT = ContextVar("CURRENT", default=1.0)
 FACTOR = 1.0
 TABLE = torch.ones(32)
 FACTORS = {"last": [1.0]}
@@ -104,6 +106,7 @@ REACHED: dict[str, tuple[Callable[[Any, Tensor], Tensor], Callable[[Any], object
         lambda block, x: x * Settings.factor,
         lambda block: setattr(Settings, "factor", 2.0),
     ),
+    "a context": (lambda block, x: x * CURRENT.get(), lambda block: CURRENT.set(2.0)),
     "the class of an object in a config": (
         lambda block, x: x * block.config.inner.rate,
         lambda block: setattr(Inner, "rate", 2.0),
@@ -143,6 +146,7 @@ REACHED: dict[str, tuple[Callable[[Any, Tensor], Tensor], Callable[[Any], object
 def test_changes_of_what_is_reached_count(name: str, monkeypatch: pytest.MonkeyPatch):
     """From the next call on, however deep it lies."""
     monkeypatch.setattr(Block, "scale", 1.0)  # and put it back
+    CURRENT.set(1.0)
     monkeypatch.setattr(Inner, "rate", 1.0)
     monkeypatch.setattr(Settings, "factor", 1.0)
     monkeypatch.setattr(HERE, "FACTOR", 1.0)
