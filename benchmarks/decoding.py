@@ -59,7 +59,7 @@ OURS: dict[str, Callable[[nn.Module], nn.Module]] = {
 }
 WAYS = ("plain", "for_decoding", "torchscript", "int8 cache", "generate", "lookup")
 TURNS = 3
-KEY = ("engine", "way", "shape", "batch", "length", "cpu")
+KEY = ("engine", "way", "shape", "batch", "length")
 
 
 def build(shape: str) -> DecoderLM:

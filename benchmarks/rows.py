@@ -92,15 +92,16 @@ def write(path: Path, rows: Sequence[Row], key: Sequence[str] = ()) -> None:
     Args:
         path: of the file. Its columns come first, then new ones.
         rows: floats are rounded to 4 decimals; a column that a row lacks stays empty.
-        key: columns that name a row. Rows of the file with the same values there are replaced, the
-            others kept; none: all are replaced.
+        key: columns that name a row on a machine. Rows of the file with the same values there and
+            the same CPU are replaced, the others kept; none: all are replaced.
     """
     kept = read(path) if key else []
     new = [{name: _rounded(value) for name, value in row.items()} for row in rows]
     merged: dict[Any, Row] = {}
     columns: dict[str, None] = {}
     for i, row in enumerate(kept + new):
-        merged[tuple(str(row[name]) for name in key) or i] = row
+        name = tuple(str(row.get(column)) for column in (*key, "cpu"))
+        merged[name if key else i] = row
         columns |= dict.fromkeys(row)
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, columns, lineterminator="\n")
@@ -135,7 +136,8 @@ def chart(
     labels: tuple[str, str],
     line: float | None = None,
 ) -> None:
-    """Write a PNG beside a CSV file, a panel per value of a column.
+    """Write a PNG beside a CSV file, a panel per value of a column, of the machine whose rows are
+    the last.
 
     Args:
         path: of the CSV file.
@@ -147,6 +149,7 @@ def chart(
         line: where a dotted line marks the baseline; None: nowhere.
     """
     rows = [row for row in read(path) if row[y]]
+    rows = [row for row in rows if row.get("cpu") == rows[-1].get("cpu")]
     titles = list(dict.fromkeys(row[panel] for row in rows))
     figure = Figure(figsize=(7 * max(1, len(titles)), 5), layout="constrained")
     for i, title in enumerate(titles):
