@@ -25,11 +25,10 @@ def activations(program: Program) -> None:
             if x is not None:
                 new = (aten.gelu.default, (x,), {"approximate": "tanh"})
         if new and isinstance(new[1][0], fx.Node):
-            with program.graph.inserting_before(node):
-                replace(node, program.graph.call_function(*new))
+            with program.before(node):
+                replace(node, program.call(new[0], *new[1], **new[2]))
             found += 1
-    if found:
-        program.notes.append(f"{found} activations written out in operators made one operator each")
+    program.note(found, "activations written out in operators made one operator each")
 
 
 def _scalar(node: object, target: object) -> tuple[object, float] | None:

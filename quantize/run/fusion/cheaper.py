@@ -23,25 +23,17 @@ from quantize.run.fusion.edit import (
     calls,
     constant,
     is_call,
+    operators,
     own_constant,
     replace,
     shape,
 )
 from quantize.run.fusion.graph import Program, aten
+from quantize.run.fusion.padding import numbers
 
-_UNARY = {
-    aten.relu.default,
-    aten.silu.default,
-    aten.gelu.default,
-    aten.sigmoid.default,
-    aten.tanh.default,
-    aten.relu6.default,
-    aten.hardswish.default,
-    aten.hardsigmoid.default,
-    aten.hardtanh.default,
-    aten.clamp.default,
-    aten.leaky_relu.default,
-}
+_UNARY = operators(
+    "relu silu gelu sigmoid tanh relu6 hardswish hardsigmoid hardtanh clamp leaky_relu"
+)
 
 
 def rms_norms(program: Program) -> None:
@@ -51,55 +43,38 @@ def rms_norms(program: Program) -> None:
     count = 0
     for node in calls(program, {aten.rms_norm.default}):
         x, sizes, weight = argument(node, 0), argument(node, 1), argument(node, 2)
-        if (
-            not _is_rows(x)
-            or len(sizes) != 1
-            or (weight is not None and not _is_float(program, weight))
-        ):
+        scaled = weight is not None
+        if not _is_rows(x) or len(sizes) != 1 or (scaled and not _is_float(program, weight)):
             continue
         epsilon = argument(node, 3)
         epsilon = torch.finfo(torch.float32).eps if epsilon is None else epsilon
-        with program.graph.inserting_before(node):
+        one, value = torch.full((1,), epsilon, dtype=torch.float32), x.meta["val"]
+        with program.before(node):
             norm = _norm(program, x)
-            shift = add_constant(
-                program, norm, "rms_norm_epsilon", torch.full((1,), epsilon, dtype=torch.float32)
-            )
-            mean = _like(program, norm, aten.addcmul.default, shift, norm, norm)
-            mean.kwargs = {"value": 1.0 / int(x.meta["val"].shape[-1])}
-            y = _like(
-                program, x, aten.mul.Tensor, x, _like(program, norm, aten.rsqrt.default, mean)
-            )
-            y = y if weight is None else _like(program, x, aten.mul.Tensor, y, weight)
+            row = norm.meta["val"]
+            shift = add_constant(program, norm, "rms_norm_epsilon", one)
+            share = 1.0 / int(value.shape[-1])
+            mean = program.call(aten.addcmul.default, shift, norm, norm, value=share, val=row)
+            factor = program.call(aten.rsqrt.default, mean, val=row)
+            y = program.call(aten.mul.Tensor, x, factor, val=value)
+            y = program.call(aten.mul.Tensor, y, weight, val=value) if scaled else y
         replace(node, y)
         count += 1
     for node in calls(program, {aten.mean.dim}):
         square = argument(node, 0)
-        if (
-            not is_call(square, aten.pow.Tensor_Scalar)
-            or argument(square, 1) != 2
-            or node.kwargs
-            or len(square.users) != 1
-        ):
+        if not is_call(square, aten.pow.Tensor_Scalar) or argument(square, 1) != 2:
             continue
-        if (
-            _is_rows(argument(square, 0))
-            and list(argument(node, 1)) == [-1]
-            and argument(node, 2, False)
-        ):
-            with program.graph.inserting_before(node):
-                norm = _norm(program, argument(square, 0))
-                total = _like(program, norm, aten.mul.Tensor, norm, norm)
-                mean = _like(
-                    program,
-                    norm,
-                    aten.mul.Tensor,
-                    total,
-                    1.0 / int(argument(square, 0).meta["val"].shape[-1]),
-                )
+        x, by_row = argument(square, 0), list(argument(node, 1)) == [-1] and argument(node, 2)
+        if _is_rows(x) and by_row and not node.kwargs and len(square.users) == 1:
+            share = 1.0 / int(x.meta["val"].shape[-1])
+            with program.before(node):
+                norm = _norm(program, x)
+                row = norm.meta["val"]
+                total = program.call(aten.mul.Tensor, norm, norm, val=row)
+                mean = program.call(aten.mul.Tensor, total, share, val=row)
             replace(node, mean)
             count += 1
-    if count:
-        program.notes.append(f"{count} RMS norms by one reduction each")
+    program.note(count, "RMS norms by one reduction each")
 
 
 def _is_float(program: Program, node: fx.Node) -> bool:
@@ -111,12 +86,9 @@ def _is_float(program: Program, node: fx.Node) -> bool:
 def _is_rows(node: Any) -> bool:
     """Float32 on the CPU, with rows of a length that doesn't vary?"""
     value = node.meta.get("val") if isinstance(node, fx.Node) else None
-    if (
-        not isinstance(value, Tensor)
-        or value.dtype != torch.float32
-        or value.device.type != "cpu"
-        or not value.dim()
-    ):
+    if not isinstance(value, Tensor) or value.dtype != torch.float32:
+        return False
+    if value.device.type != "cpu" or not value.dim():
         return False
     # a size that the export found out to be fixed is still a symbol's name for its number
     return shape(node)[-1].isdigit()
@@ -125,16 +97,8 @@ def _is_rows(node: Any) -> bool:
 def _norm(program: Program, x: fx.Node) -> fx.Node:
     """Euclidean norm over the last axis, kept as an axis of one."""
     value = x.meta["val"]
-    norm = program.graph.call_function(aten.linalg_vector_norm.default, (x, 2, [-1], True))
-    norm.meta["val"] = value.new_empty((*value.shape[:-1], 1))
-    return norm
-
-
-def _like(program: Program, like: fx.Node, target: Any, *args: Any) -> fx.Node:
-    """A new operator whose result has the shape and dtype of `like`."""
-    node = program.graph.call_function(target, args)
-    node.meta["val"] = like.meta["val"]
-    return node
+    one = value.new_empty((*value.shape[:-1], 1))
+    return program.call(aten.linalg_vector_norm.default, x, 2, [-1], True, val=one)
 
 
 def one_pixel_convolutions(program: Program) -> None:
@@ -148,34 +112,23 @@ def one_pixel_convolutions(program: Program) -> None:
         if weight is None or weight.shape[2:] != (1, 1):
             continue
         one_pixel = shape(x)[2:] == ["1", "1"] and len(shape(x)) == 4
-        plain = _zeros(argument(node, 4, 0)) and argument(node, 6, 1) == 1
+        plain = numbers(argument(node, 4, 0), 2) == [0, 0] and argument(node, 6, 1) == 1
         if not one_pixel or not plain or (bias is not None and constant(program, bias) is None):
             continue
-        inputs, value = x.meta["val"], node.meta["val"]
-        with program.graph.inserting_before(node):
-            flat = program.graph.call_function(aten.reshape.default, (x, [-1, weight.shape[1]]))
-            flat.meta["val"] = inputs.new_empty((inputs.shape[0], inputs.shape[1]))
-            matrix = add_constant(
-                program, node, f"{argument(node, 1).target}_matrix", weight.flatten(1)
-            )
-            y = program.graph.call_function(
-                aten.linear.default, (flat, matrix, *([] if bias is None else [bias]))
-            )
-            y.meta["val"] = value.new_empty((value.shape[0], value.shape[1]))
-            back = program.graph.call_function(
-                aten.reshape.default, (y, [-1, weight.shape[0], 1, 1])
-            )
+        rows, results = (v.new_empty(v.shape[:2]) for v in (x.meta["val"], node.meta["val"]))
+        matrix = f"{argument(node, 1).target}_matrix"
+        operands = [add_constant(program, node, matrix, weight.flatten(1))]
+        operands += [] if bias is None else [bias]
+        with program.before(node):
+            flat = program.call(aten.reshape.default, x, [-1, weight.shape[1]], val=rows)
+            y = program.call(aten.linear.default, flat, *operands, val=results)
+            back = program.call(aten.reshape.default, y, [-1, weight.shape[0], 1, 1])
         replace(node, back)
         _after(program, back)
         if is_call(x, aten.reshape.default) and shape(argument(x, 0)) == shape(flat):
             flat.replace_all_uses_with(argument(x, 0))
         count += 1
-    if count:
-        program.notes.append(f"{count} convolutions of one pixel as linear layers")
-
-
-def _zeros(padding: object) -> bool:
-    return not any(padding) if isinstance(padding, (list, tuple)) else padding == 0
+    program.note(count, "convolutions of one pixel as linear layers")
 
 
 def _after(program: Program, back: fx.Node) -> None:
@@ -185,11 +138,9 @@ def _after(program: Program, back: fx.Node) -> None:
     user = next(iter(back.users))
     while len(back.users) == 1 and user.target in _UNARY:
         inner = argument(back, 0)
-        with program.graph.inserting_before(back):
-            activated = program.graph.call_function(
-                user.target, (inner, *user.args[1:]), dict(user.kwargs)
-            )
-        activated.meta["val"] = inner.meta["val"]
+        with program.before(back):
+            how = {**user.kwargs, "val": inner.meta["val"]}
+            activated = program.call(user.target, inner, *user.args[1:], **how)
         back.args = (activated, *back.args[1:])
         replace(user, back)
         user = next(iter(back.users))

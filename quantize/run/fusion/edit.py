@@ -11,6 +11,12 @@ from torch import Tensor, fx
 from quantize.run.fusion.graph import Program, aten
 from quantize.run.fusion.graph import is_in_place as mutates
 
+
+def operators(names: str) -> set[torch._ops.OpOverload]:
+    """The default overloads of these operators of aten."""
+    return {getattr(aten, name).default for name in names.split()}
+
+
 LINEARS = {aten.linear.default}
 CONVS = {aten.conv1d.default: 1, aten.conv2d.default: 2, aten.conv3d.default: 3}
 CONVS_BY_WORD = {  # with padding="same" or "valid"
@@ -29,18 +35,8 @@ FRESH = {  # composite operators whose results have memory of their own
     *CONVS,
     *CONVS_BY_WORD,
     *TRANSPOSED,
-    aten.batch_norm.default,
-    aten.layer_norm.default,
-    aten.group_norm.default,
-    aten.instance_norm.default,
-    aten.rms_norm.default,
-    aten.matmul.default,
-    aten.cat.default,
-    aten.silu.default,
-    aten.relu6.default,
-    aten.adaptive_avg_pool2d.default,
-    aten.max_pool2d.default,
-    aten.scaled_dot_product_attention.default,
+    *operators("batch_norm layer_norm group_norm instance_norm rms_norm matmul cat silu relu6"),
+    *operators("adaptive_avg_pool2d max_pool2d scaled_dot_product_attention"),
 }
 PADS = {aten.pad.default, aten.constant_pad_nd.default}
 
@@ -68,7 +64,7 @@ def add_constant(program: Program, near: fx.Node, name: str, tensor: Tensor) -> 
         count += 1
         name = f"{base}_{count}"
     program.module.register_buffer(name, tensor.detach())
-    with program.graph.inserting_before(near):
+    with program.before(near):
         node = program.graph.get_attr(name)
     node.meta["val"] = tensor
     return node
@@ -115,10 +111,9 @@ def calls(program: Program, targets: Container[Any]) -> list[fx.Node]:
 
 
 def is_random(node: fx.Node) -> bool:
-    return (
-        isinstance(node.target, torch._ops.OpOverload)
-        and torch.Tag.nondeterministic_seeded in node.target.tags
-    )
+    target = node.target
+    known = isinstance(target, torch._ops.OpOverload)
+    return known and torch.Tag.nondeterministic_seeded in target.tags
 
 
 def may_be_view(node: fx.Node) -> bool:
@@ -139,12 +134,8 @@ def may_be_view(node: fx.Node) -> bool:
 def drop_dead(program: Program) -> None:
     """Remove what nobody uses, constants included; not random numbers, after which others come."""
     for node in reversed(program.graph.nodes):
-        if (
-            not node.users
-            and node.op in ("call_function", "get_attr")
-            and not mutates(node)
-            and not is_random(node)
-        ):
+        dead = not node.users and node.op in ("call_function", "get_attr")
+        if dead and not mutates(node) and not is_random(node):
             program.graph.erase_node(node)
     used = {n.target for n in program.graph.nodes if n.op == "get_attr"}
     for name in [n for n in program.module._buffers if n not in used]:

@@ -20,6 +20,7 @@ from quantize.run.fusion.edit import (
     constant,
     overload,
     own_constant,
+    replace,
     set_arguments,
     shape,
 )
@@ -37,23 +38,17 @@ def fold_batch_norm(program: Program) -> None:
         if scale_shift is None:
             continue
         x, user = argument(node, 0), next(iter(node.users), node)
-        if len(x.users) == 1 and _on_dimension_1(x, x) and _scale_output(program, x, *scale_shift):
+        fits_before = len(x.users) == 1 and _on_dimension_1(x, x)
+        fits_after = len(node.users) == 1 and _on_dimension_1(user, x)
+        if fits_before and _scale_output(program, x, *scale_shift):
             before += 1
-        elif (
-            len(node.users) == 1
-            and _on_dimension_1(user, x)
-            and _scale_input(program, node, user, *scale_shift)
-        ):
+        elif fits_after and _scale_input(program, node, user, *scale_shift):
             after += 1
         else:
             continue
-        node.replace_all_uses_with(x)
-        program.graph.erase_node(node)
-    if before or after:
-        program.notes.append(
-            f"{before + after} BatchNorm layers folded ({before} into the layer before, {after} "
-            f"after)"
-        )
+        replace(node, x)
+    where = f"({before} into the layer before, {after} after)"
+    program.note(before + after, f"BatchNorm layers folded {where}")
 
 
 def _on_dimension_1(layer: Any, value: fx.Node) -> bool:
@@ -68,12 +63,10 @@ def _affine(program: Program, node: fx.Node) -> tuple[Tensor, Tensor] | None:
     """BatchNorm with its own statistics as y = scale x + shift, in float64; None if it uses the
     batch's.
     """
-    weight, bias, mean, variance = (constant(program, a) for a in node.args[1:5])
-    if argument(node, 5) or mean is None or variance is None:
-        return None
-    if (argument(node, 1) is not None and weight is None) or (
-        argument(node, 2) is not None and bias is None
-    ):
+    tensors = [constant(program, a) for a in node.args[1:5]]
+    weight, bias, mean, variance = tensors
+    missing = [a for a, tensor in zip(node.args[1:3], tensors, strict=False) if tensor is None]
+    if argument(node, 5) or mean is None or variance is None or any(missing):
         return None
     scale = torch.rsqrt(variance.double() + argument(node, 7))
     scale = scale if weight is None else scale * weight.double()
@@ -85,12 +78,8 @@ def _scale_output(program: Program, node: fx.Node, scale: Tensor, shift: Tensor 
     """Let a linear or convolution give `scale * y + shift` per output channel instead of y. False
     if it can't.
     """
-    known = node.op == "call_function" and (
-        node.target in LINEARS or node.target in CONVS or node.target in TRANSPOSED
-    )
-    if not known:
-        return False
-    own = _own_weight(program, node)
+    known = node.target in LINEARS or node.target in CONVS or node.target in TRANSPOSED
+    own = _own_weight(program, node) if known else None
     if own is None:
         return False
     transposed = node.target in TRANSPOSED
@@ -150,25 +139,21 @@ def fold_scales(program: Program) -> None:
                 continue
             if not x.meta["val"].dtype == vector.dtype == node.meta["val"].dtype:
                 continue
-            alone = x.target in LINEARS and len(x.users) == 1
-            if (alone and _scale_output(program, x, vector.double(), None)) or _all_scale_input(
-                program, node, vector.double(), None
-            ):
-                node.replace_all_uses_with(x)
-                program.graph.erase_node(node)
+            alone, wide = x.target in LINEARS and len(x.users) == 1, vector.double()
+            done = alone and _scale_output(program, x, wide, None)
+            if done or _all_scale_input(program, node, wide, None):
+                replace(node, x)
                 count += 1
                 break
     for node in calls(program, {aten.layer_norm.default}):
         vector, shift = constant(program, argument(node, 2)), constant(program, argument(node, 3))
         if vector is None or vector.dim() != 1 or (argument(node, 3) is not None and shift is None):
             continue
-        if _all_scale_input(
-            program, node, vector.double(), None if shift is None else shift.double()
-        ):
+        moved = None if shift is None else shift.double()
+        if _all_scale_input(program, node, vector.double(), moved):
             set_arguments(node, {2: None, 3: None})
             count += 1
-    if count:
-        program.notes.append(f"{count} norm and layer scales folded into linear layers")
+    program.note(count, "norm and layer scales folded into linear layers")
 
 
 def _all_scale_input(program: Program, x: fx.Node, scale: Tensor, shift: Tensor | None) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import inspect
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -53,6 +54,22 @@ class Program:
     @property
     def graph(self) -> fx.Graph:
         return self.module.graph
+
+    def call(self, target: Any, *args: Any, val: Any = None, **kwargs: Any) -> fx.Node:
+        """A new operator, at the place that `before` names. val: what its result looks like."""
+        node = self.graph.call_function(target, args, kwargs)
+        if val is not None:
+            node.meta["val"] = val
+        return node
+
+    def before(self, node: fx.Node) -> AbstractContextManager[None]:
+        """While it lasts, new operators come before this one."""
+        return self.graph.inserting_before(node)
+
+    def note(self, count: int, what: str) -> None:
+        """Say what a pass did so often, if it did."""
+        if count:
+            self.notes.append(f"{count} {what}")
 
     def copy(self) -> Program:
         """The same program with a graph of its own; the tensors are shared."""

@@ -114,7 +114,7 @@ def use_integers(program: Program) -> int:
     if nodes:
         loosen_views(program)
         program.at_load = [*_TRIAL, REFUSES]
-        program.notes.append(f"{len(nodes)} int8 convolutions as packed kernels")
+    program.note(len(nodes), "int8 convolutions as packed kernels")
     return len(nodes)
 
 
@@ -145,31 +145,28 @@ def _refuse_columns(program: Program, node: fx.Node) -> None:
 
 def _quantized(program: Program, near: fx.Node, x: fx.Node) -> _Image:
     """x in 8 bits over the range of all its numbers, for `near` and what comes after it."""
-    graph, value = program.graph, x.meta["val"]
-    with graph.inserting_before(near):
-        high = graph.call_function(aten.amax.default, (x,))
+    call = program.call
+    with program.before(near):
+        high = call(aten.amax.default, x)
         if _is_positive(x):
             zero = add_constant(program, near, "zero", torch.tensor(0))
             half = add_constant(program, near, "half", torch.tensor(0.5))
             span = high
         else:
-            high = graph.call_function(aten.clamp_min.default, (high, 0.0))
-            low = graph.call_function(aten.amin.default, (x,))
-            low = graph.call_function(aten.clamp_max.default, (low, 0.0))
-            span = graph.call_function(aten.sub.Tensor, (high, low))
-        span = graph.call_function(aten.mul.Tensor, (span, 1 / 255))
-        step = graph.call_function(aten.clamp_min.default, (span, _SMALLEST))
-        inverse = graph.call_function(aten.reciprocal.default, (step,))
+            high = call(aten.clamp_min.default, high, 0.0)
+            low = call(aten.clamp_max.default, call(aten.amin.default, x), 0.0)
+            span = call(aten.sub.Tensor, high, low)
+        span = call(aten.mul.Tensor, span, 1 / 255)
+        step = call(aten.clamp_min.default, span, _SMALLEST)
+        inverse = call(aten.reciprocal.default, step)
         if not _is_positive(x):
-            below = graph.call_function(aten.neg.default, (low,))
-            nearest = graph.call_function(aten.mul.Tensor, (below, inverse))
-            nearest = graph.call_function(aten.round.default, (nearest,))
-            zero = graph.call_function(aten.to.dtype, (nearest, torch.int64))
-            half = graph.call_function(aten.add.Tensor, (nearest, 0.5))
-        factor = graph.call_function(aten.item.default, (inverse,))
-        q = graph.call_function(aten.add.Tensor, (half, x), {"alpha": factor})
-        q = graph.call_function(aten.to.dtype, (q, torch.uint8))
-    q.meta["val"] = value.to(torch.uint8)
+            nearest = call(aten.mul.Tensor, call(aten.neg.default, low), inverse)
+            nearest = call(aten.round.default, nearest)
+            zero = call(aten.to.dtype, nearest, torch.int64)
+            half = call(aten.add.Tensor, nearest, 0.5)
+        factor = call(aten.item.default, inverse)
+        q = call(aten.add.Tensor, half, x, alpha=factor)
+        q = call(aten.to.dtype, q, torch.uint8, val=x.meta["val"].to(torch.uint8))
     return _Image(q, step, zero)
 
 
@@ -205,19 +202,17 @@ def _kernel(
     sizes = image.q.meta["val"].shape
     expected = [max(1, hint(sizes[0]) // program.widened), *map(hint, sizes[1:])]
     moves = (stride, padding, dilation, groups)
-    graph = program.graph
-    with graph.inserting_before(node):
-        packed = graph.call_function(
-            _onednn.qconv_prepack.default, (weight, scale, 1.0, 0, *moves, expected)
-        )
+    call, pack = program.call, _onednn.qconv_prepack.default
+    with program.before(node):
+        packed = call(pack, weight, scale, 1.0, 0, *moves, expected)
         # a weight of one dimension comes back with two
         packed.meta["prepare"] = "{}.to_dense()" + (".squeeze(2)" if len(stride) == 1 else "")
-        zeros = graph.call_function(aten.zeros_like.default, (scale,), {"dtype": torch.int64})
+        zeros = call(aten.zeros_like.default, scale, dtype=torch.int64)
         zeros.meta["prepare"] = "{}"
-    with graph.inserting_before(last):
+    with program.before(last):
         how = (image.step, image.zero, packed, scale, zeros, bias, *moves)
         result = (1.0, 0, torch.float32, *activation)
-        return graph.call_function(_onednn.qconv_pointwise.tensor, (image.q, *how, *result))
+        return call(_onednn.qconv_pointwise.tensor, image.q, *how, *result)
 
 
 def add_in_place(program: Program) -> None:
@@ -231,8 +226,7 @@ def add_in_place(program: Program) -> None:
                 _add(program, node, conv, other)
                 count += 1
                 break
-    if count:
-        program.notes.append(f"{count} residual adds fused into them")
+    program.note(count, "residual adds fused into them")
 
 
 def _can_add(conv: Any, other: Any, node: fx.Node, order: dict[fx.Node, int]) -> bool:
@@ -252,10 +246,9 @@ def _add(program: Program, node: fx.Node, conv: fx.Node, other: fx.Node) -> None
         last, name = user, "relu"
     x, step, zero, packed, scale, zeros, bias, *moves = conv.args[:11]
     into = (other, bias, *moves, 1.0, 0, torch.float32, 1.0, 0, "sum", 1.0, name, [], "")
-    with program.graph.inserting_before(last):
-        new = program.graph.call_function(
-            _onednn.qconv2d_pointwise.binary_tensor, (x, step, zero, packed, scale, zeros, *into)
-        )
+    kernel = _onednn.qconv2d_pointwise.binary_tensor
+    with program.before(last):
+        new = program.call(kernel, x, step, zero, packed, scale, zeros, *into)
     replace(last, new)
     for done in [conv] if last is node else [node, conv]:  # what writes isn't dropped as dead
         program.graph.erase_node(done)

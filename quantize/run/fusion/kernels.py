@@ -17,6 +17,7 @@ the NaN.
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from quantize.run.fusion.edit import (
     shape,
 )
 from quantize.run.fusion.graph import Program, aten
+from quantize.run.fusion.padding import numbers
 
 # Linear layers with fewer multiplications stay as they are: a packed kernel takes 16 us before it
 # starts, `aten.linear` 4.
@@ -41,42 +43,41 @@ SMALL = 1 << 19
 # How to get the plain weight back from the packed one, for files.
 _UNPACK = "{}.to_dense()"
 
+_CONVOLUTION = torch.ops.mkldnn._convolution_pointwise
+_LINEAR = torch.ops.mkldnn._linear_pointwise
+
+Activation = tuple[str, tuple[float, ...], str]  # name, scalars and algorithm in oneDNN's words
+NONE: Activation = ("none", (), "")
+_OPERATORS = {  # by oneDNN's names
+    "none": aten.clone,
+    "relu": aten.relu,
+    "sigmoid": aten.sigmoid,
+    "tanh": aten.tanh,
+    "swish": aten.silu,
+    "hardswish": aten.hardswish,
+    "hardsigmoid": aten.hardsigmoid,
+    "hardtanh": aten.clamp,
+    "leaky_relu": aten.leaky_relu,
+    "gelu": aten.gelu,
+}
+_NAMES = {operator.default: name for name, operator in _OPERATORS.items()}
+
 
 @functools.cache
 def known(activation: str, scalars: tuple[float, ...] = (), algorithm: str = "") -> bool:
     """Does this build's convolution kernel know this activation, with the right numbers?"""
-    reference = {
-        "none": lambda x: x,
-        "relu": torch.relu,
-        "sigmoid": torch.sigmoid,
-        "tanh": torch.tanh,
-        "swish": torch.nn.functional.silu,
-        "hardswish": torch.nn.functional.hardswish,
-        "hardsigmoid": torch.nn.functional.hardsigmoid,
-        "hardtanh": lambda x: torch.clamp(x, *scalars),
-        "leaky_relu": lambda x: torch.nn.functional.leaky_relu(x, scalars[0]),
-        "gelu": lambda x: torch.nn.functional.gelu(x, approximate=algorithm),
-    }[activation]
+    words = {"approximate": algorithm} if algorithm else {}
+    own = (None, activation, [*scalars], algorithm)
     try:
         with torch.no_grad():
             x = torch.linspace(-8, 8, 64).reshape(1, 1, 8, 8)
-            weight, one = torch.ones(1, 1, 1, 1), [1, 1]
-            packed = torch.ops.mkldnn._reorder_convolution_weight(weight, [0, 0], one, one, 1, None)
-            conv = torch.ops.mkldnn._convolution_pointwise(
-                x, packed, None, [0, 0], one, one, 1, activation, list(scalars), algorithm
-            )
-            line = torch.ops.mkldnn._linear_pointwise(
-                x.reshape(64, 1),
-                torch.ops.mkldnn._reorder_linear_weight(torch.ones(1, 1)),
-                None,
-                activation,
-                list(scalars),
-                algorithm,
-            )
-            expected = reference(x)
-            return torch.allclose(conv, expected, atol=1e-5) and torch.allclose(
-                line.reshape(expected.shape), expected, atol=1e-5
-            )
+            weight, zero, one = torch.ones(1, 1, 1, 1), [0, 0], [1, 1]
+            packed = torch.ops.mkldnn._reorder_convolution_weight(weight, zero, one, one, 1, None)
+            conv = _CONVOLUTION(x, packed, None, zero, one, one, 1, *own[1:])
+            matrix = torch.ops.mkldnn._reorder_linear_weight(torch.ones(1, 1))
+            line = _LINEAR(x.reshape(64, 1), matrix, *own).reshape(x.shape)
+            expected = _OPERATORS[activation](x, *scalars, **words)
+            return all(torch.allclose(y, expected, atol=1e-5) for y in (conv, line))
     except (RuntimeError, AttributeError):
         return False
 
@@ -86,34 +87,24 @@ def available() -> bool:
     return torch.backends.mkldnn.is_available() and known("none")
 
 
-def activation_of(node: fx.Node) -> tuple[str, tuple[float, ...], str] | None:
-    """Name, scalars and algorithm of an activation operator in oneDNN's words."""
-    simple = {
-        aten.relu.default: "relu",
-        aten.sigmoid.default: "sigmoid",
-        aten.tanh.default: "tanh",
-        aten.silu.default: "swish",
-        aten.hardswish.default: "hardswish",
-        aten.hardsigmoid.default: "hardsigmoid",
-    }
-    found: tuple[str, tuple[float, ...], str] | None = None
+def activation_of(node: fx.Node) -> Activation | None:
+    """An activation operator in oneDNN's words."""
+    found: Activation | None = None
     target: Any = node.target
-    if target in simple:
-        found = (simple[target], (), "")
-    elif node.target is aten.relu6.default:
+    if target is aten.relu6.default:
         found = ("hardtanh", (0.0, 6.0), "")
-    elif node.target in (aten.hardtanh.default, aten.clamp.default):
-        low, high = (
-            argument(node, 1, -1.0),
-            argument(node, 2, 1.0 if node.target is aten.hardtanh.default else None),
-        )
-        if isinstance(low, (int, float)) and isinstance(high, (int, float)):
-            found = ("hardtanh", (float(low), float(high)), "")
-    elif node.target is aten.leaky_relu.default:
+    elif target in (aten.hardtanh.default, aten.clamp.default):
+        most = 1.0 if target is aten.hardtanh.default else None
+        limits = argument(node, 1, -1.0), argument(node, 2, most)
+        if all(isinstance(limit, (int, float)) for limit in limits):
+            found = ("hardtanh", (float(limits[0]), float(limits[1])), "")
+    elif target is aten.leaky_relu.default:
         found = ("leaky_relu", (float(argument(node, 1, 0.01)),), "")
-    elif node.target is aten.gelu.default:
+    elif target is aten.gelu.default:
         algorithm = node.kwargs.get("approximate", argument(node, 1, "none"))
         found = ("gelu", (), str(algorithm))
+    elif target in _NAMES and target is not aten.clone.default:
+        found = (_NAMES[target], (), "")
     return found if found and known(*found) else None
 
 
@@ -126,28 +117,18 @@ def use_kernels(program: Program) -> None:
         prepared = _packed(program, node)
         if prepared is None:
             continue
-        last, other, act = node, None, ("none", (), "")
+        last, other, activation = node, _residual(node), NONE
+        if other is not None:
+            (last,) = node.users
         user = sole_user(last)
-        if (
-            user is not None
-            and user.target is aten.add.Tensor
-            and not user.kwargs
-            and len(user.args) == 2
-        ):
-            candidate = argument(user, 1) if argument(user, 0) is last else argument(user, 0)
-            if candidate is not last and isinstance(candidate, fx.Node) and _like(candidate, last):
-                last, other = user, candidate
-        user = sole_user(last)
-        if user is not None:
-            found = activation_of(user)
-            if found is not None and (
-                other is None or (found[0] == "relu" and node.target not in LINEARS)
-            ):
-                last, act = user, found
-        new = _kernel(program, node, last, prepared, other, act)
-        replace(last, new)
-        alone += other is None and act[0] == "none"
-        activated += act[0] != "none"
+        found = None if user is None else activation_of(user)
+        if user is not None and found is not None:
+            # after a sum, the kernels of convolutions alone know one
+            if other is None or (found[0] == "relu" and node.target not in LINEARS):
+                last, activation = user, found
+        replace(last, _kernel(program, node, last, prepared, other, activation))
+        alone += other is None and activation is NONE
+        activated += activation is not NONE
         added += other is not None
     drop_dead(program)
     if alone or activated or added:
@@ -156,6 +137,16 @@ def use_kernels(program: Program) -> None:
             f"{activated} activations and {added} residual adds fused into packed kernels; "
             f"{alone} packed kernels without"
         )
+
+
+def _residual(node: fx.Node) -> fx.Node | None:
+    """What is added to the result of a layer, where nothing else reads it."""
+    user = sole_user(node)
+    if user is None or user.target is not aten.add.Tensor or user.kwargs or len(user.args) != 2:
+        return None
+    other = argument(user, 1) if argument(user, 0) is node else argument(user, 0)
+    fits = other is not node and isinstance(other, fx.Node) and _like(other, node)
+    return other if fits else None
 
 
 def sole_user(node: fx.Node) -> fx.Node | None:
@@ -177,53 +168,32 @@ def _packed(program: Program, node: fx.Node) -> fx.Node | None:
     """A node that packs the weight of `node` when the model is loaded; None if the kernels can't
     run this layer.
     """
-    x, weight, bias = (
-        argument(node, 0).meta.get("val"),
-        constant(program, argument(node, 1)),
-        argument(node, 2),
-    )
-    if (
-        weight is None
-        or weight.device.type != "cpu"
-        or weight.numel() == 0
-        or not isinstance(x, Tensor)
-    ):
+    x, bias = argument(node, 0).meta.get("val"), argument(node, 2)
+    weight: Any = constant(program, argument(node, 1))
+    if weight is None or weight.device.type != "cpu" or not weight.numel():
         return None
     if bias is not None and getattr(constant(program, bias), "dtype", None) != weight.dtype:
         return None
-    bf16 = (
-        weight.dtype == torch.bfloat16
-        and node.target in LINEARS
-        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
-    if x.dtype != weight.dtype or not (weight.dtype == torch.float32 or bf16):
+    linear = node.target in LINEARS
+    bf16 = linear and weight.dtype == torch.bfloat16
+    usable = torch.ops.mkldnn._is_mkldnn_bf16_supported() if bf16 else weight.dtype == torch.float32
+    if not usable or not isinstance(x, Tensor) or x.dtype != weight.dtype:
         return None
-    if node.target in LINEARS:
-        if x.dim() < 2:
+    sizes = [*map(hint, x.shape)]
+    if linear:
+        rows = max(1, math.prod(sizes[:-1]) // program.widened)
+        if len(sizes) < 2 or rows * weight.numel() < SMALL:
             return None
-        rows = 1
-        for size in x.shape[:-1]:
-            rows *= hint(size)
-        rows = max(1, rows // program.widened)
-        if rows * weight.numel() < SMALL:
-            return None
-        target, arguments = (
-            torch.ops.mkldnn._reorder_linear_weight.default,
-            (argument(node, 1), rows),
-        )
+        how = (torch.ops.mkldnn._reorder_linear_weight.default, argument(node, 1), rows)
     else:
-        if x.dim() != 4:
+        moves = [numbers(argument(node, i, d), 2) for i, d in ((4, 0), (3, 1), (5, 1))]
+        if len(sizes) != 4 or None in moves:
             return None
-        stride, padding, dilation = (
-            _pair(argument(node, i, d)) for i, d in ((3, 1), (4, 0), (5, 1))
-        )
-        if None in (stride, padding, dilation):
-            return None
-        size = [max(1, hint(x.shape[0]) // program.widened), *(hint(s) for s in x.shape[1:])]
-        target = torch.ops.mkldnn._reorder_convolution_weight.default
-        arguments = (argument(node, 1), padding, stride, dilation, argument(node, 6, 1), size)
-    with program.graph.inserting_before(node):
-        prepared = program.graph.call_function(target, arguments)
+        sizes[0] = max(1, sizes[0] // program.widened)
+        pack = torch.ops.mkldnn._reorder_convolution_weight.default
+        how = (pack, argument(node, 1), *moves, argument(node, 6, 1), sizes)
+    with program.before(node):
+        prepared = program.call(*how)
     prepared.meta["prepare"] = _UNPACK
     return prepared
 
@@ -233,43 +203,25 @@ def hint(size: int | torch.SymInt) -> int:
     return size if isinstance(size, int) else int(size.node.hint or 1)
 
 
-def _pair(value: object) -> list[int] | None:
-    if isinstance(value, int):
-        return [value, value]
-    if isinstance(value, (list, tuple)) and all(isinstance(v, int) for v in value):
-        return [*value] * 2 if len(value) == 1 else [*value]
-    return None
-
-
 def _kernel(
     program: Program,
     node: fx.Node,
     last: fx.Node,
     prepared: fx.Node,
     other: fx.Node | None,
-    act: tuple[str, tuple[float, ...], str],
+    activation: Activation,
 ) -> fx.Node:
     x, bias = argument(node, 0), argument(node, 2)
-    name, scalars, algorithm = act
-    with program.graph.inserting_before(last):
+    name, scalars, algorithm = activation
+    ending = (name, [*scalars], algorithm)
+    with program.before(last):
         if node.target in LINEARS:
             if other is None:
-                return program.graph.call_function(
-                    torch.ops.mkldnn._linear_pointwise.default,
-                    (x, prepared, bias, name, [*scalars], algorithm),
-                )
-            return program.graph.call_function(
-                torch.ops.mkldnn._linear_pointwise.binary, (x, other, prepared, bias, "add")
-            )
+                return program.call(_LINEAR.default, x, prepared, bias, *ending)
+            return program.call(_LINEAR.binary, x, other, prepared, bias, "add")
         _, padding, stride, dilation, groups, _ = prepared.args
-        where = (padding, stride, dilation, groups)
+        how = (prepared, bias, padding, stride, dilation, groups)
         if other is None:
-            return program.graph.call_function(
-                torch.ops.mkldnn._convolution_pointwise.default,
-                (x, prepared, bias, *where, name, [*scalars], algorithm),
-            )
-        unary = (None, [], None) if name == "none" else (name, [*scalars], algorithm)
-        return program.graph.call_function(
-            torch.ops.mkldnn._convolution_pointwise.binary,
-            (x, other, prepared, bias, *where, "add", 1.0, *unary),
-        )
+            return program.call(_CONVOLUTION.default, x, *how, *ending)
+        unary = (None, [], None) if activation is NONE else ending
+        return program.call(_CONVOLUTION.binary, x, other, *how, "add", 1.0, *unary)

@@ -23,6 +23,8 @@ from quantize.run.fusion.edit import (
 )
 from quantize.run.fusion.graph import Program, aten
 
+_VIEWS = (aten.view.default, aten.reshape.default)
+
 
 def linear_form(program: Program) -> None:
     """`addmm`, `mm` and `matmul` by a constant become `linear`, which the other passes know."""
@@ -37,10 +39,8 @@ def linear_form(program: Program) -> None:
         if bias is not None and (vector is None or vector.dim() != 1):
             continue
         transposed = add_constant(program, node, f"{weight.target}_t", tensor.t().contiguous())
-        with program.graph.inserting_before(node):
-            new = program.graph.call_function(
-                aten.linear.default, (x, transposed, bias) if bias else (x, transposed)
-            )
+        with program.before(node):
+            new = program.call(aten.linear.default, x, transposed, *([bias] if bias else []))
         replace(node, new)
 
 
@@ -49,28 +49,17 @@ def through_views(program: Program) -> None:
     number of dimensions.
     """
     for node in calls(program, LINEARS):
-        rows, back = argument(node, 0), next(iter(node.users), None)
-        if not is_call(rows, aten.view.default) and not is_call(rows, aten.reshape.default):
+        rows, users = argument(node, 0), list(node.users)
+        if len(users) != 1 or rows.target not in _VIEWS or users[0].target not in _VIEWS:
             continue
+        back = users[0]
         x = argument(rows, 0)
-        if len(node.users) != 1 or not (
-            is_call(back, aten.view.default) or is_call(back, aten.reshape.default)
-        ):
-            continue
         whole, result = shape(x), shape(back)
-        if (
-            len(shape(rows)) == 2
-            and whole[-1:] == shape(rows)[-1:]
-            and whole[:-1] == result[:-1]
-            and result[-1:] == shape(node)[-1:]
-        ):
-            with program.graph.inserting_before(back):
-                replace(
-                    back,
-                    program.graph.call_function(
-                        aten.linear.default, (x, *node.args[1:]), dict(node.kwargs)
-                    ),
-                )
+        widths = whole[-1:] == shape(rows)[-1:] and result[-1:] == shape(node)[-1:]
+        if widths and len(shape(rows)) == 2 and whole[:-1] == result[:-1]:
+            with program.before(back):
+                new = program.call(node.target, x, *node.args[1:], **node.kwargs)
+            replace(back, new)
             program.graph.erase_node(node)
 
 
@@ -107,12 +96,10 @@ def _can_sink(permuted: Any, other: object) -> bool:
 def _sink(program: Program, node: fx.Node, permuted: Any, other: Any) -> None:
     y, order = argument(permuted, 0), list(argument(permuted, 1))
     inverse = [order.index(dim) for dim in range(len(order))]
-    with program.graph.inserting_before(node):
-        back = program.graph.call_function(aten.permute.default, (other, inverse))
-        back.meta["val"] = y.meta["val"]
-        total = program.graph.call_function(aten.add.Tensor, (back, y))
-        total.meta["val"] = y.meta["val"]
-        result = program.graph.call_function(aten.permute.default, (total, order))
+    with program.before(node):
+        back = program.call(aten.permute.default, other, inverse, val=y.meta["val"])
+        total = program.call(aten.add.Tensor, back, y, val=y.meta["val"])
+        result = program.call(aten.permute.default, total, order)
     replace(node, result)
 
 
@@ -128,8 +115,8 @@ def merge_linears(program: Program) -> int:
             _merge(program, x, nodes, weights)
             count += len(nodes)
     if count:
-        program.notes.append(f"{count} linear layers on shared inputs merged")
         loosen_views(program)
+    program.note(count, "linear layers on shared inputs merged")
     drop_dead(program)
     return count
 
@@ -158,12 +145,10 @@ def _merge(program: Program, x: fx.Node, nodes: list[fx.Node], weights: list[Any
     weight = add_constant(program, first, name, torch.cat(weights))
     operands = (x, weight) if bias is None else (x, weight, bias)
     value = first.meta["val"]
-    with program.graph.inserting_before(first):
-        merged = program.graph.call_function(aten.linear.default, operands)
-        merged.meta["val"] = value.new_empty((*value.shape[:-1], sum(sizes)))
-        parts = program.graph.call_function(aten.split_with_sizes.default, (merged, sizes, -1))
-        items = [
-            program.graph.call_function(operator.getitem, (parts, i)) for i in range(len(nodes))
-        ]
+    with program.before(first):
+        whole = value.new_empty((*value.shape[:-1], sum(sizes)))
+        merged = program.call(aten.linear.default, *operands, val=whole)
+        parts = program.call(aten.split_with_sizes.default, merged, sizes, -1)
+        items = [program.call(operator.getitem, parts, i) for i in range(len(nodes))]
     for node, item in zip(nodes, items, strict=True):
         replace(node, item)

@@ -83,8 +83,7 @@ def reuse_memory(program: Program) -> None:
             node.target, node.args = target, tuple(args)
             count += 1
             break
-    if count:
-        program.notes.append(f"{count} results written into memory that is no longer needed")
+    program.note(count, "results written into memory that is no longer needed")
 
 
 def _fits(x: fx.Node, node: fx.Node) -> bool:
@@ -111,9 +110,8 @@ def separate_outputs(program: Program, exported: Program) -> None:
         others = [j for j in range(i) if roots[i] & taken[j] and not meant[i] & meant[j]]
         outside = {r.op for r in roots[i]} - {"call_function"} - {r.op for r in meant[i]}
         if isinstance(node, fx.Node) and (others or outside):
-            with program.graph.inserting_before(output):
-                values[i] = program.graph.call_function(aten.clone.default, (node,))
-            values[i].meta["val"] = node.meta.get("val")
+            with program.before(output):
+                values[i] = program.call(aten.clone.default, node, val=node.meta.get("val"))
             roots[i] = {values[i]}
         taken.append(roots[i])
     output.args = (tuple(values),)

@@ -65,12 +65,12 @@ def _padded_after(program: Program, node: fx.Node, zeros: list[int]) -> fx.Node:
     after: list[int] = []
     for zero in reversed(zeros):  # the last dimension comes first in `pad`
         after += [0, zero]
-    with program.graph.inserting_before(node):
-        padded = program.graph.call_function(aten.constant_pad_nd.default, (x, after))
-    image = x.meta["val"].shape[-len(zeros) :]
+    value = x.meta["val"]
+    image = value.shape[-len(zeros) :]
     wider = [size + zero for size, zero in zip(image, zeros, strict=True)]
-    padded.meta["val"] = x.meta["val"].new_empty((*x.meta["val"].shape[: -len(zeros)], *wider))
-    return padded
+    padded = value.new_empty((*value.shape[: -len(zeros)], *wider))
+    with program.before(node):
+        return program.call(aten.constant_pad_nd.default, x, after, val=padded)
 
 
 def fold_padding(program: Program) -> None:
@@ -83,8 +83,7 @@ def fold_padding(program: Program) -> None:
         if _is_zero_padding(pad) and len(pad.users) == 1 and _absorb(program, node, pad):
             program.graph.erase_node(pad)
             count += 1
-    if count:
-        program.notes.append(f"{count} padding layers moved into convolutions")
+    program.note(count, "padding layers moved into convolutions")
 
 
 def _is_zero_padding(node: object) -> bool:

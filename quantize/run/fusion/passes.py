@@ -26,6 +26,7 @@ from quantize.run.fusion.edit import (
     is_random,
     may_be_view,
     mutates,
+    operators,
     overload,
     replace,
 )
@@ -34,18 +35,8 @@ from quantize.run.fusion.graph import Program, aten
 from quantize.run.fusion.linears import linear_form, sink_permutes, through_views
 from quantize.run.fusion.padding import fold_padding, number_padding
 
-_DROPOUTS = {
-    aten.dropout.default,
-    aten.dropout_.default,
-    aten.feature_dropout.default,
-    aten.alpha_dropout.default,
-}
-_SAME = {
-    aten.detach.default,
-    aten.alias.default,
-    aten.lift_fresh_copy.default,
-    aten.detach_.default,
-}
+_DROPOUTS = operators("dropout dropout_ feature_dropout alpha_dropout")
+_SAME = operators("detach alias lift_fresh_copy detach_")
 # A folded constant may be this large even if it is larger than the constants it is made of.
 _SMALL_BYTES = 1 << 16
 
@@ -127,17 +118,11 @@ def drop_identities(program: Program) -> None:
     """Dropout in eval mode, casts to the same dtype, slices of everything, padding by nothing."""
     count = 0
     for node in list(program.graph.nodes):
-        if (
-            node.op == "call_function"
-            and node.args
-            and isinstance(argument(node, 0), fx.Node)
-            and _is_identity(node)
-        ):
-            node.replace_all_uses_with(argument(node, 0))
-            program.graph.erase_node(node)
+        known = node.op == "call_function" and isinstance(argument(node, 0), fx.Node)
+        if known and _is_identity(node):
+            replace(node, argument(node, 0))
             count += node.target in _DROPOUTS
-    if count:
-        program.notes.append(f"{count} dropout layers removed")
+    program.note(count, "dropout layers removed")
 
 
 def _is_identity(node: fx.Node) -> bool:
@@ -148,25 +133,15 @@ def _is_identity(node: fx.Node) -> bool:
     if node.target in _SAME:
         return True
     if node.target in COPIES:
-        copy = bool(node.kwargs.get("copy")) or (
-            node.target is aten.to.dtype and bool(argument(node, 3))
-        )
-        plain = (
-            node.kwargs.get("memory_format") is None and node.target is not aten._to_copy.default
-        )
-        same = (
-            isinstance(before, Tensor)
-            and before.dtype == after.dtype
-            and before.device == after.device
-        )
-        return same and plain and not copy
+        copies = node.kwargs.get("copy") or (node.target is aten.to.dtype and argument(node, 3))
+        if copies or node.kwargs.get("memory_format") or node.target is aten._to_copy.default:
+            return False
+        kept = isinstance(before, Tensor) and before.dtype == after.dtype
+        return kept and before.device == after.device
     if node.target is aten.slice.Tensor:
         start, end, step = argument(node, 2), argument(node, 3), argument(node, 4, 1)
-        return (
-            start in (None, 0)
-            and (end is None or (isinstance(end, int) and end >= 2**62))
-            and step == 1
-        )
+        whole = end is None or (isinstance(end, int) and end >= 2**62)
+        return whole and start in (None, 0) and step == 1
     if node.target in PADS:
         return all(isinstance(p, int) and p == 0 for p in argument(node, 1))
     if node.target is aten.expand.default:
@@ -201,8 +176,7 @@ def fold_constants(program: Program) -> None:
             continue
         replace(node, add_constant(program, node, f"folded_{node.name}", result.contiguous()))
         count += 1
-    if count:
-        program.notes.append(f"{count} operators on constants computed once")
+    program.note(count, "operators on constants computed once")
 
 
 def merge_equal(program: Program) -> None:
@@ -224,5 +198,4 @@ def merge_equal(program: Program) -> None:
             count += node.op == "call_function"
         else:
             seen[key] = node
-    if count:
-        program.notes.append(f"{count} repeated operators run once")
+    program.note(count, "repeated operators run once")

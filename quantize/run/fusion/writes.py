@@ -72,9 +72,8 @@ def _copy_returned_state(program: Program) -> None:
     for node in dict.fromkeys(n for n in output.all_input_nodes if root_of(n).op == "get_attr"):
         if root_of(node).target not in program.state:
             continue
-        with program.graph.inserting_before(place):
-            copy = program.graph.call_function(aten.clone.default, (node,))
-        copy.meta["val"] = node.meta.get("val")
+        with program.before(place):
+            copy = program.call(aten.clone.default, node, val=node.meta.get("val"))
         output.replace_input_with(node, copy)
 
 
