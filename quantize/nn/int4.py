@@ -16,6 +16,7 @@ embeddings.
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from quantize.nn import (
     is_traced,
     is_transposed,
 )
+from quantize.nn.protocol import copied, dtype_of, empty, empty_bias
 
 GROUP_SIZES = (32, 64, 128, 256)
 _DAMPING = 0.01  # share of the mean second moment that is added to each, for GPTQ
@@ -45,14 +47,9 @@ def quantize_groups(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor, Te
 
     The value v of a group stands for (v - 8) * scale + zero.
     """
-    scale, zero = _grid(weight.unflatten(1, (-1, group_size)))
-    return (
-        _to_grid(
-            weight, scale.repeat_interleave(group_size, 1), zero.repeat_interleave(group_size, 1)
-        ),
-        scale,
-        zero,
-    )
+    groups = weight.unflatten(1, (-1, group_size))
+    scale, zero = _grid(groups)
+    return _to_grid(groups, scale.unsqueeze(-1), zero.unsqueeze(-1)).flatten(1), scale, zero
 
 
 def quantize_groups_gptq(
@@ -121,6 +118,11 @@ class Int4Linear(PackedLayer):
     """
 
     exact = ("scale", "zero")
+    dtypes: Mapping[str, torch.dtype] = {
+        "packed": torch.uint8,
+        "scale": torch.bfloat16,
+        "zero": torch.bfloat16,
+    }
     packed: Tensor
     scale: Tensor
     zero: Tensor
@@ -135,11 +137,9 @@ class Int4Linear(PackedLayer):
         *,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        super().__init__(dtype, "cpu" if packed.is_meta else packed.device)
+        super().__init__(dtype, packed=packed, scale=scale, zero=zero, bias=bias)
         self.out_features, self.in_features = packed.shape[0], 2 * packed.shape[1]
         self.group_size = self.in_features // scale.shape[1]
-        for name, tensor in (("packed", packed), ("scale", scale), ("zero", zero), ("bias", bias)):
-            self.register_buffer(name, tensor)
 
     @classmethod
     def from_linear(
@@ -154,7 +154,7 @@ class Int4Linear(PackedLayer):
             values, scale, zero = quantize_groups(weight, group_size)
         else:
             values, scale, zero = quantize_groups_gptq(weight, group_size, second_moment)
-        bias = None if layer.bias is None else layer.bias.detach().clone()
+        bias = copied(layer.bias)
         new = cls(values[:, ::2] | values[:, 1::2] << 4, scale, zero, bias, dtype=dtype)
         new.transposed = is_transposed(layer)
         surgery.record(
@@ -163,7 +163,7 @@ class Int4Linear(PackedLayer):
             in_features=new.in_features,
             out_features=new.out_features,
             group_size=group_size,
-            bias=None if bias is None else dtype_name(bias.dtype),
+            bias=dtype_of(bias),
             dtype=dtype_name(dtype),
         )
         return new
@@ -179,31 +179,25 @@ class Int4Linear(PackedLayer):
         dtype: str = "float32",
     ) -> Int4Linear:
         """An empty layer (on the meta device) in place of `module`, for a file's tensors."""
-        grid = torch.empty(
-            out_features, in_features // group_size, dtype=torch.bfloat16, device="meta"
-        )
-        packed = torch.empty(out_features, in_features // 2, dtype=torch.uint8, device="meta")
-        empty_bias = (
-            None
-            if bias is None
-            else torch.empty(out_features, dtype=dtype_named(bias), device="meta")
-        )
-        new = cls(packed, grid, grid.clone(), empty_bias, dtype=dtype_named(dtype))
+        packed = empty(torch.uint8, out_features, in_features // 2)
+        grid = empty(torch.bfloat16, out_features, in_features // group_size)
+        own_bias = empty_bias(bias, out_features)
+        new = cls(packed, grid, grid.clone(), own_bias, dtype=dtype_named(dtype))
         new.transposed = is_transposed(module)
         return new.train(module.training)
 
     def contradiction(self) -> str | None:
         """See `surgery.contradiction`."""
-        outputs, inputs, group = self.out_features, self.in_features, self.group_size
+        inputs, group = self.in_features, self.group_size
         if group not in GROUP_SIZES or inputs % group:
-            return (
-                f"its group_size={group!r} is none of {GROUP_SIZES} that divide "
-                f"in_features={inputs!r}"
-            )
-        grid = (outputs, inputs // group)
-        shapes = {"packed": (outputs, inputs // 2), "scale": grid, "zero": grid, "bias": (outputs,)}
-        dtypes = {"packed": torch.uint8, "scale": torch.bfloat16, "zero": torch.bfloat16}
-        return surgery.mismatch(self, shapes, dtypes)
+            allowed = f"none of {GROUP_SIZES} that divide in_features={inputs!r}"
+            return f"its group_size={group!r} is {allowed}"
+        return super().contradiction()
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        outputs, inputs = (self.out_features,), self.in_features
+        grid = (*outputs, inputs // self.group_size)
+        return {"packed": (*outputs, inputs // 2), "scale": grid, "zero": grid, "bias": outputs}
 
     def forward(self, input: Tensor) -> Tensor:
         x = input

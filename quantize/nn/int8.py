@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from quantize import surgery
-from quantize.nn import Operands, PackedLayer, dtype_name, dtype_named, is_transposed
+from quantize.nn import Operands, dtype_name, dtype_named, is_transposed
 from quantize.nn import int8_kernels as kernels
 from quantize.nn.elementary import check_activation
+from quantize.nn.protocol import Int8Layer, copied, dtype_of, empty, empty_bias
 
 
 @surgery.builder
-class Int8Linear(PackedLayer):
+class Int8Linear(Int8Layer):
     """`y = x W^T + b` with W in int8, for inference: x `[..., in_features]` of any float dtype, y
     the same.
 
@@ -25,8 +26,6 @@ class Int8Linear(PackedLayer):
     `elementary.ACTIVATIONS`. No gradient flows through the layer.
     """
 
-    packed: Tensor
-    scale: Tensor
     bias: Tensor | None
 
     def __init__(
@@ -36,28 +35,24 @@ class Int8Linear(PackedLayer):
         bias: Tensor | None = None,
         *,
         dtype: torch.dtype = torch.float32,
+        **more: Tensor,
     ) -> None:
-        super().__init__(dtype, "cpu" if packed.is_meta else packed.device)
+        super().__init__(dtype, None, packed=packed, scale=scale, bias=bias, **more)
         self.out_features, self.in_features = packed.shape
         self.activation: str | None = None
-        self.register_buffer("packed", packed)
-        self.register_buffer("scale", scale)
-        self.register_buffer("bias", bias)
 
     @classmethod
     def from_weight(cls, weight: Tensor, bias: Tensor | None = None) -> Int8Linear:
         """Quantize a float weight `[out, in]`; the bias is kept as it is."""
-        own_bias = None if bias is None else bias.detach().clone()
-        new = cls(*kernels.quantize_weight(weight), own_bias, dtype=weight.dtype)
+        new = cls(*kernels.quantize_weight(weight), copied(bias), dtype=weight.dtype)
         new.note()
         return new
 
     def note(self, **more: Any) -> None:
         """Record how `rebuild` makes this layer; more: arguments of its own kind."""
         sizes = {"in_features": self.in_features, "out_features": self.out_features}
-        bias = None if self.bias is None else dtype_name(self.bias.dtype)
-        dtype = dtype_name(self.like.dtype)
-        surgery.record(self, type(self).__name__, **sizes, bias=bias, dtype=dtype, **more)
+        dtypes = {"bias": dtype_of(self.bias), "dtype": dtype_name(self.like.dtype)}
+        surgery.record(self, type(self).__name__, **sizes, **dtypes, **more)
 
     @classmethod
     def rebuild(
@@ -70,7 +65,7 @@ class Int8Linear(PackedLayer):
         activation: str | None = None,
     ) -> Int8Linear:
         """An empty layer (on the meta device) in place of `module`, for a file's tensors."""
-        new = cls(*empty(in_features, out_features, bias), dtype=dtype_named(dtype))
+        new = cls(*empties(in_features, out_features, bias), dtype=dtype_named(dtype))
         return new.in_place_of(module, activation)
 
     def in_place_of(self, module: nn.Module, activation: str | None) -> Self:
@@ -88,25 +83,14 @@ class Int8Linear(PackedLayer):
         self.activation = activation
         surgery.amend(self, type(self).__name__, activation=activation)
 
-    def contradiction(self) -> str | None:
-        """See `surgery.contradiction`."""
-        shapes = {
-            "packed": (self.out_features, self.in_features),
-            "scale": (self.out_features,),
-            "bias": (self.out_features,),
-        }
-        return surgery.mismatch(self, shapes, {"packed": torch.int8, "scale": torch.float32})
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        outputs = (self.out_features,)
+        return {"packed": (*outputs, self.in_features), "scale": outputs, "bias": outputs}
 
     def forward(self, input: Tensor) -> Tensor:
         buffers: Any = self._buffers  # read without nn.Module's __getattr__: it costs a microsecond
         weight, scale, bias = buffers["packed"], buffers["scale"], buffers["bias"]
         return kernels.linear(input, weight, scale, bias, None, self.activation)
-
-    def dense_weight(self) -> Tensor:
-        return self.packed.float() * self.scale.unsqueeze(-1)
-
-    def weight_shape(self) -> tuple[int, ...]:
-        return self.out_features, self.in_features
 
     def operands(self) -> Operands | None:
         """None where an activation follows the product."""
@@ -121,12 +105,9 @@ class Int8Linear(PackedLayer):
         )
 
 
-def empty(
+def empties(
     in_features: int, out_features: int, bias: str | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`packed`, `scale` and `bias` (of that dtype, if any) on the meta device."""
-    packed = torch.empty(out_features, in_features, dtype=torch.int8, device="meta")
-    scale = torch.empty(out_features, dtype=torch.float32, device="meta")
-    if bias is None:
-        return packed, scale, None
-    return packed, scale, torch.empty(out_features, dtype=dtype_named(bias), device="meta")
+    """Places for `packed`, `scale` and `bias` (of that dtype, if any)."""
+    packed = empty(torch.int8, out_features, in_features)
+    return packed, empty(torch.float32, out_features), empty_bias(bias, out_features)

@@ -12,14 +12,51 @@ from torch.overrides import handle_torch_function
 
 from quantize import surgery
 from quantize.native.conv import Convolution, Ending, Geometry
-from quantize.nn import PackedLayer, dtype_name, dtype_named, int8_images
+from quantize.nn import dtype_name, dtype_named, int8_images
 from quantize.nn import int8_kernels as kernels
 from quantize.nn.elementary import check_activation
+from quantize.nn.protocol import Int8Layer, copied, dtype_of, empty, empty_bias
 from quantize.nn.tape import is_replacing
 
 
+class Int8Convolution(Int8Layer):
+    """What Int8Conv and Int8ConvTranspose have in common.
+
+    settings: names of the attributes that say how a window moves, as in the float layer.
+    """
+
+    settings: tuple[str, ...]
+    bias: Tensor | None
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, ...]
+
+    def note(self, bias: Tensor | None, settings: dict[str, Any]) -> None:
+        """Record how `rebuild` makes this layer. bias: of the float one."""
+        sizes = {"in_channels": self.in_channels, "out_channels": self.out_channels}
+        known = {**sizes, "kernel_size": self.kernel_size, **settings}
+        listed = {k: list(v) if isinstance(v, tuple) else v for k, v in known.items()}
+        dtypes = {"bias": dtype_of(bias), "dtype": dtype_name(self.like.dtype)}
+        surgery.record(self, type(self).__name__, **listed, **dtypes)
+
+    def batched(self, x: Tensor) -> Tensor:
+        """x, or a batch of it where it is one sample."""
+        dims = len(self.kernel_size)
+        if x.dim() not in (dims + 1, dims + 2) or x.shape[-dims - 1] != self.in_channels:
+            raise ValueError(
+                f"the input must be [N, {self.in_channels}, ...] with {dims} dimensions of size, "
+                f"got {list(x.shape)}"
+            )
+        return x if x.dim() == dims + 2 else x.unsqueeze(0)
+
+    def extra_repr(self) -> str:
+        parts = [f"{self.in_channels}, {self.out_channels}"]
+        parts += [f"{name}={getattr(self, name)}" for name in ("kernel_size", *self.settings)]
+        return ", ".join(parts)
+
+
 @surgery.builder
-class Int8Conv(PackedLayer):
+class Int8Conv(Int8Convolution):
     """A convolution of 1 to 3 dimensions with int8 weights, for inference: x `[N, C, *size]` (or
     one sample without N) of any float dtype, y the same.
 
@@ -33,9 +70,7 @@ class Int8Conv(PackedLayer):
     Source: `torch.nn.Conv2d`.
     """
 
-    packed: Tensor
-    scale: Tensor
-    bias: Tensor | None
+    settings = ("stride", "padding", "dilation", "groups", "padding_mode")
 
     def __init__(
         self,
@@ -53,7 +88,7 @@ class Int8Conv(PackedLayer):
         floats: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        super().__init__(dtype, "cpu" if packed.is_meta else packed.device)
+        super().__init__(dtype, packed=packed, scale=scale, bias=bias)
         self.out_channels, per_group, *kernel = packed.shape
         self.in_channels, self.groups = per_group * groups, groups
         self.kernel_size, self.stride, self.dilation = tuple(kernel), stride, dilation
@@ -65,9 +100,6 @@ class Int8Conv(PackedLayer):
         if padding_mode != "zeros":
             before = after = (0,) * len(kernel)
         self.geometry = Geometry(stride, dilation, before, after, groups)
-        self.register_buffer("packed", packed)
-        self.register_buffer("scale", scale)
-        self.register_buffer("bias", bias)
 
     @classmethod
     def from_layer(cls, layer: Any, *, relu: bool = False, floats: bool = False) -> Int8Conv:
@@ -81,11 +113,10 @@ class Int8Conv(PackedLayer):
         weight, bias = layer.weight, layer.bias
         packed, scale = kernels.quantize_weight(weight.flatten(1))
         packed = packed.reshape(weight.shape)
-        own_bias = None if bias is None else bias.detach().clone()
-        settings: dict[str, Any] = {name: getattr(layer, name) for name in _SETTINGS}
+        settings: dict[str, Any] = {name: getattr(layer, name) for name in cls.settings}
         settings |= {"relu": relu, "floats": floats}
-        new = cls(packed, scale, own_bias, dtype=weight.dtype, **settings)
-        note(new, bias, {"kernel_size": new.kernel_size, **settings})
+        new = cls(packed, scale, copied(bias), dtype=weight.dtype, **settings)
+        new.note(bias, settings)
         return new
 
     @classmethod
@@ -114,14 +145,10 @@ class Int8Conv(PackedLayer):
         if ceiling is not None and not (type(ceiling) is float and ceiling > 0):
             raise ValueError(f"ceiling={ceiling!r} is no number above 0")
         check_activation(activation)
-        shape = (out_channels, in_channels // groups, *kernel_size)
-        empty = None
-        if bias is not None:
-            empty = torch.empty(out_channels, dtype=dtype_named(bias), device="meta")
         new = cls(
-            torch.empty(shape, dtype=torch.int8, device="meta"),
-            torch.empty(out_channels, dtype=torch.float32, device="meta"),
-            empty,
+            empty(torch.int8, out_channels, in_channels // groups, *kernel_size),
+            empty(torch.float32, out_channels),
+            empty_bias(bias, out_channels),
             stride=tuple(stride),
             padding=padding if isinstance(padding, str) else tuple(padding),
             dilation=tuple(dilation),
@@ -140,11 +167,10 @@ class Int8Conv(PackedLayer):
         self.activation = activation
         surgery.amend(self, "Int8Conv", activation=activation)
 
-    def contradiction(self) -> str | None:
-        """See `surgery.contradiction`."""
+    def shapes(self) -> dict[str, tuple[int, ...]]:
         outputs = (self.out_channels,)
-        shapes = {"packed": self.weight_shape(), "scale": outputs, "bias": outputs}
-        return surgery.mismatch(self, shapes, {"packed": torch.int8, "scale": torch.float32})
+        packed = (*outputs, self.in_channels // self.groups, *self.kernel_size)
+        return {"packed": packed, "scale": outputs, "bias": outputs}
 
     def forward(self, input: Tensor) -> Tensor:
         buffers: Any = self._buffers  # read without nn.Module's __getattr__: it costs a microsecond
@@ -155,47 +181,18 @@ class Int8Conv(PackedLayer):
 
     def convolved(self, x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
         """What the forward gives for x and the tensors of this layer."""
-        dims, given = len(self.kernel_size), x.dim()
-        if given not in (dims + 1, dims + 2) or x.shape[-dims - 1] != self.in_channels:
-            raise ValueError(
-                f"the input must be [N, {self.in_channels}, ...] with {dims} dimensions of size, "
-                f"got {list(x.shape)}"
-            )
-        batch = x if given == dims + 2 else x.unsqueeze(0)
+        batch = self.batched(x)
         if self.padding_mode != "zeros":
             batch = F.pad(batch, self._pads, mode=self.padding_mode)
         compute = int8_images.in_float if self.floats else int8_images.convolve
         y = compute(batch, Convolution(packed, scale, bias, self.geometry, self.ending))
-        return y if given == dims + 2 else y.squeeze(0)
+        return y if y.dim() == x.dim() else y.squeeze(0)
 
     @property
     def ending(self) -> Ending:
         """What becomes of its results."""
         low = 0.0 if self.relu else -math.inf
         return Ending(low, math.inf if self.ceiling is None else self.ceiling, self.activation)
-
-    def dense_weight(self) -> Tensor:
-        scale = self.scale.reshape(-1, *[1] * (self.packed.dim() - 1))
-        return self.packed.float() * scale
-
-    def weight_shape(self) -> tuple[int, ...]:
-        return (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
-
-    def extra_repr(self) -> str:
-        parts = [f"{self.in_channels}, {self.out_channels}"]
-        parts += [f"{name}={getattr(self, name)}" for name in ("kernel_size", *_SETTINGS)]
-        return ", ".join(parts)
-
-
-def note(new: Any, bias: Tensor | None, settings: dict[str, Any]) -> None:
-    """Record how `rebuild` makes a layer. bias: of the float one."""
-    listed = {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
-    listed |= {"in_channels": new.in_channels, "out_channels": new.out_channels}
-    listed |= {"bias": None if bias is None else dtype_name(bias.dtype)}
-    surgery.record(new, type(new).__name__, dtype=dtype_name(new.like.dtype), **listed)
-
-
-_SETTINGS = ("stride", "padding", "dilation", "groups", "padding_mode")
 
 
 def _pads(

@@ -9,12 +9,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quantize import surgery
-from quantize.nn import PackedLayer, dtype_name, dtype_named
+from quantize.nn import dtype_name, dtype_named
 from quantize.nn import int8_kernels as kernels
+from quantize.nn.protocol import Int8Layer, empty
 
 
 @surgery.builder
-class Int8Embedding(PackedLayer):
+class Int8Embedding(Int8Layer):
     """Look-up in a table of int8 rows: ids `[...]` to vectors `[..., embedding_dim]` in the dtype
     that the table had.
 
@@ -22,16 +23,11 @@ class Int8Embedding(PackedLayer):
     Both can be shared with an `Int8Linear`: a tied head.
     """
 
-    packed: Tensor
-    scale: Tensor
-
     padding_idx: int | None
 
     def __init__(self, packed: Tensor, scale: Tensor, *, dtype: torch.dtype) -> None:
-        super().__init__(dtype, "cpu" if packed.is_meta else packed.device)
+        super().__init__(dtype, packed=packed, scale=scale)
         self.num_embeddings, self.embedding_dim = packed.shape
-        self.register_buffer("packed", packed)
-        self.register_buffer("scale", scale)
 
     @classmethod
     def from_layer(cls, layer: Any) -> Self:
@@ -52,8 +48,8 @@ class Int8Embedding(PackedLayer):
         cls, module: nn.Module, num_embeddings: int, embedding_dim: int, dtype: str = "float32"
     ) -> Self:
         """An empty table (on the meta device) in place of `module`, for a file's tensors."""
-        packed = torch.empty(num_embeddings, embedding_dim, dtype=torch.int8, device="meta")
-        scale = torch.empty(num_embeddings, dtype=torch.float32, device="meta")
+        packed = empty(torch.int8, num_embeddings, embedding_dim)
+        scale = empty(torch.float32, num_embeddings)
         return cls(packed, scale, dtype=dtype_named(dtype)).in_place_of(module)
 
     def in_place_of(self, module: nn.Module) -> Self:
@@ -63,23 +59,13 @@ class Int8Embedding(PackedLayer):
         self.padding_idx = getattr(module, "padding_idx", None)
         return self.train(module.training)
 
-    def contradiction(self) -> str | None:
-        """See `surgery.contradiction`."""
-        shapes = {
-            "packed": (self.num_embeddings, self.embedding_dim),
-            "scale": (self.num_embeddings,),
-        }
-        return surgery.mismatch(self, shapes, {"packed": torch.int8})
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        rows = (self.num_embeddings,)
+        return {"packed": (*rows, self.embedding_dim), "scale": rows}
 
     def forward(self, input: Tensor) -> Tensor:
         rows = F.embedding(input, self.packed) * F.embedding(input, self.scale.unsqueeze(-1))
         return rows.to(self.like.dtype)
-
-    def dense_weight(self) -> Tensor:
-        return self.packed.float() * self.scale.unsqueeze(-1)
-
-    def weight_shape(self) -> tuple[int, ...]:
-        return self.num_embeddings, self.embedding_dim
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}"

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from quantize import surgery
 from quantize.nn import int8_kernels as kernels
-from quantize.nn.protocol import PackedLayer, dtype_name, dtype_named, is_traced
+from quantize.nn.protocol import Int8Layer, dtype_name, dtype_named, empty, is_traced
 from quantize.nn.reading import WeightReading
 
 _STORED = "{}_int8"  # the name of what stores a parameter of this name
@@ -30,23 +30,18 @@ Pair = tuple[Tensor, Tensor]
 
 
 @surgery.builder
-class Int8Experts(PackedLayer):
+class Int8Experts(Int8Layer):
     """A parameter of a module of experts: `packed` int8 `[E, out, in]`, `scale` float32 `[E, out]`.
 
     `weight` reads as the parameter, `[E, in, out]` where `inputs_first`.
     """
 
-    packed: Tensor
-    scale: Tensor
-
     def __init__(
         self, packed: Tensor, scale: Tensor, *, inputs_first: bool, dtype: torch.dtype
     ) -> None:
-        super().__init__(dtype, "cpu" if packed.is_meta else packed.device)
+        super().__init__(dtype, packed=packed, scale=scale)
         self.inputs_first = inputs_first
         self.shape = tuple(packed.shape)
-        self.register_buffer("packed", packed)
-        self.register_buffer("scale", scale)
 
     @classmethod
     def from_weight(cls, weight: Tensor, inputs_first: bool) -> Int8Experts:
@@ -66,20 +61,12 @@ class Int8Experts(PackedLayer):
     ) -> Int8Experts:
         """An empty layer (on the meta device) in place of `module`, for a file's tensors."""
         experts, outputs, inputs = shape
-        packed = torch.empty(experts, outputs, inputs, dtype=torch.int8, device="meta")
-        scale = torch.empty(experts, outputs, dtype=torch.float32, device="meta")
+        packed = empty(torch.int8, experts, outputs, inputs)
+        scale = empty(torch.float32, experts, outputs)
         return cls(packed, scale, inputs_first=bool(inputs_first), dtype=dtype_named(dtype))
 
-    def contradiction(self) -> str | None:
-        """See `surgery.contradiction`."""
-        shapes = {"packed": self.shape, "scale": self.shape[:2]}
-        return surgery.mismatch(self, shapes, {"packed": torch.int8, "scale": torch.float32})
-
-    def dense_weight(self) -> Tensor:
-        return self.packed.float() * self.scale.unsqueeze(-1)
-
-    def weight_shape(self) -> tuple[int, ...]:
-        return self.shape
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"packed": self.shape, "scale": self.shape[:2]}
 
     @property
     def weight(self) -> Tensor:

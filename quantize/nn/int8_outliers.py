@@ -11,7 +11,8 @@ from quantize import surgery
 from quantize.native.outliers import Outliers, contradiction
 from quantize.nn import Operands, dtype_named
 from quantize.nn import int8_kernels as kernels
-from quantize.nn.int8 import Int8Linear, empty
+from quantize.nn.int8 import Int8Linear, empties
+from quantize.nn.protocol import copied, empty
 
 
 @surgery.builder
@@ -42,9 +43,7 @@ class Int8OutlierLinear(Int8Linear):
         *,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        super().__init__(packed, scale, bias, dtype=dtype)
-        for name, tensor in outliers._asdict().items():
-            self.register_buffer(name, tensor)
+        super().__init__(packed, scale, bias, dtype=dtype, **outliers._asdict())
 
     @classmethod
     def from_outliers(
@@ -63,10 +62,9 @@ class Int8OutlierLinear(Int8Linear):
         rest[:, channels] = 0
         own = factor.float().clone()
         own[channels] = 0
-        own_bias = None if bias is None else bias.detach().clone()
-        packed, scale = kernels.quantize_weight(rest)
         outliers = Outliers(own, channels.clone(), kept)
-        new = cls(packed, scale, own_bias, outliers, dtype=weight.dtype)
+        common = *kernels.quantize_weight(rest), copied(bias)
+        new = cls(*common, outliers, dtype=weight.dtype)
         new.note(outliers=len(channels))
         return new
 
@@ -83,11 +81,11 @@ class Int8OutlierLinear(Int8Linear):
     ) -> Int8OutlierLinear:
         """An empty layer (on the meta device) in place of `module`, for a file's tensors."""
         apart = Outliers(
-            torch.empty(in_features, dtype=torch.float32, device="meta"),
-            torch.empty(outliers, dtype=torch.int64, device="meta"),
-            torch.empty(outliers, out_features, dtype=torch.float32, device="meta"),
+            empty(torch.float32, in_features),
+            empty(torch.int64, outliers),
+            empty(torch.float32, outliers, out_features),
         )
-        common = empty(in_features, out_features, bias)
+        common = empties(in_features, out_features, bias)
         new = cls(*common, apart, dtype=dtype_named(dtype))
         return new.in_place_of(module, activation)
 
@@ -109,7 +107,7 @@ class Int8OutlierLinear(Int8Linear):
         return kernels.linear(input, *own, self.outliers(), self.activation)
 
     def dense_weight(self) -> Tensor:
-        dense = self.packed.float() * self.scale.unsqueeze(-1) * self.factor
+        dense = super().dense_weight() * self.factor
         dense[:, self.channels] += self.kept.t()
         return dense
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from quantize.native.recurrent import Weights
 from quantize.nn import PackedLayer, WeightReading, dtype_name, dtype_named, is_traced
 from quantize.nn import int8_kernels as kernels
 from quantize.nn import int8_steps as stepping
+from quantize.nn.protocol import copied, empty, empty_bias
 
 _WEIGHTS = ("weight_ih", "weight_hh", "weight_hr")
 
@@ -65,9 +66,7 @@ class _Int8Recurrent(PackedLayer):
                 if weight is not None:
                     new._hold(f"{kind}{name}", *kernels.quantize_weight(weight))
             for kind in ("ih", "hh"):
-                bias = getattr(layer, f"bias_{kind}{name}", None)
-                if bias is not None:
-                    new._hold_bias(f"bias_{kind}{name}", bias.detach().clone())
+                new._hold_bias(f"{kind}{name}", copied(getattr(layer, f"bias_{kind}{name}", None)))
         bias = dtype_name(first.dtype) if layer.bias else None
         arguments = {**settings, "bias": bias, "dtype": dtype_name(first.dtype)}
         surgery.record(new, cls.__name__, **arguments)
@@ -99,11 +98,9 @@ class _Int8Recurrent(PackedLayer):
             dtype=dtype_named(dtype),
         )
         for name, (outputs, inputs) in new._shapes():
-            packed = torch.empty(outputs, inputs, dtype=torch.int8, device="meta")
-            new._hold(name, packed, torch.empty(outputs, dtype=torch.float32, device="meta"))
-            if bias is not None and not name.startswith("hr"):
-                empty = torch.empty(outputs, dtype=dtype_named(bias), device="meta")
-                new._hold_bias(f"bias_{name}", empty)
+            new._hold(name, empty(torch.int8, outputs, inputs), empty(torch.float32, outputs))
+            if not name.startswith("hr"):
+                new._hold_bias(name, empty_bias(bias, outputs))
         return new.train(module.training)
 
     def _hold(self, name: str, packed: Tensor, scale: Tensor) -> None:
@@ -111,16 +108,17 @@ class _Int8Recurrent(PackedLayer):
         self.register_buffer(f"scale_{name}", scale)
         self.exact = (*self.exact, f"scale_{name}")
 
-    def _hold_bias(self, name: str, bias: Tensor) -> None:
-        self.register_buffer(name, bias)
-        self.bias = True
+    def _hold_bias(self, name: str, bias: Tensor | None) -> None:
+        if bias is not None:
+            self.register_buffer(f"bias_{name}", bias)
+            self.bias = True
 
     def _suffixes(self) -> Iterator[str]:
         """What the names of a layer's and a direction's tensors end in, in the order in which they
         run.
         """
         sides = ("", "_reverse") if self.bidirectional else ("",)
-        for layer, side in itertools.product(range(self.num_layers), sides):
+        for layer, side in product(range(self.num_layers), sides):
             yield f"_l{layer}{side}"
 
     def _shapes(self) -> Iterator[tuple[str, tuple[int, int]]]:
@@ -135,15 +133,21 @@ class _Int8Recurrent(PackedLayer):
             if self.proj_size:
                 yield f"hr{suffix}", (self.proj_size, self.hidden_size)
 
-    def contradiction(self) -> str | None:
-        """See `surgery.contradiction`."""
-        shapes: dict[str, tuple[int, ...]] = {}
-        dtypes: dict[str, torch.dtype] = {}
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        found: dict[str, tuple[int, ...]] = {}
         for name, shape in self._shapes():
-            shapes |= {f"packed_{name}": shape, f"scale_{name}": shape[:1]}
-            shapes[f"bias_{name}"] = shape[:1]
-            dtypes |= {f"packed_{name}": torch.int8, f"scale_{name}": torch.float32}
-        return surgery.mismatch(self, shapes, dtypes)
+            found |= {
+                f"packed_{name}": shape,
+                f"scale_{name}": shape[:1],
+                f"bias_{name}": shape[:1],
+            }
+        return found
+
+    @property
+    def dtypes(self) -> dict[str, torch.dtype]:  # type: ignore[override]  # by kind and layer
+        kinds = PackedLayer.dtypes.items()
+        names = [name for name, _ in self._shapes()]
+        return {f"{kind}_{name}": dtype for (kind, dtype), name in product(kinds, names)}
 
     # ------------------------------------------------------------------------------- weights read
 

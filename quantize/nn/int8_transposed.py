@@ -17,9 +17,10 @@ from torch.nn import functional as F
 
 from quantize import surgery
 from quantize.native.conv import Convolution, Geometry
-from quantize.nn import PackedLayer, dtype_named, int8_images
+from quantize.nn import dtype_named, int8_images
 from quantize.nn import int8_kernels as kernels
-from quantize.nn.int8_conv import note
+from quantize.nn.int8_conv import Int8Convolution
+from quantize.nn.protocol import copied, empty, empty_bias
 
 
 def windows_touch(layer: Any) -> bool:
@@ -30,7 +31,7 @@ def windows_touch(layer: Any) -> bool:
 
 
 @surgery.builder
-class Int8ConvTranspose(PackedLayer):
+class Int8ConvTranspose(Int8Convolution):
     """A transposed convolution of 1 to 3 dimensions with int8 weights, for inference: x
     `[N, C, *size]` (or one sample without N) of any float dtype, y the same.
 
@@ -42,9 +43,7 @@ class Int8ConvTranspose(PackedLayer):
     Source: `torch.nn.ConvTranspose2d`.
     """
 
-    packed: Tensor
-    scale: Tensor
-    bias: Tensor | None
+    settings = ("stride", "padding", "output_padding", "dilation", "groups")
 
     def __init__(
         self,
@@ -61,7 +60,7 @@ class Int8ConvTranspose(PackedLayer):
         floats: bool,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        super().__init__(dtype, "cpu" if packed.is_meta else packed.device)
+        super().__init__(dtype, packed=packed, scale=scale, bias=bias)
         self.kernel_size, self.stride, self.padding = kernel_size, stride, padding
         self.output_padding, self.dilation = output_padding, dilation
         self.groups, self.floats = groups, floats
@@ -69,9 +68,6 @@ class Int8ConvTranspose(PackedLayer):
         self.out_channels = len(packed) // math.prod(kernel_size) * groups
         if not floats and not windows_touch(self):
             raise ValueError("a transposed convolution whose windows overlap computes in float")
-        self.register_buffer("packed", packed)
-        self.register_buffer("scale", scale)
-        self.register_buffer("bias", bias)
 
     @classmethod
     def from_layer(cls, layer: Any, *, floats: bool = False) -> Int8ConvTranspose:
@@ -81,14 +77,14 @@ class Int8ConvTranspose(PackedLayer):
         weight, bias = layer.weight.detach(), layer.bias
         rows = weight.movedim(0, -1).reshape(-1, weight.shape[0])
         packed, scale = kernels.quantize_weight(rows)
-        settings: dict[str, Any] = {name: getattr(layer, name) for name in _SETTINGS}
-        settings["floats"] = floats
-        own = None if bias is None else bias.detach().clone()
+        settings: dict[str, Any] = {name: getattr(layer, name) for name in cls.settings}
+        settings |= {"kernel_size": layer.kernel_size, "floats": floats}
+        own = copied(bias)
         if own is not None and not floats:
             own = own.repeat_interleave(math.prod(layer.kernel_size))
         packed = packed.reshape(*rows.shape, *[1] * len(layer.kernel_size))
         new = cls(packed, scale, own, dtype=weight.dtype, **settings)
-        note(new, bias, settings)
+        new.note(bias, settings)
         return new
 
     @classmethod
@@ -107,14 +103,10 @@ class Int8ConvTranspose(PackedLayer):
         """An empty layer (on the meta device) in place of `module`, for a file's tensors."""
         _check(in_channels, out_channels, groups, kernel_size, sizes)
         rows = out_channels // groups * math.prod(kernel_size)
-        packed = torch.empty(
-            (rows, in_channels, *[1] * len(kernel_size)), dtype=torch.int8, device="meta"
-        )
-        biases = out_channels if floats else rows
         new = cls(
-            packed,
-            torch.empty(rows, dtype=torch.float32, device="meta"),
-            None if bias is None else torch.empty(biases, dtype=dtype_named(bias), device="meta"),
+            empty(torch.int8, rows, in_channels, *[1] * len(kernel_size)),
+            empty(torch.float32, rows),
+            empty_bias(bias, out_channels if floats else rows),
             kernel_size=tuple(kernel_size),
             groups=groups,
             floats=bool(floats),
@@ -123,26 +115,17 @@ class Int8ConvTranspose(PackedLayer):
         )
         return new.train(module.training)
 
-    def contradiction(self) -> str | None:
-        """See `surgery.contradiction`."""
+    def shapes(self) -> dict[str, tuple[int, ...]]:
         rows = self.out_channels // self.groups * math.prod(self.kernel_size)
         packed = rows, self.in_channels, *[1] * len(self.kernel_size)
         biases = self.out_channels if self.floats else rows
-        shapes = {"packed": packed, "scale": (rows,), "bias": (biases,)}
-        return surgery.mismatch(self, shapes, {"packed": torch.int8, "scale": torch.float32})
+        return {"packed": packed, "scale": (rows,), "bias": (biases,)}
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        x = input
-        dims = len(self.stride)
-        if x.dim() not in (dims + 1, dims + 2) or x.shape[-dims - 1] != self.in_channels:
-            raise ValueError(
-                f"the input must be [N, {self.in_channels}, ...] with {dims} dimensions of size, "
-                f"got {list(x.shape)}"
-            )
-        batch = x if x.dim() == dims + 2 else x.unsqueeze(0)
+        batch = self.batched(input)
         more = self._output_padding(batch, output_size)
         y = self._in_float(batch, more) if self.floats else self._in_int8(batch)
-        return y if x.dim() == dims + 2 else y.squeeze(0)
+        return y if y.dim() == input.dim() else y.squeeze(0)
 
     def _output_padding(self, x: Tensor, output_size: list[int] | None) -> tuple[int, ...]:
         """What is added behind each dimension so that the output has this size."""
@@ -188,19 +171,10 @@ class Int8ConvTranspose(PackedLayer):
         return blocks.movedim(-1, 0).contiguous()
 
     def dense_weight(self) -> Tensor:
-        shape = -1, *[1] * (self.packed.dim() - 1)
-        return self._unrolled(self.packed.float() * self.scale.reshape(shape))
+        return self._unrolled(super().dense_weight())
 
     def weight_shape(self) -> tuple[int, ...]:
         return self.in_channels, self.out_channels // self.groups, *self.kernel_size
-
-    def extra_repr(self) -> str:
-        parts = [f"{self.in_channels}, {self.out_channels}"]
-        parts += [f"{name}={getattr(self, name)}" for name in _SETTINGS]
-        return ", ".join(parts)
-
-
-_SETTINGS = ("kernel_size", "stride", "padding", "output_padding", "dilation", "groups")
 
 
 def _check(

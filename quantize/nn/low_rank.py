@@ -112,15 +112,8 @@ class LowRankLinear(_Pair):
         """
         if linear_shape(module) != (out_features, in_features):
             raise ValueError(f"expected a linear {in_features} -> {out_features}, found {module}")
-        new = cls(
-            in_features,
-            out_features,
-            rank,
-            bias,
-            device=module.weight.device,
-            dtype=module.weight.dtype,
-        )
-        return _heir(module, new)
+        like = {"device": module.weight.device, "dtype": module.weight.dtype}
+        return _heir(module, cls(in_features, out_features, rank, bias, **like))
 
 
 @surgery.builder
@@ -135,20 +128,12 @@ class LowRankConv2d(_Pair):
         super().__init__()
         if split not in ("channel", "spatial"):
             raise ValueError(f"split is {split!r}; allowed: 'channel', 'spatial'")
-        self.in_channels, self.out_channels, self.kernel_size = (
-            like.in_channels,
-            like.out_channels,
-            like.kernel_size,
-        )
-        self.stride, self.padding, self.dilation, self.groups = (
-            like.stride,
-            like.padding,
-            like.dilation,
-            like.groups,
-        )
+        self.in_channels, self.out_channels = like.in_channels, like.out_channels
+        self.kernel_size, self.stride, self.padding = like.kernel_size, like.stride, like.padding
+        self.dilation, self.groups = like.dilation, like.groups
         self.padding_mode, self.split = like.padding_mode, split
-        shape = {n: getattr(like, n) for n in ("kernel_size", "stride", "padding", "dilation")}
-        first, second = shape, {"kernel_size": 1, "stride": 1, "padding": 0, "dilation": 1}
+        shape = {name: getattr(like, name) for name in _NEUTRAL}
+        first, second = shape, _NEUTRAL
         if split == "spatial":
             first = {n: v if isinstance(v, str) else (v[0], _NEUTRAL[n]) for n, v in shape.items()}
             second = {n: v if isinstance(v, str) else (_NEUTRAL[n], v[1]) for n, v in shape.items()}
@@ -184,10 +169,8 @@ class LowRankConv2d(_Pair):
         """An empty layer in the place of `module` (a Conv2d of that shape), on its device and of
         its dtype.
         """
-        if not isinstance(module, nn.Conv2d) or (module.out_channels, module.in_channels) != (
-            out_channels,
-            in_channels,
-        ):
+        found = getattr(module, "in_channels", None), getattr(module, "out_channels", None)
+        if not isinstance(module, nn.Conv2d) or found != (in_channels, out_channels):
             raise ValueError(f"expected a Conv2d {in_channels} -> {out_channels}, found {module}")
         return _heir(module, cls(module, rank, split, bias))
 
@@ -231,24 +214,14 @@ def pair(
     """The factorized layer in the place of `module`: first [r, K'], second [M, K''], bias [M] or
     None, recorded.
     """
-    rank = first.shape[0]
+    arguments: dict[str, Any] = {"rank": first.shape[0], "bias": bias is not None}
     if isinstance(module, nn.Conv2d):
         sizes = {"in_channels": module.in_channels, "out_channels": module.out_channels}
-        arguments: dict[str, Any] = {
-            **sizes,
-            "rank": rank,
-            "bias": bias is not None,
-            "split": split,
-        }
+        arguments |= {**sizes, "split": split}
         new: Pair = LowRankConv2d.rebuild(module, **arguments)
     else:
         out_features, in_features = linear_shape(module) or (0, 0)
-        arguments = {
-            "in_features": in_features,
-            "out_features": out_features,
-            "rank": rank,
-            "bias": bias is not None,
-        }
+        arguments |= {"in_features": in_features, "out_features": out_features}
         new = LowRankLinear.rebuild(module, **arguments)
     new.first.weight.copy_(first.reshape(new.first.weight.shape))
     new.second.weight.copy_(second.reshape(new.second.weight.shape))

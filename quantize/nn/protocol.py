@@ -10,7 +10,7 @@ to be read from a file, a class method `rebuild` (registered by `surgery.builder
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,10 +114,29 @@ class PackedLayer(CompressedLayer):
     """
 
     exact: tuple[str, ...] = ("scale",)
+    dtypes: Mapping[str, torch.dtype] = {"packed": torch.int8, "scale": torch.float32}
 
-    def __init__(self, dtype: torch.dtype, device: torch.device | str) -> None:
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        device: torch.device | str | None = None,
+        **stored: Tensor | None,
+    ) -> None:
         super().__init__()
+        for name, tensor in stored.items():
+            self.register_buffer(name, tensor)
+        if device is None:
+            packed = self.get_buffer("packed")
+            device = "cpu" if packed.is_meta else packed.device
         self.like = nn.Parameter(torch.empty(0, dtype=dtype, device=device), requires_grad=False)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the stored tensors, as the layer's attributes ask for them."""
+        raise NotImplementedError
+
+    def contradiction(self) -> str | None:
+        """See `surgery.contradiction`."""
+        return surgery.mismatch(self, self.shapes(), self.dtypes)
 
     def weight_kind(self) -> tuple[torch.dtype, torch.device]:
         return self.like.dtype, self.like.device
@@ -147,6 +166,20 @@ class PackedLayer(CompressedLayer):
             missing_keys.remove(prefix + "like")
 
 
+class Int8Layer(PackedLayer):
+    """One whose weight reads as `packed * scale`, with a scale for each row of `packed`."""
+
+    packed: Tensor
+    scale: Tensor
+
+    def dense_weight(self) -> Tensor:
+        ones = [1] * (self.packed.dim() - self.scale.dim())
+        return self.packed.float() * self.scale.reshape(*self.scale.shape, *ones)
+
+    def weight_shape(self) -> tuple[int, ...]:
+        return self.shapes()["packed"]
+
+
 def operands(layer: nn.Module) -> Operands | None:
     """What a linear layer of one product stores; None for other layers, and for those with a
     forward of their own.
@@ -171,6 +204,26 @@ def dense_weight(layer: nn.Module) -> Tensor:
 def dtype_name(dtype: torch.dtype) -> str:
     """`float32` for torch.float32, as in files."""
     return str(dtype).removeprefix("torch.")
+
+
+def dtype_of(tensor: Tensor | None) -> str | None:
+    """The name of a tensor's dtype, as in files; None for none."""
+    return None if tensor is None else dtype_name(tensor.dtype)
+
+
+def copied(tensor: Tensor | None) -> Tensor | None:
+    """A copy without a history; None for none."""
+    return None if tensor is None else tensor.detach().clone()
+
+
+def empty(dtype: torch.dtype, *shape: int) -> Tensor:
+    """A place for a file's numbers, on the meta device."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def empty_bias(dtype: str | None, outputs: int) -> Tensor | None:
+    """A place for a bias of the dtype of that name; None for none."""
+    return None if dtype is None else empty(dtype_named(dtype), outputs)
 
 
 def dtype_named(name: Any) -> torch.dtype:
