@@ -21,11 +21,11 @@ from torch.autograd.function import once_differentiable
 
 from quantize.native import int8, packs
 from quantize.native.build import Kernels
+from quantize.native.packs import FLOAT, NUMBER, POINTER
 
 _LANES = 16
 _IN_ORDER = torch.contiguous_format
 _WORTH_THREADS = 1 << 15  # numbers; for fewer no other thread wakes up
-_NUMBER, _POINTER, _FLOAT = ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
 
 
 @dataclass(frozen=True)
@@ -42,18 +42,18 @@ class Functions:
 
 def read(library: ctypes.CDLL) -> Functions:
     """The functions of a compiled bfloat16.cpp. Raises OSError for a library that lacks one."""
-    sizes = [_NUMBER, _NUMBER]
+    sizes = [NUMBER, NUMBER]
     arguments = {
-        "norm": [_POINTER, _POINTER, _FLOAT, *sizes, _POINTER, _POINTER],
-        "norm_back": [*[_POINTER] * 4, *sizes, _POINTER, _POINTER],
-        "rotate": [*[_POINTER] * 5, _FLOAT, _POINTER],
-        "gated": [_POINTER, _POINTER, _NUMBER, _POINTER],
-        "gated_back": [*[_POINTER] * 3, _NUMBER, _POINTER, _POINTER],
+        "norm": [POINTER, POINTER, FLOAT, *sizes, POINTER, POINTER],
+        "norm_back": [*[POINTER] * 4, *sizes, POINTER, POINTER],
+        "rotate": [*[POINTER] * 5, FLOAT, POINTER],
+        "gated": [POINTER, POINTER, NUMBER, POINTER],
+        "gated_back": [*[POINTER] * 3, NUMBER, POINTER, POINTER],
     }
     found = Functions(*packs.symbols(library, ("open_library", *arguments), {}))
     for name, types in arguments.items():
         function = getattr(found, name)
-        function.argtypes, function.restype = [*types, _NUMBER], None
+        function.argtypes, function.restype = [*types, NUMBER], None
     return found
 
 
@@ -135,8 +135,8 @@ class _Rotate(torch.autograd.Function):
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor, sign: int, y: Tensor) -> Tensor:
     x = x if x.stride(-1) == 1 else x.contiguous()
-    size = (_NUMBER * 4)(*x.shape[:3], x.shape[3] // 2)
-    strides = (_NUMBER * 6)(*x.stride()[:3], *y.stride()[:3])
+    size = (NUMBER * 4)(*x.shape[:3], x.shape[3] // 2)
+    strides = (NUMBER * 6)(*x.stride()[:3], *y.stride()[:3])
     _call("rotate", x, size, strides, cos, sin, sign, y, size=x.numel())
     return y
 

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from quantize.native import int8, packs
 from quantize.native.build import Kernels
 from quantize.native.int8_library import ACTIVATIONS, packed_rows
+from quantize.native.packs import FLOAT, NUMBER, POINTER, fields
 from quantize.native.tails import TAILS
 
 _LANES = 16
@@ -32,8 +33,7 @@ _MOST_BYTES = 1 << 40  # of padded images; the kernel's sizes don't overflow bel
 CONVOLUTION, DEPTHWISE, LARGEST, TO_LAST, TO_PLANES, MEAN = range(6)
 INPUT, OUTPUT, NOWHERE = -1, -2, -3
 
-_NUMBER, _POINTER = ctypes.c_int64, ctypes.c_void_p
-_THREE = _NUMBER * 3
+_THREE = NUMBER * 3
 
 
 class Ending(NamedTuple):
@@ -52,26 +52,24 @@ PLAIN = Ending()
 class Layer(ctypes.Structure):
     """As in steps.h."""
 
-    _fields_ = [
-        *((name, _THREE) for name in ("kernel", "stride", "dilation", "before", "after")),
-        *((name, _NUMBER) for name in ("channels", "outputs", "groups", "taps")),
-        *((name, _POINTER) for name in ("packed", "sums", "scale", "bias", "weights")),
-    ]
+    _fields_ = fields(
+        (_THREE, "kernel stride dilation before after"),
+        (NUMBER, "channels outputs groups taps"),
+        (POINTER, "packed sums scale bias weights"),
+    )
 
 
 class Step(ctypes.Structure):
     """As in steps.h."""
 
-    _fields_ = [
-        ("layer", _POINTER),
-        *((name, _NUMBER) for name in ("kind", "samples")),
-        *((name, _THREE) for name in ("size", "out")),
-        ("together", _NUMBER),
-        *((name, _NUMBER) for name in ("x", "y", "other", "gate", "x_last", "y_last")),
-        *((name, _NUMBER) for name in ("x_range", "y_range", "activation")),
-        ("tails", _POINTER),
-        *((name, ctypes.c_float) for name in ("low", "high", "last_low", "last_high")),
-    ]
+    _fields_ = fields(
+        (POINTER, "layer"),
+        (NUMBER, "kind samples"),
+        (_THREE, "size out"),
+        (NUMBER, "together x y other gate x_last y_last x_range y_range activation"),
+        (POINTER, "tails"),
+        (FLOAT, "low high last_low last_high"),
+    )
 
     def end(self, ending: Ending) -> None:
         """Do this with the results."""
@@ -84,10 +82,10 @@ class Step(ctypes.Structure):
 class Turns(ctypes.Structure):
     """As in steps.h."""
 
-    _fields_ = [
-        *((name, _NUMBER) for name in ("turns", "threads", "x_apart", "y_apart")),
-        *((name, _POINTER) for name in ("input", "output", "arena")),
-    ]
+    _fields_ = fields(
+        (NUMBER, "turns threads x_apart y_apart"),
+        (POINTER, "input output arena"),
+    )
 
 
 @dataclass(frozen=True)
@@ -103,11 +101,10 @@ def read(library: ctypes.CDLL) -> Functions:
     """The functions of a compiled conv.cpp. Raises OSError for a library that isn't one of this
     version.
     """
-    structs = {"layer_bytes": Layer, "step_bytes": Step, "turns_bytes": Turns}
-    sizes = {name: ctypes.sizeof(struct) for name, struct in structs.items()}
+    sizes = packs.sizes(Layer, Step, Turns)
     open_library, run_program = packs.symbols(library, ("open_library", "run_program"), sizes)
-    run_program.argtypes = [_POINTER, _NUMBER, _POINTER]
-    return Functions(open_library, run_program, _NUMBER.in_dll(library, "range_bytes").value)
+    run_program.argtypes = [POINTER, NUMBER, POINTER]
+    return Functions(open_library, run_program, NUMBER.in_dll(library, "range_bytes").value)
 
 
 KERNELS = Kernels(Path(__file__).with_name("conv.cpp"), read)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from quantize.native import packs
 from quantize.native.build import Kernels
+from quantize.native.packs import FLOAT, NUMBER, POINTER, fields
 
 # About how many products a core makes in a cycle, by level.
 _PRODUCTS = {"generic": 2, "avx2": 22, "avx512": 32, "vnni": 64, "amx": 512, "dotprod": 32}
@@ -26,81 +27,69 @@ PANEL, _STEP = 16, 64  # outputs and inputs that a packed weight is filled up to
 ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh": 2, "silu": 3, "sigmoid": 4}
 
 
-_NUMBER, _POINTER, _FLOAT = ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
-_THREE, _FOUR = _NUMBER * 3, _NUMBER * 4
+_THREE, _FOUR = NUMBER * 3, NUMBER * 4
 
 
 class Layer(ctypes.Structure):
     """As in linears.h."""
 
-    _fields_ = [
-        *((name, _NUMBER) for name in ("inputs", "outputs")),
-        *((name, _POINTER) for name in ("packed", "sums", "scale", "bias", "factor")),
-        ("outliers", _NUMBER),
-        *((name, _POINTER) for name in ("channels", "kept")),
-        ("activation", _NUMBER),
-        ("tails", _POINTER),
-    ]
+    _fields_ = fields(
+        (NUMBER, "inputs outputs"),
+        (POINTER, "packed sums scale bias factor"),
+        (NUMBER, "outliers"),
+        (POINTER, "channels kept"),
+        (NUMBER, "activation"),
+        (POINTER, "tails"),
+    )
 
 
 class Linears(ctypes.Structure):
     """As in int8.cpp."""
 
-    _fields_ = [
-        ("layers", _POINTER),
-        *((name, _NUMBER) for name in ("count", "rows", "apart", "how")),
-    ]
+    _fields_ = fields(
+        (POINTER, "layers"),
+        (NUMBER, "count rows apart how"),
+    )
 
 
 class Norm(ctypes.Structure):
     """As in floats.h."""
 
-    _fields_ = [
-        *((name, _NUMBER) for name in ("rows", "width", "centered")),
-        ("epsilon", _FLOAT),
-    ]
+    _fields_ = fields(
+        (NUMBER, "rows width centered"),
+        (FLOAT, "epsilon"),
+    )
 
 
 class Attention(ctypes.Structure):
     """As in attend.h."""
 
-    _fields_ = [
-        *((name, _NUMBER) for name in ("batches", "heads", "shared")),
-        *((name, _NUMBER) for name in ("queries", "keys", "width", "wide")),
-        *((name, _THREE) for name in ("q", "k", "v", "mask")),
-        ("scale", _FLOAT),
-        ("causal", ctypes.c_int32),
-        ("masked", _NUMBER),
-    ]
+    _fields_ = fields(
+        (NUMBER, "batches heads shared queries keys width wide"),
+        (_THREE, "q k v mask"),
+        (FLOAT, "scale"),
+        (ctypes.c_int32, "causal"),
+        (NUMBER, "masked"),
+    )
 
 
 class Each(ctypes.Structure):
     """As in floats.h."""
 
-    _fields_ = [
-        *((name, _FOUR) for name in ("size", "x", "other", "y")),
-        *((name, _NUMBER) for name in ("how", "activation")),
-        ("tails", _POINTER),
-    ]
+    _fields_ = fields(
+        (_FOUR, "size x other y"),
+        (NUMBER, "how activation"),
+        (POINTER, "tails"),
+    )
 
 
 class Step(ctypes.Structure):
     """As in int8.cpp."""
 
-    _fields_ = [
-        *((name, _NUMBER) for name in ("work", "shared")),
-        *((name, _POINTER) for name in ("what", "places", "apart")),
-    ]
-
-
-_STRUCTS = {
-    "layer_bytes": Layer,
-    "linears_bytes": Linears,
-    "norm_bytes": Norm,
-    "attention_bytes": Attention,
-    "each_bytes": Each,
-    "step_bytes": Step,
-}
+    _fields_ = fields(
+        (NUMBER, "work shared"),
+        (POINTER, "what places apart"),
+    )
 
 
 @dataclass(frozen=True)
@@ -118,13 +107,13 @@ def read(library: ctypes.CDLL) -> Functions:
     """The functions of a compiled int8.cpp. Raises OSError for a library that isn't one of this
     version.
     """
-    sizes = {name: ctypes.sizeof(struct) for name, struct in _STRUCTS.items()}
+    sizes = packs.sizes(Layer, Linears, Norm, Attention, Each, Step)
     names = "open_library", "pack", "linear", "run_program"
     functions = Functions(*packs.symbols(library, names, sizes))
-    functions.pack.argtypes = [_POINTER, _NUMBER, _NUMBER, _POINTER, _POINTER]
+    functions.pack.argtypes = [POINTER, NUMBER, NUMBER, POINTER, POINTER]
     functions.pack.restype = None
-    functions.linear.argtypes = [_POINTER, _NUMBER, _POINTER, _POINTER]
-    functions.run_program.argtypes = [_POINTER, *[_NUMBER] * 2, _POINTER, *[_NUMBER] * 3]
+    functions.linear.argtypes = [POINTER, NUMBER, POINTER, POINTER]
+    functions.run_program.argtypes = [POINTER, *[NUMBER] * 2, POINTER, *[NUMBER] * 3]
     return functions
 
 

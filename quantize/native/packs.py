@@ -15,6 +15,21 @@ from typing import Any, Generic, TypeVar
 from torch import Tensor
 
 T = TypeVar("T", bound="Copy")
+NUMBER, POINTER, FLOAT = ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
+Fields = list[tuple[str, Any]]
+
+
+def fields(*kinds: tuple[Any, str]) -> Fields:
+    """Of a struct: a type and the names that have it, one after the other."""
+    found: Fields = []
+    for kind, names in kinds:
+        found += [(name, kind) for name in names.split()]
+    return found
+
+
+def sizes(*structs: type[ctypes.Structure]) -> dict[str, int]:
+    """What a library says in the constants that are named after its structs."""
+    return {f"{one.__name__.lower()}_bytes": ctypes.sizeof(one) for one in structs}
 
 
 def symbols(library: ctypes.CDLL, names: Sequence[str], sizes: Mapping[str, int]) -> list[Any]:

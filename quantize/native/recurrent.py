@@ -20,38 +20,36 @@ from torch.nn import functional as F
 from quantize.native import int8, packs
 from quantize.native.build import Kernels
 from quantize.native.int8_library import packed_rows
+from quantize.native.packs import NUMBER, POINTER, fields
 
 _LANES = 16
-
-_NUMBER, _POINTER = ctypes.c_int64, ctypes.c_void_p
 
 
 class Product(ctypes.Structure):
     """As in recurrent.cpp."""
 
-    _fields_ = [
-        ("inputs", _NUMBER),
-        *((name, _POINTER) for name in ("packed", "sums", "scale", "bias")),
-    ]
+    _fields_ = fields(
+        (NUMBER, "inputs"),
+        (POINTER, "packed sums scale bias"),
+    )
 
 
 class Layer(ctypes.Structure):
     """As in recurrent.cpp."""
 
-    _fields_ = [
-        *((name, _NUMBER) for name in ("gates", "units", "width")),
-        ("recurrent", Product),
-        ("projection", Product),
-    ]
+    _fields_ = fields(
+        (NUMBER, "gates units width"),
+        (Product, "recurrent projection"),
+    )
 
 
 class Call(ctypes.Structure):
     """As in recurrent.cpp."""
 
-    _fields_ = [
-        *((name, _NUMBER) for name in ("steps", "rows", "reverse", "threads")),
-        *((name, _POINTER) for name in ("batches", "x", "y", "h", "c", "full")),
-    ]
+    _fields_ = fields(
+        (NUMBER, "steps rows reverse threads"),
+        (POINTER, "batches x y h c full"),
+    )
 
 
 @dataclass(frozen=True)
@@ -66,9 +64,9 @@ def read(library: ctypes.CDLL) -> Functions:
     """The functions of a compiled recurrent.cpp. Raises OSError for a library that isn't one of
     this version.
     """
-    sizes = {"layer_bytes": ctypes.sizeof(Layer), "call_bytes": ctypes.sizeof(Call)}
+    sizes = packs.sizes(Layer, Call)
     open_library, steps = packs.symbols(library, ("open_library", "steps"), sizes)
-    steps.argtypes = [_POINTER, _POINTER]
+    steps.argtypes = [POINTER, POINTER]
     return Functions(open_library, steps)
 
 
