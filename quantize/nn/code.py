@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
+from quantize.surgery.codes import codes_of, functions_of
+
 _CLOSED = {"torch", "numpy", "quantize"}
 Variables = tuple[Any, Callable[[Any], Iterable[Any]]]  # what holds them, and what reads them there
 
@@ -29,7 +31,7 @@ def variables_of(
     methods: dict[str, list[FunctionType]] = {}
     for attributes in classes:
         for name, value in attributes.items():
-            methods.setdefault(name, []).extend(_functions(value))
+            methods.setdefault(name, []).extend(functions_of(value))
     found = _Found(methods)
     found.name("forward")
     for function in functions:
@@ -60,7 +62,7 @@ class _Found:
 
     def add(self, value: Any) -> None:
         """The functions that a value is, or holds, wait to be looked into."""
-        for function in _functions(value):
+        for function in functions_of(value):
             if function not in self.known and _is_open(function.__globals__.get("__name__")):
                 self.known.add(function)
                 self.waiting.append(function)
@@ -117,7 +119,7 @@ def _is_open(module: str | None) -> bool:
 
 def _variables(code: CodeType) -> Iterator[str]:
     """Names of Python modules' variables in a piece of code and in those inside it."""
-    for each in _codes(code):
+    for each in codes_of(code):
         for instruction in dis.get_instructions(each):
             if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
                 yield instruction.argval
@@ -125,25 +127,8 @@ def _variables(code: CodeType) -> Iterator[str]:
 
 def _names(code: CodeType) -> Iterator[str]:
     """All names in a piece of code and in those inside it, those of attributes too."""
-    for each in _codes(code):
+    for each in codes_of(code):
         yield from each.co_names
-
-
-def _codes(code: CodeType) -> Iterator[CodeType]:
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _codes(constant)
-
-
-def _functions(value: Any) -> Iterator[FunctionType]:
-    """Those that a value is made of."""
-    if isinstance(value, property):
-        value = value.fget
-    value = getattr(value, "__func__", value)
-    if isinstance(value, FunctionType):
-        yield value
-        yield from _functions(getattr(value, "__wrapped__", None))
 
 
 def _reader(getter: Callable[..., Any], names: list[str]) -> Callable[[Any], Iterable[Any]]:

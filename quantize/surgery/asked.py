@@ -17,6 +17,8 @@ from typing import Any
 
 from torch import nn
 
+from quantize.surgery.codes import codes_of
+
 _ASKING = {"isinstance", "type", "__class__"}
 
 
@@ -95,7 +97,7 @@ def _reached(owner: type[nn.Module]) -> Iterator[tuple[CodeType, dict[str, Any]]
     waiting, known = ["forward"], {"forward"}
     while waiting:
         for function in _functions(owner, waiting.pop()):
-            for code in _codes(function.__code__):
+            for code in codes_of(function.__code__):
                 yield code, function.__globals__
                 called = [name for name in code.co_names if name not in known]
                 known.update(called)
@@ -112,14 +114,6 @@ def _functions(owner: type[nn.Module], name: str) -> Iterator[FunctionType]:
         foreign = base.__module__.split(".")[0] not in ("torch", "quantize")
         if foreign and isinstance(function, FunctionType):
             yield function
-
-
-def _codes(code: CodeType) -> Iterator[CodeType]:
-    """The code of a function and of those inside it."""
-    yield code
-    for part in code.co_consts:
-        if isinstance(part, CodeType):
-            yield from _codes(part)
 
 
 def _loaded(code: CodeType, names: dict[str, Any]) -> Iterator[type[nn.Module]]:

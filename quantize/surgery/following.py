@@ -13,13 +13,13 @@ import itertools
 import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from types import CodeType
-from typing import Any
+from itertools import chain
 
 import torch
 from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
+from quantize.surgery.codes import codes_of, functions_of
 from quantize.surgery.edit import clone, deepcopy
 from quantize.surgery.record import join
 
@@ -154,29 +154,10 @@ def _names(module: nn.Module, attribute: str) -> bool:
     if "forward" in vars(module):
         return True
     kinds = [kind for kind in type(module).__mro__ if kind not in (nn.Module, object)]
-    members = itertools.chain.from_iterable(vars(kind).values() for kind in kinds)
-    codes = filter(None, map(_code, members))
-    return any(attribute in _words(code) for code in codes)
-
-
-def _code(member: Any) -> CodeType | None:
-    if isinstance(member, property):
-        member = member.fget
-    member = getattr(member, "__func__", member)
-    while hasattr(member, "__wrapped__"):
-        member = member.__wrapped__
-    return getattr(member, "__code__", None)
-
-
-def _words(code: CodeType) -> set[str]:
-    """Names of attributes, and strings, in code and in functions inside of it."""
-    words = set(code.co_names)
-    for constant in code.co_consts:
-        if isinstance(constant, str):
-            words.add(constant)
-        elif isinstance(constant, CodeType):
-            words |= _words(constant)
-    return words
+    members = chain.from_iterable(vars(kind).values() for kind in kinds)
+    functions = chain.from_iterable(map(functions_of, members))
+    codes = chain.from_iterable(codes_of(function.__code__) for function in functions)
+    return any(attribute in (*code.co_names, *code.co_consts) for code in codes)  # strings too
 
 
 # ------------------------------------------------------------------------------------------------
