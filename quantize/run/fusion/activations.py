@@ -31,41 +31,23 @@ def activations(program: Program) -> None:
     program.note(found, "activations written out in operators made one operator each")
 
 
-def _scalar(node: object, target: object) -> tuple[object, float] | None:
-    """(x, c) of `x op c`."""
-    if (
-        is_call(node, target)
-        and len(node.args) == 2
-        and isinstance(argument(node, 1), (int, float))
-        and not node.kwargs
-    ):
-        return argument(node, 0), float(argument(node, 1))
-    return None
+def _before(node: object, target: object, value: float, near: float = 1e-9) -> Any:
+    """x of `x op value`; None for everything else."""
+    if not is_call(node, target) or len(node.args) != 2 or node.kwargs:
+        return None
+    number = argument(node, 1)
+    known = isinstance(number, (int, float)) and abs(number - value) <= near
+    return argument(node, 0) if known else None
 
 
-def _tanh_gelu(half: object, one_plus: object) -> object | None:
+def _tanh_gelu(half: object, one_plus: object) -> Any:
     """x if half is 0.5 x and one_plus is 1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)) (Hendrycks and
     Gimpel, arXiv 1606.08415).
     """
-    left, right = _scalar(half, aten.mul.Tensor), _scalar(one_plus, aten.add.Tensor)
-    if (
-        not left
-        or not right
-        or left[1] != 0.5
-        or right[1] != 1.0
-        or not is_call(right[0], aten.tanh.default)
-    ):
+    x, tanh = _before(half, aten.mul.Tensor, 0.5), _before(one_plus, aten.add.Tensor, 1.0)
+    inner = argument(tanh, 0) if is_call(tanh, aten.tanh.default) else None
+    total = _before(inner, aten.mul.Tensor, math.sqrt(2 / math.pi), near=1e-6)
+    if not is_call(total, aten.add.Tensor) or total.kwargs or argument(total, 0) is not x:
         return None
-    scaled = _scalar(argument(right[0], 0), aten.mul.Tensor)
-    if (
-        not scaled
-        or abs(scaled[1] - math.sqrt(2 / math.pi)) > 1e-6
-        or not is_call(scaled[0], aten.add.Tensor)
-    ):
-        return None
-    x, cubic = scaled[0].args[:2]
-    small = _scalar(cubic, aten.mul.Tensor)
-    if not small or abs(small[1] - 0.044715) > 1e-9 or scaled[0].kwargs:
-        return None
-    power = _scalar(small[0], aten.pow.Tensor_Scalar)
-    return x if power and power == (x, 3.0) and x is left[0] else None
+    cube = _before(argument(total, 1), aten.mul.Tensor, 0.044715)
+    return x if _before(cube, aten.pow.Tensor_Scalar, 3.0) is x else None

@@ -35,12 +35,14 @@ class External(Folded):
         self, program: Program, engine: Callable[..., Sequence[Any]], file: Path, keep: object
     ) -> None:
         super().__init__(program)
-        dtypes = [
-            n.meta["val"].dtype for n in next(iter(program.graph.find_nodes(op="output"))).args[0]
-        ]
-        self.engine = lambda *tensors: [
-            torch.as_tensor(y).to(d) for y, d in zip(engine(*tensors), dtypes, strict=True)
-        ]
+        *_, output = program.graph.nodes
+        dtypes = [node.meta["val"].dtype for node in output.args[0]]
+
+        def run(*tensors: Tensor) -> list[Tensor]:
+            results = zip(engine(*tensors), dtypes, strict=True)
+            return [torch.as_tensor(y).to(dtype) for y, dtype in results]
+
+        self.engine = run
         self.file, self.keep = file, keep  # `keep` holds the temporary folder
         self.run = self.prepare = None
 
@@ -62,10 +64,8 @@ def missing(backend: str) -> str | None:
     """Why this back end can't be used here, or None."""
     absent = [p for p in NEEDS[backend] if importlib.util.find_spec(p) is None]
     if absent:
-        return (
-            f"back end {backend!r} needs {', '.join(absent)}, which "
-            f"{'is' if len(absent) == 1 else 'are'} not installed"
-        )
+        be = "is" if len(absent) == 1 else "are"
+        return f"back end {backend!r} needs {', '.join(absent)}, which {be} not installed"
     if backend == "inductor" and not any(shutil.which(c) for c in ("g++", "clang++", "c++")):
         return "back end 'inductor' needs a C++ compiler"
     return None

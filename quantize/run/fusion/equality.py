@@ -108,11 +108,8 @@ class Checker:
         self, model: nn.Module, example_inputs: Any, seen: Answers, *, sizes: bool = True
     ) -> None:
         self.model, self.example_inputs, self.seen = model, example_inputs, seen
-        self.cases = (
-            [flatten(inputs, "inputs")[0] for inputs in other_sizes(example_inputs)]
-            if sizes
-            else []
-        )
+        others = other_sizes(example_inputs) if sizes else ()
+        self.cases = [flatten(inputs, "inputs")[0] for inputs in others]
         self.noise = noise(model, seen)
         own = tolerance(seen.calls[0].outputs, model)
         self.allowed = max(own, min(_OF_NOISE * self.noise, _NOISE_AT_MOST))
@@ -190,11 +187,8 @@ class Checker:
             self._inputs_alike(actual, expected)
             off = difference(actual.outputs, expected.outputs)
             if off > self.later or actual.constants != expected.constants:
-                state = (
-                    f"; its forward changes {', '.join(self.seen.changed[:3])}"
-                    if self.seen.changed
-                    else ""
-                )
+                changed = ", ".join(self.seen.changed[:3])
+                state = f"; its forward changes {changed}" if changed else ""
                 raise ValueError(
                     f"at call {i + 1}, on other values, the fused model differs from eager by "
                     f"{off:.2g}{state}"
@@ -221,12 +215,9 @@ class Checker:
     def _inputs_alike(self, actual: Call, expected: Call) -> None:
         off = difference(actual.after, expected.after)
         if off > self.later:
-            written = difference(expected.after, expected.inputs) > 0
-            what = (
-                "its forward changes its inputs in place, which"
-                if written
-                else "an input is changed in place, which eager"
-            )
+            what = "an input is changed in place, which eager"
+            if difference(expected.after, expected.inputs) > 0:
+                what = "its forward changes its inputs in place, which"
             raise ValueError(
                 f"{what} the fused model doesn't repeat (they differ by {off:.2g} afterwards)"
             )

@@ -8,6 +8,7 @@ data-dependent control flow, and state that changes its shape: each is refused b
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ from quantize.calibration import exporting
 from quantize.nn import with_padded_encoders
 from quantize.run.fusion.graph import CaptureError, Program, lines_of, named_arguments
 from quantize.run.fusion.importing import Flat, Importer
-from quantize.run.fusion.nested import Spec, flatten
+from quantize.run.fusion.nested import flatten
 from quantize.run.fusion.state import settled
 from quantize.run.fusion.writes import TooFree, drop_dead_writes, find_state
 
@@ -47,28 +48,19 @@ def capture(model: nn.Module, example_inputs: Any, changed: Sequence[str] = ()) 
         twin = _with_state_in_buffers(copied, changed)
         return Flat(twin, spec, keyword).eval()
 
-    arguments = dict(zip(named, spec.children, strict=True))
+    def program(free: Callable[[int], bool]) -> Program:
+        exported, flat, used = _export(fresh, tensors, free=free)
+        arguments = dict(zip(named, spec.children, strict=True))
+        made = Importer(exported, flat).program(arguments, keyword, [t.shape for t in used])
+        made.widened = 1 if used is tensors else 2
+        drop_dead_writes(made)
+        find_state(made)
+        return made
+
     for free in _FREE[:-1]:
-        try:
-            return _program(fresh, tensors, free, arguments, keyword)
-        except TooFree:
-            continue
-    return _program(fresh, tensors, _FREE[-1], arguments, keyword)
-
-
-def _program(
-    fresh: Callable[[], Flat],
-    tensors: list[Tensor],
-    free: Callable[[int], bool],
-    arguments: dict[str, Spec],
-    keyword: bool,
-) -> Program:
-    exported, flat, used = _export(fresh, tensors, free=free)
-    program = Importer(exported, flat).program(arguments, keyword, [t.shape for t in used])
-    program.widened = 1 if used is tensors else 2
-    drop_dead_writes(program)
-    find_state(program)
-    return program
+        with contextlib.suppress(TooFree):
+            return program(free)
+    return program(_FREE[-1])
 
 
 def _with_state_in_buffers(model: nn.Module, changed: Sequence[str]) -> nn.Module:
@@ -133,12 +125,9 @@ def _export(
 def _fixes_batch(exported: Any) -> bool:
     """Did the export find out that the model takes no other batch than that of the example?"""
     inputs = exported.graph_signature.user_inputs
-    values = [
-        n.meta["val"]
-        for n in exported.graph_module.graph.nodes
-        if n.op == "placeholder" and n.name in inputs
-    ]
-    return any(str(v.shape[0]).isdigit() for v in values)
+    placeholders = exported.graph_module.graph.find_nodes(op="placeholder")
+    batches = [node.meta["val"].shape[0] for node in placeholders if node.name in inputs]
+    return any(str(batch).isdigit() for batch in batches)
 
 
 def _traced(flat: Flat, tensors: list[Tensor], free: Callable[[int], bool]) -> Any:

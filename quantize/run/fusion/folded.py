@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
 from quantize.run.fusion.graph import Program
-from quantize.run.fusion.nested import flatten, unflatten
+from quantize.run.fusion.nested import Spec, flatten, unflatten
 from quantize.run.fusion.sizes import holds
 
 
@@ -30,45 +30,12 @@ class Folded(nn.Module):
 
     def __init__(self, program: Program) -> None:
         super().__init__()
-        main, first = fx.Graph(), fx.Graph()
-        values: dict[fx.Node, fx.Node] = {}
-        earlier: dict[fx.Node, fx.Node] = {}
-        ready = []
-        for node in program.graph.nodes:
-            if node.op == "placeholder":
-                values[node] = main.placeholder(node.name)
-        for node in program.graph.nodes:
-            if node.op == "get_attr":
-                users = [bool(u.meta.get("prepare")) for u in node.users]
-                if any(users):
-                    earlier[node] = first.get_attr(node.target)
-                if not all(users):
-                    values[node] = main.get_attr(node.target)
-            elif node.meta.get("prepare"):
-                earlier[node] = first.node_copy(node, lambda n: earlier[n])
-                if any(not u.meta.get("prepare") for u in node.users):
-                    ready.append(earlier[node])
-                    with main.inserting_before(
-                        next(iter(n for n in main.nodes if n.op != "placeholder"), None)
-                    ):
-                        values[node] = main.placeholder(node.name)
-            elif node.op == "output":
-                main.output(map_arg(node.args[0], lambda n: values[n]))
-            elif node.op == "call_function":
-                values[node] = main.node_copy(node, lambda n: values[n])
-        first.output(tuple(ready))
+        main, first = _split(program)
         self.run = fx.GraphModule(program.module, main)
         self.prepare = fx.GraphModule(program.module, first)
-        self.arguments, self.keyword, self.output = (
-            program.arguments,
-            program.keyword,
-            program.output,
-        )
-        self.sizes, self.conditions, self.notes = (
-            program.sizes,
-            tuple(program.conditions),
-            tuple(program.notes),
-        )
+        self.arguments, self.keyword = program.arguments, program.keyword
+        self.output, self.sizes = program.output, program.sizes
+        self.conditions, self.notes = tuple(program.conditions), tuple(program.notes)
         self._ready: tuple[Any, list[Tensor]] | None = None
         self.eval()
 
@@ -95,20 +62,14 @@ class Folded(nn.Module):
         tensors: list[Tensor] = []
         for name, spec in self.arguments.items():
             part, shape = flatten(given[name], name)
-            if (shape.kind, shape.keys, len(shape.children)) != (
-                spec.kind,
-                spec.keys,
-                len(spec.children),
-            ) or (spec.kind == "constant" and shape.value != spec.value):
+            if _form(shape) != _form(spec):
                 raise ValueError(
                     f"argument {name!r} differs in form from what the model was folded for"
                 )
             tensors += part
         for i, (tensor, sizes) in enumerate(zip(tensors, self.sizes, strict=True)):
-            fixed = all(
-                isinstance(s, str) or s == n for s, n in zip(sizes, tensor.shape, strict=False)
-            )
-            if tensor.dim() != len(sizes) or not fixed:
+            pairs = zip(sizes, tensor.shape, strict=False)
+            if tensor.dim() != len(sizes) or any(s != n for s, n in pairs if isinstance(s, int)):
                 raise ValueError(
                     f"input {i} has shape {list(tensor.shape)}; the model was folded for {sizes}"
                 )
@@ -131,12 +92,45 @@ class Folded(nn.Module):
         new = self.__class__.__new__(self.__class__)
         memo[id(self)] = new
         nn.Module.__init__(new)
-        new.__dict__.update(
-            {k: copy.deepcopy(v, memo) for k, v in self.__dict__.items() if k != "_ready"}
-        )
-        new._ready = None
+        own = {**self.__dict__, "_ready": None}
+        new.__dict__.update({key: copy.deepcopy(value, memo) for key, value in own.items()})
         return new
 
     def _apply(self, fn, recurse=True):
         self._ready = None
         return super()._apply(fn, recurse)
+
+
+def _split(program: Program) -> tuple[fx.Graph, fx.Graph]:
+    """The graph of a call, and the one that prepares weights for it: what that gives comes after
+    the inputs.
+    """
+    main, first = fx.Graph(), fx.Graph()
+    values: dict[fx.Node, fx.Node] = {}
+    earlier: dict[fx.Node, fx.Node] = {}
+    nodes = list(program.graph.nodes)
+    prepared = [node for node in nodes if node.meta.get("prepare")]
+    ready = [node for node in prepared if not all(u.meta.get("prepare") for u in node.users)]
+    for node in [*(node for node in nodes if node.op == "placeholder"), *ready]:
+        values[node] = main.placeholder(node.name)
+    for node in nodes:
+        if node.meta.get("prepare"):
+            earlier[node] = first.node_copy(node, earlier.__getitem__)
+        elif node.op == "get_attr":
+            users = [bool(user.meta.get("prepare")) for user in node.users]
+            if any(users):
+                earlier[node] = first.get_attr(node.target)
+            if not all(users):
+                values[node] = main.get_attr(node.target)
+        elif node.op == "call_function":
+            values[node] = main.node_copy(node, values.__getitem__)
+        elif node.op == "output":
+            main.output(map_arg(node.args[0], values.__getitem__))
+    first.output(tuple(earlier[node] for node in ready))
+    return main, first
+
+
+def _form(spec: Spec) -> tuple[Any, ...]:
+    """What a call must have in common with the example, beside its tensors."""
+    value = spec.value if spec.kind == "constant" else None
+    return spec.kind, spec.keys, len(spec.children), value

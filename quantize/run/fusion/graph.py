@@ -121,13 +121,10 @@ def check_inputs(model: nn.Module, example_inputs: Any) -> None:
         if reason := getattr(type(module), "not_fused", None):
             raise ValueError(f"layer {name!r} ({type(module).__name__}) can't be fused: {reason}")
         if module.training:
-            where = (
-                f"module {name!r} ({type(module).__name__})"
-                if name
-                else f"model ({type(module).__name__})"
-            )
+            where = f"module {name!r}" if name else "model"
             raise ValueError(
-                f"{where} is in training mode; fusing needs eval mode: call model.eval() first"
+                f"{where} ({type(module).__name__}) is in training mode; fusing needs eval mode: "
+                f"call model.eval() first"
             )
     surgery.check_initialised(model)
     tensors, _ = flatten(example_inputs, "example_inputs")
@@ -151,23 +148,17 @@ def named_arguments(model: nn.Module, example_inputs: Any) -> tuple[dict[str, An
     """The example inputs by the parameter names of `model.forward`, and whether the caller passes
     them by name.
     """
-    parameters = [
-        p.name
-        for p in inspect.signature(model.forward).parameters.values()
-        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-    ]
+    known = inspect.signature(model.forward).parameters.values()
+    names = [p.name for p in known if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     if isinstance(example_inputs, Mapping):
-        order = {name: i for i, name in enumerate(parameters)}
-        return dict(
-            sorted(example_inputs.items(), key=lambda kv: order.get(kv[0], len(order)))
-        ), True
-    values = (
-        tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,)
-    )
-    names = parameters[: len(values)] + [
-        f"argument_{i}" for i in range(len(parameters), len(values))
-    ]
-    return dict(zip(names, values, strict=True)), False
+        first = [name for name in names if name in example_inputs]
+        return {
+            name: example_inputs[name] for name in dict.fromkeys([*first, *example_inputs])
+        }, True
+    many = isinstance(example_inputs, (tuple, list))
+    values = tuple(example_inputs) if many else (example_inputs,)
+    names += [f"argument_{i}" for i in range(len(names), len(values))]
+    return dict(zip(names, values, strict=False)), False
 
 
 def is_in_place(node: fx.Node) -> bool:

@@ -59,6 +59,14 @@ def reuse_memory(program: Program) -> None:
         for root in inherited:
             last[root] = order[node]
         roots[node] = {node, *inherited} if may_be_view(node) else {node}
+
+    def is_free(node: fx.Node, place: int) -> bool:
+        """Does nothing else read this operand's memory, from here on?"""
+        x = argument(node, place)
+        others = [a for i, a in enumerate(node.args) if i != place and isinstance(a, fx.Node)]
+        ends = x in fresh and last[x] == order[node] and _fits(x, node)
+        return ends and not any(x in roots[other] for other in others)
+
     count = 0
     for node in list(program.graph.nodes):
         if node.target in _BINARY:
@@ -67,22 +75,12 @@ def reuse_memory(program: Program) -> None:
             places, target = ([0, 1] if node.target in _COMMUTE else [0]), _FIRST[node.target]
         else:
             continue
-        for place in places:
-            x = argument(node, place)
-            operands = [a for i, a in enumerate(node.args) if i != place]
-            others = [a for a in operands if isinstance(a, fx.Node)]
-            if (
-                x not in fresh
-                or last[x] != order[node]
-                or not _fits(x, node)
-                or any(x in roots[n] for n in others)
-            ):
-                continue
+        place = next((place for place in places if is_free(node, place)), None)
+        if place is not None:
             args = list(node.args)
             args[0], args[place] = args[place], args[0]
             node.target, node.args = target, tuple(args)
             count += 1
-            break
     program.note(count, "results written into memory that is no longer needed")
 
 

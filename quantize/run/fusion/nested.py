@@ -45,15 +45,12 @@ def flatten(value: Any, where: str) -> tuple[list[Tensor], Spec]:
             if not all(isinstance(k, str) for k in keys):
                 raise TypeError(f"{name} is a dict whose keys are not all strings")
             children = tuple(walk(part[k], f"{name}[{k!r}]") for k in keys)
-            return Spec("dict" if type(part) is dict else "object", children, keys, cls=type(part))
+            kind = "dict" if type(part) is dict else "object"
+            return Spec(kind, children, keys, cls=type(part))
         if dataclasses.is_dataclass(part) and not isinstance(part, type):
             keys = tuple(f.name for f in dataclasses.fields(part) if f.init)
-            return Spec(
-                "object",
-                tuple(walk(getattr(part, k), f"{name}.{k}") for k in keys),
-                keys,
-                cls=type(part),
-            )
+            children = tuple(walk(getattr(part, k), f"{name}.{k}") for k in keys)
+            return Spec("object", children, keys, cls=type(part))
         if isinstance(part, (tuple, list)):
             children = tuple(walk(p, f"{name}[{i}]") for i, p in enumerate(part))
             if isinstance(part, list):
@@ -64,14 +61,10 @@ def flatten(value: Any, where: str) -> tuple[list[Tensor], Spec]:
             raise TypeError(
                 f"{name} is a number that depends on the inputs; a fused model returns tensors"
             )
-        hint = (
-            "; pass use_cache=False with the example inputs"
-            if "Cache" in type(part).__name__
-            else ""
-        )
+        kind = type(part).__name__
+        hint = "; pass use_cache=False with the example inputs" if "Cache" in kind else ""
         raise TypeError(
-            f"{name} is a {type(part).__name__}, which is not made of tensors and can't be "
-            f"fused{hint}"
+            f"{name} is a {kind}, which is not made of tensors and can't be fused{hint}"
         )
 
     return tensors, walk(value, where)

@@ -68,23 +68,15 @@ def other_sizes(example_inputs: Any) -> Iterator[Any]:
     tensors, spec = flatten(example_inputs, "example_inputs")
     for dim in range(max(t.dim() for t in tensors)):
         for size in sorted({t.shape[dim] for t in tensors if t.dim() > dim}):
-            groups = [t.dim() > dim and t.shape[dim] == size for t in tensors]
-            yield unflatten(
-                spec,
-                [
-                    torch.cat([t, t.flip(dim)], dim) if g else t
-                    for t, g in zip(tensors, groups, strict=True)
-                ],
-            )
+            longer, shorter = list(tensors), list(tensors)
+            less = min(size, 1) if dim == 0 else max(size - 1, 0)
+            for i, tensor in enumerate(tensors):
+                if tensor.dim() > dim and tensor.shape[dim] == size:
+                    longer[i] = torch.cat([tensor, tensor.flip(dim)], dim)
+                    shorter[i] = tensor.narrow(dim, 0, less)
+            yield unflatten(spec, longer)
             if size > 1:
-                less = 1 if dim == 0 else size - 1
-                yield unflatten(
-                    spec,
-                    [
-                        t.narrow(dim, 0, less) if g else t
-                        for t, g in zip(tensors, groups, strict=True)
-                    ],
-                )
+                yield unflatten(spec, shorter)
 
 
 def violating(program: Program, tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
@@ -104,13 +96,8 @@ def _violating(program: Program, condition: str, shapes: list[list[int]]) -> lis
     places = [(int(i), int(d)) for i, d in re.findall(r"input_(\d+)\.size\((\d+)\)", condition)]
     for i, d in dict.fromkeys(places):
         symbol, now = program.sizes[i][d], shapes[i][d]
-        near = {
-            *range(1, 33),
-            *range(max(1, now - 8), now + 9),
-            now // 2 or 1,
-            2 * now,
-            2 * now + 1,
-        }
+        near = {*range(1, 33), *range(max(1, now - 8), now + 9)}
+        near |= {now // 2 or 1, 2 * now, 2 * now + 1}
         for size in sorted(near, key=lambda n: abs(n - now)):
             other = [
                 [size if s == symbol else n for s, n in zip(program.sizes[k], shape, strict=True)]

@@ -71,15 +71,7 @@ class Writer:
         """Methods called through an interface keep an executor of their own, which a first call can
         bring to speed.
         """
-        imports = (
-            "from typing import Dict, List, Optional, Tuple\n\nimport torch\nfrom torch "
-            "import Tensor\n\n\n"
-        )
-        methods = [
-            f"    {self.head(defaults=False)}\n        pass\n",
-            "    def first(self) -> bool:\n        pass\n",
-        ]
-        return imports + "class Body(torch.nn.Module):\n" + "\n".join(methods)
+        return _INTERFACE.format(self.head(defaults=False))
 
     def entry(self) -> str:
         """TorchScript measures during the first run of a graph and rewrites it for the second: the
@@ -242,6 +234,19 @@ class Writer:
         return f"torch.ops.{target.namespace}.{name}({', '.join(parts)})"
 
 
+_INTERFACE = """from typing import Dict, List, Optional, Tuple
+
+import torch
+from torch import Tensor
+
+
+class Body(torch.nn.Module):
+    {}
+        pass
+
+    def first(self) -> bool:
+        pass
+"""
 _FIRST = """def first(self) -> bool:
     called = self.called
     self.called = True
