@@ -15,6 +15,7 @@ from quantize import calibration as calibrating
 from quantize import surgery
 from quantize.nn import project_attentions, restore_attentions, without_fast_paths
 from quantize.nn.int4 import GROUP_SIZES, Int4Linear
+from quantize.saying import Say, silent
 
 
 def quantize_weights(
@@ -24,7 +25,7 @@ def quantize_weights(
     group_size: int = 32,
     skip: surgery.Skip = (),
     calibration: Iterable[Any] | None = None,
-    progress: Callable[[str], None] | None = None,
+    progress: Say | None = None,
 ) -> nn.Module:
     """Copy of `model` whose linear layers store 4-bit weights, for decoding at batch 1.
 
@@ -53,7 +54,7 @@ def quantize_weights(
         raise ValueError(f"bits must be 4 (for 8 use quantize_dynamic), got {bits!r}")
     if group_size not in GROUP_SIZES:
         raise ValueError(f"group_size must be one of {GROUP_SIZES}, got {group_size!r}")
-    say = progress or (lambda line: None)
+    say = progress or silent
     model = surgery.clone(model)
     skipped = surgery.skip_filter(model, skip)
     model, attentions, left = project_attentions(model, skipped)

@@ -19,7 +19,7 @@ several streams.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from quantize.measuring.artifact import Build, check_there
 from quantize.measuring.nursery import Nursery
 from quantize.measuring.result import Measurement
 from quantize.measuring.turns import Evaluate, Fresh, Given, Source, open_turns, take_turns
+from quantize.saying import Say, silent
 
 
 def measure(
@@ -79,7 +80,7 @@ def compare(
     keep: bool = True,
     keep_going: bool = False,
     timeout_s: float = 600.0,
-    progress: Callable[[str], None] | None = None,
+    progress: Say | None = None,
     nursery: Nursery | None = None,
 ) -> list[Measurement]:
     """Measure artifacts side by side; the first one is the baseline of `speedup`.
@@ -116,12 +117,13 @@ def compare(
         TypeError, ValueError: arguments out of range.
     """
     sources = _named(artifacts)
-    for source in list(sources.values())[: 1 if keep_going else None]:
-        _check_there(source)
+    for file in [*map(_file, sources.values())][: 1 if keep_going else None]:
+        if file is not None:
+            check_there(file)
     if threads is None:
         threads = default_threads() if nursery is None else nursery.threads
     _check(threads, rounds, burst_seconds, timeout_s)
-    say = progress or (lambda line: None)
+    say = progress or silent
     given = Given(example_inputs, evaluate, model, threads, keep, timeout_s, nursery)
     with ExitStack() as stack:
         stack.enter_context(_torch_threads(threads))
@@ -177,12 +179,6 @@ def _stem(source: Source) -> str:
 def _file(source: Source) -> Path | None:
     file = source.file if isinstance(source, Build) else source
     return Path(file) if isinstance(file, (str, Path)) else None
-
-
-def _check_there(source: Source) -> None:
-    file = _file(source)
-    if file is not None:
-        check_there(file)
 
 
 @contextmanager

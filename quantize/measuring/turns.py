@@ -23,6 +23,7 @@ from quantize.measuring.child import CannotSend
 from quantize.measuring.nursery import Nursery, modules_of
 from quantize.measuring.process import Worker, pack, pack_inputs, payload
 from quantize.measuring.result import Latency, Measurement, latency_of
+from quantize.saying import Say
 
 BUSY_ABOVE = 1.5  # times p10: on a quiet machine p90 stays below
 _ENOUGH = 5  # timed calls to tell that from
@@ -152,7 +153,7 @@ def take_turns(
     turns: list[Turn],
     rounds: int,
     burst_seconds: float,
-    say: Callable[[str], None],
+    say: Say,
     *,
     threads: int,
     keep_going: bool = False,

@@ -23,6 +23,7 @@ from quantize.calibration import (
     without_cache,
 )
 from quantize.compression.pruning import prune_ln_structured
+from quantize.saying import Say
 
 # attributes in which modules keep their place in a stack
 LAYER_NUMBERS = (
@@ -41,7 +42,7 @@ def make_student(
     example_inputs: Any,
     calibration: Iterable[Any] | None = None,
     skip: surgery.Skip = (),
-    progress: Callable[[str], None] | None = None,
+    progress: Say | None = None,
 ) -> nn.Module:
     """A smaller copy of `teacher` in eval mode, to be distilled.
 

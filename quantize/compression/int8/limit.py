@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from quantize import calibration as calibrating
 from quantize import surgery
 from quantize.compression import smooth
 from quantize.compression.int8.layers import Choice, Plans, Report, convert
+from quantize.saying import Say
 
 _FAR = 0.05  # a relative error of the outputs above it comes with a warning
 _FAR_ON_NOISE = 0.1  # and on random images, which are not what the model was made for
@@ -62,7 +63,7 @@ class Trial:
 
 
 def within(
-    trial: Trial, choice: Choice, max_error: float, say: Callable[[str], None]
+    trial: Trial, choice: Choice, max_error: float, say: Say
 ) -> tuple[nn.Module, float, Choice]:
     """The model with as many layers in int8 as the error allows, those that cost least; its error;
     and the choice of layers.

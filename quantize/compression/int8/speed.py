@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from quantize.calibration import Pace
 from quantize.compression.int8.layers import Choice, Plan, Report, converted
 from quantize.native.conv import channels_last
 from quantize.nn.timing import Timing, time_layers
+from quantize.saying import Say
 
 ROWS = (1, 16, 256)  # of an input, where no calibration says how many a layer gets
 STEPS, SEQUENCES = 32, (1, 16)  # and of a recurrent layer's
@@ -35,7 +36,7 @@ Shapes = Collection[Shape]
 def slower(
     choice: Choice,
     shapes: Mapping[str, Shapes],
-    say: Callable[[str], None],
+    say: Say,
     decided: Collection[str] = (),
 ) -> Report:
     """The chosen layers that are slower in int8 on one of their inputs, with the two times.
@@ -83,7 +84,7 @@ def affordable(
     plans: Mapping[str, Plan],
     choice: Choice,
     shapes: Mapping[str, Shapes],
-    say: Callable[[str], None],
+    say: Say,
 ) -> dict[str, Plan]:
     """Those plans for layers with outliers with which a layer still isn't slower than in float."""
     found = {}

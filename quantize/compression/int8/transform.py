@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ from quantize.compression.int8.layers import (
     Choice,
     Plans,
     Report,
+    Skipped,
     Stored,
     choose,
     computes,
@@ -35,6 +36,7 @@ from quantize.compression.int8.speed import affordable, slower, slower_as_a_whol
 from quantize.nn import project_attentions, restore_attentions
 from quantize.nn.int8 import Int8Linear
 from quantize.nn.int8_outliers import Int8OutlierLinear
+from quantize.saying import Say, silent
 
 PREFERENCES = ("speed", "size")
 _CLEARLY = 0.9  # smaller gains are not seen again on other data
@@ -49,7 +51,7 @@ def quantize_dynamic(
     embeddings: bool | None = None,
     prefer: str = "speed",
     max_error: float | None = None,
-    progress: Callable[[str], None] | None = None,
+    progress: Say | None = None,
 ) -> nn.Module:
     """Copy of `model` whose layers store and compute in int8, with the activations quantized as
     they come.
@@ -114,15 +116,11 @@ def quantize_dynamic(
         2208.07339).
     """
     _check(prefer, max_error, calibration)
-    say = progress or (lambda line: None)
+    say = progress or silent
     source = surgery.clone(model)
     skipped = surgery.skip_filter(source, skip)
     source, attentions, left = project_attentions(source, skipped)
-    choice = choose(source, skipped, embeddings)
-    if prefer == "size":
-        choice = choice.without(small(choice))
-    if not choice.chosen:
-        raise ValueError(_nothing(source, choice.left))
+    choice = _chosen(source, skipped, embeddings, prefer)
     shapes = {} if calibration is None else _input_shapes(source, calibration)
     plans: dict[str, Stored] = {n: Stored(why) for n, why in overlapping(choice).items()}
     stored: dict[str, Stored] = {}
@@ -139,30 +137,43 @@ def quantize_dynamic(
         say("timing the modules that can run as one native program")
         gaining = gaining_together(source, choice, plans, stored, (readers, folded), shapes)
         plans = {name: plan for name, plan in plans.items() if name not in gaining}
-    trial = None
-    if calibration is not None and expected is not None:
-        trial = Trial(source, calibration, expected, plans)
-    if trial is None:
-        made = Made(convert(source, choice.chosen, plans), choice)
+    if calibration is None or expected is None:
+        trial, made = None, Made(convert(source, choice.chosen, plans), choice)
     else:
+        trial = Trial(source, calibration, expected, plans)
         made = _calibrated(trial, choice, shapes if prefer == "speed" else None, max_error, say)
     joined = fuse_activations(made.model, readers, folded)
     make_regions(made.model)
     made.model = restore_attentions(made.model, attentions, (Int8Linear,))
-    if trial is not None and joined:
-        made.distance = trial.error(made.model)
-    if trial is not None and prefer == "speed":
-        times = slower_as_a_whole(model, made.model, trial.calibration)
-        if times is not None:
-            why = f"{type(model).__name__} as a whole is slower in int8 here, {times}"
-            stays = dict.fromkeys(made.choice.chosen, why)
-            return _unconverted(model, stays | made.choice.left | left, why)
-    if max_error is None and made.distance is not None:
-        warn_if_far(model, made.distance)
     if trial is None:
         made.settings |= warn_of_noise(made.model, model)
+    else:
+        made.distance = trial.error(made.model) if joined else made.distance
+        why = _slower_whole(model, made, trial) if prefer == "speed" else None
+        if why is not None:
+            stays = dict.fromkeys(made.choice.chosen, why)
+            return _unconverted(model, stays | made.choice.left | left, why)
+        if max_error is None and made.distance is not None:
+            warn_if_far(model, made.distance)
     _tell(made, plans, left, folded | joined)
     return made.model
+
+
+def _chosen(model: nn.Module, skipped: Skipped, embeddings: bool | None, prefer: str) -> Choice:
+    """The layers that can be converted. Raises ValueError where there are none."""
+    choice = choose(model, skipped, embeddings)
+    if prefer == "size":
+        choice = choice.without(small(choice))
+    if not choice.chosen:
+        raise ValueError(_nothing(model, choice.left))
+    return choice
+
+
+def _slower_whole(model: nn.Module, made: Made, trial: Trial) -> str | None:
+    """Why the model stays in float, where int8 loses as a whole."""
+    times = slower_as_a_whole(model, made.model, trial.calibration)
+    kind = type(model).__name__
+    return None if times is None else f"{kind} as a whole is slower in int8 here, {times}"
 
 
 @dataclass
@@ -187,7 +198,7 @@ def _calibrated(
     choice: Choice,
     shapes: Inputs | None,
     max_error: float | None,
-    say: Callable[[str], None],
+    say: Say,
 ) -> Made:
     """The int8 model as close as calibration can bring it; see `_improved` for `shapes`."""
     trial, settings = _improved(trial, choice, shapes, say)
@@ -244,7 +255,7 @@ def _unconverted(model: nn.Module, left: Report, why: str) -> nn.Module:
 
 
 def _improved(
-    trial: Trial, choice: Choice, shapes: Inputs | None, say: Callable[[str], None]
+    trial: Trial, choice: Choice, shapes: Inputs | None, say: Say
 ) -> tuple[Trial, dict[str, Any]]:
     """The trial with smoothed norms and with outliers in float, each if it brings the int8 model
     clearly closer; and the settings to note. shapes: of the inputs at which a layer with outliers

@@ -31,6 +31,8 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from quantize.saying import Say
+
 MOST_STEPS = 32
 
 # Rows of the report whose names are older than the rule that joins parts with "+".
@@ -72,7 +74,7 @@ class Given:
     states: Path | None = None
     training: Mapping[str, Any] = field(default_factory=dict)
     printer: Callable[[str], AbstractContextManager[Any]] | None = None
-    progress: Callable[[str], None] | None = None
+    progress: Say | None = None
     recipe: Recipe | None = None
 
     def at(self, recipe: Recipe, original: nn.Module) -> Given:

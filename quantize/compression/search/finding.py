@@ -23,6 +23,7 @@ from quantize.compression.search.trial import ORIGINAL, Points, Trial, digest
 from quantize.compression.search.walk import Walk
 from quantize.host import default_threads, machine
 from quantize.measuring.nursery import Nursery, modules_of
+from quantize.saying import Say, silent
 
 FORMAT = 3  # of what a folder holds beside the files
 _SAME = 5  # standard errors within which a metric is the same again
@@ -38,7 +39,7 @@ def compress(
     minutes: float = 5.0,
     out: str | Path | None = None,
     seed: int = 0,
-    progress: bool | Callable[[str], None] = True,
+    progress: bool | Say = True,
 ) -> Result:
     """The best compressed version of `model` that was measured to keep a budget.
 
@@ -82,7 +83,7 @@ def compress(
     if not (isinstance(minutes, (int, float)) and 0 < minutes < 10_000):
         raise ValueError(f"minutes is {minutes!r}; allowed: a number > 0")
     batches = list(check_batches(calibration))
-    lines = _line if progress else _nothing
+    lines = _line if progress else silent
     say = progress if callable(progress) else lines
     deadline = time.monotonic() + 60 * minutes
     work = surgery.clone(model).eval()
@@ -124,7 +125,7 @@ def _judge(
     batches: Sequence[Any],
     evaluate: Callable[[Any], Any] | None,
     seconds: float,
-    say: Callable[[str], None],
+    say: Say,
 ) -> Any:
     """What tells the losses. Raises ValueError, naming the batch, where the model doesn't run on
     one of calibration.
@@ -162,7 +163,3 @@ def _check_metric(points: Points, judge: Any) -> None:
 
 def _line(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-def _nothing(_line: str) -> None:
-    pass

@@ -16,6 +16,7 @@ from quantize import clock, surgery
 from quantize.calibration import call, main_output, watching, without_cache
 from quantize.measuring.artifact import as_metrics, per_example, standard_error
 from quantize.measuring.rows import higher_is_better, metric_noise
+from quantize.saying import Say, silent
 
 SLOW = 0.1  # share of the minutes: an evaluation that takes more isn't repeated for its noise
 
@@ -59,7 +60,7 @@ class Evaluated:
         evaluate: Callable[[Any], Any],
         original: nn.Module,
         seconds: float = math.inf,
-        say: Callable[[str], None] = lambda line: None,
+        say: Say = silent,
     ) -> None:
         self.evaluate = evaluate
         result, taken = clock.timed(partial(self._first, original))
@@ -94,7 +95,7 @@ class Evaluated:
             said = f"{type(error).__name__}: {error}"
             raise ValueError(f"evaluate fails for the original model: {said}") from error
 
-    def _repeat(self, original: nn.Module, say: Callable[[str], None]) -> None:
+    def _repeat(self, original: nn.Module, say: Say) -> None:
         again = as_metrics(self._first(original))
         varies = abs(again.get(self.name, math.nan) - self.value)
         if not math.isfinite(varies):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from quantize import checkpoint
 from quantize.compression.search.trial import Row
 from quantize.host import machine
 from quantize.measuring.report import write_report
+from quantize.saying import Say
 
 _REASON = 160  # characters of why a point failed
 
@@ -68,9 +68,7 @@ def doubts_of(row: Row, rows: list[Row]) -> str:
     return "".join(f"; {line}" for line in told)
 
 
-def report(
-    result: Result, folder: Path, minutes: float, seed: int, say: Callable[[str], None]
-) -> None:
+def report(result: Result, folder: Path, minutes: float, seed: int, say: Say) -> None:
     data = {"minutes": minutes, "seed": seed, "chosen": result.file.name, "reason": result.reason}
     data["layers"] = result.layers
     shown = [row for row in result.rows if row["metric"]]

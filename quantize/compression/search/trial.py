@@ -6,7 +6,7 @@ import errno
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from quantize.compression.search.budget import Budget
 from quantize.measuring.comparison import compare
 from quantize.measuring.nursery import Nursery
 from quantize.measuring.rows import build_rows, grade
+from quantize.saying import Say
 
 STATE, ORIGINAL = "search.json", "original"
 SUFFIX = ".safetensors"
@@ -114,7 +115,7 @@ class Trial:
         judge: Any,
         budget: Budget,
         points: Points,
-        say: Callable[[str], None],
+        say: Say,
         nursery: Nursery,
     ) -> None:
         self.nursery = nursery

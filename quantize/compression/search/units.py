@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -29,6 +29,7 @@ from quantize.compression.search.times import FLOAT, INT4, INT8, Stopwatch, made
 from quantize.nn import dense_weight
 from quantize.nn import low_rank as pairs
 from quantize.nn.int4 import GROUP_SIZES, Int4Linear
+from quantize.saying import Say
 
 AMOUNTS = (0.125, FIRST_SHARE, 0.5, 0.625, 0.75, 0.875)
 RATIOS = (0.6, 0.45, 0.3, 0.2, 0.1)
@@ -115,9 +116,7 @@ class Facts:
         return k, m
 
 
-def survey(
-    model: nn.Module, given: Given, kinds: Sequence[str], say: Callable[[str], None]
-) -> list[Unit]:
+def survey(model: nn.Module, given: Given, kinds: Sequence[str], say: Say) -> list[Unit]:
     """The units of a model with their options.
 
     Args:
@@ -150,7 +149,7 @@ def survey(
     return units
 
 
-def _groups(model: nn.Module, given: Given, say: Callable[[str], None]) -> list[Removable]:
+def _groups(model: nn.Module, given: Given, say: Say) -> list[Removable]:
     try:
         return removable(model, given.example_inputs, given.calibration or (), _shortened(say))
     except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
@@ -161,9 +160,7 @@ def _groups(model: nn.Module, given: Given, say: Callable[[str], None]) -> list[
 # Losses of single layers.
 
 
-def _facts(
-    model: nn.Module, given: Given, kinds: Sequence[str], say: Callable[[str], None]
-) -> dict[str, Facts]:
+def _facts(model: nn.Module, given: Given, kinds: Sequence[str], say: Say) -> dict[str, Facts]:
     """Of every linear layer and dense convolution that may be replaced and that inputs reach."""
     layers = find_layers(surgery.clone(model), ())[0]
     own = {name: model.get_submodule(name) for name in layers}
@@ -184,7 +181,7 @@ def _facts(
     return found
 
 
-def _shortened(say: Callable[[str], None]) -> Callable[[str], None]:
+def _shortened(say: Say) -> Say:
     """Without most of the names of layers that a line lists."""
     return lambda line: say(textwrap.shorten(line, _LINE, placeholder=" ..."))
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from quantize.run.fusion.nested import flatten
 from quantize.run.fusion.passes import simplify
 from quantize.run.fusion.planning import Plan, note, plan
 from quantize.run.fusion.state import answers, refuse_values
+from quantize.saying import Say, silent
 
 _LOSS = 1.1  # times the model's own time, from which a fused model is called slower
 BACKENDS = ("torchscript", "inductor", "onnxruntime", "openvino")
@@ -50,7 +51,7 @@ def fuse(
     example_inputs: Any,
     *,
     backend: str = "torchscript",
-    progress: Callable[[str], None] | None = None,
+    progress: Say | None = None,
 ) -> nn.Module:
     """A fused version of an eval-mode model: called like it, equal call after call, with `.save`.
 
@@ -90,7 +91,7 @@ def fuse(
     if backend not in (*BACKENDS, "auto"):
         raise ValueError(f"backend is {backend!r}; allowed: auto, {', '.join(BACKENDS)}")
     check_inputs(model, example_inputs)
-    say = progress or (lambda line: None)
+    say = progress or silent
     if backend == "auto":
         rows = compare(model, example_inputs, progress=progress)
         contenders = [c for c in rows if c.model is not None and c.backend != "eager"]
@@ -104,9 +105,7 @@ def fuse(
     return _external(model, example_inputs, backend, say)
 
 
-def _external(
-    model: nn.Module, example_inputs: Any, backend: str, say: Callable[[str], None]
-) -> nn.Module:
+def _external(model: nn.Module, example_inputs: Any, backend: str, say: Say) -> nn.Module:
     if reason := backends.missing(backend):
         raise ValueError(reason)
     say("running the model")
@@ -133,9 +132,7 @@ def _external(
     return fused
 
 
-def _torchscript(
-    model: nn.Module, example_inputs: Any, say: Callable[[str], None]
-) -> tuple[nn.Module, Plan | None]:
+def _torchscript(model: nn.Module, example_inputs: Any, say: Say) -> tuple[nn.Module, Plan | None]:
     if not torchscript.available():
         raise ValueError("this torch has no TorchScript: use backend='auto' or 'inductor'")
     try:
@@ -186,13 +183,13 @@ def compare(
     example_inputs: Any,
     *,
     names: Sequence[str] = BACKENDS,
-    progress: Callable[[str], None] | None = None,
+    progress: Say | None = None,
 ) -> list[Contender]:
     """Eager and every back end of `names`, each checked against eager and timed in turns; absent
     ones say why.
     """
     check_inputs(model, example_inputs)
-    say = progress or (lambda line: None)
+    say = progress or silent
     rows = [Contender("eager", model, difference=0.0)]
     pace = Pace(len(names))
     for name in names:

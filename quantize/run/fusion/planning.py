@@ -22,6 +22,7 @@ from quantize.run.fusion.folded import Folded
 from quantize.run.fusion.graph import CaptureError, Program, check_inputs, lines_of
 from quantize.run.fusion.memory import reuse_memory, separate_outputs
 from quantize.run.fusion.state import answers, refuse_values
+from quantize.saying import Say, silent
 
 EXPORTED, SIMPLE, KERNELS, MERGED, INTEGERS = (
     "as exported",
@@ -89,14 +90,14 @@ def plan(
     example_inputs: Any,
     *,
     build: Callable[[Program], nn.Module] = torchscript.compile,
-    progress: Callable[[str], None] | None = None,
+    progress: Say | None = None,
 ) -> Plan:
     """Build every way, check each against the model, let those that agree race. Raises ValueError
     if none agrees.
 
     progress: called with a line for people before each stage.
     """
-    say = progress or (lambda line: None)
+    say = progress or silent
     say("running the model")
     seen = answers(model, example_inputs)
     refuse_values(model, seen)
@@ -114,9 +115,7 @@ def plan(
     return made
 
 
-def _planned(
-    checker: Checker, build: Callable[[Program], nn.Module], say: Callable[[str], None]
-) -> Plan:
+def _planned(checker: Checker, build: Callable[[Program], nn.Module], say: Say) -> Plan:
     say("exporting the model to a graph")
     program = capture(checker.model, checker.example_inputs, checker.seen.changed)
     say(f"rewriting a graph of {program.operators().total()} operators")
@@ -153,9 +152,7 @@ def _planned(
     return Plan(built[best], best, ways[best], program.operators(), notes, distances[best])
 
 
-def fold(
-    model: nn.Module, example_inputs: Any, *, progress: Callable[[str], None] | None = None
-) -> nn.Module:
+def fold(model: nn.Module, example_inputs: Any, *, progress: Say | None = None) -> nn.Module:
     """An ordinary module with fewer operators, made by this package's own passes alone.
 
     It is equal to the model call after call, as what `quantize.fuse` returns, but runs in Python.
