@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from decoding import SIZES
 from models import bert, build, classifier, llama, pitch_net, pixels, resnet18, small_bert
 from rows import Parser, Row, host, in_a_process, write
 from torch import nn
@@ -51,6 +52,8 @@ BATCH, LENGTH, SIZE = 8, 128, 64
 BATCHES = 8
 PITCH = partial(pitch_net, (512, 128, 128, 128, 256, 512), (64,) * 6, 4)
 KEY = ("model", "technique", "batches")
+SIZED = """vocab_size hidden_size num_hidden_layers
+    num_attention_heads num_key_value_heads intermediate_size"""
 
 
 @dataclass
@@ -76,10 +79,11 @@ def encoder(make: Callable[[int, int], nn.Module], width: int, layers: int) -> C
     return Case(partial(make, width, layers), batch, amount={"*intermediate.dense": 0.5})
 
 
-def decoder(**config: Any) -> Case:
-    """Llama's shape, with one table for the input and the output; half of each feed-forward layer
-    goes.
+def decoder(*sizes: int) -> Case:
+    """Llama's shape with these `decoding.SIZES` and one table for the input and the output; half of
+    each feed-forward layer goes.
     """
+    config = dict(zip(SIZED.split(), sizes, strict=True))
 
     def make() -> nn.Module:
         return llama(tie_word_embeddings=True, **config)
@@ -88,18 +92,6 @@ def decoder(**config: Any) -> Case:
         return {"input_ids": torch.randint(256, (BATCH, LENGTH), generator=generator)}
 
     return Case(make, batch, amount={"*up_proj": 0.5})
-
-
-def billion(layers: int) -> Case:
-    """A decoder of 1.1 billion parameters where it has 22 layers."""
-    return decoder(
-        vocab_size=32000,
-        hidden_size=2048,
-        intermediate_size=5632,
-        num_hidden_layers=layers,
-        num_attention_heads=32,
-        num_key_value_heads=4,
-    )
 
 
 def images(make: Callable[[], nn.Module]) -> Case:
@@ -123,24 +115,10 @@ CASES = {
     "six_conv1d": Case(PITCH, sounds, amount=0.3, low_rank=False),
 }
 LARGE = {
-    "decoder_135m": decoder(
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-    ),
-    "decoder_350m": decoder(
-        vocab_size=49152,
-        hidden_size=960,
-        intermediate_size=2560,
-        num_hidden_layers=32,
-        num_attention_heads=15,
-        num_key_value_heads=5,
-    ),
-    "decoder_1b": billion(22),
-    "decoder_2048x3": billion(3),  # three layers of it
+    "decoder_135m": decoder(*SIZES["135M"]),
+    "decoder_350m": decoder(*SIZES["360M"]),
+    "decoder_1b": decoder(32000, 2048, 22, 32, 4, 5632),  # 1.1 billion parameters
+    "decoder_2048x3": decoder(32000, 2048, 3, 32, 4, 5632),  # three layers of it
 }
 DEEP = {f"bert_256x{depth}": encoder(small_bert, 256, depth) for depth in (4, 8, 16)}
 SMALL = {"bert_128x4": encoder(small_bert, 128, 4)}

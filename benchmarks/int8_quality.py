@@ -10,8 +10,8 @@ against float32, and the mean cosine of its logits to float32's.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -22,25 +22,30 @@ import torch
 from torch import nn
 
 from quantize import load, quantize_dynamic, quantize_weights
-from quantize.nn import int8_kernels
+from quantize.nn import int8_kernels, int8_stock
+from quantize.nn.int8_rows import Rows
 from quantize.training import data, evaluate
 
 WINDOW = 256
 
 
-def per_tensor(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """In the place of a scale per row: one for all rows."""
-    scale = (x.abs().amax() / 127).clamp_min(1e-30).expand(len(x), 1)
-    return (x / scale).round_().to(torch.int8), scale
+def per_tensor(x: torch.Tensor) -> Rows:
+    """In the place of a step per row: one for all rows."""
+    x = x.float()
+    step = (x.abs().amax() / 127).clamp_min(1e-30).expand(len(x), 1)
+    return Rows((x / step).round_().to(torch.int8), step, torch.zeros_like(step, dtype=torch.int32))
 
 
 in_int8 = partial(quantize_dynamic, prefer="size")
 
 
-def one_scale() -> AbstractContextManager:
-    """While it lasts, int8 layers quantize their inputs by `per_tensor`."""
+@contextmanager
+def one_scale() -> Iterator[None]:
+    """Int8 layers are stock operations that quantize their inputs by `per_tensor`."""
     names = ("quantize_rows", "quantize_many_rows")
-    return mock.patch.multiple(int8_kernels, **dict.fromkeys(names, per_tensor))
+    patched = mock.patch.multiple(int8_stock, **dict.fromkeys(names, per_tensor))
+    with int8_kernels.kernel("reference"), patched:
+        yield
 
 
 def forms(batches: list[torch.Tensor]) -> dict[str, Callable[[nn.Module], nn.Module]]:

@@ -102,8 +102,8 @@ def gpt2(width: int = 768, layers: int = 12, vocabulary: int = 50257) -> nn.Modu
     return transformers.GPT2LMHeadModel(config)
 
 
-def t5_encoder(width: int = 256, layers: int = 4) -> nn.Module:
-    shape = {"d_model": width, "d_ff": 4 * width, "num_layers": layers, "num_heads": width // 64}
+def t5_encoder() -> nn.Module:
+    shape = {"d_model": 256, "d_ff": 1024, "num_layers": 4, "num_heads": 4}
     return transformers.T5EncoderModel(transformers.T5Config(vocab_size=VOCABULARY, **shape))
 
 

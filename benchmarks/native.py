@@ -49,11 +49,11 @@ class MixerBlock(nn.Module):
         return x + self.along_channels(self.norms[1](x))
 
 
-def mixer(width: int = 256, layers: int = 4) -> nn.Module:
+def mixer() -> nn.Module:
     """Over 224 x 224 images in patches of 16."""
-    stem = nn.Sequential(nn.Conv2d(3, width, 16, 16), nn.Flatten(2))
-    blocks = [MixerBlock(196, width) for _ in range(layers)]
-    return nn.Sequential(stem, Transposed(), *blocks, nn.LayerNorm(width), nn.Linear(width, 1000))
+    stem = nn.Sequential(nn.Conv2d(3, 256, 16, 16), nn.Flatten(2))
+    blocks = [MixerBlock(196, 256) for _ in range(4)]
+    return nn.Sequential(stem, Transposed(), *blocks, nn.LayerNorm(256), nn.Linear(256, 1000))
 
 
 class Transposed(nn.Module):

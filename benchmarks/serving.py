@@ -85,12 +85,12 @@ def _percentile(values: list[float], percent: int) -> float:
     return sorted(values)[min(len(values) - 1, len(values) * percent // 100)]
 
 
-def best_batch(service: Service, seconds: float = 0.5) -> tuple[int, float]:
+def best_batch(service: Service) -> tuple[int, float]:
     """The batch with which the library answers most per second, and how many those are."""
 
     def rate(count: int) -> float:
         starts = itertools.count(0, count)
-        times = clock.burst(lambda: service.call(next(starts), count), seconds)
+        times = clock.burst(lambda: service.call(next(starts), count), 0.5)
         return count / statistics.mean(times)  # inputs differ in length
 
     rates = {count: rate(count) for count in (1, 2, 4, 8, 16, 32, 64)}

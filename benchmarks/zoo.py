@@ -63,6 +63,7 @@ def recurrent(kind: type[nn.RNNBase], units: int, **options: Any) -> Maker:
     return make, partial(steps, width=units)
 
 
+FUSED = ("resnet50", "mobilenet_v2", "efficientnet_b0", "convnext_tiny", "convnet")  # in fusion.py
 MODELS: dict[str, Maker] = {
     "bert_4x256": (partial(models.small_bert, 256, 4), models.ids),
     "bert_6x384": (partial(models.small_bert, 384, 6), models.ids),
@@ -75,11 +76,7 @@ MODELS: dict[str, Maker] = {
     "vit_6x192": (partial(models.vit, 192, 6), models.pixels),
     "whisper_encoder": (whisper_encoder, lambda batch: steps(batch, 80, 200)),
     "wav2vec2": (wav2vec2, lambda batch: steps(batch, 1, 8000)[:, 0]),
-    "resnet50": (partial(models.classifier, "ResNet"), models.pixels),
-    "mobilenet_v2": (partial(models.classifier, "MobileNetV2"), models.pixels),
-    "efficientnet_b0": (models.efficientnet_b0, models.pixels),
-    "convnext_tiny": (partial(models.classifier, "ConvNext"), models.pixels),
-    "convnet": (models.convnet, partial(models.pixels, size=32)),
+    **{name: models.MODELS[name] for name in FUSED},
     "resnet18": (models.resnet18, models.pixels),
     "digits": (own.digits, lambda batch: models.pixels(batch, 8)[:, :1]),
     "vgg_small": (own.vgg, partial(models.pixels, size=64)),
