@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import in_int8, randn
+from image_blocks import Mobile
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -20,18 +21,6 @@ from quantize.nn.int8_chain import Program
 from quantize.nn.int8_program import trace
 from quantize.nn.int8_region import program_of
 from quantize.nn.replay import _regions, plainly
-
-
-class Mobile(nn.Module):
-    """A depthwise convolution between others."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.wide, self.narrow = nn.Conv2d(32, 48, 1), nn.Conv2d(48, 32, 1)
-        self.deep, self.cut = nn.Conv2d(48, 48, 3, padding=1, groups=48), nn.ReLU6()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.narrow(self.cut(self.deep(F.relu6(self.wide(x)))))
 
 
 class Net(nn.Module):

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import in_int8, randn
+from image_blocks import Mobile
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -42,19 +43,6 @@ class Block(nn.Module):
         y = self.last(y)
         y += self.shortcut(x)
         return y.relu()
-
-
-class Mobile(nn.Module):
-    """A depthwise convolution between others, and no activation behind the sum."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.wide, self.narrow = nn.Conv2d(32, 48, 1), nn.Conv2d(48, 32, 1)
-        self.deep, self.cut = nn.Conv2d(48, 48, 3, padding=1, groups=48), nn.ReLU6()
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.cut(self.deep(F.relu6(self.wide(x))))
-        return x + self.narrow(y)
 
 
 class Padded(Mobile):
