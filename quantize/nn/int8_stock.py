@@ -24,19 +24,20 @@ from quantize.nn.int8_rows import CHUNK, Rows, quantize_many_rows, quantize_rows
 Kernel = Callable[..., Tensor]
 
 
-def _results(total: Tensor, rows: Rows, scale: Tensor, bias: Tensor | None) -> Tensor:
-    y = torch.mul(total, scale).mul_(rows.step)
-    return y if bias is None else y.add_(bias.float())
-
-
-def _with_outliers(
-    total: Tensor, rows: Rows, scale: Tensor, bias: Tensor | None, x: Tensor, outliers: Outliers
+def _results(
+    total: Tensor,
+    rows: Rows,
+    scale: Tensor,
+    bias: Tensor | None,
+    x: Tensor,
+    outliers: Outliers | None,
 ) -> Tensor:
-    """`_results`, and the products of the outlier channels of x `[M, K]`."""
-    y = _results(total, rows, scale, None)
-    values = x.float().index_select(1, outliers.channels)  # [M, C]
-    for value, kept in zip(values.unbind(1), outliers.kept, strict=True):
-        y = y + value.unsqueeze(1) * kept
+    """Of the integer sums; with the products of the outlier channels of x `[M, K]`, if any."""
+    y = torch.mul(total, scale).mul_(rows.step)
+    if outliers is not None:
+        values = x.float().index_select(1, outliers.channels)  # [M, C]
+        for value, kept in zip(values.unbind(1), outliers.kept, strict=True):
+            y = y + value.unsqueeze(1) * kept
     return y if bias is None else y.add_(bias.float())
 
 
@@ -50,16 +51,13 @@ def stock(
     activation: str | None = None,
 ) -> Tensor:
     """The layer around one of the products in `int8_products`."""
+    flat = _flat(x)
     if outliers is None:
         rows = _rows_of(x)
     else:
-        flat = _flat(x)
         rows = quantize_many_rows(flat.float() * outliers.factor)
     total = product(rows.q, weight).addcmul_(rows.shift, products.sums(weight))
-    if outliers is None:
-        y = _results(total, rows, scale, bias)
-    else:
-        y = _with_outliers(total, rows, scale, bias, flat, outliers)
+    y = _results(total, rows, scale, bias, flat, outliers)
     if activation is not None:
         y = ACTIVATIONS[activation](y)
     return y.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
@@ -80,10 +78,7 @@ def in_graph(
     flat = x.detach().reshape(-1, weight.shape[1])
     rows = quantize_rows(flat if outliers is None else flat.float() * outliers.factor)
     total = int_mm(rows.q, weight).add(rows.shift * sums)
-    if outliers is None:
-        y = _results(total, rows, scale, bias)
-    else:
-        y = _with_outliers(total, rows, scale, bias, flat, outliers)
+    y = _results(total, rows, scale, bias, flat, outliers)
     if activation is not None:
         y = IN_GRAPH[activation](y)
     return y.to(x.dtype).reshape(*x.shape[:-1], weight.shape[0])

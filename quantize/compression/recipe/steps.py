@@ -46,17 +46,7 @@ class Prune(Step):
 
     def __call__(self, model: nn.Module, given: Given) -> nn.Module:
         """A smaller copy of `model`; raises what `prune_ln_structured` raises."""
-        if given.example_inputs is None:
-            raise ValueError("Prune needs example_inputs")
-        return prune_ln_structured(
-            model,
-            given.example_inputs,
-            amount=self.amount,
-            n=self.n,
-            skip=self.skip,
-            calibration=given.calibration,
-            progress=given.progress,
-        )
+        return prune_ln_structured(model, given.inputs_of(self), **vars(self), **given.seen)
 
 
 @dataclass(frozen=True)
@@ -82,14 +72,7 @@ class LowRank(Step):
 
     def __call__(self, model: nn.Module, given: Given) -> nn.Module:
         """A smaller copy of `model`; raises what `factorize_low_rank` raises."""
-        return factorize_low_rank(
-            model,
-            ratio=self.ratio,
-            skip=self.skip,
-            only_faster=self.only_faster,
-            calibration=given.calibration,
-            progress=given.progress,
-        )
+        return factorize_low_rank(model, **vars(self), **given.seen)
 
 
 @dataclass(frozen=True)
@@ -189,14 +172,9 @@ class Int8(Step):
         """
         if self.smooth and given.calibration is None:
             raise ValueError("Int8(smooth=True) needs calibration")
-        new = quantize_dynamic(
-            model,
-            embeddings=self.embeddings,
-            prefer=self.prefer,
-            skip=self.skip,
-            calibration=given.calibration if self.smooth else None,
-            progress=given.progress,
-        )
+        seen = given.seen if self.smooth else {"progress": given.progress}
+        how = {"embeddings": self.embeddings, "prefer": self.prefer, "skip": self.skip}
+        new = quantize_dynamic(model, **how, **seen)
         batch = given.first_batch()
         if not self.smooth and batch is not None:
             tell_distance(new, model, batch)
@@ -223,10 +201,4 @@ class Int4(Step):
 
     def __call__(self, model: nn.Module, given: Given) -> nn.Module:
         """A copy of `model` in int4; raises what `quantize_weights` raises."""
-        return quantize_weights(
-            model,
-            group_size=self.group_size,
-            skip=self.skip,
-            calibration=given.calibration,
-            progress=given.progress,
-        )
+        return quantize_weights(model, **vars(self), **given.seen)

@@ -88,17 +88,9 @@ class Student(Step):
     def __call__(self, model: nn.Module, given: Given) -> nn.Module:
         """A trained smaller model; raises what `make_student` and `distill` raise."""
         batches = _batches(self, given)
-        if given.example_inputs is None:
-            raise ValueError("Student needs example_inputs")
-        student = make_student(
-            model,
-            depth=self.depth,
-            width=self.width,
-            example_inputs=given.example_inputs,
-            calibration=given.calibration,
-            skip=self.skip,
-            progress=given.progress,
-        )
+        how = {"depth": self.depth, "width": self.width, "skip": self.skip}
+        inputs = given.inputs_of(self)
+        student = make_student(model, example_inputs=inputs, **how, **given.seen)
         options = {"steps": self.steps, "temperature": self.temperature}
         return _taught(distill, student, replace(given, teacher=model), batches, options)
 

@@ -88,6 +88,17 @@ class Given:
         """A batch to look at a result with, from calibration where there is one; or None."""
         return next(iter(self.calibration or ()), self.example_inputs)
 
+    @property
+    def seen(self) -> dict[str, Any]:
+        """What techniques look at, and whom they tell."""
+        return {"calibration": self.calibration, "progress": self.progress}
+
+    def inputs_of(self, step: Step) -> Any:
+        """The example inputs. Raises ValueError where a step misses them."""
+        if self.example_inputs is None:
+            raise ValueError(f"{type(step).__name__} needs example_inputs")
+        return self.example_inputs
+
     def say(self, line: str) -> None:
         """Tell `progress`, if there is one."""
         if self.progress is not None:
