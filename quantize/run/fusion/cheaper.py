@@ -40,41 +40,48 @@ def rms_norms(program: Program) -> None:
     """`rms_norm`, and the mean of squares that others spell out, by the Euclidean norm of each row;
     scales stay operators.
     """
-    count = 0
-    for node in calls(program, {aten.rms_norm.default}):
-        x, sizes, weight = argument(node, 0), argument(node, 1), argument(node, 2)
-        scaled = weight is not None
-        if not _is_rows(x) or len(sizes) != 1 or (scaled and not _is_float(program, weight)):
-            continue
-        epsilon = argument(node, 3)
-        epsilon = torch.finfo(torch.float32).eps if epsilon is None else epsilon
-        one, value = torch.full((1,), epsilon, dtype=torch.float32), x.meta["val"]
-        with program.before(node):
-            norm = _norm(program, x)
-            row = norm.meta["val"]
-            shift = add_constant(program, norm, "rms_norm_epsilon", one)
-            share = 1.0 / int(value.shape[-1])
-            mean = program.call(aten.addcmul.default, shift, norm, norm, value=share, val=row)
-            factor = program.call(aten.rsqrt.default, mean, val=row)
-            y = program.call(aten.mul.Tensor, x, factor, val=value)
-            y = program.call(aten.mul.Tensor, y, weight, val=value) if scaled else y
-        replace(node, y)
-        count += 1
-    for node in calls(program, {aten.mean.dim}):
-        square = argument(node, 0)
-        if not is_call(square, aten.pow.Tensor_Scalar) or argument(square, 1) != 2:
-            continue
-        x, by_row = argument(square, 0), list(argument(node, 1)) == [-1] and argument(node, 2)
-        if _is_rows(x) and by_row and not node.kwargs and len(square.users) == 1:
-            share = 1.0 / int(x.meta["val"].shape[-1])
-            with program.before(node):
-                norm = _norm(program, x)
-                row = norm.meta["val"]
-                total = program.call(aten.mul.Tensor, norm, norm, val=row)
-                mean = program.call(aten.mul.Tensor, total, share, val=row)
-            replace(node, mean)
-            count += 1
-    program.note(count, "RMS norms by one reduction each")
+    whole = [_one_reduction(program, node) for node in calls(program, {aten.rms_norm.default})]
+    spelt = [_mean_of_squares(program, node) for node in calls(program, {aten.mean.dim})]
+    program.note(sum(whole + spelt), "RMS norms by one reduction each")
+
+
+def _one_reduction(program: Program, node: fx.Node) -> bool:
+    """x / sqrt(mean of squares + epsilon), by the norm of each row. False if it can't be."""
+    x, sizes, weight = argument(node, 0), argument(node, 1), argument(node, 2)
+    scaled = weight is not None
+    if not _is_rows(x) or len(sizes) != 1 or (scaled and not _is_float(program, weight)):
+        return False
+    epsilon = argument(node, 3)
+    epsilon = torch.finfo(torch.float32).eps if epsilon is None else epsilon
+    one, value = torch.full((1,), epsilon, dtype=torch.float32), x.meta["val"]
+    share = 1.0 / int(value.shape[-1])
+    with program.before(node):
+        norm = _norm(program, x)
+        row = norm.meta["val"]
+        shift = add_constant(program, norm, "rms_norm_epsilon", one)
+        mean = program.call(aten.addcmul.default, shift, norm, norm, value=share, val=row)
+        factor = program.call(aten.rsqrt.default, mean, val=row)
+        y = program.call(aten.mul.Tensor, x, factor, val=value)
+        y = program.call(aten.mul.Tensor, y, weight, val=value) if scaled else y
+    replace(node, y)
+    return True
+
+
+def _mean_of_squares(program: Program, node: fx.Node) -> bool:
+    """The mean of x^2 over each row, by its norm. False if `node` is another mean."""
+    square = argument(node, 0)
+    if not is_call(square, aten.pow.Tensor_Scalar) or argument(square, 1) != 2:
+        return False
+    x, by_row = argument(square, 0), list(argument(node, 1)) == [-1] and argument(node, 2)
+    if not _is_rows(x) or not by_row or node.kwargs or len(square.users) != 1:
+        return False
+    with program.before(node):
+        norm = _norm(program, x)
+        row = norm.meta["val"]
+        total = program.call(aten.mul.Tensor, norm, norm, val=row)
+        mean = program.call(aten.mul.Tensor, total, 1.0 / int(x.meta["val"].shape[-1]), val=row)
+    replace(node, mean)
+    return True
 
 
 def _is_float(program: Program, node: fx.Node) -> bool:
