@@ -5,7 +5,8 @@ whoever asks (see `reading`). `dense_weight()` is that weight in float32 as it m
 `operands()` is what is stored, for native code and graphs. What is stored has names of its own, so
 nobody takes packed bytes for a weight. A layer also defines `weight_shape` and `weight_kind`, and,
 to be read from a file, a class method `rebuild` (registered by `surgery.builder`) and
-`contradiction()`; `nn/int4.py` is an example.
+`contradiction()`, which a `PackedLayer` has where it says its `shapes()`; `nn/int4.py` is an
+example.
 """
 
 from __future__ import annotations
