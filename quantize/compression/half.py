@@ -114,11 +114,8 @@ class _Rounding:
         for key, parameter in module.named_parameters(recurse=False):
             if id(parameter) in self._untouched or not parameter.is_floating_point():
                 continue
-            if id(parameter) not in self._rounded and not self._round(
-                f"{name}.{key}".strip("."), parameter
-            ):
-                continue
-            fits.append(key)
+            if id(parameter) in self._rounded or self._round(f"{name}.{key}".strip("."), parameter):
+                fits.append(key)
         return fits
 
     def _round(self, name: str, parameter: nn.Parameter) -> bool:
@@ -150,22 +147,19 @@ def _free_layers(model: nn.Module) -> set[str]:
     """Layers that may cast: weights that nobody else holds, and no module around them that bypasses
     the layer's forward.
     """
-    owners: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    holders = surgery.holders(model)
     bypassed: set[int] = set()
     for module in model.modules():
         if isinstance(module, _READS_WEIGHTS):
             bypassed |= {id(child) for child in module.children()}
     casting = {torch.float32, *HALF_DTYPES.values()}
-    return {
-        name
-        for name, module in model.named_modules()
-        if casting_class(module) is not None
-        and id(module) not in bypassed
-        and all(p.dtype in casting and owners[id(p)] == 1 for p in module.parameters(recurse=False))
-    }
+    free: set[str] = set()
+    for name, module in model.named_modules():
+        own = list(module.parameters(recurse=False))
+        fits = all(p.dtype in casting and len(holders[id(p)]) == 1 for p in own)
+        if fits and casting_class(module) is not None and id(module) not in bypassed:
+            free.add(name)
+    return free
 
 
 def _rounding_error(tensor: Tensor, dtype: torch.dtype) -> float:

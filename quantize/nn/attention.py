@@ -74,16 +74,11 @@ class ProjectedAttention(nn.Module):
             raise ValueError(f"expected an nn.MultiheadAttention, found a {type(module).__name__}")
         width, dtype = module.embed_dim, module.out_proj.weight.dtype
         bias = module.in_proj_bias is not None
-        parts = [
-            nn.Linear(k, width, bias, device="meta", dtype=dtype)
-            for k in (width, module.kdim, module.vdim)
-        ]
-        parts.append(
-            nn.Linear(width, width, module.out_proj.bias is not None, device="meta", dtype=dtype)
-        )
-        return cls(*parts, heads=heads, batch_first=batch_first, dropout=dropout).train(
-            module.training
-        )
+        like = {"device": "meta", "dtype": dtype}
+        parts = [nn.Linear(k, width, bias, **like) for k in (width, module.kdim, module.vdim)]
+        out = nn.Linear(width, width, module.out_proj.bias is not None, **like)
+        new = cls(*parts, out, heads=heads, batch_first=batch_first, dropout=dropout)
+        return new.train(module.training)
 
     def contradiction(self) -> str | None:
         """See `surgery.contradiction`."""
@@ -235,10 +230,8 @@ def project_attentions(
             replaced[name] = module
         else:
             left[name] = reason
-    model = surgery.replace(
-        model, {module: ProjectedAttention.from_attention(module) for module in replaced.values()}
-    )
-    return model, replaced, left
+    made = {module: ProjectedAttention.from_attention(module) for module in replaced.values()}
+    return surgery.replace(model, made), replaced, left
 
 
 def restore_attentions(
@@ -266,28 +259,20 @@ def _obstacle(
     if any(skipped(f"{name}.{part}".strip("."), child) for part, child in parts):
         return "it or a part of it is named by skip"
     if type(module).forward is not nn.MultiheadAttention.forward or "forward" in module.__dict__:
-        return (
-            f"{type(module).__name__} is a subclass of nn.MultiheadAttention with a forward "
-            f"of its own"
-        )
+        kind = type(module).__name__
+        return f"{kind} is a subclass of nn.MultiheadAttention with a forward of its own"
     if module.bias_k is not None or module.add_zero_attn:
         return "bias_k, bias_v and add_zero_attn are not handled"
-    if (
-        type(module.out_proj).forward is not nn.Linear.forward
-        or "weight" not in module.out_proj._parameters
-    ):
-        return (
-            f"its out_proj is a {type(module.out_proj).__name__} that computes its weight, or "
-            f"not a plain linear"
-        )
+    last = module.out_proj
+    if type(last).forward is not nn.Linear.forward or "weight" not in last._parameters:
+        kind = type(last).__name__
+        return f"its out_proj is a {kind} that computes its weight, or not a plain linear"
     inputs = ("in_proj_weight", "q_proj_weight")
     if all(module._parameters.get(key) is None for key in inputs):
         return "its weights are computed by a hook or a parametrization: make them permanent first"
     if any(len(holders[id(p)]) > 1 for p in module.parameters()):
         return "it shares its weights with another module"
-    if not all(
-        p.is_floating_point() and p.dtype == module.out_proj.weight.dtype
-        for p in module.parameters()
-    ):
+    dtypes, own = {p.dtype for p in module.parameters()}, last.weight.dtype
+    if dtypes != {own} or not own.is_floating_point:
         return "its weights are of several dtypes or no floating numbers"
     return None

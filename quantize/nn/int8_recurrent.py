@@ -314,15 +314,8 @@ class _Int8Recurrent(PackedLayer):
         return ", ".join(parts)
 
 
-_SETTINGS = (
-    "input_size",
-    "hidden_size",
-    "num_layers",
-    "batch_first",
-    "dropout",
-    "bidirectional",
-    "proj_size",
-)
+_SETTINGS = ("input_size", "hidden_size", "num_layers", "batch_first", "dropout")
+_SETTINGS += ("bidirectional", "proj_size")
 
 
 @surgery.builder

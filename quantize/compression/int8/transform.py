@@ -1,15 +1,12 @@
-"""quantize_dynamic: a model in int8, and what is said about the layers that stay in float."""
+"""quantize_dynamic: a model in int8."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-import torch
 from torch import nn
 
 from quantize import calibration as calibrating
@@ -17,9 +14,7 @@ from quantize import surgery
 from quantize.compression import smooth
 from quantize.compression.int8.joining import following, fuse_activations
 from quantize.compression.int8.layers import (
-    INT8,
     Choice,
-    Plans,
     Report,
     Skipped,
     Stored,
@@ -33,14 +28,13 @@ from quantize.compression.int8.limit import Trial, warn_if_far, warn_of_noise, w
 from quantize.compression.int8.outliers import find_plans
 from quantize.compression.int8.regions import Inputs, gaining_together, make_regions
 from quantize.compression.int8.speed import affordable, slower, slower_as_a_whole
+from quantize.compression.int8.telling import Made, nothing, tell, unconverted
 from quantize.nn import project_attentions, restore_attentions
 from quantize.nn.int8 import Int8Linear
-from quantize.nn.int8_outliers import Int8OutlierLinear
 from quantize.saying import Say, silent
 
 PREFERENCES = ("speed", "size")
 _CLEARLY = 0.9  # smaller gains are not seen again on other data
-_MUCH = 0.4
 
 
 def quantize_dynamic(
@@ -129,7 +123,7 @@ def quantize_dynamic(
         plans |= stored
     if not choice.chosen:
         why = f"no layer of {type(model).__name__} is faster in int8 here"
-        return _unconverted(model, choice.left | left, why)
+        return unconverted(model, choice.left | left, why)
     expected = None if calibration is None else smooth.outputs(source, calibration)
     readers = following(source, choice, calibration)
     folded = {norm: conv for conv, norm in surgery.fold_norms(source, readers).items()}
@@ -152,10 +146,10 @@ def quantize_dynamic(
         why = _slower_whole(model, made, trial) if prefer == "speed" else None
         if why is not None:
             stays = dict.fromkeys(made.choice.chosen, why)
-            return _unconverted(model, stays | made.choice.left | left, why)
+            return unconverted(model, stays | made.choice.left | left, why)
         if max_error is None and made.distance is not None:
             warn_if_far(model, made.distance)
-    _tell(made, plans, left, folded | joined)
+    tell(made, plans, left, folded | joined)
     return made.model
 
 
@@ -165,7 +159,7 @@ def _chosen(model: nn.Module, skipped: Skipped, embeddings: bool | None, prefer:
     if prefer == "size":
         choice = choice.without(small(choice))
     if not choice.chosen:
-        raise ValueError(_nothing(model, choice.left))
+        raise ValueError(nothing(model, choice.left))
     return choice
 
 
@@ -174,23 +168,6 @@ def _slower_whole(model: nn.Module, made: Made, trial: Trial) -> str | None:
     times = slower_as_a_whole(model, made.model, trial.calibration)
     kind = type(model).__name__
     return None if times is None else f"{kind} as a whole is slower in int8 here, {times}"
-
-
-@dataclass
-class Made:
-    """A model in int8.
-
-    Args:
-        model: with int8 layers.
-        choice: which ones.
-        distance: its relative error on calibration, if there is any.
-        settings: to be noted.
-    """
-
-    model: nn.Module
-    choice: Choice
-    distance: float | None = None
-    settings: dict[str, Any] = field(default_factory=dict)
 
 
 def _calibrated(
@@ -210,17 +187,6 @@ def _calibrated(
     return Made(new, choice, distance, settings)
 
 
-def _tell(made: Made, plans: Plans, left: Report, folded: Mapping[str, str]) -> None:
-    """Note on the model what became of its layers."""
-    told, total = _with_shares(made.model, made.choice.left | left)
-    layers = {n: m for n, m in made.model.named_modules() if isinstance(m, INT8)}
-    done = {name: _became(name, layer, plans) for name, layer in layers.items()}
-    done |= {gone: f"folded into {layer}" for gone, layer in folded.items()}
-    if total:
-        made.settings["stays_float"] = total
-    surgery.note(made.model, "int8", done=done, left=told, distance=made.distance, **made.settings)
-
-
 def _check(prefer: str, max_error: float | None, calibration: Iterable[Any] | None) -> None:
     if prefer not in PREFERENCES:
         raise ValueError(f"prefer must be 'speed' or 'size', got {prefer!r}")
@@ -231,27 +197,6 @@ def _check(prefer: str, max_error: float | None, calibration: Iterable[Any] | No
     number = isinstance(max_error, (int, float)) and not isinstance(max_error, bool)
     if not number or not 0 < max_error < math.inf:
         raise ValueError(f"max_error must be a finite number above 0, got {max_error!r}")
-
-
-def _nothing(model: nn.Module, left: Report) -> str:
-    already = any(isinstance(m, INT8) for m in model.modules())
-    floating = sum(surgery.stays_float(model).values())
-    bytes_left = f"{floating} of its {_bytes(model)} bytes stay float"
-    why = "it is already quantized" if already else bytes_left
-    detail = surgery.shortened(left) or "it has no layer of a kind that becomes int8"
-    return f"{type(model).__name__} has no layer left to quantize: {why} ({detail})"
-
-
-def _unconverted(model: nn.Module, left: Report, why: str) -> nn.Module:
-    """A float copy that says why it is one."""
-    new = surgery.clone(model)
-    warnings.warn(
-        f"{why}, so the result is a float copy; prefer='size' converts all "
-        f"({surgery.shortened(left)})",
-        stacklevel=3,
-    )
-    surgery.note(new, "int8", left=left)
-    return new
 
 
 def _improved(
@@ -310,52 +255,9 @@ def _faster(choice: Choice, reasons: Report) -> tuple[Choice, dict[str, Stored]]
     return choice.without(left), stored
 
 
-def _became(name: str, layer: nn.Module, plans: Plans) -> str:
-    """What became of a layer, in words."""
-    plan = plans.get(name)
-    if isinstance(plan, Stored):
-        return f"stored in int8, computes in float: {plan.reason}"
-    if not isinstance(layer, Int8OutlierLinear):
-        return "int8"
-    count = len(layer.channels)
-    if not count:
-        return "int8, inputs evened out"
-    return f"int8, {count} outlier channel{'s' if count > 1 else ''} in float"
-
-
 def _smoothable(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     """Linears whose weight can be multiplied in place."""
     for name, module in model.named_modules():
         stored = isinstance(module._parameters.get("weight"), nn.Parameter)
         if isinstance(module, nn.Linear) and stored and "_half" not in vars(module):
             yield name, module
-
-
-def _with_shares(model: nn.Module, report: Report) -> tuple[Report, str | None]:
-    """The reasons with the part of the model's bytes that each layer has, and in words how much of
-    it stays float.
-    """
-    whole = _bytes(model)
-    sizes = surgery.stays_float(model)
-    shares = {name: sizes.get(name, 0) / whole for name in report} if whole else {}
-    told = {
-        n: f"{why} ({shares[n]:.0%} of the bytes)" if shares.get(n, 0) >= 0.01 else why
-        for n, why in report.items()
-    }
-    total = sum(sizes.values())
-    if not whole or total < 0.01 * whole:
-        return told, None
-    words = f"{total / whole:.0%} of {whole} bytes"
-    if total > _MUCH * whole:
-        most = [name for name in sizes if name in report][:4]
-        reasons = "; ".join(f"{name or '(the model)'}: {told[name]}" for name in most)
-        warnings.warn(f"int8: {words} stay in floating point ({reasons})", stacklevel=4)
-    return told, words
-
-
-def _bytes(model: nn.Module) -> int:
-    return sum(
-        tensor.nbytes
-        for tensor in model.state_dict().values()
-        if isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided
-    )
