@@ -230,7 +230,9 @@ def project_attentions(
             replaced[name] = module
         else:
             left[name] = reason
-    made = {module: ProjectedAttention.from_attention(module) for module in replaced.values()}
+    made: dict[nn.Module, nn.Module] = {}
+    for module in replaced.values():
+        made[module] = ProjectedAttention.from_attention(module)
     return surgery.replace(model, made), replaced, left
 
 

@@ -106,19 +106,14 @@ def fit(
     run = {"config": asdict(config), "seed": seed, "bf16": bf16, "world": world}
     run |= {"identity": identity or {}, "model": describe(model)}
     resumed = resume and path is not None and path.exists()
-
-    def save(done: int) -> None:
-        if path is not None and rank == 0:
-            write_state(path, model, optimizers, judge, run, done)
-
     first = 0
     if path is not None and resumed:
         first = restore(path, model, optimizers, judge, run)
     broadcast(model, world)
-    if not resumed:
-        if judge is not None:
-            judge.start()
-        save(0)
+    if judge is not None and not resumed:
+        judge.start()
+    if path is not None and rank == 0 and not resumed:
+        write_state(path, model, optimizers, judge, run, 0)
     parameters = [p for p in model.parameters() if p.requires_grad]
     started = saved = time.monotonic()
     units = 0
@@ -137,8 +132,9 @@ def fit(
         if judge is not None and judge.check(done):
             optimizers = build_optimizers(model, config)
         now = time.monotonic()
-        if now - saved >= checkpoint_seconds or done == config.steps:
-            save(done)
+        due = now - saved >= checkpoint_seconds or done == config.steps
+        if path is not None and rank == 0 and due:
+            write_state(path, model, optimizers, judge, run, done)
             saved = time.monotonic()
         if on_progress is not None and rank == 0:
             units += _units(batch) * world

@@ -172,7 +172,7 @@ class Int8(Step):
         """
         if self.smooth and given.calibration is None:
             raise ValueError("Int8(smooth=True) needs calibration")
-        seen = given.seen if self.smooth else {"progress": given.progress}
+        seen = given.seen if self.smooth else {**given.seen, "calibration": None}
         how = {"embeddings": self.embeddings, "prefer": self.prefer, "skip": self.skip}
         new = quantize_dynamic(model, **how, **seen)
         batch = given.first_batch()
