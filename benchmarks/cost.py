@@ -51,7 +51,7 @@ from quantize.calibration import call, distance
 BATCH, LENGTH, SIZE = 8, 128, 64
 BATCHES = 8
 PITCH = partial(pitch_net, (512, 128, 128, 128, 256, 512), (64,) * 6, 4)
-KEY = ("model", "technique", "batches")
+KEY = ("model", "technique", "batches", "threads", "cpu")
 SIZED = """vocab_size hidden_size num_hidden_layers
     num_attention_heads num_key_value_heads intermediate_size"""
 
