@@ -85,19 +85,25 @@ struct Windows {
     }
   }
 
-  // Output pixels of a line from `at` to `end`.
+  // Output pixels of a line from `at` to `end`. A vector of channels at a time, whose weights and
+  // windows the nearest cache holds.
   template <bool LARGEST_OF>
   void pixels_of(const float* image, const int64_t* lines, int64_t at, int64_t end,
                  float* to) const {
-    for (; at < end; at++) {
-      const int64_t first = at * layer.stride[2] - layer.before[2];
-      float* own = to + at * layer.channels;
-      int64_t c = 0;
-      for (; c + 4 * LANES <= layer.channels; c += 4 * LANES)
-        window<LARGEST_OF, 4>(image, lines, first, c, LANES, own);
-      for (; c < layer.channels; c += LANES)
-        window<LARGEST_OF, 1>(image, lines, first, c, least_of(layer.channels - c, LANES), own);
-    }
+    int64_t c = 0;
+    for (; c + 4 * LANES <= layer.channels; c += 4 * LANES)
+      vectors_of<LARGEST_OF, 4>(image, lines, at, end, c, LANES, to);
+    for (; c + 2 * LANES <= layer.channels; c += 2 * LANES)
+      vectors_of<LARGEST_OF, 2>(image, lines, at, end, c, LANES, to);
+    for (; c < layer.channels; c += LANES)
+      vectors_of<LARGEST_OF, 1>(image, lines, at, end, c, least_of(layer.channels - c, LANES), to);
+  }
+  template <bool LARGEST_OF, int V>
+  void vectors_of(const float* image, const int64_t* lines, int64_t at, int64_t end, int64_t c,
+                  int64_t many, float* to) const {
+    for (; at < end; at++)
+      window<LARGEST_OF, V>(image, lines, at * layer.stride[2] - layer.before[2], c, many,
+                            to + at * layer.channels);
   }
 
   template <bool LARGEST_OF>
