@@ -50,8 +50,10 @@ __all__ = ["Outliers", "Rows", "in_graph", "kernel", "linear", "quantize_rows", 
 
 SWITCH = "QUANTIZE_INT8_KERNEL"
 _MANY = 1024  # rows above which a kernel's rank no longer changes
-_FEW = 16  # rows that a kernel is tried with first:
-_HOPELESS = 16  # so many times as slow as the best, it isn't tried with more
+_FEW = 16  # rows that a kernel is tried with first
+# A kernel that takes so many times as long as the best, and longer than a call with few rows takes
+# anyhow, isn't tried further.
+_HOPELESS, _CALL_S = 4, 2e-4
 
 
 def native(
@@ -250,10 +252,11 @@ def _fastest(m: int, n: int, k: int, kernels: dict[str, Kernel]) -> Kernel:
         return {n: handicap.get(n, 1.25) * s for n, s in zip(names, seconds, strict=True)}
 
     hopeful = list(kernels)
-    for rows, times in ((x[:_FEW], _HOPELESS), (x, 4)):
+    for rows in (x[:_FEW], x):
         hopeful = exact(hopeful, rows)
         cost = costs(hopeful, rows, 3)
-        hopeful = [name for name in hopeful if cost[name] <= times * min(cost.values())]
+        most = max(_HOPELESS * min(cost.values()), _CALL_S)
+        hopeful = [name for name in hopeful if cost[name] <= most]
     if len(hopeful) > 1:
         cost = costs(hopeful, x, 20 if m < 64 else 4)
     return kernels[min(hopeful, key=cost.__getitem__)]
