@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantize.host import native_bf16
 from quantize.training.config import TrainConfig
 from quantize.training.resuming import TrainingError
 
@@ -69,12 +70,13 @@ class BatchedMuon(torch.optim.Muon):
 
 
 def orthogonalize(x: Tensor, coefficients: tuple[float, float, float], steps: int) -> Tensor:
-    """Move the singular values of each matrix of x [N, A, B] near 1 by Newton-Schulz steps, in bf16
-    (as torch's Muon).
+    """Move the singular values of each matrix of x [N, A, B] near 1 by Newton-Schulz steps: in bf16
+    (as torch's Muon) where the device multiplies it natively, else in float32, which is faster
+    there.
     """
     a, b, c = coefficients
     tall = x.shape[1] > x.shape[2]
-    x = (x.mT if tall else x).bfloat16()
+    x = (x.mT if tall else x).to(torch.bfloat16 if native_bf16(x.device) else torch.float32)
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(steps):
         gram = x @ x.mT
