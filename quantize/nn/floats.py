@@ -5,7 +5,8 @@ threads. These give the same bits on every instruction set, for any number of th
 They differ from torch's by rounding alone: a norm by 4e-6 of the row's largest result, attention by
 4e-6 of the largest value, activations by 3e-7 of the input. torch's own are called where there is
 no native code, where gradients may be asked for, for other dtypes than float32, and for fewer than
-four queries. The mean of an image's channels is within 1e-6 of the largest number.
+four queries. The mean of an image's channels, by `adaptive_avg_pool2d` or `mean`, is within 1e-6 of
+the largest number.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from quantize.nn import int8_kernels as kernels
 
 GELUS = {"none": "gelu", "tanh": "gelu_tanh"}  # names of activations, as F.gelu has them
 _MOST_FORMS = 64  # of arguments that a function remembers
+_PIXELS = ({2, 3}, {-2, -1}, {2, -1}, {-2, 3})  # dimensions of images
 
 
 class Own:
@@ -171,10 +173,33 @@ def gelu_work(input: Tensor, approximate: str = "none") -> Work | None:
 
 def averaged(input: Tensor, output_size: Any) -> Tensor:
     """As F.adaptive_avg_pool2d."""
-    whole = output_size in (1, (1, 1), [1, 1]) and input.dim() == 4 and input.numel() > 0
-    if whole and input.dtype is torch.float32 and _are_free([input]):
+    if output_size in (1, (1, 1), [1, 1]) and _is_image(input):
         return conv.average(input)
     return F.adaptive_avg_pool2d(input, output_size)
+
+
+def mean(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """As torch.mean."""
+    kept = pixels_kept(*args, **kwargs)
+    if kept is None or not _is_image(input):
+        return torch.mean(input, *args, **kwargs)
+    y = conv.average(input)
+    return y if kept else y.flatten(1)
+
+
+def pixels_kept(dim: Any = None, keepdim: Any = False, **others: Any) -> bool | None:
+    """Does torch.mean keep the dimensions of size that it goes over, of a batch of images? None
+    where these arguments ask for anything but the mean of each channel.
+    """
+    pixels = isinstance(dim, (tuple, list)) and len(dim) == 2 and {*dim} in _PIXELS
+    return keepdim if pixels and type(keepdim) is bool and not others else None
+
+
+def _is_image(x: Any) -> bool:
+    """May native code read the numbers of this batch of images?"""
+    if not isinstance(x, Tensor) or x.dim() != 4 or not x.numel():
+        return False
+    return x.dtype is torch.float32 and _are_free([x])
 
 
 # By torch's function.
@@ -188,4 +213,8 @@ OWN: dict[Any, Own] = {
         (F.gelu, gelu_work),
     )
 }
-REPLACED: dict[Any, Callable[..., Tensor]] = {**OWN, F.adaptive_avg_pool2d: averaged}
+REPLACED: dict[Any, Callable[..., Tensor]] = {
+    **OWN,
+    **dict.fromkeys((torch.mean, Tensor.mean), mean),
+    F.adaptive_avg_pool2d: averaged,
+}

@@ -10,30 +10,33 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from quantize.native import conv
 from quantize.native import int8 as native_int8
 from quantize.nn import int8_kernels as kernels
-from quantize.nn.floats import averaged
-from quantize.nn.int8_conv import Int8Conv
+from quantize.nn.floats import averaged, mean, pixels_kept
+from quantize.nn.int8_conv import Int8Conv, by_pixel
 from quantize.nn.int8_plan import Plan, planned
-from quantize.nn.int8_program import SOURCE, Op
-from quantize.nn.int8_tracer import Unfit
-from quantize.nn.tape import Named, Step
+from quantize.nn.int8_program import POOL, SOURCE, Op
+from quantize.nn.int8_tracer import ACTIVATIONS, Unfit
+from quantize.nn.nodes import COPIES
+from quantize.nn.tape import Step, called
 
 _MOST_SHAPES = 16  # of inputs whose plans are kept
 _SIDES = (12, 48, 96)  # of inputs that a program is tried on, the smallest that fits
-_POOL = nn.AdaptiveAvgPool2d(1)
+_ROWS = {*COPIES, Tensor.view}
 
 
 class Program:
-    """What a region runs, as long as all that its forward depends on stays as it was.
+    """What a region runs, as long as all that its forward depends on stays as it was; numbers of
+    tensors may change.
 
     Args:
         ops: of its forward.
@@ -51,8 +54,8 @@ class Program:
         self.layers: list[Int8Conv] = [op.module for op in ops if op.has_weights]
         self.tensors: list[Tensor] = []  # of the layers, when their packs were made,
         self.state: tuple[list[int], list[int]] | None = None  # and what tells of changes
-        self.packs: list[conv.Packed | None] = []
-        self.vectors: list[tuple[conv.Packed, tuple[Tensor | None, ...]]] = []  # that these hold
+        self.packs: list[conv.Packed] = []  # of these, in their order,
+        self.vectors: list[tuple[Tensor | None, ...]] = []  # and what they were called with
         self.plans: dict[tuple[torch.Size, bool, int], Plan | None] = {}
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -63,6 +66,10 @@ class Program:
         """The result, or None where there is no plan for inputs of this shape."""
         plan = self._plan_of(x)
         return None if plan is None else plan.run(x)
+
+    def ending_with(self, last: Op, after: Callable[[Tensor], Tensor]) -> Program:
+        """With another last operation, for all shapes. after: what it does besides."""
+        return Program([*self.ops[:-1], last], None, lambda x: after(self(x)))
 
     def has_plan(self, x: Tensor) -> bool:
         """Can it run on inputs like x?"""
@@ -78,22 +85,22 @@ class Program:
         return self.plans[key]
 
     def _pack(self) -> None:
-        """Bring what the kernel reads up to date with the layers."""
-        buffers = chain.from_iterable(layer._buffers.values() for layer in self.layers)
-        tensors = [one for one in buffers if one is not None]
-        same = len(tensors) == len(self.tensors) and all(map(operator.is_, tensors, self.tensors))
-        if same and self.state is not None and self.state == _state(tensors):
+        """Bring what the kernel reads up to date with the layers, which hold the same tensors."""
+        if self.state is not None and self.state == _state(self.tensors):
             # another layer may hold the same weight, and have been called with another bias
-            if all(own.vectors is given for own, given in self.vectors):
+            if all(map(operator.is_, map(_vectors, self.packs), self.vectors)):
                 return
-        self.tensors = tensors
-        self.state = None if any(map(Tensor.is_inference, tensors)) else _state(tensors)
-        self.packs = [_packed(op) if op.has_weights else None for op in self.ops]
-        self.vectors = [(own, own.vectors) for own in self.packs if own is not None]
+        buffers = chain.from_iterable(layer._buffers.values() for layer in self.layers)
+        self.tensors = [one for one in buffers if one is not None]
+        is_seen = not any(map(Tensor.is_inference, self.tensors))
+        self.state = _state(self.tensors) if is_seen else None
+        self.packs = [_packed(op) for op in self.ops if op.has_weights]
+        self.vectors = [own.vectors for own in self.packs]
         self.plans.clear()
 
     def _plan(self, x: Tensor) -> Plan | None:
-        layers = [None if own is None else own.layer for own in self.packs]
+        packs = iter(self.packs)
+        layers = [next(packs).layer if op.has_weights else None for op in self.ops]
         try:
             return planned(self.ops, layers, x)
         except (Unfit, ValueError, MemoryError):  # the module's forward says what is wrong
@@ -139,7 +146,7 @@ def _state(tensors: list[Tensor]) -> tuple[list[int], list[int]]:
     return [*map(_version, tensors)], [*map(Tensor.data_ptr, tensors)]
 
 
-_version = operator.attrgetter("_version")
+_version, _vectors = operator.attrgetter("_version"), operator.attrgetter("vectors")
 
 
 def _packed(op: Op) -> conv.Packed:
@@ -166,45 +173,78 @@ def joined(
     counts = Counter([*outputs, *chain.from_iterable(step.reads for step in steps)])
     found, programs = list[Step](), dict[int, tuple[int, Program]]()  # by the place of the result
     for step in steps:
-        program = _program_of(step, seen)
         alone = bool(step.reads) and counts[step.reads[0]] == 1
         before = programs.get(step.reads[0]) if alone else None
-        at, both = len(found), program
-        if before is not None and _pads_nothing(step, values):
-            at, both = before
-        elif before is not None and program is not None:
-            whole = _both(before[1], program)
-            at, both = (before[0], whole) if whole.fits() else (at, both)
-        if both is None:
-            found.append(step)
-            continue
-        programs[step.to] = at, both
-        reads = found[at].reads if at < len(found) else step.reads[:1]
-        found[at : at + 1] = [Step(both, reads, step.to)]
+        whole = None if before is None else _longer(before[1], step, values, seen)
+        if before is not None and whole is not None:
+            at, reads = before[0], found[before[0]].reads
+        else:
+            at, reads = len(found), step.reads[:1]
+            whole = _program_of(step, values, seen)
+        if whole is not None:
+            programs[step.to] = at, whole
+            step = Step(whole, reads, step.to)
+        found[at : at + 1] = [step]
     return found
 
 
-def _program_of(step: Step, seen: Mapping[int, Tensor]) -> Program | None:
+def _program_of(step: Step, values: Sequence[Any], seen: Mapping[int, Tensor]) -> Program | None:
     """The program that a step runs; an int8 convolution is one of a single operation."""
-    if isinstance(step.call, Program):
-        return step.call
+    call, arguments, named = called(step, values.__getitem__)
+    if isinstance(call, Program):
+        return call
     x = seen.get(step.reads[0]) if step.reads else None
-    if step.call is averaged and x is not None and x.dtype is torch.float32:
-        size = seen[step.to].shape[2:]
-        return Program([Op(_POOL, SOURCE)], None, _POOL) if tuple(size) == (1, 1) else None
-    layer = getattr(step.call, "__self__", None)
+    if x is None or x.dtype is not torch.float32:
+        return None
+    if call is averaged and tuple(seen[step.to].shape[2:]) == (1, 1):
+        return Program([Op(POOL, SOURCE)], None, POOL)
+    kept = pixels_kept(*arguments[1:], **named) if call is mean and x.dim() == 4 else None
+    if kept is not None:
+        op = Op(POOL, SOURCE, flat=not kept)
+        return Program([op], None, lambda x: x.mean((2, 3), keepdim=kept))
+    layer = getattr(call, "__self__", None)
     if type(layer) is not Int8Conv or layer.floats or layer.padding_mode != "zeros":
         return None
-    if x is None or x.dtype is not torch.float32 or x.dim() != len(layer.kernel_size) + 2:
+    if x.dim() != len(layer.kernel_size) + 2:
         return None
     made = Program([Op(layer, SOURCE, layer.ending)], None, layer.forward)
     return made if made.fits() else None
 
 
-def _pads_nothing(step: Step, values: Sequence[Any]) -> bool:
-    """Does it add no numbers around its input?"""
-    call = step.call.func if isinstance(step.call, Named) else step.call
-    return call is F.pad and not any(values[step.reads[1]])
+def _longer(
+    program: Program, step: Step, values: Sequence[Any], seen: Mapping[int, Tensor]
+) -> Program | None:
+    """A program, and a step that reads its result, as one; None where they can't be."""
+    call, arguments, named = called(step, values.__getitem__)
+    if call is F.pad:
+        return None if any((*arguments[1:], *named.values())[0]) else program
+    before, last = seen[step.reads[0]].shape, program.ops[-1]
+    if call in _ROWS and before[2:] == (1, 1) and seen[step.to].shape == before[:2]:
+        return program.ending_with(replace(last, flat=True), lambda x: x.flatten(1))
+    if call in ACTIVATIONS and not any((*arguments[1:], *named.values())):
+        ended = last.ended(ACTIVATIONS[call])
+        return None if ended is None else program.ending_with(ended, call)
+    second = _program_of(step, values, seen)
+    if call is kernels.linear and last.flat:
+        second = _head(*arguments[1:])
+    if second is None:
+        return None
+    whole = _both(program, second)
+    return whole if whole.fits() else None
+
+
+def _head(
+    weight: Tensor, scale: Tensor, bias: Tensor | None, outliers: Any, activation: str | None
+) -> Program | None:
+    """An int8 linear layer of [N, C], behind the mean of an image's channels."""
+    if outliers is not None:
+        return None
+    layer = by_pixel(weight, scale, bias, activation)
+
+    def forward(x: Tensor) -> Tensor:
+        return kernels.linear(x, weight, scale, bias, None, activation)
+
+    return Program([Op(layer, SOURCE, layer.ending, flat=True)], None, forward)
 
 
 def _both(first: Program, second: Program) -> Program:

@@ -195,6 +195,18 @@ class Int8Conv(Int8Convolution):
         return Ending(low, math.inf if self.ceiling is None else self.ceiling, self.activation)
 
 
+def by_pixel(
+    weight: Tensor, scale: Tensor, bias: Tensor | None, activation: str | None
+) -> Int8Conv:
+    """An int8 linear layer as a convolution of images of one pixel, on the same memory. weight:
+    [out, in].
+    """
+    still: dict[str, Any] = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1)}
+    made = Int8Conv(weight[..., None, None], scale, bias, **still)
+    made.activation = activation
+    return made
+
+
 def _pads(
     kernel: tuple[int, ...], padding: str | tuple[int, ...], dilation: tuple[int, ...]
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -59,7 +59,7 @@ class Plan:
 
     Args:
         steps: an array, as the kernel reads it.
-        shape: of the result of a turn.
+        shape: of the result of a turn, [N, C] of one without dimensions of size.
         arena: bytes of the values between the steps.
         threads: at most.
         held: what the steps point to.
@@ -77,7 +77,8 @@ class Plan:
         """
         last = conv.channels_last(x)
         x = x if last else x.contiguous()
-        format = conv.LAST[x.dim()] if last else torch.contiguous_format
+        image = len(self.shape) == x.dim()
+        format = conv.LAST[x.dim()] if last and image else torch.contiguous_format
         shape = x.shape[0], *self.shape[1:]
         y = torch.empty(shape, dtype=torch.float32, device="cpu", memory_format=format)
         arena = torch.empty(self.arena, dtype=torch.uint8, device="cpu")
@@ -223,6 +224,7 @@ class Planner:
                 running.clear()
         steps = (conv.Step * len(self.steps))(*self.steps)
         shape = self.shapes[len(self.ops) - 1]
+        shape = shape[:2] if self.ops[-1].flat else shape
         return Plan(steps, shape, self.arena.size, self.threads, self.layers)
 
     def _append(self, at: int) -> None:
@@ -237,7 +239,8 @@ class Planner:
             self.places[at] = conv.OUTPUT if direct else self.arena.take(self._bytes(at))
         step.together = self.chains.get(at, 1)
         step.x, step.y = self.places[op.x], self.places[at]
-        step.x_last, step.y_last = self._is_last(step.x), self._is_last(step.y)
+        step.x_last = self._is_last(step.x, self.shapes[op.x])
+        step.y_last = self._is_last(step.y, self.shapes[at])
         step.end(op.ending)
         if op.gate is not None:
             step.gate = self.places[op.gate]
@@ -249,8 +252,9 @@ class Planner:
         if final and not direct:
             self._turn(conv.TO_PLANES, at, step.y, conv.OUTPUT)
 
-    def _is_last(self, place: int) -> bool:
-        return self.last or place not in (conv.INPUT, conv.OUTPUT)
+    def _is_last(self, place: int, shape: Sequence[int]) -> bool:
+        """Are the channels the last dimension? Images of one pixel have both orders."""
+        return self.last or place not in (conv.INPUT, conv.OUTPUT) or math.prod(shape[2:]) == 1
 
     def _set_ranges(self, at: int, step: conv.Step) -> None:
         """A convolution notes the ranges of its samples where a later one asks for them."""

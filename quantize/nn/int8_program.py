@@ -1,13 +1,14 @@
 """A module of int8 convolutions as a program that runs in one native call.
 
 `trace` reads the module's forward (torch.fx) where it is made of int8 convolutions, activations,
-additions of two results, padding with zeros, max pooling, and products with what is made of the
-means of channels alone. An addition and an activation
-are done while the convolution before them stores its results; the ranges of samples are noted there
-too. A convolution does the padding before it. A forward that asks for the sizes of its input is
-read once for each shape. Between the steps everything is float32 with the channels last, and each
-number is computed as by the modules one after the other: the bits are the same, so the module's own
-forward can run in a program's place at any time.
+additions of two results, padding with zeros, max pooling, means of channels, products with what is
+made of these alone, and int8 linear layers behind them. An addition and an activation are done
+while the convolution before them stores its results; the ranges of samples are noted there too. A
+convolution does the padding before it. A linear layer is a convolution of images of one pixel. A
+forward that asks for the sizes of its input is read once for each shape. Between the steps
+everything is float32 with the channels last, and each number is computed as by the modules one
+after the other: the bits are the same, so the module's own forward can run in a program's place at
+any time.
 """
 
 from __future__ import annotations
@@ -18,15 +19,20 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx, nn
+from torch.nn import functional as F
 
 from quantize import surgery
 from quantize.native import conv
 from quantize.native.conv import PLAIN, Ending, Geometry
-from quantize.nn.int8_conv import Int8Conv
+from quantize.nn.floats import pixels_kept
+from quantize.nn.int8 import Int8Linear
+from quantize.nn.int8_conv import Int8Conv, by_pixel
 from quantize.nn.int8_tracer import (
     ACTIVATIONS,
     ADDS,
+    FLATTENINGS,
     LEAVES,
+    MEANS,
     PRODUCTS,
     RELU,
     RELU6,
@@ -41,6 +47,7 @@ from quantize.nn.int8_tracer import (
 )
 
 SOURCE = -1  # the number of the module's input among the values
+POOL = nn.AdaptiveAvgPool2d(1)
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,7 @@ class Op:
         gate: a value [N, C, 1, 1] that x is multiplied by, or None.
         last_ending: and of the sums.
         before, after: zeros that are added to each dimension of x, beyond the module's own.
+        flat: as the last one, does it give one pixel without its dimensions, [N, C]?
     """
 
     module: Any
@@ -65,6 +73,7 @@ class Op:
     last_ending: Ending = PLAIN
     before: tuple[int, ...] = ()
     after: tuple[int, ...] = ()
+    flat: bool = False
 
     @property
     def reads(self) -> list[int]:
@@ -75,6 +84,12 @@ class Op:
         other = None if self.other is None else move(self.other)
         gate = None if self.gate is None else move(self.gate)
         return replace(self, x=move(self.x), other=other, gate=gate)
+
+    def ended(self, ending: Ending) -> Op | None:
+        """The same, and at last this; None where it can't be told to do it."""
+        name = "ending" if self.other is None else "last_ending"
+        free = self.has_weights and getattr(self, name) == PLAIN
+        return replace(self, **{name: ending}) if free else None
 
     @property
     def has_weights(self) -> bool:
@@ -124,11 +139,13 @@ def trace(module: nn.Module, shape: Sequence[int] | None = None) -> list[Op] | N
     for inside in module.modules():
         if (inside._parameters or inside._buffers) and not isinstance(inside, LEAVES):
             return None
+    first = next((m for m in module.modules() if isinstance(m, Int8Conv)), None)
+    if first is None:
+        return None
     # the copy's forward may keep what it is traced with; tensors are not copied
     memo = {id(t): t for t in (*module.parameters(), *module.buffers())}
     try:
         copied = surgery.deepcopy(module, memo)
-        first = next(m for m in module.modules() if isinstance(m, Int8Conv))
         unknown = None, first.in_channels, *[None] * len(first.kernel_size)
         with surgery.without_logs():
             graph = Tracer(tuple(shape or unknown)).trace(Call(copied))
@@ -150,6 +167,7 @@ class _Reading:
         self.same: dict[fx.Node, fx.Node] = {}  # nodes that give what another one gave
         self.padded: dict[fx.Node, dict[str, Any]] = {}  # zeros that a node adds
         self.gated: dict[fx.Node, tuple[int, int]] = {}  # values that a node multiplies
+        self.flat: set[fx.Node] = set()  # nodes that give [N, C]
         for node in graph.nodes:
             if self._passes_on(node):
                 self.same[node] = self._source(node)
@@ -203,6 +221,10 @@ class _Reading:
             self._append(node, Op(found, self.values[source]))
         elif kind is nn.AdaptiveAvgPool2d and is_mean(found):
             self._append(node, Op(found, self.values[source]))
+        elif kind is Int8Linear and source in self.flat:
+            layer = by_pixel(found.packed, found.scale, found.bias, found.activation)
+            self._append(node, Op(layer, self.values[source], layer.ending))
+            self.flat.add(node)
         else:
             raise Unfit(f"a {kind.__name__}")
 
@@ -223,6 +245,8 @@ class _Reading:
     def _call_function(self, node: fx.Node) -> None:
         if node in self.padded:
             return
+        if node.target in MEANS:
+            return self._average(node)
         options = node.kwargs.keys() - {"inplace"}
         if options:
             raise Unfit(f"options {options}")
@@ -232,6 +256,8 @@ class _Reading:
             self._multiply(node)
         elif node.target in ACTIVATIONS and len(node.args) == 1:
             self._activate(node, ACTIVATIONS[node.target])
+        elif node.target in FLATTENINGS and node.args[1:] in ((1,), (1, -1)):
+            self._flatten(node)
         else:
             raise Unfit(f"a call of {node.target}")
 
@@ -244,6 +270,7 @@ class _Reading:
         source = self._source(node)
         if self.values[source] != len(self.ops) - 1 or len(self._readers(source)) > 1:
             raise Unfit("a result that is read again")
+        self.ops[-1] = replace(self.ops[-1], flat=source in self.flat)
 
     def _append(self, node: fx.Node, op: Op) -> None:
         self.values[node] = len(self.ops)
@@ -255,12 +282,31 @@ class _Reading:
         x = self.values[source]
         if x == SOURCE or len(self._readers(source)) > 1:
             raise Unfit("an activation of what is read elsewhere too")
-        op = self.ops[x]
-        name = "ending" if op.other is None else "last_ending"
-        if getattr(op, name) != PLAIN or not op.has_weights:
+        op = self.ops[x].ended(ending)
+        if op is None:
             raise Unfit("an activation of something else than a convolution or a sum")
-        self.ops[x] = replace(op, **{name: ending})
+        self.ops[x] = op
         self.values[node] = x
+        if source in self.flat:
+            self.flat.add(node)
+
+    def _average(self, node: fx.Node) -> None:
+        """Of the pixels of images."""
+        kept = pixels_kept(*node.args[1:], **node.kwargs)
+        if node.target is F.adaptive_avg_pool2d:
+            kept = node.args[1:] in ((1,), ((1, 1),)) or None
+        if kept is None:
+            raise Unfit("a mean of something else than images")
+        self._append(node, Op(POOL, self.values[self._source(node)]))
+        if not kept:
+            self.flat.add(node)
+
+    def _flatten(self, node: fx.Node) -> None:
+        source = self._source(node)
+        if not self._is_pooled(self.values[source]):
+            raise Unfit("an image as a row")
+        self.values[node] = self.values[source]
+        self.flat.add(node)
 
     def _is_pooled(self, value: int) -> bool:
         """Is it made of the means of channels, and has one pixel?"""

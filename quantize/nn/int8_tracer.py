@@ -9,19 +9,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from quantize.native.conv import Ending, Geometry
+from quantize.nn.int8 import Int8Linear
 from quantize.nn.int8_conv import Int8Conv
 
 POOLINGS = (nn.MaxPool2d, nn.AdaptiveAvgPool2d)
-LEAVES = (Int8Conv, nn.Identity, nn.Dropout, nn.ReLU, nn.ReLU6, nn.ZeroPad2d, *POOLINGS)
+_BETWEEN = (nn.Identity, nn.Dropout, nn.ReLU, nn.ReLU6, nn.ZeroPad2d)
+LEAVES = (Int8Conv, Int8Linear, *_BETWEEN, *POOLINGS)
 RELU, RELU6 = Ending(0.0), Ending(0.0, 6.0)
 ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 PRODUCTS = {operator.mul, torch.mul, "mul"}
+MEANS = {torch.mean, "mean", F.adaptive_avg_pool2d}
+FLATTENINGS = {torch.flatten, "flatten"}
 ACTIVATIONS: dict[Any, Ending] = {
-    **dict.fromkeys((torch.relu, torch.relu_, F.relu, "relu", "relu_"), RELU),
+    **dict.fromkeys((torch.relu, torch.relu_, Tensor.relu, F.relu, "relu", "relu_"), RELU),
     F.relu6: RELU6,
 }
 Sizes = tuple[Any, ...]  # [samples, channels, *size] of a value; None for one that isn't known

@@ -22,14 +22,14 @@ from quantize.native import program
 from quantize.native.program import ALONE, DIFFERENCE, PRODUCT, SUM, Work
 from quantize.nn import int8_kernels as kernels
 from quantize.nn.floats import GELUS, OWN, Own
-from quantize.nn.tape import Named, Step, is_gathering
+from quantize.nn.tape import Step, called, is_gathering
 
 _SUMS: dict[Any, int] = {
     **dict.fromkeys((Tensor.add, torch.add), SUM),
     **dict.fromkeys((Tensor.mul, torch.mul), PRODUCT),
     **dict.fromkeys((Tensor.sub, torch.sub), DIFFERENCE),
 }
-_COPIES = {Tensor.reshape, torch.reshape, Tensor.flatten, torch.flatten, Tensor.contiguous}
+COPIES = {Tensor.reshape, torch.reshape, Tensor.flatten, torch.flatten, Tensor.contiguous}
 
 
 @dataclass
@@ -130,15 +130,6 @@ class Reading:
             raise LookupError(place)
         return self.values[place]
 
-    def _arguments(self, step: Step) -> tuple[Any, list[Any], dict[str, Any]]:
-        """What is called, and with what. Raises LookupError for values that aren't known."""
-        found = [self._value(place) for place in step.reads]
-        if not isinstance(step.call, Named):
-            return step.call, found, {}
-        count = step.call.positional
-        named = dict(zip(step.call.names, found[count:], strict=True))
-        return step.call.func, found[:count], named
-
     def _note_node(self, step: Step) -> None:
         if step.to in self.covered or self.is_soft(step) or step.to not in self.seen:
             return
@@ -157,7 +148,7 @@ class Reading:
     def _node(self, step: Step) -> Node | None:
         if step.call is kernels.linear:
             return self._linear(step)
-        call, arguments, named = self._arguments(step)
+        call, arguments, named = called(step, self._value)
         result, works = self.seen[step.to], list[Work | None]()
         lies = result
         if isinstance(call, Own):
@@ -166,7 +157,7 @@ class Reading:
         elif call in _SUMS and len(arguments) == 2 and not named:
             if all(isinstance(one, Tensor) for one in arguments):
                 works = [program.each(*arguments, how=_SUMS[call])]
-        elif call in _COPIES:
+        elif call in COPIES:
             works = [program.each(arguments[0])]
         elif call is torch.cat:
             works = _parts(result, *arguments, **named)
@@ -207,7 +198,7 @@ class Reading:
 
     def _activation(self, step: Step) -> str | None:
         """The name of the activation that a step is, if an int8 layer can do it."""
-        call, arguments, named = self._arguments(step)
+        call, arguments, named = called(step, self._value)
         if call is OWN[F.silu]:
             changes = (*arguments[1:], *named.values(), False)[0]
             return None if changes else "silu"

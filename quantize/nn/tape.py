@@ -303,6 +303,17 @@ def is_gathering(step: Step) -> bool:
     return getattr(step.call, "func", None) is _gathered
 
 
+def called(
+    step: Step, value: Callable[[int], Any]
+) -> tuple[Callable[..., Any], list[Any], dict[str, Any]]:
+    """What a step calls, and with what. value: of a place."""
+    found = [*map(value, step.reads)]
+    if not isinstance(step.call, Named):
+        return step.call, found, {}
+    count = step.call.positional
+    return step.call.func, found[:count], dict(zip(step.call.names, found[count:], strict=True))
+
+
 class Named(NamedTuple):
     """func, with the values after the first ones (`positional`) given by these names."""
 

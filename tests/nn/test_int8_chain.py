@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -117,6 +118,57 @@ def test_gates_of_channels(level: str, monkeypatch: pytest.MonkeyPatch):
             assert torch.equal(block(x[1:2]), expected[1:2])
     double = copy.deepcopy(block).double()
     assert torch.allclose(double(x.double()).float(), expected, rtol=0, atol=1e-3)
+
+
+POOLS: dict[str, Callable[[Tensor], Tensor]] = {
+    "mean": lambda x: x.mean((2, 3)),
+    "kept": lambda x: torch.mean(x, dim=[-1, -2], keepdim=True).flatten(1),
+    "pool": lambda x: torch.flatten(F.adaptive_avg_pool2d(x, (1, 1)), 1),
+}
+
+
+class Classifier(nn.Module):
+    """Numbers of classes by the mean of an image's pixels. pool: one of POOLS."""
+
+    def __init__(self, pool: str) -> None:
+        super().__init__()
+        self.pool, self.block = pool, Mobile()
+        self.first, self.drop, self.last = nn.Linear(32, 48), nn.Dropout(), nn.Linear(48, 40)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = POOLS[self.pool](self.block(x))
+        return self.last(self.drop(F.relu(self.first(x))))
+
+
+class Named(Classifier):
+    """With a result that no program gives."""
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"logits": super().forward(x)}
+
+
+@pytest.mark.parametrize("pool", POOLS)
+@torch.no_grad()
+def test_classifiers_are_one_program(pool: str, level: str, monkeypatch: pytest.MonkeyPatch):
+    """Means of pixels and int8 linear layers behind them are a part of it, where the forward can be
+    read and where it is recorded; all with the bits of one after the other, within rounding of
+    torch's.
+    """
+    model, named = in_int8(Classifier(pool).eval()), in_int8(Named(pool).eval())
+    named.load_state_dict(model.state_dict())
+    for x in (randn(3, 32, 9, 11), randn(1, 32, 9, 11).contiguous(memory_format=LAST[4])):
+        expected = plainly(partial(type(model).own_forward, model, x))
+        with kernels.kernel("reference"):
+            assert torch.allclose(model(x), expected, rtol=0, atol=0.02)
+        for threads in (1, 2):
+            monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+            assert len(program_of(model, x.shape).ops) == 6
+            assert torch.equal(model(x), expected)
+            assert all(torch.equal(named(x)["logits"], expected) for _ in range(4))
+        assert torch.equal(model(x[:1]), expected[:1])
+    assert _programs_of(named) == [[6]] * len(_regions[named].tapes)
+    model.last.packed.zero_()
+    assert torch.equal(model(x), model.last.bias.expand(len(x), 40))
 
 
 def test_gates_that_are_read_twice():
