@@ -172,6 +172,12 @@ struct Program {
 
 }  // namespace
 
+// A value in a Python dictionary; without a key, how much a container holds.
+struct Held {
+  void *holder, *key;
+  intptr_t value;
+};
+
 extern "C" {
 
 // What int8_library.py compares with its own before the first call.
@@ -201,6 +207,17 @@ void pack(const int8_t* weight, int64_t outputs, int64_t inputs, int8_t* packed,
     }
     for (int64_t i = 0; i < inputs; i++) sums[output] += from[i];
   }
+}
+
+// Is all held as it was? `get` is Python's PyDict_GetItemWithError, `size` its PyObject_Size; who
+// calls has the interpreter's lock.
+int are_held(const Held* held, int64_t count, intptr_t (*get)(void*, void*),
+             intptr_t (*size)(void*)) {
+  for (int64_t i = 0; i < count; i++) {
+    void *holder = held[i].holder, *key = held[i].key;
+    if ((key ? get(holder, key) : size(holder)) != held[i].value) return 0;
+  }
+  return 1;
 }
 
 // 0, or 1 where there is no memory. `what` holds the rows in its lowest 40 bits, the kind in the

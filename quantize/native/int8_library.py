@@ -100,7 +100,12 @@ class Functions:
     pack: Callable[..., None]
     linear: Callable[..., int]
     run_program: Callable[..., int]
+    are_held: Callable[..., int]
     products: int = 1  # about how many a core makes in a cycle
+
+
+# Keeps the interpreter's lock, as calls of `ctypes.CDLL` don't.
+_HELD = ctypes.PYFUNCTYPE(ctypes.c_int, POINTER, NUMBER, POINTER, POINTER)
 
 
 def read(library: ctypes.CDLL) -> Functions:
@@ -108,8 +113,9 @@ def read(library: ctypes.CDLL) -> Functions:
     version.
     """
     sizes = packs.sizes(Layer, Linears, Norm, Attention, Each, Step)
-    names = "open_library", "pack", "linear", "run_program"
-    functions = Functions(*packs.symbols(library, names, sizes))
+    names = "open_library", "pack", "linear", "run_program", "are_held"
+    *own, are_held = packs.symbols(library, names, sizes)
+    functions = Functions(*own, _HELD(ctypes.cast(are_held, POINTER).value))
     functions.pack.argtypes = [POINTER, NUMBER, NUMBER, POINTER, POINTER]
     functions.pack.restype = None
     functions.linear.argtypes = [POINTER, NUMBER, POINTER, POINTER]

@@ -9,17 +9,16 @@ and this package aren't looked into.
 from __future__ import annotations
 
 import dis
-import operator
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 from quantize.surgery.codes import codes_of, functions_of
 
 _CLOSED = {"torch", "numpy", "quantize"}
-Variables = tuple[Any, Callable[[Any], Iterable[Any]]]  # what holds them, and what reads them there
+Variables = tuple[Any, list[str]]  # what holds them, and their names there
 
 
 def variables_of(
@@ -83,12 +82,12 @@ class _Found:
     def variables(self) -> Iterator[Variables]:
         """All that were noted."""
         for holder, names in self.named.values():
-            yield holder, _reader(operator.itemgetter, [*names])
+            yield holder, [*names]
         for cell in self.cells:
-            yield cell, _reader(operator.attrgetter, ["cell_contents"])
+            yield cell, ["cell_contents"]
         for function in self.known:
             if function.__defaults__ or function.__kwdefaults__:
-                yield function, operator.attrgetter("__defaults__", "__kwdefaults__")
+                yield function, ["__defaults__", "__kwdefaults__"]
 
     def _read(self, holder: dict[str, Any], names: set[str]) -> None:
         here = names & holder.keys()
@@ -129,8 +128,3 @@ def _names(code: CodeType) -> Iterator[str]:
     """All names in a piece of code and in those inside it, those of attributes too."""
     for each in codes_of(code):
         yield from each.co_names
-
-
-def _reader(getter: Callable[..., Any], names: list[str]) -> Callable[[Any], Iterable[Any]]:
-    """Reads some names; of several a getter gives a tuple."""
-    return getter(*(names * 2 if len(names) == 1 else names))

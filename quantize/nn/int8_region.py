@@ -46,8 +46,7 @@ class _Programs:
     def program(self, module: nn.Module, shape: torch.Size) -> Program | None:
         """For inputs of a shape, made when it is first asked for; None where there is none."""
         key = shape if self.asks_for_size else None
-        has_none = key in self.known and self.known[key] is None
-        if has_none or not self.is_open or (self.state is not None and self.state.is_watched()):
+        if not self.is_open or (self.state is not None and self.state.is_watched()):
             return None
         if self.state is None or not self.state.holds():
             self._begin(module)
@@ -65,6 +64,10 @@ class _Programs:
         self.is_open = self.state.holds()  # or the forward itself changes something
         return self.known[key] if self.is_open else None
 
+    def has_none(self) -> bool:
+        """Is there none for any shape?"""
+        return not self.is_open or (None in self.known and self.known[None] is None)
+
     def _begin(self, module: nn.Module) -> None:
         self.known.clear()
         self.state = state_of(module)
@@ -77,7 +80,10 @@ _programs: weakref.WeakKeyDictionary[nn.Module, _Programs] = weakref.WeakKeyDict
 
 def program_of(module: nn.Module, shape: torch.Size) -> Program | None:
     """The program of a region for inputs of a shape; None where it has none."""
-    return _programs.setdefault(module, _Programs()).program(module, shape)
+    known = _programs.get(module)
+    if known is None:
+        known = _programs[module] = _Programs()
+    return known.program(module, shape)
 
 
 @torch.inference_mode(False)
@@ -113,6 +119,9 @@ def _run(module: nn.Module, x: Tensor) -> Tensor | None:
 
 def _fitting(module: nn.Module, x: Tensor) -> Program | None:
     """The program of a region for x."""
+    known = _programs.get(module)
+    if known is not None and known.has_none():
+        return None
     plain = type(x) is Tensor and x.dtype is torch.float32 and native_int8.takes(x) and x.numel()
     if not plain or (x.requires_grad and torch.is_grad_enabled()):
         return None

@@ -8,9 +8,10 @@ with an array in one, nothing is recorded.
 from __future__ import annotations
 
 import array
+import gc
 import operator
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from enum import Enum
 from functools import lru_cache, partial
@@ -22,6 +23,7 @@ import numpy as np
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
+from quantize.native.held import Entry, Held
 from quantize.nn.code import is_open, variables_of
 from quantize.nn.protocol import CompressedLayer
 from quantize.nn.tape import KEPT, TENSORS, Unfit
@@ -50,27 +52,30 @@ class State:
         self.sources = _reachable(starts, _content)
         reached = [one for one in self.sources if isinstance(one, MappingProxyType)]
         variables = variables_of(reached, _functions_in(self.sources))
-        read = [tuple(reader(holder)) for holder, reader in variables]
+        read = [tuple(_reader(*variable)(variable[0])) for variable in variables]
         seen = {*map(id, self.sources)}
         more = _reachable(read, _content_if_seen)
         self.sources += [source for source in more if id(source) not in seen]
-        self.full: list[Any] = [source for source in self.sources if len(source)]
-        self.readers = [*map(_reader, self.full)]
-        self.full += [holder for holder, _ in variables]
-        self.readers += [reader for _, reader in variables]
         contexts = [one for one in chain.from_iterable(read) if isinstance(one, ContextVar)]
-        self.full += contexts
-        self.readers += [_in_context] * len(contexts)
-        self.values = [*self._read()]
-        self.size = sum(map(len, self.sources))
-        if len(self.values) > _MOST:
-            raise Unfit(f"{len(self.values)} values to compare")
-        self.tensors = [value for value in self.values if isinstance(value, Tensor)]
+        self.others: list[Any] = contexts  # what is no dictionary
+        self.readers: list[Any] = [_in_context] * len(contexts)
+        entries = list[Entry]()
+        for holder, names in (*((source, _names(source)) for source in self.sources), *variables):
+            if type(dictionary := _dictionary(holder)) is dict:
+                entries += [(dictionary, name, dictionary[name]) for name in names]
+            elif names:
+                self.others.append(holder)
+                self.readers.append(_reader(holder, names))
+        self.held, self.values = Held(entries, self.sources), [*self._read()]
+        values = [*(value for _, _, value in entries), *self.values]
+        if len(values) > _MOST:
+            raise Unfit(f"{len(values)} values to compare")
+        self.tensors = [value for value in values if isinstance(value, Tensor)]
         self.parameters = [one for one in self.tensors if isinstance(one, nn.Parameter)]
         self.dtypes = [*map(_DTYPE, self.parameters)]
 
     def _read(self) -> Iterator[Any]:
-        return chain.from_iterable(map(_call, self.readers, self.full))
+        return chain.from_iterable(map(_call, self.readers, self.others))
 
     def is_watched(self) -> bool:
         """Does somebody see the calls of the modules?"""
@@ -79,7 +84,7 @@ class State:
 
     def holds(self) -> bool:
         """Is everything as it was? And does nobody watch the modules?"""
-        if self.is_watched() or self.size != sum(map(len, self.sources)):
+        if self.is_watched() or not self.held.are_there():
             return False
         if self.dtypes != [*map(_DTYPE, self.parameters)]:  # by `.to()`, in place
             return False
@@ -119,7 +124,7 @@ def _reachable(
         if id(source) not in found:
             found[id(source)] = source
             look = _content_if_seen if isinstance(source, MappingProxyType) else content
-            waiting += filter(len, map(look, _reader(source)(source)))
+            waiting += filter(len, map(look, _reader(source, _names(source))(source)))
     return [source for source in found.values() if not isinstance(source, tuple)]
 
 
@@ -127,7 +132,8 @@ def _functions_in(sources: Iterable[Collection[Any]]) -> Iterator[FunctionType]:
     """Those that modules hold; of the methods of their classes few are ever called."""
     for source in sources:
         if not isinstance(source, MappingProxyType):
-            yield from (one for one in _reader(source)(source) if isinstance(one, FunctionType))
+            values = _reader(source, _names(source))(source)
+            yield from (one for one in values if isinstance(one, FunctionType))
 
 
 def _is_own(kind: type) -> bool:
@@ -137,18 +143,29 @@ def _is_own(kind: type) -> bool:
     return kind.__module__.partition(".")[0] != "torch"
 
 
-def _reader(source: Collection[Any]) -> Callable[[Any], Iterable[Any]]:
-    """Reads what a source holds, less what all modules and classes have."""
+def _names(source: Collection[Any]) -> list[Any]:
+    """Keys of what a source holds, less what all modules and classes have; places in a list."""
     if not isinstance(source, Mapping):
-        return iter
+        return [*range(len(source))]
     names = [name for name in source if name not in _SKIPPED]
     if isinstance(source, MappingProxyType):
         names = [name for name in names if not name.startswith("__")]
+    return names
+
+
+def _reader(holder: Any, names: Sequence[Any]) -> Callable[[Any], Iterable[Any]]:
+    """Reads what stands there under these names."""
+    if isinstance(holder, Collection) and not isinstance(holder, Mapping):
+        return iter
     if not names:
         return _nothing
-    if len(names) == 1:
-        names *= 2  # of several names it gives a tuple
-    return operator.itemgetter(*names)
+    getter = operator.itemgetter if isinstance(holder, Mapping) else operator.attrgetter
+    return getter(*(names * 2 if len(names) == 1 else names))  # of several it gives a tuple
+
+
+def _dictionary(holder: Any) -> Any:
+    """What a class keeps its attributes in; others as they are."""
+    return gc.get_referents(holder)[0] if isinstance(holder, MappingProxyType) else holder
 
 
 def _in_context(variable: ContextVar[Any]) -> tuple[Any]:

@@ -14,6 +14,7 @@ from recorded_blocks import Block, Inner, int8, is_replayed, own
 from torch import Tensor, nn
 
 from quantize import quantize_dynamic
+from quantize.native import held
 from quantize.nn.int8_region import Region
 
 CHANGES: dict[str, Callable[[Any], object]] = {
@@ -47,6 +48,34 @@ def test_changes_of_the_module_count(name: str):
     actual = block(x)
     assert torch.equal(actual, own(block, x))
     assert torch.equal(actual, before) == (name == "nothing that counts")
+
+
+HOLDERS: dict[str, Callable[[dict[str, Any]], object]] = {
+    "another object that is equal": lambda held: held.update(first=[1, 2]),
+    "a key that is gone": lambda held: held.pop("first"),
+    "one more": lambda held: held.update(third=None),
+    "None in its place": lambda held: held.update(first=None),
+    "one gone, one more": lambda held: held.update(third=held.pop("second")),
+}
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("name", HOLDERS)
+def test_what_dictionaries_hold(name: str, native: bool, monkeypatch: pytest.MonkeyPatch):
+    """The very objects, by native code and without it."""
+
+    def missing() -> Any:
+        raise OSError
+
+    if not native:
+        monkeypatch.setattr(held, "functions", missing)
+    values: dict[str, Any] = {"first": [1], "second": None}
+    seen = held.Held([(values, *item) for item in values.items()], [values])
+    assert seen.are_there()
+    values["first"].append(2)
+    assert seen.are_there()
+    HOLDERS[name](values)
+    assert not seen.are_there()
 
 
 class Settings:
