@@ -330,8 +330,11 @@ def test_a_bag_of_int8_rows(mode: str):
 
 
 def test_large_tables_become_int8_by_themselves():
-    """From 1048576 numbers on; smaller ones are named with their size."""
-    model = nn.Sequential(nn.Embedding(8192, 128), nn.Linear(128, 32))
-    assert set(quantize.summary(in_int8(model)).done) == {"0", "1"}
-    left = quantize.summary(in_int8(model, embeddings=False)).left
-    assert "an embedding of 1048576 numbers" in left["0"]
+    """From 1048576 numbers on, or 65536 where they are a tenth of a model; others are named with
+    their size.
+    """
+    for rows, outputs, large in ((8192, 32, True), (512, 4096, True), (512, 5120, False)):
+        model = nn.Sequential(nn.Embedding(rows, 128), nn.Linear(128, outputs))
+        assert ("0" in quantize.summary(in_int8(model)).done) == large
+        left = quantize.summary(in_int8(model, embeddings=False)).left
+        assert f"an embedding of {128 * rows} numbers" in left["0"]

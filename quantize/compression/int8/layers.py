@@ -19,7 +19,8 @@ from quantize.nn.int8_recurrent import Int8GRU, Int8LSTM
 from quantize.nn.int8_transposed import Int8ConvTranspose, windows_touch
 
 INT8 = (Int8Linear, Int8Conv, Int8ConvTranspose, Int8Embedding, Int8LSTM, Int8GRU, Int8Experts)
-LARGE_TABLE = 1 << 20  # numbers of an embedding that becomes int8 by itself
+LARGE_TABLE = 1 << 20  # numbers of an embedding that becomes int8 by itself,
+_LARGE_PART = 1 << 16  # and of one that holds a tenth of the model's
 _SMALL = 32  # weights of an output of a convolution
 _KINDS = "only linear layers, convolutions, LSTMs, GRUs, embeddings and experts"
 Report = dict[str, str]  # by layer: why it stays in float
@@ -87,12 +88,13 @@ def choose(model: nn.Module, skipped: Skipped, embeddings: bool | None) -> Choic
     Raises: ValueError: one has a weight that is not finite.
     """
     facts = surgery.facts(model)
+    total = sum(p.numel() for p in model.parameters())
     chosen: dict[str, surgery.Facts] = {}
     left: Report = {}
     for name, module in model.named_modules():
         fact = facts.get(name)
         if fact is not None and _has_kind(fact):
-            reason = _obstacle(name, facts, skipped, embeddings)
+            reason = _obstacle(name, facts, skipped, embeddings, total)
             if reason is None:
                 surgery.check_finite(name, module)
                 chosen[name] = fact
@@ -145,9 +147,13 @@ def _is_left(module: nn.Module) -> bool:
 
 
 def _obstacle(
-    name: str, facts: dict[str, surgery.Facts], skipped: Skipped, embeddings: bool | None
+    name: str,
+    facts: dict[str, surgery.Facts],
+    skipped: Skipped,
+    embeddings: bool | None,
+    total: int,
 ) -> str | None:
-    """Why this layer stays in float, or None."""
+    """Why this layer stays in float, or None. total: numbers of the model."""
     fact = facts[name]
     if skipped(name, fact.module):
         return "named by skip"
@@ -157,7 +163,8 @@ def _obstacle(
     tied = any(facts[other].linear for other in others if other in facts)
     if fact.table and not (tied or embeddings):
         numbers = sum(p.numel() for p in fact.module.parameters())
-        if embeddings is False or numbers < LARGE_TABLE:
+        large = numbers >= LARGE_TABLE or (numbers >= _LARGE_PART and 10 * numbers >= total)
+        if embeddings is False or not large:
             return f"an embedding of {numbers} numbers: embeddings=True quantizes it"
     for other in others:
         held = facts.get(other)

@@ -83,8 +83,9 @@ def quantize_dynamic(
             others; what brings the outputs at least a tenth closer to the float model's is kept.
             They also say at how many rows each layer is timed: the fewest, the middle and the most
             it gets.
-        embeddings: convert all embedding tables, or (False) only those tied to a head; None: those
-            of 1048576 numbers and more too, which take 4 MB in float32.
+        embeddings: convert all embedding tables, or (False) only those tied to a head; None: large
+            ones too, those of 1048576 numbers (4 MB in float32), and those of 65536 that hold a
+            tenth of the model's.
         prefer: "speed": layers compute in float that a stopwatch finds slower in int8 at any of
             these numbers of rows (without calibration 1, 16 and 256, images of 14 and of 56 pixels
             a side, and 32 steps of 1 and of 16 sequences). "size": all become int8, but for
