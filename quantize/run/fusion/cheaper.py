@@ -115,21 +115,28 @@ def one_pixel_convolutions(program: Program) -> None:
     count = 0
     for node in calls(program, {aten.conv2d.default}):
         x, bias = argument(node, 0), argument(node, 2)
-        weight = own_constant(program, argument(node, 1))
-        if weight is None or weight.shape[2:] != (1, 1):
+        weight = argument(node, 1)
+        prepared = weight.meta.get("prepare")
+        known = weight.meta["val"] if prepared else own_constant(program, weight)
+        if known is None or known.shape[2:] != (1, 1):
             continue
         one_pixel = shape(x)[2:] == ["1", "1"] and len(shape(x)) == 4
         plain = numbers(argument(node, 4, 0), 2) == [0, 0] and argument(node, 6, 1) == 1
         if not one_pixel or not plain or (bias is not None and constant(program, bias) is None):
             continue
         rows, results = (v.new_empty(v.shape[:2]) for v in (x.meta["val"], node.meta["val"]))
-        matrix = f"{argument(node, 1).target}_matrix"
-        operands = [add_constant(program, node, matrix, weight.flatten(1))]
-        operands += [] if bias is None else [bias]
+        outputs, inputs = known.shape[:2]
         with program.before(node):
-            flat = program.call(aten.reshape.default, x, [-1, weight.shape[1]], val=rows)
+            if prepared:
+                flat = known.new_empty(outputs, inputs)
+                matrix = program.call(aten.reshape.default, weight, [outputs, inputs], val=flat)
+                matrix.meta["prepare"] = True
+            else:
+                matrix = add_constant(program, node, f"{weight.target}_matrix", known.flatten(1))
+            operands = [matrix] if bias is None else [matrix, bias]
+            flat = program.call(aten.reshape.default, x, [-1, inputs], val=rows)
             y = program.call(aten.linear.default, flat, *operands, val=results)
-            back = program.call(aten.reshape.default, y, [-1, weight.shape[0], 1, 1])
+            back = program.call(aten.reshape.default, y, [-1, outputs, 1, 1])
         replace(node, back)
         _after(program, back)
         if is_call(x, aten.reshape.default) and shape(argument(x, 0)) == shape(flat):

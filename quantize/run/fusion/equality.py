@@ -88,12 +88,17 @@ def noise(model: nn.Module, seen: Answers) -> float:
     """
     if not any(isinstance(module, Int8Conv) for module in model.modules()):
         return 0.0
+    first = seen.calls[0]
+    return difference(one_call(in_floats(model), seen.spec, first.inputs).outputs, first.outputs)
+
+
+def in_floats(model: nn.Module) -> nn.Module:
+    """A copy whose int8 convolutions compute in float."""
     twin = surgery.clone(model).eval()
     for module in twin.modules():
         if isinstance(module, Int8Conv):
             module.floats = True
-    first = seen.calls[0]
-    return difference(one_call(twin, seen.spec, first.inputs).outputs, first.outputs)
+    return twin
 
 
 class Checker:

@@ -169,7 +169,7 @@ def _packed(program: Program, node: fx.Node) -> fx.Node | None:
     run this layer.
     """
     x, bias = argument(node, 0).meta.get("val"), argument(node, 2)
-    weight: Any = constant(program, argument(node, 1))
+    weight: Any = weight_of(program, node)
     if weight is None or weight.device.type != "cpu" or not weight.numel():
         return None
     if bias is not None and getattr(constant(program, bias), "dtype", None) != weight.dtype:
@@ -196,6 +196,12 @@ def _packed(program: Program, node: fx.Node) -> fx.Node | None:
         prepared = program.call(*how)
     prepared.meta["prepare"] = _UNPACK
     return prepared
+
+
+def weight_of(program: Program, node: fx.Node) -> Any:
+    """The weight of a layer, or what one looks like that is prepared at load; None for others."""
+    weight = argument(node, 1)
+    return weight.meta["val"] if weight.meta.get("prepare") else constant(program, weight)
 
 
 def hint(size: int | torch.SymInt) -> int:

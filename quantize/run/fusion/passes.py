@@ -17,10 +17,14 @@ from torch.fx.node import map_arg
 from quantize.run.fusion.activations import activations
 from quantize.run.fusion.cheaper import one_pixel_convolutions, rms_norms
 from quantize.run.fusion.edit import (
+    CONVS,
+    CONVS_BY_WORD,
     COPIES,
     PADS,
+    TRANSPOSED,
     add_constant,
     argument,
+    calls,
     constant,
     drop_dead,
     is_random,
@@ -41,16 +45,19 @@ _SAME = operators("detach alias lift_fresh_copy detach_")
 _SMALL_BYTES = 1 << 16
 
 
-def simplify(program: Program) -> bool:
+def simplify(program: Program, *, at_load: bool = False) -> bool:
     """All passes, in the order in which they help each other. False, and no pass, if the graph
     writes into memory.
 
     The passes move operators, which is right only where no value changes between two of them.
+    at_load: values may be prepared when a file is loaded.
     """
     functionalize(program)
     drop_identities(program)
     if any(mutates(n) for n in program.graph.nodes):
         return False
+    if at_load:
+        weights_at_load(program)
     for run in (
         drop_identities,
         fold_constants,
@@ -149,6 +156,34 @@ def _is_identity(node: fx.Node) -> bool:
     return False
 
 
+def weights_at_load(program: Program) -> None:
+    """Weights of convolutions in float that are stored in int8 are computed when a file is loaded,
+    which stays as small as they are.
+    """
+    count = 0
+    for node in calls(program, {*CONVS, *CONVS_BY_WORD, *TRANSPOSED}):
+        made = _upstream(argument(node, 1))
+        stored = [constant(program, one) for one in made if one.op == "get_attr"]
+        computed = [one for one in made if one.op == "call_function"]
+        fixed = len(stored) + len(computed) == len(made) and not any(map(mutates, computed))
+        if fixed and any(tensor is not None and tensor.dtype == torch.int8 for tensor in stored):
+            for one in computed:
+                one.meta["prepare"] = True
+            count += 1
+    program.note(count, "weights of convolutions kept in int8, and computed at load")
+
+
+def _upstream(node: fx.Node) -> list[fx.Node]:
+    """A node and all that its result depends on."""
+    found = dict.fromkeys([node])
+    waiting = [node]
+    while waiting:
+        inputs = waiting.pop().all_input_nodes
+        waiting += [one for one in inputs if one not in found]
+        found.update(dict.fromkeys(inputs))
+    return [*found]
+
+
 def fold_constants(program: Program) -> None:
     """Compute once what depends on constants only, unless the result is much larger than they
     are.
@@ -158,6 +193,8 @@ def fold_constants(program: Program) -> None:
         if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
             continue
         if mutates(node) or is_random(node) or any(mutates(u) for u in node.users):
+            continue
+        if node.meta.get("prepare"):
             continue
         inputs: list[Any] = [constant(program, n) for n in node.all_input_nodes]
         if any(t is None for t in inputs) or not isinstance(node.meta.get("val"), Tensor):

@@ -16,7 +16,7 @@ from quantize.calibration import Pace
 from quantize.nn.int8_images import whole_in_graphs
 from quantize.run.fusion import integers, kernels, linears, passes, torchscript
 from quantize.run.fusion.edit import calls
-from quantize.run.fusion.equality import Checker, race
+from quantize.run.fusion.equality import Checker, in_floats, race
 from quantize.run.fusion.export import capture
 from quantize.run.fusion.folded import Folded
 from quantize.run.fusion.graph import CaptureError, Program, check_inputs, lines_of
@@ -24,12 +24,13 @@ from quantize.run.fusion.memory import reuse_memory, separate_outputs
 from quantize.run.fusion.state import answers, refuse_values
 from quantize.saying import Say, silent
 
-EXPORTED, SIMPLE, KERNELS, MERGED, INTEGERS = (
+EXPORTED, SIMPLE, KERNELS, MERGED, INTEGERS, FLOATS = (
     "as exported",
     "simplified",
     "kernels",
     "kernels, merged linears",
     "int8 kernels",
+    "convolutions in float",
 )
 
 
@@ -57,7 +58,7 @@ def ways_of(program: Program) -> dict[str, Program]:
     One with whole int8 convolutions, which no file can hold, has one way.
     """
     simple, whole = program.copy(), calls(program, {integers.CONVOLUTION})
-    simplified = passes.simplify(simple)
+    simplified = passes.simplify(simple, at_load=True)
     if whole and not simplified:
         raise CaptureError("it writes into memory as it runs")
     if whole:
@@ -102,22 +103,52 @@ def plan(
     seen = answers(model, example_inputs)
     refuse_values(model, seen)
     checker = Checker(model, example_inputs, seen)
-    reason = None
-    if checker.noise and build is torchscript.compile and integers.available():
+    if not checker.noise or build is not torchscript.compile:
+        return _planned(checker, model, build, say)
+    plans, reasons = list[Plan](), list[str]()
+    for way in (FLOATS, INTEGERS):
         try:
-            with whole_in_graphs():
-                return _planned(checker, build, say)
+            plans.append(_of_convolutions(checker, way, say))
         except (ValueError, RuntimeError) as error:
-            reason = f"left out: {INTEGERS}: {lines_of(error)[0]}"
-    made = _planned(checker, build, say)
-    if reason is not None:
-        made.notes.append(reason)
-    return made
+            reasons.append(f"left out: {way}: {lines_of(error)[0]}")
+    if not plans:
+        plans = [_planned(checker, model, build, say)]
+    best = _fastest(plans, example_inputs)
+    best.notes += reasons
+    return best
 
 
-def _planned(checker: Checker, build: Callable[[Program], nn.Module], say: Say) -> Plan:
+def _of_convolutions(checker: Checker, way: str, say: Say) -> Plan:
+    """The plan of a model with int8 convolutions: in oneDNN's int8 kernels, or, as their weights
+    read, in float. Raises ValueError where there are no such kernels, or they aren't equal.
+    """
+    if way == FLOATS:
+        made = _planned(checker, in_floats(checker.model), torchscript.compile, say)
+        made.way = FLOATS
+        return made
+    if not integers.available():
+        raise ValueError("this CPU has none that are exact")
+    with whole_in_graphs():
+        return _planned(checker, checker.model, torchscript.compile, say)
+
+
+def _fastest(plans: list[Plan], example_inputs: Any) -> Plan:
+    """The one that takes least time on the example inputs."""
+    best, *others = plans
+    if others:
+        times = race({one.way: one.fused for one in plans}, example_inputs)
+        for one in plans:
+            one.program.rewind()
+        best = min(plans, key=lambda one: times[one.way])
+        best.notes.append("timed: " + ", ".join(f"{n} {t:.3f} ms" for n, t in times.items()))
+    return best
+
+
+def _planned(
+    checker: Checker, model: nn.Module, build: Callable[[Program], nn.Module], say: Say
+) -> Plan:
     say("exporting the model to a graph")
-    program = capture(checker.model, checker.example_inputs, checker.seen.changed)
+    program = capture(model, checker.example_inputs, checker.seen.changed)
     say(f"rewriting a graph of {program.operators().total()} operators")
     checker.settle(program, Folded(program))
     ways = ways_of(program)

@@ -157,11 +157,11 @@ def compile(program: Program) -> nn.Module:
     holder = type("Body", (nn.Module,), {})()
     for name in dict.fromkeys(n.target for n in program.graph.nodes if n.op == "get_attr"):
         holder.register_buffer(name, getattr(program.module, name))
-    for node in program.graph.nodes:
-        if node.meta.get("prepare"):
+    writer = Writer(program)
+    for node in writer.prepared:
+        if node not in writer.inner:
             setattr(holder, f"prepared_{node.name}", torch.empty(0))
     setattr(holder, "called", False)  # noqa: B010
-    writer = Writer(program)
     with _quiet():
         body = torch.jit.script(holder.eval())
         body.define(writer.body())

@@ -33,6 +33,11 @@ def _narrowest(tensor: torch.Tensor) -> torch.dtype:
     return tensor.dtype
 
 
+def _gives_back(node: fx.Node) -> bool:
+    """Can the constant that a prepared value is made of be read from it?"""
+    return isinstance(node.meta.get("prepare"), str)
+
+
 class Writer:
     """TorchScript source of a `Program`: the methods of the body, and of the module around it."""
 
@@ -47,9 +52,8 @@ class Writer:
         for node in nodes:
             if node.op == "get_attr":
                 users.setdefault(node.target, []).extend(node.users)
-        self.only_prepared = [
-            a for a in self.raw if users[a] and all(u.meta.get("prepare") for u in users[a])
-        ]
+        # those that a file gets back from what was prepared of them
+        self.only_prepared = [a for a in self.raw if users[a] and all(map(_gives_back, users[a]))]
 
         tensors = {a: getattr(program.module, a) for a in self.raw}
         self.dtypes = {a: t.dtype for a, t in tensors.items()}
