@@ -1,5 +1,6 @@
-"""Processes forked from one that has imported torch and computed nothing: one that has run a
-backward pass can't be forked for another.
+"""Processes forked from one that has imported torch and nothing of this package, and has computed
+nothing: one that has run a backward pass can't be forked for another. So they start as a Python
+does, without the seconds that torch takes.
 
 What they call stands in modules that import little, as each of them imports those.
 """
@@ -8,13 +9,20 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import runpy
 import socket
-from collections.abc import Callable
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
 from multiprocessing.process import BaseProcess
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+ROOT = Path(__file__).resolve().parents[1]  # of the repository
 FRESH = multiprocessing.get_context("forkserver")
-FRESH.set_forkserver_preload(["torch", "quantize.jobs"])
+FRESH.set_forkserver_preload(["torch"])
 
 
 def started(work: Callable[..., object], *arguments: Any) -> BaseProcess:
@@ -46,3 +54,59 @@ def _as_rank(
 ) -> None:
     os.environ.update(told, RANK=str(rank), LOCAL_RANK=str(rank))
     work(*arguments)
+
+
+class Python:
+    """A process under way that does what `python` does with these arguments: `-c CODE`, `-m MODULE`
+    or a script, and what goes to it. `environment` is all of its environment; what torch reads
+    while it is imported must stand in that of the tests.
+    """
+
+    def __init__(
+        self, *command: object, where: Path = ROOT, environment: Mapping[str, str] = os.environ
+    ) -> None:
+        self.command = [str(word) for word in command]
+        self._folder = tempfile.TemporaryDirectory(prefix="python-")
+        self.streams = [Path(self._folder.name) / name for name in ("out", "err")]
+        for stream in self.streams:
+            stream.touch()
+        self.process = started(_as_python, self.command, where, dict(environment), self.streams)
+
+    def told(self) -> str:
+        """What it has said on standard error so far."""
+        return self.streams[1].read_text()
+
+    def ended(self) -> subprocess.CompletedProcess[str]:
+        """Its exit code and what it has printed."""
+        code = ended(self.process)
+        out, err = (stream.read_text() for stream in self.streams)
+        self._folder.cleanup()
+        assert code is not None, err
+        return subprocess.CompletedProcess(self.command, code, out, err)
+
+
+def python(*command: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    """What a `Python` printed until its end."""
+    return Python(*command, **options).ended()
+
+
+def _as_python(
+    command: list[str], where: Path, environment: dict[str, str], streams: list[Path]
+) -> None:
+    for number, stream in enumerate(streams, start=1):
+        os.dup2(os.open(stream, os.O_WRONLY), number)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(where)
+    sys.path[:0] = environment.get("PYTHONPATH", "").split(os.pathsep)
+    first, *rest = command
+    if first == "-c":
+        sys.argv = ["-c", *rest[1:]]
+        main = sys.modules["__main__"] = ModuleType("__main__")
+        exec(compile(rest[0], "<string>", "exec"), vars(main))
+    elif first == "-m":
+        sys.argv = rest
+        runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = command
+        runpy.run_path(first, run_name="__main__")

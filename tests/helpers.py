@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 import transformers
+from fresh import ROOT as ROOT
 from torch import nn
 
 from quantize import quantize_dynamic
 from quantize.measuring.result import Latency, Measurement
 from quantize.models import DecoderConfig, DecoderLM
 
-ROOT = Path(__file__).resolve().parents[1]  # of the repository
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 

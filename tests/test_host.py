@@ -5,16 +5,13 @@ from __future__ import annotations
 import gc
 import json
 import math
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from fresh import python
 
-import quantize
 from quantize import allocator, host
 from quantize.allocator import allocator_state, keep_allocations, use_huge_pages
 from quantize.host import (
@@ -101,6 +98,7 @@ def test_other_mallocs_are_left_alone_and_named(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("fresh")
 def test_kept_blocks_are_not_returned(tmp_path):
     """In a process of its own: after the call, a freed 256 MiB block stays resident; before it, it
     doesn't.
@@ -120,12 +118,8 @@ def test_kept_blocks_are_not_returned(tmp_path):
     """
     if not keep_allocations():
         pytest.skip(allocator_state())
-    environment = dict(os.environ, PYTHONPATH=str(Path(quantize.__file__).resolve().parents[1]))
     gc.collect()
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
-    )
-    before, state, kept, after, kept_state = result.stdout.strip().split("|")
+    before, state, kept, after, kept_state = python("-c", code).stdout.strip().split("|")
     assert int(before) < 50 and "default" in state and kept == "True"
     assert int(after) > 200 and "keeps large blocks" in kept_state
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import hypothesis
 import pytest
 import safetensors.torch
 import torch
 from checkpoint_models import IDS, Holder, Net, Tiny, TinyConfig, assert_same, both, net
+from fresh import python
 from helpers import in_int8
 from hypothesis import strategies as st
 from torch import nn
@@ -291,6 +290,7 @@ def test_parametrized_and_normed_modules(tmp_path, suffix):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("fresh")
 def test_loading_and_running_imports_no_compiler(tmp_path):
     """Loading a built-in model in int8 in a fresh process, and calling it until its calls are
     replayed, doesn't pull in torch._dynamo or sympy, which take seconds and memory.
@@ -303,9 +303,7 @@ def test_loading_and_running_imports_no_compiler(tmp_path):
         "for _ in range(4): model(torch.ones(2, 32, dtype=torch.long))\n"
         "sys.exit(' '.join({'torch._dynamo', 'sympy'} & set(sys.modules)) or 0)\n"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code, tmp_path / "m.pth"], capture_output=True, text=True
-    )
+    result = python("-c", code, tmp_path / "m.pth")
     assert result.returncode == 0, result.stderr
 
 

@@ -3,46 +3,25 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from fresh import python
 from measuring_models import INPUTS
 
-import quantize
 from quantize.measuring.artifact import fingerprint
 
 
-def _environment() -> dict[str, str]:
-    """As a user's shell would have it, with this checkout first."""
-    return dict(os.environ, PYTHONPATH=str(Path(quantize.__file__).resolve().parents[1]))
-
-
-def _command(*arguments: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "quantize", "measure", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=_environment(), timeout=300)
-
-
 @pytest.mark.slow
+@pytest.mark.xdist_group("fresh")
 def test_command_line_prints_one_json_line(files, tmp_path):
     """Standard output is one line of JSON, standard error is empty (no double import, no warnings),
     and the numbers agree.
     """
     np.save(tmp_path / "x.npy", INPUTS.numpy())
-    result = _command(
-        files["mlp"],
-        "--inputs",
-        tmp_path / "x.npy",
-        "--threads",
-        1,
-        "--rounds",
-        1,
-        "--burst-seconds",
-        0,
-    )
+    options = "--threads 1 --rounds 1 --burst-seconds 0 --inputs".split()
+    options += [tmp_path / "x.npy"]
+    result = python("-m", "quantize", "measure", files["mlp"], *options)
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.count("\n") == 1
     line = json.loads(result.stdout)
@@ -52,9 +31,10 @@ def test_command_line_prints_one_json_line(files, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("fresh")
 def test_command_line_names_a_missing_file(tmp_path):
     """Exit code 2, nothing on standard output, one line on standard error."""
-    result = _command(tmp_path / "none.pth")
+    result = python("-m", "quantize", "measure", tmp_path / "none.pth")
     assert (result.returncode, result.stdout) == (2, "")
     reason = f"{tmp_path / 'none.pth'}: no such file"
     assert result.stderr == f"quantize measure: error: {reason}\n"

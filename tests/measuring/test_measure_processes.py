@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import time
 import uuid
@@ -15,11 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from fresh import ended, started
+from fresh import ended, python, started
 from measuring_models import measure_without_end, start_children_and_answer
 from torch import nn
 
-import quantize
 from quantize.checkpoint import save
 from quantize.measuring.artifact import MeasurementError
 from quantize.measuring.comparison import compare, measure
@@ -189,15 +187,14 @@ print([row.notes for row in rows])
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("fresh")
 def test_what_the_script_defines_is_measured_in_a_fresh_process(tmp_path):
     """A class, a function and a lambda of a script without a main guard: processes of their own,
     and the script runs once.
     """
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    environment = {**os.environ, "PYTHONPATH": str(Path(quantize.__file__).parents[1])}
-    command = [sys.executable, str(script), str(tmp_path / "net.safetensors")]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    result = python(script, tmp_path / "net.safetensors", where=tmp_path)
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout == "[(), ('in memory: no file was loaded',)]\n"
 

@@ -5,17 +5,15 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+from fresh import ROOT, python
 
 from quantize.commands.doctor import KERNELS
 from quantize.native import toolchain
 
-ROOT = Path(__file__).parents[2]
 SOURCES = ("quantize", "setup.py", "pyproject.toml", "README.md", "LICENSE")
 BUILD = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
 # Answers of every library, and where the process found it.
@@ -46,15 +44,14 @@ print(quantize.__file__, doctor.facts()["kernels"])
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.xdist_group("fresh"),
     pytest.mark.skipif(toolchain.compiler() is None, reason="needs a C++ compiler"),
 ]
 
 
 def run(*command: str, where: Path, **environment: str) -> str:
     """What a process prints."""
-    done = subprocess.run(
-        command, cwd=where, env=os.environ | environment, capture_output=True, text=True
-    )
+    done = python("-c", *command, where=where, environment=os.environ | environment)
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
 
@@ -66,7 +63,7 @@ def built(folder: Path, **environment: str) -> tuple[Path, str]:
     for name in SOURCES:
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, source / name)
-    said = run(sys.executable, "-c", BUILD, str(folder), where=source, **environment)
+    said = run(BUILD, str(folder), where=source, **environment)
     (wheel,) = folder.glob("*.whl")
     return wheel, said
 
@@ -85,15 +82,15 @@ def test_a_wheel_needs_no_compiler(tmp_path):
     installed, cache = tmp_path / "installed", tmp_path / "cache"
     zipfile.ZipFile(wheel).extractall(installed)
     alone = {"PYTHONPATH": str(installed), "PATH": "", "CXX": "", "XDG_CACHE_HOME": str(cache)}
-    *answers, origins = run(sys.executable, "-c", ANSWERS, where=tmp_path, **alone).splitlines()
-    *expected, _ = run(sys.executable, "-c", ANSWERS, where=ROOT).splitlines()
+    *answers, origins = run(ANSWERS, where=tmp_path, **alone).splitlines()
+    *expected, _ = run(ANSWERS, where=ROOT).splitlines()
     assert answers == expected
     assert str(installed) in origins and origins.count("carried by this package") == len(KERNELS)
     # damaged libraries are not mapped
     for library in installed.rglob("*.so"):
         library.write_bytes(library.read_bytes()[:-100])
     show = "from quantize.commands import doctor; print(doctor.facts()['kernels'])"
-    shown = run(sys.executable, "-c", show, where=tmp_path, **alone)
+    shown = run(show, where=tmp_path, **alone)
     assert shown.count("is damaged") == len(KERNELS)
 
 

@@ -57,6 +57,7 @@ def absent(case):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_nursery")
 def test_peers_run_side_by_side(tmp_path, monkeypatch):
     """One that can't be set up, and one that fails where it runs, cost their own rows only."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))

@@ -5,11 +5,9 @@ from __future__ import annotations
 import io
 import math
 import os
-import subprocess
-import sys
 
 import pytest
-from helpers import ROOT
+from fresh import python
 from matplotlib.figure import Figure
 
 import train
@@ -99,15 +97,14 @@ def test_ticks_of_the_cache_chart_are_plain_numbers(monkeypatch, low, high):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("fresh")
 def test_counting_kernels_prints_nothing():
     """The profiler of a torch built for GPUs complains of those that aren't there, past Python's
     streams.
     """
     counted = "kernel_calls(torch.nn.Linear(4, 4), torch.zeros(2, 4)).total() > 0"
     code = f"import torch; from quantize.jobs.fusing import kernel_calls; print({counted})"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = dict(os.environ)
     environment.pop("KINETO_LOG_LEVEL", None)
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=300
-    )
+    result = python("-c", code, environment=environment)
     assert (result.stdout, result.stderr) == ("True\n", "")

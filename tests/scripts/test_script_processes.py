@@ -2,14 +2,12 @@
 
 import os
 import signal
-import subprocess
-import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from fresh import in_ranks
-from helpers import ROOT
+from fresh import Python, in_ranks, python
 from script_ranks import train_briefly
 
 import quantize
@@ -26,52 +24,20 @@ def test_many_ranks_prepare_the_same_folder(tmp_path):
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def command(*arguments: str) -> subprocess.Popen:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, *arguments],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
 @pytest.mark.slow
 @pytest.mark.xdist_group("fresh")
 def test_two_ranks_train_and_report(tmp_path):
     """The README's torchrun line, and two ranks without the launcher into the same folder: the same
     weights each time.
     """
-    launcher = [
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "train.py",
-        "--threads",
-        "1",
-    ]
-    options = [
-        "--task",
-        "image",
-        "--preset",
-        "tiny",
-        "--steps",
-        "2",
-        "--variants",
-        "fp32",
-        "--out",
-        str(tmp_path),
-    ]
-    process = command(*launcher, *options)
-    _, err = process.communicate(timeout=240)
-    assert process.returncode == 0, err
+    launcher = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
+    options = "--threads 1 --task image --preset tiny --steps 2 --variants fp32 --out".split()
+    options.append(str(tmp_path))
+    done = python(*launcher, "train.py", *options)
+    assert done.returncode == 0, done.stderr
     first = quantize.load(tmp_path / "model.pth").state_dict()
     (tmp_path / "model.pth").unlink()
-    assert in_ranks(train_briefly, 2, [*options, "--threads", "1"]) == [0, 0]
+    assert in_ranks(train_briefly, 2, options) == [0, 0]
     second = quantize.load(tmp_path / "model.pth").state_dict()
     assert list(first) == list(second)
     for name, tensor in first.items():
@@ -79,26 +45,17 @@ def test_two_ranks_train_and_report(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("fresh")
 def test_ctrl_c_leaves_whole_files_and_says_how_to_go_on(tmp_path):
     """Exit code 130, one line that names --resume, only a whole training state in the folder."""
-    process = command(
-        "train.py",
-        "--task",
-        "image",
-        "--preset",
-        "tiny",
-        "--steps",
-        "100000",
-        "--out",
-        str(tmp_path),
-    )
-    for line in process.stderr:
-        if line.startswith("fp32: step"):
-            break
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 130
-    assert (
-        err.strip().splitlines()[-1].startswith("train.py: stopped; the same command with --resume")
-    )
+    line = "--task image --preset tiny --steps 100000 --out".split()
+    script = Python("train.py", *line, tmp_path)
+    while "\nfp32: step" not in "\n" + script.told():
+        assert script.process.is_alive(), script.told()
+        time.sleep(0.05)
+    os.kill(script.process.pid, signal.SIGINT)
+    done = script.ended()
+    assert done.returncode == 130
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("train.py: stopped; the same command with --resume")
     assert [path.name for path in tmp_path.iterdir()] == ["fp32.state"]

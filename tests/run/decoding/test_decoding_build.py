@@ -7,14 +7,13 @@ from __future__ import annotations
 import hashlib
 import os
 import shlex
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from fresh import Python
 
 from quantize.models import DecoderConfig, DecoderLM
 from quantize.native import build, cache, isa, toolchain
@@ -278,6 +277,7 @@ def test_without_a_compiler(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("fresh")
 def test_processes_at_once_and_a_file_cut_under_a_running_one(tmp_path):
     """Two processes that compile at once agree; a library that is emptied while mapped doesn't
     reach who has mapped it.
@@ -295,9 +295,7 @@ def test_processes_at_once_and_a_file_cut_under_a_running_one(tmp_path):
     quick.write_text(f'#!/bin/sh\nexec {shlex.join(build.compiler())} "$@" -O0\n')
     quick.chmod(0o755)
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "CXX": str(quick)}
-    command = [sys.executable, "-c", code, str(tmp_path)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    running = [subprocess.Popen(command, env=environment, **pipes) for _ in range(2)]
-    texts = [process.communicate(timeout=240) for process in running]
-    assert [process.returncode for process in running] == [0, 0], texts
-    assert texts[0][0] == texts[1][0] != ""
+    running = [Python("-c", code, tmp_path, environment=environment) for _ in range(2)]
+    first, second = (process.ended() for process in running)
+    assert first.returncode == second.returncode == 0, (first, second)
+    assert first.stdout == second.stdout != ""

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fresh import python
 from fusion_models import Image, randomized, same_at_other_sizes
 from helpers import ZOO, assert_close, randn, run, zoo
 from torch import nn
@@ -51,25 +50,22 @@ def test_extreme_values_pass_through() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("fresh")
 def test_file_needs_only_torch(tmp_path: Path) -> None:
     """A process that never imports this package loads the file and gets the same numbers."""
     model, x = randomized(Image()), randn(2, 3, 16, 16)
     fuse(model, x).save(tmp_path / "fused.pt")
     torch.save((x, model(x)), tmp_path / "expected.pt")
     code = (
-        "import sys, torch\n"
+        "import sys, torch, warnings\n"
+        "warnings.simplefilter('ignore')\n"
         "x, y = torch.load('expected.pt')\n"
         "z = torch.jit.load('fused.pt')(x)\n"
         "assert 'quantize' not in sys.modules\n"
         "print((z - y).abs().max().item() / y.abs().max().item())"
     )
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = python("-c", code, where=tmp_path)
+    assert done.returncode == 0, done.stderr
     assert float(done.stdout) <= 2e-5
 
 

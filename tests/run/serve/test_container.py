@@ -9,14 +9,14 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+from fresh import ROOT, python
 
-ROOT = Path(__file__).parents[3]
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("fresh")]
 BUILD = "from setuptools import build_meta; print(build_meta.build_wheel('.'))"
 
 
@@ -40,17 +40,14 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 shutil.copytree(ROOT / source, context / target, ignore=ignored)
             else:
                 shutil.copy(ROOT / source, context / target)
-    command, alone = [sys.executable, "-c", BUILD], os.environ | {"CXX": "", "PATH": ""}
-    built = subprocess.run(
-        command, cwd=context, env=alone, capture_output=True, text=True, check=True
-    )
+    built = python("-c", BUILD, where=context, environment=os.environ | {"CXX": "", "PATH": ""})
+    assert built.returncode == 0, built.stderr
     place = context / "installed"
     wheel = context / built.stdout.split()[-1]
     zipfile.ZipFile(wheel).extractall(place)
     return place
 
 
-@pytest.mark.slow
 def test_the_image_has_all_of_the_package(installed: Path):
     """C++, pages and all; and the extra that is installed exists."""
     listed = subprocess.run(
@@ -62,7 +59,6 @@ def test_the_image_has_all_of_the_package(installed: Path):
     assert wanted in extras["optional-dependencies"]
 
 
-@pytest.mark.slow
 def test_the_image_starts_the_server(installed: Path):
     """The entry point is a command of the package; its flags, its port and the manifest's are
     known.
@@ -75,9 +71,7 @@ def test_the_image_starts_the_server(installed: Path):
     module, _, function = entry[command[0]].partition(":")
     code = f"import sys; from {module} import {function}; sys.exit({function}(sys.argv[1:]))"
     flags = [*command[1:], *arguments, "--help"]
-    shown = subprocess.run(
-        [sys.executable, "-c", code, *flags], cwd=installed, capture_output=True, text=True
-    )
+    shown = python("-c", code, *flags, where=installed)
     assert shown.returncode == 0, shown.stderr
     for flag in filter(lambda each: each.startswith("--"), flags):
         assert flag in shown.stdout
