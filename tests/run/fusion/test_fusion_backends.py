@@ -4,6 +4,7 @@ for them, with the few names that this package uses of each.
 
 from __future__ import annotations
 
+import importlib
 import io
 import sys
 from importlib.machinery import ModuleSpec
@@ -98,6 +99,15 @@ def pretend(patch: pytest.MonkeyPatch, backend: str) -> None:
         patch.setitem(sys.modules, name, module)
 
 
+def compile_once(patch: pytest.MonkeyPatch) -> None:
+    """Let Inductor compile one program as it stands: by default it first compiles two headers, 300
+    MB for the programs that come later.
+    """
+    options = importlib.import_module("torch._inductor.config").aot_inductor
+    patch.setattr(options, "precompile_headers", False)
+    patch.setattr(options, "compile_wrapper_opt_level", "O0")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", SUFFIXES)
 def test_other_back_ends_answer_like_eager(
@@ -108,6 +118,7 @@ def test_other_back_ends_answer_like_eager(
     """
     if backends.missing(backend):
         pretend(monkeypatch, backend)
+    compile_once(monkeypatch)
     model, inputs = randomized(Classifier()), pixels(2)
     fused = fuse(model, inputs, backend=backend)
     answers = {batch: outputs(fused, pixels(batch)) for batch in (2, 3)}
