@@ -100,7 +100,7 @@ def _swin() -> nn.Module:
         image_size=32,
         patch_size=4,
         embed_dim=24,
-        depths=[2, 2],
+        depths=[2, 1],
         num_heads=[2, 4],
         window_size=4,
         num_labels=10,
@@ -109,6 +109,9 @@ def _swin() -> nn.Module:
 
 
 def _mobilevit() -> nn.Module:
+    """Two transformer layers in the first stage that has some, and one in the others, where the
+    config always makes up to four.
+    """
     config = transformers.MobileViTConfig(
         image_size=64,
         hidden_sizes=[24, 32, 40],
@@ -116,7 +119,10 @@ def _mobilevit() -> nn.Module:
         num_attention_heads=2,
         num_labels=10,
     )
-    return transformers.MobileViTForImageClassification(config)
+    model = transformers.MobileViTForImageClassification(config)
+    for stage, layers in zip(model.mobilevit.encoder.layer[2:], (2, 1, 1), strict=True):
+        stage.transformer.layer = stage.transformer.layer[:layers]
+    return model
 
 
 _TEXT = {"vocab_size": 96, "max_position_embeddings": 64}
@@ -135,10 +141,17 @@ def _pixels(size: int) -> dict[str, torch.Tensor]:
 
 
 def _efficientnet() -> nn.Module:
+    """Three stages of seven; the second has a block with a residual."""
     config = transformers.EfficientNetConfig(
         image_size=64,
         width_coefficient=0.25,
-        depth_coefficient=0.25,
+        depth_coefficient=1.0,
+        kernel_sizes=[3, 3, 5],
+        in_channels=[32, 16, 24],
+        out_channels=[16, 24, 40],
+        strides=[1, 2, 2],
+        num_block_repeats=[1, 2, 1],
+        expand_ratios=[1, 6, 6],
         hidden_dim=320,
         num_labels=10,
         depth_divisor=8,
