@@ -6,17 +6,26 @@ import contextlib
 import io
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 from unittest import mock
 
+from torch.fx import config
+from torch.fx.experimental import proxy_tensor
+from torch.fx.passes import shape_prop
 from torch.nn.modules import transformer
 
 from quantize.surgery import without_logs
 
+# What tracing notes of each result, without the one of three layouts that its strides have: those
+# may be expressions in the free sizes, and nobody reads the answer.
+_WITHOUT_LAYOUT = partial(shape_prop._extract_tensor_metadata, include_contiguity=False)
+
 
 @contextlib.contextmanager
 def exporting() -> Iterator[None]:
-    """Inside, `torch.export` doesn't print the graph so far where it can't go on, and the layers of
+    """Inside, `torch.export` doesn't print the graph so far where it can't go on, and takes no time
+    for what nobody reads: the stack of calls at each operation, and layouts. The layers of
     `nn.Transformer` take a mask as it is: they ask its values whether it is causal, which decides
     nothing but the kernel.
     """
@@ -26,6 +35,8 @@ def exporting() -> Iterator[None]:
         contextlib.redirect_stdout(io.StringIO()),
         contextlib.redirect_stderr(io.StringIO()),
         mock.patch.object(transformer, "_detect_is_causal_mask", _told_causal),
+        mock.patch.object(config, "do_not_emit_stack_traces", True),
+        mock.patch.object(proxy_tensor, "_extract_tensor_metadata", _WITHOUT_LAYOUT),
     ):
         warnings.simplefilter("ignore")
         yield

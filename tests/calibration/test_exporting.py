@@ -57,3 +57,18 @@ def test_a_refusal_prints_nothing(technique, capfd):
     with pytest.raises(ValueError, match="Decides can't be"):
         technique(Decides().eval(), randn(4, 32))
     assert capfd.readouterr() == ("", "")
+
+
+def test_what_is_not_noted_changes_no_graph():
+    """With free sizes, the code and every size and stride are those of a plain export."""
+    layers = nn.Conv2d(3, 4, 3, stride=2), nn.ReLU(), nn.Flatten(2)
+    auto = torch.export.Dim.AUTO
+    options = {"dynamic_shapes": ((auto, None, auto, auto),), "strict": False}
+    model, inputs = nn.Sequential(*layers).eval(), (randn(2, 3, 9, 11),)
+    plain = torch.export.export(model, inputs, **options)
+    with calibration.exporting():
+        inside = torch.export.export(model, inputs, **options)
+    for one, other in zip(plain.graph.nodes, inside.graph.nodes, strict=True):
+        assert str(one.format_node()) == str(other.format_node())
+        assert str(one.meta.get("val")) == str(other.meta.get("val"))
+    assert plain.range_constraints == inside.range_constraints
