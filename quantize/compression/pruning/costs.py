@@ -18,7 +18,7 @@ from quantize import surgery
 from quantize.compression.pruning import budget, scores
 from quantize.compression.pruning.choose import choose, refuse_infinite, refuse_unfit, savable
 from quantize.compression.pruning.cut import Owners, layers_of, owners
-from quantize.compression.pruning.exporting import export
+from quantize.compression.pruning.exporting import graph_of
 from quantize.compression.pruning.follow import follow
 from quantize.compression.pruning.groups import Group, find_groups
 from quantize.compression.pruning.readers import (
@@ -66,9 +66,9 @@ def removable(
     Raises:
         ValueError: as `prune_ln_structured`: a model that can't be exported, nothing to prune.
     """
-    work = surgery.clone(model).eval()
+    work = surgery.shell(model).eval()
     refuse_unfit(work)
-    trace = follow(export(surgery.clone(work), example_inputs), work)
+    trace = follow(graph_of(model, work, example_inputs), work)
     groups, stuck = find_groups(trace.labels)
     wanted, left = choose(work, groups, stuck, {"*": 0.5}, ())
     wanted = savable(work, wanted, left)

@@ -7,14 +7,17 @@ easier to follow than its decomposition.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import nn
 
+from quantize import surgery
 from quantize.calibration import (
     arguments,
     call,
@@ -23,6 +26,42 @@ from quantize.calibration import (
     untouched,
     without_cache,
 )
+
+
+@dataclasses.dataclass
+class _Once:
+    """A model, inputs, and its graph on them as soon as somebody has asked for it."""
+
+    model: nn.Module
+    inputs: Any
+    program: torch.export.ExportedProgram | None = None
+
+
+_once: ContextVar[_Once | None] = ContextVar("_once", default=None)
+
+
+@contextlib.contextmanager
+def traced_once(model: nn.Module, example_inputs: Any) -> Iterator[None]:
+    """Inside, where nobody changes `model`, it is traced on these inputs for the first who prunes
+    it, and not for the next ones.
+    """
+    token = _once.set(_Once(model, example_inputs))
+    try:
+        yield
+    finally:
+        _once.reset(token)
+
+
+def graph_of(
+    model: nn.Module, work: nn.Module, example_inputs: Any
+) -> torch.export.ExportedProgram:
+    """Graph of `work`, a copy of `model` in eval mode, on the inputs. Raises as `export` does."""
+    once = _once.get()
+    if once is None or once.model is not model or once.inputs is not example_inputs:
+        return export(surgery.shell(work), example_inputs)
+    if once.program is None:
+        once.program = export(surgery.shell(work), example_inputs)
+    return once.program
 
 
 def export(model: nn.Module, example_inputs: Any) -> torch.export.ExportedProgram:

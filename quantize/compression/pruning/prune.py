@@ -26,7 +26,7 @@ from quantize.compression.pruning.choose import (
 )
 from quantize.compression.pruning.config import follow_config
 from quantize.compression.pruning.cut import kept_indices, mask, owners
-from quantize.compression.pruning.exporting import export
+from quantize.compression.pruning.exporting import graph_of
 from quantize.compression.pruning.follow import follow
 from quantize.compression.pruning.groups import Group, find_groups
 from quantize.compression.pruning.labels import Key
@@ -108,7 +108,7 @@ def prune_ln_structured(
     work = surgery.shell(model).eval()
     refuse_unfit(work)
     say(f"tracing {type(work).__name__}")
-    trace = follow(export(surgery.shell(work), example_inputs), work)
+    trace = follow(graph_of(model, work, example_inputs), work)
     groups, stuck = find_groups(trace.labels)
     wanted, left = choose(work, groups, stuck, amounts, skip)
     wanted = savable(work, wanted, left)

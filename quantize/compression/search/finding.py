@@ -14,6 +14,7 @@ from torch import nn
 
 from quantize import surgery
 from quantize.calibration import check_batches, run_batch, watching
+from quantize.compression.pruning import traced_once
 from quantize.compression.recipe import Given
 from quantize.compression.search.budget import Budget
 from quantize.compression.search.choosing import choose
@@ -108,7 +109,8 @@ def compress(
         _check_metric(points, judge)
         trial = Trial(work, example_inputs, given, judge, wanted, points, say, nursery)
         search = Walk(trial, deadline - time.monotonic())
-        search.run()
+        with traced_once(work, example_inputs):
+            search.run()
         result = choose(trial, search.rounds, search.was_cut)
     report(result, folder, minutes, seed, say)
     say(result.reason)

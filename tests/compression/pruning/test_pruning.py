@@ -13,53 +13,58 @@ from torch import nn
 from quantize import generate, load, save, to_half
 from quantize.compression.distillation import make_student
 from quantize.compression.low_rank import factorize_low_rank
-from quantize.compression.pruning import prune_ln_structured
-from quantize.compression.pruning.exporting import export
-
-
-@pytest.fixture
-def traced_once(monkeypatch):
-    """A test that prunes one model on the same inputs in several ways traces it for the first."""
-    traced = []
-
-    def first(model, inputs):
-        if not traced:
-            traced.append((type(model), export(model, inputs)))
-        kind, program = traced[0]
-        assert type(model) is kind
-        return program
-
-    monkeypatch.setattr("quantize.compression.pruning.prune.export", first)
+from quantize.compression.pruning import prune_ln_structured, traced_once
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_pruned_equals_masked(name, traced_once):
+def test_pruned_equals_masked(name):
     """The smaller model computes what the full one computes with zeros in the removed places, with
     calibration and without.
     """
     model, inputs = small(name)
     before = state(model)
-    for calibration in (None, [inputs]):
-        options = {"amount": 0.5, "calibration": calibration}
-        pruned = prune_ln_structured(model, inputs, **options)
-        masked = prune_ln_structured(model, inputs, masked=True, **options)
-        assert size(pruned) < size(model) == size(masked)
-        assert_close(run(pruned, inputs), run(masked, inputs), factor=10)
-        assert untouched(model, before)
+    with traced_once(model, inputs):
+        for calibration in (None, [inputs]):
+            options = {"amount": 0.5, "calibration": calibration}
+            pruned = prune_ln_structured(model, inputs, **options)
+            masked = prune_ln_structured(model, inputs, masked=True, **options)
+            assert size(pruned) < size(model) == size(masked)
+            assert_close(run(pruned, inputs), run(masked, inputs), factor=10)
+            assert untouched(model, before)
 
 
 @pytest.mark.parametrize("name", ZOO)
-def test_zoo(name, tmp_path, traced_once):
+def test_zoo(name, tmp_path):
     """Models that others wrote: pruned equals masked, and the file loads into a fresh instance."""
     model, inputs = zoo(name)
-    for amount in (0.25, 0.5):
-        pruned = prune_ln_structured(model, inputs, amount=amount)
-        masked = prune_ln_structured(model, inputs, amount=amount, masked=True)
-        assert size(pruned) < size(model)
-        assert_close(run(pruned, inputs), run(masked, inputs), factor=10)
-        save(pruned, tmp_path / f"{amount}.pth")
-        again = load(tmp_path / f"{amount}.pth", model=zoo(name, seed=1)[0])
-        assert_close(run(again, inputs), run(pruned, inputs))
+    with traced_once(model, inputs):
+        for amount in (0.25, 0.5):
+            pruned = prune_ln_structured(model, inputs, amount=amount)
+            masked = prune_ln_structured(model, inputs, amount=amount, masked=True)
+            assert size(pruned) < size(model)
+            assert_close(run(pruned, inputs), run(masked, inputs), factor=10)
+            save(pruned, tmp_path / f"{amount}.pth")
+            again = load(tmp_path / f"{amount}.pth", model=zoo(name, seed=1)[0])
+            assert_close(run(again, inputs), run(pruned, inputs))
+
+
+def test_a_model_traced_once_is_pruned_as_others_are(monkeypatch):
+    """The same bits as without, with one graph of that model on those inputs; a model made of it,
+    and other inputs, have graphs of their own.
+    """
+    model, inputs = small("attention")
+    amounts, graphs, real = (0.25, 0.5), [], torch.export.export
+    alone = [state(prune_ln_structured(model, inputs, amount=amount)) for amount in amounts]
+    monkeypatch.setattr("torch.export.export", lambda *a, **o: graphs.append(a) or real(*a, **o))
+    with traced_once(model, inputs):
+        made = [prune_ln_structured(model, inputs, amount=amount) for amount in amounts]
+        assert len(graphs) == 1
+        prune_ln_structured(made[0], inputs)
+        prune_ln_structured(model, inputs.clone())
+        assert len(graphs) == 3
+    prune_ln_structured(model, inputs)
+    assert len(graphs) == 4
+    assert [untouched(one, before) for one, before in zip(made, alone, strict=True)] == [True] * 2
 
 
 def test_twice(tmp_path):
