@@ -216,6 +216,11 @@ struct Job {
   // Up to 16 pixels, channels last: their ranges become steps side by side. first: of the pixels.
   template <class Numbers>
   void quantize_together(const Numbers& first, int64_t some, uint8_t* to, Row* steps) const {
+    const int64_t seen = seen_bytes(layer.channels);
+    if (some == 1) {
+      *steps = quantize_row(first, layer.channels, seen, to);
+      return;
+    }
     Range all;
     Floats low[LANES] = {}, high[LANES] = {};
     Numbers own = first;
@@ -225,19 +230,16 @@ struct Job {
       low[i] = range.low, high[i] = range.high;
       all.poison = all.poison + range.poison;
     }
-    transpose(low), transpose(high);
-    for (int64_t i = 0; i < LANES; i++) {
-      all.low = least(low[i], all.low);
-      all.high = most(high[i], all.high);
-    }
+    all.low = picked(low, [](auto a, auto b) { return least(a, b); });
+    all.high = picked(high, [](auto a, auto b) { return most(a, b); });
     const bool finite = all.finite();
     const SideBySide each(all);
     own = first;
     for (int64_t i = 0; i < some; i++, to += stride, own.x += layer.channels) {
-      steps[i] = finite ? each.row(int(i)) : quantize_row(own, layer.channels, padded, to);
+      steps[i] = finite ? each.row(int(i)) : quantize_row(own, layer.channels, seen, to);
       if (!finite) continue;
       each.steps(int(i)).put(own, layer.channels, to);
-      clear(to + layer.channels, padded - layer.channels);
+      clear(to + layer.channels, seen - layer.channels);
     }
   }
 
@@ -327,39 +329,51 @@ struct Results {
     Ints sums;
 
     void put(const int32_t* from, int64_t apart, int64_t row, int64_t count) const {
-      for (int64_t r = all.first + row, end = r + count; r < end;) {
-        const int64_t sample = r / job.pixels, pixel = r % job.pixels;
-        const int64_t some = least_of(least_of(job.pixels - pixel, end - r), LANES);
-        Floats y[LANES];
-        Range range;
-        for (int64_t i = 0; i < some; i++) {
-          const Row& step = all.steps[job.pointwise ? r - all.first + i : sample];
-          y[i] = output(from + i * apart, step, r + i);
-          if (all.ranges) range.look(y[i]);
-        }
-        if (all.ranges) all.ranges[sample].join(range);
-        if (job.step.y_last)
-          store_pixels(y, r, some);
-        else
-          store_planes(y, sample, pixel, some);
-        r += some, from += some * apart;
+      switch (job.step.activation) {
+        case NONE:
+          return put_as<NONE>(from, apart, row, count);
+        case SILU:
+          return put_as<SILU>(from, apart, row, count);
+        default:
+          return put_as<-1>(from, apart, row, count);
       }
     }
 
-    Floats output(const int32_t* from, const Row& step, int64_t row) const {
-      const Ints sum = load_vector<Ints>(from);
-      const Ints exact = sum - step.zero * sums;
-      Floats y = to_floats(exact) * scale * step.step;
-      if (job.layer.bias) y = y + bias;
-      y = job.step.ended(y);
-      if (!job.other) return y;
-      y = y + load_some(job.other + row * job.layer.outputs + channel, many);
-      return job.step.last_limits.cut(y);
-    }
-
-    void store_pixels(const Floats* y, int64_t row, int64_t some) const {
-      float* to = all.y + (row - all.y_first) * job.layer.outputs + channel;
-      for (int64_t i = 0; i < some; i++, to += job.layer.outputs) store(y[i], to, many);
+    // ACTIVATION: of the results, -1 for any. What all rows share is copied: numbers that are
+    // stored could be its own, as far as a compiler sees.
+    template <int64_t ACTIVATION>
+    void put_as(const int32_t* from, int64_t apart, int64_t row, int64_t count) const {
+      const Step& step = job.step;
+      const int64_t activation = ACTIVATION < 0 ? step.activation : ACTIVATION, many = this->many;
+      const int64_t outputs = job.layer.outputs, pixels = job.pixels;
+      const Floats scale = this->scale, bias = this->bias;
+      const Ints sums = this->sums;
+      const bool has_bias = job.layer.bias, has_range = all.ranges, last = step.y_last;
+      const Limits limits = step.limits, last_limits = step.last_limits;
+      const float *other = job.other ? job.other + channel : nullptr, *tails = step.tails;
+      for (int64_t r = all.first + row, end = r + count; r < end;) {
+        const int64_t sample = r / pixels, pixel = r % pixels;
+        const int64_t some = least_of(least_of(pixels - pixel, end - r), LANES);
+        const Row* own = all.steps + (job.pointwise ? r - all.first : sample);
+        float* to = all.y + (r - all.y_first) * outputs + channel;
+        Floats turned[LANES];
+        Range range;
+        for (int64_t i = 0; i < some; i++, from += apart, own += job.pointwise) {
+          const Ints exact = load_vector<Ints>(from) - own->zero * sums;
+          Floats y = to_floats(exact) * scale * own->step;
+          if (has_bias) y = y + bias;
+          y = limits.cut(activated(y, activation, tails));
+          if (other) y = last_limits.cut(y + load_some(other + (r + i) * outputs, many));
+          if (has_range) range.look(y);
+          if (last)
+            store(y, to + i * outputs, many);
+          else
+            turned[i] = y;
+        }
+        if (has_range) all.ranges[sample].join(range);
+        if (!last) store_planes(turned, sample, pixel, some);
+        r += some;
+      }
     }
 
     void store_planes(Floats* y, int64_t sample, int64_t pixel, int64_t some) const {

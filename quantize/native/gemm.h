@@ -29,6 +29,15 @@ inline int64_t row_stride(int64_t inputs) {
   return padded / 64 % 2 ? padded : padded + 64;
 }
 
+// Bytes of a row that products look at; those behind its inputs must be 0.
+inline int64_t seen_bytes(int64_t inputs) {
+#if defined(QUANTIZE_TILES)
+  return up(inputs, 64);
+#else
+  return up(inputs, 4);
+#endif
+}
+
 // Quantized rows at a time, so that the products find them in the cache.
 inline int64_t rows_at_once(int64_t stride, int64_t rows) {
   constexpr int64_t CHUNK_BYTES = 1 << 19;

@@ -81,6 +81,11 @@ inline Floats most(Floats a, Floats b) {
 #endif
 }
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+inline __m256 least(__m256 a, __m256 b) { return _mm256_min_ps(a, b); }
+inline __m256 most(__m256 a, __m256 b) { return _mm256_max_ps(a, b); }
+#endif
+
 // a b + c, rounded once.
 inline Floats multiply_add(Floats a, Floats b, Floats c) {
 #if defined(__AVX512F__)

@@ -23,6 +23,14 @@ inline Floats load_part(const T* x, int64_t n) {  // zeros after the first n
 inline Floats load_part(const float* x, int64_t n) {
   return (Floats)_mm512_maskz_loadu_ps(__mmask16((1 << n) - 1), x);
 }
+#elif defined(__AVX2__)
+inline Floats load_part(const float* x, int64_t n) {
+  alignas(64) static constexpr int32_t masks[2 * LANES] = {-1, -1, -1, -1, -1, -1, -1, -1,
+                                                           -1, -1, -1, -1, -1, -1, -1, -1};
+  const __m256i* mask = (const __m256i*)(masks + LANES - n);
+  return {_mm256_maskload_ps(x, _mm256_loadu_si256(mask)),
+          _mm256_maskload_ps(x + 8, _mm256_loadu_si256(mask + 1))};
+}
 #endif
 
 inline Ints cut_off(Ints numbers) {  // below 0 and above 255
@@ -33,7 +41,14 @@ inline Ints cut_off(Ints numbers) {  // below 0 and above 255
 // n numbers, cut off, as bytes.
 inline void store_bytes(Ints numbers, uint8_t* to, int64_t n) {
   uint8_t bytes[LANES];
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  const __m256i words = _mm256_packs_epi32((__m256i)numbers.part[0], (__m256i)numbers.part[1]);
+  const __m256i all = _mm256_permute4x64_epi64(words, 0xd8);
+  const __m128i first = _mm256_castsi256_si128(all), last = _mm256_extracti128_si256(all, 1);
+  _mm_storeu_si128((__m128i*)bytes, _mm_packus_epi16(first, last));
+#else
   store_lowest(cut_off(numbers), bytes);
+#endif
   if (n == LANES)
     memcpy(to, bytes, LANES);
   else if (n == 8)
@@ -96,18 +111,20 @@ struct Range {
   }
   // n numbers; four ranges at once, since each waits for its last step.
   template <class Numbers>
-  void look(const Numbers& x, int64_t n) {
-    Range more[3];
+  [[gnu::always_inline]] void look(const Numbers& x, int64_t n) {
     int64_t i = 0;
-    for (; i + 4 * LANES <= n; i += 4 * LANES) {
-      look(x.at(i));
-      for (int part = 0; part < 3; part++) more[part].look(x.at(i + (part + 1) * LANES));
+    if (n >= 4 * LANES) {
+      Range more[3];
+      for (; i + 4 * LANES <= n; i += 4 * LANES) {
+        look(x.at(i));
+        for (int part = 0; part < 3; part++) more[part].look(x.at(i + (part + 1) * LANES));
+      }
+      more[0].join(more[1]);
+      join(more[2]);
+      join(more[0]);
     }
     for (; i + LANES <= n; i += LANES) look(x.at(i));
     if (i < n) look(x.part(i, n - i));
-    more[0].join(more[1]);
-    join(more[2]);
-    join(more[0]);
   }
   template <class T>
   void look(const T* x, int64_t n) {
