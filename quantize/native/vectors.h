@@ -28,6 +28,7 @@ inline T choose(Ints mask, T a, T b) {
   return mask ? a : b;
 }
 inline Floats to_floats(Ints x) { return __builtin_convertvector(x, Floats); }
+inline Floats everywhere(float x) { return (Floats)_mm512_set1_ps(x); }
 template <class V>
 inline V load_vector(const void* from) {
   V found;
@@ -162,8 +163,11 @@ inline void store_vector(const V& x, void* to) {
 }
 
 #if defined(__AVX2__)
+inline Floats everywhere(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
 inline __m256i half_of(const Bytes& x, int half) { return (__m256i)x.part[half]; }
 inline Ints joined(__m256i low, __m256i high) { return {(Ints::Part)low, (Ints::Part)high}; }
+#else
+inline Floats everywhere(float x) { return Floats{} + x; }
 #endif
 
 template <class T>

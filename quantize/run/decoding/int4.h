@@ -38,8 +38,8 @@ struct CodeSums {
     total = (Ints)_mm512_dpbusd_epi32((__m512i)total, (__m512i)codes, _mm512_set1_epi32(quad));
 #elif defined(__AVX2__)
     const __m256i x = _mm256_set1_epi32(quad);
-    first = _mm256_add_epi16(first, _mm256_maddubs_epi16(half_of(codes, 0), x));
-    last = _mm256_add_epi16(last, _mm256_maddubs_epi16(half_of(codes, 1), x));
+    add_products(first, _mm256_maddubs_epi16(half_of(codes, 0), x));
+    add_products(last, _mm256_maddubs_epi16(half_of(codes, 1), x));
 #elif defined(__aarch64__)
     struct Quarters {
       int32x4_t part[4];
@@ -57,6 +57,13 @@ struct CodeSums {
       for (int i = 0; i < 4; i++) total[output] += codes[4 * output + i] * four[i];
 #endif
   }
+#if defined(__AVX2__) && !defined(__AVX512VNNI__)
+  // One step after the other, as in integers.h.
+  static void add_products(__m256i& total, __m256i products) {
+    total = _mm256_add_epi16(total, products);
+    asm volatile("" : "+x"(total));
+  }
+#endif
   Floats floats() const {
 #if defined(__AVX2__) && !defined(__AVX512VNNI__)
     const __m256i ones = _mm256_set1_epi16(1);
@@ -156,11 +163,11 @@ struct WidePanel {
   }
 };
 
-// Panels whose sums, of 4 rows, fit the registers.
+// Panels whose sums, of 4 rows, fit the registers, and vectors of a block that are unrolled.
 #if defined(__AVX2__) && !defined(__AVX512VNNI__)
-constexpr int64_t CODE_PANELS = 1;
+constexpr int64_t CODE_PANELS = 1, UNROLLED = 4;
 #else
-constexpr int64_t CODE_PANELS = 2;
+constexpr int64_t CODE_PANELS = 2, UNROLLED = 1;
 #endif
 
 // y[r][p] = 16 outputs of panel p for row r.
@@ -170,12 +177,10 @@ inline void multiply_codes(const Panel* panel, const FineRow* row, int64_t input
   Floats total[R][P] = {};
   const int64_t blocks = group / BLOCK;
   for (int64_t g = 0; g < inputs / group; g++) {
-    Floats scale[P], shift[P];
-    for (int p = 0; p < P; p++) panel[p].scales(g, scale[p], shift[p]);
     for (int64_t block = 0; block < blocks; block++) {
       const int64_t at = g * blocks + block;
       CodeSums sums[R][P];
-#pragma GCC unroll 1
+#pragma GCC unroll UNROLLED
       for (int64_t i = 0; i < 4; i++)
 #pragma GCC unroll 4
         for (int p = 0; p < P; p++) {
@@ -188,9 +193,11 @@ inline void multiply_codes(const Panel* panel, const FineRow* row, int64_t input
             sums[r][p].add(high, eight + 4);
           }
         }
+      Floats scale[P], shift[P];  // not before: the sums need the registers
+      for (int p = 0; p < P; p++) panel[p].scales(g, scale[p], shift[p]);
 #pragma GCC unroll 4
       for (int r = 0; r < R; r++) {
-        const Floats step = Floats{} + row[r].step[at], sum = Floats{} + row[r].sum[at];
+        const Floats step = everywhere(row[r].step[at]), sum = everywhere(row[r].sum[at]);
 #pragma GCC unroll 4
         for (int p = 0; p < P; p++) {
           total[r][p] = multiply_add(sums[r][p].floats(), scale[p] * step, total[r][p]);
