@@ -57,7 +57,7 @@ class Int8OutlierLinear(Int8Linear):
             channels: int64 [C], those that count in float.
         """
         dense = weight.detach().float()
-        kept = dense[:, channels].t().contiguous()
+        kept = dense.t()[channels].contiguous()
         rest = dense / factor
         rest[:, channels] = 0
         own = factor.float().clone()
@@ -91,8 +91,9 @@ class Int8OutlierLinear(Int8Linear):
 
     def outliers(self) -> Outliers:
         """The channels in float, as the kernels take them."""
-        buffers: Any = self._buffers
-        return Outliers(buffers["factor"], buffers["channels"], buffers["kept"])
+        # by dict's own method, which computes no buffer that isn't held
+        factor, channels, kept = (dict.__getitem__(self._buffers, n) for n in Outliers._fields)
+        return Outliers(factor, channels, kept)
 
     def contradiction(self) -> str | None:
         """See `surgery.contradiction`."""

@@ -48,7 +48,8 @@ class Step:
 
     def __init__(self, model: DecoderLM, *, narrow: bool = True):
         self.model, self.narrow = model, narrow
-        self.run = KERNELS.best().functions.decode
+        functions = KERNELS.best().functions
+        self.run, self._fetch_lines = functions.decode, functions.fetch_lines
         self.reads_prompts = reads_prompts(model)
         self.most_threads = usable_cores()  # one beyond the quota stops, and all others wait for it
         self.kept: list[object] = []  # what the pointers point to
@@ -125,6 +126,14 @@ class Step:
         """The embeddings [B, T, width] of ids [B, T]; None if the model's are of another shape."""
         embedded = self.model.embedding(ids).detach()
         return embedded if embedded.shape == (*ids.shape, self.described.width) else None
+
+    def fetch(self, addresses: Tensor) -> None:
+        """Ask memory for what lies at addresses, int64 [N], whatever that is."""
+        self._fetch_lines(addresses.data_ptr(), len(addresses))
+
+    def addresses(self) -> set[int]:
+        """Of the tensors that passes read where they are."""
+        return {start for start, _ in self._blocks()}
 
     def _blocks(self) -> Iterator[tuple[int, int]]:
         """Address and bytes of all weights."""

@@ -49,11 +49,12 @@ def panels_of(layer: Int8Linear | Int4Linear) -> Panels:
             return panels
         is_int8 = isinstance(layer, Int8Linear)
         panels = _int8_panels(layer) if is_int8 else _int4_panels(layer)
-        if lazy.holds_alone(layer._buffers):
+        if all(lazy.holds_alone(layer._buffers, name) for name in list(layer._buffers)):
             unpack = int8_rows if is_int8 else int4_rows
+            names = ("packed",) if is_int8 else ("packed", "scale", "zero")
             sizes = layer.out_features, layer.in_features
             group = () if is_int8 else (layer.group_size,)
-            lazy.LazyBuffers(layer, panels, partial(unpack, panels.weight, *sizes, *group))
+            lazy.LazyBuffers(layer, panels, names, partial(unpack, panels.weight, *sizes, *group))
         return panels
 
 
@@ -90,12 +91,12 @@ def _int8_panels(layer: Int8Linear) -> Panels:
     return Panels(found.packed, found.sums)
 
 
-def int8_rows(panels: Tensor, outputs: int, inputs: int) -> Tensor:
+def int8_rows(panels: Tensor, outputs: int, inputs: int) -> tuple[Tensor]:
     """The int8 weight [outputs, inputs] of panels of integers.h."""
     padded = -(-inputs // STEP) * STEP
     quads = panels.view(-1, padded // 4, PANEL, 4)  # four inputs of each output side by side
     rows = quads.transpose(1, 2).reshape(-1, padded)
-    return rows[:outputs, :inputs].clone(memory_format=torch.contiguous_format)
+    return (rows[:outputs, :inputs].clone(memory_format=torch.contiguous_format),)
 
 
 def _int4_panels(layer: Int4Linear) -> Panels:
@@ -120,11 +121,17 @@ def _pack_int4(layer: Int4Linear) -> Tensor:
     return panels
 
 
-def int4_rows(panels: Tensor, outputs: int, inputs: int, group: int) -> Tensor:
-    """The 4-bit weight, uint8 [outputs, inputs / 2], of panels of int4.h."""
+def int4_rows(
+    panels: Tensor, outputs: int, inputs: int, group: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The 4-bit weight, uint8 [outputs, inputs / 2], of panels of int4.h, and its scales and zeros,
+    bfloat16 [outputs, inputs / group].
+    """
     groups, code_bytes = inputs // group, group // BLOCK * BLOCK_BYTES
-    blocks = panels.view(-1, groups, code_bytes + SCALE_BYTES)[..., :code_bytes]
-    quads = blocks.unflatten(-1, (-1, PANEL, 4))  # [panels, groups, group / 8, 16, 4]
+    codes, ends = panels.view(-1, groups, code_bytes + SCALE_BYTES).tensor_split((code_bytes,), -1)
+    quads = codes.unflatten(-1, (-1, PANEL, 4))  # [panels, groups, group / 8, 16, 4]
     values = torch.stack((quads & 15, quads >> 4), dim=-2)  # inputs 0..3 of eight, then 4..7
     rows = values.permute(0, 3, 1, 2, 4, 5).reshape(-1, inputs)[:outputs]
-    return rows[:, ::2] | rows[:, 1::2] << 4
+    pairs = ends.contiguous().view(torch.bfloat16).unflatten(-1, (2, PANEL))
+    scale, zero = pairs.permute(2, 0, 3, 1).reshape(2, -1, groups)[:, :outputs].contiguous()
+    return rows[:, ::2] | rows[:, 1::2] << 4, scale.clone(), zero.clone()

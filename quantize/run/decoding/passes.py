@@ -12,14 +12,17 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+from torch.utils.hooks import RemovableHandle
 
 from quantize.models import DecoderLM
 from quantize.nn import is_traced
+from quantize.run.decoding.lazy import LazyBuffers
 from quantize.run.decoding.native import MOST_ROWS, Step
 from quantize.run.decoding.recognition import (
     NOT_YET,
@@ -87,7 +90,7 @@ class NativePasses:
         self._looked = None  # which holds tensors that only layers should
         self.reason = obstacle(self.model, compile_now=self.compile_now)
         step = None if self.reason else Step(self.model, narrow=self.narrow)
-        watch = _Watch(self.model)  # it holds all tensors: those that layers give up are gone
+        watch = _Watch(self.model, step)  # it holds tensors: those that layers give up are gone
         self._looked = looked = watch, step  # together: other threads may use this object
         return looked
 
@@ -107,42 +110,55 @@ def is_watched() -> bool:
 class _Watch:
     """Notices when a model isn't what it was: its modules, its tensors, their values (in place),
     hooks, attributes added.
+
+    It runs before every token, when what it looks at isn't in the CPU's caches any more: so it asks
+    for all of that at once, and looks at as little as it can. Nobody has touched the tensors of a
+    layer that holds no integers (see `lazy`), and torch counts all hooks in one place.
+
+    Args:
+        model: to watch.
+        step: of the model. Values that it reads where they are may change.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, step: Step | None):
         modules = self.modules = list(model.modules())
         self.model, self.config = model, getattr(model, "config", None)
-        self.attributes = [module.__dict__ for module in modules]
+        self.dicts: list[Any] = [vars(module) for module in modules]  # one more: an own `forward`
         self.contents: list[dict] = []
-        self.hooks: list[dict] = []
         for module in modules:
-            contents = (module._modules, module._parameters, module._buffers)
-            self.contents += filter(None, contents)
-            self.hooks += (module._forward_hooks, module._forward_pre_hooks)
+            own = (module._modules, module._parameters, module._buffers)
+            self.contents += filter(None, own[:1] if isinstance(own[2], LazyBuffers) else own)
+            self.dicts += filter(None, (module._forward_hooks, module._forward_pre_hooks))
+        self.dicts += self.contents
         self.members = list(_members(self.contents))
         plain = [member for member in self.members if is_plain(member)]
         self.tensors = [tensor for tensor in plain if tensor.numel()]
-        self.counted = [tensor for tensor in self.tensors if not tensor.is_inference()]
+        in_place = step.addresses() if step else set()
+        packed = [tensor for tensor in self.tensors if tensor.data_ptr() not in in_place]
+        self.counted = [tensor for tensor in packed if not tensor.is_inference()]
+        read = [*map(id, modules), *(id(held) + _DICT_SIZE for held in self.dicts)]
+        read += [*map(id, self.tensors), *(tensor._cdata for tensor in self.tensors)]
+        self.read, self.step = torch.tensor(read, dtype=torch.int64, device="cpu"), step
         self.state = self._state()
 
     def same(self) -> bool:
         """Whether nothing has changed since this object was made."""
-        members = list(_members(self.contents))
-        same_members = len(members) == len(self.members) and all(
-            map(operator.is_, members, self.members)
-        )
-        return same_members and self.model.config is self.config and self._state() == self.state
+        if self.model.config is not self.config or self._state() != self.state:
+            return False
+        return all(map(operator.is_, _members(self.contents), self.members))
 
-    def _state(self) -> tuple[list, ...]:
+    def _state(self) -> tuple[object, ...]:
+        if self.step:
+            self.step.fetch(self.read)
         kinds = list(map(type, self.modules))
-        attributes = list(map(len, self.attributes))  # one more is a `forward` of a module's own
-        hooks = list(map(len, self.hooks))
+        sizes = list(map(len, self.dicts))
         pointers = list(map(Tensor.data_ptr, self.tensors))
         versions = list(map(_VERSION, self.counted))
-        return kinds, attributes, hooks, pointers, versions
+        return RemovableHandle.next_id, LazyBuffers.restored, kinds, sizes, pointers, versions
 
 
 _VERSION = operator.attrgetter("_version")
+_DICT_SIZE = 16  # where a dict of CPython holds its size; elsewhere what is asked for is of no use
 
 
 def _members(contents: Iterable[dict]) -> Iterable[object]:

@@ -165,8 +165,9 @@ def stored_in(part: nn.Module) -> Operands | None:
     if lazy.panels_of(part) is not None and isinstance(part, Int8Linear | Int4Linear):
         if getattr(part, "activation", None) is not None:
             return None
+        own = lazy.shown(part)
         group = getattr(part, "group_size", 0)
-        return Operands(lazy.shown(part), part.bias, part.scale, group=group)
+        return Operands(own["packed"], own["bias"], own["scale"], group=group)
     return Int8Linear.operands(part) if type(part) is Int8OutlierLinear else operands(part)
 
 

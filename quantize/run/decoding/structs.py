@@ -71,6 +71,7 @@ class Functions:
     decode: Callable[..., None]
     int4_bytes: Callable[[int, int, int], int]
     pack_int4: Callable[..., None]
+    fetch_lines: Callable[[int, int], None]
 
 
 def read(library: ctypes.CDLL) -> Functions:
@@ -78,12 +79,13 @@ def read(library: ctypes.CDLL) -> Functions:
     step.cpp.
     """
     sizes = {name: ctypes.sizeof(struct) for name, struct in _STRUCTS.items()}
-    names = "open_library", "decode", "int4_bytes", "pack_int4"
+    names = "open_library", "decode", "int4_bytes", "pack_int4", "fetch_lines"
     found = Functions(*symbols(library, names, sizes))
     library.decode.argtypes = [ctypes.POINTER(Model), ctypes.POINTER(Pass)]
     library.int4_bytes.argtypes, library.int4_bytes.restype = [_number] * 3, _number
     library.pack_int4.argtypes = [*[_pointer] * 3, *[_number] * 3, _pointer]
-    for function in (library.decode, library.pack_int4):
+    library.fetch_lines.argtypes = [_pointer, _number]
+    for function in (library.decode, library.pack_int4, library.fetch_lines):
         function.restype = None
     return found
 
