@@ -7,6 +7,7 @@ depends on it. Elsewhere those positions are computed like all others.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ class PaddedEncoder(nn.TransformerEncoder):
     Left out: finite numbers in a mask, which torch's encoder takes for padding then.
     """
 
-    own_class = nn.TransformerEncoder
+    own_class: type[nn.Module] = nn.TransformerEncoder
 
     def forward(
         self,
@@ -56,11 +57,31 @@ class PaddedEncoder(nn.TransformerEncoder):
         return marked & (marked[:, 1:] >= marked[:, :-1]).all()
 
 
+@functools.cache
+def _padded_class(base: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of a class of encoders for which its `super().forward` is PaddedEncoder's."""
+    if base is nn.TransformerEncoder:
+        return PaddedEncoder
+
+    def reduce(self: Any, protocol: Any) -> Any:
+        return _empty, (base,), self.__getstate__()
+
+    names = {"__reduce_ex__": reduce, "own_class": base}
+    names |= {"__module__": base.__module__, "__qualname__": base.__qualname__}
+    return type(base.__name__, (base, PaddedEncoder), names)
+
+
+def _empty(base: type[nn.Module]) -> nn.Module:
+    """An encoder without its state, for a copy or a pickle."""
+    made = _padded_class(base)
+    return made.__new__(made)
+
+
 @surgery.builder
 def padded_encoder(module: nn.Module) -> nn.Module:
-    """Make torch's encoder a `PaddedEncoder`, in place."""
-    if type(module) is nn.TransformerEncoder:
-        module.__class__ = PaddedEncoder
+    """Make one of torch's encoders a `PaddedEncoder`, in place."""
+    if isinstance(module, nn.TransformerEncoder) and not isinstance(module, PaddedEncoder):
+        module.__class__ = _padded_class(type(module))
     return module
 
 
@@ -68,7 +89,8 @@ def with_padded_encoders(model: nn.Module) -> nn.Module:
     """Make those of torch's encoders PaddedEncoders, in place, that leave out padding."""
     for module in model.modules():
         leaves_out = getattr(module, "use_nested_tensor", False)
-        if leaves_out and type(module) is nn.TransformerEncoder:
+        leaves_out = leaves_out and not isinstance(module, PaddedEncoder)
+        if leaves_out and isinstance(module, nn.TransformerEncoder):
             surgery.record(padded_encoder(module), "padded_encoder")
     return model
 

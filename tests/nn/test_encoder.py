@@ -1,5 +1,9 @@
 """PaddedEncoder gives zeros where torch's `nn.TransformerEncoder` leaves padding out."""
 
+import copy
+import pickle
+from typing import Any
+
 import pytest
 import torch
 from helpers import randn
@@ -26,9 +30,18 @@ class Averaged(nn.Module):
         return self.head(self.encoder(x, mask, pads).mean(1))
 
 
-def _averaged(norm: nn.Module | None = None) -> Averaged:
+class Doubled(nn.TransformerEncoder):
+    """With a forward of its own around torch's."""
+
+    def forward(self, src: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return 2 * super().forward(src, *args, **kwargs)
+
+
+def _averaged(norm: nn.Module | None = None, kind: Any = nn.TransformerEncoder) -> Averaged:
     torch.manual_seed(0)
-    return Averaged(norm).eval()
+    model = Averaged(norm).eval()
+    model.encoder.__class__ = kind
+    return model
 
 
 @pytest.mark.parametrize("pads", MASKS.values(), ids=MASKS)
@@ -47,19 +60,22 @@ def test_equals_torchs_encoder(pads: Tensor | None, mask: Tensor | None, grad: b
             torch.testing.assert_close(other(x, given, mask), model(x, given, mask))
 
 
-def test_int8_encoders_leave_out_padding(tmp_path):
-    """Again when the file is loaded, and in what is recorded of later calls."""
-    model, x = _averaged(), randn(3, 10, 32)
+@pytest.mark.parametrize("kind", [nn.TransformerEncoder, Doubled])
+def test_int8_encoders_leave_out_padding(tmp_path, kind: type[nn.Module]):
+    """Again when the file is loaded, in copies, and in what is recorded of later calls."""
+    model, x = _averaged(kind=kind), randn(3, 10, 32)
     small = quantize.quantize_dynamic(model, prefer="size")
     quantize.save(small, tmp_path / "small.pth")
-    loaded = quantize.load(tmp_path / "small.pth", model=Averaged())
+    loaded = quantize.load(tmp_path / "small.pth", model=_averaged(kind=kind))
     assert isinstance(loaded.encoder, PaddedEncoder)
+    pickled = pickle.loads(pickle.dumps(small))
     with torch.no_grad():
         expected = model(x, AT_END)
         for _ in range(4):
             actual = small(x, AT_END)
             assert (actual - expected).norm() < 0.03 * expected.norm()
-            assert torch.equal(loaded(x, AT_END), actual)
+            for other in (loaded, pickled, copy.deepcopy(small)):
+                assert torch.equal(other(x, AT_END), actual)
 
 
 def test_fused_encoders_leave_out_padding():
