@@ -15,9 +15,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
+import torch
+
 from quantize.surgery.codes import codes_of, functions_of
 
 _CLOSED = {"torch", "numpy", "quantize"}
+_TABLES = {"globals", "sys"}  # where code may look variables up by their names
 Variables = tuple[Any, list[str]]  # what holds them, and their names there
 
 
@@ -53,6 +56,7 @@ class _Found:
         self.known: set[FunctionType] = set()
         self.named: dict[int, tuple[dict[str, Any], set[str]]] = {}
         self.cells: list[Any] = []
+        self.asked: set[str] = set()
 
     def name(self, name: str) -> None:
         """Code names a method, perhaps."""
@@ -72,7 +76,8 @@ class _Found:
         attributes = {*_names(function.__code__)}
         for name in attributes:
             self.name(name)
-        self._read(holder, names)
+        self.asked |= attributes & _Settings.names
+        self._read(holder, names | attributes if names & _TABLES else names)
         for value in map(holder.get, names):
             if isinstance(value, ModuleType) and _is_open(value.__name__):
                 self._read(vars(value), attributes)
@@ -85,6 +90,8 @@ class _Found:
             yield holder, [*names]
         for cell in self.cells:
             yield cell, ["cell_contents"]
+        if self.asked:
+            yield _Settings(), [*self.asked]
         for function in self.known:
             if function.__defaults__ or function.__kwdefaults__:
                 yield function, ["__defaults__", "__kwdefaults__"]
@@ -125,6 +132,16 @@ def _variables(code: CodeType) -> Iterator[str]:
 
 
 def _names(code: CodeType) -> Iterator[str]:
-    """All names in a piece of code and in those inside it, those of attributes too."""
+    """All names in a piece of code and in those inside it, those of attributes too, and strings."""
     for each in codes_of(code):
         yield from each.co_names
+        yield from (one for one in each.co_consts if isinstance(one, str))
+
+
+class _Settings:
+    """Of torch, as attributes."""
+
+    names = frozenset({"get_num_threads", "are_deterministic_algorithms_enabled"})
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)()

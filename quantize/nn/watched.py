@@ -1,8 +1,8 @@
 """What a forward may depend on besides its inputs, as far as that can be seen: attributes of the
 modules and of their classes, and all that can be reached from these through lists, dictionaries and
 objects, as configs are, and their classes; and the variables that its code names, see `code`. Not
-seen: what the object in such a variable holds otherwise than as attributes (slots, a state in C);
-with an array in one, nothing is recorded.
+seen: what the object in such a variable holds otherwise than as attributes (a state in C); with an
+array in one, or an object with slots, nothing is recorded.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from enum import Enum
-from functools import lru_cache, partial
+from functools import cache, partial
 from itertools import chain
 from types import FunctionType, MappingProxyType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
@@ -100,6 +100,8 @@ def state_of(module: nn.Module) -> State | None:
         return State(module)
     except Unfit:
         return None
+    finally:
+        _vars.cache_clear()
 
 
 _call: Any = operator.call
@@ -206,21 +208,22 @@ def _content(value: Any) -> Collection[Any]:
     return own, kind
 
 
-@lru_cache(maxsize=1 << 16)
+@cache
 def _vars(kind: type) -> Mapping[str, Any]:
-    """The same object for the same class."""
+    """The same object for the same class while a state is made."""
     return vars(kind)
 
 
 def _content_if_seen(value: Any) -> Collection[Any]:
     """What can change in the value of a variable, or of a class's attribute. A logger, say, has
     more to it than can be seen, and hardly decides what a forward gives. Raises Unfit for numbers
-    that can't be watched.
+    that can't be watched, and for slots.
     """
     try:
         return _content(value)
     except Unfit:
-        if isinstance(value, _OPAQUE):
+        kind = type(value)
+        if isinstance(value, _OPAQUE) or (_has_slots(kind) and is_open(kind)):
             raise
         return ()
 

@@ -1,5 +1,6 @@
 """A block of int8 layers whose forward may do anything, and whether its calls are recorded."""
 
+import ctypes
 import types
 from collections import deque
 from collections.abc import Callable
@@ -16,14 +17,8 @@ from quantize.nn.int8_region import Region
 FACTOR = 1.0
 
 
-class Runs:
-    """Counts forwards of blocks; with slots, so that nothing takes it for what they depend on."""
-
-    __slots__ = ("count",)
-
-
-RUNS = Runs()
-RUNS.count = 0
+# Counts forwards of blocks; a number in C, so that nothing takes it for what they depend on.
+RUNS = ctypes.c_long(0)
 
 
 class Inner:
@@ -61,7 +56,7 @@ class Block(nn.Module):
         self.calls, self.last = 0, None
 
     def forward(self, x: Tensor, mask: Tensor | None = None, *, names: bool = False) -> Any:
-        RUNS.count += 1
+        RUNS.value += 1
         heads = (*x.shape[:-1], 4, -1)
         q, k, v = (f(x).view(heads).transpose(1, 2) for f in (self.q, self.k, self.v))
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=self.config.causal)
@@ -94,9 +89,9 @@ def is_replayed(block: Any, *args: Any, **kwargs: Any) -> bool:
     """Does a fourth call do without the forward, and give its result?"""
     for _ in range(3):
         block(*args, **kwargs)
-    RUNS.count = 0
+    RUNS.value = 0
     actual = block(*args, **kwargs)
-    replayed = not RUNS.count
+    replayed = not RUNS.value
     expected = own(block, *args, **kwargs)
     if isinstance(expected, dict):
         assert actual.keys() == expected.keys() and actual["rest"][1] is None

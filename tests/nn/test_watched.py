@@ -84,8 +84,13 @@ class Settings:
     factor = 1.0
 
 
+class Slots:
+    __slots__ = ("factor",)
+
+
 HERE = sys.modules[__name__]
 ARRAY = np.ones(1, dtype=np.float32)
+SLOTS = Slots()
 CURRENT = ContextVar("CURRENT", default=1.0)
 FACTOR = 1.0
 TABLE = torch.ones(32)
@@ -163,6 +168,22 @@ REACHED: dict[str, tuple[Callable[[Any, Tensor], Tensor], Callable[[Any], object
         lambda block, x: scaled_by_a_variable(block, x),
         lambda block: setattr(HERE, "scaled_by_a_variable", lambda block, x: x + 1),
     ),
+    "a variable by its name": (
+        lambda block, x: x * globals()["FACTOR"],
+        lambda block: setattr(HERE, "FACTOR", 2.0),
+    ),
+    "a variable of a module by its name": (
+        lambda block, x: x * sys.modules[__name__].FACTOR,
+        lambda block: setattr(HERE, "FACTOR", 2.0),
+    ),
+    "a method by its name": (
+        lambda block, x: x * getattr(block.config.inner, "known")(),  # noqa: B009
+        lambda block: setattr(recorded_blocks, "FACTOR", 2.0),
+    ),
+    "threads": (
+        lambda block, x: x * torch.get_num_threads(),
+        lambda block: torch.set_num_threads(torch.get_num_threads() + 1),
+    ),
     "a default": (
         scaled_by_a_default,
         lambda block: scaled_by_a_default.__defaults__[0].append(2.0),
@@ -181,23 +202,29 @@ def test_changes_of_what_is_reached_count(name: str, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(HERE, "FACTOR", 1.0)
     monkeypatch.setattr(HERE, "scaled_by_a_variable", scaled_by_a_variable)
     monkeypatch.setattr(recorded_blocks, "FACTOR", 1.0)
+    threads = torch.get_num_threads()
     more, change = REACHED[name]
     block, x = int8(lambda block: setattr(block, "more", more)), randn(2, 5, 32)
     block.last = block.config.inner
     assert is_replayed(block, x)
     before = block(x)
     change(block)
-    actual = block(x)
-    assert torch.equal(actual, own(block, x)) and not torch.equal(actual, before)
+    actual, expected = block(x), own(block, x)
+    torch.set_num_threads(threads)
+    assert torch.equal(actual, expected) and not torch.equal(actual, before)
 
 
+@pytest.mark.parametrize(
+    "more", [lambda block, x: x * float(ARRAY[0]), lambda block, x: x * SLOTS.factor]
+)
 @torch.no_grad()
-def test_an_array_in_a_variable_counts():
-    """Nobody can see whether its numbers change."""
+def test_an_array_or_slots_in_a_variable_count(more: Callable[[Any, Tensor], Tensor]):
+    """Nobody can see whether what they hold changes."""
     x = randn(2, 5, 32)
-    block = int8(lambda block: setattr(block, "more", lambda block, x: x * float(ARRAY[0])))
+    block = int8(lambda block: setattr(block, "more", more))
     for factor in (1, 2):
         ARRAY.fill(factor)
+        SLOTS.factor = factor
         for _ in range(4):
             assert torch.equal(block(x), own(block, x))
 
