@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from quantize.native import packs
 from quantize.native.int8_library import ACTIVATIONS, PANEL, Layer, functions, packed_rows
@@ -166,12 +167,13 @@ def _plain_keys() -> frozenset[int]:
 
 def takes(x: Tensor) -> bool:
     """May the kernel read x? Not where a mode watches operations, nor for tensors that are no plain
-    ones on the CPU.
+    ones on the CPU, or that may carry derivatives forward.
     """
     return (
         torch._C._dispatch_keys(x).raw_repr() in _plain_keys()
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._len_torch_function_stack()
+        and forward_ad._current_level < 0
     )
 
 

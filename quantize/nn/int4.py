@@ -35,6 +35,7 @@ from quantize.nn import (
     is_transposed,
 )
 from quantize.nn.protocol import copied, dtype_of, empty, empty_bias
+from quantize.nn.straight import straight
 
 GROUP_SIZES = (32, 64, 128, 256)
 _DAMPING = 0.01  # share of the mean second moment that is added to each, for GPTQ
@@ -200,25 +201,30 @@ class Int4Linear(PackedLayer):
         return {"packed": (*outputs, inputs // 2), "scale": grid, "zero": grid, "bias": outputs}
 
     def forward(self, input: Tensor) -> Tensor:
-        x = input
-        traced = is_traced()
-        if not traced:
-            self._check(x)
+        if is_traced():
+            return self._in_float(input)
+        self._check(input)
+        return straight(self._quick, self._in_float, [input])
+
+    def _in_float(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.dense_weight().to(x.dtype), bias)
+
+    def _quick(self, x: Tensor) -> Tensor:
         rows = x.detach().reshape(-1, self.in_features)
         few = 0 < rows.shape[0] <= _FEW_ROWS
-        if not traced and rows.device.type == "cpu" and few and self.out_features % 16 == 0:
+        if rows.device.type == "cpu" and few and self.out_features % 16 == 0:
             packed, grid = self._for_kernel()
             halves = rows.bfloat16().contiguous()  # the kernel reads rows one after another
             y = torch.ops.aten._weight_int4pack_mm_for_cpu(
                 halves, packed, self.group_size, grid
             ).to(x.dtype)
             y = y if self.bias is None else y.add_(self.bias)
-        elif not traced and not few and rows.dtype is torch.float32 and native_bf16(rows.device):
+        elif not few and rows.dtype is torch.float32 and native_bf16(rows.device):
             y = F.linear(rows.bfloat16(), self._widened()).to(x.dtype)
             y = y if self.bias is None else y.add_(self.bias)
         else:
-            bias = None if self.bias is None else self.bias.to(x.dtype)
-            y = F.linear(rows, self.dense_weight().to(x.dtype), bias)
+            y = self._in_float(rows)
         return y.reshape(*x.shape[:-1], self.out_features)
 
     def _check(self, x: Tensor) -> None:

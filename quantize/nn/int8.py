@@ -23,7 +23,8 @@ class Int8Linear(Int8Layer):
     float32 under `.half()`), `bias` `[out]` or None. `weight` reads as `packed * scale`, in the
     dtype of the layer that was quantized. Each row of x is quantized when it arrives (see
     `kernels`). y is an activation of that where `activation` names one of
-    `elementary.ACTIVATIONS`. No gradient flows through the layer.
+    `elementary.ACTIVATIONS`. Gradients pass as through the float layer
+    (see `straight`).
     """
 
     bias: Tensor | None

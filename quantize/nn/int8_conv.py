@@ -65,7 +65,8 @@ class Int8Conv(Int8Convolution):
     whole when it arrives; a depthwise layer stores int8 and computes in float32 (see
     `int8_images`), and so does one with `floats`, in torch's own convolution. relu: negative
     outputs become 0; ceiling: what larger outputs become; `activation` names another activation of
-    the outputs, one of `elementary.ACTIVATIONS`. No gradient flows through the layer.
+    the outputs, one of `elementary.ACTIVATIONS`. Gradients
+    pass as through the float layer (see `straight`).
 
     Source: `torch.nn.Conv2d`.
     """

@@ -42,6 +42,7 @@ from quantize.nn import int8_products as products
 from quantize.nn import is_traced
 from quantize.nn.elementary import ACTIVATIONS
 from quantize.nn.int8_stock import IN_GRAPH
+from quantize.nn.straight import derived, straight
 
 # ------------------------------------------------------------------------------------------------
 # stock operations
@@ -161,8 +162,10 @@ def convolve(x: Tensor, how: Convolution) -> Tensor:
     if torch.jit.is_tracing() or torch.compiler.is_exporting():
         return in_graph(x, how)
     if torch.compiler.is_compiling():
-        return _whole(x.detach(), how)
-    return _eager(x, how)
+        y = _whole(x.detach(), how)
+        asked = x.requires_grad and torch.is_grad_enabled()
+        return derived(y, in_float(x, how)) if asked else y
+    return straight(_eager, in_float, [x], how)
 
 
 _kept_whole: ContextVar[bool] = ContextVar("kept_whole", default=False)

@@ -32,10 +32,12 @@ import contextlib
 import os
 from collections.abc import Iterator
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import functional as F
 from torch.overrides import handle_torch_function
 
 from quantize import clock
@@ -43,7 +45,8 @@ from quantize.native import int8 as native_int8
 from quantize.native.outliers import Outliers
 from quantize.nn import int8_products as products
 from quantize.nn.int8_rows import Rows, quantize_rows, quantize_weight
-from quantize.nn.int8_stock import STOCK, Kernel, in_graph
+from quantize.nn.int8_stock import IN_GRAPH, STOCK, Kernel, in_graph
+from quantize.nn.straight import derived, straight
 from quantize.nn.tape import is_replacing
 
 __all__ = ["Outliers", "Rows", "in_graph", "kernel", "linear", "quantize_rows", "quantize_weight"]
@@ -99,16 +102,57 @@ def linear(
             sums = weight.sum(1, dtype=torch.int32)
             return in_graph(x, weight, scale, bias, sums, outliers, activation)
         apart = (None, None, None) if outliers is None else outliers
-        x = x.detach()
-        return torch.ops.quantize.int8_linear(x, weight, scale, bias, *apart, activation)
+        rest = weight, scale, bias, *apart, activation
+        y = torch.ops.quantize.int8_linear(x.detach(), *rest)
+        if not (x.requires_grad and torch.is_grad_enabled()):
+            return y
+        return derived(y, in_float(x, weight, scale, bias, outliers, activation))
     if torch._C._len_torch_function_stack() and is_replacing():
         rest = weight, scale, bias, outliers, activation
         return handle_torch_function(linear, (x, weight), x, *rest)
+    if x.requires_grad or x.is_nested or forward_ad._current_level >= 0:
+        return _apart(x, weight, scale, bias, outliers, activation)
     if _forced is None:
         y = native_int8.again(x, weight, scale, bias, outliers, activation)
         if y is not None:
             return y
+    if torch._C._are_functorch_transforms_active():
+        return _apart(x, weight, scale, bias, outliers, activation)
     return _eager(x, weight, scale, bias, outliers, activation)
+
+
+def in_float(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    outliers: Outliers | None = None,
+    activation: str | None = None,
+) -> Tensor:
+    """What `linear` computes, but for the rounding of x, by torch's own operations."""
+    dense = weight.float() * scale.float().unsqueeze(1)
+    if outliers is not None:
+        dense = dense * outliers.factor.float()
+        dense = dense.index_add(1, outliers.channels, outliers.kept.float().t())
+    y = F.linear(x.float(), dense, None if bias is None else bias.float())
+    return (y if activation is None else IN_GRAPH[activation](y)).to(x.dtype)
+
+
+def _apart(x: Any, *rest: Any) -> Any:
+    """Of x whose derivatives somebody may ask for, or of a nested one: of the rows of all parts at
+    once where they lie one after the other, otherwise of each part by itself.
+    """
+    if not x.is_nested:
+        return straight(_linear, in_float, [x], *rest)
+    if x.layout is not torch.jagged:
+        return torch.nested.as_nested_tensor([linear(part, *rest) for part in x.unbind()])
+    y = linear(x.values(), *rest)
+    return torch.nested.nested_tensor_from_jagged(y, x.offsets(), x.lengths())
+
+
+def _linear(x: Tensor, *rest: Any) -> Tensor:
+    y = native_int8.again(x, *rest) if _forced is None else None
+    return _eager(x, *rest) if y is None else y
 
 
 def _eager(

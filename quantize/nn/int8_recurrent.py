@@ -17,6 +17,7 @@ from quantize.nn import PackedLayer, WeightReading, dtype_name, dtype_named, is_
 from quantize.nn import int8_kernels as kernels
 from quantize.nn import int8_steps as stepping
 from quantize.nn.protocol import copied, empty, empty_bias
+from quantize.nn.straight import straight
 
 _WEIGHTS = ("weight_ih", "weight_hh", "weight_hr")
 
@@ -272,6 +273,11 @@ class _Int8Recurrent(PackedLayer):
         self, x: Tensor, states: list[Tensor], batches: Tensor | None
     ) -> tuple[Tensor, list[Tensor]]:
         """x `[rows of all steps, inputs]` through all layers; outputs and states in x's dtype."""
+        y, *states = straight(self._in_int8, stepping.in_float, [x, *states], batches, self)
+        return y, states
+
+    def _in_int8(self, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        *states, batches, _ = rest
         dtype, sides = x.dtype, 2 if self.bidirectional else 1
         x = x.detach().float()
         before = [state.detach().float() for state in states]
@@ -287,7 +293,7 @@ class _Int8Recurrent(PackedLayer):
                 outputs = []
                 if self.training and self.dropout and at + 1 < self.num_layers * sides:
                     x = F.dropout(x, self.dropout)
-        return x.to(dtype), [torch.stack(kept).to(dtype) for kept in after]
+        return x.to(dtype), *(torch.stack(kept).to(dtype) for kept in after)
 
     def _direction(
         self, x: Tensor, suffix: str, states: list[Tensor], batches: Tensor | None
@@ -320,8 +326,7 @@ _SETTINGS += ("bidirectional", "proj_size")
 
 @surgery.builder
 class Int8LSTM(_Int8Recurrent):
-    """`nn.LSTM` with int8 weights, for inference: all that it takes, packed sequences and given
-    states too, and no gradient.
+    """`nn.LSTM` with int8 weights, for inference, with packed sequences and given states too.
 
     The inputs of all steps are multiplied at once, the state at each step, both quantized row by
     row when they arrive; gates and cells are float32 (see `int8_steps`).

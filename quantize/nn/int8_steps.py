@@ -15,6 +15,8 @@ operations here, which run where there is no compiler.
 from __future__ import annotations
 
 import functools
+from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,6 +49,37 @@ def gru_cell(x: Tensor, r: Tensor, h: Tensor) -> Tensor:
     update = sigmoid(update + of_update)
     n = tanh(fresh + reset * of_fresh)
     return n + update * (h - n)
+
+
+# ------------------------------------------------------------------------------------------------
+# a whole layer
+
+
+def in_float(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    """What an int8 LSTM or GRU computes, but for the rounding of inputs and states, by torch's own
+    function.
+
+    Args:
+        x: [rows of all steps, inputs].
+        rest: the states, numbers of rows at each step of packed sequences or None, and the layer.
+
+    Returns: outputs and states.
+    """
+    *states, batches, layer = rest
+    if layer.training and layer.dropout and layer.num_layers > 1:
+        raise ValueError(f"{type(layer).__name__} has no gradient under dropout: call eval()")
+    weights = [weight.float() for weight in chain.from_iterable(layer.all_weights)]
+    settings = layer.bias, layer.num_layers, 0.0, False, layer.bidirectional
+    before = [state.float() for state in states]
+    call: Any = torch.lstm if len(before) > 1 else torch.gru
+    hx: Any = before if len(before) > 1 else before[0]
+    if batches is not None:
+        found = call(x.float(), batches, hx, weights, *settings)
+    else:
+        steps = x.float().unflatten(0, (-1, states[0].shape[1]))
+        y, *after = call(steps, hx, weights, *settings, False)
+        found = y.flatten(0, 1), *after
+    return tuple(tensor.to(x.dtype) for tensor in found)
 
 
 # ------------------------------------------------------------------------------------------------

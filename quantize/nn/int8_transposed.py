@@ -38,7 +38,8 @@ class Int8ConvTranspose(Int8Convolution):
     The state is plain tensors, a row for each place of the kernel: `packed` int8
     `[out / groups * places, C, 1, ...]`, `scale` float32 `[out / groups * places]`, `bias` `[out]`
     or None, one for each row in a layer that computes in int8. `weight` reads as in the layer that
-    was quantized. floats: it computes in float. No gradient flows through the layer.
+    was quantized. floats: it computes in float. Gradients pass as through the
+    float layer (see `straight`).
 
     Source: `torch.nn.ConvTranspose2d`.
     """

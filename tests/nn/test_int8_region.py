@@ -289,13 +289,6 @@ def test_a_weight_that_two_regions_hold():
         assert torch.equal(first(x), expected[0]) and torch.equal(second(x), expected[1])
 
 
-def test_gradients_pass_by_the_shortcut():
-    """As in the forward of the model's own class."""
-    module, x = region(Mobile), randn(1, 32, 6, 6).requires_grad_()
-    module(x).sum().backward()
-    assert torch.equal(x.grad, torch.ones_like(x))
-
-
 @torch.no_grad()
 def test_copies_and_files(tmp_path):
     """A deep copy, a pickle and a file are regions and answer with the same bits."""
