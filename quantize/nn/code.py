@@ -20,6 +20,12 @@ import torch
 from quantize.surgery.codes import codes_of, functions_of
 
 _CLOSED = {"torch", "numpy", "quantize"}
+# Methods that make, copy, change or show objects.
+_OF_OBJECTS = {
+    *("__init__", "__new__", "__post_init__", "__init_subclass__", "__class_getitem__", "__del__"),
+    *("__copy__", "__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__"),
+    *("__setattr__", "__delattr__", "__dir__", "__repr__", "__str__", "__format__"),
+}
 _TABLES = {"globals", "sys"}  # where code may look variables up by their names
 Variables = tuple[Any, list[str]]  # what holds them, and their names there
 
@@ -35,7 +41,8 @@ def variables_of(
         for name, value in attributes.items():
             methods.setdefault(name, []).extend(functions_of(value))
     found = _Found(methods)
-    found.name("forward")
+    for name in ("forward", *filter(_is_called_unnamed, [*methods])):
+        found.name(name)
     for function in functions:
         found.add(function)
     while found.waiting:
@@ -93,8 +100,8 @@ class _Found:
         if self.asked:
             yield _Settings(), [*self.asked]
         for function in self.known:
-            if function.__defaults__ or function.__kwdefaults__:
-                yield function, ["__defaults__", "__kwdefaults__"]
+            if function.__defaults__ or function.__kwdefaults__ or function.__dict__:
+                yield function, ["__defaults__", "__kwdefaults__", "__dict__"]
 
     def _read(self, holder: dict[str, Any], names: set[str]) -> None:
         here = names & holder.keys()
@@ -116,6 +123,11 @@ def is_open(kind: type) -> bool:
     """Are attributes of a class looked into? Python's own don't change."""
     module = str(kind.__module__)
     return _is_open(module) and module.partition(".")[0] not in sys.stdlib_module_names
+
+
+def _is_called_unnamed(method: str) -> bool:
+    """May a forward call it without its name, as operators and calls do?"""
+    return method.startswith("__") and method.endswith("__") and method not in _OF_OBJECTS
 
 
 def _is_open(module: str | None) -> bool:

@@ -16,7 +16,14 @@ from contextvars import ContextVar
 from enum import Enum
 from functools import cache, partial
 from itertools import chain
-from types import FunctionType, MappingProxyType, MethodType, ModuleType, SimpleNamespace
+from types import (
+    BuiltinMethodType,
+    FunctionType,
+    MappingProxyType,
+    MethodType,
+    ModuleType,
+    SimpleNamespace,
+)
 from typing import Any
 
 import numpy as np
@@ -27,6 +34,7 @@ from quantize.native.held import Entry, Held
 from quantize.nn.code import is_open, variables_of
 from quantize.nn.protocol import CompressedLayer
 from quantize.nn.tape import KEPT, TENSORS, Unfit
+from quantize.surgery.codes import CALLABLES, functions_of
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _MOST = 20_000  # values that are compared before each call
@@ -125,9 +133,17 @@ def _reachable(
         source = waiting.popleft()
         if id(source) not in found:
             found[id(source)] = source
+            if isinstance(own := getattr(source, "__dict__", None), dict):  # of a subclass
+                waiting += [own, *map(_vars, filter(is_open, type(source).__mro__))]
             look = _content_if_seen if isinstance(source, MappingProxyType) else content
-            waiting += filter(len, map(look, _reader(source, _names(source))(source)))
+            values = _reader(source, _names(source))(source)
+            waiting += filter(_is_source, map(look, values))
     return [source for source in found.values() if not isinstance(source, tuple)]
+
+
+def _is_source(content: Collection[Any]) -> bool:
+    """Does it hold values, or may it hold some later?"""
+    return len(content) > 0 or not isinstance(content, tuple)
 
 
 def _functions_in(sources: Iterable[Collection[Any]]) -> Iterator[FunctionType]:
@@ -135,7 +151,8 @@ def _functions_in(sources: Iterable[Collection[Any]]) -> Iterator[FunctionType]:
     for source in sources:
         if not isinstance(source, MappingProxyType):
             values = _reader(source, _names(source))(source)
-            yield from (one for one in values if isinstance(one, FunctionType))
+            held = [one for one in values if isinstance(one, CALLABLES)]
+            yield from chain.from_iterable(map(functions_of, held))
 
 
 def _is_own(kind: type) -> bool:
@@ -190,22 +207,24 @@ def _content(value: Any) -> Collection[Any]:
         return tuple(map(_vars, filter(is_open, value.__mro__))) if others else ()
     if isinstance(value, (tuple, frozenset)):
         return tuple(value)
-    if isinstance(value, MethodType):
+    if isinstance(value, (MethodType, BuiltinMethodType)):
         return (value.__self__,)
     if isinstance(value, partial):
         return value.func, *value.args, *value.keywords.values()
-    if isinstance(value, _FIXED) or hasattr(type(value), "__get__"):  # functions, properties
+    kind = type(value)
+    if isinstance(value, _FIXED):
+        return ()
+    if hasattr(kind, "__get__") and not is_open(kind):  # functions, properties
         return ()
     own = getattr(value, "__dict__", None)
     if own is None and callable(value):  # written in C
         return ()
-    kind = type(value)
     # what is pickled otherwise has more to it than attributes
     plain = kind.__reduce_ex__ is object.__reduce_ex__ and kind.__reduce__ is object.__reduce__
     plain = plain or isinstance(value, (nn.Module, SimpleNamespace))
     if own is None or not plain or _has_slots(kind):
         raise Unfit(f"an attribute of type {kind.__name__}")
-    return own, kind
+    return (own, kind, *_hooks(value)) if isinstance(value, nn.Module) else (own, kind)
 
 
 @cache

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from types import CodeType, FunctionType
+from functools import lru_cache, partial
+from types import CodeType, FunctionType, MethodType
 from typing import Any
+
+_CACHED = type(lru_cache(int))
+CALLABLES = (FunctionType, MethodType, partial, _CACHED)  # whose functions are known
 
 
 def functions_of(value: Any) -> Iterator[FunctionType]:
@@ -14,8 +18,11 @@ def functions_of(value: Any) -> Iterator[FunctionType]:
     if isinstance(value, property):
         value = value.fget
     value = getattr(value, "__func__", value)
+    if isinstance(value, partial):
+        yield from functions_of(value.func)
     if isinstance(value, FunctionType):
         yield value
+    if isinstance(value, (FunctionType, _CACHED)):
         yield from functions_of(getattr(value, "__wrapped__", None))
 
 

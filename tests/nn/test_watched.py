@@ -1,5 +1,6 @@
 """Recorded calls are used no longer than what a forward depends on stays as it was."""
 
+import functools
 import sys
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -118,6 +119,44 @@ def enclosing() -> Callable[[Any, Tensor], Tensor]:
     return lambda block, x: x * factor
 
 
+class Bare:
+    rate = 1.0
+
+
+class Attributes(dict[str, float]):
+    rate = 1.0
+
+
+class Described:
+    factor = 1.0
+
+    def __get__(self, owner: Any, kind: Any = None) -> float:
+        return self.factor
+
+
+class Factor:
+    def __call__(self) -> float:
+        return FACTOR
+
+
+class Knob:
+    """What code may reach without naming it."""
+
+    described = Described()
+
+    def __init__(self) -> None:
+        self.factor = Factor()
+
+    def __mul__(self, x: Tensor) -> Tensor:
+        return x * FACTOR
+
+
+def unchanged() -> float:
+    return unchanged.factor  # type: ignore[attr-defined, no-any-return]
+
+
+unchanged.factor = 1.0  # type: ignore[attr-defined]
+TABLES = {"factor": 1.0}
 REACHED: dict[str, tuple[Callable[[Any, Tensor], Tensor], Callable[[Any], object]]] = {
     "an object in a config": (
         lambda block, x: x * block.config.inner.factor,
@@ -126,6 +165,22 @@ REACHED: dict[str, tuple[Callable[[Any, Tensor], Tensor], Callable[[Any], object
     "a function with a state": (
         lambda block, x: block.last(x),
         lambda block: setattr(block.last, "factor", 2.0),
+    ),
+    "an object without attributes": (
+        lambda block, x: x * block.config.bare.rate,
+        lambda block: setattr(block.config.bare, "rate", 2.0),
+    ),
+    "an attribute of a dictionary": (
+        lambda block, x: x * block.config.named.rate,
+        lambda block: setattr(block.config.named, "rate", 2.0),
+    ),
+    "a hook of a module in a list": (
+        lambda block, x: block.config.layers[0](x),
+        lambda block: block.config.layers[0].register_forward_hook(lambda m, x, y: 2 * y),
+    ),
+    "an empty list": (
+        lambda block, x: x + len(block.config.none),
+        lambda block: block.config.none.append(1),
     ),
     "a list in a dictionary": (
         lambda block, x: x * block.config.rope["factors"][0],
@@ -180,6 +235,34 @@ REACHED: dict[str, tuple[Callable[[Any, Tensor], Tensor], Callable[[Any], object
         lambda block, x: x * getattr(block.config.inner, "known")(),  # noqa: B009
         lambda block: setattr(recorded_blocks, "FACTOR", 2.0),
     ),
+    "a variable that a call of an object names": (
+        lambda block, x: x * block.config.knob.factor(),
+        lambda block: setattr(HERE, "FACTOR", 2.0),
+    ),
+    "a variable that an operator names": (
+        lambda block, x: block.config.knob * x,
+        lambda block: setattr(HERE, "FACTOR", 2.0),
+    ),
+    "an attribute of a descriptor": (
+        lambda block, x: x * block.config.knob.described,
+        lambda block: setattr(vars(Knob)["described"], "factor", 2.0),
+    ),
+    "an attribute of a function": (
+        lambda block, x: x * unchanged(),
+        lambda block: setattr(unchanged, "factor", 2.0),
+    ),
+    "a table behind a method": (
+        lambda block, x: x * block.config.look_up("factor"),
+        lambda block: TABLES.update(factor=2.0),
+    ),
+    "a variable that a part of a function names": (
+        lambda block, x: block.config.part(x),
+        lambda block: setattr(HERE, "FACTOR", 2.0),
+    ),
+    "a variable that a method of another object names": (
+        lambda block, x: x * block.config.method(),
+        lambda block: setattr(recorded_blocks, "FACTOR", 2.0),
+    ),
     "threads": (
         lambda block, x: x * torch.get_num_threads(),
         lambda block: torch.set_num_threads(torch.get_num_threads() + 1),
@@ -206,6 +289,10 @@ def test_changes_of_what_is_reached_count(name: str, monkeypatch: pytest.MonkeyP
     more, change = REACHED[name]
     block, x = int8(lambda block: setattr(block, "more", more)), randn(2, 5, 32)
     block.last = block.config.inner
+    block.config.knob, block.config.look_up = Knob(), TABLES.get
+    block.config.part = functools.partial(scaled_by_a_variable, None)
+    block.config.named, block.config.layers = Attributes(), [nn.GELU()]
+    block.config.method, block.config.bare, block.config.none = Inner().known, Bare(), []
     assert is_replayed(block, x)
     before = block(x)
     change(block)
