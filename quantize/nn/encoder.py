@@ -58,7 +58,7 @@ class PaddedEncoder(nn.TransformerEncoder):
 
 
 @functools.cache
-def _padded_class(base: type[nn.Module]) -> type[nn.Module]:
+def _padded_class(base: Any) -> Any:
     """The subclass of a class of encoders for which its `super().forward` is PaddedEncoder's."""
     if base is nn.TransformerEncoder:
         return PaddedEncoder
@@ -71,7 +71,7 @@ def _padded_class(base: type[nn.Module]) -> type[nn.Module]:
     return type(base.__name__, (base, PaddedEncoder), names)
 
 
-def _empty(base: type[nn.Module]) -> nn.Module:
+def _empty(base: type[nn.Module]) -> Any:
     """An encoder without its state, for a copy or a pickle."""
     made = _padded_class(base)
     return made.__new__(made)
