@@ -10,6 +10,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -105,7 +106,7 @@ class Functions:
 
 
 # Keeps the interpreter's lock, as calls of `ctypes.CDLL` don't.
-_HELD = ctypes.PYFUNCTYPE(ctypes.c_int, POINTER, NUMBER, POINTER, POINTER)
+_HELD: Any = ctypes.PYFUNCTYPE(ctypes.c_int, POINTER, NUMBER, POINTER, POINTER)
 
 
 def read(library: ctypes.CDLL) -> Functions:
@@ -114,8 +115,9 @@ def read(library: ctypes.CDLL) -> Functions:
     """
     sizes = packs.sizes(Layer, Linears, Norm, Attention, Each, Step)
     names = "open_library", "pack", "linear", "run_program", "are_held"
-    *own, are_held = packs.symbols(library, names, sizes)
-    functions = Functions(*own, _HELD(ctypes.cast(are_held, POINTER).value))
+    symbols = packs.symbols(library, names, sizes)
+    symbols[-1] = _HELD(ctypes.cast(symbols[-1], POINTER).value)
+    functions = Functions(*symbols)
     functions.pack.argtypes = [POINTER, NUMBER, NUMBER, POINTER, POINTER]
     functions.pack.restype = None
     functions.linear.argtypes = [POINTER, NUMBER, POINTER, POINTER]

@@ -11,7 +11,7 @@ import array
 import gc
 import operator
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from enum import Enum
 from functools import cache, partial
@@ -172,7 +172,7 @@ def _names(source: Collection[Any]) -> list[Any]:
     return names
 
 
-def _reader(holder: Any, names: Sequence[Any]) -> Callable[[Any], Iterable[Any]]:
+def _reader(holder: Any, names: list[Any]) -> Callable[[Any], Iterable[Any]]:
     """Reads what stands there under these names."""
     if isinstance(holder, Collection) and not isinstance(holder, Mapping):
         return iter
