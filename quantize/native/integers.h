@@ -87,7 +87,6 @@ struct Sums {
       total[half] = _mm256_add_epi32(total[half], _mm256_add_epi32(products, more));
     }
   }
-  // One step after the other: where registers are scarce, compilers would move and spill.
   void add_in_order(const Quad& q, const Weights& w) {
     for (int half = 0; half < 2; half++) {
       add_products(half, _mm256_madd_epi16(q.even, w.even[half]));
@@ -96,7 +95,7 @@ struct Sums {
   }
   void add_products(int half, __m256i products) {
     total[half] = _mm256_add_epi32(total[half], products);
-    asm volatile("" : "+x"(total[half]));
+    end_step(total[half]);
   }
   void load(const int32_t* from) {
     for (int half = 0; half < 2; half++)

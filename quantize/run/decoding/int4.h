@@ -58,10 +58,9 @@ struct CodeSums {
 #endif
   }
 #if defined(__AVX2__) && !defined(__AVX512VNNI__)
-  // One step after the other, as in integers.h.
   static void add_products(__m256i& total, __m256i products) {
     total = _mm256_add_epi16(total, products);
-    asm volatile("" : "+x"(total));
+    end_step(total);
   }
 #endif
   Floats floats() const {

@@ -16,6 +16,11 @@ inline __m128i next_bytes(const int8_t* from, int64_t left) {
   return _mm_loadu_si128((const __m128i*)some);
 }
 
+inline void add_products(__m256i& total, __m256i a, __m256i b) {
+  total = _mm256_add_epi32(total, _mm256_madd_epi16(a, b));
+  end_step(total);
+}
+
 // The sums of four vectors.
 inline __m128i four_sums(const __m256i* x) {
   const __m256i a = _mm256_hadd_epi32(x[0], x[1]), b = _mm256_hadd_epi32(x[2], x[3]);
@@ -40,8 +45,7 @@ inline void multiply_words(const int16_t* q, int64_t apart, const int8_t* const*
     for (int m = 0; m < N; m++) {
       const __m256i words = _mm256_loadu_si256((const __m256i*)(q + m * apart + i));
 #pragma GCC unroll 4
-      for (int j = 0; j < 4; j++)
-        total[m][j] = _mm256_add_epi32(total[m][j], _mm256_madd_epi16(words, keys[j]));
+      for (int j = 0; j < 4; j++) add_products(total[m][j], words, keys[j]);
     }
   }
 #pragma GCC unroll 4
@@ -74,8 +78,8 @@ inline void add_columns(const int16_t* weights, int64_t apart, const int8_t* v, 
       int32_t two;
       memcpy(&two, weights + m * apart + p, sizeof two);
       const __m256i pair = _mm256_set1_epi32(two);
-      total[m][0] = _mm256_add_epi32(total[m][0], _mm256_madd_epi16(low, pair));
-      total[m][1] = _mm256_add_epi32(total[m][1], _mm256_madd_epi16(high, pair));
+      add_products(total[m][0], low, pair);
+      add_products(total[m][1], high, pair);
     }
   }
 #pragma GCC unroll 8
