@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import warnings
 from collections.abc import Iterator
@@ -25,11 +26,12 @@ _WITHOUT_LAYOUT = partial(shape_prop._extract_tensor_metadata, include_contiguit
 @contextlib.contextmanager
 def exporting() -> Iterator[None]:
     """Inside, `torch.export` doesn't print the graph so far where it can't go on, and takes no time
-    for what nobody reads: the stack of calls at each operation, and layouts. The layers of
-    `nn.Transformer` take a mask as it is: they ask its values whether it is causal, which decides
-    nothing but the kernel.
+    for what nobody reads, the stack of calls at each operation and layouts, nor to look for cycles
+    among millions of objects that it goes on using. The layers of `nn.Transformer` take a mask as
+    it is: they ask its values whether it is causal, which decides nothing but the kernel.
     """
     with (
+        _without_collections(),
         without_logs(),
         warnings.catch_warnings(),
         contextlib.redirect_stdout(io.StringIO()),
@@ -40,6 +42,17 @@ def exporting() -> Iterator[None]:
     ):
         warnings.simplefilter("ignore")
         yield
+
+
+@contextlib.contextmanager
+def _without_collections() -> Iterator[None]:
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _told_causal(mask: Any, is_causal: bool | None = None, size: int | None = None) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from helpers import randn
@@ -72,3 +74,16 @@ def test_what_is_not_noted_changes_no_graph():
         assert str(one.format_node()) == str(other.format_node())
         assert str(one.meta.get("val")) == str(other.meta.get("val"))
     assert plain.range_constraints == inside.range_constraints
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_collections_go_on_as_before(enabled, monkeypatch):
+    """None starts inside; afterwards they are as the caller had them, also after an error."""
+    switched = []
+    monkeypatch.setattr(gc, "isenabled", lambda: enabled)
+    monkeypatch.setattr(gc, "enable", lambda: switched.append("on"))
+    monkeypatch.setattr(gc, "disable", lambda: switched.append("off"))
+    with pytest.raises(KeyError), calibration.exporting():
+        assert switched == ["off"]
+        raise KeyError
+    assert switched == (["off", "on"] if enabled else ["off"])
