@@ -182,6 +182,12 @@ inline float sum(Floats x) {
 inline int32_t sum(Ints x) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_epi32((__m512i)x);
+#elif defined(__AVX2__)
+  const __m256i eight = _mm256_add_epi32((__m256i)x.part[0], (__m256i)x.part[1]);
+  const __m128i four =
+      _mm_add_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+  const __m128i two = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 0xb1)));
 #else
   int32_t found = 0;
   for (int half = 0; half < 2; half++)
