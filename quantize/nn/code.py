@@ -73,7 +73,7 @@ class _Found:
     def add(self, value: Any) -> None:
         """The functions that a value is, or holds, wait to be looked into."""
         for function in functions_of(value):
-            if function not in self.known and _is_open(function.__globals__.get("__name__")):
+            if function not in self.known and _changes(function.__globals__.get("__name__")):
                 self.known.add(function)
                 self.waiting.append(function)
 
@@ -86,7 +86,7 @@ class _Found:
         self.asked |= attributes & _Settings.names
         self._read(holder, names | attributes if names & _TABLES else names)
         for value in map(holder.get, names):
-            if isinstance(value, ModuleType) and _is_open(value.__name__):
+            if isinstance(value, ModuleType) and value is not sys and _is_open(value.__name__):
                 self._read(vars(value), attributes)
         for cell in function.__closure__ or ():
             self._enclose(cell)
@@ -120,9 +120,8 @@ class _Found:
 
 
 def is_open(kind: type) -> bool:
-    """Are attributes of a class looked into? Python's own don't change."""
-    module = str(kind.__module__)
-    return _is_open(module) and module.partition(".")[0] not in sys.stdlib_module_names
+    """Are attributes of a class looked into?"""
+    return _changes(str(kind.__module__))
 
 
 def _is_called_unnamed(method: str) -> bool:
@@ -130,8 +129,13 @@ def _is_called_unnamed(method: str) -> bool:
     return method.startswith("__") and method.endswith("__") and method not in _OF_OBJECTS
 
 
+def _changes(module: str | None) -> bool:
+    """May what a Python module defines change? Python's own doesn't."""
+    return _is_open(module) and str(module).partition(".")[0] not in sys.stdlib_module_names
+
+
 def _is_open(module: str | None) -> bool:
-    """Are functions of a Python module looked into?"""
+    """Are variables of a Python module looked into?"""
     return module is not None and module.partition(".")[0] not in _CLOSED
 
 

@@ -5,6 +5,7 @@ wherever it may do anything else.
 import copy
 import itertools
 import random
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -186,6 +187,18 @@ def test_random_numbers_go_on_as_without():
         torch.manual_seed(0)
         expected = [own(blocks[1], randn(1, 4, 32)) for _ in range(4)]
     assert all(map(torch.equal, actual, expected))
+
+
+@torch.no_grad()
+def test_imports_elsewhere_do_not_count(monkeypatch: pytest.MonkeyPatch):
+    """Also where the forward looks a module up among all that are imported."""
+    known = lambda block, x: x * (sys.modules[__name__].HIDDEN is HIDDEN)  # noqa: E731
+    block, x = int8(lambda block: setattr(block, "more", known)), randn(2, 5, 32)
+    assert is_replayed(block, x)
+    monkeypatch.setitem(sys.modules, "imported", sys)
+    RUNS.value = 0
+    block(x)
+    assert not RUNS.value
 
 
 class _Named(Tensor):
