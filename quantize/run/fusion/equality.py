@@ -10,10 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from quantize import clock, surgery
 from quantize.calibration import call, relative_error, untouched
+from quantize.nn.int8 import Int8Linear
 from quantize.nn.int8_conv import Int8Conv
+from quantize.nn.int8_stock import IN_GRAPH
 from quantize.run.fusion.graph import Program, lines_of
 from quantize.run.fusion.nested import Spec, duplicate, flatten, unflatten
 from quantize.run.fusion.sizes import holds, other_sizes, violating
@@ -83,8 +86,8 @@ def rounding(model: nn.Module, inputs: Any, expected: list[Tensor]) -> float:
 
 
 def noise(model: nn.Module, seen: Answers) -> float:
-    """How far a model's first answer is from that with the inputs of its int8 convolutions in
-    float; 0 for a model without.
+    """How far a model's first answer is from that with the inputs of its int8 layers in float; 0
+    without int8 convolutions.
     """
     if not any(isinstance(module, Int8Conv) for module in model.modules()):
         return 0.0
@@ -93,12 +96,24 @@ def noise(model: nn.Module, seen: Answers) -> float:
 
 
 def in_floats(model: nn.Module) -> nn.Module:
-    """A copy whose int8 convolutions compute in float."""
+    """A copy whose int8 convolutions and linear layers compute in float."""
     twin = surgery.clone(model).eval()
     for module in twin.modules():
         if isinstance(module, Int8Conv):
             module.floats = True
+        elif type(module) is Int8Linear:
+            module.__class__ = _FloatLinear
     return twin
+
+
+class _FloatLinear(Int8Linear):
+    """One that computes in float."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.float()
+        y = F.linear(input.float(), self.dense_weight(), bias)
+        y = y if self.activation is None else IN_GRAPH[self.activation](y)
+        return y.to(input.dtype)
 
 
 class Checker:

@@ -61,9 +61,9 @@ def fuse(
     example inputs stay as they are. The result returns what the model returns. A model with layers
     in integers is timed beside its fused version, and a slower one warns with both times. Int8
     convolutions become oneDNN's in a TorchScript file, where all of a batch shares one range, or
-    compute in float, from weights that the file keeps in int8: what is faster on the example
-    inputs, and in float where a CPU has no exact int8 ones. There the file differs from the model
-    by at most 2.5 times what rounding to 8 bits does to the model itself.
+    they and int8 linear layers compute in float, from weights that the file keeps in int8: what is
+    faster on the example inputs, and in float where a CPU has no exact int8 ones. There the file
+    differs from the model by at most 2.5 times what rounding to 8 bits does to the model itself.
 
     Args:
         model: in eval mode, with all its submodules.

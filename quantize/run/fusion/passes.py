@@ -20,6 +20,7 @@ from quantize.run.fusion.edit import (
     CONVS,
     CONVS_BY_WORD,
     COPIES,
+    LINEARS,
     PADS,
     TRANSPOSED,
     add_constant,
@@ -157,11 +158,11 @@ def _is_identity(node: fx.Node) -> bool:
 
 
 def weights_at_load(program: Program) -> None:
-    """Weights of convolutions in float that are stored in int8 are computed when a file is loaded,
-    which stays as small as they are.
+    """Weights of layers in float that are stored in int8 are computed when a file is loaded, which
+    stays as small as they are.
     """
     count = 0
-    for node in calls(program, {*CONVS, *CONVS_BY_WORD, *TRANSPOSED}):
+    for node in calls(program, {*CONVS, *CONVS_BY_WORD, *TRANSPOSED, *LINEARS}):
         made = _upstream(argument(node, 1))
         stored = [constant(program, one) for one in made if one.op == "get_attr"]
         computed = [one for one in made if one.op == "call_function"]
@@ -170,7 +171,7 @@ def weights_at_load(program: Program) -> None:
             for one in computed:
                 one.meta["prepare"] = True
             count += 1
-    program.note(count, "weights of convolutions kept in int8, and computed at load")
+    program.note(count, "weights kept in int8, and computed at load")
 
 
 def _upstream(node: fx.Node) -> list[fx.Node]:

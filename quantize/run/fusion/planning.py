@@ -30,7 +30,7 @@ EXPORTED, SIMPLE, KERNELS, MERGED, INTEGERS, FLOATS = (
     "kernels",
     "kernels, merged linears",
     "int8 kernels",
-    "convolutions in float",
+    "int8 layers in float",
 )
 
 
@@ -119,8 +119,9 @@ def plan(
 
 
 def _of_convolutions(checker: Checker, way: str, say: Say) -> Plan:
-    """The plan of a model with int8 convolutions: in oneDNN's int8 kernels, or, as their weights
-    read, in float. Raises ValueError where there are no such kernels, or they aren't equal.
+    """The plan of a model with int8 convolutions: in oneDNN's int8 kernels, or, with linear layers
+    too as their weights read, in float. Raises ValueError where there are no such kernels, or they
+    aren't equal.
     """
     if way == FLOATS:
         made = _planned(checker, in_floats(checker.model), torchscript.compile, say)

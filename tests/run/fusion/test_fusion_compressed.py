@@ -109,6 +109,23 @@ def test_an_int8_convolution_is_one_kernel(
     assert (tmp_path / "fused.pt").stat().st_size < layer.packed.numel() + 60_000
 
 
+def test_int8_heads_are_in_float_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Beside convolutions in float: stock products of bytes take longer still."""
+    fastest(planning.FLOATS, monkeypatch)
+    layers = (nn.Conv2d(32, 64, 3), nn.Flatten(), nn.Linear(64 * 36, 64), nn.GELU())
+    int8, x = in_int8(randomized(nn.Sequential(*layers))), randn(2, 32, 8, 8)
+    made = planning.plan(int8, x)
+    assert made.after["aten._int_mm"] == 0 and made.after["mkldnn._linear_pointwise"] == 1
+    conv, _, head, *_ = int8
+    weights = conv.dense_weight(), head.dense_weight()
+    rows = torch.nn.functional.conv2d(x, weights[0], conv.bias).flatten(1)
+    expected = nn.functional.gelu(nn.functional.linear(rows, weights[1], head.bias))
+    assert_close(made.fused(x), expected)
+    made.fused.save(tmp_path / "fused.pt")
+    assert torch.equal(torchscript.load(str(tmp_path / "fused.pt"))(x), made.fused(x))
+    assert (tmp_path / "fused.pt").stat().st_size < head.packed.numel() + 90_000
+
+
 class Residual(nn.Module):
     """A convolution that halves images, and two more around a sum."""
 
