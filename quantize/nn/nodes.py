@@ -29,6 +29,11 @@ _SUMS: dict[Any, int] = {
     **dict.fromkeys((Tensor.mul, torch.mul), PRODUCT),
     **dict.fromkeys((Tensor.sub, torch.sub), DIFFERENCE),
 }
+# Activations that may change their input, by what is called.
+_IN_PLACE: dict[Any, str] = {
+    **dict.fromkeys((torch.relu, Tensor.relu, F.relu), "relu"),
+    OWN[F.silu]: "silu",
+}
 COPIES = {Tensor.reshape, torch.reshape, Tensor.flatten, torch.flatten, Tensor.contiguous}
 
 
@@ -199,9 +204,9 @@ class Reading:
     def _activation(self, step: Step) -> str | None:
         """The name of the activation that a step is, if an int8 layer can do it."""
         call, arguments, named = called(step, self._value)
-        if call is OWN[F.silu]:
+        if call in _IN_PLACE:
             changes = (*arguments[1:], *named.values(), False)[0]
-            return None if changes else "silu"
+            return None if changes else _IN_PLACE[call]
         if call is OWN[F.gelu]:
             return GELUS[(*arguments[1:], *named.values(), "none")[0]]
         return None

@@ -49,16 +49,23 @@ def _gated(block: Any, x: Tensor) -> Tensor:
     return block.down(F.silu(block.up(x)) * block.up(x)) + x
 
 
+def _cut_off(block: Any, x: Tensor) -> Tensor:
+    return block.down(F.relu(block.up(x))) + x
+
+
 def _changes_what_was_read(block: Any, x: Tensor) -> Tensor:
     y = block.q(x)
     return y + x.mul_(2)
 
 
-@pytest.mark.parametrize("change", [None, _gated, _changes_what_was_read])
+@pytest.mark.parametrize(
+    ("change", "layers"), [(None, 6), (_gated, 9), (_cut_off, 8), (_changes_what_was_read, 0)]
+)
 @torch.no_grad()
-def test_layers_that_do_more(level: str, monkeypatch: pytest.MonkeyPatch, change: Any):
-    """Sums, products and layers of one input, in one native call each: the bits of the steps, on
-    every instruction set, for many rows and few, on one thread and on two, without native code.
+def test_layers_that_do_more(level: str, monkeypatch: pytest.MonkeyPatch, change: Any, layers: int):
+    """Sums, products, activations and layers of one input, in one native call each: the bits of the
+    steps, on every instruction set, for many rows and few, on one thread and on two, without native
+    code.
     """
     monkeypatch.setattr(kernels, "_fastest", lambda *_: kernels.native)
     monkeypatch.setattr(kernels, "_chosen", {})
@@ -71,13 +78,14 @@ def test_layers_that_do_more(level: str, monkeypatch: pytest.MonkeyPatch, change
         (tape,) = (t for key, t in tapes(block) if key[0][1][1][0] == x.shape)
         stretches = [step.call for step in tape.steps if isinstance(step.call, Stretch)]
         works = itertools.chain.from_iterable(stretch.program.works for stretch in stretches)
-        layers = [work.what for work in works if work.kind == program.LINEARS]
-        shortened = change is not _changes_what_was_read
+        found = [work.what for work in works if work.kind == program.LINEARS]
+        shortened = layers > 0
         assert bool(stretches) == shortened
-        assert sum(one.count for one in layers) == shortened * (9 if change is _gated else 6)
-        assert [one.count for one in layers].count(3) == shortened
-        sums = [one.how for one in layers]
-        assert sums.count(program.SUM) == shortened * (1 + (change is _gated))
+        assert sum(one.count for one in found) == layers
+        assert [one.count for one in found].count(3) == shortened
+        assert not any(step.call is F.relu for step in tape.steps)
+        sums = [one.how for one in found]
+        assert sums.count(program.SUM) == shortened * (1 + (change in (_gated, _cut_off)))
         assert sums.count(program.PRODUCT) == (change is _gated)
         with kernels.kernel("reference"):
             assert torch.equal(block(x), own(block, x))
