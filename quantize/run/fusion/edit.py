@@ -48,6 +48,12 @@ def constant(program: Program, node: object) -> Tensor | None:
     return getattr(program.module, str(node.target))
 
 
+def weight_of(program: Program, node: fx.Node) -> Any:
+    """The weight of a layer, or what one looks like that is prepared at load; None for others."""
+    weight = argument(node, 1)
+    return weight.meta["val"] if weight.meta.get("prepare") else constant(program, weight)
+
+
 def own_constant(program: Program, node: Any) -> Tensor | None:
     """A constant that only one operator uses: it can be changed without making a second copy."""
     tensor = constant(program, node)

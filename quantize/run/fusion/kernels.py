@@ -32,6 +32,7 @@ from quantize.run.fusion.edit import (
     loosen_views,
     replace,
     shape,
+    weight_of,
 )
 from quantize.run.fusion.graph import Program, aten
 from quantize.run.fusion.padding import numbers
@@ -196,12 +197,6 @@ def _packed(program: Program, node: fx.Node) -> fx.Node | None:
         prepared = program.call(*how)
     prepared.meta["prepare"] = _UNPACK
     return prepared
-
-
-def weight_of(program: Program, node: fx.Node) -> Any:
-    """The weight of a layer, or what one looks like that is prepared at load; None for others."""
-    weight = argument(node, 1)
-    return weight.meta["val"] if weight.meta.get("prepare") else constant(program, weight)
 
 
 def hint(size: int | torch.SymInt) -> int:

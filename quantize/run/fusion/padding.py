@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import fx
@@ -19,6 +20,7 @@ from quantize.run.fusion.edit import (
     overload,
     own_constant,
     set_arguments,
+    weight_of,
 )
 from quantize.run.fusion.graph import Program, aten
 
@@ -103,20 +105,26 @@ def _absorb(program: Program, node: fx.Node, pad: fx.Node) -> bool:
     dims, amounts = CONVS[overload(node)], argument(pad, 1)
     padding = numbers(argument(node, 4, 0), dims)
     dilation = numbers(argument(node, 5, 1), dims)
-    weight = constant(program, argument(node, 1))
+    source, weight = argument(node, 1), weight_of(program, node)
     if padding is None or dilation is None or weight is None or len(amounts) > 2 * dims:
         return False
     sides = sides_of(amounts, dims)
     zeros = kernel_zeros(sides, dilation)
     if zeros is None:
         return False
-    changes: dict[int, object] = {}
+    changes: dict[int, Any] = {}
     if any(zeros):
-        if own_constant(program, argument(node, 1)) is None or math.prod(weight.shape[2:]) == 1:
+        prepared = source.meta.get("prepare")
+        known = prepared or own_constant(program, source) is not None
+        if not known or math.prod(weight.shape[2:]) == 1:
             return False
         wider = torch.nn.functional.pad(weight, zeros)
-        name = f"{argument(node, 1).target}_padded"
-        changes[1] = add_constant(program, node, name, wider)
+        if prepared:
+            with program.before(node):
+                changes[1] = program.call(aten.constant_pad_nd.default, source, zeros, val=wider)
+            changes[1].meta["prepare"] = True
+        else:
+            changes[1] = add_constant(program, node, f"{source.target}_padded", wider)
     total = [own + max(side) for own, side in zip(padding, sides, strict=True)]
     set_arguments(node, changes | {0: argument(pad, 0), 4: total})
     return True
