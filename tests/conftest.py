@@ -73,7 +73,7 @@ def pytest_collection_finish() -> None:
     choose_kernels_at_once()
     gc.collect()
     gc.freeze()
-    gc.set_threshold(50_000, 20, 20)
+    gc.set_threshold(500_000, 20, 20)
 
 
 def pytest_sessionfinish() -> None:
