@@ -53,8 +53,8 @@ def simplify(program: Program, *, at_load: bool = False) -> bool:
     The passes move operators, which is right only where no value changes between two of them.
     at_load: values may be prepared when a file is loaded.
     """
+    drop_identities(program, copies=False)
     functionalize(program)
-    drop_identities(program)
     if any(mutates(n) for n in program.graph.nodes):
         return False
     if at_load:
@@ -122,12 +122,15 @@ def _keeps_dtype(node: fx.Node) -> bool:
     )
 
 
-def drop_identities(program: Program) -> None:
-    """Dropout in eval mode, casts to the same dtype, slices of everything, padding by nothing."""
+def drop_identities(program: Program, *, copies: bool = True) -> None:
+    """Dropout in eval mode, casts to the same dtype, slices of everything, padding by nothing.
+
+    copies: False leaves what isn't the same memory, the padding, to which a graph may write.
+    """
     count = 0
     for node in list(program.graph.nodes):
         known = node.op == "call_function" and isinstance(argument(node, 0), fx.Node)
-        if known and _is_identity(node):
+        if known and _is_identity(node) and (copies or node.target not in PADS):
             replace(node, argument(node, 0))
             count += node.target in _DROPOUTS
     program.note(count, "dropout layers removed")

@@ -180,6 +180,38 @@ def test_an_int8_residual_network_is_a_file_of_kernels(
             made.fused(randn(1, 16, 20, 2))
 
 
+class InPlace(Residual):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x).relu()
+        y = self.third(self.second(x).relu())
+        y += x
+        return y.relu()
+
+
+def test_sums_in_place_are_part_of_kernels_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer in float casts its result to the dtype that it has, which is the same memory."""
+    fastest(planning.FLOATS, monkeypatch)
+    int8, x = in_int8(randomized(InPlace())), randn(2, 16, 20, 24)
+    made = planning.plan(int8, x)
+    assert not {"aten.add_.Tensor", "aten.add.Tensor", "aten.to.dtype"} & set(made.after)
+    assert_close(made.fused(x), planning.in_floats(int8)(x))
+
+
+def test_padding_by_nothing_is_a_copy() -> None:
+    """What is written into it isn't written into what was padded."""
+
+    class Padded(nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            y = x.relu()
+            padded = torch.nn.functional.pad(y, (0, 0))
+            padded += 1
+            return y, padded
+
+    model, x = Padded().eval(), randn(2, 3)
+    for actual, expected in zip(fuse(model, x)(x), model(x), strict=True):
+        assert torch.equal(actual, expected)
+
+
 def test_int8_stays_int8() -> None:
     """A quantized model's fused file multiplies in int8, by what the profiler sees, and gives the
     same answers.
