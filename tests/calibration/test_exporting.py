@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import types
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 import quantize
 from quantize import calibration
+from quantize.calibration.exporting import _replaced
 
 
 class Translator(nn.Module):
@@ -87,3 +89,11 @@ def test_collections_go_on_as_before(enabled, monkeypatch):
         assert switched == ["off"]
         raise KeyError
     assert switched == (["off", "on"] if enabled else ["off"])
+
+
+def test_patches_of_a_torch_without_the_name():
+    """What another torch doesn't have is left alone, and what it has comes back."""
+    owner = types.SimpleNamespace(known=1)
+    with _replaced(owner, "known", 2), _replaced(owner, "gone", 2):
+        assert vars(owner) == {"known": 2}
+    assert vars(owner) == {"known": 1}
