@@ -42,6 +42,11 @@ def call(model: Callable[..., Any], batch: Any, *, copy: bool = True) -> Any:
         raise
 
 
+def on_cpu(value: Any) -> Any:
+    """`value` with every tensor in it on the CPU."""
+    return on_tensors(value, torch.Tensor.cpu)
+
+
 def arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The positional and keyword arguments that a batch stands for."""
     if isinstance(batch, Mapping):

@@ -25,7 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from quantize import surgery
+from quantize.calibration import on_cpu
 from quantize.host import default_threads
 from quantize.measuring.artifact import Build, check_there
 from quantize.measuring.nursery import Nursery
@@ -116,7 +119,7 @@ def compare(
         MeasurementError: a model fails on the inputs, or a process dies or doesn't answer.
         TypeError, ValueError: arguments out of range.
     """
-    sources = _named(artifacts)
+    sources = {name: _at_home(source) for name, source in _named(artifacts).items()}
     for file in [*map(_file, sources.values())][: 1 if keep_going else None]:
         if file is not None:
             check_there(file)
@@ -124,7 +127,7 @@ def compare(
         threads = default_threads() if nursery is None else nursery.threads
     _check(threads, rounds, burst_seconds, timeout_s)
     say = progress or silent
-    given = Given(example_inputs, evaluate, model, threads, keep, timeout_s, nursery)
+    given = Given(on_cpu(example_inputs), evaluate, model, threads, keep, timeout_s, nursery)
     with ExitStack() as stack:
         stack.enter_context(_torch_threads(threads))
         say(f"starting {len(sources)} processes")
@@ -169,6 +172,11 @@ def _named(artifacts: Mapping[str, Source] | Sequence[Source]) -> dict[str, Sour
                 f"{type(what).__name__}"
             )
     return named
+
+
+def _at_home(source: Source) -> Source:
+    """A model is measured on the CPU, wherever it was."""
+    return surgery.at("cpu", source) if isinstance(source, nn.Module) else source
 
 
 def _stem(source: Source) -> str:

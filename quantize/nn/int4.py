@@ -68,7 +68,7 @@ def quantize_groups_gptq(
     diagonal = moment.diagonal()
     diagonal += _DAMPING * diagonal.mean().clamp_min(1e-12)
     factor = torch.linalg.cholesky(moment.flip(0, 1)).flip(0, 1).float()  # U
-    values = torch.empty(weight.shape, dtype=torch.uint8)
+    values = torch.empty_like(weight, dtype=torch.uint8)
     left = torch.zeros_like(weight)  # what rounding took from each column so far
     scales, zeros = [], []
     for start in range(0, weight.shape[1], group_size):

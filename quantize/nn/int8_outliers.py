@@ -56,6 +56,7 @@ class Int8OutlierLinear(Int8Linear):
             factor: float32 [in], above 0, of the inputs; what `channels` have isn't used.
             channels: int64 [C], those that count in float.
         """
+        factor, channels = factor.to(weight.device), channels.to(weight.device)
         dense = weight.detach().float()
         kept = dense.t()[channels].contiguous()
         rest = dense / factor

@@ -21,8 +21,10 @@ from quantize.surgery.candidates import (
 from quantize.surgery.computed import computing_hooks, recompute_weights
 from quantize.surgery.edit import (
     Skip,
+    at,
     clone,
     deepcopy,
+    device_of,
     exchange,
     is_eager,
     rebuild,
@@ -61,6 +63,7 @@ __all__ = [
     "absorb",
     "amend",
     "asked_classes",
+    "at",
     "bound_layers",
     "builder",
     "check_count",
@@ -70,6 +73,7 @@ __all__ = [
     "computing_hooks",
     "contradiction",
     "deepcopy",
+    "device_of",
     "exchange",
     "expert_weights",
     "facts",

@@ -41,6 +41,18 @@ def clone(model: nn.Module, *, sharing: Iterable[Tensor] = ()) -> nn.Module:
     return copied
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """That of the first of its tensors; the CPU if it has none."""
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    return next((tensor.device for tensor in tensors), torch.device("cpu"))
+
+
+def at(device: torch.device | str, model: nn.Module) -> nn.Module:
+    """`model` if it is on this device or has no data, else a `clone` that is there."""
+    has = device_of(model).type
+    return model if has in ("meta", torch.device(device).type) else clone(model).to(device)
+
+
 def shell(model: nn.Module) -> nn.Module:
     """A `clone` that holds the model's own parameters: to look at, in other modes and with other
     hooks, while nobody writes to them. Parameters that have no shape yet are copied, and those made

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quantize.calibration import in_eval_mode
+from quantize.surgery import device_of
 
 
 def evaluate(model: nn.Module, data: Any, **settings: Any) -> dict[str, float]:
@@ -56,7 +57,7 @@ def evaluate_text(
     if max_bytes is not None:
         count = min(len(windows), max(1, max_bytes // stride))
         windows = [windows[i * len(windows) // count] for i in range(count)]
-    device = _device(model)
+    device = device_of(model)
     nats, hits, scored = 0.0, 0, 0
     with in_eval_mode(model):
         for i in range(0, len(windows), batch):
@@ -77,11 +78,6 @@ def evaluate_text(
     }
 
 
-def _device(model: nn.Module) -> torch.device:
-    tensors = [*model.parameters(), *model.buffers()]
-    return tensors[0].device if tensors else torch.device("cpu")
-
-
 @torch.inference_mode()
 def evaluate_images(
     model: nn.Module, images: Tensor, labels: Tensor, *, batch: int = 256
@@ -89,7 +85,7 @@ def evaluate_images(
     """Accuracy and mean cross-entropy (nats) of `model(images) -> logits [N, classes]`."""
     if len(images) == 0:
         raise ValueError("no images to evaluate on")
-    device = _device(model)
+    device = device_of(model)
     hits, nats = 0, 0.0
     with in_eval_mode(model):
         for i in range(0, len(images), batch):

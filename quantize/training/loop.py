@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from quantize.calibration import on_tensors
 from quantize.host import native_bf16
 from quantize.seeding import seed_devices
+from quantize.surgery import device_of
 from quantize.training.config import TrainConfig
 from quantize.training.optimizers import build_optimizers
 from quantize.training.progress import Progress
@@ -99,7 +100,7 @@ def fit(
             stays on disk), a state file that is damaged, of another run, or cannot be written.
     """
     rank, world = ranks()
-    device = next(model.parameters()).device
+    device = device_of(model)
     path = None if checkpoint_path is None else Path(checkpoint_path)
     optimizers = build_optimizers(model, config)
     model.train()

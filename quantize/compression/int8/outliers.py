@@ -57,7 +57,7 @@ def find_plans(model: nn.Module, choice: Choice, calibration: Iterable[Any]) -> 
     for name, inputs in seen.items():
         module: Any = layers[name]
         weight = module.weight.t() if choice.chosen[name].transposed else module.weight
-        plan = _best(inputs, weight.detach().float())
+        plan = _best(inputs, weight.detach().float().cpu())
         if plan is not None:
             found[name] = plan
     return found

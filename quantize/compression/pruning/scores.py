@@ -35,7 +35,7 @@ def magnitude(model: nn.Module, group: Group, n: float) -> Tensor:
         weight = _weight(model, name).detach().movedim(dim, 0).double()
         places = group.places[name, dim].to(weight.device)
         parts.append(weight[places].flatten(1))
-    return torch.linalg.vector_norm(torch.cat(parts, 1), n, dim=1)
+    return torch.linalg.vector_norm(torch.cat(parts, 1), n, dim=1).cpu()
 
 
 def _weight(model: nn.Module, name: str) -> Tensor:
@@ -74,7 +74,7 @@ def activation_aware(readers: list[Reader], n: float) -> Tensor:
         strength = power * channel_norms(reader.weight, n, 1) ** 2  # [K]
         of_units = strength[reader.places].sum(1)
         total = total + of_units / strength.sum().clamp(min=1e-30)
-    return torch.sqrt(torch.as_tensor(total))
+    return torch.sqrt(torch.as_tensor(total)).cpu()
 
 
 def reconstruction(
@@ -120,7 +120,7 @@ def _total_cost(eliminations: list[Elimination], alive: Tensor) -> Tensor:
     """What each unit that is left would cost next, [units]; infinity for the others."""
     total = torch.full((len(alive),), math.inf, dtype=torch.float64)
     units = alive.nonzero().flatten()
-    total[units] = sum(part.costs(units) for part in eliminations)
+    total[units] = sum(part.costs(units).cpu() for part in eliminations)
     return total
 
 
@@ -169,7 +169,8 @@ class Inverse:
         """The square blocks of equal size on the diagonal, [units, S, S]."""
         by_unit = self.rows.T.unflatten(0, (units, -1))  # [units, S, N]
         products = by_unit @ by_unit.mT
-        return (torch.eye(len(products[0])) - products) * self.size
+        one = torch.eye(len(products[0]), device=products.device)
+        return (one - products) * self.size
 
 
 class Elimination:
@@ -223,7 +224,7 @@ class Elimination:
         pivot = self.inverse[rows]  # [R, K]
         pivot.addmm_(factor[:, rows].T, factor, alpha=-1)
         corner = torch.linalg.cholesky(pivot[:, rows].double())
-        one = torch.eye(len(rows), dtype=corner.dtype)
+        one = torch.eye(len(rows), dtype=corner.dtype, device=corner.device)
         # a product with the inverse takes far less time than solving for a few rows
         corner = torch.linalg.solve_triangular(corner, one, upper=False).float()
         panel = corner @ pivot  # [R, K]
@@ -295,5 +296,5 @@ def _of_units(changes: dict[str, Tensor], group: Group) -> Tensor:
         if name in changes:
             change = changes[name].movedim(dim, 0).double()
             by_unit = change[group.places[name, dim]]
-            total += by_unit.flatten(1).sum(1)
+            total += by_unit.flatten(1).sum(1).cpu()
     return total

@@ -102,9 +102,7 @@ def _taught(
     batches: Any,
     options: dict[str, Any],
 ) -> nn.Module:
-    """`student` after `how`, which is `distill` or `recover`, on the CPU; tells what it was
-    worth.
-    """
+    """`student` after `how`, which is `distill` or `recover`; tells what it was worth."""
     name = given.recipe.name if given.recipe else type(student).__name__
     identity = dict(given.training.get("identity") or {})
     if given.recipe:
@@ -113,23 +111,20 @@ def _taught(
     if given.states is not None:
         options["checkpoint_path"] = given.states / f"{name}.state"
     context = given.printer(name) if given.printer else nullcontext()
-    teacher = None if given.teacher is None else _on(given.teacher, given.device)
-    student = _on(student, given.device)
+    home = surgery.device_of(student)
+    place = home if given.device is None else given.device
+    teacher = None if given.teacher is None else surgery.at(place, given.teacher)
+    student = surgery.at(place, student)
     with context as on_progress:
         taught = how(student, teacher, batches, on_progress=on_progress, **options)
     given.say(f"{name}: {surgery.notes(taught)[-1]['done']['']}")
-    return taught.cpu()
+    return taught.to(home)
 
 
 def _batches(step: Step, given: Given) -> Any:
     if given.batches is None:
         raise ValueError(f"{type(step).__name__} needs batches")
     return given.batches
-
-
-def _on(model: nn.Module, device: str) -> nn.Module:
-    """`model`, or a copy of it on another device."""
-    return model if device == "cpu" else surgery.clone(model).to(device)
 
 
 def _joined(batches: Any, count: int) -> Any:

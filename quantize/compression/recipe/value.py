@@ -56,7 +56,8 @@ class Given:
             a function from the number of a step to its batch.
         teacher: what `Recover` learns from; None: the model that the recipe is called with.
         seed: of the trainings.
-        device: where the trainings run; what comes back is on the CPU.
+        device: where the trainings run (None: where the model is); what comes back is where the
+            model was.
         states: folder in which each training keeps its state, in a file named by the recipe up to
             there; None: nowhere.
         training: further options of `distill`: `resume`, `identity`, `bf16`, ...
@@ -70,7 +71,7 @@ class Given:
     batches: Iterable[Any] | Callable[[int], Any] | None = None
     teacher: nn.Module | None = None
     seed: int = 0
-    device: str = "cpu"
+    device: str | None = None
     states: Path | None = None
     training: Mapping[str, Any] = field(default_factory=dict)
     printer: Callable[[str], AbstractContextManager[Any]] | None = None

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from quantize import surgery
-from quantize.calibration import check_batches, run_batch, watching
+from quantize.calibration import check_batches, on_cpu, run_batch, watching
 from quantize.compression.pruning import traced_once
 from quantize.compression.recipe import Given
 from quantize.compression.search.budget import Budget
@@ -57,10 +57,10 @@ def compress(
             dict of keyword arguments.
         calibration: re-iterable batches like `example_inputs`. Without `evaluate` the second half
             judges, and only the first one calibrates.
-        evaluate: evaluate(model) gives a number, a (name, number) pair or a dict whose first entry
-            counts; or, in place of the number, an array with a value for each example, whose mean
-            counts and whose spread tells the noise. Without it the loss is the KL divergence of
-            logits to the original's, or 1 - cosine of other outputs.
+        evaluate: evaluate(model), of a model on the CPU, gives a number, a (name, number) pair or a
+            dict whose first entry counts; or, in place of the number, an array with a value for
+            each example, whose mean counts and whose spread tells the noise. Without it the loss
+            is the KL divergence of logits to the original's, or 1 - cosine of other outputs.
         budget: any of "speedup", "latency_ms", "bytes", "memory_mb" (to be reached) and "max_loss"
             (largest change of the metric for the worse: a number, "1%" of the original's value, or
             "2 noise", in standard errors of the metric). Without `evaluate`, percents are of the
@@ -87,7 +87,8 @@ def compress(
     lines = _line if progress else silent
     say = progress if callable(progress) else lines
     deadline = time.monotonic() + 60 * minutes
-    work = surgery.clone(model).eval()
+    work = surgery.at("cpu", surgery.clone(model)).eval()
+    example_inputs, batches = on_cpu(example_inputs), on_cpu(batches)
     with Nursery(threads=default_threads(), modules=modules_of(work)) as nursery:
         nursery.launch()  # it imports while the original is judged
         judge = _judge(work, batches, evaluate, 60 * minutes, say)
