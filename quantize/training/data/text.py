@@ -10,8 +10,9 @@ from __future__ import annotations
 import gzip
 import hashlib
 import lzma
+import os
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,13 +91,21 @@ def _standard_library() -> dict[str, bytes]:
         "pydoc_data.topics": "\n\n".join(f"{key}\n{topics[key]}" for key in sorted(topics)).encode()
     }
     root = Path(sysconfig.get_path("stdlib"))
-    for path in sorted(root.rglob("*.py")):
-        parts = path.relative_to(root).parts
-        if not _NOT_SOURCES.intersection(parts) and parts != ("pydoc_data", "topics.py"):
-            content = read(path)
-            if content:
-                documents["/".join(parts)] = content
+    for path in sorted(_sources(root)):
+        name = path.relative_to(root).as_posix()
+        content = read(path)
+        if content and name != "pydoc_data/topics.py":
+            documents[name] = content
     return documents
+
+
+def _sources(root: Path) -> Iterator[Path]:
+    """The Python files below `root`; folders of `_NOT_SOURCES`, which hold most, aren't entered."""
+    for folder, inner, files in os.walk(root):
+        inner[:] = [name for name in inner if name not in _NOT_SOURCES]
+        for name in files:
+            if name.endswith(".py"):
+                yield Path(folder, name)
 
 
 def _read_all(paths: Sequence[Path]) -> dict[str, bytes]:
