@@ -5,6 +5,7 @@ building.py.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.metadata
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
@@ -86,11 +87,17 @@ def save(model: nn.Module, path: str | Path, *, metadata: dict[str, Any] | None 
         "notes": surgery.notes(model),
         "metadata": metadata or {},
         "versions": {
-            "quantize": importlib.metadata.version("quantize"),
+            "quantize": _version(),
             "torch": torch.__version__,
         },
     }
     write(path, record, tensors)
+
+
+@functools.cache
+def _version() -> str:
+    """Of this package; looking it up takes longer than writing a small model."""
+    return importlib.metadata.version("quantize")
 
 
 def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
