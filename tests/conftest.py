@@ -20,21 +20,12 @@ os.environ["TORCH_FAKE_TENSOR_DISPATCH_CACHE"] = "0"
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 
-import torch  # noqa: E402
-
-# What messages about a graph would show is the test's own stack, taken at each operation.
-torch.fx.config.do_not_emit_stack_traces = True
-
 # A run that a script starts in the background ignores Ctrl-C, and so would the processes that tests
 # send it to.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Thousands of small files, none of which must outlive a power cut.
 os.fsync = lambda descriptor: None
-
-# Seeds of devices that aren't there would be queued, with the text of a deep call stack, thousands
-# of times (see quantize/seeding.py).
-torch.manual_seed = torch.default_generator.manual_seed
 
 
 # Of the models that others wrote (helpers.ZOO) these are met with the slow tests only; a text
@@ -53,6 +44,21 @@ SLOWER_MODELS = {
 SERVERS = {"running", "command"}  # fixtures that take seconds: all their tests run in one worker
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Set torch up, but in a process that only hands tests out to workers: these wait for it, and
+    it runs none.
+    """
+    if config.getoption("tx", None) and not hasattr(config, "workerinput"):
+        return
+    import torch
+
+    # What messages about a graph would show is the test's own stack, taken at each operation.
+    torch.fx.config.do_not_emit_stack_traces = True
+    # Seeds of devices that aren't there would be queued, with the text of a deep call stack,
+    # thousands of times (see quantize/seeding.py).
+    torch.manual_seed = torch.default_generator.manual_seed
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
     """Mark as slow what is parametrized by one of the slower models, and start servers once."""
@@ -68,9 +74,12 @@ def pytest_collection_finish() -> None:
     """Leave what is imported by now to itself, and collect cycles less often: tracing makes many
     objects, and a third of all time went into looking for cycles among them.
     """
+    from hypothesis.internal.entropy import deterministic_PRNG
     from nurseries import choose_kernels_at_once
 
     choose_kernels_at_once()
+    with deterministic_PRNG():
+        pass  # the first one looks for cycles among all that there is by then
     gc.collect()
     gc.freeze()
     gc.set_threshold(500_000, 20, 20)
@@ -94,6 +103,12 @@ def no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     as_fast = {"fused": 1.0, "model": 1.0}
     monkeypatch.setattr("quantize.run.fusion.fusing._times", lambda *_: as_fast)
     monkeypatch.setattr("quantize.run.fusion.kernels.SMALL", 0)
+
+
+@pytest.fixture
+def no_chart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports have an empty picture: drawing one takes longer than most tests."""
+    monkeypatch.setattr("quantize.measuring.report.pareto_plot", lambda rows: b"")
 
 
 @pytest.fixture(scope="session")

@@ -207,6 +207,7 @@ def test_numbers_say_something(capsys, monkeypatch):
     assert "-0.0" not in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("no_chart")
 def test_a_busy_machine_is_named_under_the_table(tmp_path, capsys):
     """For every row whose times moved, on the console and in Markdown."""
     busy = variant("int8", notes=("busy machine: p90 is 2.1 times p10",))
@@ -226,6 +227,7 @@ def test_direction_can_be_given():
     assert rows[1]["notes"] == "" and rows[1]["metric"]["higher_is_better"] is True
 
 
+@pytest.mark.usefixtures("no_chart")
 def test_json_is_strict_and_complete(tmp_path):
     """report.json is machine, data and rows, without NaN, and reads back as what was built."""
     report = build_report(
@@ -252,6 +254,7 @@ def test_files_are_replaced_whole(tmp_path):
     assert sorted(paths) == sorted(tmp_path.iterdir())
 
 
+@pytest.mark.usefixtures("no_chart")
 def test_markdown_has_the_machine_above_a_table_of_all_rows(tmp_path):
     """Machine lines first; each row has as many cells as the header; marks are bold; a bar in a
     note breaks nothing.
@@ -266,6 +269,7 @@ def test_markdown_has_the_machine_above_a_table_of_all_rows(tmp_path):
     assert "**slower**" in table[3] and "**slightly worse**; a \\| b" in table[4]
 
 
+@pytest.mark.usefixtures("no_chart")
 def test_facts_are_short_for_people_and_whole_for_machines(tmp_path, capsys, monkeypatch):
     """Lists as a count, hashes as 12 digits, numbers rounded; in a pipe every column is there.
     report.json has all of it.

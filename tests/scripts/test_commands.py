@@ -246,6 +246,7 @@ def faster(files, *_args, **_options) -> list:
     ]
 
 
+@pytest.mark.usefixtures("no_chart")
 @pytest.mark.parametrize(
     "wrong",
     ["metric", *(pytest.param(w, marks=pytest.mark.slow) for w in ("bytes", "speedup", ""))],
@@ -286,6 +287,7 @@ def test_verify_says_what_it_could_not_check(decoder, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_chart")
 def test_a_python_file_makes_the_model(tmp_path, by_bytes, monkeypatch, capsys):
     """`model = ...` in a file; a class of one's own is named with --model for its weights."""
     monkeypatch.chdir(tmp_path)

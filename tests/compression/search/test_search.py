@@ -44,13 +44,12 @@ def batches() -> list[torch.Tensor]:
 
 
 @pytest.fixture(autouse=True)
-def by_bytes(monkeypatch):
+def by_bytes(monkeypatch, no_chart):
     """A nanosecond per byte of a file and of a layer's tensors; no processes, and no picture but
     where `test_commands` and `test_readme` search.
     """
     monkeypatch.setattr("quantize.compression.search.trial.compare", measured_by_bytes)
     monkeypatch.setattr("quantize.compression.search.finding.Nursery.launch", lambda _: None)
-    monkeypatch.setattr("quantize.measuring.report.pareto_plot", lambda rows: b"")
     monkeypatch.setattr(Stopwatch, "_race", timed_by_bytes)
     monkeypatch.setattr("quantize.compression.search.walk.MOST_SHARES", 3)
     monkeypatch.setattr("quantize.compression.search.walk.FEW_SHARES", 3)

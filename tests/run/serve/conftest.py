@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -46,3 +47,13 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     ]
     with Running(served, Settings(max_body=1 << 20)) as server:
         yield server
+
+
+@pytest.fixture
+def client(running: Running) -> Iterator[Any]:
+    """OpenAI's. Importing it takes a second, which one worker spends: the one with the server."""
+    import openai
+
+    base = f"http://{running.address}/v1"
+    with openai.OpenAI(base_url=base, api_key="none", max_retries=0) as made:
+        yield made

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import openai
 import pytest
 import torch
 from helpers import assert_close
@@ -25,9 +24,8 @@ def by_hand(running, text: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("form", ["float", "base64"])
-def test_vectors_of_texts(running, form: str):
+def test_vectors_of_texts(running, client, form: str):
     """One text, several, token ids; each as it is alone, whatever the padding."""
-    client = openai.OpenAI(base_url=f"http://{running.address}/v1", api_key="none", max_retries=0)
     given: Any = {"float": {"encoding_format": "float"}, "base64": {}}[form]  # its default
     reply = client.embeddings.create(model="bert", input=TEXTS, **given)
     for text, entry in zip(TEXTS, reply.data, strict=True):
