@@ -148,7 +148,6 @@ def run(model: nn.Module, inputs: Any) -> torch.Tensor:
 _TEXT = {
     "vocab_size": 96,
     "hidden_size": 64,
-    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "intermediate_size": 128,
 }
@@ -160,13 +159,13 @@ def _pixels(channels: int, size: int) -> dict[str, torch.Tensor]:
     return {"pixel_values": randn(2, channels, size, size)}
 
 
-def _t5() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+def _t5(layers: int) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     config = transformers.T5Config(
         vocab_size=96,
         d_model=64,
         d_kv=16,
         d_ff=128,
-        num_layers=2,
+        num_layers=layers,
         num_heads=4,
         decoder_start_token_id=0,
         use_cache=False,
@@ -176,12 +175,12 @@ def _t5() -> tuple[nn.Module, dict[str, torch.Tensor]]:
     )
 
 
-def _whisper() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+def _whisper(layers: int) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     config = transformers.WhisperConfig(
         vocab_size=96,
         d_model=64,
-        encoder_layers=2,
-        decoder_layers=2,
+        encoder_layers=layers,
+        decoder_layers=layers,
         encoder_attention_heads=4,
         decoder_attention_heads=4,
         encoder_ffn_dim=128,
@@ -203,26 +202,32 @@ def _whisper() -> tuple[nn.Module, dict[str, torch.Tensor]]:
     }
 
 
-def _mobilenet() -> tuple[nn.Module, dict[str, torch.Tensor]]:
-    """Two blocks of each width, where the config always makes up to four."""
+def _mobilenet(layers: int) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """Two blocks of each width, or of the first one alone, where the config always makes up to
+    four.
+    """
     config = transformers.MobileNetV2Config(image_size=64, depth_multiplier=0.5, num_labels=10)
     model = transformers.MobileNetV2ForImageClassification(config)
     body = model.mobilenet_v2
-    body.layer = nn.ModuleList(body.layer[i] for i in (0, 1, 2, 3, 5, 6, 9, 10, 12, 13, 15))
+    seconds = (3, 6, 10, 13) if layers > 1 else ()
+    kept = sorted((0, 1, 2, 5, 9, 12, 15, *seconds))
+    body.layer = nn.ModuleList(body.layer[i] for i in kept)
     return model, _pixels(3, 64)
 
 
-_ZOO: dict[str, Callable[[], tuple[nn.Module, dict[str, torch.Tensor]]]] = {
-    "bert": lambda: (
-        transformers.BertModel(transformers.BertConfig(**_TEXT, max_position_embeddings=64)),
+_ZOO: dict[str, Callable[[int], tuple[nn.Module, dict[str, torch.Tensor]]]] = {
+    "bert": lambda layers: (
+        transformers.BertModel(
+            transformers.BertConfig(**_TEXT, num_hidden_layers=layers, max_position_embeddings=64)
+        ),
         _IDS,
     ),
-    "gpt2": lambda: (
+    "gpt2": lambda layers: (
         transformers.GPT2LMHeadModel(
             transformers.GPT2Config(
                 vocab_size=96,
                 n_embd=64,
-                n_layer=2,
+                n_layer=layers,
                 n_head=4,
                 n_positions=64,
                 use_cache=False,
@@ -232,24 +237,30 @@ _ZOO: dict[str, Callable[[], tuple[nn.Module, dict[str, torch.Tensor]]]] = {
         ),
         _IDS,
     ),
-    "llama": lambda: (
-        transformers.LlamaForCausalLM(transformers.LlamaConfig(**_GQA, use_cache=False)),
+    "llama": lambda layers: (
+        transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(**_GQA, num_hidden_layers=layers, use_cache=False)
+        ),
         _IDS,
     ),
-    "qwen2": lambda: (
-        transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**_GQA, use_cache=False)),
+    "qwen2": lambda layers: (
+        transformers.Qwen2ForCausalLM(
+            transformers.Qwen2Config(**_GQA, num_hidden_layers=layers, use_cache=False)
+        ),
         _IDS,
     ),
-    "mistral": lambda: (
-        transformers.MistralForCausalLM(transformers.MistralConfig(**_GQA, use_cache=False)),
+    "mistral": lambda layers: (
+        transformers.MistralForCausalLM(
+            transformers.MistralConfig(**_GQA, num_hidden_layers=layers, use_cache=False)
+        ),
         _IDS,
     ),
     "t5": _t5,
-    "vit": lambda: (
+    "vit": lambda layers: (
         transformers.ViTForImageClassification(
             transformers.ViTConfig(
                 hidden_size=64,
-                num_hidden_layers=2,
+                num_hidden_layers=layers,
                 num_attention_heads=4,
                 intermediate_size=128,
                 image_size=32,
@@ -259,7 +270,7 @@ _ZOO: dict[str, Callable[[], tuple[nn.Module, dict[str, torch.Tensor]]]] = {
         ),
         _pixels(3, 32),
     ),
-    "resnet": lambda: (
+    "resnet": lambda layers: (
         transformers.ResNetForImageClassification(
             transformers.ResNetConfig(
                 embedding_size=32,
@@ -272,7 +283,7 @@ _ZOO: dict[str, Callable[[], tuple[nn.Module, dict[str, torch.Tensor]]]] = {
         _pixels(3, 64),
     ),
     "mobilenet_v2": _mobilenet,
-    "convnext": lambda: (
+    "convnext": lambda layers: (
         transformers.ConvNextForImageClassification(
             transformers.ConvNextConfig(
                 hidden_sizes=[32, 32, 64, 64], depths=[1, 1, 2, 1], image_size=64, num_labels=10
@@ -285,20 +296,20 @@ _ZOO: dict[str, Callable[[], tuple[nn.Module, dict[str, torch.Tensor]]]] = {
 ZOO = tuple(_ZOO)
 
 
-def zoo(name: str, seed: int = 0) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+def zoo(name: str, seed: int = 0, layers: int = 2) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     """A small randomly initialised model of `ZOO` in eval mode and keyword inputs for it; the same
-    for the same seed.
+    for the same seed. A transformer has so many layers, a MobileNet blocks of each width.
     """
-    model, inputs = _built(name, seed)
+    model, inputs = _built(name, seed, layers)
     return copy.deepcopy(model), dict(inputs)
 
 
 @functools.cache
-def _built(name: str, seed: int) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+def _built(name: str, seed: int, layers: int) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     """What `zoo` copies, built once in a process."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        model, inputs = _ZOO[name]()
+        model, inputs = _ZOO[name](layers)
         norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
         # as after training: statistics of real activations, else a deep network's output vanishes
         for norm in norms:

@@ -72,14 +72,14 @@ def test_a_new_student_with_batch_norms_starts_from_projections_that_fit():
 @pytest.mark.parametrize("name", DEEP)
 def test_two_block_student_comes_nearer_in_30_steps(name):
     """A student of the first and last of four blocks answers more like its teacher after 30
-    steps.
+    steps, and but for batch norms after 15.
     """
     teacher, example = deep(name)
     student = make_student(teacher, depth=2, example_inputs=example)
     assert sum(p.numel() for p in student.parameters()) < sum(
         p.numel() for p in teacher.parameters()
     )
-    result = distill(student, teacher, [example], steps=30)
+    result = distill(student, teacher, [example], steps=30 if name == "resnet" else 15)
     measure = soft_kl if hasattr(call(teacher, example), "logits") else F.mse_loss
     before, after = (
         measure(run(m, example), run(teacher, example)).item() for m in (student, result)

@@ -183,7 +183,7 @@ def _segformer() -> nn.Module:
 
 
 def _distilbert() -> nn.Module:
-    config = transformers.DistilBertConfig(**_TEXT, dim=32, n_layers=2, n_heads=4, hidden_dim=64)
+    config = transformers.DistilBertConfig(**_TEXT, dim=32, n_layers=1, n_heads=4, hidden_dim=64)
     return transformers.DistilBertForSequenceClassification(config)
 
 
@@ -208,7 +208,7 @@ def _clip() -> nn.Module:
         "vocab_size": 96,
         "hidden_size": 32,
         "intermediate_size": 64,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": 1,
         "num_attention_heads": 4,
     }
     return transformers.CLIPTextModel(
@@ -263,8 +263,8 @@ def test_foreign_architectures_are_equal_at_every_size(name: str) -> None:
 
 # Compressed models.
 def compressed(kind: str) -> tuple[nn.Module, Any]:
-    """A small BERT in one of this package's forms."""
-    model, inputs = zoo("bert")
+    """A small BERT of one layer in one of this package's forms."""
+    model, inputs = zoo("bert", layers=1)
     if kind == "half":
         return quantize.to_half(model), inputs
     if kind == "int8":
@@ -292,7 +292,7 @@ def test_compressed_models_fuse_and_stay_compressed(kind: str, tmp_path: Path) -
     file stays small.
     """
     model, inputs = compressed(kind)
-    original = sum(p.numel() * p.element_size() for p in zoo("bert")[0].parameters())
+    original = sum(p.numel() * p.element_size() for p in zoo("bert", layers=1)[0].parameters())
     fuse(model, inputs).save(tmp_path / "fused.pt")
     fused = torchscript.load(str(tmp_path / "fused.pt"))
     assert difference(outputs(fused, inputs), outputs(model, inputs)) <= (
