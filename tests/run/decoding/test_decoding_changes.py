@@ -82,10 +82,10 @@ def test_a_change_between_two_calls_is_seen(change, tied):
             model.blocks[1].attention.q, nn.Linear
         ):
             continue
-        before = generate(model, PROMPT, max_new_tokens=20)
+        before = generate(model, PROMPT, max_new_tokens=8)
         CHANGES[change](model)
-        check(model, "_Tripled" if change == "class replaced" else None)
-        assert not torch.equal(generate(model, PROMPT, max_new_tokens=20), before)
+        check(model, "_Tripled" if change == "class replaced" else None, max_new_tokens=8)
+        assert not torch.equal(generate(model, PROMPT, max_new_tokens=8), before)
 
 
 @pytest.mark.parametrize("change", CHANGES)

@@ -32,10 +32,10 @@ def test_a_draft_changes_no_token(count, settings):
     any draft length.
     """
     model, prompt = decoder(), torch.cat((tokens(1, 5), tokens(1, 5)), dim=1)
-    expected = generate(model, prompt, max_new_tokens=30, **settings)
+    expected = generate(model, prompt, max_new_tokens=20, **settings)
     for draft in (model, decoder(1), Plain(decoder(1)), "lookup"):
         run = generate_stream(
-            model, prompt, max_new_tokens=30, draft=draft, draft_tokens=count, **settings
+            model, prompt, max_new_tokens=20, draft=draft, draft_tokens=count, **settings
         )
         list(run)
         assert torch.equal(run.result, expected)
