@@ -114,3 +114,17 @@ def test_no_logic_in_an_init() -> None:
             plain = isinstance(node, (ast.Import, ast.ImportFrom, ast.Expr))
             names = [getattr(target, "id", "") for target in getattr(node, "targets", [])]
             assert plain or (set(names) <= {"__all__", "__version__"} and names), path
+
+
+def test_scripts_are_thin_and_import_no_script() -> None:
+    """60 to 120 lines each, and nothing imports one of them."""
+    scripts = [path for path in SCRIPTS if path.stem != "setup"]
+    names = {path.stem for path in scripts}
+    assert names == {"train", "fusion", "kv_cache"}
+    assert all(60 <= len(path.read_text().splitlines()) <= 120 for path in scripts)
+    for path in [*scripts, *PACKAGE, *(ROOT / "benchmarks").rglob("*.py")]:
+        for node in parsed(path):
+            imported = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.level == 0:
+                imported.append(node.module)
+            assert not names.intersection(imported), path
