@@ -9,11 +9,11 @@ row is a budget, or a recipe by hand ("int8", "pruned0.3+int8", "low_rank0.7+int
 a model share one folder, as a user asks again: `new_points` were made for this one. `met_again` is
 from a measurement after the search, original and file in turns (a latency is that of the original
 over the ratio of both); `ratio_by_hand` is the search's speed over that of the fastest recipe by
-hand that loses no more, give or take noise, in turns with it. `reachable` says whether the search
-or any recipe by hand kept the budget: beside the three recipes a grid of extreme ones is measured
-("pruned0.9+int8", ...), which take as much away as can be, whatever is lost. `off` is how far the
-predicted speed-up of the chosen file was from the one measured again, `off_median` that of all
-points so far that were chosen layer by layer.
+hand that loses no more, give or take noise, in turns with it, and 1 where it chose that very one.
+`reachable` says whether the search or any recipe by hand kept the budget: beside the three recipes
+a grid of extreme ones is measured ("pruned0.9+int8", ...), which take as much away as can be,
+whatever is lost. `off` is how far the predicted speed-up of the chosen file was from the one
+measured again, `off_median` that of all points so far that were chosen layer by layer.
 
 Rows, trained models and searches are kept in --folder as they are finished: the same command goes
 on after an interruption, and a run of its own needs a folder of its own. Five models and eight
@@ -124,7 +124,8 @@ def measured_again(
     chosen = next(row for row in result.rows if row["name"] == result.file.stem)
     files = {"original": result.file.with_stem("original"), "again": result.file}
     picked = best_by_hand(hand, chosen["loss"] + chosen["loss_noise"])
-    if picked is not None:
+    same = picked is not None and picked["asked"] == f"by hand: {result.file.stem}"
+    if picked is not None and not same:
         recipe_name = picked["asked"].removeprefix("by hand: ")
         files["by hand"] = result.file.parents[1] / f"{picked['model']}-{recipe_name}.pth"
     base, again, *beside = compare(files, task.inputs[0], model=model, rounds=9)
@@ -139,13 +140,14 @@ def measured_again(
     }
     missed = [key for key, limit in wanted.items() if misses[key](limit)]
     predicted = predicted_speedup(chosen, result.rows[0]) if chosen["predicted"] else None
+    ratio = again.speedup / beside[0].speedup if beside else None
     return {
         "met": result.met,
         "met_again": result.met and not missed,
         "missed_again": " ".join(missed),
         "speedup": chosen["speedup"],
         "speedup_again": again.speedup,
-        "ratio_by_hand": again.speedup / beside[0].speedup if beside else None,
+        "ratio_by_hand": 1.0 if same else ratio,
         "off": abs(predicted / again.speedup - 1) if predicted else None,
         "original_ms": base.latency_ms.median,
         "bytes_ratio": again.bytes / original["bytes"],
@@ -194,7 +196,7 @@ def by_hand(name: str, model: nn.Module, task: Task, folder: Path) -> list[rows.
             continue
         files[recipe_name] = path
         losses[recipe_name] = judge.score(quantize.open_model(path, model)).loss
-    measured = compare(files, task.inputs[0], model=model, rounds=9)
+    measured = compare(files, task.inputs[0], model=model, rounds=5)
     return [
         {
             "model": name,

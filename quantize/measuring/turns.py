@@ -15,8 +15,10 @@ from typing import Any
 
 from torch import nn
 
+from quantize import surgery
 from quantize.allocator import allocator_state
 from quantize.checkpoint import CheckpointError
+from quantize.checkpoint.building import without_data
 from quantize.host import waiting_policy, with_waiting
 from quantize.measuring.artifact import Artifact, Build, MeasurementError
 from quantize.measuring.child import CannotSend
@@ -139,7 +141,10 @@ def _packed(given: Given) -> tuple[dict[str, bytes], str, str]:
     """
     try:
         inputs = pack_inputs(given.example_inputs)
-        things = {"example_inputs": inputs, "model": pack(given.model)}
+        model = given.model
+        if surgery.is_eager(model):  # files have its data
+            model = without_data(surgery.uncompiled(model))
+        things = {"example_inputs": inputs, "model": pack(model)}
     except CannotSend as reason:
         return {}, str(reason), ""
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import time
 from pathlib import Path
 
@@ -20,7 +21,9 @@ from measuring_models import (
     start_children_and_die,
     weight_sum,
 )
+from torch import nn
 
+from quantize.checkpoint import save
 from quantize.measuring import turns
 from quantize.measuring.artifact import MeasurementError
 from quantize.measuring.comparison import compare, measure
@@ -72,6 +75,22 @@ def test_peak_memory_is_the_workers_own(files):
         small = worker.peak_rss_mb()
     own = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
     assert small < own - 0.5 * ballast.nbytes / 2**20
+
+
+def test_a_fresh_instance_is_sent_without_its_weights(tmp_path):
+    """The file has them; a buffer that no file has goes along, and the outputs are the model's."""
+    model = nn.Sequential(nn.Linear(4, 512), nn.Linear(512, 512)).eval()
+    model.register_buffer("shift", torch.ones(3), persistent=False)
+    given = turns.Given(torch.ones(2, 4), None, model, 1)
+    sent = pickle.loads(turns._packed(given)[0]["model"])
+    assert all(parameter.is_meta for parameter in sent.parameters())
+    assert torch.equal(sent.shift, model.shift) and not model[0].weight.is_meta
+    save(model, tmp_path / "wide.pth")
+    evaluate = lambda loaded: loaded(given.example_inputs).sum().item()  # noqa: E731
+    row = measure(
+        tmp_path / "wide.pth", given.example_inputs, model=model, evaluate=evaluate, **QUICK
+    )
+    assert row.metrics["metric"] == pytest.approx(evaluate(model), rel=1e-4)
 
 
 @pytest.mark.slow

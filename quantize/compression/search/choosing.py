@@ -11,8 +11,9 @@ from typing import Any
 
 from quantize import checkpoint
 from quantize.compression.search.budget import Budget
+from quantize.compression.search.points import ORIGINAL, Row
 from quantize.compression.search.result import Result, doubts_of, facts_of, layers_of
-from quantize.compression.search.trial import BURST_S, ORIGINAL, Row, Trial
+from quantize.compression.search.trial import BURST_S, Trial
 
 CANDIDATES = 2  # measured again side by side, the best first
 CONFIRMATIONS = 2  # of so many each

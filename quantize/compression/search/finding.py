@@ -19,8 +19,9 @@ from quantize.compression.recipe import Given
 from quantize.compression.search.budget import Budget
 from quantize.compression.search.choosing import choose
 from quantize.compression.search.judge import Divergence, Evaluated
+from quantize.compression.search.points import ORIGINAL, Points, digest
 from quantize.compression.search.result import Result, report
-from quantize.compression.search.trial import ORIGINAL, Points, Trial, digest
+from quantize.compression.search.trial import Trial
 from quantize.compression.search.walk import Walk
 from quantize.host import default_threads, machine
 from quantize.measuring.nursery import Nursery, modules_of

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from quantize import checkpoint
-from quantize.compression.search.trial import Row
+from quantize.compression.search.points import Row
 from quantize.host import machine
 from quantize.measuring.report import write_report
 from quantize.saying import Say

@@ -45,6 +45,14 @@ def whole(small_wanted: bool, mostly_linear: bool, tables: bool) -> Iterator[Rec
         yield Recipe((Half("float16"),))
 
 
+def by_hand(tables: bool) -> Iterator[Recipe]:
+    """What people pick: int8, alone and after a little of either removal; the likeliest first."""
+    rounded = Recipe((Int8(embeddings=tables),))
+    yield rounded
+    for kind in (PRUNED, FACTORIZED):
+        yield reduced(FIRST_SHARE, kind, rounded)
+
+
 def where_faster() -> Recipe:
     """Int8 where a stopwatch finds it faster, for a model whose layers aren't chosen one by one."""
     return Recipe((Int8(prefer="speed"),))
@@ -122,6 +130,12 @@ def uniform(recipe: Sequence[Mapping[str, Any]] | None) -> tuple[str, float] | N
 def has_tables(recipe: Sequence[Mapping[str, Any]] | None) -> bool:
     """Whether a row's recipe stores embeddings in int8."""
     return any(step.get("embeddings") for step in recipe or ())
+
+
+def is_untrained(recipe: Sequence[Mapping[str, Any]] | None) -> bool:
+    """Whether a row's recipe removes something and nothing has been trained since."""
+    names = {step["step"] for step in recipe or ()}
+    return bool(names & {"Prune", "LowRank", "Drop"}) and "Recover" not in names
 
 
 def dropped(recipe: Sequence[Mapping[str, Any]] | None) -> list[str]:

@@ -1,96 +1,36 @@
-"""Points of a search: each is made, saved, measured from its file, and written down at once."""
+"""Points of a search: each is made, saved, judged, measured from its file, and written down."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from quantize import checkpoint
-from quantize.calibration import output_tensors
-from quantize.checkpoint import atomic_write
 from quantize.compression.recipe import Given, Recipe
 from quantize.compression.search.budget import Budget
+from quantize.compression.search.judge import Score
+from quantize.compression.search.points import ORIGINAL, SUFFIX, Points, Row
+from quantize.measuring.artifact import MeasurementError
 from quantize.measuring.comparison import compare
 from quantize.measuring.nursery import Nursery
+from quantize.measuring.result import Measurement
 from quantize.measuring.rows import build_rows, grade
 from quantize.saying import Say
 
-STATE, ORIGINAL = "search.json", "original"
-SUFFIX = ".safetensors"
-BURST_S = 0.15  # length of a turn
+BURST_S = 0.1  # length of a turn
+ROUNDS, HOPELESS_ROUNDS = 3, 1  # of a point; of one that has lost too much to be chosen
+FIRST_ROUNDS = 5  # of the original against itself: they tell the noise
 BUSY = 0.1  # share by which the original differs from itself where the machine is busy
 UNKNOWN_NOISE = 1e-3  # share of the metric that is noise where nobody knows it, as in reports
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What a second measurement of a file leaves as it is.
 _JUDGED = ("loss", "loss_noise", "metric", "metric_change", "recipe", "predicted")
-
-Row = dict[str, Any]
-
-
-class Points:
-    """The rows that were measured, in a file that holds them after any interruption.
-
-    Args:
-        folder: of that file and of the models.
-        identity: what must be the same for rows to be taken over: model, inputs, calibration.
-
-    `known` has what `keep_known` kept: choices layer by layer rest on times, and a search that goes
-    on has to make the same ones.
-
-    Raises:
-        ValueError: the folder holds a search of something else.
-    """
-
-    def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
-        self.folder, self.identity = folder, dict(identity)
-        self.rows: list[Row] = []
-        self.known: dict[str, Any] = {}
-        path = folder / STATE
-        if path.exists():
-            held = json.loads(path.read_text())
-            if held["identity"] != self.identity:
-                differing = [k for k, v in self.identity.items() if held["identity"].get(k) != v]
-                raise ValueError(
-                    f"{path} is of another search (other {', '.join(differing)}): give another out="
-                )
-            self.rows = [row for row in held["rows"] if self._is_whole(row)]
-            self.known = held["known"]
-
-    def find(self, name: str) -> Row | None:
-        """The row of that name, if it was measured already."""
-        return next((row for row in self.rows if row["name"] == name), None)
-
-    def keep(self, row: Row) -> None:
-        """Keep a row, on disk too; one of the same name is replaced."""
-        names = [other["name"] for other in self.rows]
-        if row["name"] in names:
-            self.rows[names.index(row["name"])] = row
-        else:
-            self.rows.append(row)
-        self._write()
-
-    def keep_known(self, name: str, values: Any) -> None:
-        """Keep what is known of the model's parts, as JSON values."""
-        self.known[name] = values
-        self._write()
-
-    def _write(self) -> None:
-        content = {"identity": self.identity, "rows": self.rows, "known": self.known}
-        with atomic_write(self.folder / STATE) as file:
-            file.write(json.dumps(content, indent=1).encode())
-
-    def _is_whole(self, row: Row) -> bool:
-        """Is the row's file still what was measured? A point that failed has none."""
-        path = self.folder / f"{row['name']}{SUFFIX}"
-        return row["file"] is None or (path.is_file() and path.stat().st_size == row["bytes"])
 
 
 class Trial:
@@ -135,13 +75,34 @@ class Trial:
 
     def original(self) -> Row:
         """The row of the model as it is, measured against itself: its speed-up is noise."""
-        known = self.points.find(ORIGINAL)
-        if known is not None:
-            return known
+        self.open(())
+        return self.points.rows[0]
+
+    def open(self, recipes: Sequence[Recipe], is_over: Callable[[], bool] = lambda: False) -> None:
+        """Measure the original against itself, and the first points in the same turns.
+
+        Args:
+            recipes: of these points.
+            is_over: asked before each of them is made.
+
+        Raises OSError where the disk is full, after what is there was measured.
+        """
+        if self.points.find(ORIGINAL) is not None:
+            return
+        checkpoint.save(self.model, self.path(ORIGINAL))
+        made: dict[Recipe, Score | str] = {}
+        full = None
+        for recipe in recipes:
+            if is_over() or full is not None:
+                break
+            try:
+                made[recipe] = self._scored(recipe)
+            except OSError as error:
+                full = error
         self.say("measuring the original against itself")
-        path = self.path(ORIGINAL)
-        checkpoint.save(self.model, path)
-        base, again = self._compare({ORIGINAL: path, "again": path})
+        files = [file_name(recipe) for recipe, score in made.items() if isinstance(score, Score)]
+        measured = self._compare([ORIGINAL, *files], FIRST_ROUNDS)
+        base, again, *_ = measured
         row = build_rows([base, again])[0]
         noise = abs(1 - (again.speedup or 1.0))
         row |= {"speed_noise": max(noise, 0.01), "loss": 0.0, "loss_noise": self.judge.noise}
@@ -149,50 +110,74 @@ class Trial:
         row["latency_in_turns_ms"] = row["latency_ms"]["median"]
         if noise > BUSY:
             self.say(f"a busy machine: the original against itself differs by {noise:.0%}")
-        return self._keep(row, None)
+        self._keep(row, None)
+        for recipe, score in made.items():
+            self._keep(self._row(recipe, score, measured), recipe)
+        if full is not None:
+            raise full
 
     def point(self, recipe: Recipe, predicted: Row | None = None) -> Row:
         """The row of one recipe, with what was predicted of it; one that fails has no file and
         says why. Raises OSError where the disk is full.
         """
-        name = file_name(recipe)
-        self.say(f"trying {name}")
+        score = self._scored(recipe)
+        measured: list[Measurement] = []
         try:
-            row = self._measured(recipe, name)
-        except Exception as error:  # of somebody's model or metric
-            if isinstance(error, OSError) and error.errno in DISK_FULL:
-                raise
-            row = self._failed(name, _reason(error))
-        row["predicted"] = predicted
-        return self._keep(row, recipe)
+            if isinstance(score, Score):
+                hopeless = score.loss > self.allowed + max(score.noise, self.least_noise)
+                rounds = HOPELESS_ROUNDS if hopeless else ROUNDS
+                measured = self._compare([file_name(recipe)], rounds)
+        except MeasurementError as error:
+            score = _reason(error)
+        return self._keep(self._row(recipe, score, measured), recipe, predicted)
 
     def path(self, name: str) -> Path:
         return self.points.folder / f"{name}{SUFFIX}"
 
-    def confirmed(self, rows: Sequence[Row], rounds: int = 11) -> list[Row]:
-        """Rows measured once more, side by side with the original; a choice rests on them."""
+    def confirmed(self, rows: Sequence[Row], rounds: int) -> list[Row]:
+        """Rows measured once more, side by side with the original; a choice rests on them. One that
+        fails now isn't among them.
+        """
         names = [row["name"] for row in rows]
         self.say(f"measuring {', '.join(names)} once more")
-        files = {name: self.path(name) for name in (ORIGINAL, *names)}
-        measured = build_rows(self._compare(files, rounds))[1:]
+        measured = build_rows(self._compare(names, rounds))[1:]
         fresh = []
         for row, again in zip(rows, measured, strict=True):
+            if again["file"] is None:
+                self.say(f"{row['name']} {again['notes']}")
+                continue
             new = again | {key: row[key] for key in _JUDGED}
             self._mark(new)
             self._time(new)
             fresh.append(new | self._verdict(new))
         return fresh
 
-    def _measured(self, recipe: Recipe, name: str) -> Row:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # the model's summary has what was left
-            small = recipe(self.model, self.given)
-        path = self.path(name)
-        checkpoint.save(small, path, metadata={"recipe": recipe.as_values()})
-        loaded = checkpoint.load(path, self.model)
-        score = self.judge.score(loaded)
-        files = {ORIGINAL: self.path(ORIGINAL), name: path}
-        row = build_rows(self._compare(files))[1]
+    def _scored(self, recipe: Recipe) -> Score | str:
+        """What the file of a recipe has lost; why there is none, or it can't be judged. Raises
+        OSError where the disk is full.
+        """
+        path = self.path(file_name(recipe))
+        self.say(f"trying {path.stem}")
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # the summary has what was left
+                small = recipe(self.model, self.given)
+            checkpoint.save(small, path, metadata={"recipe": recipe.as_values()})
+            return self.judge.score(checkpoint.load(path, self.model))
+        except Exception as error:  # of somebody's model or metric
+            if isinstance(error, OSError) and error.errno in DISK_FULL:
+                raise
+            return _reason(error)
+
+    def _row(self, recipe: Recipe, score: Score | str, measured: Sequence[Measurement]) -> Row:
+        """Of a point with this score, measured beside the original, which comes first."""
+        name = file_name(recipe)
+        if isinstance(score, str):
+            return self._failed(name, score)
+        one = next(one for one in measured if one.name == name)
+        if one.failed is not None:
+            return self._failed(name, one.failed)
+        row = build_rows([measured[0], one])[1]
         row["metric"] = self._metric(score.metrics)
         row["metric_change"] = row["metric"]["value"] - self.judge.value
         row |= {"loss": score.loss, "loss_noise": max(score.noise, self.least_noise)}
@@ -219,7 +204,11 @@ class Trial:
         better = {"higher_is_better": self.judge.higher, "also": dict(others)}
         return {"name": name, "value": value, **better}
 
-    def _compare(self, files: dict[str, Path], rounds: int = 5) -> list[Any]:
+    def _compare(self, names: Sequence[str], rounds: int) -> list[Measurement]:
+        """The original, then the files of these names; one that fails says why."""
+        files = {ORIGINAL: self.path(ORIGINAL)}
+        for name in names:
+            files["again" if name == ORIGINAL else name] = self.path(name)
         return compare(
             files,
             self.example_inputs,
@@ -227,6 +216,7 @@ class Trial:
             rounds=rounds,
             burst_seconds=BURST_S,
             nursery=self.nursery,
+            keep_going=True,
         )
 
     def _failed(self, name: str, reason: str) -> Row:
@@ -238,9 +228,9 @@ class Trial:
             "notes": f"failed: {reason}",
         }
 
-    def _keep(self, row: Row, recipe: Recipe | None) -> Row:
+    def _keep(self, row: Row, recipe: Recipe | None, predicted: Row | None = None) -> Row:
         row["recipe"] = None if recipe is None else recipe.as_values()
-        row.setdefault("predicted", None)
+        row["predicted"] = predicted
         row |= self._verdict(row)
         self.points.keep(row)
         return row
@@ -290,13 +280,3 @@ def _by_layer(recipe: Recipe) -> list[str]:
     if not any(value for value in values if isinstance(value, (dict, list))):
         return []
     return [hashlib.sha256(recipe.to_json().encode()).hexdigest()[:8]]
-
-
-def digest(values: Any) -> str:
-    """SHA-256 of the tensors in nested batches."""
-    total = hashlib.sha256()
-    for tensor in output_tensors(values):
-        total.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
-        numbers = tensor.detach().cpu().contiguous().flatten()
-        total.update(numbers.view(torch.uint8).numpy().data)
-    return total.hexdigest()

@@ -1,9 +1,10 @@
 """Tries recipes until the minutes are over, and chooses the best one that was measured.
 
-First int8, alone and pruned, then choices layer by layer, corrected by what was measured, then what
-else keeps every channel (16 bits, int4), models with fewer blocks, pruned and factorized ones, then
-a training of what came near. Once a point reaches the targets and has lost nothing but noise, the
-minutes that are left look for a faster one that does too.
+First what people pick by hand, so that nothing worse is returned, then choices layer by layer,
+corrected by what was measured, then what else keeps every channel (16 bits, int4), models with
+fewer blocks, pruned and factorized ones, then a training of what came near. Once a point reaches
+the targets and has lost nothing but noise, the minutes that are left look for a faster one that
+does too.
 """
 
 from __future__ import annotations
@@ -28,14 +29,17 @@ from quantize.compression.search.layered import (
     as_values,
     from_values,
 )
+from quantize.compression.search.points import Row
 from quantize.compression.search.times import BF16, FLOAT, INT4, INT8
-from quantize.compression.search.trial import Row, Trial, file_name
+from quantize.compression.search.trial import Trial, file_name
 from quantize.compression.search.units import survey
 from quantize.host import native_bf16
 
 MOST_SHARES, FEW_SHARES = 6, 1  # of one technique; where layers are chosen one by one too
 TRAINED = 3  # models that a training is tried on, the ones that lost least
+WORTH = 1.1  # times as fast as what needs none: what a training is tried for
 FIRST_STEPS, MOST_STEPS = 20, 400  # of a training
+OPENING = 0.3  # share of the minutes after which no more is made before the original is measured
 SOME_LINEAR = 0.1  # share of the parameters from which on linear layers may get 4 bits
 
 
@@ -51,7 +55,8 @@ class Walk:
         self.was_cut = False  # whether something was left out, as no time was left
         self.budget = budget = trial.budget
         self.small_wanted = budget.bytes is not None or budget.memory_mb is not None
-        kinds = {type(module) for module in trial.model.modules()}
+        kinds = [type(module) for module in trial.model.modules()]
+        self.is_convolutional = kinds.count(nn.Conv2d) > kinds.count(nn.Linear)
         self.tables = self.small_wanted and nn.Embedding in kinds
         self.linear = _share_of_linear(trial.model)
         self.plain: list[Row] = []  # of recipes that keep every channel
@@ -64,9 +69,10 @@ class Walk:
 
     def run(self) -> None:
         """Try what the minutes allow; `Trial.rows` has what was measured."""
+        self._open()
         original = self.trial.original()
         self.rounds, more = choosing.confirmation(original, choosing.SHARE * self.seconds)
-        self.deadline = self.end - more
+        self.deadline = min(self.deadline, self.end - more)
         self.has_layout = self._is_faster_channels_last()
         first, *others = strategy.whole(self.small_wanted, self.linear > 0.5, self.tables)
         self._try_plain(first)
@@ -76,6 +82,7 @@ class Walk:
             self._try(strategy.where_faster())
         else:
             self._by_layer(layered)
+        self._try(strategy.reduced(strategy.FIRST_SHARE, strategy.FACTORIZED, self._tail()))
         if self._spare() is None:
             for recipe in others:
                 self._try_plain(recipe)
@@ -87,8 +94,21 @@ class Walk:
         most = MOST_SHARES if layered is None else FEW_SHARES
         for kind in (strategy.PRUNED, strategy.FACTORIZED):
             self._reduce(kind, tail, most)
-        if self._spare() is None:
-            self._recover()
+        self._recover()
+
+    def _open(self) -> None:
+        """The original and the recipes that people pick, measured in the same turns: they are made
+        while measuring processes import what the model needs.
+        """
+        recipes = list(strategy.by_hand(self.tables))
+        if self.is_convolutional:
+            relaid = [strategy.channels_last(recipe) for recipe in (None, *recipes)]
+            recipes = [recipes[0], *relaid]
+        last = time.monotonic() + OPENING * self.seconds
+        try:
+            self.trial.open(recipes, lambda: time.monotonic() > last)
+        except OSError as error:  # a full disk
+            self._stop(error)
 
     def _with_more_kinds(self) -> None:
         """Choose by layers among int4 and bfloat16 too, where they may be what is missing."""
@@ -125,8 +145,7 @@ class Walk:
         """Whether the order of the convolutions' weights alone makes a convolutional network
         faster.
         """
-        kinds = [type(module) for module in self.trial.model.modules()]
-        if not kinds.count(nn.Conv2d) > kinds.count(nn.Linear):
+        if not self.is_convolutional:
             return False
         row = self._try(strategy.channels_last(None))
         return row is not None and row["file"] is not None and row["speedup"] > 1 + self.noise
@@ -292,20 +311,20 @@ class Walk:
                 self._try(strategy.recovered(recipe, steps))
 
     def _losing(self) -> list[Row]:
-        """Smaller models that reach the targets and have lost more than noise; without targets,
-        those that have lost too much and are faster than all that keep the loss.
+        """Smaller models that reach the targets, have lost too much, and would be worth it: faster
+        than all that have not. Without a point that reaches the targets, any loss but noise is too
+        much.
         """
         rows = self.trial.rows()
-        smaller = [row for row in rows if row["recipe"] and self._is_smaller(row)]
-        losing = [row for row in smaller if row["reaches"] and row["loss"] > row["loss_noise"]]
-        if not self.budget.has_targets:
-            fastest = max(row["speedup"] for row in rows if row["fits"])
-            losing = [row for row in losing if not row["within"] and row["speedup"] > fastest]
+        spare = self._spare() if self.budget.has_targets else self.trial.allowed
+        smaller = [r for r in rows if r["reaches"] and strategy.is_untrained(r["recipe"])]
+        if spare is None:
+            losing = [row for row in smaller if row["loss"] > row["loss_noise"]]
+        else:
+            speeds = [row["speedup"] for row in rows if row["fits"] and row["loss"] <= spare]
+            fastest = WORTH * max(speeds, default=0.0)
+            losing = [r for r in smaller if r["loss"] > spare and r["speedup"] > fastest]
         return sorted(losing, key=lambda row: row["loss"])
-
-    def _is_smaller(self, row: Row) -> bool:
-        names = {step["step"] for step in row["recipe"]}
-        return bool(names & {"Prune", "LowRank", "Drop"}) and "Recover" not in names
 
 
 def _dropped(recipe: Recipe | None) -> list[str]:

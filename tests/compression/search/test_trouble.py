@@ -5,16 +5,19 @@ fit, a full disk, a busy machine. Latencies are made up, as in `test_search`.
 from __future__ import annotations
 
 import errno
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from compression.search.test_search import Net, assert_preferred, batches, by_bytes, search
+from helpers import measured_by_bytes
 from torch import Tensor, nn
 
 from quantize import checkpoint
 from quantize.compression.recipe import Recipe
 from quantize.compression.search.judge import Evaluated
+from quantize.compression.search.trial import FIRST_ROUNDS
 from quantize.measuring.artifact import as_metrics, per_example
 
 __all__ = ["batches", "by_bytes"]  # fixtures for the tests here
@@ -153,6 +156,41 @@ def test_a_full_disk_ends_the_search_with_what_is_there(batches, tmp_path, monke
     assert any("No space left on device" in line for line in told)
     assert result.met == (max(row["speedup"] for row in result.rows) >= 3.0)
     assert result.file.is_file()
+
+
+@pytest.fixture
+def turns(monkeypatch) -> list[tuple[list[str], int]]:
+    """The names and rounds of every comparison; files of "low_rank" models can't be timed."""
+    seen = []
+
+    def compared(files, *args, rounds, **options):
+        seen.append((list(files), rounds))
+        measured = measured_by_bytes(files, *args)
+        failing = {"latency_ms": None, "speedup": None, "failed": "no memory"}
+        return [replace(one, **failing) if "low" in one.name else one for one in measured]
+
+    monkeypatch.setattr("quantize.compression.search.trial.compare", compared)
+    return seen
+
+
+def test_what_people_pick_is_timed_beside_the_original_at_once(batches, tmp_path, turns):
+    """In the turns of the first measurement; a process that fails there costs its own row only."""
+    result = search(Net().eval(), batches, {"bytes": 15_000}, out=tmp_path)
+    first = ["original", "again", "int8", "pruned0.3+int8", "low_rank0.7+int8"]
+    assert turns[0] == (first, FIRST_ROUNDS)
+    names = [row["name"] for row in result.rows]
+    assert names[:4] == [name for name in first if name != "again"]
+    assert result.rows[3]["notes"] == "failed: no memory" and result.met
+
+
+@pytest.mark.slow
+def test_a_point_that_has_lost_too_much_gets_one_turn(batches, turns):
+    """It can't be chosen, and only predictions use its speed."""
+    result = search(Net().eval(), batches, {"max_loss": 1e-4})
+    rows = {row["name"]: row for row in result.rows if row["file"]}
+    told = [(rows[n[1]], rounds) for n, rounds in turns[1:] if len(n) == 2 and n[1] in rows]
+    hopeless = [row["loss"] > 1e-4 + row["loss_noise"] for row, rounds in told if rounds == 1]
+    assert hopeless and all(hopeless)
 
 
 @pytest.mark.slow
