@@ -121,3 +121,23 @@ def test_a_torch_without_torchscript_is_survived(monkeypatch: pytest.MonkeyPatch
         "no TorchScript" in rows["torchscript"].reason and rows["inductor"].latency_ms is not None
     )
     assert_close(fuse(model, x, backend="auto")(x), model(x))
+
+
+def test_a_size_that_decides_in_steps_of_many_samples() -> None:
+    """A count of frames that changes with a hundred samples, and leads another way where it is
+    odd.
+    """
+
+    class Pairs(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            frames = nn.functional.avg_pool1d(x, 100)
+            pairs = frames[..., : frames.shape[2] // 2 * 2]
+            if pairs.shape[2] < frames.shape[2]:
+                pairs = nn.functional.pad(pairs, (0, 1))
+            return pairs
+
+    x = torch.randn(2, 1, 1220)
+    fused = fuse(Pairs().eval(), x)
+    assert fused(x[..., :830]).shape == (2, 1, 8)
+    with pytest.raises(torch.jit.Error, match="sizes must be so that"):
+        fused(x[..., :930])
