@@ -104,10 +104,10 @@ def choose(
     stuck: dict[Key, str],
     amounts: dict[str, float],
     skip: surgery.Skip,
-) -> tuple[list[Group], dict[str, str]]:
-    """Groups to prune (with their `amount` set), and the layers left whole with the reason."""
+    left: dict[str, str],
+) -> list[Group]:
+    """Groups to prune (with their `amount` set). Layers that stay whole are noted in `left`."""
     skipped = surgery.skip_filter(model, skip)
-    left: dict[str, str] = {}
     holders = owners(model)
     for (name, _), why in stuck.items():
         left |= dict.fromkeys(_places(holders, name), why)
@@ -152,7 +152,7 @@ def choose(
         raise ValueError(f"nothing in {type(model).__name__} can be pruned: {reasons(left)}")
     for i, value in chosen.items():
         free[i].amount, free[i].asked = value, asked[i]
-    return [free[i] for i in sorted(chosen)], left
+    return [free[i] for i in sorted(chosen)]
 
 
 def _around(name: str, pattern: str) -> bool:

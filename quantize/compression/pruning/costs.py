@@ -70,7 +70,8 @@ def removable(
     refuse_unfit(work)
     trace = follow(graph_of(model, work, example_inputs), work)
     groups, stuck = find_groups(trace.labels)
-    wanted, left = choose(work, groups, stuck, {"*": 0.5}, ())
+    left: dict[str, str] = {}
+    wanted = choose(work, groups, stuck, {"*": 0.5}, (), left)
     wanted = savable(work, wanted, left)
     refuse_infinite(work, wanted)
     readers = find_readers(work, wanted)

@@ -110,7 +110,8 @@ def prune_ln_structured(
     say(f"tracing {type(work).__name__}")
     trace = follow(graph_of(model, work, example_inputs), work)
     groups, stuck = find_groups(trace.labels)
-    wanted, left = choose(work, groups, stuck, amounts, skip)
+    left = dict(trace.computed)
+    wanted = choose(work, groups, stuck, amounts, skip, left)
     wanted = savable(work, wanted, left)
     refuse_infinite(work, wanted)
     by_calibration = "activation" if scope == "global" else "reconstruction"
@@ -208,7 +209,7 @@ def _left(
     for name, module in model.named_modules():
         if name in done or not _has_channels(name, module):
             continue
-        why = left.get(name) or trace.computed.get(name)
+        why = left.get(name)
         if why is None and name not in ran:
             why = "example_inputs never reach it"
         reasons[name] = why or "its channels weren't asked for, or can't be followed"

@@ -9,6 +9,7 @@ import torch
 from helpers import in_int8
 from pruning_models import X, mlp, randn, seeded, state, untouched
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from quantize.compression.pruning import prune_ln_structured
 
@@ -105,6 +106,12 @@ def test_bad_arguments(case):
             X,
             ValueError,
             "nothing in Sequential can be pruned",
+        ),
+        (
+            lambda: nn.Sequential(weight_norm(nn.Linear(8, 8)), nn.Linear(8, 4)),
+            X,
+            ValueError,
+            "nothing in Sequential can be pruned: '0': its weight is computed",
         ),
         (nn.ReLU, X, ValueError, "nothing in ReLU can be pruned"),
         (lambda: "model", X, TypeError, "nn.Module"),
