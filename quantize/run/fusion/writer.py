@@ -280,6 +280,7 @@ _PYTHON = {
     torch.sym_float: "float({0})",
     torch.sym_int: "int({0})",
     torch.sym_not: "not {0}",
+    torch.sym_ite: "({1} if {0} else {2})",
 }
 
 

@@ -197,3 +197,16 @@ def test_only_dead_values_are_overwritten(which: str, reused: int) -> None:
         sum(n for op, n in made.after.items() if "_." in op and not op.endswith("_.default"))
         == reused
     )
+
+
+def test_a_size_that_is_chosen_by_another_size() -> None:
+    """What the export keeps of Python's choice between two sizes is chosen in the file too."""
+
+    class Chosen(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x[:, : torch.sym_ite(x.shape[0] > 2, 3, 4)]
+
+    model, x = Chosen().eval(), randn(4, 8)
+    fused = fuse(model, x)
+    for batch in (4, 3, 2):
+        assert torch.equal(fused(x[:batch]), model(x[:batch]))
