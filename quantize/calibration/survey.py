@@ -23,7 +23,6 @@ from quantize.calibration.sums import InputStatistics
 log = logging.getLogger(__name__)
 
 MEMORY = 1 << 30  # bytes of moments at a time
-_SCARCE = 4  # fewer rows than one for so many inputs are said
 _NO_GRADIENTS = (RuntimeError, TypeError, ValueError, NotImplementedError)
 
 
@@ -146,10 +145,10 @@ class Survey:
             self.moments.pop(name, None)
 
     def warn_if_few_rows(self, technique: str) -> None:
-        """A UserWarning where a layer has far fewer rows than inputs: it can be made to answer well
-        on so few, and no others. technique: that fits to the rows.
+        """A UserWarning where a layer has fewer rows than inputs: it can be made to answer exactly
+        on so few, and wrongly on others. technique: that fits to the rows.
         """
-        few = [name for name, rows in self.rows.items() if _SCARCE * rows < self.widths[name][0]]
+        few = [name for name, rows in self.rows.items() if rows < self.widths[name][0]]
         if not few:
             return
         name, others = few[0], len(few) - 1
