@@ -229,12 +229,14 @@ def save_folder(model: nn.Module, path: str | Path) -> None:
 
 def _write_folder(model: Any, folder: Path) -> None:
     config: Any = getattr(model, "config", None)
-    of_transformers = callable(getattr(config, "save_pretrained", None))
-    if of_transformers and unlike_its_config(model) is None:
-        with _quiet(_transformers()):
+    transformers = _transformers()
+    # another class around one of theirs may have its config, and no way back from a folder
+    is_theirs = getattr(transformers, type(model).__name__, None) is type(model)
+    if is_theirs and unlike_its_config(model) is None:
+        with _quiet(transformers):
             model.save_pretrained(folder)
     else:
-        if of_transformers:
+        if callable(getattr(config, "save_pretrained", None)):
             config.save_pretrained(folder)
         checkpoint.save(model, folder / checkpoint.IN_FOLDER)
     _copy_tokenizer(model, folder)

@@ -10,6 +10,7 @@ import pickle
 import helpers
 import pytest
 import torch
+import transformers
 from helpers import in_int8
 
 import quantize
@@ -56,3 +57,24 @@ def test_a_half_model_becomes_a_folder(tmp_path):
     assert torch.equal(
         helpers.run(type(model).from_pretrained(tmp_path).eval(), inputs), helpers.run(half, inputs)
     )
+
+
+class Wrapped(torch.nn.Module):
+    """A module of one's own, with the config of the transformers' model inside."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.encoder = transformers.BertModel(config)
+        self.head = torch.nn.Linear(config.hidden_size, 3)
+
+
+@pytest.mark.parametrize("transform", [copy.deepcopy, quantize.to_half, in_int8])
+def test_a_module_around_one_of_theirs_becomes_a_folder_of_ours(transform, tmp_path):
+    """It has no `save_pretrained`, or one that leaves weights out: all of its own are kept."""
+    config = helpers.zoo("bert")[0].config
+    small = transform(Wrapped(config).eval())
+    quantize.save_folder(small, tmp_path / "small")
+    again = quantize.open_model(tmp_path / "small", Wrapped(config)).state_dict()
+    for name, tensor in small.state_dict().items():
+        assert torch.equal(again[name], tensor), name
