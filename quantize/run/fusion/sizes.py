@@ -98,8 +98,8 @@ def _violating(program: Program, condition: str, shapes: list[list[int]]) -> lis
         symbol, now = program.sizes[i][d], shapes[i][d]
         near = {*range(1, 33), *range(max(1, now - 8), now + 9)}
         near |= {now // 2 or 1, 2 * now, 2 * now + 1}
-        # what rounds to frames of many samples changes between few of the sizes
-        near |= {*range(1, 2 * now, now // 64 + 1)}
+        # a number of frames changes once in many samples; an odd step meets all remainders
+        near |= {*range(1, 2 * now, now // 64 | 1)}
         for size in sorted(near, key=lambda n: abs(n - now)):
             other = [
                 [size if s == symbol else n for s, n in zip(program.sizes[k], shape, strict=True)]
