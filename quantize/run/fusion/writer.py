@@ -226,7 +226,8 @@ class Writer:
         if target is aten.sym_numel.default:
             return f"{self.value(node.args[0])}.numel()"
         if not isinstance(target, torch._ops.OpOverload):
-            raise ValueError(f"operator {target} has no TorchScript form")
+            name = getattr(target, "__name__", target)
+            raise ValueError(f"operator {name} has no TorchScript form")
         schema = target._schema.arguments
         kinds = {a.name: str(a.type) for a in schema}
         parts = []
