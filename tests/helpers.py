@@ -296,11 +296,14 @@ _ZOO: dict[str, Callable[[int], tuple[nn.Module, dict[str, torch.Tensor]]]] = {
 ZOO = tuple(_ZOO)
 
 
-def zoo(name: str, seed: int = 0, layers: int = 2) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+def zoo(
+    name: str, seed: int = 0, *, shallow: bool = False
+) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     """A small randomly initialised model of `ZOO` in eval mode and keyword inputs for it; the same
-    for the same seed. A transformer has so many layers, a MobileNet blocks of each width.
+    for the same seed. Transformers have two layers, of which a shallow one has the first, but for
+    T5, whose second has other inputs; MobileNet as many blocks of each width.
     """
-    model, inputs = _built(name, seed, layers)
+    model, inputs = _built(name, seed, 1 if shallow and name != "t5" else 2)
     return copy.deepcopy(model), dict(inputs)
 
 

@@ -273,10 +273,6 @@ _ODD: dict[str, Maker] = {
 ODD = (*_OWN, *_ODD)
 FOREIGN = (*ZOO, *_OTHERS)
 MODELS = (*ODD, *FOREIGN)
-STACKED = {*FOREIGN, "decoder", "tied decoder", "nn.Transformer", "nn.TransformerEncoder"} - {
-    "mobilenet_v2",
-    "resnet",
-}
 
 
 def build(name: str, seed: int = 0) -> Made:
@@ -284,7 +280,7 @@ def build(name: str, seed: int = 0) -> Made:
     about training mode.
     """
     if name in ZOO:
-        return zoo(name, seed)
+        return zoo(name, seed, shallow=True)
     makers = _OWN | _ODD | _OTHERS
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -72,10 +72,6 @@ def _student(model: nn.Module, inputs: Any, batches: Sequence[Any]) -> nn.Module
     return quantize.make_student(model, width=0.5, example_inputs=inputs)
 
 
-def _shallow_student(model: nn.Module, inputs: Any, batches: Sequence[Any]) -> nn.Module:
-    return quantize.make_student(model, depth=1, example_inputs=inputs)
-
-
 def noisy(model: nn.Module) -> nn.Module:
     """A copy with each weight changed by about a twentieth: what `recover` starts from here."""
     student = surgery.clone(model)

@@ -38,8 +38,7 @@ def test_zoo(name, tmp_path):
     """Models that others wrote: pruned equals masked, and the file loads into a fresh instance.
     Two layers are met in the decoder of `SMALL`, and by models with a cache.
     """
-    layers = 2 if name == "t5" else 1
-    model, inputs = zoo(name, layers=layers)
+    model, inputs = zoo(name, shallow=True)
     with traced_once(model, inputs):
         for amount in (0.25, 0.5):
             pruned = prune_ln_structured(model, inputs, amount=amount)
@@ -47,7 +46,7 @@ def test_zoo(name, tmp_path):
             assert size(pruned) < size(model)
             assert_close(run(pruned, inputs), run(masked, inputs), factor=10)
             save(pruned, tmp_path / f"{amount}.pth")
-            again = load(tmp_path / f"{amount}.pth", model=zoo(name, seed=1, layers=layers)[0])
+            again = load(tmp_path / f"{amount}.pth", model=zoo(name, seed=1, shallow=True)[0])
             assert_close(run(again, inputs), run(pruned, inputs))
 
 

@@ -264,7 +264,7 @@ def test_foreign_architectures_are_equal_at_every_size(name: str) -> None:
 # Compressed models.
 def compressed(kind: str) -> tuple[nn.Module, Any]:
     """A small BERT of one layer in one of this package's forms."""
-    model, inputs = zoo("bert", layers=1)
+    model, inputs = zoo("bert", shallow=True)
     if kind == "half":
         return quantize.to_half(model), inputs
     if kind == "int8":
@@ -292,7 +292,7 @@ def test_compressed_models_fuse_and_stay_compressed(kind: str, tmp_path: Path) -
     file stays small.
     """
     model, inputs = compressed(kind)
-    original = sum(p.numel() * p.element_size() for p in zoo("bert", layers=1)[0].parameters())
+    original = sum(p.numel() * p.element_size() for p in zoo("bert", shallow=True)[0].parameters())
     fuse(model, inputs).save(tmp_path / "fused.pt")
     fused = torchscript.load(str(tmp_path / "fused.pt"))
     assert difference(outputs(fused, inputs), outputs(model, inputs)) <= (
