@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from quantize import surgery
-from quantize.calibration import check_batches, on_cpu, run_batch, watching
+from quantize.calibration import call, check_batches, on_cpu, run_batch, watching
 from quantize.compression.pruning import traced_once
 from quantize.compression.recipe import Given
 from quantize.compression.search.budget import Budget
@@ -76,10 +76,11 @@ def compress(
         A `Result`.
 
     Raises:
-        ValueError: a budget, minutes, calibration or metric that can't be used, or a folder that
-            holds the search of another model, metric or machine.
+        ValueError: a budget, minutes, inputs, calibration or metric that can't be used, or a folder
+            that holds the search of another model, metric or machine.
         TypeError: arguments of the wrong type, a model that no file can hold.
-        MeasurementError: the original fails on `example_inputs`.
+        MeasurementError: the process that measures the original dies.
+        OSError: the original can't be written.
     """
     wanted = Budget.of(budget)
     if not (isinstance(minutes, (int, float)) and 0 < minutes < 10_000):
@@ -92,6 +93,7 @@ def compress(
     example_inputs, batches = on_cpu(example_inputs), on_cpu(batches)
     with Nursery(threads=default_threads(), modules=modules_of(work)) as nursery:
         nursery.launch()  # it imports while the original is judged
+        _check_inputs(work, example_inputs)
         judge = _judge(work, batches, evaluate, 60 * minutes, say)
         _check_noise(wanted, judge)
         half = len(batches) if evaluate is not None else _calibrating(batches)
@@ -122,6 +124,17 @@ def compress(
 def _calibrating(batches: Sequence[Any]) -> int:
     """How many of the batches calibrate where the others judge; one does both."""
     return (len(batches) + 1) // 2
+
+
+def _check_inputs(model: nn.Module, example_inputs: Any) -> None:
+    """Raises ValueError where the model doesn't run on them."""
+    try:
+        with torch.no_grad(), watching((), model):
+            call(model, example_inputs)
+    except Exception as error:  # of somebody's model
+        said = f"{type(error).__name__}: {error}"
+        name = type(model).__name__
+        raise ValueError(f"{name} doesn't run on example_inputs: {said}") from error
 
 
 def _judge(

@@ -127,6 +127,9 @@ class Divergence:
     Args:
         original: its outputs are kept.
         batches: as `calibration.call` takes them.
+
+    Raises:
+        ValueError: the original gives something that isn't finite.
     """
 
     higher = False
@@ -134,6 +137,8 @@ class Divergence:
     def __init__(self, original: nn.Module, batches: Sequence[Any]) -> None:
         self.batches = batches
         self.expected = [_answer(original, batch) for batch in batches]
+        if not all(torch.isfinite(rows).all() for rows, _ in self.expected):
+            raise ValueError("the original's outputs on calibration are not finite")
         self.logits = all(is_logits for _, is_logits in self.expected)
         self.name = "kl_divergence" if self.logits else "cosine_distance"
         self.value = 0.0

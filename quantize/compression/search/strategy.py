@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from torch import nn
+
+from quantize import surgery
 from quantize.compression.recipe import (
     ChannelsLast,
     Half,
@@ -153,3 +156,13 @@ def _kind(step: Mapping[str, Any]) -> str | None:
     if step["step"] == "Half":
         return BF16 if step["dtype"] == "bfloat16" else None
     return INT4 if step["step"] == "Int4" else None
+
+
+def share_of_linear(model: nn.Module) -> float:
+    """Of the parameters, how many are those of linear layers (`Conv1D` too)."""
+    linear = 0
+    for fact in surgery.facts(model).values():
+        if fact.linear:
+            linear += sum(parameter.numel() for parameter in fact.module.parameters())
+    total = sum(parameter.numel() for parameter in model.parameters())
+    return linear / max(total, 1)

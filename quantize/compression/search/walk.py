@@ -17,7 +17,6 @@ from functools import partial
 
 from torch import nn
 
-from quantize import surgery
 from quantize.compression.recipe import Drop, Int8, Recipe
 from quantize.compression.search import choosing, strategy
 from quantize.compression.search.depth import Losses
@@ -58,7 +57,7 @@ class Walk:
         kinds = [type(module) for module in trial.model.modules()]
         self.is_convolutional = kinds.count(nn.Conv2d) > kinds.count(nn.Linear)
         self.tables = self.small_wanted and nn.Embedding in kinds
-        self.linear = _share_of_linear(trial.model)
+        self.linear = strategy.share_of_linear(trial.model)
         self.plain: list[Row] = []  # of recipes that keep every channel
         self.has_layout = False  # whether convolutions have their channels last
 
@@ -180,14 +179,15 @@ class Walk:
 
     def _by_layer(self, layered: Layered, before: Recipe | None = None) -> None:
         """Choices of an option for every part that is left by the steps of `before`, each corrected
-        by what was measured of such choices.
+        by what was measured of such choices; none that is predicted to be no use.
         """
         learned = set()
+        gone = strategy.dropped(before.as_values() if before else None)
         rows = self.trial.rows()
         rows.sort(key=lambda row: strategy.has_tables(row["recipe"]) == self.tables)
         for row in rows:  # the last one tells the bytes that no unit has
             parts = _parts(row, layered)
-            if parts is not None and strategy.dropped(row["recipe"]) == _dropped(before):
+            if parts is not None and strategy.dropped(row["recipe"]) == gone:
                 layered.learn(row, parts)
                 learned.add(row["name"])
         tried: dict[Choice, Row] = {}
@@ -196,9 +196,11 @@ class Walk:
             recipe = None if choice is None else layered.recipe(choice)
             if choice is None or recipe is None:
                 return
-            if before is not None:
-                recipe = before >> recipe
-            row = self._try(recipe, layered.predicted(choice))
+            predicted = layered.predicted(choice)
+            if 1e3 * layered.original_s / predicted["latency_ms"] < self._fastest():
+                return
+            recipe = recipe if before is None else before >> recipe
+            row = self._try(recipe, predicted)
             if row is None:
                 return
             tried[choice] = row
@@ -315,30 +317,24 @@ class Walk:
         than all that have not. Without a point that reaches the targets, any loss but noise is too
         much.
         """
-        rows = self.trial.rows()
-        spare = self._spare() if self.budget.has_targets else self.trial.allowed
-        smaller = [r for r in rows if r["reaches"] and strategy.is_untrained(r["recipe"])]
+        fastest, spare = WORTH * self._fastest(), self._enough()
+        rows = [row for row in self.trial.rows() if row["reaches"]]
+        smaller = [row for row in rows if strategy.is_untrained(row["recipe"])]
         if spare is None:
             losing = [row for row in smaller if row["loss"] > row["loss_noise"]]
         else:
-            speeds = [row["speedup"] for row in rows if row["fits"] and row["loss"] <= spare]
-            fastest = WORTH * max(speeds, default=0.0)
             losing = [r for r in smaller if r["loss"] > spare and r["speedup"] > fastest]
         return sorted(losing, key=lambda row: row["loss"])
 
+    def _enough(self) -> float | None:
+        """The loss up to which only speed counts; None before the targets are reached."""
+        return self._spare() if self.budget.has_targets else self.trial.allowed
 
-def _dropped(recipe: Recipe | None) -> list[str]:
-    return strategy.dropped(None if recipe is None else recipe.as_values())
-
-
-def _share_of_linear(model: nn.Module) -> float:
-    """Of the parameters, how many are those of linear layers (`Conv1D` too)."""
-    linear = 0
-    for fact in surgery.facts(model).values():
-        if fact.linear:
-            linear += sum(parameter.numel() for parameter in fact.module.parameters())
-    total = sum(parameter.numel() for parameter in model.parameters())
-    return linear / max(total, 1)
+    def _fastest(self) -> float:
+        """Speed-up of the fastest point that has lost no more than that; 0 where there is none."""
+        enough = self._enough()
+        rows = [row for row in self.trial.rows() if row["fits"] and enough is not None]
+        return max((row["speedup"] for row in rows if row["loss"] <= enough), default=0.0)
 
 
 def _parts(row: Row, layered: Layered) -> Parts | None:
