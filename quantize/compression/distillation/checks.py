@@ -55,17 +55,10 @@ def check_one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
 
 
 def check_number(
-    name: str,
-    value: Any,
-    *,
-    low: float,
-    high: float = math.inf,
-    strict: bool = False,
-    kind: type = float,
+    name: str, value: Any, *, low: float, high: float = math.inf, strict: bool = False
 ) -> None:
-    good = isinstance(value, int | kind) and not isinstance(value, bool) and math.isfinite(value)
+    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not good or not low <= value <= high or (strict and value == low):
         least = f"> {low:g}" if strict else f">= {low:g}"
         bounds = f"in [{low:g}, {high:g}]" if high < math.inf else least
-        sort = "an integer" if kind is int else "a finite number"
-        raise ValueError(f"{name} is {value!r}; allowed: {sort} {bounds}")
+        raise ValueError(f"{name} is {value!r}; allowed: a finite number {bounds}")

@@ -116,81 +116,16 @@ def row_weights(shape: torch.Size, mask: Tensor | None, device: torch.device) ->
     return kept / kept.sum().clamp(min=1)
 
 
-def top_logits(logits: Tensor, temperature: float, count: int) -> tuple[Tensor, Tensor]:
-    """The likeliest classes of each row: log probabilities at the temperature (fp16) and ids
-    (int32), [..., count] each.
-    """
-    every = (logits.float() / temperature).log_softmax(-1)
-    log_p, ids = every.topk(count, dim=-1)
-    return log_p.half(), ids.to(torch.int32)
-
-
-def top_kl(
-    student: Tensor, log_p: Tensor, ids: Tensor, temperature: float, mask: Tensor | None = None
-) -> Tensor:
-    """`soft_kl` to a teacher of which only `top_logits` are known: all other classes count as one.
-
-    By merging classes the divergence can only fall, and it is exact when every class is kept (but
-    for fp16).
-    """
-    every = (student.float() / temperature).log_softmax(-1)
-    s, t = every.gather(-1, ids.long()), log_p.float()  # [..., count]
-    if ids.shape[-1] < student.shape[-1]:
-        s, t = _with_rest(s), _with_rest(t)
-    p = t.exp()
-    # as in `divergences`: no sum of them is below 0
-    parts = torch.where(p == 0, 0.0, p * (t - s)) - p + s.exp()
-    rows = parts.sum(-1).clamp(min=0)
-    weight = row_weights(rows.shape, mask, student.device)
-    return rows.flatten() @ weight * temperature**2
-
-
-def _with_rest(log_p: Tensor) -> Tensor:
-    """Log probabilities of some classes, and last that of all others together."""
-    rest = 1 - log_p.exp().sum(-1, keepdim=True)
-    return torch.cat([log_p, rest.clamp(min=1e-7).log()], dim=-1)
-
-
-def hidden_loss(student: Tensor, teacher: Tensor, kind: str, mask: Tensor | None = None) -> Tensor:
+def hidden_loss(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
     """How far hidden states [..., C] of equal shape are apart: a scalar, 0 when equal, near 1 when
     unrelated.
 
-    "mse": squared distance over the teacher's squared length (Romero et al., arXiv 1412.6550; made
-    free of scale, so that one weight suits every layer). "cosine": 1 - cosine, row by row (Sanh et
-    al., arXiv 1910.01108).
+    The squared distance over the teacher's squared length (Romero et al., arXiv 1412.6550; made
+    free of scale, so that one weight suits every layer).
     """
     s = rows_of(student.float())
     t = rows_of(teacher.detach().float())
-    weight = row_weights(student.shape[:-1], mask, student.device)
-    if kind == "cosine":
-        apart = 1 - F.cosine_similarity(s, t, dim=-1)
-        return apart.clamp(min=0) @ weight
     if mask is None:  # the same, in fewer passes
         return F.mse_loss(s, t) / t.square().mean().clamp(min=1e-12)
+    weight = row_weights(student.shape[:-1], mask, student.device)
     return mean_square(s - t, weight) / mean_square(t, weight).clamp(min=1e-12)
-
-
-def relation_loss(
-    student: Tensor, teacher: Tensor, heads: int, mask: Tensor | None = None
-) -> Tensor:
-    """MiniLM's self-attention relations (Wang et al., arXiv 2012.15828): how positions of one
-    sequence relate, a scalar.
-
-    student, teacher: queries, keys or values [B, T, C], C may differ. Each is split into `heads`
-    parts; the relation of position i to all others is the softmax of the scaled dot products, and
-    the loss the KL divergence of the student's from the teacher's. mask: positions that count, [B,
-    T].
-    """
-
-    def scores(x: Tensor) -> Tensor:
-        b, t, c = x.shape
-        size = c // heads
-        x = x.float().view(b, t, heads, size).transpose(1, 2)  # [B, heads, T, C / heads]
-        s = x @ x.transpose(-1, -2) * size**-0.5
-        if mask is None:
-            return s
-        padding = mask[:, None, None, :] == 0
-        return s.masked_fill(padding, torch.finfo(s.dtype).min)
-
-    rows = None if mask is None else mask[:, None, :].expand(-1, heads, -1)
-    return soft_kl(scores(student), scores(teacher.detach()), mask=rows)

@@ -4,7 +4,7 @@ compared.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from quantize.calibration import least_squares, main_output
-from quantize.compression.distillation.losses import hidden_loss, relation_loss
+from quantize.compression.distillation.losses import hidden_loss
 
 Names = Mapping[str, str] | Sequence[str]
 
@@ -37,9 +37,7 @@ def row_mask(inputs: Any, output: Tensor) -> Tensor | None:
     return None
 
 
-def pairs_of(
-    names: Names | None, student: nn.Module, teacher: nn.Module, what: str
-) -> dict[str, str]:
+def pairs_of(names: Names | None, student: nn.Module, teacher: nn.Module) -> dict[str, str]:
     """Student module to teacher module, checked; a sequence of names stands for the same names in
     both.
     """
@@ -47,7 +45,7 @@ def pairs_of(
         return {}
     if isinstance(names, str) or not isinstance(names, Mapping | Sequence):
         raise TypeError(
-            f"{what} must be a dict from student to teacher module names, or a list of names, "
+            f"hidden must be a dict from student to teacher module names, or a list of names, "
             f"got {names!r}"
         )
     pairs = dict(names) if isinstance(names, Mapping) else {name: name for name in names}
@@ -60,14 +58,14 @@ def pairs_of(
                 ][:3]
                 hint = f"; similar: {', '.join(near)}" if near else ""
                 raise ValueError(
-                    f"{what} names {name!r}, which is no module of the {role} "
+                    f"hidden names {name!r}, which is no module of the {role} "
                     f"({type(model).__name__}){hint}"
                 )
     return pairs
 
 
 @contextmanager
-def watching(model: nn.Module, names: Sequence[str]):
+def watching(model: nn.Module, names: Iterable[str]):
     """Yields a dict that holds, after each pass, the output of each named module (of its last
     call).
     """
@@ -138,39 +136,11 @@ def compare_hidden(
     seen: Mapping[str, Tensor],
     taught: Mapping[str, Tensor],
     projections: Projections,
-    kind: str,
     inputs: Any,
 ) -> Tensor:
     """Mean of `hidden_loss` over the pairs."""
     losses = []
     for name, target in pairs.items():
         s, t = aligned(name, target, seen, taught)
-        losses.append(hidden_loss(projections.project(name, s), t, kind, row_mask(inputs, s)))
-    return torch.stack(losses).mean()
-
-
-def compare_relations(
-    pairs: Mapping[str, str],
-    seen: Mapping[str, Tensor],
-    taught: Mapping[str, Tensor],
-    heads: int,
-    inputs: Any,
-) -> Tensor:
-    """Mean of `relation_loss` over the pairs."""
-    losses = []
-    for name, target in pairs.items():
-        s, t = seen[name], taught[target]
-        if (
-            s.ndim != 3
-            or t.ndim != 3
-            or s.shape[:2] != t.shape[:2]
-            or s.shape[2] % heads
-            or t.shape[2] % heads
-        ):
-            raise ValueError(
-                f"relations {name!r}: {target!r}: outputs {list(s.shape)} of the student and "
-                f"{list(t.shape)} of the teacher; "
-                f"need [B, T, C] with the same B and T, and C divisible by relation_heads={heads}"
-            )
-        losses.append(relation_loss(s, t, heads, row_mask(inputs, s)))
+        losses.append(hidden_loss(projections.project(name, s), t, row_mask(inputs, s)))
     return torch.stack(losses).mean()

@@ -26,9 +26,8 @@ from quantize.calibration import (
 )
 from quantize.compression.distillation import match
 from quantize.compression.distillation.batches import Batch
-from quantize.compression.distillation.cache import TeacherCache
 from quantize.compression.distillation.checks import check_number, check_one_of
-from quantize.compression.distillation.losses import row_weights, soft_kl, top_kl
+from quantize.compression.distillation.losses import row_weights, soft_kl
 from quantize.compression.distillation.state import (
     Carried,
     norms_in_eval_mode,
@@ -52,9 +51,9 @@ class Trained(nn.Module):
 
 @dataclass
 class Objective:
-    """alpha * match + (1 - alpha) * task + hidden_weight * hidden + relation_weight * relations.
+    """alpha * match + (1 - alpha) * task + hidden_weight * hidden.
 
-    Fields as the arguments of `distill`, with hidden and relations as dicts; checked when made.
+    Fields as the arguments of `distill`, with hidden as a dict; checked when made.
     """
 
     student: nn.Module
@@ -64,13 +63,8 @@ class Objective:
     loss: Callable[[Any, Any], Tensor] | None
     hidden: dict[str, str]
     hidden_weight: float
-    hidden_kind: str
-    relations: dict[str, str]
-    relation_weight: float
-    relation_heads: int
     select: Callable[[Any], Tensor]
     kind: str
-    cache: TeacherCache | None = None
     # outputs of the modules that are compared: of the student, and of the teacher
     seen: dict[str, Tensor] = field(default_factory=dict)
     taught: dict[str, Tensor] = field(default_factory=dict)
@@ -80,10 +74,7 @@ class Objective:
         check_number("temperature", self.temperature, low=0, strict=True)
         check_number("alpha", self.alpha, low=0, high=1)
         check_number("hidden_weight", self.hidden_weight, low=0)
-        check_number("relation_weight", self.relation_weight, low=0)
-        check_number("relation_heads", self.relation_heads, low=1, kind=int)
         check_one_of("kind", self.kind, ("auto", "logits", "values"))
-        check_one_of("hidden_kind", self.hidden_kind, ("mse", "cosine"))
         if self.alpha < 1 and self.loss is None:
             rest = f"which leaves {1 - self.alpha:g} to the task"
             raise ValueError(
@@ -101,26 +92,24 @@ class Objective:
             "temperature": self.temperature,
             "alpha": self.alpha,
             "kind": self.kind,
-            "hidden": [self.hidden, self.hidden_weight, self.hidden_kind],
-            "relations": [self.relations, self.relation_weight, self.relation_heads],
+            "hidden": [self.hidden, self.hidden_weight],
         }
 
     @property
     def needs_teacher(self) -> bool:
-        return self.alpha > 0 or bool(self.hidden or self.relations)
+        return self.alpha > 0 or bool(self.hidden)
 
     @contextmanager
     def attached(self) -> Iterator[None]:
         """The teacher in eval mode and both models looked into; all of it undone at the end, but
         for what was learned.
         """
-        names = [*self.hidden, *self.relations]
-        targets = [*self.hidden.values(), *self.relations.values()]
         with ExitStack() as stack:
             stack.enter_context(without_cache(self.student, self.teacher))
             stack.enter_context(watching((), self.teacher))
             stack.enter_context(self.carried.attached())
-            self.seen = stack.enter_context(match.watching(self.student, names))
+            self.seen = stack.enter_context(match.watching(self.student, self.hidden))
+            targets = self.hidden.values()
             self.taught = stack.enter_context(match.watching(self.teacher, targets))
             yield
 
@@ -135,7 +124,7 @@ class Objective:
         self.carried.renew()
         self._before = self.carried.copies()
         # first: the teacher's activations are gone before the student's graph is there
-        taught = self._ask_teacher(batch[0], batch[2])
+        taught = self._ask_teacher(batch[0])
         total = self._total(trained, batch, taught)
         if not total.requires_grad:
             raise TrainingError(
@@ -178,13 +167,13 @@ class Objective:
         """
         inputs, _, index = batch
         if index not in self._heard:
-            taught = self._ask_teacher(inputs, index)
+            taught = self._ask_teacher(inputs)
             kept = [taught, *self.taught.values()]
             size = sum(one.nbytes for one in kept if isinstance(one, Tensor))
             if taught is None or size > self._room:
                 return taught
             self._room -= size
-            self._heard[index] = on_tensors(taught, Tensor.clone), dict(self.taught)
+            self._heard[index] = taught.clone(), dict(self.taught)
         taught, inside = self._heard[index]
         self.taught.update(inside)
         return taught
@@ -199,14 +188,9 @@ class Objective:
             parts.append((1 - self.alpha) * self._task(output, targets))
         if self.hidden:
             near = match.compare_hidden(
-                self.hidden, self.seen, self.taught, trained.projections, self.hidden_kind, inputs
+                self.hidden, self.seen, self.taught, trained.projections, inputs
             )
             parts.append(self.hidden_weight * near)
-        if self.relations:
-            near = match.compare_relations(
-                self.relations, self.seen, self.taught, self.relation_heads, inputs
-            )
-            parts.append(self.relation_weight * near)
         self.seen.clear()
         self.taught.clear()
         return sum(parts[1:], start=parts[0])
@@ -231,30 +215,19 @@ class Objective:
                 f"the student ({type(self.student).__name__}) fails on batch {index}: {reason}"
             ) from error
 
-    def _ask_teacher(self, inputs: Any, index: int) -> Any:
-        """The teacher's answer, without a graph: its output, or the likeliest classes from the
-        cache.
-        """
+    def _ask_teacher(self, inputs: Any) -> Any:
+        """The teacher's output that is matched, without a graph."""
         if not self.needs_teacher:
             return None
-        stored = self.cache.get(index) if self.cache else None
-        if stored is not None:
-            return stored
         known = untouched(self.teacher) if self.teacher_stateful else nullcontext()
         with torch.inference_mode(), known:
             output = call(self.teacher, inputs)
         for name, x in self.taught.items():
             self.taught[name] = x.clone()  # a plain tensor: the way back may need it
-        if self.alpha == 0:
-            return None
-        chosen = self.select(output)
-        return self.cache.put(index, chosen) if self.cache else chosen
+        return self.select(output) if self.alpha > 0 else None
 
     def _match(self, student: Tensor, taught: Any, inputs: Any) -> Tensor:
         mask = match.row_mask(inputs, student)
-        if isinstance(taught, tuple):
-            log_p, ids = (x.to(student.device) for x in taught)
-            return top_kl(student, log_p, ids, self.temperature, mask)
         if student.shape != taught.shape:
             raise ValueError(
                 f"the student's output is {list(student.shape)}, the teacher's {list(taught.shape)}"

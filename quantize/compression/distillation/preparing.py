@@ -55,14 +55,6 @@ def prepare(objective: Objective, batch: Batch) -> float:
         s, t = match.aligned(name, target, objective.seen, objective.taught)
         if s.shape != t.shape:
             objective.trained.projections.add(name, s.flatten(0, -2), t.flatten(0, -2))
-    if objective.relations:
-        match.compare_relations(
-            objective.relations,
-            objective.seen,
-            objective.taught,
-            objective.relation_heads,
-            inputs,
-        )
     if not objective.alpha:
         return math.inf
     s, t = objective.select(student), objective.select(teacher)
@@ -100,7 +92,7 @@ def _try(objective: Objective, role: str, model: nn.Module, inputs: Any) -> Any:
 
 def _check_called(objective: Objective) -> None:
     """Raises ValueError for a module that is compared, but isn't called when its model runs."""
-    for name, target in [*objective.hidden.items(), *objective.relations.items()]:
+    for name, target in objective.hidden.items():
         for role, module, seen in (
             ("student", name, objective.seen),
             ("teacher", target, objective.taught),

@@ -13,7 +13,6 @@ import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +24,6 @@ from quantize.calibration import main_output
 from quantize.compression.distillation import match
 from quantize.compression.distillation.batches import Numbered
 from quantize.compression.distillation.best import Best
-from quantize.compression.distillation.cache import TeacherCache
 from quantize.compression.distillation.checks import check_modules, check_steps, check_trainable
 from quantize.compression.distillation.objective import Objective
 from quantize.compression.distillation.preparing import precision, prepare
@@ -45,14 +43,8 @@ def distill(
     loss: Callable[[Any, Any], Tensor] | None = None,
     hidden: match.Names | None = None,
     hidden_weight: float = 1.0,
-    hidden_kind: str = "mse",
-    relations: match.Names | None = None,
-    relation_weight: float = 1.0,
-    relation_heads: int = 4,
     select: Callable[[Any], Tensor] = main_output,
     kind: str = "auto",
-    cache: Path | str | None = None,
-    cache_top: int = 64,
     recipe: TrainConfig | Callable[[int, float], TrainConfig] | None = None,
     technique: str = "distill",
     **fit_options: Any,
@@ -60,9 +52,9 @@ def distill(
     """A trained copy of `student`, in eval mode, that answers more like `teacher`. Neither of the
     two is changed.
 
-    Minimized is alpha * match + (1 - alpha) * task + hidden_weight * hidden + relation_weight *
-    relations. Some batches are held out (`batches.Numbered`); what comes back is the best state on
-    them, the given one included, and `quantize.summary` says how many steps were worth it.
+    Minimized is alpha * match + (1 - alpha) * task + hidden_weight * hidden. Some batches are held
+    out (`batches.Numbered`); what comes back is the best state on them, the given one included, and
+    `quantize.summary` says how many steps were worth it.
 
     Args:
         student: the module to train, in float32; its copy is what comes back.
@@ -85,20 +77,11 @@ def distill(
             teacher, or a list of names that are the same in both. Where widths differ, a learned
             projection stands between; it is dropped at the end.
         hidden_weight: of what `hidden` compares, beside the match; >= 0.
-        hidden_kind: "mse" (relative to the teacher's mean square) or "cosine".
-        relations: modules with outputs [B, T, C] (projections to queries, keys or values), named as
-            for `hidden`: how positions relate is compared, in `relation_heads` parts, so widths may
-            differ (MiniLM, arXiv 2012.15828).
-        relation_weight: of what `relations` compares; >= 0.
-        relation_heads: parts into which the C channels are cut; >= 1.
         select: picks the tensor to match out of a model's output. Default: `logits`, else the first
             floating tensor.
         kind: how outputs are matched. "logits": T^2 KL over the last axis (Hinton et al., arXiv
             1503.02531). "values": mean squared error. "auto": logits for outputs named so and for
             bare tensors [N, V] and [B, T, V].
-        cache: folder in which the teacher's `cache_top` likeliest classes are kept, so that it runs
-            once per batch of a fixed sequence. Only for the match of logits.
-        cache_top: classes kept for each row; >= 1.
         recipe: learning rates and schedule; its `steps`, `batch`, `length` and `short` are not
             read. Or a function to it from the number of steps and how far the student is from the
             teacher (`losses.remoteness`, on the first batch); the default is `student_recipe`.
@@ -122,8 +105,7 @@ def distill(
     if alpha is None:
         alpha = 1.0 if loss is None else 0.5
     check_trainable(student)
-    hidden = match.pairs_of(hidden, student, teacher, "hidden")
-    relations = match.pairs_of(relations, student, teacher, "relations")
+    hidden = match.pairs_of(hidden, student, teacher)
     numbered = Numbered(batches, paired=loss is not None, steps=steps)
     objective = Objective(
         surgery.clone(student),
@@ -133,10 +115,6 @@ def distill(
         loss,
         hidden,
         hidden_weight,
-        hidden_kind,
-        relations,
-        relation_weight,
-        relation_heads,
         select,
         kind,
     )
@@ -145,8 +123,6 @@ def distill(
         first = numbered(0)
         far = _over_ranks(prepare(objective, first), objective.student)
         fit_options["bf16"], not_bf16 = precision(objective, first, fit_options.get("bf16"))
-        if cache is not None:
-            objective.cache = _cache(cache, cache_top, objective, batches)
         _fit(objective, numbered, best, _config(recipe, steps, far), fit_options)
     result = _finished(objective.student)
     settings = _settings(steps, best, fit_options["bf16"], not_bf16)
@@ -186,9 +162,7 @@ def _fit(
 ) -> None:
     """Train; where that fails, the error carries the student of the step before."""
     about = objective.settings()
-    if objective.cache is not None:
-        about["teacher"] = objective.cache.teacher
-    elif fit_options.get("checkpoint_path") is not None:
+    if fit_options.get("checkpoint_path") is not None:
         about["teacher"] = fingerprint(objective.teacher)
     identity = {**(fit_options.get("identity") or {}), "distillation": about}
     options = {**fit_options, "identity": identity}
@@ -285,20 +259,6 @@ def _over_ranks(value: float, model: nn.Module) -> float:
     total = torch.tensor(value, dtype=torch.float64, device=next(model.parameters()).device)
     dist.all_reduce(total)
     return total.item() / world
-
-
-def _cache(folder: Path | str, count: int, objective: Objective, batches: Any) -> TeacherCache:
-    if objective.kind != "logits" or objective.hidden or objective.relations or not objective.alpha:
-        raise ValueError(
-            "cache holds the teacher's likeliest classes: it needs a match of logits, not "
-            "hidden or relations"
-        )
-    if not isinstance(batches, Iterable):
-        raise ValueError("cache needs a fixed sequence of batches, not a function")
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        raise ValueError(f"cache_top is {count!r}; allowed: an integer >= 1")
-    teacher = fingerprint(objective.teacher)
-    return TeacherCache(Path(folder), teacher, objective.temperature, count)
 
 
 def fingerprint(model: nn.Module) -> str:

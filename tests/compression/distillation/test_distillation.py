@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from distillation_models import distance, inputs, labelled, net
-from helpers import assert_close, run
+from helpers import run
 from torch import nn
 
 from quantize import (
@@ -139,26 +139,6 @@ def test_killed_run_goes_on_where_it_was(tmp_path):
         distill(
             student, teacher, data, **options, temperature=3.0, checkpoint_path=path, resume=True
         )
-
-
-def test_cached_teacher_runs_once_a_batch(tmp_path):
-    """From the second round on the teacher isn't run; with all classes kept the student is nearly
-    the same.
-    """
-
-    teacher, student, data, calls = net(32), net(seed=5), inputs(4), []
-    teacher.register_forward_hook(
-        lambda _, args, __: (
-            calls.append(len(args[0])) if torch.is_inference_mode_enabled() else None
-        )
-    )
-    plain = distill(student, teacher, data, steps=12)
-    calls.clear()
-    cached = distill(student, teacher, data, steps=12, cache=tmp_path / "teacher", cache_top=5)
-    assert len(calls) == 1 + 4  # one to try a step
-    assert_close(run(cached, data[0]), run(plain, data[0]), factor=2000)
-    with pytest.raises(ValueError, match="holds another teacher's answers"):
-        distill(student, net(32, seed=9), data, steps=2, cache=tmp_path / "teacher", cache_top=5)
 
 
 def test_no_graph_of_the_teacher_is_kept():

@@ -7,12 +7,8 @@ import torch
 import torch.nn.functional as F
 from helpers import assert_close
 
-from quantize.compression.distillation import (
-    hidden_loss,
-    relation_loss,
-    soft_kl,
-)
-from quantize.compression.distillation.losses import remoteness, top_kl, top_logits
+from quantize.compression.distillation import hidden_loss, soft_kl
+from quantize.compression.distillation.losses import remoteness
 
 
 def test_kl_by_hand():
@@ -53,31 +49,12 @@ def test_masked_rows_do_not_count():
     assert_close(soft_kl(s, t, 2.0, mask), soft_kl(s[mask == 1], t[mask == 1], 2.0))
 
 
-def test_top_classes_give_the_whole_divergence_when_all_are_kept_and_less_when_not():
-    """Merging the unlikely classes can only lower the divergence."""
-    s, t = torch.randn(10, 20), 3 * torch.randn(10, 20)
-    whole = soft_kl(s, t, 2.0)
-    assert_close(top_kl(s, *top_logits(t, 2.0, 20), 2.0), whole, factor=200)  # kept as fp16
-    part = top_kl(s, *top_logits(t, 2.0, 8), 2.0)
-    assert 0.5 * whole < part < whole
-
-
-@pytest.mark.parametrize("kind", ["mse", "cosine"])
-def test_hidden_loss_is_zero_for_equal_states_and_free_of_the_teachers_scale(kind):
-    """0 when equal; scaling both models' states changes nothing."""
+def test_hidden_loss_is_zero_for_equal_states_and_free_of_the_teachers_scale():
+    """0 when equal; scaling both models' states changes nothing; a mask of all rows is none."""
     s, t = torch.randn(4, 6, 8), torch.randn(4, 6, 8)
-    assert hidden_loss(t, t, kind).item() == pytest.approx(0, abs=1e-6)
-    assert_close(hidden_loss(100 * s, 100 * t, kind), hidden_loss(s, t, kind))
-
-
-def test_relation_loss_knows_no_width_and_no_rotation():
-    """Relations are dot products: a rotated teacher is the same, and a student of half its width
-    can be compared.
-    """
-    t = torch.randn(2, 5, 8)
-    rotation = torch.linalg.qr(torch.randn(8, 8)).Q
-    assert relation_loss(t @ rotation, t, heads=1).item() == pytest.approx(0, abs=1e-6)
-    assert relation_loss(torch.randn(2, 5, 4), t, heads=2) > 0
+    assert hidden_loss(t, t).item() == pytest.approx(0, abs=1e-6)
+    assert_close(hidden_loss(100 * s, 100 * t), hidden_loss(s, t))
+    assert_close(hidden_loss(s, t, torch.ones(4, 6)), hidden_loss(s, t))
 
 
 @pytest.mark.parametrize("kind", ["logits", "values"])

@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers
 from distillation_models import DEEP, deep, distance, inputs, net
 from helpers import call, run
 from torch import nn
@@ -22,10 +21,8 @@ from quantize.compression.distillation import (
     distill,
     make_student,
     recover,
-    relation_loss,
     soft_kl,
 )
-from quantize.compression.distillation.match import watching
 from quantize.compression.distillation.teach import recovery_recipe, student_recipe
 from quantize.compression.low_rank import factorize_low_rank
 from quantize.compression.pruning import prune_ln_structured
@@ -113,49 +110,6 @@ def test_student_of_the_own_decoder_loads_by_itself_and_decodes_with_a_cache(tmp
     student = load(tmp_path / "student.pth")
     cached = generate(student, ids, max_new_tokens=8, cache=KVCache.for_model(student))
     assert torch.equal(cached, generate(student, ids, max_new_tokens=8, cache=False))
-
-
-@pytest.mark.slow
-def test_relations_of_attention_train_a_transformer():
-    """MiniLM's value relations bring the student's values nearer to those of a teacher of twice the
-    depth and width.
-    """
-    teacher, example = deep("bert")
-    config = transformers.BertConfig(
-        vocab_size=96,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-    )
-    torch.manual_seed(1)
-    student = transformers.BertModel(config)
-    names = {"encoder.layer.1.attention.self.value": "encoder.layer.3.attention.self.value"}
-    result = distill(
-        student,
-        teacher,
-        [example],
-        steps=30,
-        relations=names,
-        select=lambda output: output.last_hidden_state[..., :32],
-    )
-    ((name, target),) = names.items()
-    before, after = (
-        relation_loss(*outputs_of(m, name, teacher, target, example), heads=4).item()
-        for m in (student, result)
-    )
-    assert after < 0.8 * before
-
-
-def outputs_of(student, name, teacher, target, example):
-    """What the two named modules give."""
-    with (
-        watching(student.eval(), [name]) as seen,
-        watching(teacher, [target]) as taught,
-        torch.no_grad(),
-    ):
-        call(student, example), call(teacher, example)
-    return seen[name], taught[target]
 
 
 @pytest.mark.slow
