@@ -214,7 +214,7 @@ class Int4Linear(PackedLayer):
         rows = x.detach().reshape(-1, self.in_features)
         few = 0 < rows.shape[0] <= _FEW_ROWS
         if rows.device.type == "cpu" and few and self.out_features % 16 == 0:
-            packed, grid = self._for_kernel()
+            packed, grid = self.for_kernel()
             halves = rows.bfloat16().contiguous()  # the kernel reads rows one after another
             y = torch.ops.aten._weight_int4pack_mm_for_cpu(
                 halves, packed, self.group_size, grid
@@ -261,7 +261,7 @@ class Int4Linear(PackedLayer):
         groups = groups.repeat_interleave(self.group_size, 1)
         return torch.addcmul(self.zero @ groups, values, self.scale @ groups)
 
-    def _for_kernel(self) -> tuple[Tensor, Tensor]:
+    def for_kernel(self) -> tuple[Tensor, Tensor]:
         """Weight and grid in the kernel's layout, kept until one of the tensors dies or changes."""
         tensors = (self.packed, self.scale, self.zero)
         state = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)

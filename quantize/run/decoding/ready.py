@@ -50,9 +50,9 @@ def for_decoding(
         model: a `DecoderLM`, compressed or not. It isn't changed, its mode included.
         backend: "native" compiles a C++ file when first asked for (6 s; kept in the user's cache
             folder) and follows later changes of the model, but for those made through the `.data`
-            of float16 weights that somebody else holds too. "torchscript" traces a copy with merged
-            layers and follows none. None takes native where there is a compiler and every layer is
-            of a kind that it knows, else torchscript.
+            of float16 weights that somebody else holds too. "torchscript" traces the first token
+            and follows none. None takes native where there is a compiler and every layer is of a
+            kind that it knows, else torchscript.
         progress: called with a line for people before each piece of work. With it, weights are
             packed now, not by the first pass.
 
@@ -82,7 +82,7 @@ def for_decoding(
     if backend == "native" and obstacle:
         raise ValueError(f"backend 'native' can't run this model: {obstacle}")
     if obstacle:
-        say(f"merging layers for TorchScript, as native code can't run: {obstacle}")
+        say(f"left to TorchScript, as native code can't run: {obstacle}")
         return DecodingLM(model, "torchscript", obstacle)
     ready = DecodingLM(model, "native", KERNELS.best().note)
     if progress is not None:
@@ -97,7 +97,7 @@ class DecodingLM(nn.Module):
     def __init__(self, model: DecoderLM, backend: str, reason: str | None):
         super().__init__()
         self.config, self.backend, self.reason = model.config, backend, reason
-        self.model = torchscript.merged(model) if backend == "torchscript" else model
+        self.model = model
         self.training = False  # of this module alone: the others are the caller's
         self._passes: NativePasses | torchscript.Step | None = None
 

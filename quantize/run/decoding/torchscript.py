@@ -1,23 +1,24 @@
 """The pass of a single token as one TorchScript graph of stock operations, traced through the model
 on its first token.
 
-Layers that read the same input (q, k and v; gate and up) are merged, and each takes the form that
-is fastest with one row. Caches that the graph doesn't know (a window, rows of different length,
-another dtype than the model's) are left to the model.
+While it is traced, layers that read the same input (q, k and v; gate and up) are one product, and
+each product takes the form that is fastest with one row. Caches that the graph doesn't know (a
+window, rows of different length, another dtype than the model's) are left to the model.
 """
 
 from __future__ import annotations
 
-import copy
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quantize.models import Attention, DecoderLM, FeedForward, apply_rope
+from quantize import surgery
+from quantize.models import DecoderLM
 from quantize.nn.half import HalfLinear
 from quantize.nn.int4 import Int4Linear
 from quantize.nn.int8 import Int8Linear
@@ -28,20 +29,14 @@ from quantize.run.fusion import torchscript
 from quantize.run.kv_cache import KVCache
 from quantize.run.kv_cache.functions import attention
 
-
-def merged(model: DecoderLM) -> DecoderLM:
-    """A model that shares what it can with `model`, its layers merged and in the form for one
-    row.
-    """
-    blocks = nn.ModuleList(_merge_block(block) for block in blocks_of(model))
-    return _twin(model, blocks=blocks, head=_for_one_row(model.head))
+Compute = Callable[[Tensor], Tensor]
 
 
 class Step:
-    """Runs passes of a `merged` model over one token per row."""
+    """Runs passes of a model over one token per row, as its weights were when it was made."""
 
     def __init__(self, model: DecoderLM):
-        self.model = model
+        self.model = for_one_row(model)
         self.shapes = [block.attention.cache_shape[:2] for block in blocks_of(model)]
         self.graphs: dict[int, Callable[..., Tensor]] = {}  # by batch
         self.tracing = threading.Lock()
@@ -106,180 +101,120 @@ class _Slots:
         return attention(q, keys[:, :, :held], values[:, :, :held])
 
 
-#
-# -------------------------------------------------------------------------------------------------
-# merging
+# ------------------------------------------------------------------------------------------------
+# layers of one row
 
 
-def merge_linears(layers: Sequence[Any]) -> nn.Module | None:
-    """One layer that computes several on the same input, its outputs side by side; None for kinds
-    that can't be merged.
+def for_one_row(model: DecoderLM) -> DecoderLM:
+    """A copy to be traced, which shares all tensors with `model`."""
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    twin: Any = surgery.deepcopy(model, shared)
+    groups = [[twin.head]]
+    for block in blocks_of(twin):
+        own, ffn = block.attention, block.ffn
+        groups += [[own.q, own.k, own.v], [own.out], [ffn.gate, ffn.up], [ffn.down]]
+    places: dict[nn.Module, nn.Module] = {}
+    for layers in groups:
+        places |= zip(layers, side_by_side(layers), strict=True)
+    surgery.exchange(twin, places)
+    return twin
+
+
+def side_by_side(layers: Sequence[Any]) -> Sequence[nn.Module]:
+    """What stands for layers that read the same input; they themselves if they are of kinds that
+    can't be one.
     """
-    kinds = {_kind(layer) for layer in layers}
-    first = kinds.pop()
-    if first is None or kinds:
+    forms = {_form(layer) for layer in layers}
+    form = forms.pop()
+    if form is None or forms:
+        return layers
+    make, _, names, *_ = form
+    tensors = [_joined([getattr(layer, name) for layer in layers]) for name in names]
+    sizes = [layer.out_features for layer in layers]
+    shared = _Shared(make(*tensors), sizes)
+    return [_Part(size, partial(shared, at)) for at, size in enumerate(sizes)]
+
+
+def _joined(parts: list[Any]) -> Tensor | None:
+    if parts[0] is None:
         return None
-    _, names, kind = first
-    tensors = {
-        name: torch.cat([getattr(layer, name).detach() for layer in layers]) for name in names
-    }
-    if kind is not nn.Linear:
-        return kind(*tensors.values())
-    bias = "bias" in tensors
-    merged = nn.Linear(*reversed(tensors["weight"].shape), bias=bias, device="meta")
-    merged.load_state_dict(tensors, assign=True)
-    return merged.requires_grad_(False)
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).detach()
 
 
-def _kind(layer: nn.Module) -> tuple[object, tuple[str, ...], type[nn.Module]] | None:
-    """What must agree for layers to merge, their tensors with an axis of outputs, and the class to
-    make.
+def _form(layer: Any) -> tuple[Any, ...] | None:
+    """What makes the product of a layer, and must agree for layers to be one; second the width of
+    their input, then the names of their tensors.
     """
-    bias = () if getattr(layer, "bias", None) is None else ("bias",)
-    if type(layer) is Int8Linear and layer.activation is None:
-        return layer.in_features, ("packed", "scale", *bias), Int8Linear
-    if type(layer) is Int4Linear:
-        return (layer.in_features, layer.group_size), ("packed", "scale", "zero", *bias), Int4Linear
-    if type(layer) is nn.Linear or (
-        type(layer) is HalfLinear and isinstance(layer.weight, nn.Parameter)
-    ):
-        return (layer.in_features, layer.weight.dtype), ("weight", *bias), nn.Linear
-    return None
+    kind = type(layer)
+    if kind not in _KINDS or layer._forward_hooks or layer._forward_pre_hooks:
+        return None
+    if layer.weight.device.type != "cpu":
+        return None
+    width, biased = layer.in_features, layer.bias is not None
+    if kind is Int8Linear:
+        plain = layer.activation is None
+        return (_int8, width, ("packed", "scale", "bias"), biased) if plain else None
+    if kind is Int4Linear:
+        fits, names = layer.out_features % 16 == 0, ("packed", "scale", "zero", "bias")
+        return (_int4, width, names, biased, layer.group_size) if fits else None
+    whole = isinstance(layer.weight, nn.Parameter)  # not rounded, and read in another dtype
+    return (_float, width, ("weight", "bias"), biased, layer.weight.dtype) if whole else None
 
 
-class TransposedLinear(nn.Module):
-    """`nn.Linear` with its weight stored [in, out]: at one row of float32, torch reads it 1.4 times
-    as fast.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-
-    def __init__(self, weight: Tensor, bias: Tensor | None):
-        super().__init__()
-        self.in_features, self.out_features = weight.shape
-        self.register_buffer("weight", weight)
-        self.register_buffer("bias", bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = x.reshape(-1, self.in_features) @ self.weight
-        y = y if self.bias is None else y + self.bias
-        return y.view(*x.shape[:-1], self.out_features)
+_KINDS = (Int8Linear, Int4Linear, nn.Linear, HalfLinear)
 
 
-class _OneRow(nn.Module):
-    """A compressed layer that leaves out of the graph what one row doesn't need; elsewhere it is
-    the layer.
-    """
+def _int8(packed: Tensor, scale: Tensor, bias: Tensor | None) -> Compute:
+    sums = sum_weights(packed)
+    return lambda x: in_graph(x, packed, scale, bias, sums)
 
-    packed: Tensor
-    grid: Tensor
-    sums: Tensor
 
-    def __init__(self, layer: Int8Linear | Int4Linear):
-        super().__init__()
-        self.layer = layer
-        if isinstance(layer, Int8Linear):
-            self.register_buffer("sums", sum_weights(layer.packed))
-        if isinstance(layer, Int4Linear):
-            packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(layer.values().int(), 1)
-            self.register_buffer("packed", packed)
-            self.register_buffer(
-                "grid", torch.stack((layer.scale.t(), layer.zero.t()), -1).contiguous()
-            )
+def _int4(packed: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None) -> Compute:
+    layer = Int4Linear(packed, scale, zero, bias)
+    weight, grid = layer.for_kernel()
 
-    def forward(self, x: Tensor) -> Tensor:
-        layer = self.layer
-        if not torch.jit.is_tracing():
-            return layer(x)
-        if isinstance(layer, Int8Linear):
-            return in_graph(x, layer.packed, layer.scale, layer.bias, self.sums)
-        rows = x.reshape(-1, layer.in_features)
-        y = torch.ops.aten._weight_int4pack_mm_for_cpu(
-            rows.bfloat16(), self.packed, layer.group_size, self.grid
-        )
+    def product(x: Tensor) -> Tensor:
+        rows = x.reshape(-1, layer.in_features).bfloat16()
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, weight, layer.group_size, grid)
         y = y.to(x.dtype)
-        y = y if layer.bias is None else y + layer.bias.to(y.dtype)
+        y = y if bias is None else y + bias.to(y.dtype)
         return y.view(*x.shape[:-1], layer.out_features)
 
-
-def _for_one_row(layer: Any) -> nn.Module:
-    """The layer, or the same in the form that is fastest with one row."""
-    kind = _kind(layer)
-    if kind is None or layer.weight.device.type != "cpu":
-        return layer
-    if kind[2] is nn.Linear and layer.weight.dtype == torch.float32:
-        bias = None if layer.bias is None else layer.bias.detach()
-        return TransposedLinear(layer.weight.detach().t().contiguous(), bias)
-    if kind[2] is Int8Linear or (kind[2] is Int4Linear and layer.out_features % 16 == 0):
-        return _OneRow(layer)
-    return layer
+    return product
 
 
-class _MergedAttention(Attention):
-    """`Attention` with one product for q, k and v, and one rotation for q and k."""
+def _float(weight: Tensor, bias: Tensor | None) -> Compute:
+    if weight.dtype != torch.float32:
+        return lambda x: F.linear(x, weight, bias)
+    transposed = weight.t().contiguous()  # at one row, torch reads it 1.4 times as fast
 
-    qkv: nn.Module
-    heads: int
-    kv_heads: int
+    def product(x: Tensor) -> Tensor:
+        y = x.reshape(-1, x.shape[-1]) @ transposed
+        y = y if bias is None else y + bias
+        return y.view(*x.shape[:-1], -1)
 
-    @property
-    def cache_shape(self) -> tuple[int, int, int | None]:
-        return self.kv_heads, self.head_dim, self.window
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Any = None) -> Tensor:
-        b, t, _ = x.shape
-        heads = self.qkv(x).view(b, t, -1, self.head_dim).transpose(1, 2)  # [B, H + 2 KV, T, D]
-        qk, v = heads.split((self.heads + self.kv_heads, self.kv_heads), dim=1)
-        if not isinstance(self.q_norm, nn.Identity):
-            q, k = qk.split((self.heads, self.kv_heads), dim=1)
-            qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=1)
-        q, k = apply_rope(qk, cos, sin).split((self.heads, self.kv_heads), dim=1)
-        return self.out(self.attend(q, k, v, cache).transpose(1, 2).flatten(2))
+    return product
 
 
-class _MergedFeedForward(FeedForward):
-    """`FeedForward` with one product for gate and up."""
+class _Shared:
+    """One product for several layers. The first that is called computes it."""
 
-    gate_up: nn.Module
-    sizes: tuple[int, int]
+    def __init__(self, compute: Compute, sizes: Sequence[int]) -> None:
+        self.compute, self.sizes = compute, list(sizes)
+        self.parts: dict[int, Tensor] = {}
+
+    def __call__(self, at: int, x: Tensor) -> Tensor:
+        if not self.parts:
+            self.parts = dict(enumerate(self.compute(x).split(self.sizes, -1)))
+        return self.parts.pop(at)
+
+
+class _Part(nn.Module):
+    """Stands for a layer in a copy that is traced."""
+
+    def __init__(self, out_features: int, compute: Compute) -> None:
+        super().__init__()
+        self.out_features, self.compute = out_features, compute
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).split(self.sizes, dim=-1)
-        return self.down(F.silu(gate) * up)
-
-
-def _merge_block(block: Any) -> nn.Module:
-    attention, ffn = block.attention, block.ffn
-    if (qkv := merge_linears((attention.q, attention.k, attention.v))) is not None:
-        out = _for_one_row(attention.out)
-        attention = _twin(
-            attention, _MergedAttention, q=None, k=None, v=None, qkv=_for_one_row(qkv), out=out
-        )
-        attention.heads = block.attention.q.out_features // attention.head_dim
-        attention.kv_heads = block.attention.k.out_features // attention.head_dim
-    if (gate_up := merge_linears((ffn.gate, ffn.up))) is not None:
-        ffn = _twin(
-            ffn,
-            _MergedFeedForward,
-            gate=None,
-            up=None,
-            gate_up=_for_one_row(gate_up),
-            down=_for_one_row(ffn.down),
-        )
-        ffn.sizes = (block.ffn.gate.out_features, block.ffn.up.out_features)
-    return _twin(block, attention=attention, ffn=ffn)
-
-
-def _twin(
-    module: nn.Module, kind: type[nn.Module] | None = None, **modules: nn.Module | None
-) -> Any:
-    """A module that shares everything with `module` but its class and the submodules given; None
-    takes one away.
-    """
-    twin = copy.copy(module)
-    twin.__class__ = kind or type(module)
-    twin._modules = {n: m for n, m in module._modules.items() if modules.get(n, m) is not None} | {
-        n: m for n, m in modules.items() if m is not None
-    }
-    return twin
+        return self.compute(x)

@@ -20,7 +20,7 @@ from quantize.native import build
 from quantize.nn.int4 import Int4Linear
 from quantize.nn.int8 import Int8Linear
 from quantize.run.decoding import DecodingLM, for_decoding, recognition
-from quantize.run.decoding.torchscript import merge_linears
+from quantize.run.decoding.torchscript import side_by_side
 from quantize.run.generate import generate, generate_stream
 from quantize.run.kv_cache import KVCache
 
@@ -291,7 +291,7 @@ def test_the_limit_holds():
 
 
 def test_the_model_is_untouched():
-    """The model it was made from keeps its modules and weights, and shares what wasn't merged."""
+    """The model it was made from keeps its modules and weights, and runs longer passes itself."""
     model = in_int8(decoder())
     before = {n: p.clone() for n, p in model.state_dict().items()}
     for backend in (None, "torchscript"):
@@ -299,18 +299,22 @@ def test_the_model_is_untouched():
         list(generate_stream(fast, tokens(1, 3), max_new_tokens=3))
         assert all(torch.equal(before[n], p) for n, p in model.state_dict().items())
         assert isinstance(fast, DecodingLM)
-    assert fast.model.blocks[0].ffn.down.layer is model.blocks[0].ffn.down
+        assert fast.model is model
 
 
-def test_merged_layers_are_the_layers_side_by_side():
-    """Float and int8 layers merge bit for bit; kinds that differ don't."""
+def test_layers_side_by_side_give_what_they_give_alone():
+    """In any order, int8 layers bit for bit; kinds that differ and layers with hooks stay."""
     layers = [nn.Linear(16, n) for n in (8, 4, 12)]
-    x = torch.randn(3, 16)
-    assert_close(merge_linears(layers)(x), torch.cat([layer(x) for layer in layers], -1))
     small = [Int8Linear.from_weight(layer.weight, layer.bias) for layer in layers]
-    assert torch.equal(merge_linears(small)(x), torch.cat([layer(x) for layer in small], -1))
-    assert merge_linears([layers[0], small[1]]) is None
-    assert merge_linears([layers[0], nn.Linear(16, 3, bias=False)]) is None
+    x = torch.randn(2, 3, 16)
+    for part, layer in reversed([*zip(side_by_side(layers), layers, strict=True)]):
+        assert_close(part(x), layer(x))
+    for part, layer in reversed([*zip(side_by_side(small), small, strict=True)]):
+        assert torch.equal(part(x), layer(x))
+    for others in ([layers[0], small[1]], [layers[0], nn.Linear(16, 3, bias=False)]):
+        assert side_by_side(others) is others
+    layers[1].register_forward_hook(lambda *_: None)
+    assert side_by_side(layers) is layers
 
 
 def test_other_models_are_refused():
