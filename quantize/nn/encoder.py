@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from quantize import surgery
+from quantize.nn.protocol import standing_for
 
 
 class PaddedEncoder(nn.TransformerEncoder):
@@ -62,19 +63,7 @@ def _padded_class(base: Any) -> Any:
     """The subclass of a class of encoders for which its `super().forward` is PaddedEncoder's."""
     if base is nn.TransformerEncoder:
         return PaddedEncoder
-
-    def reduce(self: Any, protocol: Any) -> Any:
-        return _empty, (base,), self.__getstate__()
-
-    names = {"__reduce_ex__": reduce, "own_class": base}
-    names |= {"__module__": base.__module__, "__qualname__": base.__qualname__}
-    return type(base.__name__, (base, PaddedEncoder), names)
-
-
-def _empty(base: type[nn.Module]) -> Any:
-    """An encoder without its state, for a copy or a pickle."""
-    made = _padded_class(base)
-    return made.__new__(made)
+    return standing_for(base, (base, PaddedEncoder), {}, _padded_class)
 
 
 @surgery.builder

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -17,6 +19,8 @@ from quantize.nn import int8_kernels as kernels
 from quantize.nn.elementary import check_activation
 from quantize.nn.protocol import Int8Layer, copied, dtype_of, empty, empty_bias
 from quantize.nn.tape import is_replacing
+
+_MOST = 1 << 31  # sizes from a file are below
 
 
 class Int8Convolution(Int8Layer):
@@ -140,7 +144,10 @@ class Int8Conv(Int8Convolution):
         activation: str | None = None,
     ) -> Int8Conv:
         """An empty layer (on the meta device) in place of `module`, for a file's tensors."""
-        _check_settings(in_channels, out_channels, kernel_size, stride, padding, dilation, groups)
+        named = padding in ("same", "valid")
+        pads: Any = [0] * len(kernel_size) if named else padding
+        channels = in_channels, out_channels, groups
+        check_sizes(channels, kernel_size, (stride, dilation), [pads])
         if padding_mode not in ("zeros", "reflect", "replicate", "circular"):
             raise ValueError(f"padding_mode={padding_mode!r} is none that torch knows")
         if ceiling is not None and not (type(ceiling) is float and ceiling > 0):
@@ -220,21 +227,23 @@ def _pads(
     return tuple(n // 2 for n in whole), tuple(n - n // 2 for n in whole)
 
 
-def _check_settings(
-    in_channels: int,
-    out_channels: int,
-    kernel_size: list[int],
-    stride: list[int],
-    padding: str | list[int],
-    dilation: list[int],
-    groups: int,
+def check_sizes(
+    channels: Sequence[int],
+    kernel: Sequence[int],
+    moves: Sequence[Sequence[int]],
+    pads: Sequence[Sequence[int]],
 ) -> None:
-    """Raise ValueError for numbers from a file that make no convolution."""
-    dims = len(kernel_size)
-    counts = [in_channels, out_channels, groups, *kernel_size, *stride, *dilation]
-    pads = [0] * dims if padding in ("same", "valid") else padding
-    whole = all(type(n) is int and 0 < n < 1 << 31 for n in counts)
-    whole = whole and all(type(n) is int and 0 <= n < 1 << 31 for n in pads)
-    even = len(stride) == len(dilation) == len(pads) == dims and 1 <= dims <= 3
-    if not whole or not even or in_channels % groups or out_channels % groups:
-        raise ValueError(f"{counts} and padding {padding!r} make no convolution")
+    """Raise ValueError for numbers from a file that make no convolution.
+
+    Args:
+        channels: in, out, and groups of them.
+        kernel: its sizes.
+        moves: strides and dilations. pads: what is added to each dimension.
+    """
+    *sizes, groups = channels
+    counts = [*channels, *kernel, *chain.from_iterable(moves)]
+    whole = all(type(n) is int and 0 < n < _MOST for n in counts)
+    whole = whole and all(type(n) is int and 0 <= n < _MOST for n in chain.from_iterable(pads))
+    even = all(len(one) == len(kernel) for one in (*moves, *pads)) and 1 <= len(kernel) <= 3
+    if not whole or not even or any(size % groups for size in sizes):
+        raise ValueError(f"{counts} and padding {pads} make no convolution")

@@ -22,7 +22,14 @@ from torch.nn import functional as F
 
 from quantize import surgery
 from quantize.nn import int8_kernels as kernels
-from quantize.nn.protocol import Int8Layer, dtype_name, dtype_named, empty, is_traced
+from quantize.nn.protocol import (
+    Int8Layer,
+    dtype_name,
+    dtype_named,
+    empty,
+    is_traced,
+    standing_for,
+)
 from quantize.nn.reading import WeightReading
 
 _STORED = "{}_int8"  # the name of what stores a parameter of this name
@@ -265,22 +272,10 @@ def _hold(module: nn.Module, layers: Mapping[str, nn.Module]) -> None:
 
 def _experts_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
     """The subclass of a module's class whose attributes of these names read what is stored."""
-
-    def reduce(self: Any, protocol: Any) -> Any:
-        return _empty, (base, names), self.__getstate__()
-
-    content: dict[str, Any] = {name: property(partial(_read, name)) for name in names}
-    content |= {"__reduce_ex__": reduce, "own_class": base}
-    content |= {"__module__": base.__module__, "__qualname__": base.__qualname__}
-    return type(base.__name__, (base,), content)
+    content = {name: property(partial(_read, name)) for name in names}
+    return standing_for(base, (base,), content, _experts_class, names)
 
 
 def _read(name: str, module: nn.Module) -> Tensor:
     layer: Any = module._modules[_STORED.format(name)]
     return layer.weight
-
-
-def _empty(base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
-    """A module without its state, for a copy or a pickle."""
-    made = _experts_class(base, names)
-    return made.__new__(made)

@@ -75,29 +75,12 @@ class _Int8Recurrent(PackedLayer):
 
     @classmethod
     def rebuild(
-        cls,
-        module: nn.Module,
-        input_size: int,
-        hidden_size: int,
-        num_layers: int,
-        batch_first: bool,
-        dropout: float,
-        bidirectional: bool,
-        proj_size: int,
-        bias: str | None,
-        dtype: str = "float32",
+        cls, module: nn.Module, bias: str | None, dtype: str = "float32", **settings: Any
     ) -> _Int8Recurrent:
         """An empty layer (on the meta device) in place of `module`, for a file's tensors."""
-        new = cls(
-            input_size,
-            hidden_size,
-            num_layers,
-            batch_first=batch_first,
-            dropout=dropout,
-            bidirectional=bidirectional,
-            proj_size=proj_size,
-            dtype=dtype_named(dtype),
-        )
+        if settings.keys() != {*_SETTINGS}:
+            raise ValueError(f"{sorted(settings)} make no {cls.__name__}")
+        new = cls(**settings, dtype=dtype_named(dtype))
         for name, (outputs, inputs) in new._shapes():
             new._hold(name, empty(torch.int8, outputs, inputs), empty(torch.float32, outputs))
             if not name.startswith("hr"):

@@ -25,6 +25,7 @@ from quantize.nn import int8_kernels as kernels
 from quantize.nn.int8_chain import Program
 from quantize.nn.int8_program import trace
 from quantize.nn.int8_tracer import AsksForSize
+from quantize.nn.protocol import standing_for
 from quantize.nn.replay import plainly, replayed
 from quantize.nn.tape import is_replacing
 from quantize.nn.watched import State, state_of
@@ -151,18 +152,8 @@ def region_class(base: type[nn.Module]) -> type[nn.Module]:
                 return found
         return replayed(self, own_forward, args, kwargs)
 
-    def reduce(self: Any, protocol: Any) -> Any:
-        return _empty, (base,), self.__getstate__()
-
-    names = {"forward": forward, "own_forward": own_forward, "__reduce_ex__": reduce}
-    names |= {"own_class": base, "__module__": base.__module__, "__qualname__": base.__qualname__}
-    return type(base.__name__, (Region, base), names)
-
-
-def _empty(base: type[nn.Module]) -> nn.Module:
-    """A region without its state, for a copy or a pickle."""
-    made = region_class(base)
-    return made.__new__(made)
+    content = {"forward": forward, "own_forward": own_forward}
+    return standing_for(base, (Region, base), content, region_class)
 
 
 @surgery.builder

@@ -19,7 +19,7 @@ from quantize import surgery
 from quantize.native.conv import Convolution, Geometry
 from quantize.nn import dtype_named, int8_images
 from quantize.nn import int8_kernels as kernels
-from quantize.nn.int8_conv import Int8Convolution
+from quantize.nn.int8_conv import Int8Convolution, check_sizes
 from quantize.nn.protocol import copied, empty, empty_bias
 
 
@@ -102,7 +102,9 @@ class Int8ConvTranspose(Int8Convolution):
         **sizes: list[int],
     ) -> Int8ConvTranspose:
         """An empty layer (on the meta device) in place of `module`, for a file's tensors."""
-        _check(in_channels, out_channels, groups, kernel_size, sizes)
+        moves, pads = ("stride", "dilation"), ("padding", "output_padding")
+        given = [[sizes.get(name, []) for name in names] for names in (moves, pads)]
+        check_sizes((in_channels, out_channels, groups), kernel_size, *given)
         rows = out_channels // groups * math.prod(kernel_size)
         new = cls(
             empty(torch.int8, rows, in_channels, *[1] * len(kernel_size)),
@@ -176,21 +178,3 @@ class Int8ConvTranspose(Int8Convolution):
 
     def weight_shape(self) -> tuple[int, ...]:
         return self.in_channels, self.out_channels // self.groups, *self.kernel_size
-
-
-def _check(
-    in_channels: int,
-    out_channels: int,
-    groups: int,
-    kernel_size: list[int],
-    sizes: dict[str, list[int]],
-) -> None:
-    """Raise ValueError for numbers from a file that make no transposed convolution."""
-    moves = [sizes.get(name, []) for name in ("stride", "dilation")]
-    pads = [sizes.get(name, []) for name in ("padding", "output_padding")]
-    counts = [in_channels, out_channels, groups, *kernel_size, *moves[0], *moves[1]]
-    whole = all(type(n) is int and 0 < n < 1 << 31 for n in counts)
-    whole = whole and all(type(n) is int and 0 <= n < 1 << 31 for n in (*pads[0], *pads[1]))
-    even = all(len(one) == len(kernel_size) <= 3 for one in (*moves, *pads)) and len(sizes) == 4
-    if not whole or not even or in_channels % groups or out_channels % groups:
-        raise ValueError(f"{counts} and {pads} make no transposed convolution")

@@ -93,6 +93,32 @@ def own_class(module: nn.Module) -> type[nn.Module]:
     return found
 
 
+def standing_for(
+    base: type[nn.Module],
+    bases: tuple[type, ...],
+    content: dict[str, Any],
+    make: Callable[..., type[nn.Module]],
+    *more: Any,
+) -> type[nn.Module]:
+    """A class of `bases` that a module of class `base` gets in place of it, and that looks like it.
+    `make(base, *more)` gives it again, to copies and pickles.
+    """
+
+    def reduce(self: Any, protocol: Any) -> Any:
+        return _without_state, (make, base, *more), self.__getstate__()
+
+    own = {"__reduce_ex__": reduce, "own_class": base}
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__}
+    made: Any = type(base.__name__, bases, {**content, **own, **names})
+    return made
+
+
+def _without_state(make: Callable[..., type[nn.Module]], *of: Any) -> nn.Module:
+    """A module for a copy or a pickle, which brings its state."""
+    kind = make(*of)
+    return kind.__new__(kind)
+
+
 def holds_integers(module: nn.Module) -> bool:
     """Is it a layer whose weight is stored in integers, by this package, by torch or by another
     one?
