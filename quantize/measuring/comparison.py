@@ -18,7 +18,6 @@ several streams.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -27,7 +26,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from quantize import surgery
+from quantize import check, surgery
 from quantize.calibration import on_cpu
 from quantize.host import default_threads
 from quantize.measuring.artifact import Build, check_there
@@ -139,11 +138,9 @@ def compare(
 
 
 def _check(threads: int, rounds: int, burst_seconds: float, timeout_s: float) -> None:
-    for name, count in (("threads", threads), ("rounds", rounds)):
-        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-            raise ValueError(f"{name} must be an integer of at least 1, got {count!r}")
-    if not 0 <= burst_seconds < math.inf:
-        raise ValueError(f"burst_seconds must be a finite number >= 0, got {burst_seconds!r}")
+    check.count("threads", threads)
+    check.count("rounds", rounds)
+    check.number("burst_seconds", burst_seconds, "[0, inf)")
     if not timeout_s > 0:
         raise ValueError(f"timeout_s must be above 0, got {timeout_s!r}")
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantize import surgery
+from quantize import check, surgery
 from quantize.nn import CompressedLayer, dense_weight, is_transposed
 
 
@@ -126,8 +126,7 @@ class LowRankConv2d(_Pair):
 
     def __init__(self, like: nn.Conv2d, rank: int, split: str, bias: bool):
         super().__init__()
-        if split not in ("channel", "spatial"):
-            raise ValueError(f"split is {split!r}; allowed: 'channel', 'spatial'")
+        check.one_of("split", split, ("channel", "spatial"))
         self.in_channels, self.out_channels = like.in_channels, like.out_channels
         self.kernel_size, self.stride, self.padding = like.kernel_size, like.stride, like.padding
         self.dilation, self.groups = like.dilation, like.groups

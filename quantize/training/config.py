@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+
+from quantize import check
+
+_WITHIN = {
+    "lr": "(0, inf)",
+    "muon_lr": "(0, inf)",
+    "clip": "(0, inf)",
+    "weight_decay": "[0, inf)",
+    "momentum": "[0, 1)",
+    "cooldown": "[0, 1]",
+    "short": "[0, 1]",
+}
 
 
 @dataclass(frozen=True)
@@ -30,29 +41,10 @@ class TrainConfig:
     clip: float = 1.0  # longest gradient norm; larger ones are scaled down to it
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "length"):
-            if not (isinstance(getattr(self, name), int) and getattr(self, name) >= 1):
-                raise ValueError(
-                    f"TrainConfig.{name} is {getattr(self, name)!r}; allowed: an integer >= 1"
-                )
-        for name in ("lr", "muon_lr", "clip"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(
-                    f"TrainConfig.{name} is {getattr(self, name)!r}; allowed: a finite number > 0"
-                )
-        if not 0 <= self.weight_decay < math.inf:
-            raise ValueError(
-                f"TrainConfig.weight_decay is {self.weight_decay!r}; allowed: a finite number >= 0"
-            )
-        if not (isinstance(self.warmup, int) and self.warmup >= 0):
-            raise ValueError(f"TrainConfig.warmup is {self.warmup!r}; allowed: an integer >= 0")
-        for name in ("cooldown", "short"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"TrainConfig.{name} is {getattr(self, name)!r}; allowed: 0 to 1")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(
-                f"TrainConfig.momentum is {self.momentum!r}; allowed: at least 0, less than 1"
-            )
+        for name, least in (("steps", 1), ("batch", 1), ("length", 1), ("warmup", 0)):
+            check.count(f"TrainConfig.{name}", getattr(self, name), least)
+        for name, within in _WITHIN.items():
+            check.number(f"TrainConfig.{name}", getattr(self, name), within)
 
     def rate(self, step: int) -> float:
         """Share of the full learning rates that `step`, counted from 0, uses."""

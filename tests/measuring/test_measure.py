@@ -164,9 +164,9 @@ def test_wrong_inputs_name_the_artifact(files):
 @pytest.mark.slow
 def test_bad_arguments_are_refused(files, tmp_path):
     """Each with its name and value, before any process is started."""
-    with pytest.raises(ValueError, match="threads must be an integer of at least 1, got 0"):
+    with pytest.raises(ValueError, match="threads is 0; allowed: an integer >= 1"):
         measure(files["mlp"], INPUTS, threads=0)
-    with pytest.raises(ValueError, match="rounds must be an integer of at least 1, got 0"):
+    with pytest.raises(ValueError, match="rounds is 0; allowed: an integer >= 1"):
         measure(files["mlp"], INPUTS, rounds=0)
     with pytest.raises(ValueError, match="timeout_s"):
         measure(files["mlp"], INPUTS, timeout_s=-1)

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
 import torch
 from torch import nn
 
 from quantize import surgery
 from quantize.nn import holds_integers
 from quantize.training import TrainingError
-
-
-def check_steps(steps: Any) -> None:
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps is {steps!r}; allowed: an integer >= 1")
 
 
 def check_modules(student: nn.Module, teacher: nn.Module) -> None:
@@ -47,18 +39,3 @@ def check_trainable(student: nn.Module) -> None:
             f"the student ({type(student).__name__}) has no parameter that requires a gradient: "
             f"nothing to train"
         )
-
-
-def check_one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} is {value!r}; allowed: {', '.join(map(repr, allowed))}")
-
-
-def check_number(
-    name: str, value: Any, *, low: float, high: float = math.inf, strict: bool = False
-) -> None:
-    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not good or not low <= value <= high or (strict and value == low):
-        least = f"> {low:g}" if strict else f">= {low:g}"
-        bounds = f"in [{low:g}, {high:g}]" if high < math.inf else least
-        raise ValueError(f"{name} is {value!r}; allowed: a finite number {bounds}")

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from quantize import check
 from quantize.calibration import (
     call,
     in_eval_mode,
@@ -26,7 +27,6 @@ from quantize.calibration import (
 )
 from quantize.compression.distillation import match
 from quantize.compression.distillation.batches import Batch
-from quantize.compression.distillation.checks import check_number, check_one_of
 from quantize.compression.distillation.losses import row_weights, soft_kl
 from quantize.compression.distillation.state import (
     Carried,
@@ -71,10 +71,10 @@ class Objective:
     teacher_stateful: bool = False
 
     def __post_init__(self) -> None:
-        check_number("temperature", self.temperature, low=0, strict=True)
-        check_number("alpha", self.alpha, low=0, high=1)
-        check_number("hidden_weight", self.hidden_weight, low=0)
-        check_one_of("kind", self.kind, ("auto", "logits", "values"))
+        check.number("temperature", self.temperature, "(0, inf)")
+        check.number("alpha", self.alpha, "[0, 1]")
+        check.number("hidden_weight", self.hidden_weight, "[0, inf)")
+        check.one_of("kind", self.kind, ("auto", "logits", "values"))
         if self.alpha < 1 and self.loss is None:
             rest = f"which leaves {1 - self.alpha:g} to the task"
             raise ValueError(

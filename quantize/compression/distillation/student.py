@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from quantize import surgery
+from quantize import check, surgery
 from quantize.calibration import (
     call,
     main_output,
@@ -109,8 +109,8 @@ def _check(depth: Any, width: Any) -> None:
             f"depth is {depth!r}; allowed: an integer >= 1 (blocks that stay) or a fraction in "
             f"(0, 1)"
         )
-    if width is not None and not 0 < width <= 1:
-        raise ValueError(f"width is {width!r}; allowed: a fraction in (0, 1]")
+    if width is not None:
+        check.number("width", width, "(0, 1]")
 
 
 @torch.no_grad()

@@ -19,12 +19,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from quantize import surgery
+from quantize import check, surgery
 from quantize.calibration import main_output
 from quantize.compression.distillation import match
 from quantize.compression.distillation.batches import Numbered
 from quantize.compression.distillation.best import Best
-from quantize.compression.distillation.checks import check_modules, check_steps, check_trainable
+from quantize.compression.distillation.checks import check_modules, check_trainable
 from quantize.compression.distillation.objective import Objective
 from quantize.compression.distillation.preparing import precision, prepare
 from quantize.training import Batches, TrainConfig, TrainingError, fit, ranks
@@ -101,7 +101,7 @@ def distill(
             is then the student as it was before that step.
     """
     check_modules(student, teacher)
-    check_steps(steps)
+    check.count("steps", steps)
     if alpha is None:
         alpha = 1.0 if loss is None else 0.5
     check_trainable(student)
@@ -217,7 +217,7 @@ def recover(
     Raises:
         ValueError, TypeError, TrainingError: as `distill` does.
     """
-    check_steps(steps)
+    check.count("steps", steps)
     defaults = {"temperature": 1.0, "recipe": recovery_recipe, "technique": "recover"}
     return distill(model, teacher, batches, steps=steps, **{**defaults, **options})
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import nn
 
 from quantize import calibration as calibrating
-from quantize import surgery
+from quantize import check, surgery
 from quantize.compression import smooth
 from quantize.compression.int8.joining import following, fuse_activations
 from quantize.compression.int8.layers import (
@@ -195,9 +194,7 @@ def _check(prefer: str, max_error: float | None, calibration: Iterable[Any] | No
         return
     if calibration is None:
         raise ValueError(f"max_error={max_error!r} needs calibration, on which it is measured")
-    number = isinstance(max_error, (int, float)) and not isinstance(max_error, bool)
-    if not number or not 0 < max_error < math.inf:
-        raise ValueError(f"max_error must be a finite number above 0, got {max_error!r}")
+    check.number("max_error", max_error, "(0, inf)")
 
 
 def _improved(

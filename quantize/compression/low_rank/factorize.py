@@ -19,13 +19,14 @@ import torch
 from torch import nn
 
 from quantize import calibration as calibrate
-from quantize import surgery
+from quantize import check, surgery
 from quantize.compression.low_rank import budget as budgets
 from quantize.compression.low_rank.candidates import check_weights, find_layers, reached
 from quantize.compression.low_rank.fit import factors, fit
 from quantize.compression.low_rank.notes import write_down
 from quantize.compression.low_rank.spectra import spectra
 from quantize.nn import low_rank as pairs
+from quantize.saying import Say, silent
 
 
 def factorize_low_rank(
@@ -41,7 +42,7 @@ def factorize_low_rank(
     loss: Callable[[Any, Any], torch.Tensor] | None = None,
     max_passes: int = 64,
     memory: int = 1 << 30,
-    progress: Callable[[str], None] | None = None,
+    progress: Say | None = None,
 ) -> nn.Module:
     """A copy of `model`, in eval mode, whose linears and convolutions are pairs of low rank where
     that is smaller.
@@ -91,7 +92,7 @@ def factorize_low_rank(
     """
     kind, value = budgets.read_budget(ratio, energy, rank)
     _check_options(split, only_faster, calibration)
-    say = progress or (lambda line: None)
+    say = progress or silent
     model = surgery.shell(model).eval()
     layers, left = find_layers(model, skip)
     values = budgets.per_layer(kind, value, layers, model)
@@ -136,8 +137,7 @@ def factorize_low_rank(
 
 
 def _check_options(split: str, only_faster: bool | None, calibration: Any) -> None:
-    if split not in ("auto", "channel", "spatial"):
-        raise ValueError(f"split is {split!r}; allowed: 'auto', 'channel', 'spatial'")
+    check.one_of("split", split, ("auto", "channel", "spatial"))
     if only_faster and calibration is None:
         raise ValueError(
             "only_faster=True needs calibration: timing needs the shapes of the layers' inputs"

@@ -7,7 +7,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ from quantize.compression.low_rank import maths, residuals
 from quantize.compression.low_rank.spatial import spatial_factors
 from quantize.compression.low_rank.spectra import noise, usable
 from quantize.nn import low_rank as pairs
+from quantize.saying import Say
 
 
 def fit(
@@ -30,7 +31,7 @@ def fit(
     max_passes: int,
     split: str,
     left: dict[str, str],
-    say: Callable[[str], None],
+    say: Say,
 ) -> nn.Module:
     """Fit the layers `ranks` of `result`, a shell of the original, in the order in which they run,
     each on the inputs that the done ones give.

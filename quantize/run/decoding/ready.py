@@ -17,8 +17,6 @@ Longer passes, and what a back end doesn't know, run as before: same weights, sa
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch import Tensor, nn
 
 from quantize.models import DecoderLM
@@ -27,6 +25,7 @@ from quantize.run.decoding.passes import NativePasses, is_watched
 from quantize.run.decoding.sizes import contradictions
 from quantize.run.decoding.structs import KERNELS
 from quantize.run.kv_cache import KVCache
+from quantize.saying import Say, silent
 
 BACKENDS = ("native", "torchscript")
 
@@ -35,7 +34,7 @@ def for_decoding(
     model: DecoderLM,
     *,
     backend: str | None = None,
-    progress: Callable[[str], None] | None = None,
+    progress: Say | None = None,
 ) -> DecodingLM:
     """`model`, compressed or not, ready for `generate`: the same ids to the same logits, faster for
     a few tokens.
@@ -69,7 +68,7 @@ def for_decoding(
         raise TypeError(f"for_decoding takes a DecoderLM, got {type(model).__name__}")
     if backend not in (None, *BACKENDS):
         raise ValueError(f"backend is {backend!r}; allowed: None, {', '.join(BACKENDS)}")
-    say = progress or (lambda line: None)
+    say = progress or silent
     say(f"checking {len(model.blocks)} blocks")
     for reason in contradictions(model):
         raise ValueError(f"the model contradicts itself: {reason}")

@@ -12,12 +12,6 @@ from torch import Tensor, nn
 Prompt = Tensor | Sequence[Tensor] | Sequence[Sequence[int]]
 
 
-def check_count(name: str, value: object) -> None:
-    """Raises ValueError unless `value` is an integer of at least 1."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} is {value!r}; allowed: an integer >= 1")
-
-
 def check_ids(name: str, ids: Tensor, vocabulary: int | None) -> None:
     """Raises ValueError for a token id that the model doesn't have."""
     low, high, most = int(ids.min()), int(ids.max()), (vocabulary or 2**63) - 1

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantize import check
 from quantize.run.generate.checks import (
     Prompt,
     as_ids,
     as_strings,
-    check_count,
     check_ids,
     check_length,
     stop_tokens_of,
@@ -131,9 +131,9 @@ class Generation:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
         check_continues(model)
-        check_count("max_new_tokens", max_new_tokens)
+        check.count("max_new_tokens", max_new_tokens)
         if draft_tokens is not None:
-            check_count("draft_tokens", draft_tokens)
+            check.count("draft_tokens", draft_tokens)
         self.model, self.max_new_tokens, self._device = model, max_new_tokens, device_of(model)
         self._ragged = not isinstance(prompt, Tensor)
         ids, self._pad = as_ids(prompt)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantize import check
 from quantize.models import DecoderLM
 from quantize.nn import holds_integers
 from quantize.run.decoding import DecodingLM
@@ -35,8 +36,7 @@ def prefill(model: nn.Module, ids: Tensor, cache: KVCache, *, chunk: int = CHUNK
     """Read prompt ids [B, T] into `cache`, `chunk` positions per pass; returns logits [B, V] of the
     last position.
     """
-    if not isinstance(chunk, int) or chunk < 1:
-        raise ValueError(f"chunk is {chunk!r}; allowed: an integer >= 1")
+    check.count("chunk", chunk)
     if ids.dim() != 2 or ids.shape[1] == 0:
         raise ValueError(f"ids must be [B, T] with T >= 1, got {tuple(ids.shape)}")
     for piece in ids.split(chunk, dim=1):

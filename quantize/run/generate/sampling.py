@@ -18,6 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantize import check
+
+_WITHIN = {
+    "temperature": "[0, inf)",
+    "top_p": "(0, 1]",
+    "min_p": "[0, 1)",
+    "repetition_penalty": "(0, inf)",
+}
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -47,29 +56,11 @@ class Sampling:
         return cls(**options)
 
     def __post_init__(self) -> None:
-        number = (int, float)
-        checks = {
-            "temperature": (
-                "a finite number >= 0",
-                lambda v: isinstance(v, number) and 0 <= v < math.inf,
-            ),
-            "top_k": ("an integer >= 1", lambda v: v is None or (isinstance(v, int) and v >= 1)),
-            "top_p": (
-                "a number in (0, 1]",
-                lambda v: v is None or (isinstance(v, number) and 0 < v <= 1),
-            ),
-            "min_p": (
-                "a number in [0, 1)",
-                lambda v: v is None or (isinstance(v, number) and 0 <= v < 1),
-            ),
-            "repetition_penalty": (
-                "a finite number > 0",
-                lambda v: isinstance(v, number) and 0 < v < math.inf,
-            ),
-        }
-        for name, (allowed, ok) in checks.items():
-            if isinstance(getattr(self, name), bool) or not ok(getattr(self, name)):
-                raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: {allowed}")
+        for name, within in _WITHIN.items():
+            if getattr(self, name) is not None or name not in ("top_p", "min_p"):
+                check.number(name, getattr(self, name), within)
+        if self.top_k is not None:
+            check.count("top_k", self.top_k)
         idle = [name for name in ("top_k", "top_p", "min_p") if getattr(self, name) is not None]
         if self.temperature == 0 and idle:
             raise ValueError(

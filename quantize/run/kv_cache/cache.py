@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantize import check
 from quantize.run.kv_cache import checks
 from quantize.run.kv_cache.fitting import shape_for
 from quantize.run.kv_cache.functions import (
@@ -64,8 +65,10 @@ class KVCache:
         rope: Tensor | None = None,
         block: int = BLOCK,
     ):
-        checks.check_counts(layers=layers, batch=batch, block=block)
-        checks.check_limit(limit)
+        for name, value in (("layers", layers), ("batch", batch), ("block", block)):
+            check.count(name, value)
+        if limit is not None:
+            check.count("limit", limit)
         checks.check_dtype(dtype)
         windows = checks.per_layer("window", window, layers, none=True)
         checks.check_windows(window, windows, limit, sinks)
@@ -235,9 +238,7 @@ class KVCache:
     # Visibility.
 
     def _mask(self, store: Layer, new: int, low: int, device: torch.device) -> Tensor | None:
-        """bool [T, S] or [B, 1, T, S] over positions low.. of this pass; None where everything, or
-        the causal part, is seen.
-        """
+        """bool [T, S] or [B, 1, T, S] over positions low.. of this pass; None: all or causal."""
         start = self._end - new
         window = store.window if store.window is not None and self._end > store.window else None
         if self.pad is None and (new == 1 or (start == 0 and low == 0 and window is None)):
@@ -272,7 +273,7 @@ class KVCache:
         Raises ValueError if `pad` doesn't fit the batch, or together with sinks.
         """
         batch = self.batch if batch is None else batch
-        checks.check_counts(batch=batch)
+        check.count("batch", batch)
         if pad is not None:
             checks.check_pad(pad, batch, self.sinks)
             pad = pad if bool(pad.any()) else None
@@ -331,9 +332,7 @@ class KVCache:
     # Cross-attention.
 
     def memory(self, layer: int) -> dict[str, Tensor]:
-        """What `remember` kept for a layer: k, v [B, KV, S, D] and perhaps mask [B, S]; empty
-        before.
-        """
+        """What `remember` kept for a layer: k, v [B, KV, S, D], perhaps mask [B, S]."""
         return self._layers[layer].memory
 
     def remember(self, layer: int, k: Tensor, v: Tensor, mask: Tensor | None = None) -> None:

@@ -7,32 +7,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from quantize.check import is_count
+
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int8)
-
-
-def is_count(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def per_layer(name: str, value: object, layers: int, *, none: bool = False) -> list:
     values = list(value) if isinstance(value, Sequence) else [value] * layers
-    if len(values) != layers or not all(is_count(v, 1) or (none and v is None) for v in values):
+    if len(values) != layers or not all(is_count(v) or (none and v is None) for v in values):
         allowed = f"an integer >= 1{' or None' * none}, or {layers} of them"
         raise ValueError(f"{name} is {value!r}; allowed: {allowed}")
     return values
-
-
-def check_counts(**counts: int) -> None:
-    """Integers from 1 on."""
-    for name, value in counts.items():
-        if not is_count(value, 1):
-            raise ValueError(f"{name} is {value!r}; allowed: an integer >= 1")
-
-
-def check_limit(limit: int | None) -> None:
-    """An integer from 1 on, or None."""
-    if limit is not None:
-        check_counts(limit=limit)
 
 
 def check_dtype(dtype: torch.dtype | None) -> None:
@@ -118,6 +103,6 @@ def check_length(length: int, held: int) -> None:
 def check_copies(batch: int | None, held: int) -> None:
     """A single row can be copied; several keep their number."""
     fits = held == 1 or batch == held
-    if batch is not None and not (is_count(batch, 1) and fits):
+    if batch is not None and not (is_count(batch) and fits):
         more = ", or any if one row is held" * (held == 1)
         raise ValueError(f"batch is {batch!r}; allowed: {held}{more}")

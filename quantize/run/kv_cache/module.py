@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from quantize.check import is_count
 from quantize.run.kv_cache.cache import KVCache
-from quantize.run.kv_cache.checks import is_count
 from quantize.run.kv_cache.functions import (
     alibi_slopes,
     attention,
@@ -63,7 +63,7 @@ class CachedAttention(nn.Module):
                 f"position is {position!r}; allowed: 'rope' (even head_dim, got {head_dim}), "
                 f"'alibi', None"
             )
-        if window is not None and (cross or not is_count(window, 1)):
+        if window is not None and (cross or not is_count(window)):
             raise ValueError(
                 f"window is {window!r}; allowed: None or an integer >= 1, and None in "
                 f"cross-attention"

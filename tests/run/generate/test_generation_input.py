@@ -100,6 +100,7 @@ def test_causal_models_are_not_refused_for_their_rounding():
         ({"max_new_tokens": 1.5}, "max_new_tokens is 1.5"),
         ({"temperature": -1.0}, "temperature is -1.0"),
         ({"temperature": float("nan")}, "temperature is nan"),
+        ({"temperature": None}, "temperature is None"),
         ({"top_k": 5}, "top_k can't do anything at temperature 0"),
         ({"temperature": 1.0, "top_k": 0}, "top_k is 0"),
         ({"temperature": 1.0, "top_p": 1.1}, "top_p is 1.1"),
