@@ -10,6 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def rope_frequencies(head_dim: int, theta: float, device: torch.device | None = None) -> Tensor:
+    """Radians per position of each pair of dimensions, fp32 [D/2]."""
+    pairs = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device)
+    return 1.0 / theta ** (pairs / head_dim)
+
+
 def rope_table(
     positions: Tensor, head_dim: int, theta: float, frequencies: Sequence[float] | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -20,9 +26,7 @@ def rope_table(
     place of those that follow from theta.
     """
     if frequencies is None:
-        turns = 1.0 / theta ** (
-            torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
-        )
+        turns = rope_frequencies(head_dim, theta, positions.device)
     else:
         turns = torch.tensor(frequencies, device=positions.device, dtype=torch.float32)
     angles = positions.float()[..., None] * turns

@@ -18,7 +18,12 @@ from torch import Tensor, nn
 
 from quantize import checkpoint
 from quantize.models import pretrained, published
-from quantize.models.attention import apply_rope, causal_attention, rope_table
+from quantize.models.attention import (
+    apply_rope,
+    causal_attention,
+    rope_frequencies,
+    rope_table,
+)
 from quantize.models.config import DecoderConfig
 from quantize.native import bfloat16
 
@@ -222,6 +227,4 @@ class DecoderLM(nn.Module):
         config = self.config
         if config.rope_frequencies is not None:
             return torch.tensor(config.rope_frequencies, dtype=torch.float32)
-        return 1.0 / config.rope_theta ** (
-            torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-        )
+        return rope_frequencies(config.head_dim, config.rope_theta)

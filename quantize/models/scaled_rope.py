@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantize.models.attention import rope_frequencies
+
 
 def rope_of(raw: Mapping[str, Any], head_dim: int) -> tuple[float, list[float] | None, float]:
     """theta; frequencies [head_dim / 2] if they are scaled; the factor on cosines and sines."""
@@ -27,7 +29,7 @@ def rope_of(raw: Mapping[str, Any], head_dim: int) -> tuple[float, list[float] |
         )
     if "factor" not in rope:
         raise ValueError(f"RoPE scaling {kind!r} lacks its factor: {rope!r}")
-    frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2).float() / head_dim)
+    frequencies = rope_frequencies(head_dim, theta)
     trained = rope.get("original_max_position_embeddings") or raw.get(
         "max_position_embeddings", 2048
     )
@@ -60,7 +62,7 @@ def _yarn(theta: float, head_dim: int, trained: int, rope: Mapping[str, float]) 
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)
     slowed = ((torch.arange(head_dim // 2).float() - low) / max(high - low, 0.001)).clamp(0, 1)
-    frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2).float() / head_dim)
+    frequencies = rope_frequencies(head_dim, theta)
     return frequencies * (1 - slowed) + frequencies / rope["factor"] * slowed
 
 

@@ -21,6 +21,7 @@ Builder = Callable[..., nn.Module]
 F = TypeVar("F", bound=Callable[..., Any])
 
 MAX_EDITS = 64  # of one module
+_SHOWN = 4  # reasons in an error
 
 BUILDERS: dict[str, Builder] = {}
 
@@ -133,12 +134,12 @@ def note_distance(model: nn.Module, distance: float) -> None:
     model.__dict__["_notes"] = [*before, {**last, "distance": distance}]
 
 
-def shortened(reasons: Mapping[str, str], most: int = 4) -> str:
+def shortened(reasons: Mapping[str, str]) -> str:
     """The first reasons why layers stayed, for an error: `name: reason; ...`; "" if there are
     none.
     """
-    shown = "; ".join(f"{name}: {why}" for name, why in list(reasons.items())[:most])
-    more = len(reasons) - most
+    shown = "; ".join(f"{name}: {why}" for name, why in list(reasons.items())[:_SHOWN])
+    more = len(reasons) - _SHOWN
     return f"{shown}; and {more} more" if more > 0 else shown
 
 

@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID
 from rich.progress import Progress as RichProgress
 
+_EVERY_S = 10.0  # between two lines, where there is no terminal
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -29,14 +31,8 @@ class ProgressPrinter:
     then.
     """
 
-    def __init__(
-        self,
-        name: str = "train",
-        unit: str = "tokens",
-        stream: TextIO | None = None,
-        every_s: float = 10.0,
-    ):
-        self.name, self.unit, self.every_s = name, unit, every_s
+    def __init__(self, name: str = "train", unit: str = "tokens", stream: TextIO | None = None):
+        self.name, self.unit = name, unit
         self.console = Console(file=stream or sys.stderr)
         self.bar = RichProgress(
             *("{task.description}", BarColumn(), MofNCompleteColumn(), "{task.fields[status]}"),
@@ -61,7 +57,7 @@ class ProgressPrinter:
                 self.bar.start()
                 self._task = self.bar.add_task(self.name, total=at.steps, status=status)
             self.bar.update(self._task, completed=at.step, status=status)
-        elif now - self._shown >= self.every_s or at.step == at.steps:
+        elif now - self._shown >= _EVERY_S or at.step == at.steps:
             self._shown = now
             self.console.print(
                 f"{self.name}: step {at.step}/{at.steps}  {status}", highlight=False, soft_wrap=True

@@ -20,7 +20,7 @@ from quantize.nn.int8_stock import IN_GRAPH
 from quantize.run.fusion.graph import Program, lines_of
 from quantize.run.fusion.nested import Spec, duplicate, flatten, unflatten
 from quantize.run.fusion.sizes import holds, other_sizes, violating
-from quantize.run.fusion.state import Answers, Call, answers, one_call
+from quantize.run.fusion.state import Answers, Call, one_call
 
 _BURST_S = 0.05
 # of the largest value; a model that differs from its float64 twin by more isn't rounded, it's
@@ -285,13 +285,6 @@ def _tried(model: Callable[..., Any], spec: Spec, tensors: list[Tensor]) -> Call
         return one_call(model, spec, tensors)
     except Exception:  # a model may refuse a size in whatever way it likes
         return None
-
-
-def check(
-    fused: Callable[..., Any], model: nn.Module, example_inputs: Any, *, sizes: bool = True
-) -> float:
-    """Compare one fused model, as `Checker` does."""
-    return Checker(model, example_inputs, answers(model, example_inputs), sizes=sizes)(fused)
 
 
 def race(

@@ -14,17 +14,15 @@ from torch import Tensor
 from quantize.run.serve import state
 from quantize.run.serve.encoder import Encoder
 from quantize.run.serve.errors import Refused
-from quantize.run.serve.exchange import answer, parse_json, read_body, unless_gone
-from quantize.run.serve.fields import Fields, texts, wrong
+from quantize.run.serve.exchange import answer, unless_gone
+from quantize.run.serve.fields import texts, wrong
 
 Encoded = tuple[list, list]
 
 
 async def embeddings(request: Request) -> Response:
     """Vectors of texts, each of length 1."""
-    serving = state.of(request)
-    fields = Fields(parse_json(await read_body(request, serving.settings.max_body)))
-    running = serving.find(fields.take("model"))
+    serving, fields, running = await state.read(request)
     with state.Count(serving, running) as count:
         encoder = _encoder(running)
         if encoder.scores:
@@ -50,9 +48,7 @@ async def embeddings(request: Request) -> Response:
 
 async def rerank(request: Request) -> Response:
     """Documents by how well they answer a query: a cross-encoder's score, or a cosine."""
-    serving = state.of(request)
-    fields = Fields(parse_json(await read_body(request, serving.settings.max_body)))
-    running = serving.find(fields.take("model"))
+    serving, fields, running = await state.read(request)
     with state.Count(serving, running) as count:
         encoder, most = _encoder(running), serving.settings.max_texts
         query = fields.take("query")

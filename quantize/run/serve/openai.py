@@ -19,7 +19,7 @@ from quantize.run.serve import state
 from quantize.run.serve.answers import Answer, ChatAnswer, TextAnswer
 from quantize.run.serve.batching import failed
 from quantize.run.serve.errors import Refused, error_body
-from quantize.run.serve.exchange import Events, answer, parse_json, read_body, unless_gone
+from quantize.run.serve.exchange import Events, answer, unless_gone
 from quantize.run.serve.fields import Fields, texts, wrong
 from quantize.run.serve.served import Decoder
 from quantize.run.serve.writing import MOST_TOP, Asked, Texts, asked
@@ -91,10 +91,7 @@ async def _write(
     request: Request,
     read: Callable[[Fields, Decoder, int], tuple[list[list[int]], Asked, type[Answer]]],
 ) -> Response:
-    serving = state.of(request)
-    content = parse_json(await read_body(request, serving.settings.max_body))
-    fields = Fields(content)
-    running = serving.find(fields.take("model"))
+    serving, fields, running = await state.read(request)
     count = state.Count(serving, running)
     with count.mistakes():
         if running.served.decoder is None:

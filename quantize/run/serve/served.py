@@ -97,11 +97,6 @@ class Served:
     encoder: Encoder | None = None
     call_s: float = 0.0
 
-    @property
-    def platform(self) -> str:
-        """What runs it, for the metadata of the Open Inference Protocol."""
-        return "pytorch"
-
 
 def open_served(path: Path, name: str, example_inputs: Any = None) -> Served:
     """What a file or folder holds, ready to be served.

@@ -13,7 +13,8 @@ from starlette.requests import Request
 from quantize.host import default_threads
 from quantize.run.serve.batching import Batcher, Compute, Job
 from quantize.run.serve.errors import Refused, busy
-from quantize.run.serve.exchange import Gone
+from quantize.run.serve.exchange import Gone, parse_json, read_body
+from quantize.run.serve.fields import Fields
 from quantize.run.serve.keeping import Keeper
 from quantize.run.serve.metrics import Metrics
 from quantize.run.serve.prefixes import Prefixes
@@ -154,3 +155,10 @@ def _counter(error: BaseException | None) -> str:
 def of(request: Request) -> State:
     """The state of the server that a request came to."""
     return request.app.state.serving
+
+
+async def read(request: Request) -> tuple[State, Fields, Running]:
+    """The server that a request came to, the fields of its JSON, and the model that it names."""
+    serving = of(request)
+    fields = Fields(parse_json(await read_body(request, serving.settings.max_body)))
+    return serving, fields, serving.find(fields.take("model"))
