@@ -4,7 +4,6 @@ its value, and what is allowed.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 
@@ -19,17 +18,18 @@ def count(name: str, value: Any, least: int = 1) -> None:
         raise ValueError(f"{name} is {value!r}; allowed: an integer >= {least}")
 
 
-def number(name: str, value: Any, within: str) -> None:
-    """A finite number in an interval, written as "(0, 1]" or "[0, inf)"."""
-    low, high = map(float, within[1:-1].split(","))
-    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if good:
-        above = value >= low if within[0] == "[" else value > low
-        below = value <= high if within[-1] == "]" else value < high
-        good = above and below
-    if not good:
-        sign = ">=" if within[0] == "[" else ">"
-        bounds = f"{sign} {low:g}" if math.isinf(high) else f"in {within}"
+def within(value: float, interval: str) -> bool:
+    """Is it in an interval, written as "(0, 1]" or "[0, inf)"?"""
+    low, high = map(float, interval[1:-1].split(","))
+    above = value >= low if interval[0] == "[" else value > low
+    return above and (value <= high if interval[-1] == "]" else value < high)
+
+
+def number(name: str, value: Any, interval: str) -> None:
+    """A finite number in an interval."""
+    plain = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not plain or not within(value, interval):
+        bounds = {"(0, inf)": "> 0", "[0, inf)": ">= 0"}.get(interval, f"in {interval}")
         raise ValueError(f"{name} is {value!r}; allowed: a finite number {bounds}")
 
 

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from quantize import check
 from quantize.checkpoint.opening import CheckpointError
 from quantize.models.published import read_json, read_shapes
 from quantize.models.scaled_rope import rope_of
@@ -101,8 +102,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         ):
             raise ValueError(f"config.json asks for {key}={value!r}, which isn't supported")
     for key in _REQUIRED:
-        if not isinstance(raw.get(key), int) or isinstance(raw.get(key), bool) or raw[key] < 1:
-            raise ValueError(f"config.json: {key} is {raw.get(key)!r}; allowed: an integer >= 1")
+        check.count(f"config.json: {key}", raw.get(key))
     _compare_sizes(folder, raw, read_shapes(folder))
 
     heads = raw["num_attention_heads"]

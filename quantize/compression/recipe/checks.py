@@ -4,13 +4,15 @@ allowed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from quantize import check
 
-def number(step: Any, name: str, fits: Callable[[float], bool], allowed: str) -> float:
+
+def number(step: Any, name: str, interval: str) -> float:
     """The field as a float. Raises TypeError for no number, ValueError for one out of range."""
-    return _number(*_field(step, name), fits, allowed)
+    return _number(*_field(step, name), interval)
 
 
 def _field(step: Any, name: str) -> tuple[str, Any]:
@@ -18,29 +20,27 @@ def _field(step: Any, name: str) -> tuple[str, Any]:
     return f"{type(step).__name__}.{name}", getattr(step, name)
 
 
-def _number(where: str, value: Any, fits: Callable[[float], bool], allowed: str) -> float:
+def _number(where: str, value: Any, interval: str) -> float:
     if value == "inf":  # of a recipe in a file
         value = float(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{where} must be a number, got {value!r}")
-    if not fits(value):
-        raise ValueError(f"{where} is {value!r}; allowed: {allowed}")
+    if not check.within(value, interval):
+        raise ValueError(f"{where} is {value!r}; allowed: {interval}")
     return float(value)
 
 
-def shares(
-    step: Any, name: str, fits: Callable[[float], bool], allowed: str
-) -> float | dict[str, float]:
+def shares(step: Any, name: str, interval: str) -> float | dict[str, float]:
     """The field as a float, or as a dict of them by name of a layer."""
     where, value = _field(step, name)
     if not isinstance(value, Mapping):
-        return _number(where, value, fits, allowed)
+        return _number(where, value, interval)
     if not value:
         raise ValueError(f"{where} is an empty dict: name at least one layer")
     for layer in value:
         if not isinstance(layer, str):
             raise TypeError(f"{where} takes names of layers, got {layer!r}")
-    return {k: _number(f"{where}[{k!r}]", v, fits, allowed) for k, v in value.items()}
+    return {k: _number(f"{where}[{k!r}]", v, interval) for k, v in value.items()}
 
 
 def count(step: Any, name: str) -> int:

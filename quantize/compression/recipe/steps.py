@@ -40,8 +40,8 @@ class Prune(Step):
     part = "pruned"
 
     def __post_init__(self) -> None:
-        amount = checks.shares(self, "amount", lambda value: 0 <= value < 1, "[0, 1)")
-        n = checks.number(self, "n", lambda value: value > 0, "> 0")
+        amount = checks.shares(self, "amount", "[0, 1)")
+        n = checks.number(self, "n", "(0, inf]")
         self._set(amount=amount, n=n, skip=checks.names(self, "skip"))
 
     def __call__(self, model: nn.Module, given: Given) -> nn.Module:
@@ -66,7 +66,7 @@ class LowRank(Step):
     part = "low_rank"
 
     def __post_init__(self) -> None:
-        ratio = checks.shares(self, "ratio", lambda value: 0 < value <= 1, "(0, 1]")
+        ratio = checks.shares(self, "ratio", "(0, 1]")
         self._set(ratio=ratio, skip=checks.names(self, "skip"))
         checks.choice(self, "only_faster", (None, True, False))
 

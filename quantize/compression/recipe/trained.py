@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -40,7 +39,7 @@ class Recover(Step):
     def __post_init__(self) -> None:
         checks.count(self, "steps")
         checks.count(self, "joined")
-        temperature = checks.number(self, "temperature", lambda value: 0 < value < math.inf, "> 0")
+        temperature = checks.number(self, "temperature", "(0, inf)")
         self._set(hidden=checks.names(self, "hidden"), temperature=temperature)
 
     def __call__(self, model: nn.Module, given: Given) -> nn.Module:
@@ -74,13 +73,13 @@ class Student(Step):
 
     def __post_init__(self) -> None:
         checks.count(self, "steps")
-        temperature = checks.number(self, "temperature", lambda value: 0 < value < math.inf, "> 0")
+        temperature = checks.number(self, "temperature", "(0, inf)")
         if self.depth is None and self.width is None:
             raise ValueError("Student: give depth (blocks that stay), width (fraction), or both")
         if self.width is not None:
-            checks.number(self, "width", lambda value: 0 < value <= 1, "(0, 1]")
+            checks.number(self, "width", "(0, 1]")
         if isinstance(self.depth, float):
-            checks.number(self, "depth", lambda value: 0 < value < 1, "a fraction in (0, 1)")
+            checks.number(self, "depth", "(0, 1)")
         elif self.depth is not None:
             checks.count(self, "depth")
         self._set(temperature=temperature, skip=checks.names(self, "skip"))
