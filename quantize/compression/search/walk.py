@@ -38,6 +38,7 @@ MOST_SHARES, FEW_SHARES = 6, 1  # of one technique; where layers are chosen one 
 TRAINED = 3  # models that a training is tried on, the ones that lost least
 WORTH = 1.1  # times as fast as what needs none: what a training is tried for
 FIRST_STEPS, MOST_STEPS = 20, 400  # of a training
+LARGE = 1 << 29  # bytes of a model: a process for each of the first points would take too much
 OPENING = 0.3  # share of the minutes after which no more is made before the original is measured
 SOME_LINEAR = 0.1  # share of the parameters from which on linear layers may get 4 bits
 
@@ -99,6 +100,8 @@ class Walk:
         """The original and the recipes that people pick, measured in the same turns: they are made
         while measuring processes import what the model needs.
         """
+        if sum(tensor.nbytes for tensor in self.trial.model.parameters()) > LARGE:
+            return
         recipes = list(strategy.by_hand(self.tables))
         if self.is_convolutional:
             relaid = [strategy.channels_last(recipe) for recipe in (None, *recipes)]

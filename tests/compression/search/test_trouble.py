@@ -189,6 +189,16 @@ def test_what_people_pick_is_timed_beside_the_original_at_once(batches, tmp_path
 
 
 @pytest.mark.slow
+def test_a_large_model_is_measured_beside_one_at_a_time(batches, turns, monkeypatch):
+    """Memory holds as few of them as can be; what people pick is tried all the same."""
+    monkeypatch.setattr("quantize.compression.search.walk.LARGE", 1000)
+    result = search(Net().eval(), batches, {"speedup": 1000})
+    assert turns[0] == (["original", "again"], FIRST_ROUNDS)
+    names = {row["name"] for row in result.rows}
+    assert {"int8", "pruned0.3+int8", "low_rank0.7+int8"} <= names
+
+
+@pytest.mark.slow
 def test_a_point_that_has_lost_too_much_gets_one_turn(batches, turns):
     """It can't be chosen, and only predictions use its speed."""
     result = search(Net().eval(), batches, {"max_loss": 0.05}, evaluate=values_of)
