@@ -13,9 +13,16 @@ from torch import Tensor
 
 from quantize.run.fusion.graph import Program
 from quantize.run.fusion.nested import flatten, unflatten
+from quantize.run.fusion.writes import TooFree
 
 _COMPARISONS = (" == ", " != ", " <= ", " >= ", " < ", " > ")
-_WORDS = {"min", "max", "math.ceil", "math.floor", "and", "or", "not"}
+_WORDS = {"min", "max", "int", "float", "round", "math.ceil", "math.floor", "and", "or", "not"}
+_SPELLED = {
+    "torch.sym_min(": "min(",
+    "torch.sym_max(": "max(",
+    "torch.sym_float(": "float(",
+    "math.trunc(": "int(",
+}
 
 
 def holds(condition: str, shapes: Sequence[Sequence[int]]) -> bool:
@@ -36,15 +43,19 @@ def conditions(exported: Any, shapes: Sequence[Sequence[int]]) -> tuple[list[str
 
     Left out: what `Program.sizes` and `largest` say, and comparisons of strides. The second list
     has the questions that torch itself asks of every size, whether it is 0 or 1, and those that
-    exclude a batch of one: `violating` gives inputs to try.
+    exclude a batch of one: `violating` gives inputs to try. Raises TooFree for what can't be asked
+    again.
     """
     one = [[1, *shape[1:]] for shape in shapes]
     certain: dict[str, None] = {}
     doubtful: dict[str, None] = {}
     for text in exported._guards_code:
         text = re.sub(r"L\['tensors'\]\[(\d+)\]\.size\(\)\[(\d+)\]", r"input_\1.size(\2)", text)
-        text = text.replace("torch.sym_min", "min").replace("torch.sym_max", "max")
+        for theirs, ours in _SPELLED.items():
+            text = text.replace(theirs, ours)
         words = set(re.findall(r"[A-Za-z_][\w.]*", re.sub(r"input_\d+\.size", "", text)))
+        if any(word.startswith(("math.", "torch.")) for word in words - _WORDS):
+            raise TooFree(f"a file can't ask of its inputs whether {text}")
         if not words <= _WORDS or not holds(text, shapes):
             continue
         left, compared, right = text.partition(next((c for c in _COMPARISONS if c in text), "?"))

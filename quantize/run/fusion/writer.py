@@ -109,8 +109,9 @@ class Writer:
         lines += [f"    input_{i} = {leaf}" for i, leaf in leaves.items()]
         for condition in self.program.conditions:
             text = _unquoted(re.sub(r"input_(\d+)", lambda m: leaves[int(m[1])], condition))
+            asked = condition.replace("math.", "torch.ops.aten.")  # TorchScript has no math
             lines.append(
-                f'    assert {condition}, "sizes must be so that {text}, as when it was fused"'
+                f'    assert {asked}, "sizes must be so that {text}, as when it was fused"'
             )
         for node in self.program.graph.nodes:
             if node.op == "call_function" and not node.meta.get("prepare"):
@@ -273,8 +274,8 @@ _PYTHON = {
     operator.le: "{0} <= {1}",
     operator.gt: "{0} > {1}",
     operator.ge: "{0} >= {1}",
-    math.ceil: "math.ceil({0})",
-    math.floor: "math.floor({0})",
+    math.ceil: "torch.ops.aten.ceil({0})",
+    math.floor: "torch.ops.aten.floor({0})",
     math.trunc: "int({0})",
     torch.sym_max: "max({0}, {1})",
     torch.sym_min: "min({0}, {1})",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -141,3 +143,18 @@ def test_a_size_that_decides_in_steps_of_many_samples() -> None:
     assert fused(x[..., :830]).shape == (2, 1, 8)
     with pytest.raises(torch.jit.Error, match="sizes must be so that"):
         fused(x[..., :930])
+
+
+@pytest.mark.parametrize("rounded", [math.floor, math.ceil, round, int])
+def test_a_choice_by_a_rounded_size(rounded: Callable[[float], int]) -> None:
+    """Sizes for which Python would have chosen otherwise, far from the example's, are refused."""
+
+    class Long(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * 2 if rounded(x.shape[1] * 0.3) > 10 else x
+
+    x = randn(2, 200)
+    fused = fuse(Long().eval(), x)
+    assert torch.equal(fused(x), 2 * x)
+    with pytest.raises(torch.jit.Error, match="sizes must be so that"):
+        fused(x[:, :20])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import pytest
 import torch
 from fusion_models import Image, randomized
@@ -210,3 +213,17 @@ def test_a_size_that_is_chosen_by_another_size() -> None:
     fused = fuse(model, x)
     for batch in (4, 3, 2):
         assert torch.equal(fused(x[:batch]), model(x[:batch]))
+
+
+@pytest.mark.parametrize("rounded", [math.floor, math.ceil])
+def test_a_size_that_is_a_rounded_quotient(rounded: Callable[[float], int]) -> None:
+    """TorchScript has no math of Python's; the file rounds sizes all the same."""
+
+    class Third(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x[:, : rounded(x.shape[1] / 3)]
+
+    x = randn(2, 12)
+    fused = fuse(Third().eval(), x)
+    for length in (12, 11, 10):
+        assert torch.equal(fused(x[:, :length]), x[:, : rounded(length / 3)])
