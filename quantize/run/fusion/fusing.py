@@ -155,7 +155,11 @@ def _torchscript(model: nn.Module, example_inputs: Any, say: Say) -> tuple[nn.Mo
     fused = torchscript.without_export(model, example_inputs, reason=reason)
     say("comparing with the model")
     checker = Checker(model, example_inputs, seen)
-    checker(fused)
+    try:
+        checker(fused)
+    except ValueError as error:
+        kind = type(model).__name__
+        raise ValueError(f"{kind} can't be fused: {reason}; without a graph, {error}") from error
     note(fused, model, "fuse", checker.distance, backend="torchscript", way="without export")
     return fused, None
 

@@ -158,3 +158,14 @@ def test_a_choice_by_a_rounded_size(rounded: Callable[[float], int]) -> None:
     assert torch.equal(fused(x), 2 * x)
     with pytest.raises(torch.jit.Error, match="sizes must be so that"):
         fused(x[:, :20])
+
+
+def test_a_number_among_the_outputs_says_so() -> None:
+    """What neither way of fusing can return is said, not only that the last way differs."""
+
+    class Counting(nn.Module):
+        def forward(self, x: torch.Tensor, **unused: Any) -> Any:
+            return x * 1.5, x.shape[1]
+
+    with pytest.raises(ValueError, match=r"output\[1\] is a number that depends on the inputs"):
+        fuse(Counting().eval(), randn(2, 5))
