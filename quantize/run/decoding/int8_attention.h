@@ -161,13 +161,13 @@ inline void score(const float* const* x, const int8_t* k, const int8_t* next, in
 }
 
 // What n positions weigh for M queries, in 16 bits: the lower bytes of all, then the upper ones. Or
-// as words that have a sign, less 2^15; then a row of ones, whose sums give that back.
+// as words that have a sign, less 2^15, which times the sum of all values gives that back.
 template <int M>
 struct Shares {
 #if defined(__AVX512VNNI__)
   alignas(64) uint8_t bytes[TILE][CHUNK];
 #else
-  int16_t words[M + 1][CHUNK];
+  int16_t words[M][CHUNK];
 #endif
   float step[M];
 
@@ -185,10 +185,6 @@ struct Shares {
 #endif
       }
     }
-#if !defined(__AVX512VNNI__)
-    std::fill(words[M], words[M] + n, 1);
-    for (int row = 0; row <= M && n < CHUNK; row++) words[row][n] = 0;
-#endif
   }
 };
 
@@ -252,11 +248,14 @@ inline void weigh(const float (*s)[CHUNK], const int8_t* v, const int8_t* next, 
     const auto ask = [&](int64_t p) {
       if (i == 0) fetch(next + p * d, 2, d);
     };
-    add_columns<M + 1>(shares.words[0], CHUNK, v + i, n, d, many, exact, ask);
+    add_columns<M>(shares.words[0], CHUNK, v + i, n, d, many, exact, ask);
+    const Ints shift = load_vector<Ints>(exact[M]) << 15;
     for (int m = 0; m < M; m++) {
-      const Ints sums = load_vector<Ints>(exact[m]) + (load_vector<Ints>(exact[M]) << 15);
-      const Floats found = to_floats(sums) * shares.step[m];
-      memcpy(y[m] + i, &found, many * sizeof(float));
+      const Floats found = to_floats(load_vector<Ints>(exact[m]) + shift) * shares.step[m];
+      if (many == LANES)
+        store_vector(found, y[m] + i);
+      else
+        memcpy(y[m] + i, &found, many * sizeof(float));
     }
   }
 #endif

@@ -59,20 +59,24 @@ inline void multiply_words(const int16_t* q, int64_t apart, const int8_t* const*
 #endif
 }
 
-// exact[m] = the sum of n rows of v, d apart, each times its weight, over `many` columns up to 16.
-// weights: N rows of words, `apart` from each other; zero behind the n of each. visit(p) is called
-// for every second row.
+// exact[m] = the sum of n rows of v, d apart, each times its weight, over `many` columns up to 16;
+// exact[N] = their sum as they are. n: at most 256, so that this fits 16 bits. weights: N rows of
+// words, `apart` from each other. visit(p) is called for every second row. Inlined into a loop,
+// whose inner loops compilers unroll before they look for registers.
 template <int N, class Visit>
-inline void add_columns(const int16_t* weights, int64_t apart, const int8_t* v, int64_t n,
-                        int64_t d, int64_t many, int32_t (*exact)[LANES], const Visit& visit) {
+[[gnu::always_inline]] inline void add_columns(const int16_t* weights, int64_t apart,
+                                               const int8_t* v, int64_t n, int64_t d, int64_t many,
+                                               int32_t (*exact)[LANES], const Visit& visit) {
 #if defined(__AVX2__)
-  __m256i total[N][2] = {};
+  __m256i total[N][2] = {}, plain[2] = {};
   for (int64_t p = 0; p < n; p += 2) {
     visit(p);
-    const int8_t* second = v + (p + 1 < n ? p + 1 : p) * d;
-    const __m128i a = next_bytes(v + p * d, many), b = next_bytes(second, many);
+    const __m128i a = next_bytes(v + p * d, many);
+    const __m128i b = p + 1 < n ? next_bytes(v + (p + 1) * d, many) : __m128i{};
     const __m256i low = _mm256_cvtepi8_epi16(_mm_unpacklo_epi8(a, b));
     const __m256i high = _mm256_cvtepi8_epi16(_mm_unpackhi_epi8(a, b));
+    plain[0] = _mm256_add_epi16(plain[0], low);
+    plain[1] = _mm256_add_epi16(plain[1], high);
 #pragma GCC unroll 8
     for (int m = 0; m < N; m++) {
       int32_t two;
@@ -84,12 +88,17 @@ inline void add_columns(const int16_t* weights, int64_t apart, const int8_t* v, 
   }
 #pragma GCC unroll 8
   for (int m = 0; m < N; m++) store_vector(joined(total[m][0], total[m][1]), exact[m]);
+  const __m256i ones = _mm256_set1_epi16(1), low = _mm256_madd_epi16(plain[0], ones);
+  store_vector(joined(low, _mm256_madd_epi16(plain[1], ones)), exact[N]);
 #else
-  memset(exact, 0, N * sizeof *exact);
+  memset(exact, 0, (N + 1) * sizeof *exact);
   for (int64_t p = 0; p < n; p++) {
     if (p % 2 == 0) visit(p);
-    for (int m = 0; m < N; m++)
-      for (int64_t i = 0; i < many; i++) exact[m][i] += weights[m * apart + p] * v[p * d + i];
+    for (int64_t i = 0; i < many; i++) {
+      const int32_t value = v[p * d + i];
+      for (int m = 0; m < N; m++) exact[m][i] += weights[m * apart + p] * value;
+      exact[N][i] += value;
+    }
   }
 #endif
 }
