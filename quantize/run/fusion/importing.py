@@ -90,6 +90,9 @@ class Importer:
             made, arguments, keyword, self.flat.seen.output, self.sizes, self._largest()
         )
         program.conditions, program.doubtful = conditions(self.exported, shapes)
+        for i, sizes in enumerate(self.sizes):  # torch.export takes no free size for 1
+            free = [d for d, size in enumerate(sizes) if d and isinstance(size, str)]
+            program.doubtful += [f"input_{i}.size({d}) != 1" for d in free]
         return program
 
     def _output(self, values: list[Any], tensors: dict[str, Tensor]) -> None:

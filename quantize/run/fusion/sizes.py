@@ -17,6 +17,8 @@ from quantize.run.fusion.writes import TooFree
 
 _COMPARISONS = (" == ", " != ", " <= ", " >= ", " < ", " > ")
 _WORDS = {"min", "max", "int", "float", "round", "math.ceil", "math.floor", "and", "or", "not"}
+_SIZE = r"input_\d+\.size\(\d+\)"
+_SIMPLE = re.compile(rf"{_SIZE} == ({_SIZE}|\d+)|{_SIZE} <= \d+")
 _SPELLED = {
     "torch.sym_min(": "min(",
     "torch.sym_max(": "max(",
@@ -59,8 +61,7 @@ def conditions(exported: Any, shapes: Sequence[Sequence[int]]) -> tuple[list[str
         if not words <= _WORDS or not holds(text, shapes):
             continue
         left, compared, right = text.partition(next((c for c in _COMPARISONS if c in text), "?"))
-        simple = "(" not in left.replace(".size(", "") and "(" not in right.replace(".size(", "")
-        if simple and compared in (" == ", " <= "):
+        if _SIMPLE.fullmatch(text):
             continue
         unequal = compared == " != "
         ordered = compared != " == " and "input" in left and "input" in right
