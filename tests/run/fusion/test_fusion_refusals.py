@@ -160,6 +160,30 @@ def test_a_choice_by_a_rounded_size(rounded: Callable[[float], int]) -> None:
         fused(x[:, :20])
 
 
+@pytest.mark.parametrize(
+    "chosen", [lambda x: x.shape[0] * x.shape[1] > 300, lambda x: x.shape[1] != 1]
+)
+def test_a_choice_by_a_product_or_a_length_of_one(chosen: Callable[[torch.Tensor], bool]) -> None:
+    """The file gives what the model gives, or refuses, at every size."""
+
+    class Chooses(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * 2 if chosen(x) else x
+
+    x = randn(8, 64)
+    fused = fuse(Chooses().eval(), x)
+    assert torch.equal(fused(x), 2 * x)
+    for part in (x[:, :1], x[:, :8], x[:2]):
+        try:
+            given = fused(part)
+        except torch.jit.Error as error:
+            assert "sizes must be so that" in str(error)
+        else:
+            assert torch.equal(given, Chooses()(part))
+    with pytest.raises(torch.jit.Error, match="sizes must be so that"):
+        fused(x[:, :1])
+
+
 def test_a_number_among_the_outputs_says_so() -> None:
     """What neither way of fusing can return is said, not only that the last way differs."""
 
