@@ -45,7 +45,7 @@ def test_command_line_names_a_missing_file(tmp_path):
     [
         (["FOLDER"], "is not a file"),
         (["GARBAGE"], "garbage.pth"),
-        (["FILE", "--threads", "0"], "threads must be"),
+        (["FILE", "--threads", "0"], "threads is 0; allowed"),
         (["FILE", "--rounds", "many"], "--rounds"),
         (["FILE", "--evaluate", "nowhere:f"], "nowhere:f"),
         (["FILE", "--inputs", "x.txt"], "x.txt"),
