@@ -49,8 +49,9 @@ def device_of(model: nn.Module) -> torch.device:
 
 def at(device: torch.device | str, model: nn.Module) -> nn.Module:
     """`model` if it is on this device or has no data, else a `clone` that is there."""
-    has = device_of(model).type
-    return model if has in ("meta", torch.device(device).type) else clone(model).to(device)
+    has, wanted = device_of(model), torch.device(device)
+    is_there = has.type == wanted.type and wanted.index in (None, has.index)
+    return model if is_there or has.type == "meta" else clone(model).to(wanted)
 
 
 def shell(model: nn.Module) -> nn.Module:

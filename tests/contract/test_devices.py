@@ -60,3 +60,5 @@ def test_at():
     assert surgery.at("cpu", model.to("meta")) is model
     assert surgery.at("meta", nn.Linear(2, 2)).weight.is_meta
     assert surgery.device_of(nn.ReLU()).type == "cpu"
+    numbered = nn.Linear(2, 2)
+    assert surgery.at("cpu:0", numbered) is not numbered  # the number of a device counts

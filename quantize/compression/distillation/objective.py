@@ -33,6 +33,7 @@ from quantize.compression.distillation.state import (
     norms_in_eval_mode,
 )
 from quantize.seeding import seed_devices
+from quantize.surgery import device_of
 from quantize.training import TrainingError
 
 MOST_HEARD = 1 << 28  # bytes of the teacher's answers on what is held out
@@ -115,7 +116,7 @@ class Objective:
 
     @property
     def device(self) -> torch.device:
-        return next((p.device for p in self.student.parameters()), torch.device("cpu"))
+        return device_of(self.student)
 
     def moved(self, inputs: Any) -> Any:
         return on_tensors(inputs, lambda tensor: tensor.to(self.device))
