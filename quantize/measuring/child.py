@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import importlib
 import json
 import os
@@ -64,6 +65,7 @@ def nursery(control: socket.socket) -> None:
     PID" kills its group and gets its exit code.
     """
     children: set[int] = set()
+    gc.freeze()  # a child's collections leave what was imported alone, and its pages shared
 
     def leave(*_signal: object) -> None:
         for pid in children:
