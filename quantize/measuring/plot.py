@@ -1,12 +1,13 @@
 """The charts of reports and scripts, as PNG bytes, in one style.
 
 `pareto_plot` shows file size and latency against quality, up and left is better in both panels.
-Matplotlib is imported by the first chart: it takes a third of a second, which no measuring process
-has to spend.
+Matplotlib is imported by the first chart or `prepare`: it takes a third of a second, which no
+measuring process has to spend.
 """
 
 from __future__ import annotations
 
+import importlib
 import io
 import math
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _COLORS = {"baseline": "#222222", "front": "#0a6ebd", "other": "#8a8f98"}
+
+
+def prepare() -> None:
+    """Import what charts need, for a caller who counts the seconds."""
+    importlib.import_module("matplotlib.figure")
 
 
 def pareto_plot(rows: Sequence[dict[str, Any]]) -> bytes:
@@ -162,7 +168,7 @@ def _name(axes: Axes, points: list[tuple[float, float, str]], sign: int) -> None
     """
     for i, (quality, x, text) in enumerate(sorted(points)):
         axes.annotate(
-            text,
+            f" {text}",
             (x, sign * quality),
             (1.05, (i + 0.5) / len(points)),
             textcoords="axes fraction",
@@ -174,5 +180,8 @@ def _name(axes: Axes, points: list[tuple[float, float, str]], sign: int) -> None
                 "linewidth": 0.6,
                 "alpha": 0.7,
                 "relpos": (0, 0.5),
+                "patchA": None,  # nothing to clip the line by, which takes half of the time
+                "shrinkA": 0,
+                "shrinkB": 0,
             },
         )

@@ -24,6 +24,7 @@ from quantize.compression.search.result import Result, report
 from quantize.compression.search.trial import Trial
 from quantize.compression.search.walk import Walk
 from quantize.host import default_threads, machine
+from quantize.measuring import plot
 from quantize.measuring.nursery import Nursery, modules_of
 from quantize.saying import Say, silent
 
@@ -93,6 +94,7 @@ def compress(
     example_inputs, batches = on_cpu(example_inputs), on_cpu(batches)
     with Nursery(threads=default_threads(), modules=modules_of(work)) as nursery:
         nursery.launch()  # it imports while the original is judged
+        plot.prepare()
         _check_inputs(work, example_inputs)
         judge = _judge(work, batches, evaluate, 60 * minutes, say)
         _check_noise(wanted, judge)

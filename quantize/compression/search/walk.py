@@ -33,6 +33,7 @@ from quantize.compression.search.times import BF16, FLOAT, INT4, INT8
 from quantize.compression.search.trial import Trial, file_name
 from quantize.compression.search.units import survey
 from quantize.host import native_bf16
+REPORT_S = 1.0  # of writing it
 
 MOST_SHARES, FEW_SHARES = 6, 1  # of one technique; where layers are chosen one by one too
 TRAINED = 3  # models that a training is tried on, the ones that lost least
@@ -48,7 +49,7 @@ class Walk:
 
     def __init__(self, trial: Trial, seconds: float) -> None:
         self.trial, self.seconds = trial, seconds
-        self.end = time.monotonic() + seconds  # for what is measured once more too
+        self.end = time.monotonic() + seconds - REPORT_S  # for what is measured once more too
         self.deadline = self.end  # for points
         self.rounds = choosing.MOST_ROUNDS  # of what is measured once more
         self.taken: list[float] = []  # seconds of each point
