@@ -27,7 +27,7 @@ class Points:
         identity: what must be the same for rows to be taken over: model, inputs, calibration.
 
     `known` has what `keep_known` kept: choices layer by layer rest on times, and a search that goes
-    on has to make the same ones.
+    on has to make the same ones. `key` is a digest of the identity, for files.
 
     Raises:
         ValueError: the folder holds a search of something else.
@@ -37,6 +37,8 @@ class Points:
         self.folder, self.identity = folder, dict(identity)
         self.rows: list[Row] = []
         self.known: dict[str, Any] = {}
+        text = json.dumps(self.identity, sort_keys=True)
+        self.key = hashlib.sha256(text.encode()).hexdigest()
         path = folder / STATE
         if path.exists():
             held = json.loads(path.read_text())

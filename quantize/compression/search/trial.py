@@ -157,17 +157,35 @@ class Trial:
         OSError where the disk is full.
         """
         path = self.path(file_name(recipe))
+        metadata = {"recipe": recipe.as_values(), "search": self.points.key}
         self.say(f"trying {path.stem}")
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # the summary has what was left
-                small = recipe(self.model, self.given)
-            checkpoint.save(small, path, metadata={"recipe": recipe.as_values()})
-            return self.judge.score(checkpoint.load(path, self.model))
+            small = self._finished(path, metadata)
+            if small is None:
+                self._make(recipe, path, metadata)
+                small = checkpoint.load(path, self.model)
+            return self.judge.score(small)
         except Exception as error:  # of somebody's model or metric
             if isinstance(error, OSError) and error.errno in DISK_FULL:
                 raise
             return _reason(error)
+
+    def _finished(self, path: Path, metadata: Row) -> nn.Module | None:
+        """The model of a file that this search had written before it was interrupted; None where
+        there is none.
+        """
+        try:
+            same = path.is_file() and checkpoint.read_metadata(path) == metadata
+            return checkpoint.load(path, self.model) if same else None
+        except checkpoint.CheckpointError:  # damaged: it is made again
+            return None
+
+    def _make(self, recipe: Recipe, path: Path, metadata: Row) -> None:
+        """Write the file of a recipe."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # the summary has what was left
+            small = recipe(self.model, self.given)
+        checkpoint.save(small, path, metadata=metadata)
 
     def _row(self, recipe: Recipe, score: Score | str, measured: Sequence[Measurement]) -> Row:
         """Of a point with this score, measured beside the original, which comes first."""

@@ -6,7 +6,6 @@ files, losses and models are real.
 
 from __future__ import annotations
 
-import json
 import math
 
 import pytest
@@ -186,16 +185,18 @@ def test_what_cannot_be_met_is_said(batches, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_interrupted_search_goes_on(batches, tmp_path, monkeypatch):
-    """Stopped in the middle of a point: the rows so far are kept, the rest is made, and the choice
-    is that of a search that was never stopped.
+@pytest.mark.parametrize(("at", "damaged"), [(2, False), (2, True), (4, False)])
+def test_an_interrupted_search_goes_on(at, damaged, batches, tmp_path, monkeypatch):
+    """Stopped in the middle of a point, before and after the first rows: rows and files are kept,
+    the rest is made, and the choice is that of a search that was never stopped. A damaged file is
+    made again.
     """
     whole = search(Net().eval(), batches, {"speedup": 3.2}, out=tmp_path / "whole")
     calls = []
 
     def stopping(path, *args):
         calls.append(path)
-        if len(calls) == 4:
+        if len(calls) == at:
             raise KeyboardInterrupt
         return load(path, *args)
 
@@ -204,7 +205,9 @@ def test_an_interrupted_search_goes_on(batches, tmp_path, monkeypatch):
         patch.setattr("quantize.compression.search.trial.checkpoint.load", stopping)
         with pytest.raises(KeyboardInterrupt):
             search(Net().eval(), batches, {"speedup": 3.2}, out=tmp_path / "cut")
-    kept = json.loads((tmp_path / "cut" / "search.json").read_text())["rows"]
+    if damaged:
+        content = calls[-1].read_bytes()
+        calls[-1].write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     made = []
     call = Recipe.__call__
     monkeypatch.setattr(Recipe, "__call__", lambda self, *a: made.append(self) or call(self, *a))
@@ -213,7 +216,7 @@ def test_an_interrupted_search_goes_on(batches, tmp_path, monkeypatch):
     told = ("name", "bytes", "loss", "fits", "recipe")
     for before, after in zip(whole.rows, resumed.rows, strict=True):
         assert [before[key] for key in told] == [after[key] for key in told]
-    assert len(kept) >= 4 and len(made) == len(whole.rows) - len(kept)
+    assert len(made) == len(whole.rows) - 1 - at + damaged
     with pytest.raises(ValueError, match="other calibration"):
         search(Net().eval(), batches[:2], {"speedup": 3.2}, out=tmp_path / "cut")
 
