@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,19 +51,20 @@ class Stopwatch:
         channel = _channel(layer)
         sizes = list(shape)
         sizes[channel] = inputs
-        return self._timed(_like(layer, inputs, outputs), sizes)
+        return self._timed(partial(_like, layer, inputs, outputs), sizes, _settings(layer), outputs)
 
     def pair(self, layer: Any, shape: Sequence[int], rank: int) -> Seconds:
         """Of a pair of this rank in the layer's place."""
-        m, k = pairs.matrix(layer).shape
-        first, second = torch.randn(rank, k), torch.randn(m, rank)
-        return self._timed(pairs.pair(layer, first, second, layer.bias), shape)
+        outputs = len(pairs.matrix(layer))
+        return self._timed(partial(_pair, layer, rank), shape, _settings(layer), outputs, rank)
 
-    def _timed(self, layer: nn.Module, shape: Sequence[int]) -> Seconds:
-        sizes = [tuple(parameter.shape) for parameter in layer.parameters()]
-        key = (type(layer), layer.extra_repr(), str(sizes), tuple(shape))
+    def _timed(
+        self, make: Callable[[], nn.Module], shape: Sequence[int], *known_by: Any
+    ) -> Seconds:
+        """Of a layer that is made unless one like it, with inputs of this shape, was timed."""
+        key = (tuple(shape), *known_by)
         if key not in self.known:
-            self.known[key] = self._race(layer, shape)
+            self.known[key] = self._race(make(), shape)
         return self.known[key]
 
     def _race(self, layer: nn.Module, shape: Sequence[int]) -> Seconds:
@@ -81,20 +83,31 @@ def _channel(layer: nn.Module) -> int:
     return -1 - len(layer.kernel_size) if convolution else -1
 
 
-def _like(layer: Any, inputs: int, outputs: int) -> nn.Module:
-    """A layer of random weights with the other settings of this one."""
+def _settings(layer: Any) -> tuple[Any, ...]:
+    """What two layers of the same sizes may differ in, but for their weights."""
     biased = layer.bias is not None
     if not isinstance(layer, (nn.Conv1d, nn.Conv2d)):
-        return nn.Linear(inputs, outputs, biased)
+        return (nn.Linear, biased)
     kind = nn.Conv1d if isinstance(layer, nn.Conv1d) else nn.Conv2d
-    groups = outputs if layer.groups > 1 else 1  # of depthwise ones; see `units`
-    settings = {
-        name: getattr(layer, name) for name in ("kernel_size", "stride", "padding", "dilation")
-    }
-    new = kind(inputs, outputs, groups=groups, bias=biased, **settings)
-    if layer.weight.ndim == 4 and layer.weight.is_contiguous(memory_format=torch.channels_last):
-        new.to(memory_format=torch.channels_last)
-    return new
+    last = kind is nn.Conv2d and layer.weight.is_contiguous(memory_format=torch.channels_last)
+    places = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+    return (kind, biased, last, *places)
+
+
+def _like(layer: Any, inputs: int, outputs: int) -> nn.Module:
+    """A layer of random weights with the other settings of this one."""
+    kind, biased, *more = _settings(layer)
+    if kind is nn.Linear:
+        return nn.Linear(inputs, outputs, biased)
+    last, *places = more
+    new = kind(inputs, outputs, *places, bias=biased)
+    return new.to(memory_format=torch.channels_last) if last else new
+
+
+def _pair(layer: Any, rank: int) -> nn.Module:
+    """A pair of random weights in the place of this layer."""
+    m, k = pairs.matrix(layer).shape
+    return pairs.pair(layer, torch.randn(rank, k), torch.randn(m, rank), layer.bias)
 
 
 def _input(shape: Sequence[int]) -> tuple[Tensor, float]:
