@@ -7,9 +7,9 @@ measured again, how near are predictions, and what do recipes by hand give?
 Each model is trained for some seconds on the standard library's text or scikit-learn's digits. A
 row is a budget, or a recipe by hand ("int8", "pruned0.3+int8", "low_rank0.7+int8"). All budgets of
 a model share one folder, as a user asks again: `new_points` were made for this one. `met_again` is
-from a measurement after the search, original and file in turns (a latency is that of the original
-over the ratio of both); `ratio_by_hand` is the search's speed over that of the fastest recipe by
-hand that loses no more, give or take noise, in turns with it, and 1 where it chose that very one.
+from a measurement after the search, original and file in turns; `ratio_by_hand` is the search's
+speed over that of the fastest recipe by hand that loses no more, give or take noise, in turns with
+it, and 1 where it chose that very one.
 `reachable` says whether the search or any recipe by hand kept the budget: beside the three recipes
 a grid of extreme ones is measured ("pruned0.9+int8", ...), which take as much away as can be,
 whatever is lost. `off` is how far the predicted speed-up of the chosen file was from the one
@@ -129,8 +129,9 @@ def measured_again(
         recipe_name = picked["asked"].removeprefix("by hand: ")
         files["by hand"] = result.file.parents[1] / f"{picked['model']}-{recipe_name}.pth"
     base, again, *beside = compare(files, task.inputs[0], model=model, rounds=9)
-    assert base.latency_ms and again.speedup and again.bytes and again.peak_rss_mb
-    again_ms = original["latency_ms"]["median"] / again.speedup
+    assert base.latency_ms and again.latency_ms and again.speedup
+    assert again.bytes and again.peak_rss_mb
+    again_ms = again.latency_ms.median
     misses = {
         "speedup": lambda limit: again.speedup < limit,
         "latency_ms": lambda limit: again_ms > limit,

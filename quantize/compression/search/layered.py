@@ -55,6 +55,7 @@ class Layered:
         self.embeddings, self.knows_noise = embeddings, knows_noise
         self.original_s = original["latency_ms"]["median"] / 1e3
         self.base_s = self.original_s / (base or {"speedup": 1.0})["speedup"]
+        self.latency_ms = original["latency_in_turns_ms"]
         self.original_bytes = original["bytes"]
         self.other_mb = _other_mb(original)  # of a process, beside what its file holds
         whole = base or original
@@ -206,7 +207,7 @@ class Layered:
         if self.budget.speedup is not None:
             shares.append(1 / self.budget.speedup)
         if self.budget.latency_ms is not None:
-            shares.append(self.budget.latency_ms / 1e3 / self.original_s)
+            shares.append(self.budget.latency_ms / self.latency_ms)
         return min(shares, default=None)
 
     def _bytes_target(self) -> float | None:

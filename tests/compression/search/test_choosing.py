@@ -14,6 +14,7 @@ from quantize.compression.search.times import FLOAT, INT4, INT8
 from quantize.compression.search.units import Option, Unit
 
 NOISE = 0.02  # of a speed-up
+TIMED = {"latency_ms": {"median": 10.0}, "latency_in_turns_ms": 10.0, "peak_rss_mb": 100.0}
 
 
 def row(name: str, speedup: float, loss: float, noise: float = 0.001, size: int = 100) -> dict:
@@ -70,7 +71,7 @@ def unit() -> Unit:
 
 
 def chosen(unit: Unit, spare: float | None = None, **budget: float) -> Option:
-    original = {"latency_ms": {"median": 10.0}, "bytes": 100, "peak_rss_mb": 100.0}
+    original = TIMED | {"bytes": 100}
     layered = Layered([unit], original, Budget.of(budget), 1.0, False, True)
     choice = layered.choose(spare)
     assert choice is not None
@@ -102,7 +103,7 @@ def test_layers_whose_inputs_go_are_no_pairs():
     pair = Option(FLOAT, ratio=0.1, size_s=0.003, bytes=10.0)
     first = Unit("first", ("first",), (whole, narrow), 0.005, readers=("second",))
     second = Unit("second", ("second",), (whole, pair), 0.005)
-    original = {"latency_ms": {"median": 10.0}, "bytes": 200, "peak_rss_mb": 100.0}
+    original = TIMED | {"bytes": 200}
     layered = Layered([first, second], original, Budget.of({"max_loss": 1}), 1.0, False, True)
     assert layered.choose() == (1, 0)
     alone = Layered([second], original, Budget.of({"max_loss": 1}), 1.0, False, True)
@@ -110,14 +111,17 @@ def test_layers_whose_inputs_go_are_no_pairs():
 
 
 def test_what_goes_by_inputs_and_by_outputs_is_counted_once():
-    """A layer of 5 ms that keeps half of both takes a quarter: it saves 3.75 ms, not 5."""
-    whole = Option(FLOAT, bytes=100.0)
-    reads = {"second": 0.0025}
-    narrow = Option(FLOAT, 0.5, size_s=0.0025 + 0.0025, bytes=50.0, reader_s=reads)
-    last = Option(FLOAT, 0.5, size_s=0.0025, bytes=50.0)
-    first = Unit("first", ("first",), (whole, narrow), 0.005, readers=("second",))
-    second = Unit("second", ("second",), (whole, last), 0.005)
-    original = {"latency_ms": {"median": 10.0}, "bytes": 200, "peak_rss_mb": 100.0}
+    """A layer of 5 ms and 100 bytes that keeps half of both takes a quarter: it saves 3.75 ms, not
+    5, and has 25 bytes.
+    """
+    halved = {"reader_s": {"second": 0.0025}, "reader_left": {"second": 0.5}}
+    narrow = Option(FLOAT, 0.5, size_s=0.0025 + 0.0025, bytes={"first": 50.0}, **halved)
+    last = Option(FLOAT, 0.5, size_s=0.0025, bytes={"second": 50.0})
+    first = Option(FLOAT, bytes={"first": 100.0})
+    second = Option(FLOAT, bytes={"second": 100.0})
+    first = Unit("first", ("first",), (first, narrow), 0.005, readers=("second",))
+    second = Unit("second", ("second",), (second, last), 0.005)
+    original = TIMED | {"bytes": 200}
     layered = Layered([first, second], original, Budget.of({"speedup": 2}), 1.0, False, True)
     saved = {choice: layered.parts(choice).size_s["float width"] for choice in ((1, 0), (1, 1))}
     assert saved == pytest.approx({(1, 0): 0.005, (1, 1): 0.0025 + 0.00375})

@@ -32,6 +32,7 @@ from quantize.nn.int8 import Int8Linear
 
 __all__ = ["by_bytes"]  # a fixture for every test here
 KINDS = (FLOAT, INT8, BF16)
+TIMED = {"latency_ms": {"median": 1.0}, "latency_in_turns_ms": 1.0, "peak_rss_mb": 100.0}
 
 
 @pytest.fixture
@@ -179,7 +180,7 @@ def test_four_bits_are_for_units_whose_layers_all_can_have_them(batches, tmp_pat
     assert all(width % 32 == 0 for width in widths) and len(narrow) > 1
     quantize.save(wide, tmp_path / "wide.pth")
     size = (tmp_path / "wide.pth").stat().st_size
-    row = {"latency_ms": {"median": 1.0}, "bytes": size, "peak_rss_mb": 100.0}
+    row = TIMED | {"bytes": size}
     layered = Layered(units, row, Budget.of({"bytes": 1}), 1.0, False, True)
     wanted = zip(units, (INT8, INT4), strict=True)
     choice = tuple(unit.options.index(whole(unit, kind)) for unit, kind in wanted)
