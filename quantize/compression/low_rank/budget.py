@@ -132,20 +132,21 @@ def choose_ranks(
             unit = rank_unit(shape)
             rank = math.ceil(maths.rank_for_energy(spectra[name], value) / unit) * unit
         else:
-            rank = _rank_for_ratio(name, value, shape)
+            rank = rank_for_ratio(value, shape)
+            if rank < 1:
+                m, k = shape
+                raise ValueError(
+                    f"ratio={value} leaves nothing of layer {name!r} ({m} x {k}): rank 1 keeps "
+                    f"{(m + k) / (m * k):.3f}"
+                )
         ranks[name] = rank if rank in allowed[name] else None
     return ranks
 
 
-def _rank_for_ratio(name: str, ratio: float, shape: tuple[int, int]) -> int:
-    """The largest rank that keeps no more than that of a layer's parameters."""
+def rank_for_ratio(ratio: float, shape: tuple[int, int]) -> int:
+    """The largest rank that keeps no more than that of a layer's parameters; 0 where none does."""
     m, k = shape
     rank = math.floor(ratio * m * k / (m + k) + 1e-9)
-    if rank < 1:
-        raise ValueError(
-            f"ratio={ratio} leaves nothing of layer {name!r} ({m} x {k}): rank 1 keeps "
-            f"{(m + k) / (m * k):.3f}"
-        )
     if ratio == 1:
         return min(m, k)
     unit = rank_unit(shape)

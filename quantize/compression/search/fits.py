@@ -42,11 +42,20 @@ class Parts:
     bytes: float
 
     @classmethod
-    def of(cls, options: Iterable[Option], twice: Mapping[str, float] | None = None) -> Parts:
-        """Of options, one for each unit; `twice` has by name the seconds that sizes would save
-        twice.
+    def of(
+        cls, options: Iterable[Option], twice: ByName | None = None, left: ByName | None = None
+    ) -> Parts:
+        """Of options, one for each unit.
+
+        Args:
+            options: of all units.
+            twice: by size, seconds that would be saved twice.
+            left: by layer, the share of its inputs that other units leave it.
         """
         chosen = list(options)
+        total = 0.0
+        for option in chosen:
+            total += sum(size * (left or {}).get(name, 1.0) for name, size in option.bytes.items())
         kind_s, rounding = dict.fromkeys(_KINDS, 0.0), dict.fromkeys(_KINDS, 0.0)
         size_s, removal = dict.fromkeys(_SIZES, 0.0), dict.fromkeys(_REMOVED, 0.0)
         for option in chosen:
@@ -58,7 +67,7 @@ class Parts:
             removal[size] += option.removal
         for size, seconds in (twice or {}).items():
             size_s[size] -= seconds
-        return cls(kind_s, size_s, rounding, removal, sum(option.bytes for option in chosen))
+        return cls(kind_s, size_s, rounding, removal, total)
 
     @property
     def times(self) -> list[float]:

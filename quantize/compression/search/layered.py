@@ -59,7 +59,8 @@ class Layered:
         self.original_bytes = original["bytes"]
         self.other_mb = _other_mb(original)  # of a process, beside what its file holds
         whole = base or original
-        self.rest = whole["bytes"] - sum(unit.options[0].bytes for unit in self.units)
+        floats = [unit.options[0] for unit in self.units]
+        self.rest = whole["bytes"] - Parts.of(floats).bytes
         self.points: list[Seen] = []
         self.margin = _MARGIN
 
@@ -126,14 +127,10 @@ class Layered:
         if size is None:
             return self._within(factors, 1.0, latency or 0.0)
         smallest = self._within(factors, 0.0, size)
-        if latency is None and self._is_no_slower(factors, smallest):
+        if latency is None and self._latency(factors, self.parts(smallest)) <= 1:  # no slower
             return smallest
         both = self._within_both(factors, 1.0 if latency is None else latency, size)
         return smallest if both is None and latency is None else both
-
-    def _is_no_slower(self, factors: Factors, choice: Choice) -> bool:
-        """Than the original, as predicted."""
-        return self._latency(factors, self.parts(choice)) <= 1
 
     def _fastest(self, factors: Factors, loss: float, size: float | None) -> Choice | None:
         """Of the choices that lose no more, the fastest that is small enough. One that is predicted
@@ -188,7 +185,7 @@ class Layered:
             shares = []
             for option in unit.options:
                 time = -factors.saved_s(option) / self.original_s
-                shares.append(mix * time + (1 - mix) * option.bytes / self.original_bytes)
+                shares.append(mix * time + (1 - mix) * option.own_bytes / self.original_bytes)
             costs.append(shares)
             losses.append([factors.loss(option) for option in unit.options])
         return solve(costs, losses)
@@ -232,17 +229,20 @@ class Layered:
 
     def _parts(self, options: Sequence[Option]) -> Parts:
         """Of a layer with fewer inputs and fewer outputs, what goes by both is counted once."""
+        left: dict[str, float] = {}
         shares = {}
         for unit, option in zip(self.units, options, strict=True):
-            left = max(unit.seconds - option.kind_s, 1e-12)
-            own = option.size_s - sum(option.reader_s.values())
-            shares |= dict.fromkeys(unit.layers, min(max(own / left, 0.0), 1.0))
+            whole_s = max(unit.seconds - option.kind_s, 1e-12)
+            own_s = option.size_s - sum(option.reader_s.values())
+            shares |= dict.fromkeys(unit.layers, min(max(own_s / whole_s, 0.0), 1.0))
         twice: dict[str, float] = {}
         for option in options:
             both = sum(shares.get(layer, 0.0) * saved for layer, saved in option.reader_s.items())
             name = f"{option.kind} width"
             twice[name] = twice.get(name, 0.0) + both
-        return Parts.of(options, twice)
+            for layer, share in option.reader_left.items():
+                left[layer] = share * left.get(layer, 1.0)
+        return Parts.of(options, twice, left)
 
     def recipe(self, choice: Choice) -> Recipe | None:
         """The steps that make the model; None where every unit stays as it is."""

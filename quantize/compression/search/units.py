@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from quantize import calibration as calibrating
 from quantize import surgery
 from quantize.compression.low_rank import maths
-from quantize.compression.low_rank.budget import rank_unit
+from quantize.compression.low_rank.budget import rank_for_ratio
 from quantize.compression.low_rank.candidates import find_layers
 from quantize.compression.low_rank.spectra import usable
 from quantize.compression.pruning.costs import Removable, removable
@@ -51,8 +51,10 @@ class Option:
         size_s: seconds that fewer channels or ranks save beyond that.
         rounding: what the kind loses.
         removal: what the channels or ranks that go lose.
-        bytes: of its layers.
+        bytes: of each of its layers.
         reader_s: of `size_s`, what each layer of another unit saves that reads these channels.
+        reader_left: the share of its inputs that each of these layers keeps.
+        reader_bytes: what these layers save at least, whatever their kind.
     """
 
     kind: str = FLOAT
@@ -62,8 +64,15 @@ class Option:
     size_s: float = 0.0
     rounding: float = 0.0
     removal: float = 0.0
-    bytes: float = 0.0
+    bytes: Mapping[str, float] = field(default_factory=dict)
     reader_s: Mapping[str, float] = field(default_factory=dict)
+    reader_left: Mapping[str, float] = field(default_factory=dict)
+    reader_bytes: float = 0.0
+
+    @property
+    def own_bytes(self) -> float:
+        """Of its layers, less what others save: what a sum over units counts."""
+        return sum(self.bytes.values()) - self.reader_bytes
 
 
 @dataclass(frozen=True)
@@ -236,12 +245,12 @@ def _unit(
         if kind == INT4 and not all(facts[layer].four_bits for layer in own):
             continue
         rounding = sum(facts[layer].rounding[kind] for layer in own)
-        size = sum(facts[layer].bytes[kind] for layer in own)
-        start = Option(kind, kind_s=saved, rounding=rounding, bytes=size)
+        sizes = {layer: facts[layer].bytes[kind] for layer in own}
+        start = Option(kind, kind_s=saved, rounding=rounding, bytes=sizes)
         options.append(start)
         if group is not None:
-            options += _narrower(start, group, own, facts, watch)
-        options += _factorized(start, own, facts, watch, full)
+            options += _narrower(start, group, facts, watch)
+        options += _factorized(start, facts, watch)
     readers = () if group is None else tuple(layer for layer in group.inputs if layer not in own)
     return Unit(name, tuple(own), tuple(options), seconds, readers)
 
@@ -254,11 +263,7 @@ def _whole(fact: Facts, watch: Stopwatch, fewer_in: int, fewer_out: int) -> dict
 
 
 def _narrower(
-    start: Option,
-    group: Removable,
-    own: Sequence[str],
-    facts: Mapping[str, Facts],
-    watch: Stopwatch,
+    start: Option, group: Removable, facts: Mapping[str, Facts], watch: Stopwatch
 ) -> list[Option]:
     """The unit with fewer channels. Readers that belong to another unit get faster too: in whatever
     kind that unit has them, so what counts is the least that this saves.
@@ -268,10 +273,11 @@ def _narrower(
         gone = group.units - group.kept(amount)
         if not 0 < gone < len(group.costs) or gone in found:
             continue
-        if start.kind == INT4 and not _in_groups(group, gone, own, facts):
+        if start.kind == INT4 and not _in_groups(group, gone, start, facts):
             continue
-        saved: dict[str, float] = {}
-        kept_bytes = start.bytes
+        own_s, sizes = 0.0, dict(start.bytes)
+        reader_s: dict[str, float] = {}
+        left: dict[str, float] = {}
         for layer in {**group.outputs, **group.inputs}:
             if layer not in facts:
                 continue
@@ -280,56 +286,57 @@ def _narrower(
             inputs, outputs = facts[layer].sizes
             if not (fewer_in < inputs and fewer_out < outputs):
                 continue
-            before = _whole(facts[layer], watch, 0, 0)
             after = _whole(facts[layer], watch, fewer_in, fewer_out)
-            possible = [start.kind] if layer in own else list(before)
-            saved[layer] = min(before[kind] - after[kind] for kind in possible)
+            before = _whole(facts[layer], watch, 0, 0).items()
+            saved = {kind: seconds - after[kind] for kind, seconds in before}
             share = (1 - fewer_in / inputs) * (1 - fewer_out / outputs)
-            kept_bytes -= (1 - share) * facts[layer].bytes[start.kind] * (layer in own)
+            if layer in sizes:
+                own_s += saved[start.kind]
+                sizes[layer] *= share
+            else:
+                reader_s[layer], left[layer] = min(saved.values()), share
+        spared = [(1 - share) * min(facts[name].bytes.values()) for name, share in left.items()]
         found[gone] = replace(
             start,
             amount=amount,
-            size_s=sum(saved.values()),
-            reader_s={layer: seconds for layer, seconds in saved.items() if layer not in own},
+            size_s=own_s + sum(reader_s.values()),
+            reader_s=reader_s,
             rounding=start.rounding * group.kept(amount) / group.units,
             removal=float(group.costs[gone]),
-            bytes=kept_bytes,
+            bytes=sizes,
+            reader_left=left,
+            reader_bytes=sum(spared),
         )
     return list(found.values())
 
 
-def _in_groups(group: Removable, gone: int, own: Sequence[str], facts: Mapping[str, Facts]) -> bool:
+def _in_groups(group: Removable, gone: int, unit: Option, facts: Mapping[str, Facts]) -> bool:
     """Whether layers of the unit with fewer channels still have inputs for whole groups of int4."""
-    left = [facts[layer].sizes[0] - gone * group.inputs.get(layer, 0) for layer in own]
+    left = [facts[layer].sizes[0] - gone * group.inputs.get(layer, 0) for layer in unit.bytes]
     return not any(inputs % GROUP_SIZES[0] for inputs in left)
 
 
-def _factorized(
-    start: Option,
-    own: Sequence[str],
-    facts: Mapping[str, Facts],
-    watch: Stopwatch,
-    full: Mapping[str, dict[str, float]],
-) -> list[Option]:
+def _factorized(start: Option, facts: Mapping[str, Facts], watch: Stopwatch) -> list[Option]:
     """The unit with each of its layers as a pair."""
     found = []
     for ratio in RATIOS:
-        ranks = {layer: _rank(facts[layer], ratio) for layer in own}
+        ranks = {layer: _rank(facts[layer], ratio) for layer in start.bytes}
         if not all(ranks.values()):
             continue
         if start.kind == INT4 and any(rank % GROUP_SIZES[0] for rank in ranks.values() if rank):
             continue
-        saved, removal, kept_bytes = 0.0, 0.0, start.bytes
+        saved, removal, sizes = 0.0, 0.0, dict(start.bytes)
         for layer, rank in ranks.items():
             fact = facts[layer]
             if rank is None or fact.spectrum is None:
                 continue
             times = watch.pair(fact.layer, fact.shape, rank)
-            saved += full[layer][start.kind] - fact.calls * times[start.kind]
+            before = _whole(fact, watch, 0, 0)[start.kind]
+            saved += before - fact.calls * times[start.kind]
             removal += fact.spectrum[rank:].double().square().sum().item()
             m, k = pairs.matrix(fact.layer).shape
-            kept_bytes -= (1 - rank * (m + k) / (m * k)) * fact.bytes[start.kind]
-        changed = {"ratio": ratio, "size_s": saved, "removal": removal, "bytes": kept_bytes}
+            sizes[layer] *= rank * (m + k) / (m * k)
+        changed = {"ratio": ratio, "size_s": saved, "removal": removal, "bytes": sizes}
         found.append(replace(start, **changed))
     return found
 
@@ -337,7 +344,5 @@ def _factorized(
 def _rank(fact: Facts, ratio: float) -> int | None:
     """The rank that `factorize_low_rank` gives a layer at this ratio; None where it stays whole."""
     m, k = pairs.matrix(fact.layer).shape
-    rank = math.floor(ratio * m * k / (m + k) + 1e-9)
-    unit = rank_unit((m, k))
-    rank = max(rank // unit * unit, min(rank, unit))
+    rank = rank_for_ratio(ratio, (m, k))
     return rank if 0 < rank and rank * (m + k) < m * k else None

@@ -57,15 +57,20 @@ def test_what_is_slower_than_the_original_comes_last():
     assert names([near, row("sure", 2.5, 0.4), slower], speedup=2.0) == ["sure", "near", "int4"]
 
 
+def narrower(amount: float, **values: Any) -> Option:
+    """An int8 layer of 10 ms with fewer channels."""
+    return Option(INT8, amount, kind_s=0.006, rounding=0.001, **values)
+
+
 @pytest.fixture
 def unit() -> Unit:
     """10 ms and 100 bytes; int4 is small and slow, half of the channels small, fast and lossy."""
     options = (
-        Option(FLOAT, bytes=100.0),
-        Option(INT8, kind_s=0.006, rounding=0.001, bytes=26.0),
-        Option(INT4, kind_s=-0.005, rounding=0.002, bytes=15.0),
-        Option(INT8, 0.25, kind_s=0.006, size_s=0.001, rounding=0.001, removal=0.004, bytes=19.0),
-        Option(INT8, 0.50, kind_s=0.006, size_s=0.002, rounding=0.001, removal=0.400, bytes=13.0),
+        Option(FLOAT, bytes={"net": 100.0}),
+        Option(INT8, kind_s=0.006, rounding=0.001, bytes={"net": 26.0}),
+        Option(INT4, kind_s=-0.005, rounding=0.002, bytes={"net": 15.0}),
+        narrower(0.25, size_s=0.001, removal=0.004, bytes={"net": 19.0}),
+        narrower(0.50, size_s=0.002, removal=0.400, bytes={"net": 13.0}),
     )
     return Unit("net", ("net",), options, 0.010)
 
@@ -98,9 +103,9 @@ def test_targets_that_are_reached_leave_room_for_speed(unit):
 
 def test_layers_whose_inputs_go_are_no_pairs():
     """Both would save most, but of a narrower layer a small ratio may leave no rank."""
-    whole = Option(FLOAT, bytes=100.0)
-    narrow = Option(FLOAT, 0.5, size_s=0.003, bytes=50.0)
-    pair = Option(FLOAT, ratio=0.1, size_s=0.003, bytes=10.0)
+    whole = Option(FLOAT)
+    narrow = Option(FLOAT, 0.5, size_s=0.003)
+    pair = Option(FLOAT, ratio=0.1, size_s=0.003)
     first = Unit("first", ("first",), (whole, narrow), 0.005, readers=("second",))
     second = Unit("second", ("second",), (whole, pair), 0.005)
     original = TIMED | {"bytes": 200}
@@ -123,5 +128,7 @@ def test_what_goes_by_inputs_and_by_outputs_is_counted_once():
     second = Unit("second", ("second",), (second, last), 0.005)
     original = TIMED | {"bytes": 200}
     layered = Layered([first, second], original, Budget.of({"speedup": 2}), 1.0, False, True)
-    saved = {choice: layered.parts(choice).size_s["float width"] for choice in ((1, 0), (1, 1))}
+    parts = {choice: layered.parts(choice) for choice in ((1, 0), (1, 1))}
+    saved = {choice: one.size_s["float width"] for choice, one in parts.items()}
     assert saved == pytest.approx({(1, 0): 0.005, (1, 1): 0.0025 + 0.00375})
+    assert (parts[1, 0].bytes, parts[1, 1].bytes) == (50 + 50, 50 + 25)

@@ -158,7 +158,8 @@ def test_a_survey_has_what_can_be_done_to_each_part(batches):
             narrow = [o for o in unit.options if o.kind == kind and o.amount > 0]
             lost = [option.removal for option in narrow]
             assert lost == sorted(lost) and all(o.size_s > 0 for o in narrow)
-        small = {option.kind: option.bytes for option in unit.options[::-1] if not option.amount}
+        whole_ones = [option for option in unit.options[::-1] if not option.amount]
+        small = {option.kind: option.own_bytes for option in whole_ones}
         assert small[INT8] < small[BF16] < small[FLOAT]
     from quantize.compression.search.layered import as_values
 
@@ -191,6 +192,34 @@ def test_four_bits_are_for_units_whose_layers_all_can_have_them(batches, tmp_pat
     quantize.save(small, tmp_path / "small.pth")
     predicted = layered.predicted(choice)["bytes"]
     assert predicted == pytest.approx((tmp_path / "small.pth").stat().st_size, rel=0.1)
+
+
+def test_bytes_of_layers_that_read_each_other_are_predicted():
+    """Convolutions in a row, each with half of its inputs and of its outputs."""
+    torch.manual_seed(0)
+    sizes = [8, 64, 64, 64, 4]
+    layers = [nn.Conv2d(*pair, 3) for pair in itertools.pairwise(sizes)]
+    model = nn.Sequential(*itertools.chain.from_iterable((one, nn.ReLU()) for one in layers)).eval()
+    images = [torch.randn(4, 8, 12, 12) for _ in range(4)]
+    given = Given(example_inputs=images[0], calibration=images)
+    units = survey(model, given, [FLOAT, INT8], lambda line: None)
+    row = TIMED | {"bytes": tensor_bytes_of(model)}
+    layered = Layered(units, row, Budget.of({"bytes": 1}), 1.0, False, True)
+    choice = tuple(halved(unit) for unit in units)
+    small = layered.recipe(choice)(model, given)
+    assert [small[i].out_channels for i in (0, 2, 4, 6)] == [32, 32, 32, 4]
+    assert layered.parts(choice).bytes == pytest.approx(tensor_bytes_of(small), rel=0.1)
+    assert layered.rest == pytest.approx(0)
+
+
+def tensor_bytes_of(model: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in model.state_dict().values())
+
+
+def halved(unit: Unit) -> int:
+    """The int8 option with half of the channels, or with all where none can go."""
+    half = [o for o in unit.options if (o.kind, o.amount) == (INT8, 0.5)]
+    return unit.options.index(half[0] if half else whole(unit, INT8))
 
 
 def whole(unit: Unit, kind: str) -> Option:
