@@ -197,7 +197,7 @@ def by_bytes(monkeypatch):
     """Searches of a few points that start no processes and measure by bytes."""
     monkeypatch.setattr("quantize.compression.search.trial.compare", measured_by_bytes)
     monkeypatch.setattr("quantize.compression.search.finding.Nursery.launch", lambda _: None)
-    for limit in ("MOST_SHARES", "FEW_SHARES", "ROUNDS", "TRAINED"):
+    for limit in ("MOST_SHARES", "ROUNDS", "TRAINED"):
         monkeypatch.setattr(f"quantize.compression.search.walk.{limit}", 1)
     monkeypatch.setattr("quantize.compression.search.choosing.CANDIDATES", 1)
 

@@ -111,7 +111,7 @@ def choose(trial: Trial, rounds: int, was_cut: bool) -> Result:
             return _result(trial, good[0], rows, True, _kept(good[0], noise))
     within = [row for row in rows if row["within"] and not row["fits"]]
     nearest = min(within, key=budget.excess)
-    return _result(trial, nearest, rows, False, _missed(nearest, was_cut))
+    return _result(trial, nearest, rows, False, _missed(nearest, rows, was_cut))
 
 
 def _kept(row: Row, noise: float) -> str:
@@ -122,12 +122,15 @@ def _kept(row: Row, noise: float) -> str:
     return reason
 
 
-def _missed(nearest: Row, was_cut: bool) -> str:
-    """What is said where none does."""
+def _missed(nearest: Row, rows: Sequence[Row], was_cut: bool) -> str:
+    """What is said where none does, and what the targets would cost."""
     why = "; ".join(nearest["misses"])
-    reason = f"the budget can't be met here: {why}; the best is {nearest['name']}: "
-    more = "; the minutes were over before everything was tried" if was_cut else ""
-    return reason + facts_of(nearest) + more
+    reason = f"the budget isn't met: {why}; the best is {nearest['name']}: {facts_of(nearest)}"
+    reaching = [row for row in rows if row["reaches"] and not row["within"]]
+    if reaching:
+        least = min(reaching, key=lambda row: row["loss"])
+        reason += f"; {least['name']} reaches the targets, but {least['misses'][-1]}"
+    return reason + "; the minutes were over before everything was tried" * was_cut
 
 
 def _confirmed(trial: Trial, group: Sequence[Row], rounds: int) -> list[Row]:

@@ -56,11 +56,6 @@ def by_hand(tables: bool) -> Iterator[Recipe]:
         yield reduced(FIRST_SHARE, kind, rounded)
 
 
-def where_faster() -> Recipe:
-    """Int8 where a stopwatch finds it faster, for a model whose layers aren't chosen one by one."""
-    return Recipe((Int8(prefer="speed"),))
-
-
 def smoothed(tables: bool) -> Recipe:
     """Int8 after SmoothQuant, for a model that loses something without."""
     return Recipe((Int8(embeddings=tables, smooth=True),))
@@ -152,7 +147,7 @@ def dropped(recipe: Sequence[Mapping[str, Any]] | None) -> list[str]:
 def _kind(step: Mapping[str, Any]) -> str | None:
     """What a step of a row's recipe stores layers as; None for one that does something else too."""
     if step["step"] == "Int8":
-        return INT8 if step["prefer"] == "size" and not step["smooth"] else None
+        return None if step["smooth"] else INT8
     if step["step"] == "Half":
         return BF16 if step["dtype"] == "bfloat16" else None
     return INT4 if step["step"] == "Int4" else None

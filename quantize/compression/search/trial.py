@@ -280,8 +280,6 @@ def file_name(recipe: Recipe) -> str:
         numbers = {"Prune": "amount", "LowRank": "ratio", "Recover": "steps"}
         number = numbers.get(type(step).__name__)
         options = [name for name in ("embeddings", "smooth") if getattr(step, name, False)]
-        if getattr(step, "prefer", "") == "speed":
-            options.append("where_faster")
         value = _shown(getattr(step, number)) if number else ""
         parts.append("_".join([step.part + value, *options]))
     return "+".join([*parts, *_by_layer(recipe)])

@@ -2,9 +2,9 @@
 
 First what people pick by hand, so that nothing worse is returned, then choices layer by layer,
 corrected by what was measured, then what else keeps every channel (16 bits, int4), models with
-fewer blocks, pruned and factorized ones, then a training of what came near. Once a point reaches
-the targets and has lost nothing but noise, the minutes that are left look for a faster one that
-does too.
+fewer blocks, pruned and factorized ones where layers can't be chosen one by one, then a training of
+what came near. Once a point reaches the targets and has lost nothing but noise, the minutes that
+are left look for a faster one that does too.
 """
 
 from __future__ import annotations
@@ -21,25 +21,19 @@ from quantize.compression.recipe import Drop, Int8, Recipe
 from quantize.compression.search import choosing, strategy
 from quantize.compression.search.depth import Losses
 from quantize.compression.search.fits import Parts
-from quantize.compression.search.layered import (
-    ROUNDS,
-    Choice,
-    Layered,
-    as_values,
-    from_values,
-)
+from quantize.compression.search.layered import ROUNDS, Choice, Layered, as_values, from_values
 from quantize.compression.search.points import Row
 from quantize.compression.search.times import BF16, FLOAT, INT4, INT8
 from quantize.compression.search.trial import Trial, file_name
 from quantize.compression.search.units import survey
 from quantize.host import native_bf16
-REPORT_S = 1.0  # of writing it
 
-MOST_SHARES, FEW_SHARES = 6, 1  # of one technique; where layers are chosen one by one too
+MOST_SHARES = 6  # of one technique, where layers can't be chosen one by one
 TRAINED = 3  # models that a training is tried on, the ones that lost least
 WORTH = 1.1  # times as fast as what needs none: what a training is tried for
 FIRST_STEPS, MOST_STEPS = 20, 400  # of a training
 LARGE = 1 << 29  # bytes of a model: a process for each of the first points would take too much
+REPORT_S = 1.0  # of writing it
 OPENING = 0.3  # share of the minutes after which no more is made before the original is measured
 SOME_LINEAR = 0.1  # share of the parameters from which on linear layers may get 4 bits
 
@@ -79,9 +73,7 @@ class Walk:
         self._try_plain(first)
         self._try(strategy.reduced(strategy.FIRST_SHARE, strategy.PRUNED, self._tail()))
         layered = self._survey(None)
-        if layered is None:
-            self._try(strategy.where_faster())
-        else:
+        if layered is not None:
             self._by_layer(layered)
         self._try(strategy.reduced(strategy.FIRST_SHARE, strategy.FACTORIZED, self._tail()))
         if self._spare() is None:
@@ -91,10 +83,9 @@ class Walk:
             if layered is not None:
                 self._with_more_kinds()
         self._drop()
-        tail = self._tail()
-        most = MOST_SHARES if layered is None else FEW_SHARES
-        for kind in (strategy.PRUNED, strategy.FACTORIZED):
-            self._reduce(kind, tail, most)
+        if layered is None:
+            for kind in (strategy.PRUNED, strategy.FACTORIZED):
+                self._reduce(kind)
         self._recover()
 
     def _open(self) -> None:
@@ -107,11 +98,14 @@ class Walk:
         if self.is_convolutional:
             relaid = [strategy.channels_last(recipe) for recipe in (None, *recipes)]
             recipes = [recipes[0], *relaid]
-        last = time.monotonic() + OPENING * self.seconds
+        started, known = time.monotonic(), len(self.trial.points.rows)
+        last = started + OPENING * self.seconds
         try:
             self.trial.open(recipes, lambda: time.monotonic() > last)
         except OSError as error:  # a full disk
             self._stop(error)
+        made = len(self.trial.points.rows) - known
+        self.taken += [(time.monotonic() - started) / made] if made else []
 
     def _with_more_kinds(self) -> None:
         """Choose by layers among int4 and bfloat16 too, where they may be what is missing."""
@@ -157,14 +151,15 @@ class Walk:
         """The parts of the model, after the steps of `before`, with their options, `more` kinds
         among them; None where there are none, or no time.
         """
-        if self._is_over():
-            return None
         trial = self.trial
         key = "whole" if before is None else file_name(before)
         known = trial.points.known.get(key, {"kinds": [], "units": []})
         kinds = [FLOAT, INT8, *more]
         ready = strategy.channels_last(before) if self.has_layout else before
-        if not set(known["kinds"]) >= set(kinds):
+        is_new = not set(known["kinds"]) >= set(kinds)
+        if self._is_over(1 + is_new):  # the parts are worth nothing without a point
+            return None
+        if is_new:
             try:
                 model = trial.model if ready is None else ready(trial.model)
                 units = survey(model, trial.given, kinds, trial.say)
@@ -262,10 +257,10 @@ class Walk:
         self.trial.say(f"{row['name']}: {speed}{shown}")
         return row
 
-    def _is_over(self) -> bool:
-        """Whether what takes as long as a point isn't done before the deadline."""
-        usual = statistics.median(self.taken or [0.0])
-        over = time.monotonic() + usual > self.deadline
+    def _is_over(self, points: int = 1) -> bool:
+        """Whether what takes as long as so many points isn't done before the deadline."""
+        usual = max(statistics.median(self.taken), self.taken[-1]) if self.taken else 0.0
+        over = time.monotonic() + points * usual > self.deadline
         self.was_cut = self.was_cut or over
         return over
 
@@ -289,11 +284,12 @@ class Walk:
             made.sort(key=lambda row: -row["speedup"])
         return strategy.without_layout(Recipe.from_json(made[0]["recipe"])) if made else None
 
-    def _reduce(self, kind: str, tail: Recipe | None, most: int) -> None:
+    def _reduce(self, kind: str) -> None:
         """Shares of one technique, each halfway between too little and too much."""
+        tail = self._tail()
         tried: dict[float, bool] = {}
         share: float | None = strategy.FIRST_SHARE
-        while share is not None and len(tried) < most:
+        while share is not None and len(tried) < MOST_SHARES:
             row = self._try(strategy.reduced(share, kind, tail))
             if row is None or row["file"] is None:
                 return

@@ -51,7 +51,6 @@ def by_bytes(monkeypatch, no_chart):
     monkeypatch.setattr("quantize.compression.search.finding.Nursery.launch", lambda _: None)
     monkeypatch.setattr(Stopwatch, "_race", timed_by_bytes)
     monkeypatch.setattr("quantize.compression.search.walk.MOST_SHARES", 3)
-    monkeypatch.setattr("quantize.compression.search.walk.FEW_SHARES", 3)
     monkeypatch.setattr("quantize.compression.search.walk.MOST_STEPS", 40)
 
 
@@ -264,7 +263,6 @@ def test_recipes_of_a_search_are_told_apart_by_their_files():
         Recipe((Prune(0.5),)),
         Prune(0.5) >> Int8(),
         Prune(0.5) >> Int8(smooth=True),
-        Prune(0.5) >> Int8(prefer="speed"),
         LowRank(0.5) >> Int8(),
     ]
     names = [file_name(recipe) for recipe in recipes]
