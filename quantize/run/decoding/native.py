@@ -2,8 +2,8 @@
 its cache.
 
 Left out, and so left to the model itself: prompts of models with float weights whose products of
-many rows PyTorch has (see `reads_prompts`), attention sinks, layers of other kinds than this
-package's own, hooks, CUDA.
+many rows PyTorch has (see `reads_prompts`), layers of other kinds than this package's own, hooks,
+CUDA.
 """
 
 from __future__ import annotations

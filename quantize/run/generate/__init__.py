@@ -5,8 +5,7 @@ several ahead. The model is any module that maps token ids [B, T] to logits [B, 
 object with `.logits`); if its `forward` takes a `cache`, each token is computed once, otherwise the
 whole text is computed again for every token.
 
-Left out: beam search (`KVCache.reorder` is what it needs), serving many requests that come and go,
-constrained output.
+Left out: beam search, serving many requests that come and go, constrained output.
 """
 
 from quantize.run.generate.loop import Generation, generate, generate_stream

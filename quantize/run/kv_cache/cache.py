@@ -22,14 +22,7 @@ from torch import Tensor, nn
 from quantize import check
 from quantize.run.kv_cache import checks
 from quantize.run.kv_cache.fitting import shape_for
-from quantize.run.kv_cache.functions import (
-    alibi_bias,
-    attention,
-    attention_int8,
-    attention_with_sinks,
-    read,
-    visible,
-)
+from quantize.run.kv_cache.functions import attention, attention_int8, read, visible
 from quantize.run.kv_cache.layer import Layer
 
 BLOCK = 256  # positions; the least by which a cache grows
@@ -41,12 +34,9 @@ class KVCache:
     kv_heads, head_dim: one number, or one per layer (pruned heads). dtype: float16, bfloat16,
     float32, or int8 with a scale per head and position; None follows the keys that arrive. window:
     a query sees only the last `window` positions, itself included (one number, or one or None per
-    layer), and what nobody can see is dropped; then `limit` may be None. sinks: positions at the
-    start that stay visible beyond the window (Xiao et al., arXiv 2309.17453); `rope` are then the
-    model's rotary frequencies [D/2], so that a sink never seems farther away than the window
-    reaches.
+    layer), and what nobody can see is dropped; then `limit` may be None.
 
-    Nothing is allocated before the first `update`. Gradients don't flow into what is held. Raises
+    Nothing is allocated before the first `attend`. Gradients don't flow into what is held. Raises
     ValueError, naming the argument, for values out of range; every method leaves the cache usable
     when it raises.
     """
@@ -61,8 +51,6 @@ class KVCache:
         batch: int = 1,
         dtype: torch.dtype | None = None,
         window: int | Sequence[int | None] | None = None,
-        sinks: int = 0,
-        rope: Tensor | None = None,
         block: int = BLOCK,
     ):
         for name, value in (("layers", layers), ("batch", batch), ("block", block)):
@@ -71,11 +59,10 @@ class KVCache:
             check.count("limit", limit)
         checks.check_dtype(dtype)
         windows = checks.per_layer("window", window, layers, none=True)
-        checks.check_windows(window, windows, limit, sinks)
+        checks.check_windows(windows, limit)
         heads = checks.per_layer("kv_heads", kv_heads, layers)
         widths = checks.per_layer("head_dim", head_dim, layers)
         self.batch, self.limit, self.dtype, self.block = batch, limit, dtype, block
-        self.sinks, self.rope = sinks, rope
         self.length = 0  # positions held, or dropped behind a window; the next one is written here
         self.pad: Tensor | None = None  # int64 [B]: empty positions at the left of each row
         # What `generate` read: int64 [B, length], and a weak reference to the model.
@@ -107,9 +94,7 @@ class KVCache:
         Without a `window` asked for, `limit` defaults to the model's `config.max_length`. `options`
         are those of the constructor.
         """
-        window, sinks = options.pop("window", None), options.get("sinks")
-        shape = shape_for(model, window=window, limit=limit, sinks=bool(sinks))
-        options.setdefault("rope", shape.pop("rope"))
+        shape = shape_for(model, window=options.pop("window", None), limit=limit)
         return cls(**shape, **options, batch=batch, dtype=dtype)
 
     # Memory.
@@ -126,8 +111,6 @@ class KVCache:
         for layer in self._layers:
             reach = layer.room(self.block)
             positions = reach if length is None else min(length, reach)
-            if length is None or length > reach:
-                positions += self.sinks
             held = layer.tensors["k"].dtype if layer.tensors else torch.float32
             width = layer.width_bytes(self.dtype or held)
             total += 2 * self.batch * layer.kv_heads * int(positions) * width
@@ -151,39 +134,17 @@ class KVCache:
             return slots
         return (slots - self.pad.to(slots.device)[:, None]).clamp_(min=0)
 
-    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Add k, v [B, KV, T, D] of one layer; returns all that it holds, [B, KV, S, D], the new
-        ones last.
-
-        Views of the cache where its dtype is that of k, copies otherwise (int8: dequantized).
-        Raises ValueError for a window or rows of different length, where not every query sees all
-        of it: `attend` knows who sees what.
-        """
-        if self.pad is not None or any(store.window is not None for store in self._layers):
-            raise ValueError("`update` is for rows of one length without a window; use `attend`")
-        store = self._write(layer, k, v)
-        held = store.between(0, self._end)
-        return read(held, "k", k.dtype), read(held, "v", v.dtype)
-
-    def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, slopes: Tensor | None = None
-    ) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Add k, v [B, KV, T, D] and return causal attention of q [B, H, T, D] over all that is
         visible, [B, H, T, D].
-
-        slopes: ALiBi slopes [H]; scores lose slope * distance.
         """
         new = k.shape[2]
         store = self._write(layer, k, v)
         start = self._end - new  # position of the first query
-        if self.sinks and store.window and self._end > store.window:
-            return self._attend_with_sinks(store, q, start, slopes)
         # The first position that this query sees.
         low = 0 if store.window is None else max(0, start - store.window + 1)
         held = store.between(low, self._end)
         mask = self._mask(store, new, low, q.device)
-        if slopes is not None:
-            mask = alibi_bias(slopes.to(q.device, q.dtype), start, new, low, mask)
         if new == 1 and mask is None and store.tensors["k"].dtype == torch.int8:
             return attention_int8(q, held["k"], held["k_scale"], held["v"], held["v_scale"])
         k, v = read(held, "k", q.dtype), read(held, "v", q.dtype)
@@ -193,10 +154,9 @@ class KVCache:
         """What each layer holds, with room for `new` more positions, for whoever writes those
         itself and then calls `close`.
 
-        None with attention sinks, whose indices move, and before the first pass without a dtype.
+        None before the first pass without a dtype.
         """
-        empty = dtype is None and not all(layer.tensors for layer in self._layers)
-        if self.sinks or empty:
+        if dtype is None and not all(layer.tensors for layer in self._layers):
             return None
         checks.check_room(self.length, new, self.limit)
         key = torch.empty(self.batch, 0, dtype=dtype, device="cpu")
@@ -231,9 +191,7 @@ class KVCache:
 
     def _reserve(self, store: Layer, end: int, like: Tensor) -> None:
         dtype = self.dtype or like.dtype
-        store.reserve(
-            self.length, end, like, dtype, block=self.block, limit=self.limit, sinks=self.sinks
-        )
+        store.reserve(self.length, end, like, dtype, block=self.block, limit=self.limit)
 
     # Visibility.
 
@@ -251,31 +209,18 @@ class KVCache:
             self._masks[key] = visible(queries, keys, window=window, pad=pad)
         return self._masks[key]
 
-    def _attend_with_sinks(
-        self, store: Layer, q: Tensor, start: int, slopes: Tensor | None
-    ) -> Tensor:
-        window = store.window or 0  # sinks have one
-        low = max(start - window + 1, self.sinks)
-        held = store.between(low, self._end)
-        first = store.sinks or {n: t[:, :, : self.sinks] for n, t in store.tensors.items()}
-        near = [read(held, name, q.dtype) for name in "kv"]
-        far = [read(first, name, q.dtype) for name in "kv"]
-        return attention_with_sinks(
-            q, *near, *far, start=start, window=window, rope=self.rope, slopes=slopes
-        )
-
     # Rewriting.
 
     def reset(self, *, batch: int | None = None, pad: Tensor | None = None) -> None:
         """Forget everything, keep the room (unless `batch` changes it). pad: empty positions at the
         left of each row, [B].
 
-        Raises ValueError if `pad` doesn't fit the batch, or together with sinks.
+        Raises ValueError if `pad` doesn't fit the batch.
         """
         batch = self.batch if batch is None else batch
         check.count("batch", batch)
         if pad is not None:
-            checks.check_pad(pad, batch, self.sinks)
+            checks.check_pad(pad, batch)
             pad = pad if bool(pad.any()) else None
         for layer in self._layers:
             layer.clear(keep_room=batch == self.batch)
@@ -306,19 +251,6 @@ class KVCache:
             twin._map_rows(lambda t: t.expand(batch, *t.shape[1:]), batch)
         return twin
 
-    def reorder(self, rows: Tensor | Sequence[int]) -> None:
-        """Row i becomes what row `rows[i]` was (beam search); rows may repeat or vanish, so the
-        batch may change.
-
-        Raises ValueError for a row that isn't held.
-        """
-        rows = torch.as_tensor(rows)
-        checks.check_rows(rows, self.batch)
-        for layer in self._layers:
-            layer.tensors = layer.between(layer.first, self.length)  # free room isn't worth copying
-            layer.stop_sharing()
-        self._map_rows(lambda t: t.index_select(0, rows.to(t.device)), len(rows))
-
     def _map_rows(self, change: Callable[[Tensor], Tensor], batch: int) -> None:
         with torch.inference_mode(False), torch.no_grad():
             for layer in self._layers:
@@ -328,22 +260,3 @@ class KVCache:
             if self.tokens is not None:
                 self.tokens = change(self.tokens)
         self.batch, self._new = batch, 0
-
-    # Cross-attention.
-
-    def memory(self, layer: int) -> dict[str, Tensor]:
-        """What `remember` kept for a layer: k, v [B, KV, S, D], perhaps mask [B, S]."""
-        return self._layers[layer].memory
-
-    def remember(self, layer: int, k: Tensor, v: Tensor, mask: Tensor | None = None) -> None:
-        """Keep the keys and values that a cross-attention layer made from an encoder's output, for
-        all later passes.
-
-        mask: bool [B, S], True where the encoder's output is real. Kept as they are (no int8),
-            until `reset`.
-        """
-        checks.check_memory(k, v, mask, self.batch)
-        kept = {"k": k.detach(), "v": v.detach()}
-        if mask is not None:
-            kept["mask"] = mask
-        self._layers[layer].memory = kept

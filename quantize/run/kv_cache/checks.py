@@ -28,35 +28,22 @@ def check_dtype(dtype: torch.dtype | None) -> None:
         )
 
 
-def check_windows(given: object, windows: list, limit: int | None, sinks: int) -> None:
-    """Without a limit every layer has a window, and sinks lie within the window."""
+def check_windows(windows: list, limit: int | None) -> None:
+    """Without a limit every layer has a window."""
     if limit is None and None in windows:
         raise ValueError(
             "limit is None, which needs a window in every layer: without one the cache "
             "grows forever"
         )
-    if not is_count(sinks, 0) or (sinks and (None in windows or sinks >= min(windows))):
-        raise ValueError(f"sinks is {sinks!r}; allowed: 0, or less than the window ({given!r})")
 
 
-def check_pad(pad: Tensor, batch: int, sinks: int) -> None:
+def check_pad(pad: Tensor, batch: int) -> None:
     """One number of empty positions for each row."""
     if pad.shape != (batch,) or pad.dtype != torch.int64 or bool((pad < 0).any()):
         raise ValueError(
             f"pad must be int64 [{batch}] and >= 0, got {pad.dtype} {tuple(pad.shape)}: "
             f"{pad.tolist()}"
         )
-    if sinks:
-        raise ValueError(
-            "rows of different length can't have sinks: their first positions don't line up"
-        )
-
-
-def check_rows(rows: Tensor, batch: int) -> None:
-    """Integers that name rows of the batch."""
-    fits = rows.dim() == 1 and not rows.is_floating_point() and len(rows) > 0
-    if not fits or rows.min() < 0 or rows.max() >= batch:
-        raise ValueError(f"rows is {rows.tolist()}; allowed: integers from 0 to {batch - 1}")
 
 
 def check_layer(index: int, k: Tensor, v: Tensor, shape: tuple[int, int, int, int]) -> None:
@@ -67,15 +54,6 @@ def check_layer(index: int, k: Tensor, v: Tensor, shape: tuple[int, int, int, in
             f"layer {index}: keys {tuple(k.shape)} and values {tuple(v.shape)} don't fit a "
             f"cache made for {batch} rows, {heads} heads of width {width} (another model or "
             f"batch?)"
-        )
-
-
-def check_memory(k: Tensor, v: Tensor, mask: Tensor | None, batch: int) -> None:
-    """Keys and values of an encoder's output are for `batch` rows, and the mask is for them."""
-    masked = mask is None or mask.shape == k.shape[::2]
-    if k.shape[0] != batch or k.shape[:3] != v.shape[:3] or not masked:
-        raise ValueError(
-            f"keys {tuple(k.shape)}, values {tuple(v.shape)} and mask don't fit {batch} rows"
         )
 
 

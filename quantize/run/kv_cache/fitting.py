@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from quantize.run.kv_cache.checks import per_layer
 
 
-def shape_for(model: nn.Module, *, window: Any, limit: int | None, sinks: bool) -> dict[str, Any]:
+def shape_for(model: nn.Module, *, window: Any, limit: int | None) -> dict[str, Any]:
     """Arguments of the `KVCache` that fits `model`, but for those that any cache may have.
 
     Args:
         model: its attention modules have a `cache_shape` (KV heads, head width, window).
         window: asked for, beside the model's own; of two windows the narrower one counts.
         limit: asked for; None is the model's `config.max_length` where a layer has no window asked.
-        sinks: whether the cache has sinks, which need the rotary frequencies.
     """
     modules = _attention_layers(model)
     heads, widths, windows = zip(*(m.cache_shape for m in modules), strict=True)
@@ -29,7 +28,6 @@ def shape_for(model: nn.Module, *, window: Any, limit: int | None, sinks: bool) 
         "head_dim": widths,
         "window": list(map(_narrower, windows, asked)),
         "limit": limit,
-        "rope": _rope_of(model, modules[0]) if sinks else None,
     }
 
 
@@ -54,10 +52,3 @@ def _narrower(one: int | None, other: int | None) -> int | None:
     """The smaller of two windows; None is no window."""
     windows = [window for window in (one, other) if window is not None]
     return min(windows, default=None)
-
-
-def _rope_of(model: nn.Module, first: Any) -> Tensor | None:
-    """Rotary frequencies [D/2] of a model, or of its first attention layer; None without."""
-    own = getattr(first, "rope_frequencies", None)
-    frequencies: Any = getattr(model, "rope_frequencies", own)
-    return frequencies() if frequencies else None

@@ -1,14 +1,10 @@
-"""Attention, rotary angles and int8 rows as functions of tensors; no state, no modules."""
+"""Attention and int8 rows as functions of tensors; no state, no modules."""
 
 from __future__ import annotations
-
-import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from quantize.models.attention import apply_rope
 
 
 def attention(
@@ -17,15 +13,11 @@ def attention(
     """Softmax attention of q [B, H, T, D] over k, v [B, KV, S, D] -> [B, H, T, D]; H a multiple of
     KV, no key copied.
 
-    mask: bool (True = visible) or a float bias, broadcastable to [B, H, T, S]; it takes the place
-        of `causal` (T == S).
+    mask: bool (True = visible), broadcastable to [B, H, T, S]; it takes the place of `causal`
+        (T == S).
     """
     b, heads, new, d = q.shape
-    if (
-        new == 1
-        and heads != k.shape[1]
-        and (mask is None or (mask.dim() == 4 and mask.shape[1] == 1))
-    ):
+    if new == 1 and heads != k.shape[1]:
         # With one query per head, a group's queries can stand where positions do, and keys are read
         # once per group: over 30 layers of 4096 positions 16 ms instead of 21 with enable_gqa, in
         # bfloat16 16 instead of 165.
@@ -36,30 +28,6 @@ def attention(
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=bool(heads != k.shape[1])
     )
-
-
-def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """Turn pairs (i, i + D/2) of x [B, H, T, D] by `angles` [T, D/2] or [B, 1, T, D/2] (RoPE, arXiv
-    2104.09864).
-    """
-    return apply_rope(x, angles.cos().to(x.dtype), angles.sin().to(x.dtype))
-
-
-def rope_frequencies(
-    head_dim: int, theta: float = 10000.0, device: torch.device | None = None
-) -> Tensor:
-    """Radians per position of each pair [D/2], fp32."""
-    return theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / -head_dim)
-
-
-def alibi_slopes(heads: int) -> Tensor:
-    """Slopes [H] of Press et al. (arXiv 2108.12409), the interleaved rule for head counts that are
-    no power of two.
-    """
-    power = 2 ** math.floor(math.log2(heads))
-    slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
-    slopes += [2 ** (-4 * (2 * i + 1) / power) for i in range(heads - power)]
-    return torch.tensor(slopes, dtype=torch.float32)
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,63 +77,3 @@ def visible(queries: Tensor, keys: Tensor, *, window: int | None, pad: Tensor | 
     if pad is not None:  # padding sees itself, so that no row of scores is empty
         mask = (mask & (keys >= pad[:, None, None, None])) | (keys == queries)
     return mask
-
-
-def alibi_bias(slopes: Tensor, start: int, new: int, low: int, mask: Tensor | None) -> Tensor:
-    """What scores of queries at start..start+new get for keys at low.. up to the last query: [H, T,
-    S] or [B, H, T, S].
-
-    slopes [H]; mask: bool, True = visible, broadcastable to the result; None: what is causal is
-    visible.
-    """
-    queries = torch.arange(start, start + new, device=slopes.device)[:, None]
-    keys = torch.arange(low, start + new, device=slopes.device)
-    bias = slopes[:, None, None] * (keys - queries).to(slopes.dtype)
-    return bias.masked_fill(~(keys <= queries if mask is None else mask), -math.inf)
-
-
-def attention_with_sinks(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    sink_k: Tensor,
-    sink_v: Tensor,
-    *,
-    start: int,
-    window: int,
-    rope: Tensor | None,
-    slopes: Tensor | None,
-) -> Tensor:
-    """Attention of q [B, H, T, D], at positions start.., over sinks [B, KV, N, D] and k, v [B, KV,
-    S, D] that end with it.
-
-    Under one softmax. A sink is never farther than the window reaches: with `rope` (radians per
-    position [D/2]) queries are turned back to where they would see it from there, with `slopes`
-    (ALiBi) its distance is cut.
-    """
-    b, heads, new, d = q.shape
-    sinks = torch.arange(sink_k.shape[2], device=q.device)
-    queries = torch.arange(start, start + new, device=q.device)
-    keys = torch.arange(start + new - k.shape[2], start + new, device=q.device)
-    seen = queries.clamp(max=len(sinks) + window - 1)  # where a query stands as the sinks see it
-    far = q if rope is None else rotate(q, (seen - queries)[:, None] * rope.to(q.device))
-
-    def scores(
-        queries: Tensor, keys: Tensor
-    ) -> Tensor:  # [B, H, T, D], [B, KV, S, D] -> [B, H, T, S]
-        grouped = queries.reshape(b, keys.shape[1], -1, d) * d**-0.5
-        return (grouped @ keys.transpose(-1, -2)).view(b, heads, new, -1)
-
-    to_sinks, to_window = scores(far, sink_k), scores(q, k)
-    if slopes is not None:
-        slopes = slopes.to(q.device, q.dtype)[:, None, None]
-        to_sinks = to_sinks + slopes * (sinks - seen[:, None])
-        to_window = to_window + slopes * (keys - queries[:, None])
-    hidden = (keys > queries[:, None]) | (keys <= queries[:, None] - window)
-    to_sinks = to_sinks.masked_fill(sinks > queries[:, None], -math.inf)
-    to_window = to_window.masked_fill(hidden, -math.inf)
-    weights = torch.softmax(torch.cat((to_sinks, to_window), dim=-1), dim=-1)  # [B, H, T, N + S]
-    weights = weights.view(b, k.shape[1], -1, weights.shape[-1])
-    return (weights[..., : len(sinks)] @ sink_v + weights[..., len(sinks) :] @ v).view(
-        b, heads, new, d
-    )

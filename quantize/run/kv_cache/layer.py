@@ -22,9 +22,6 @@ class Layer:
     def __init__(self, kv_heads: int, head_dim: int, window: int | None):
         self.kv_heads, self.head_dim, self.window = kv_heads, head_dim, window
         self.tensors: dict[str, Tensor] = {}  # k, v; int8: k_scale, v_scale too
-        # k, v of the first positions, once the window has left them behind
-        self.sinks: dict[str, Tensor] = {}
-        self.memory: dict[str, Tensor] = {}  # k, v, mask of cross-attention
         self.first = 0
         # how many caches use these tensors; a list, because they share the count as well
         self.sharers = [1]
@@ -42,8 +39,7 @@ class Layer:
         return bool(self.tensors) and self.sharers[0] == 1 and whole
 
     def nbytes(self) -> int:
-        tensors = [*self.tensors.values(), *self.sinks.values(), *self.memory.values()]
-        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+        return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors.values())
 
     def width_bytes(self, dtype: torch.dtype) -> int:
         """Bytes of the key of one head and position."""
@@ -61,11 +57,7 @@ class Layer:
         """A layer with the same tensors, which neither writes into from now on."""
         self.sharers[0] += 1
         twin = copy.copy(self)
-        twin.tensors, twin.sinks, twin.memory = (
-            dict(self.tensors),
-            dict(self.sinks),
-            dict(self.memory),
-        )
+        twin.tensors = dict(self.tensors)
         return twin
 
     def stop_sharing(self) -> None:
@@ -74,15 +66,14 @@ class Layer:
         self.sharers = [1]
 
     def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
-        for group in (self.tensors, self.sinks, self.memory):
-            group.update({name: change(tensor) for name, tensor in group.items()})
+        self.tensors.update({name: change(tensor) for name, tensor in self.tensors.items()})
 
     def clear(self, *, keep_room: bool) -> None:
         """Forget everything; the tensors stay as room to write into, unless others use them."""
         if not keep_room or self.sharers[0] > 1:
             self.stop_sharing()
             self.tensors = {}
-        self.sinks, self.memory, self.first = {}, {}, 0
+        self.first = 0
 
     # ------------------------------------------------------------------------------------------
     # writing
@@ -121,7 +112,6 @@ class Layer:
         *,
         block: int,
         limit: int | None,
-        sinks: int,
     ) -> None:
         """Make room for positions up to `end`, where `length` are held.
 
@@ -129,13 +119,11 @@ class Layer:
             length, end: positions held so far, and how many will be.
             like: a key [B, KV, T, D] that arrives; its batch and device are those of new tensors.
             dtype: of new tensors, if there are none yet.
-            block, limit, sinks: those of the cache.
+            block, limit: those of the cache.
         """
         if self.writable and end - self.first <= self.capacity:
             return
         drop = self._droppable(length, end, block)
-        if drop and sinks and not self.sinks:
-            self.sinks = {name: t[:, :, :sinks].clone() for name, t in self.tensors.items()}
         needed, held = end - self.first - drop, length - self.first - drop
         if self.writable and needed <= self.capacity:
             self._move(drop, held, self.tensors)

@@ -272,7 +272,7 @@ def test_ragged_rows_and_windows():
         strict=True,
     ):
         assert torch.equal(a, b)
-    windows = [KVCache.for_model(m, window=9, sinks=2) for m in (fast, model)]
+    windows = [KVCache.for_model(m, window=9) for m in (fast, model)]
     texts = [
         generate(m, tokens(1, 5), max_new_tokens=90, cache=c)
         for m, c in zip((fast, model), windows, strict=True)

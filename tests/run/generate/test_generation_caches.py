@@ -32,11 +32,11 @@ def test_a_cache_carries_over():
 
 
 def test_past_the_limit_with_a_window():
-    """A windowed cache with sinks goes past the model's length; it refuses nothing and reads each
+    """A windowed cache goes past the model's length; it refuses nothing and reads each
     token once.
     """
     model = decoder(max_length=16)
-    cache = KVCache.for_model(model, window=12, sinks=2)
+    cache = KVCache.for_model(model, window=12)
     ids = generate(model, tokens(1, 5), max_new_tokens=200, cache=cache)
     assert ids.shape == (1, 205) and cache.nbytes <= cache.nbytes_at()
     short = generate(model, tokens(1, 5), max_new_tokens=7)

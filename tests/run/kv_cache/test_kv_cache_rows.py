@@ -1,17 +1,17 @@
-"""The rows of a cache: ragged, cut back, forked, reordered."""
+"""The rows of a cache: ragged, cut back, forked."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from helpers import assert_close, run, tokens
-from kv_cache_models import KINDS, Decoder, in_pieces
+from kv_cache_models import KINDS, Decoder, in_pieces, keep
 from torch import nn
 
 from quantize.run.kv_cache import KVCache
 
 
-@pytest.mark.parametrize("kind", ["grouped", "alibi", "window"])
+@pytest.mark.parametrize("kind", ["grouped", "no positions", "window"])
 def test_ragged_rows(kind):
     """Rows of different length, empty on the left, give each row's own logits."""
     model, lengths = Decoder(**KINDS[kind]), [3, 9, 1]
@@ -69,18 +69,14 @@ def test_fork_copies_only_when_written():
     )
 
 
-def test_fork_to_many_rows_and_reorder():
-    """One prefix continues as several rows; `reorder` moves, repeats and drops them."""
+def test_fork_to_many_rows():
+    """One prefix continues as several rows, and by itself."""
     model, prefix = Decoder(kv_heads=2), tokens(1, 8)
     cache = KVCache.for_model(model, limit=32, block=4)
     in_pieces(model, prefix, cache, 8)
     many = cache.fork(batch=3)
     ids = torch.cat((prefix.expand(3, -1), tokens(3, 5)), dim=1)
     assert_close(in_pieces(model, ids[:, 8:], many), run(model, ids)[:, 8:])
-    many.reorder([2, 0, 2, 1])
-    ids = torch.cat((ids[[2, 0, 2, 1]], tokens(4, 3, seed=5)), dim=1)
-    assert many.batch == 4
-    assert_close(in_pieces(model, ids[:, 13:], many), run(model, ids)[:, 13:])
     assert_close(in_pieces(model, prefix, cache), run(model, torch.cat((prefix, prefix), 1))[:, 8:])
 
 
@@ -92,11 +88,10 @@ def test_copies_of_one_row_are_taken_apart_whoever_writes_first(dtype):
     first, own, theirs = (
         torch.randn(rows, 2, count, 4) for rows, count in ((1, 3), (1, 1), (3, 1))
     )
-    held, _ = cache.update(0, first, first)
+    held = keep(cache, 0, first)
     copies = cache.fork(3)
-    after, _ = cache.update(0, own, own)
-    before = after.clone()
-    rows, _ = copies.update(0, theirs, theirs)
+    before = keep(cache, 0, own).clone()
+    rows = keep(copies, 0, theirs)
     assert torch.equal(rows[:, :, :3], held.expand(3, -1, -1, -1))
     assert_close(rows[:, :, 3:], theirs, dtype=torch.bfloat16 if dtype is torch.int8 else dtype)
-    assert torch.equal(cache.update(0, own, own)[0][:, :, :4], before)
+    assert torch.equal(keep(cache, 0, own)[:, :, :4], before)
