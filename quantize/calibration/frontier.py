@@ -43,7 +43,6 @@ class Frontier:
         model: as it is before the first change.
         batches: of calibration, in memory.
         names: modules of the model, of which none is inside another.
-        memory: bytes of kept outputs, and of arguments, that stay in memory; others are in files.
         look: at the model, through these batches; None: taken now.
     """
 
@@ -53,14 +52,13 @@ class Frontier:
         batches: Sequence[Any],
         names: Iterable[str],
         *,
-        memory: int = MEMORY,
         look: Look | None = None,
     ) -> None:
         self.batches = batches
         modules = {name: model.get_submodule(name) for name in names}
         self.look = look = look or Look(model, batches, modules)
         self.impure = impure_modules(model, look.stateful)
-        self.store = Store(memory)
+        self.store = Store(MEMORY)
         self.kept = [Ran() for _ in batches]
         # of the modules that run once in every batch
         self.order = [n for n in look.first.counts if all(c[n] == 1 for c in look.counts)]

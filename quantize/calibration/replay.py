@@ -46,7 +46,6 @@ class Walk:
         batches: re-iterable calibration batches; `Beside` where the two models get others.
         layers: those that will be shown, and may be changed in the other model.
         memory: bytes of kept outputs that stay in memory.
-        replay: False runs every pass from the input.
         look: at the original, through these batches; None: taken now.
     """
 
@@ -57,14 +56,13 @@ class Walk:
         layers: Iterable[str],
         *,
         memory: int = MEMORY,
-        replay: bool = True,
         look: Look | None = None,
     ) -> None:
         self.batches = check_batches(batches)
         self.layers = list(dict.fromkeys(layers))
         self.changing = set(self.layers)
         self.store = Store(memory)
-        self.replay = replay
+        self.replay = True
         self.skip = True  # may a layer that is only shown its stream be left out?
         if look is None:
             watched = {name: original.get_submodule(name) for name in self.layers}

@@ -39,7 +39,7 @@ def to_half(
     Args:
         model: any nn.Module; it stays as it is.
         dtype: torch.float16 or torch.bfloat16.
-        skip: names, globs or types of modules that stay as they are (`surgery.select`).
+        skip: names, globs or types of modules that stay as they are (`surgery.skip_filter`).
 
     Returns:
         The copy, which takes and gives the dtypes that `model` does.

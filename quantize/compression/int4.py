@@ -38,7 +38,7 @@ def quantize_weights(
         model: any nn.Module; it stays as it is.
         bits: 4.
         group_size: 32, 64, 128 or 256 weights of a row share a scale.
-        skip: names, globs or types of modules that stay as they are (`surgery.select`).
+        skip: names, globs or types of modules that stay as they are (`surgery.skip_filter`).
         calibration: batches as `calibration.collect` takes; they turn on GPTQ rounding.
         progress: called with a line for people before each piece of work, with the layer's name.
 

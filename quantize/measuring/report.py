@@ -34,7 +34,6 @@ def build_report(
     data: Mapping[str, Any] | None = None,
     notes: Mapping[str, str] | None = None,
     failed: Mapping[str, str] | None = None,
-    higher: bool | None = None,
 ) -> Report:
     """`{"machine": {...}, "data": {...}, "rows": [...]}`, JSON values only.
 
@@ -46,9 +45,8 @@ def build_report(
             seed, reference values.
         notes: added to a row, by name.
         failed: why an artifact couldn't be made, by name; a row each.
-        higher: whether the metric is better when higher; None: its name tells.
     """
-    rows = build_rows(measurements, notes=notes, higher=higher)
+    rows = build_rows(measurements, notes=notes)
     rows += [failed_row(name, reason, rows[0]) for name, reason in (failed or {}).items()]
     return {
         "machine": strict(measurements[0].machine()),

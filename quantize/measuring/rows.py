@@ -49,14 +49,12 @@ def build_rows(
     measurements: Sequence[Measurement],
     *,
     notes: Mapping[str, str] | None = None,
-    higher: bool | None = None,
 ) -> list[Row]:
     """One row per measurement; the first one is the baseline.
 
     Args:
         measurements: of `compare`.
         notes: added to a row, by name.
-        higher: whether the metric is better when higher; None: its name tells.
 
     Returns:
         Dicts of name, file (without its folder), bytes, bytes_ratio, parameters, latency_ms
@@ -76,15 +74,15 @@ def build_rows(
     rows: list[Row] = []
     for m in measurements:
         if m.failed is None:
-            rows.append(_row(m, baseline, (notes or {}).get(m.name), higher))
+            rows.append(_row(m, baseline, (notes or {}).get(m.name)))
         else:
             rows.append(failed_row(m.name, m.failed, rows[0]))
     return rows
 
 
-def _row(m: Measurement, baseline: Measurement, note: str | None, higher: bool | None) -> Row:
+def _row(m: Measurement, baseline: Measurement, note: str | None) -> Row:
     name, value = next(iter(m.metrics.items()), (None, None))
-    higher = higher_is_better(name) if higher is None and name else higher
+    higher = higher_is_better(name) if name else None
     before = baseline.metrics.get(name) if name else None
     change = value - before if value is not None and before is not None else None
     ratio = m.bytes / baseline.bytes if baseline.bytes and m.bytes is not None else None

@@ -141,19 +141,6 @@ def _uncopiable(model: nn.Module) -> str:
     return type(model).__name__
 
 
-def select(
-    model: nn.Module, types: type[nn.Module] | tuple[type[nn.Module], ...], *, skip: Skip = ()
-) -> dict[str, nn.Module]:
-    """Modules of the given types (subclasses too) by qualified name, each module once, in the order
-    of `named_modules`.
-
-    `skip` takes names (of the module or of a module around it), globs over names (`"*.head"`), and
-    module types. Raises ValueError for a name in `skip` that the model doesn't have.
-    """
-    skipped = skip_filter(model, skip)
-    return {n: m for n, m in model.named_modules() if isinstance(m, types) and not skipped(n, m)}
-
-
 def skip_filter(model: nn.Module, skip: Skip) -> Callable[[str, nn.Module], bool]:
     """Predicate over (name, module): is it, or a module around it, named by `skip`?"""
     if isinstance(skip, (str, type)):

@@ -219,14 +219,6 @@ def test_a_busy_machine_is_named_under_the_table(tmp_path, capsys):
     assert "busy" not in str(build_report([BASE]))
 
 
-def test_direction_can_be_given():
-    """`higher=True` overrides the guess from the name."""
-    rows = build_rows(
-        [variant("a", metrics={"reward": 1.0}), variant("b", metrics={"reward": 2.0})], higher=True
-    )
-    assert rows[1]["notes"] == "" and rows[1]["metric"]["higher_is_better"] is True
-
-
 @pytest.mark.usefixtures("no_chart")
 def test_json_is_strict_and_complete(tmp_path):
     """report.json is machine, data and rows, without NaN, and reads back as what was built."""

@@ -76,7 +76,7 @@ def quantize_dynamic(
 
     Args:
         model: any nn.Module; it stays as it is.
-        skip: names, globs or types of modules that stay as they are (`surgery.select`).
+        skip: names, globs or types of modules that stay as they are (`surgery.skip_filter`).
         calibration: batches as `calibration.collect` takes. SmoothQuant is tried on them, then for
             each layer up to 4 outlier channels of its input in float, and a factor for each of the
             others; what brings the outputs at least a tenth closer to the float model's is kept.

@@ -92,11 +92,3 @@ def as_ids(prompt: Prompt) -> tuple[Tensor, Tensor | None]:
         [torch.nn.functional.pad(row, (int(p), 0)) for row, p in zip(rows, pad, strict=True)]
     )
     return ids, pad if bool(pad.any()) else None
-
-
-def as_strings(strings: Sequence[str]) -> tuple[str, ...]:
-    """Stop strings as a tuple; a single one may stand by itself."""
-    strings = (strings,) if isinstance(strings, str) else tuple(strings)
-    if not all(isinstance(s, str) and s for s in strings):
-        raise ValueError(f"stop_strings is {strings!r}; allowed: strings of at least one character")
-    return strings

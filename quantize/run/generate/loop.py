@@ -14,7 +14,6 @@ from quantize import check
 from quantize.run.generate.checks import (
     Prompt,
     as_ids,
-    as_strings,
     check_ids,
     check_length,
     stop_tokens_of,
@@ -25,12 +24,12 @@ from quantize.run.generate.reader import (
     PlainReader,
     check_continues,
     default_dtype,
-    device_of,
     takes_cache,
     vocabulary_size,
 )
 from quantize.run.generate.sampling import Chooser, Sampling
 from quantize.run.kv_cache import KVCache
+from quantize.surgery import device_of
 
 
 def generate(model: nn.Module, prompt: Prompt, **options: Any) -> Tensor | list[Tensor] | tuple:
@@ -62,8 +61,6 @@ def generate(model: nn.Module, prompt: Prompt, **options: Any) -> Tensor | list[
         stop_tokens: a row stops after one of these ids, which is kept. Default: the model's own
             end-of-text id, if its config has one; () for none. In a tensor, rows that stopped early
             are filled with their last token.
-        stop_strings: a row stops after one of these, too.
-        to_text: ids -> str, for `stop_strings`.
         draft: a smaller model with the same vocabulary, or "lookup" to guess from the text itself
             (one row): faster where guesses are right, the same tokens in any case.
         draft_tokens: guesses per pass; None follows measured times and switches off where guessing
@@ -83,7 +80,7 @@ def generate(model: nn.Module, prompt: Prompt, **options: Any) -> Tensor | list[
         ValueError, TypeError: under way, for logits that aren't finite, a model that isn't causal.
     """
     run = Generation(model, prompt, **options)
-    run.undisturbed = run._draft is None and not run._stop_strings
+    run.undisturbed = run._draft is None
     for _ in run:
         pass
     return (run.result, run.log_probs) if run.wants_log_probs else run.result
@@ -94,7 +91,7 @@ def generate_stream(model: nn.Module, prompt: Prompt, **options: Any) -> Generat
 
     Args:
         model, prompt, max_new_tokens, cache: as `generate` takes them; all are checked at once.
-        stop_tokens, stop_strings, to_text, draft, draft_tokens, log_probs: the same.
+        stop_tokens, draft, draft_tokens, log_probs: the same.
         temperature, top_k, top_p, min_p, repetition_penalty, seed: the same.
 
     Returns:
@@ -121,8 +118,6 @@ class Generation:
         max_new_tokens: int,
         cache: bool | torch.dtype | KVCache = True,
         stop_tokens: int | Sequence[int] | None = None,
-        stop_strings: Sequence[str] = (),
-        to_text: Callable[[list[int]], str] | None = None,
         draft: nn.Module | str | None = None,
         draft_tokens: int | None = None,
         log_probs: bool = False,
@@ -141,12 +136,7 @@ class Generation:
         self._vocabulary = vocabulary_size(model)
         check_ids("prompt", self.ids, self._vocabulary)
         self.prompt_length, self.batch = self.ids.shape[1], self.ids.shape[0]
-        stops = stop_tokens_of(model, stop_tokens, self._vocabulary)
-        self._stop = frozenset(stops)
-        self._stop_strings, self._to_text = as_strings(stop_strings), to_text
-        if self._stop_strings and to_text is None:
-            raise ValueError("stop_strings need to_text, a function from a list of ids to text")
-
+        self._stop = frozenset(stop_tokens_of(model, stop_tokens, self._vocabulary))
         self.settings = Sampling.of(sampling)
         self._choose = Chooser(self.settings, self.batch)
         self._reader = self._open(model, cache)
@@ -246,20 +236,9 @@ class Generation:
         if self._seen is not None:
             self._seen.scatter_(1, token[:, None], True)
         for row, chosen in enumerate(token.tolist()):
-            if self._ends[row] is None and self._stops_at(chosen, self.ids[row]):
+            if self._ends[row] is None and chosen in self._stop:
                 self._ends[row] = self.ids.shape[1]
                 self._done[row] = True
-
-    def _stops_at(self, chosen: int, row: Tensor) -> bool:
-        """Whether a row ends with the token just chosen: a stop token, or the end of a stop string
-        in the text of the last new ones; a character may take four byte-level tokens.
-        """
-        if chosen in self._stop or not self._stop_strings:
-            return chosen in self._stop
-        tail = 4 * max(map(len, self._stop_strings)) + 4
-        to_text: Any = self._to_text
-        text = to_text(row[self.prompt_length :][-tail:].tolist())
-        return any(s in text for s in self._stop_strings)
 
     def _tokens_seen(self) -> Tensor:
         size = (self.batch, self._vocabulary or int(self.ids.max()) + 1)

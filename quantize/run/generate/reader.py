@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import itertools
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -107,11 +106,6 @@ def vocabulary_size(model: nn.Module) -> int | None:
     size = getattr(getattr(model, "config", None), "vocab_size", None)
     sizes = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)]
     return size if isinstance(size, int) else max(sizes, default=None)
-
-
-def device_of(model: nn.Module) -> torch.device:
-    first = next(itertools.chain(model.parameters(), model.buffers()), None)
-    return torch.device("cpu") if first is None else first.device
 
 
 class CachedReader:

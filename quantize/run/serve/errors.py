@@ -40,7 +40,7 @@ def error_body(refused: Refused) -> dict[str, Any]:
     return {"error": error}
 
 
-def short(value: object, most: int = 80) -> str:
-    """A value of a request, in at most `most` characters."""
+def short(value: object) -> str:
+    """A value of a request, in about 80 characters at most."""
     text = repr(value)
-    return text if len(text) <= most else f"{text[:most]}..."
+    return text if len(text) <= 80 else f"{text[:80]}..."

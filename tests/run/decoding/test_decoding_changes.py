@@ -112,24 +112,6 @@ def test_a_change_under_way_is_seen(change):
     )
 
 
-def test_a_change_by_code_for_stop_strings_is_seen():
-    """The one code of a caller that runs between two tokens of `generate`."""
-
-    def write(model: DecoderLM) -> torch.Tensor:
-        def to_text(ids: list[int]) -> str:
-            if len(ids) == 5:
-                _in_place(model)
-            return ""
-
-        return generate(
-            model, PROMPT, max_new_tokens=20, stop_strings=["x"], to_text=to_text, stop_tokens=()
-        )
-
-    text = write(decoder())
-    assert torch.equal(text, write(hooked(decoder())))
-    assert not torch.equal(text, generate(decoder(), PROMPT, max_new_tokens=20, stop_tokens=()))
-
-
 def test_a_hook_under_way_is_called():
     """A hook that is registered between two tokens is called from the next one on, and native code
     comes back after it.

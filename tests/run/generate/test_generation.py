@@ -70,22 +70,6 @@ def test_the_models_own_end_of_text():
     assert torch.equal(generate(outer, prompt, max_new_tokens=6, stop_tokens=()), full)
 
 
-def test_stop_strings():
-    """A row stops with the token that completes a stop string."""
-    model, prompt = decoder(), tokens(1, 5)
-    full = by_hand(model, prompt, 10)
-    letters = "".join(map(chr, range(65, 65 + VOCABULARY)))
-
-    def to_text(ids):
-        return "".join(letters[i] for i in ids)
-
-    stop = to_text(full[0, 7:9].tolist())
-    assert torch.equal(
-        generate(model, prompt, max_new_tokens=10, stop_strings=[stop], to_text=to_text),
-        full[:, :9],
-    )
-
-
 @pytest.mark.parametrize(
     "options", [{}, {"temperature": 1.0, "seed": 3}, {"draft": "lookup", "draft_tokens": 3}]
 )

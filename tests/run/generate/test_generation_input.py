@@ -108,8 +108,6 @@ def test_causal_models_are_not_refused_for_their_rounding():
         ({"repetition_penalty": 0}, "repetition_penalty is 0"),
         ({"temperature": 1.0, "seed": [1, 2]}, "seed is .*one for each of 1 rows"),
         ({"stop_tokens": [61]}, "stop_tokens holds 61"),
-        ({"stop_strings": ["a"]}, "stop_strings need to_text"),
-        ({"stop_strings": [""], "to_text": str}, "stop_strings is"),
         ({"draft": "book"}, "draft is 'book'"),
         ({"draft": decoder(vocab_size=60)}, "the draft has 60 token ids and the model 61"),
         ({"draft_tokens": 3}, "draft_tokens is 3, but there is no draft"),
