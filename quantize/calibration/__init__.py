@@ -1,16 +1,17 @@
 """Look into any module: run it on batches without a trace, and keep what the techniques need of
 what its layers see.
 
-`inputs` has batches, outputs and the distance between two models; `state` what a forward pass may
-change; `patches` the rows that a layer's weight multiplies; `sums` sums over them, `statistics`
-those of a model's layers, `projected` those that one weight shows; `gradients` how much the output
-depends on each layer's; `look` passes that show all of that at once, `survey` as few of them as
-memory allows; `observe` single calls of layers, `replay` those of two models side by side,
-`frontier` what modules of one are called with while those before them change; `readers` who reads
-what a layer gives; `solve` least squares from moments, `dual` from few rows, `refit` from parts;
-`exporting` what torch.export needs around it.
+`inputs` has batches and outputs, `differences` how far those of two models are apart; `state` what
+a forward pass may change; `patches` the rows that a layer's weight multiplies; `sums` sums over
+them, `statistics` those of a model's layers, `projected` those that one weight shows; `gradients`
+how much the output depends on each layer's; `look` passes that show all of that at once, `survey`
+as few of them as memory allows; `observe` single calls of layers, `replay` those of two models side
+by side, `frontier` what modules of one are called with while those before them change; `readers`
+who reads what a layer gives; `solve` least squares from moments, `dual` from few rows, `refit` from
+parts; `exporting` what torch.export needs around it.
 """
 
+from quantize.calibration.differences import distance, largest_difference, relative_error
 from quantize.calibration.dual import Outer, compensate_rows, whole
 from quantize.calibration.exporting import exporting
 from quantize.calibration.frontier import Frontier
@@ -21,9 +22,7 @@ from quantize.calibration.inputs import (
     call,
     check_batches,
     copied,
-    distance,
     first_alone,
-    in_blocks,
     in_eval_mode,
     keeps_cache,
     main_output,
@@ -31,7 +30,6 @@ from quantize.calibration.inputs import (
     on_cpu,
     on_tensors,
     output_tensors,
-    relative_error,
     run_batch,
     watching,
     without_cache,
@@ -89,11 +87,11 @@ __all__ = [
     "first_alone",
     "fisher_loss",
     "followers",
-    "in_blocks",
     "in_eval_mode",
     "input_shapes",
     "is_finite",
     "keeps_cache",
+    "largest_difference",
     "least_squares",
     "main_output",
     "of_original",

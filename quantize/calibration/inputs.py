@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import itertools
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -18,9 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from quantize.calibration.patches import snapshot
 from quantize.calibration.state import untouched
-from quantize.seeding import seed_devices
 
 BLOCK = 1 << 20  # elements of outputs that are compared at once
 
@@ -264,63 +261,6 @@ def output_tensors(output: Any) -> list[torch.Tensor]:
     for part in parts:
         found.extend(output_tensors(part))
     return found
-
-
-@torch.no_grad()
-def distance(model: nn.Module, original: nn.Module, batches: Iterable[Any]) -> float:
-    """How far the outputs of `model` are from the original's: norm of the difference over norm, all
-    floating tensors.
-
-    Both run in eval mode from their present state, which is as before afterwards, with the same
-    random numbers.
-
-    Args:
-        batches: as `call` takes them.
-
-    Raises:
-        ValueError: the outputs have other shapes, or are not finite where the original's are.
-    """
-    results = []
-    for part, given in ((model, batches), (original, of_original(batches))):
-        results.append([])
-        with watching((), part):
-            for batch in given:
-                seed_devices(0)
-                results[-1].extend(_floating(call(part, batch)))
-    return relative_error(*results)
-
-
-def _floating(output: Any) -> list[torch.Tensor]:
-    """Its floating tensors, as they are now: a buffer may be among them."""
-    return [snapshot(t) for t in output_tensors(output) if t.is_floating_point()]
-
-
-def in_blocks(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Parts of tensors of one shape, side by side and flat, so that float64 copies stay small."""
-    flat = [tensor.reshape(-1).split(BLOCK) for tensor in tensors]
-    yield from zip(*flat, strict=True)
-
-
-def relative_error(actual: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
-    """Root of the squared error over the squared size, all tensors together, where `expected` is
-    finite.
-
-    Raises ValueError for other shapes and for values that are not finite where the expected ones
-    are.
-    """
-    shapes = [tuple(t.shape) for t in actual], [tuple(t.shape) for t in expected]
-    if shapes[0] != shapes[1]:
-        raise ValueError(f"its outputs have shapes {shapes[0]}, the original's {shapes[1]}")
-    error = size = 0.0
-    pairs = zip(actual, expected, strict=True)
-    for a, e in itertools.chain.from_iterable(itertools.starmap(in_blocks, pairs)):
-        finite = torch.isfinite(e)
-        a, e = a[finite].double(), e[finite].double()
-        if not torch.isfinite(a).all():
-            raise ValueError("its outputs are not finite where the original's are")
-        error += (a - e).square().sum().item()
-        size += e.square().sum().item()
-    return math.sqrt(error / max(size, 1e-30))
 
 
 def main_output(output: Any) -> torch.Tensor:

@@ -17,8 +17,8 @@ from quantize import surgery
 from quantize.calibration import (
     call,
     changed,
-    in_blocks,
     keeps_cache,
+    largest_difference,
     main_output,
     output_tensors,
     snapshot,
@@ -181,21 +181,6 @@ def _same(x: Tensor, y: Tensor, tolerance: float) -> bool:
     """Alike in shape and type; floating values close, infinities and NaN at the same places.
     Integers may follow roundings.
     """
-    if x.shape != y.shape or x.dtype != y.dtype:
-        return False
-    if x.is_complex():
-        x, y = torch.view_as_real(x.resolve_conj()), torch.view_as_real(y.resolve_conj())
-    if not x.is_floating_point():
-        return True
-    error = largest = 0.0
-    for a, b in in_blocks(x, y):
-        finite = torch.isfinite(b)
-        if not torch.equal(torch.isfinite(a), finite):
-            return False
-        if not torch.equal(a[~finite].nan_to_num(), b[~finite].nan_to_num()):
-            return False
-        if finite.any():
-            a, b = a[finite].double(), b[finite].double()
-            error = max(error, (a - b).abs().max().item())
-            largest = max(largest, b.abs().max().item())
-    return error <= tolerance * max(largest, 1e-6)
+    if x.is_floating_point() or x.is_complex():
+        return largest_difference(x, y) <= tolerance
+    return x.shape == y.shape and x.dtype == y.dtype

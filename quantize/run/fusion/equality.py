@@ -4,6 +4,7 @@ sizes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quantize import clock, surgery
-from quantize.calibration import call, relative_error, untouched
+from quantize.calibration import call, largest_difference, relative_error, untouched
 from quantize.nn.int8 import Int8Linear
 from quantize.nn.int8_conv import Int8Conv
 from quantize.nn.int8_stock import IN_GRAPH
@@ -42,28 +43,11 @@ def outputs(model: Callable[..., Any], inputs: Any) -> list[Tensor]:
 
 def difference(actual: list[Tensor], expected: list[Tensor]) -> float:
     """Largest difference relative to the largest expected value, the worst over all tensors; inf
-    for other shapes.
-
-    Where both are the same infinity or both are NaN they don't differ.
+    for other shapes; see `largest_difference`.
     """
     if len(actual) != len(expected):
-        return float("inf")
-    worst = 0.0
-    for a, e in zip(actual, expected, strict=True):
-        if a.shape != e.shape or a.dtype != e.dtype:
-            return float("inf")
-        if torch.equal(a, e):
-            continue
-        a, e = a.detach().double(), e.detach().double()
-        finite = torch.isfinite(e)
-        if not torch.equal(torch.isfinite(a), finite) or not torch.equal(
-            a[~finite].nan_to_num(), e[~finite].nan_to_num()
-        ):
-            return float("inf")
-        if finite.any():
-            scale = e[finite].abs().max().clamp_min(1e-6)
-            worst = max(worst, ((a - e)[finite].abs().max() / scale).item())
-    return worst
+        return math.inf
+    return max(map(largest_difference, actual, expected), default=0.0)
 
 
 def tolerance(expected: list[Tensor], model: nn.Module) -> float:
@@ -257,7 +241,7 @@ class Checker:
         if expected is None or actual is None:
             return 0.0
         same = actual.constants == expected.constants
-        return difference(actual.outputs, expected.outputs) if same else float("inf")
+        return difference(actual.outputs, expected.outputs) if same else math.inf
 
     def settle(self, program: Program, fused: Callable[..., Any]) -> None:
         """Keep those doubtful conditions of `program` that matter: where they don't hold, `fused`
