@@ -15,7 +15,7 @@ from quantize.calibration.differences import distance, largest_difference, relat
 from quantize.calibration.dual import Outer, compensate_rows, whole
 from quantize.calibration.exporting import exporting
 from quantize.calibration.frontier import Frontier
-from quantize.calibration.gradients import collect_gradients, fisher_loss
+from quantize.calibration.gradients import fisher_loss
 from quantize.calibration.inputs import (
     Beside,
     arguments,
@@ -76,7 +76,6 @@ __all__ = [
     "check_batches",
     "check_reached",
     "collect",
-    "collect_gradients",
     "compensate",
     "compensate_rows",
     "copied",

@@ -4,7 +4,7 @@ gradients (Fisher).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -13,12 +13,11 @@ import torch
 from torch import nn
 
 from quantize.calibration.dual import whole
-from quantize.calibration.inputs import BLOCK, call, check_batches, main_output, watching
+from quantize.calibration.inputs import BLOCK, main_output
 from quantize.calibration.patches import exact, snapshot
 from quantize.calibration.projected import Projected
 from quantize.calibration.sums import Squares
 
-Loss = Callable[[Any, Any], torch.Tensor]
 Moment = Callable[[], Any]
 
 
@@ -68,14 +67,13 @@ def _drawn(probabilities: torch.Tensor, generator: torch.Generator) -> torch.Ten
 
 
 class OutputGradients:
-    """Second moments of gradients at the outputs of layers, summed in every pass that is run while
-    its hooks are there, and followed by `backward`.
+    """Second moments of gradients of `fisher_loss` at the outputs of layers, summed in every pass
+    that is run while its hooks are there, and followed by `backward`. Categories are outputs that
+    are named logits or are as wide as a vocabulary embedding. No parameter's `.grad` is touched.
 
     Args:
         model: the whole.
         layers: of it, by name.
-        loss: see `collect_gradients`.
-        seed: of the labels or noise that the default loss draws.
         projected: weights W [M, K] of linears of which the gradients W^T g at their inputs, fewer
             than those at their outputs, are wanted.
     """
@@ -85,14 +83,11 @@ class OutputGradients:
         model: nn.Module,
         layers: Mapping[str, nn.Module],
         *,
-        loss: Loss | None = None,
-        seed: int = 0,
         projected: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         self.layers = layers
         self.projected = projected or {}
-        self.loss = loss
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator().manual_seed(0)
         self.vocabularies = {
             module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)
         }
@@ -146,16 +141,14 @@ class OutputGradients:
         power = float(exact(gradient).norm()) ** 2
         self.powers[name] = self.powers.get(name, 0.0) + power
 
-    def backward(self, output: Any, batch: Any) -> None:
+    def backward(self, output: Any) -> None:
         """Go back from the loss of what a pass gave."""
         leaves, self.leaves = self.leaves, []
-        value = self._value(output, batch)
+        value = self._value(output)
         if value.requires_grad and leaves:
             torch.autograd.grad(value, leaves, allow_unused=True)
 
-    def _value(self, output: Any, batch: Any) -> torch.Tensor:
-        if self.loss is not None:
-            return self.loss(output, batch)
+    def _value(self, output: Any) -> torch.Tensor:
         named = not isinstance(output, torch.Tensor) and hasattr(output, "logits")
         main = main_output(output)
         categories = main.ndim > 0 and (named or main.shape[-1] in self.vocabularies)
@@ -207,27 +200,3 @@ def without_weight_gradients(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
-
-
-def collect_gradients(
-    model: nn.Module,
-    batches: Iterable[Any],
-    layers: Mapping[str, nn.Module],
-    *,
-    loss: Loss | None = None,
-    seed: int = 0,
-) -> dict[str, torch.Tensor]:
-    """E[g g^T], [M, M], of the gradients g with respect to each layer's outputs (rows as in
-    `rows`), over all batches.
-
-    loss(output, batch) is a scalar summed over its rows; by default `fisher_loss`, with categories
-    where the output is named logits or is as wide as a vocabulary embedding. A layer that the loss
-    doesn't depend on is missing from the result. No parameter's `.grad` is touched.
-    """
-    check_batches(batches)
-    gradients = OutputGradients(model, layers, loss=loss, seed=seed)
-    with watching(gradients.hooks(), model), without_weight_gradients(model), torch.enable_grad():
-        for batch in batches:
-            gradients.backward(call(model, batch), batch)
-    moments = gradients.result()
-    return {name: whole(moment()).float() for name, moment in moments.items()}

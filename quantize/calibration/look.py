@@ -87,7 +87,7 @@ class Look:
         def run() -> None:
             output = run_batch(model, batch, number)
             if gradients is not None:
-                gradients.backward(output, batch)
+                gradients.backward(output)
 
         with ExitStack() as stack:
             hooks = [on_input(layer, partial(note, name)) for name, layer in layers.items()]

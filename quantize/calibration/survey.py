@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from quantize.calibration.gradients import Loss, Moment, OutputGradients
+from quantize.calibration.gradients import Moment, OutputGradients
 from quantize.calibration.inputs import check_batches, of_original
 from quantize.calibration.look import Look
 from quantize.calibration.patches import gram_bytes
@@ -29,20 +29,17 @@ _NO_GRADIENTS = (RuntimeError, TypeError, ValueError, NotImplementedError)
 class Survey:
     """Statistics of layers of a model, for as many layers at a time as fit in memory.
 
-    The first pass looks at the model too (`look`), and finds which layers are reached. Without a
-    loss of the caller's, a model that takes no gradients has none, and that is no error.
+    The first pass looks at the model too (`look`), and finds which layers are reached. A model that
+    takes no gradients has none, and that is no error.
 
     Args:
         model: the original.
         batches: re-iterable calibration batches; the model is run on those of the original.
         widths: for each layer, of its input and of its output: a moment holds the square.
         watched: more layers for the look, by name.
-        outer: second moments of inputs too.
         by_channel: see `InputSums`.
         projected: weights [M, K] of layers of whose wider side, inputs or gradients, nothing but
             the moment behind the weight is asked: see `Projected`.
-        gradients: whether those are wanted.
-        loss: see `collect_gradients`.
         memory: bytes.
         say: called with a line before each pass.
 
@@ -58,11 +55,8 @@ class Survey:
         widths: Mapping[str, tuple[int, int]],
         *,
         watched: Mapping[str, nn.Module] | None = None,
-        outer: bool = True,
         by_channel: Collection[str] = (),
         projected: Mapping[str, torch.Tensor] | None = None,
-        gradients: bool = True,
-        loss: Loss | None = None,
         memory: int = MEMORY,
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
@@ -70,14 +64,12 @@ class Survey:
         self.batches = check_batches(batches)
         self.layers = {name: model.get_submodule(name) for name in widths}
         self.watched = self.layers | dict(watched or {})
-        self.outer = outer
         self.by_channel = by_channel
         self.narrow: dict[str, torch.Tensor] = {}  # weights of projected inputs
         self.wide: dict[str, torch.Tensor] = {}  # of projected gradients
         for name, weight in (projected or {}).items():
             (self.narrow if len(weight) < weight.shape[1] else self.wide)[name] = weight
-        self.differentiable = gradients
-        self.loss = loss
+        self.differentiable = True
         self.say = say
         self.widths = widths
         self.sizes: dict[str, tuple[int, int]] = {}
@@ -85,7 +77,7 @@ class Survey:
             self.sizes[name] = gram_bytes(k), gram_bytes(k if name in self.wide else m)
         self.memory = memory
         # are all moments of gradients kept, from the first pass on?
-        self.whole = not gradients or self._of_gradients() <= memory
+        self.whole = self._of_gradients() <= memory
         self.reached = set(self.layers)  # until the first pass knows better
         self.statistics: dict[str, InputStatistics] = {}
         self.moments: dict[str, Moment] = {}  # of gradients
@@ -114,7 +106,7 @@ class Survey:
         used = 0
         for name in names:
             of_input, of_gradient = self.sizes[name]
-            size = (inputs and self.outer) * of_input + apart * of_gradient
+            size = inputs * of_input + apart * of_gradient
             if self.runs[-1] and used + size > room:
                 self.runs.append([])
                 used = 0
@@ -179,8 +171,6 @@ class Survey:
             try:
                 return self._look(names, with_gradients, first)
             except _NO_GRADIENTS as error:
-                if self.loss is not None:
-                    raise
                 log.info("no gradients of %s: %s", type(self.model).__name__, error)
                 self.differentiable, self.whole = False, True
         elif names:
@@ -192,12 +182,10 @@ class Survey:
         if self.with_inputs:
             layers = {name: self.layers[name] for name in names}
             narrow = {name: self.narrow[name] for name in names if name in self.narrow}
-            inputs = InputSums(
-                layers, outer=self.outer, by_channel=self.by_channel, projected=narrow
-            )
+            inputs = InputSums(layers, by_channel=self.by_channel, projected=narrow)
         if with_gradients:
             layers = {name: self.layers[name] for name in with_gradients}
-            gradients = OutputGradients(self.model, layers, loss=self.loss, projected=self.wide)
+            gradients = OutputGradients(self.model, layers, projected=self.wide)
         noted = self.watched if first else {}
         given = of_original(self.batches)
         look = Look(self.model, given, noted, inputs=inputs, gradients=gradients)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from calibration_models import TwoInputs
+from calibration_models import TwoInputs, gradient_moments
 from helpers import assert_close, zoo
 from torch import nn
 
@@ -45,7 +45,7 @@ def test_models_are_left_as_they_were(model, batches):
     model.train()
     model.c.eval()
     calibration.collect(model, batches, {"a": model.a})
-    calibration.collect_gradients(model, batches, {"a": model.a})
+    gradient_moments(model, batches, {"a": model.a})
     with pytest.raises(RuntimeError):
         calibration.collect(model, [torch.ones(2, 7)], {"a": model.a})
     assert model.training and model.a.training and not model.c.training

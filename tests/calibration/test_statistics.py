@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from calibration_models import gradient_moments
 from helpers import assert_close, randn
 from torch import nn
 
@@ -167,9 +168,7 @@ def test_gradient_moments_are_those_of_autograd(model, batches):
     """E[g g^T] of a given loss equals what autograd gives for the layer's outputs, in-place
     activations included.
     """
-    moments = calibration.collect_gradients(
-        model, batches, {"a": model.a}, loss=lambda y, _: y.square().sum()
-    )
+    moments = gradient_moments(model, batches, {"a": model.a}, lambda y: y.square().sum())
     expected = torch.zeros(5, 5)
     for b in batches:
         a = model.a(b).detach().requires_grad_()
@@ -185,9 +184,7 @@ def test_gradients_before_an_in_place_activation():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(inplace=True))
     x = torch.randn(64, 4)
-    moment = calibration.collect_gradients(model, [x], {"0": model[0]}, loss=lambda y, _: y.sum())[
-        "0"
-    ]
+    moment = gradient_moments(model, [x], {"0": model[0]}, torch.sum)["0"]
     on = (model[0](x) > 0).float()
     assert_close(moment, on.T @ on / 64)
 
@@ -208,9 +205,7 @@ def test_layers_without_influence_are_missing(model, batches):
     """
     model.requires_grad_(False)
     layers = {"a": model.a, "rare": model.rare}
-    assert set(calibration.collect_gradients(model, [(b, True) for b in batches], layers)) == {
-        "a",
-        "rare",
-    }
-    assert set(calibration.collect_gradients(model, batches, layers)) == {"a"}
-    assert calibration.collect_gradients(model, batches, layers, loss=lambda _, b: b.sum()) == {}
+    both = [(batch, True) for batch in batches]
+    assert set(gradient_moments(model, both, layers)) == {"a", "rare"}
+    assert set(gradient_moments(model, batches, layers)) == {"a"}
+    assert gradient_moments(model, batches, layers, lambda _: torch.ones(())) == {}

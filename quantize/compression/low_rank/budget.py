@@ -24,7 +24,7 @@ QUICK = max(timing.SHARES)
 
 @dataclass
 class Budget:
-    """What may be kept: kind is "ratio", "energy" or "rank"; value the number or dict as given;
+    """What may be kept: kind is "ratio" or "rank"; value the number or dict as given;
     values what each layer gets of it.
     """
 
@@ -42,16 +42,14 @@ class Budget:
         return self.kind == "ratio" and all(value == 1 for value in self.values.values())
 
 
-def read_budget(ratio: Any, energy: Any, rank: Any) -> tuple[str, Any]:
+def read_budget(ratio: Any, rank: Any) -> tuple[str, Any]:
     """The one budget that was given, by kind (default: ratio 0.5), with its values in range."""
-    given = {"ratio": ratio, "energy": energy, "rank": rank}
-    given = {kind: value for kind, value in given.items() if value is not None}
-    if len(given) > 1:
-        both = " and ".join(f"{kind}={value!r}" for kind, value in given.items())
-        raise ValueError(f"give one budget, not {both}")
-    kind, value = next(iter(given.items()), ("ratio", 0.5))
+    if ratio is not None and rank is not None:
+        raise ValueError(f"give one budget, not ratio={ratio!r} and rank={rank!r}")
+    kind, value = "ratio", 0.5 if ratio is None else ratio
     wanted, what, allowed, most = (int, float), "a number", "(0, 1]", 1.0
-    if kind == "rank":
+    if rank is not None:
+        kind, value = "rank", rank
         wanted, what, allowed, most = (int,), "an int", "[1, width of the layer]", math.inf
     for v in value.values() if isinstance(value, Mapping) else (value,):
         if isinstance(v, bool) or not isinstance(v, wanted):
@@ -128,9 +126,6 @@ def choose_ranks(
         value = budget.values[name]
         if budget.kind == "rank":
             rank = int(value)
-        elif budget.kind == "energy":
-            unit = rank_unit(shape)
-            rank = math.ceil(maths.rank_for_energy(spectra[name], value) / unit) * unit
         else:
             rank = rank_for_ratio(value, shape)
             if rank < 1:

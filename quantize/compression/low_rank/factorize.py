@@ -12,14 +12,14 @@ a residual stream also takes back the error that the stream has there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from quantize import calibration as calibrate
-from quantize import check, surgery
+from quantize import surgery
 from quantize.compression.low_rank import budget as budgets
 from quantize.compression.low_rank.candidates import check_weights, find_layers, reached
 from quantize.compression.low_rank.fit import factors, fit
@@ -33,14 +33,10 @@ def factorize_low_rank(
     model: nn.Module,
     *,
     ratio: float | Mapping[str, float] | None = None,
-    energy: float | Mapping[str, float] | None = None,
     rank: int | Mapping[str, int] | None = None,
     calibration: Iterable[Any] | None = None,
     skip: surgery.Skip = (),
-    split: str = "auto",
     only_faster: bool | None = None,
-    loss: Callable[[Any, Any], torch.Tensor] | None = None,
-    max_passes: int = 64,
     memory: int = 1 << 30,
     progress: Say | None = None,
 ) -> nn.Module:
@@ -56,26 +52,19 @@ def factorize_low_rank(
         model: any module; it stays as it is.
         ratio: fraction in (0, 1] of the layers' parameters that is kept. A number is one budget for
             all layers together; layers that matter more keep more, some all. 1 changes nothing.
-        energy: fraction in (0, 1] of each layer's (whitened) squared singular values that is kept.
-        rank: rank of each layer as given, at most min(in, out). Ranks from ratio and energy are
-            rounded to multiples of 8 or 16.
+        rank: rank of each layer as given, at most min(in, out). Ranks from ratio are rounded
+            to multiples of 8 or 16.
         calibration: re-iterable batches as for `torch.export.export`. With it, layers that are kept
             whole, but come after one that is not, get new weights too; a layer that no batch
             reaches is left. Without it each weight is cut by its plain SVD at the same ratio, which
             is much worse.
         skip: names, globs, types.
-        split: how k x k convolutions are cut: "channel" (k x k, then 1 x 1), "spatial" (k x 1, then
-            1 x k), or "auto", whichever loses less in no more parameters than the channel split of
-            that rank.
         only_faster: factorize only where a pair is no slower by timing on this machine, on inputs
             shaped like the first batch's. Default: where there is calibration and the budget isn't
             given layer by layer (rank, a dict), for layers that take at least 0.1 ms. True:
             everywhere, also where only the time of a call counts. False: don't time. A number for
             ratio keeps the pairs of layers that aren't timed below 0.8 of their parameters, where
             they were no slower on the machines we had.
-        loss: loss(output, batch), a scalar summed over rows, whose gradients weigh errors; default
-            `calibration.fisher_loss`.
-        max_passes: limit on the steps of the walk through the layers; above it, layers share one.
         memory: bytes of second moments kept at a time.
         progress: called with a line for people before each piece of work, with the layers' names.
 
@@ -90,8 +79,11 @@ def factorize_low_rank(
 
     Source: DRONE (Chen et al., NeurIPS 2021), SVD-LLM (Wang et al., arXiv 2403.07378).
     """
-    kind, value = budgets.read_budget(ratio, energy, rank)
-    _check_options(split, only_faster, calibration)
+    kind, value = budgets.read_budget(ratio, rank)
+    if only_faster and calibration is None:
+        raise ValueError(
+            "only_faster=True needs calibration: timing needs the shapes of the layers' inputs"
+        )
     say = progress or silent
     model = surgery.shell(model).eval()
     layers, left = find_layers(model, skip)
@@ -105,7 +97,6 @@ def factorize_low_rank(
             calibration,
             _widths(layers),
             projected=_projected(layers),
-            loss=loss,
             memory=memory,
             say=say,
         )
@@ -123,10 +114,9 @@ def factorize_low_rank(
         left.setdefault(name, whole)
     result = surgery.shell(model)
     if survey is None:
-        result = _cut(result, ranks, split)
+        result = _cut(result, ranks)
     else:
-        steps = {"max_passes": max_passes, "split": split, "left": left, "say": say}
-        result = fit(result, survey, ranks, **steps)
+        result = fit(result, survey, ranks, left, say)
         survey.warn_if_few_rows("low rank")
     original = {id(parameter) for parameter in model.parameters()}
     new = [parameter for parameter in result.parameters() if id(parameter) not in original]
@@ -134,14 +124,6 @@ def factorize_low_rank(
     surgery.round_stored(result)
     write_down(result, model, left, calibration, warn=not isinstance(value, Mapping))
     return result
-
-
-def _check_options(split: str, only_faster: bool | None, calibration: Any) -> None:
-    check.one_of("split", split, ("auto", "channel", "spatial"))
-    if only_faster and calibration is None:
-        raise ValueError(
-            "only_faster=True needs calibration: timing needs the shapes of the layers' inputs"
-        )
 
 
 def _widths(layers: Mapping[str, nn.Module]) -> dict[str, tuple[int, int]]:
@@ -192,13 +174,13 @@ def _choose(
     return budgets.choose_ranks(budget, layers, losses, allowed, weighted=survey is not None)
 
 
-def _cut(result: nn.Module, ranks: Mapping[str, int | None], split: str) -> nn.Module:
+def _cut(result: nn.Module, ranks: Mapping[str, int | None]) -> nn.Module:
     """Cut the plain SVD of each weight."""
     for name, rank in ranks.items():
         if rank is None:
             continue
         layer: Any = result.get_submodule(name)
-        first, second, _, used = factors(layer, pairs.matrix(layer), None, None, rank, split)
+        first, second, _, used = factors(layer, pairs.matrix(layer), None, None, rank)
         pair = pairs.pair(layer, first, second, layer.bias, split=used)
         result = surgery.replace(result, {layer: pair})
     return result

@@ -22,14 +22,13 @@ from quantize.compression.low_rank.spectra import noise, usable
 from quantize.nn import low_rank as pairs
 from quantize.saying import Say
 
+MOST_STEPS = 64  # of the walk through the layers; above it, layers share one
+
 
 def fit(
     result: nn.Module,
     survey: calibrate.Survey,
     ranks: Mapping[str, int | None],
-    *,
-    max_passes: int,
-    split: str,
     left: dict[str, str],
     say: Say,
 ) -> nn.Module:
@@ -39,7 +38,7 @@ def fit(
     Layers of no rank stay whole, and before the first one of a rank as they are.
     """
     model, batches = survey.model, survey.batches
-    groups = merge(_groups(survey.look.first, ranks), max_passes)
+    groups = _merged(_groups(survey.look.first, ranks))
     if not groups:
         return result
     order = list(itertools.chain.from_iterable(groups))
@@ -57,7 +56,7 @@ def fit(
             if name in seen:
                 layer = result.get_submodule(name)
                 gradient = None if rank is None else usable(survey.gradient(name))
-                result = _fit_layer(result, layer, seen.pop(name), gradient, rank, split)
+                result = _fit_layer(result, layer, seen.pop(name), gradient, rank)
             elif rank is not None:
                 left[name] = (
                     "the factorized model gives it no inputs in calibration, or none that are "
@@ -86,7 +85,6 @@ def _fit_layer(
     seen: residuals.Seen,
     gradient: Any,
     rank: int | None,
-    split: str,
 ) -> nn.Module:
     """`result` with a layer fitted to what it is to give: as a pair of a rank, or whole."""
     weight = pairs.matrix(layer).double()
@@ -97,7 +95,7 @@ def _fit_layer(
     pair = None
     if rank is not None:
         weighing = maths.with_unseen(moment, seen.count)
-        first, second, fitted, used = factors(layer, fitted, weighing, gradient, rank, split)
+        first, second, fitted, used = factors(layer, fitted, weighing, gradient, rank)
         pair = partial(pairs.pair, layer, first, second, split=used)
     bias = None
     if centred:
@@ -127,35 +125,29 @@ def factors(
     moment: torch.Tensor | calibrate.Outer | None,
     gradient: Any,
     rank: int,
-    split: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, str]:
-    """Weights of the two layers, their product as a matrix [M, K], and the split that was used."""
+    """Weights of the two layers, their product as a matrix [M, K], and the split that was used: of
+    a k x k convolution "spatial" (k x 1, then 1 x k) where that loses less, in no more parameters,
+    than "channel" (k x k, then 1 x 1).
+    """
     m, k = weight.shape
     cut = maths.whitened_svd(weight, moment, gradient, rank=rank)
     first, second = cut.first, cut.second
     product = second @ first
-    if not isinstance(layer, nn.Conv2d) or 1 in layer.kernel_size or split == "channel":
+    if not isinstance(layer, nn.Conv2d) or 1 in layer.kernel_size:
         return first, second, product, "channel"
     kernel = weight.reshape(layer.weight.shape)
     tall, wide = layer.in_channels * kernel.shape[2], m * kernel.shape[3]
     same_size = min(rank * (m + k) // (tall + wide), tall, wide)
     same_size = max(1, same_size // 4 * 4 or same_size)
     spatial = spatial_factors(kernel, moment, gradient, rank=same_size)
-    if split == "spatial":
-        return *spatial, "spatial"
     if maths.weighted_error(weight - spatial[2], moment, gradient) < cut.loss:
         return *spatial, "spatial"
     return first, second, product, "channel"
 
 
-def merge(groups: list[list[str]], most: int) -> list[list[str]]:
-    """At most `most` groups, by joining neighbours."""
-    if most < 1:
-        raise ValueError(f"max_passes={most} must be at least 1")
-    size = max(1, math.ceil(len(groups) / most))
-    merged = []
-    for start in range(0, len(groups), size):
-        merged.append([])
-        for group in groups[start : start + size]:
-            merged[-1].extend(group)
-    return merged
+def _merged(groups: list[list[str]]) -> list[list[str]]:
+    """At most `MOST_STEPS` groups, by joining neighbours."""
+    size = max(1, math.ceil(len(groups) / MOST_STEPS))
+    starts = range(0, len(groups), size)
+    return [list(itertools.chain.from_iterable(groups[i : i + size])) for i in starts]

@@ -237,15 +237,6 @@ def candidate_ranks(m: int, k: int, unit: int) -> list[int]:
     return [r for r in range(unit, min(m, k) + 1, unit) if r * (m + k) < m * k]
 
 
-def rank_for_energy(spectrum: Tensor, energy: float) -> int:
-    """Smallest rank whose components hold the share `energy` of the sum of squares."""
-    squares = spectrum.double() ** 2
-    if squares.sum() == 0:
-        return 1
-    share = squares.cumsum(0) / squares.sum()
-    return min(int((share < energy - 1e-12).sum()) + 1, len(spectrum))
-
-
 class Choice(NamedTuple):
     """One way to store a layer: `rank` None is the layer as it is."""
 

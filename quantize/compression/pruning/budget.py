@@ -7,7 +7,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from quantize.compression.pruning.groups import Group
@@ -35,32 +34,6 @@ def units_kept(group: Group, amount: float, round_to: int | None) -> int:
     wanted = group.units * (1 - amount)
     keep = round(wanted / step + 1e-9) * step
     return min(group.units, max(step, keep))
-
-
-def units_kept_globally(
-    groups: Sequence[Group], values: Sequence[Tensor], round_to: int | None
-) -> list[int]:
-    """Units kept per group when the least important of all groups go first; a tenth of every group
-    stays at least.
-    """
-    relative = [value / _size_of(value) for value in values]
-    everything = torch.cat(relative).sort().values
-    total = int(sum(g.units * g.amount for g in groups))
-    limit = everything[min(len(everything) - 1, total)]
-    keeps = []
-    for group, value in zip(groups, relative, strict=True):
-        lost = 0.0
-        if group.amount:
-            below = int((value < limit).sum())
-            lost = min(below / group.units, 0.9)
-        keeps.append(units_kept(group, lost, round_to))
-    return keeps
-
-
-def _size_of(value: Tensor) -> Tensor:
-    """Root mean square of the finite ones."""
-    finite = value[value.isfinite()]
-    return finite.square().mean().sqrt().clamp(min=1e-30)
 
 
 def alike(groups: Sequence[Group]) -> list[list[int]]:

@@ -24,9 +24,6 @@ from quantize.compression.pruning.labels import Key
 from quantize.compression.pruning.readers import by_readers
 from quantize.nn import holds_integers
 
-SCORES = ("magnitude", "activation", "reconstruction", "taylor")
-
-
 # Arguments.
 
 
@@ -47,33 +44,11 @@ def check_amount(amount: Any) -> dict[str, float]:
     return given
 
 
-def check_options(
-    n: Any, score: Any, scope: Any, round_to: Any, loss: Any, calibration: Any
-) -> None:
+def check_options(n: Any, round_to: Any) -> None:
     if isinstance(n, bool) or not isinstance(n, (int, float)):
         raise TypeError(f"n must be a number > 0, got {n!r}")
     if not n > 0:
         raise ValueError(f"n is {n}; allowed: > 0, math.inf included")
-    if score is not None and score not in SCORES:
-        raise ValueError(f"score is {score!r}; allowed: {SCORES}")
-    if score not in (None, "magnitude") and calibration is None:
-        raise ValueError(f"score={score!r} needs calibration batches")
-    if (score == "taylor") != (loss is not None):
-        raise ValueError(
-            "score='taylor' and loss go together: give loss=function(model, batch) -> scalar, "
-            "or another score"
-        )
-    if scope not in (None, "layer", "alike", "global"):
-        raise ValueError(f"scope is {scope!r}; allowed: 'layer', 'alike', 'global'")
-    if scope == "alike" and (calibration is None or score not in (None, "reconstruction")):
-        raise ValueError(
-            "scope='alike' shares out by the costs of reconstruction: it needs calibration "
-            "batches and that score"
-        )
-    if scope == "global" and score == "reconstruction":
-        raise ValueError(
-            "score='reconstruction' ranks within a layer; with scope='global' use 'activation'"
-        )
     if round_to is not None and (
         isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1
     ):
@@ -208,12 +183,9 @@ def savable(model: nn.Module, groups: list[Group], left: dict[str, str]) -> list
 def remove(
     model: nn.Module,
     wanted: list[Group],
-    rule: str,
-    scope: str,
     n: float,
     round_to: int | None,
-    survey: Any,
-    loss: Any,
+    survey: Survey | None,
     left: dict[str, str],
 ) -> None:
     """Fill in `removed` of every group.
@@ -221,19 +193,12 @@ def remove(
     survey: of the layers that read the groups; None where there is no calibration.
     """
     keeps = [budget.units_kept(g, g.amount, round_to) for g in wanted]
-    if rule == "magnitude":
-        values = [scores.magnitude(model, g, n) for g in wanted]
-    elif rule == "taylor":
-        values = scores.taylor(surgery.clone(model), wanted, survey.batches, loss)
-    elif rule == "activation":
-        values = by_readers(wanted, survey, lambda _, readers: scores.activation_aware(readers, n))
-    else:
-        values, keeps = _reconstruction(wanted, keeps, scope, round_to, survey)
+    values: list[Any] = [None] * len(wanted)
+    if survey is not None:
+        values, keeps = _reconstruction(wanted, keeps, round_to, survey)
     for i, group in enumerate(wanted):
         if values[i] is None:  # nothing that mixes channels reads them where we can look
             values[i] = scores.magnitude(model, group, n)
-    if scope == "global":
-        keeps = budget.units_kept_globally(wanted, values, round_to)
     holders = owners(model)
     for group, value, keep in zip(wanted, values, keeps, strict=True):
         if not torch.isfinite(value[value != math.inf]).all():
@@ -250,19 +215,12 @@ def remove(
 
 
 def _reconstruction(
-    groups: list[Group],
-    keeps: list[int],
-    scope: str,
-    round_to: int | None,
-    survey: Survey,
+    groups: list[Group], keeps: list[int], round_to: int | None, survey: Survey
 ) -> tuple[list[Any], list[int]]:
-    """Scores of each group (None where no layer reads it), and the units kept: with scope "alike",
-    groups of one shape that were asked for together give by what it costs, as many as they would
-    give one by one.
+    """Scores of each group (None where no layer reads it), and the units kept: groups of one shape
+    that were asked for together give by what it costs, as many as they would give one by one.
     """
-    families: list[list[int]] = []
-    if scope == "alike":
-        families = [f for f in budget.alike(groups) if len(f) > 1 and groups[f[0]].amount]
+    families = [f for f in budget.alike(groups) if len(f) > 1 and groups[f[0]].amount]
     depths = [g.units - k for g, k in zip(groups, keeps, strict=True)]
     for i in itertools.chain.from_iterable(families):
         depths[i] = max(depths[i], budget.deepest(groups[i], round_to))

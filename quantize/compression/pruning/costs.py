@@ -75,7 +75,7 @@ def removable(
     wanted = savable(work, wanted, left)
     refuse_infinite(work, wanted)
     readers = find_readers(work, wanted)
-    survey = survey_readers(work, readers, calibration, "reconstruction", say)
+    survey = survey_readers(work, readers, calibration, say)
     wanted = reached_groups(work, wanted, survey.reached, left)
     counts: Counter[str] = Counter()
     holders = owners(work)

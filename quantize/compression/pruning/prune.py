@@ -46,11 +46,7 @@ def prune_ln_structured(
     calibration: Iterable[Any] | None = None,
     skip: surgery.Skip = (),
     masked: bool = False,
-    score: str | None = None,
-    scope: str | None = None,
     round_to: int | None = None,
-    repair: bool = True,
-    loss: Callable[[nn.Module, Any], torch.Tensor] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> nn.Module:
     """Smaller dense copy of a model: channels, neurons and attention heads removed, in eval mode.
@@ -68,24 +64,16 @@ def prune_ln_structured(
         amount: fraction of channels removed, in [0, 1); or a dict to it from the name of a layer
             whose output channels are removed (or a glob, or a module around layers): then only
             those are pruned.
-        n: order of the norm, > 0 (1, 2, math.inf, ...).
+        n: order of the norm by which channels are scored without calibration, > 0 (1, 2, math.inf).
         calibration: re-iterable batches, each like `example_inputs`. With them channels are scored
-            by what they feed forward, and the layers that read them are refitted by least squares
-            to give what they gave before.
+            by what they feed forward; groups of one shape (the feed-forward layers of a
+            transformer, say) that `amount` doesn't name one by one lose more where it costs less,
+            together as much; and the layers that read pruned channels are refitted by least squares
+            to give what they gave before, and the statistics of BatchNorms estimated anew.
         skip: names, globs or types of layers whose output channels stay.
         masked: return the full-sized twin with zeros in the removed places; it computes the same.
-        score: "magnitude" (default without calibration), "activation", "reconstruction" (default
-            with it), or "taylor" (needs `loss`).
-        scope: "layer" removes `amount` of every group (default without calibration). "alike"
-            (default with it) removes that share of all groups of one shape together (the
-            feed-forward layers of a transformer, say), more where it costs less, so the model gets
-            just as small; layers that `amount` names one by one lose what it says of them. "global"
-            removes that share of all units, the least important first.
         round_to: kept widths are multiples of this (default: 16, or less for layers narrower than
             128).
-        repair: with calibration, refit the readers of pruned channels and re-estimate BatchNorm
-            statistics.
-        loss: for "taylor", a function (model, batch) -> scalar.
         progress: called with a line for people before each piece of work, with the layer's name.
 
     Returns:
@@ -101,7 +89,7 @@ def prune_ln_structured(
         Norm criterion: Li et al., arXiv 1608.08710, as in `torch.nn.utils.prune.ln_structured`.
     """
     amounts = check_amount(amount)
-    check_options(n, score, scope, round_to, loss, calibration)
+    check_options(n, round_to)
     if calibration is not None:
         check_batches(calibration)
     say = progress or (lambda line: None)
@@ -114,14 +102,11 @@ def prune_ln_structured(
     wanted = choose(work, groups, stuck, amounts, skip, left)
     wanted = savable(work, wanted, left)
     refuse_infinite(work, wanted)
-    by_calibration = "activation" if scope == "global" else "reconstruction"
-    rule = score or ("magnitude" if calibration is None else by_calibration)
-    scope = scope or ("alike" if rule == "reconstruction" else "layer")
     survey = None
     if calibration is not None:
-        survey = survey_readers(work, find_readers(work, wanted), calibration, rule, say)
+        survey = survey_readers(work, find_readers(work, wanted), calibration, say)
         wanted = reached_groups(work, wanted, survey.reached, left)
-    remove(work, wanted, rule, scope, n, round_to, survey, loss, left)
+    remove(work, wanted, n, round_to, survey, left)
     wanted = [g for g in wanted if len(g.removed)]
     if amounts and not wanted and any(a > 0 for a in amounts.values()):
         raise ValueError(f"nothing was removed from {type(work).__name__}: {reasons(left)}")
@@ -130,7 +115,7 @@ def prune_ln_structured(
     kept = kept_indices(trace, wanted)
     if survey is not None:
         survey.forget(survey.layers)
-    if survey is not None and repair and wanted:
+    if survey is not None and wanted:
         repair_layers(work, small, repair_steps(trace, work, kept), survey, say)
         survey.warn_if_few_rows("pruning")
     follow_config(small, _sizes(trace, wanted, kept), lambda: Answers(small, example_inputs))

@@ -35,28 +35,22 @@ def survey_readers(
     model: nn.Module,
     readers: Mapping[str, nn.Module],
     calibration: Iterable[Any],
-    rule: str,
     say: Callable[[str], None],
 ) -> Survey:
-    """What scoring by `rule` needs to see of the layers that read channels, and the look at all
-    layers that may be repaired later.
+    """What scoring needs to see of the layers that read channels, and the look at all layers that
+    may be repaired later.
     """
     widths = {place: (_width(m), len(_matrix(m))) for place, m in readers.items()}
-    outer = rule in ("activation", "reconstruction")
     coarse = [place for place, module in readers.items() if _by_channel(module)]
-    if coarse and outer:
+    if coarse:
         say(f"scoring by whole channels, for the size of its patches: {', '.join(coarse)}")
-    if not outer:  # only whether they run, on finite inputs
-        coarse = [p for p, m in readers.items() if isinstance(m, (nn.Conv1d, nn.Conv2d))]
     watched = {n: m for n, m in model.named_modules() if is_repairable(m)}
     return Survey(
         model,
         calibration,
         widths,
         watched=watched,
-        outer=outer,
         by_channel=coarse,
-        gradients=rule == "reconstruction",
         memory=MEMORY,
         say=say,
     )

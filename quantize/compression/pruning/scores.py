@@ -1,35 +1,24 @@
-"""How much a unit matters: by the norm of its weights, what it feeds forward, the loss, what can't
-be rebuilt without it.
-"""
+"""How much a unit matters: by the norm of its weights, or by what can't be rebuilt without it."""
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from quantize.calibration import InputStatistics, Outer, copied, watching, without_cache
+from quantize.calibration import InputStatistics, Outer
 from quantize.compression.pruning.groups import Group
 
 # of the moments of gradients, times their mean diagonal: sums in float32
 ROUNDING = 1e-6
 
 
-def channel_norms(weight: Tensor, n: float, dim: int = 0) -> Tensor:
-    """Ln norm of every slice of `weight` along `dim`, [size of dim] (as
-    `torch.nn.utils.prune.ln_structured`).
-    """
-    slices = weight.detach().movedim(dim, 0).flatten(1)
-    return torch.linalg.vector_norm(slices.double(), n, dim=1)
-
-
 def magnitude(model: nn.Module, group: Group, n: float) -> Tensor:
-    """Ln norm over all weights that make a unit's channels, [units]."""
+    """Ln norm over all weights that make a unit's channels, [units], as
+    `torch.nn.utils.prune.ln_structured` has it.
+    """
     parts = []
     for name, dim in group.outputs:
         weight = _weight(model, name).detach().movedim(dim, 0).double()
@@ -59,22 +48,6 @@ class Reader:
     seen: InputStatistics  # of its inputs
     # E[g g^T] of the model's output by its outputs, [out, out]
     metric: Tensor | Outer | None = None
-
-
-def activation_aware(readers: list[Reader], n: float) -> Tensor:
-    """Root mean square of a unit's inputs to the layers that read it, times the Ln norm of their
-    weights, [units].
-
-    The weight x activation score of Wanda (Sun et al., arXiv 2306.11695), summed over a channel as
-    in FLAP (arXiv 2312.11983).
-    """
-    total: Tensor | float = 0.0
-    for reader in readers:
-        power = reader.seen.power.clamp(min=0)
-        strength = power * channel_norms(reader.weight, n, 1) ** 2  # [K]
-        of_units = strength[reader.places].sum(1)
-        total = total + of_units / strength.sum().clamp(min=1e-30)
-    return torch.sqrt(torch.as_tensor(total)).cpu()
 
 
 def reconstruction(
@@ -254,47 +227,3 @@ def root(metric: Tensor | Outer) -> Tensor:
     values, vectors = torch.linalg.eigh(metric)
     lengths = values.clamp(min=0).sqrt()
     return (vectors * lengths).T
-
-
-def taylor(
-    model: nn.Module,
-    groups: list[Group],
-    batches: Iterable[Any],
-    loss: Callable[[nn.Module, Any], Tensor],
-) -> list[Tensor]:
-    """Squared first-order change of the loss when a unit goes (Molchanov et al., arXiv 1906.10771),
-    [units] per group.
-    """
-    totals = [torch.zeros(g.units, dtype=torch.float64) for g in groups]
-    outputs = itertools.chain.from_iterable(group.outputs for group in groups)
-    weights = {name: _weight(model, name) for name, _ in outputs}
-    trained = {name: weight.requires_grad for name, weight in weights.items()}
-    for weight in weights.values():
-        weight.requires_grad_(True)
-    for batch in batches:
-        with watching((), model), without_cache(model), torch.enable_grad():
-            value = loss(model, copied(batch, {}))
-            if not torch.isfinite(value):
-                raise ValueError(f"loss gives {value.item()} on a calibration batch")
-            gradients = torch.autograd.grad(value, list(weights.values()), allow_unused=True)
-        changes: dict[str, Tensor] = {}  # of the loss, to first order, if a number goes
-        for (name, weight), gradient in zip(weights.items(), gradients, strict=True):
-            if gradient is not None:
-                dense = gradient.to_dense() if gradient.is_sparse else gradient
-                changes[name] = (weight * dense).detach()
-        for total, group in zip(totals, groups, strict=True):
-            total += _of_units(changes, group) ** 2
-    for name, weight in weights.items():
-        weight.requires_grad_(trained[name])
-    return totals
-
-
-def _of_units(changes: dict[str, Tensor], group: Group) -> Tensor:
-    """What each unit of a group has of changes by parameter, [units]."""
-    total = torch.zeros(group.units, dtype=torch.float64)
-    for name, dim in group.outputs:
-        if name in changes:
-            change = changes[name].movedim(dim, 0).double()
-            by_unit = change[group.places[name, dim]]
-            total += by_unit.flatten(1).sum(1).cpu()
-    return total

@@ -55,12 +55,6 @@ def test_ratio_one_changes_nothing():
     assert torch.equal(same(x[0]), model(x[0]))
 
 
-def test_full_energy_changes_nothing():
-    """All of the energy needs full rank, which is no smaller, so layers stay."""
-    model, x = mlp(64, 96, 32), data(64)
-    assert torch.equal(factorize_low_rank(model, energy=1.0, calibration=x)(x[0]), model(x[0]))
-
-
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_layer_of_low_rank_is_found(bias):
     """A weight that has rank 8 is reproduced at rank 8, with and without calibration."""

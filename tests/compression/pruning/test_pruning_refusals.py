@@ -64,11 +64,6 @@ BAD = {
     "tensor": ({"calibration": X}, TypeError, "sequence of batches"),
     "wrong shape": ({"calibration": [randn(4, 9)]}, ValueError, "calibration"),
     "not finite": ({"calibration": [X * math.nan]}, ValueError, "not finite"),
-    "score": ({"score": "best"}, ValueError, "best"),
-    "score without data": ({"score": "activation"}, ValueError, "needs calibration"),
-    "taylor without loss": ({"score": "taylor", "calibration": [X]}, ValueError, "loss"),
-    "scope": ({"scope": "all"}, ValueError, "all"),
-    "scope without data": ({"scope": "alike"}, ValueError, "scope='alike'.*needs calibration"),
     "weights not finite": (
         {"amount": {"2": 0.5}, "calibration": [X * 1e38 * 1e38]},
         ValueError,
