@@ -22,7 +22,7 @@ def check_ids(name: str, ids: Tensor, vocabulary: int | None) -> None:
 
 def check_length(model: nn.Module, prompt: int, new: int) -> None:
     """Raises ValueError for a text that is longer than the model is good for."""
-    limit = _model_limit(model)
+    limit = longest_text(model)
     if limit is not None and prompt + new > limit:
         raise ValueError(
             f"{prompt} prompt tokens + {new} new ones pass the limit of {limit} of "
@@ -49,8 +49,8 @@ def stop_tokens_of(
     return stops
 
 
-def _model_limit(model: nn.Module) -> int | None:
-    """Of a config of transformers, whose max_length is no limit, or of ours."""
+def longest_text(model: nn.Module) -> int | None:
+    """In tokens, by a config of transformers, whose max_length is no limit, or by ours."""
     config = getattr(model, "config", None)
     ours = getattr(config, "max_length", None)
     limit = getattr(config, "max_position_embeddings", ours)

@@ -23,7 +23,7 @@ from quantize.models import DecoderLM
 from quantize.models.opening import open_model
 from quantize.run.fusion.torchscript import load as load_torchscript
 from quantize.run.generate import generate
-from quantize.run.generate.checks import stop_tokens_of
+from quantize.run.generate.checks import longest_text, stop_tokens_of
 from quantize.run.generate.reader import vocabulary_size
 from quantize.run.generate.text import Text
 from quantize.run.serve.chat import ChatTemplate
@@ -56,10 +56,7 @@ class Decoder:
     @property
     def most_tokens(self) -> int:
         """Tokens of a prompt and what follows it."""
-        config = getattr(self.model, "config", None)
-        ours = getattr(config, "max_length", None) if isinstance(self.model, DecoderLM) else None
-        limit = ours or getattr(config, "max_position_embeddings", None)
-        return limit if isinstance(limit, int) else 2**31 - 1
+        return longest_text(self.model) or 2**31 - 1
 
     def encode(self, text: str) -> list[int]:
         """The ids of a prompt."""
