@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from quantize.calibration.inputs import BLOCK, call, of_original, output_tensors, watching
+from quantize.calibration.inputs import call, of_original, output_tensors, watching
 from quantize.calibration.patches import snapshot
 from quantize.seeding import seed_devices
+
+BLOCK = 1 << 20  # elements of outputs that are compared at once
 
 
 @torch.no_grad()

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from quantize.calibration.differences import BLOCK
 from quantize.calibration.dual import whole
-from quantize.calibration.inputs import BLOCK, main_output
+from quantize.calibration.inputs import main_output
 from quantize.calibration.patches import exact, snapshot
 from quantize.calibration.projected import Projected
 from quantize.calibration.sums import Squares

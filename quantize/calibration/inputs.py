@@ -19,8 +19,6 @@ from torch import nn
 
 from quantize.calibration.state import untouched
 
-BLOCK = 1 << 20  # elements of outputs that are compared at once
-
 
 def call(model: Callable[..., Any], batch: Any, *, copy: bool = True) -> Any:
     """Run `model` on a batch: a tensor, a tuple of positional arguments or a dict of keyword

@@ -58,7 +58,7 @@ def _bytes(run: Callable[[], Any]) -> list[int]:
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Blocks of comparisons that are small beside these outputs."""
-    monkeypatch.setattr(calibration.inputs, "BLOCK", 2**15)
+    monkeypatch.setattr(calibration.differences, "BLOCK", 2**15)
     monkeypatch.setattr(calibration.gradients, "BLOCK", 2**15)
 
 
