@@ -46,14 +46,19 @@ KEPT = {"skip": ("head",)}
 Batches = list[torch.Tensor]
 
 
+def linears(model: nn.Module) -> dict[str, nn.Module]:
+    """All but the head, by name."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "head"}
+
+
 def uniform(model: nn.Module, ratio: float, batches: Batches | None = None) -> nn.Module:
     """The same ratio in every block linear, by plain SVD or whitened by the original model's
     inputs.
     """
     result = surgery.clone(model)
-    originals = surgery.select(model, nn.Linear, **KEPT)
+    originals = linears(model)
     seen = calibration.collect(model, batches, originals) if batches else {}
-    for name, layer in surgery.select(result, nn.Linear, **KEPT).items():
+    for name, layer in linears(result).items():
         m, k = layer.weight.shape
         rank = max(8, math.floor(ratio * m * k / (m + k)) // 8 * 8)
         moment = seen[name].second_moment if batches else None
