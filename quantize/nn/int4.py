@@ -31,6 +31,7 @@ from quantize.nn import (
     PackedLayer,
     dtype_name,
     dtype_named,
+    gptq,
     is_traced,
     is_transposed,
 )
@@ -38,7 +39,6 @@ from quantize.nn.protocol import copied, dtype_of, empty, empty_bias
 from quantize.nn.straight import straight
 
 GROUP_SIZES = (32, 64, 128, 256)
-_DAMPING = 0.01  # share of the mean second moment that is added to each, for GPTQ
 _FEW_ROWS = 128  # above, widening the weight once is cheaper than the kernel's product
 
 
@@ -57,36 +57,20 @@ def quantize_groups_gptq(
     weight: Tensor, group_size: int, second_moment: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `quantize_groups`, but with a small error of `x W^T` for inputs x with E[x x^T] =
-    `second_moment`, `[K, K]`.
-
-    GPTQ (Frantar et al., arXiv 2210.17323) as Babai's nearest plane (Chen et al., arXiv
-    2507.18553): with the moment as U U^T, U upper triangular, the errors so far times U say by how
-    much the next column has to move. So one factorization does, where inverting takes three.
+    `second_moment`, `[K, K]` (see `gptq`).
     """
-    weight = weight.float()
-    moment = second_moment.double().clone()
-    diagonal = moment.diagonal()
-    diagonal += _DAMPING * diagonal.mean().clamp_min(1e-12)
-    factor = torch.linalg.cholesky(moment.flip(0, 1)).flip(0, 1).float()  # U
-    values = torch.empty_like(weight, dtype=torch.uint8)
-    left = torch.zeros_like(weight)  # what rounding took from each column so far
     scales, zeros = [], []
-    for start in range(0, weight.shape[1], group_size):
-        group = slice(start, start + group_size)
-        inverse = torch.linalg.inv(factor[group, group].double()).float()
-        moved = left[:, :start] @ factor[:start, group] @ inverse
-        weight_now = weight[:, group] + moved
-        # [N, 1], of the weights as corrected so far
-        scale, zero = _grid(weight_now[:, None])
+
+    def grid(group: Tensor) -> gptq.Rounding:
+        scale, zero = _grid(group[:, None])  # [N, 1], of the weights as corrected so far
         scales.append(scale)
         zeros.append(zero)
-        for i in range(group_size):
-            column = weight_now[:, i : i + 1]
-            values[:, start + i : start + i + 1] = rounded = _to_grid(column, scale, zero)
-            error = (column - _from_grid(rounded, scale, zero)) / inverse[i, i]
-            weight_now[:, i:] -= error * inverse[i, i:]
-        left[:, group] = weight[:, group] - _from_grid(values[:, group], scale, zero)
-    return values, torch.cat(scales, 1), torch.cat(zeros, 1)
+        return lambda column: _from_grid(_to_grid(column, scale, zero), scale, zero)
+
+    dense = gptq.rounded(weight.float(), second_moment, group_size, grid)
+    scale, zero = torch.cat(scales, 1), torch.cat(zeros, 1)
+    groups = dense.unflatten(1, (-1, group_size))
+    return _to_grid(groups, scale.unsqueeze(-1), zero.unsqueeze(-1)).flatten(1), scale, zero
 
 
 def _grid(groups: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,181 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import product
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
 from quantize import surgery
 from quantize.native.recurrent import Weights
-from quantize.nn import PackedLayer, WeightReading, dtype_name, dtype_named, is_traced
 from quantize.nn import int8_kernels as kernels
 from quantize.nn import int8_steps as stepping
-from quantize.nn.protocol import copied, empty, empty_bias
+from quantize.nn.int8_recurrent_weights import RecurrentWeights
 from quantize.nn.straight import straight
 
-_WEIGHTS = ("weight_ih", "weight_hh", "weight_hr")
 
+class _Int8Recurrent(RecurrentWeights):
+    """How Int8LSTM and Int8GRU run."""
 
-class _Int8Recurrent(PackedLayer):
-    """What Int8LSTM and Int8GRU have in common.
-
-    The state is plain tensors, for each weight of the layer: `packed_ih_l0` int8 `[out, in]`,
-    `scale_ih_l0` float32 `[out]`; biases keep their names. `weight_ih_l0` reads as
-    `packed * scale`, in the dtype of the layer that was quantized.
-    """
-
-    gates: int
+    # told of each weight's name, without what it begins with, and the rows that it multiplies
+    observer: Callable[[str, Tensor], None] | None = None
     not_fused = (
         "its loop over time is a call of this package's own code, which a TorchScript file can't "
         "hold: fuse the float model, or quantize.save the int8 one"
     )
-
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        num_layers: int,
-        *,
-        batch_first: bool = False,
-        dropout: float = 0.0,
-        bidirectional: bool = False,
-        proj_size: int = 0,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        super().__init__(dtype, device)
-        self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
-        self.batch_first, self.dropout, self.bidirectional = batch_first, dropout, bidirectional
-        self.proj_size, self.bias = proj_size, False
-        self.exact = ()
-
-    @classmethod
-    def from_layer(cls, layer: nn.RNNBase) -> _Int8Recurrent:
-        """Quantize a float layer's weights; biases are kept as they are."""
-        first: Any = layer.weight_ih_l0
-        settings = {name: getattr(layer, name) for name in _SETTINGS}
-        new = cls(**settings, dtype=first.dtype, device=first.device)
-        for name in new._suffixes():
-            for kind in ("ih", "hh", "hr"):
-                weight = getattr(layer, f"weight_{kind}{name}", None)
-                if weight is not None:
-                    new._hold(f"{kind}{name}", *kernels.quantize_weight(weight))
-            for kind in ("ih", "hh"):
-                new._hold_bias(f"{kind}{name}", copied(getattr(layer, f"bias_{kind}{name}", None)))
-        bias = dtype_name(first.dtype) if layer.bias else None
-        arguments = {**settings, "bias": bias, "dtype": dtype_name(first.dtype)}
-        surgery.record(new, cls.__name__, **arguments)
-        return new
-
-    @classmethod
-    def rebuild(
-        cls, module: nn.Module, bias: str | None, dtype: str = "float32", **settings: Any
-    ) -> _Int8Recurrent:
-        """An empty layer (on the meta device) in place of `module`, for a file's tensors."""
-        if settings.keys() != {*_SETTINGS}:
-            raise ValueError(f"{sorted(settings)} make no {cls.__name__}")
-        new = cls(**settings, dtype=dtype_named(dtype))
-        for name, (outputs, inputs) in new._shapes():
-            new._hold(name, empty(torch.int8, outputs, inputs), empty(torch.float32, outputs))
-            if not name.startswith("hr"):
-                new._hold_bias(name, empty_bias(bias, outputs))
-        return new.train(module.training)
-
-    def _hold(self, name: str, packed: Tensor, scale: Tensor) -> None:
-        self.register_buffer(f"packed_{name}", packed)
-        self.register_buffer(f"scale_{name}", scale)
-        self.exact = (*self.exact, f"scale_{name}")
-
-    def _hold_bias(self, name: str, bias: Tensor | None) -> None:
-        if bias is not None:
-            self.register_buffer(f"bias_{name}", bias)
-            self.bias = True
-
-    def _suffixes(self) -> Iterator[str]:
-        """What the names of a layer's and a direction's tensors end in, in the order in which they
-        run.
-        """
-        sides = ("", "_reverse") if self.bidirectional else ("",)
-        for layer, side in product(range(self.num_layers), sides):
-            yield f"_l{layer}{side}"
-
-    def _shapes(self) -> Iterator[tuple[str, tuple[int, int]]]:
-        """Names of all weights, without what they begin with, and their shapes."""
-        sides = 2 if self.bidirectional else 1
-        outputs = self.gates * self.hidden_size
-        width = self.proj_size or self.hidden_size
-        for suffix in self._suffixes():
-            first = suffix.startswith("_l0")
-            yield f"ih{suffix}", (outputs, self.input_size if first else width * sides)
-            yield f"hh{suffix}", (outputs, width)
-            if self.proj_size:
-                yield f"hr{suffix}", (self.proj_size, self.hidden_size)
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        found: dict[str, tuple[int, ...]] = {}
-        for name, shape in self._shapes():
-            found |= {
-                f"packed_{name}": shape,
-                f"scale_{name}": shape[:1],
-                f"bias_{name}": shape[:1],
-            }
-        return found
-
-    @property
-    def dtypes(self) -> dict[str, torch.dtype]:  # type: ignore[override]  # by kind and layer
-        kinds = PackedLayer.dtypes.items()
-        names = [name for name, _ in self._shapes()]
-        return {f"{kind}_{name}": dtype for (kind, dtype), name in product(kinds, names)}
-
-    # ------------------------------------------------------------------------------- weights read
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith(_WEIGHTS):
-            packed = self.__dict__["_buffers"].get(name.replace("weight", "packed", 1))
-            if packed is not None:
-                return self._read(name, packed)
-        return super().__getattr__(name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name.startswith(_WEIGHTS):
-            raise AttributeError(
-                f"{name}: the weight of a compressed layer is computed from what it stores, and "
-                f"can only be read"
-            )
-        super().__setattr__(name, value)
-
-    def _read(self, name: str, packed: Tensor) -> Tensor:
-        dtype, device = self.weight_kind()
-        scale = name.replace("weight", "scale", 1)
-
-        def dense() -> Tensor:
-            buffers: Any = self._buffers
-            return (packed.float() * buffers[scale].unsqueeze(-1)).to(dtype)
-
-        if is_traced():
-            return dense()
-        return WeightReading.described(dense, tuple(packed.shape), dtype, device)
-
-    @property
-    def weight(self) -> Tensor:
-        """There is none of this name, as in the layer that this one replaced."""
-        raise AttributeError(f"{type(self).__name__} has no weight: it has weight_ih_l0 and others")
-
-    @property
-    def all_weights(self) -> list[list[Tensor]]:
-        """Weights and biases of each layer and direction, as `nn.RNNBase.all_weights`."""
-        biases = ("bias_ih", "bias_hh") if self.bias else ()
-        last = ("weight_hr",) if self.proj_size else ()
-        names = ("weight_ih", "weight_hh", *biases, *last)
-        return [[getattr(self, n + suffix) for n in names] for suffix in self._suffixes()]
-
-    def flatten_parameters(self) -> None:
-        """Nothing to do: models call it before a forward, for CUDA."""
 
     # ------------------------------------------------------------------------------- running
 
@@ -285,11 +135,18 @@ class _Int8Recurrent(PackedLayer):
         held = {name: self._tensors(name + suffix) for name in ("ih", "hh", "hr")}
         packed, scale, bias = held["ih"]
         assert packed is not None and scale is not None
-        gates = kernels.linear(x, packed, scale, bias)
+        if packed.dtype == torch.int8:
+            gates = kernels.linear(x, packed, scale, bias)
+        else:
+            gates = F.linear(x, packed.float() * scale.unsqueeze(1))
+            gates = gates if bias is None else gates + bias.float()
         weights = Weights(self.gates, *held["hh"], *held["hr"][:2])
         cells = states[1] if len(states) > 1 else None
         reverse = suffix.endswith("_reverse")
         found = stepping.steps(gates, states[0], cells, weights, batches, reverse=reverse)
+        if self.observer is not None:
+            self.observer("ih" + suffix, x)
+            self.observer("hh" + suffix, found[0])
         return [tensor for tensor in found if tensor is not None]
 
     def _tensors(self, name: str) -> tuple[Any, Any, Tensor | None]:
@@ -301,10 +158,6 @@ class _Int8Recurrent(PackedLayer):
         flags = ("batch_first", "bidirectional", "proj_size")
         parts += [f"{name}={getattr(self, name)}" for name in flags if getattr(self, name)]
         return ", ".join(parts)
-
-
-_SETTINGS = ("input_size", "hidden_size", "num_layers", "batch_first", "dropout")
-_SETTINGS += ("bidirectional", "proj_size")
 
 
 @surgery.builder

@@ -7,6 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from quantize.nn import gptq
+
+GROUP = 64  # columns whose rounding errors are spread at a time
 CHUNK = 1 << 17  # activations quantized at a time, so that the steps find them in the cache
 _SMALLEST = 1e-30  # step of a row of zeros
 
@@ -32,6 +35,19 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
         .to(torch.int8)
     )
     return q.contiguous(), scale
+
+
+def quantize_weight_for(weight: Tensor, second_moment: Tensor) -> tuple[Tensor, Tensor]:
+    """As `quantize_weight`, with a small error for inputs of this second moment [K, K] (`gptq`)."""
+    weight = weight.detach().float()
+    scale = quantize_weight(weight)[1].unsqueeze(1)
+    step = torch.where(scale > 0, scale, 1.0)
+
+    def nearest(column: Tensor) -> Tensor:
+        return (column / step).round_().clamp_(-127, 127) * step
+
+    dense = gptq.rounded(weight, second_moment, GROUP, lambda _: nearest)
+    return (dense / step).round_().to(torch.int8), scale.squeeze(1)
 
 
 def quantize_rows(x: Tensor) -> Rows:

@@ -15,7 +15,7 @@ from torch import nn
 
 import quantize
 from quantize import quantize_weights, surgery
-from quantize.nn import int4
+from quantize.nn import gptq, int4
 
 
 def test_each_weight_is_within_half_a_step():
@@ -67,7 +67,7 @@ def test_gptq_rounds_as_its_authors_do():
     weight, x = randn(24, 128), randn(600, 8) @ randn(8, 128, seed=1) + randn(600, 128, seed=2)
     moment = (x.t() @ x / len(x)).double()
     values, scale, zero = int4.quantize_groups_gptq(weight, 32, moment)
-    damped = moment + int4._DAMPING * moment.diagonal().mean() * torch.eye(128)
+    damped = moment + gptq.DAMPING * moment.diagonal().mean() * torch.eye(128)
     factor = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
     moved, expected = weight.double(), torch.empty_like(values)
     for i in range(128):

@@ -51,7 +51,15 @@ class Stored:
     reason: str
 
 
-Plans = Mapping[str, Plan | Stored]  # by layer, of those that don't become int8 like all others
+@dataclass(frozen=True)
+class Rounded:
+    """Weights of a recurrent layer by their names in it (`hh_l0`): int8 and scale."""
+
+    weights: Mapping[str, tuple[Tensor, Tensor]]
+
+
+# By layer, of those that don't become int8 like all others.
+Plans = Mapping[str, Plan | Stored | Rounded]
 
 
 @dataclass(frozen=True)
@@ -213,11 +221,12 @@ def convert(model: nn.Module, names: Collection[str], plans: Plans | None = None
     return model
 
 
-def converted(fact: surgery.Facts, plan: Plan | Stored | None = None) -> Any:
+def converted(fact: surgery.Facts, plan: Plan | Stored | Rounded | None = None) -> Any:
     """The int8 layer that takes the place of a float one."""
     module: Any = fact.module
     if fact.recurrent:
-        return (Int8LSTM if isinstance(module, nn.LSTM) else Int8GRU).from_layer(module)
+        kind = Int8LSTM if isinstance(module, nn.LSTM) else Int8GRU
+        return kind.from_layer(module, plan.weights if isinstance(plan, Rounded) else None)
     if fact.transposed_convolution:
         return Int8ConvTranspose.from_layer(module, floats=isinstance(plan, Stored))
     if fact.convolution:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -14,7 +14,9 @@ from quantize.compression import smooth
 from quantize.compression.int8.joining import following, fuse_activations
 from quantize.compression.int8.layers import (
     Choice,
+    Plan,
     Report,
+    Rounded,
     Skipped,
     Stored,
     choose,
@@ -23,9 +25,10 @@ from quantize.compression.int8.layers import (
     overlapping,
     small,
 )
-from quantize.compression.int8.limit import Trial, warn_if_far, warn_of_noise, within
+from quantize.compression.int8.limit import Group, Trial, warn_if_far, warn_of_noise, within
 from quantize.compression.int8.outliers import find_plans
 from quantize.compression.int8.regions import Inputs, gaining_together, make_regions
+from quantize.compression.int8.rounding import find_rounded
 from quantize.compression.int8.speed import affordable, slower, slower_as_a_whole
 from quantize.compression.int8.telling import Made, nothing, tell, unconverted
 from quantize.nn import project_attentions, restore_attentions
@@ -79,7 +82,8 @@ def quantize_dynamic(
         skip: names, globs or types of modules that stay as they are (`surgery.skip_filter`).
         calibration: batches as `calibration.collect` takes. SmoothQuant is tried on them, then for
             each layer up to 4 outlier channels of its input in float, and a factor for each of the
-            others; what brings the outputs at least a tenth closer to the float model's is kept.
+            others, then rounding by GPTQ for LSTMs and GRUs; what brings the outputs at least a
+            tenth closer to the float model's is kept.
             They also say at how many rows each layer is timed: the fewest, the middle and the most
             it gets.
         embeddings: convert all embedding tables, or (False) only those tied to a head; None: large
@@ -107,7 +111,7 @@ def quantize_dynamic(
             calibration or not above 0, and one that no layer keeps (naming the numbers).
 
     Source: SmoothQuant (Xiao et al., arXiv 2211.10438), LLM.int8() (Dettmers et al., arXiv
-        2208.07339).
+        2208.07339), GPTQ (Frantar et al., arXiv 2210.17323).
     """
     _check(prefer, max_error, calibration)
     say = progress or silent
@@ -200,9 +204,11 @@ def _check(prefer: str, max_error: float | None, calibration: Iterable[Any] | No
 def _improved(
     trial: Trial, choice: Choice, shapes: Inputs | None, say: Say
 ) -> tuple[Trial, dict[str, Any]]:
-    """The trial with smoothed norms and with outliers in float, each if it brings the int8 model
-    clearly closer; and the settings to note. shapes: of the inputs at which a layer with outliers
-    must not be slower than in float; None: it may be.
+    """The trial with smoothed norms, with outliers in float and with recurrent weights rounded for
+    their inputs, each if it brings the int8 model clearly closer; and the settings to note.
+
+    shapes: of the inputs at which a layer with outliers must not be slower than in float; None: it
+    may be.
     """
     groups = choice.groups()
     say("trying SmoothQuant")
@@ -221,11 +227,24 @@ def _improved(
     plans = find_plans(trial.source, choice, trial.calibration)
     if shapes is not None:
         plans = affordable(plans, choice, shapes, say)
-    if plans:
-        apart = dataclasses.replace(trial, plans={**trial.plans, **plans})
-        if apart.made(groups)[1] < _CLEARLY * distance:
-            trial = apart
-    return trial, settings
+    trial, distance = _closer(trial, plans, groups, distance)
+    say("rounding recurrent weights for their inputs")
+    rounded = find_rounded(trial.source, choice, trial.calibration)
+    apart, closer = _closer(trial, rounded, groups, distance)
+    if closer < distance:
+        settings["rounded"] = list(rounded)
+    return apart, settings
+
+
+def _closer(
+    trial: Trial, plans: Mapping[str, Plan | Rounded], groups: Sequence[Group], distance: float
+) -> tuple[Trial, float]:
+    """The trial with these plans too if they bring the int8 model clearly closer; its error."""
+    if not plans:
+        return trial, distance
+    more = dataclasses.replace(trial, plans={**trial.plans, **plans})
+    closer = more.made(groups)[1]
+    return (more, closer) if closer < _CLEARLY * distance else (trial, distance)
 
 
 def _facts_of(model: nn.Module, choice: Choice) -> dict[str, surgery.Facts]:
