@@ -104,8 +104,7 @@ def choose(trial: Trial, rounds: int, was_cut: bool) -> Result:
     for _ in range(CONFIRMATIONS):
         group, wanted = wanted[:CANDIDATES], wanted[CANDIDATES:]
         fresh = _confirmed(trial, group, rounds)
-        by_name = {row["name"]: row for row in fresh}
-        rows = [by_name.get(row["name"], row) for row in rows]
+        rows = trial.rows()
         good = best([*rows[:1], *fresh], budget, noise)
         if good:
             return _result(trial, good[0], rows, True, _kept(good[0], noise))

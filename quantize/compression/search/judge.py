@@ -82,8 +82,8 @@ class Evaluated:
         """Raises ValueError where the metric isn't finite, and what `evaluate` raises."""
         result = self.evaluate(model)
         metrics = as_metrics(result)
-        if self.name not in metrics or not math.isfinite(metrics[self.name]):
-            raise ValueError(f"evaluate gives {self.name}={metrics.get(self.name)}")
+        if not math.isfinite(metrics.get(self.name, math.nan)):
+            raise ValueError(f"evaluate gives {metrics}, and no finite {self.name}")
         change = metrics[self.name] - self.value
         loss = 0.0 - change if self.higher else change  # no -0.0
         return Score(metrics, loss, self._noise(per_example(result)))

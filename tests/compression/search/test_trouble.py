@@ -5,6 +5,7 @@ fit, a full disk, a busy machine. Latencies are made up, as in `test_search`.
 from __future__ import annotations
 
 import errno
+import itertools
 import math
 from dataclasses import replace
 
@@ -205,6 +206,34 @@ def test_a_point_that_has_lost_too_much_gets_one_turn(batches, turns):
     lost = {row["name"] for row in result.rows if row["file"] and not row["within"]}
     hurried = {names[1] for names, rounds in turns if rounds == HOPELESS_ROUNDS}
     assert hurried and hurried < lost
+
+
+def test_budgets_that_contradict_each_other_name_what_the_targets_cost(batches):
+    """Nothing that is small enough loses nothing: which point is, and what it loses."""
+    result = search(Net().eval(), batches, {"bytes": 8_000, "max_loss": 0.0})
+    assert not result.met
+    reaching = [row for row in result.rows if row["reaches"]]
+    least = min(reaching, key=lambda row: row["loss"])
+    assert f"{least['name']} reaches the targets, but the loss is" in result.reason
+
+
+def test_a_busy_minute_is_not_what_latencies_are_told_by(batches, monkeypatch):
+    """In the first measurement all files were three times as slow as in the others."""
+    factors = itertools.chain([3.0], itertools.repeat(1.0))
+
+    def compared(*args, **options):
+        factor = next(factors)
+        slower = []
+        for one in measured_by_bytes(*args):
+            median = factor * one.latency_ms.median
+            slower.append(replace(one, latency_ms=replace(one.latency_ms, median=median)))
+        return slower
+
+    monkeypatch.setattr("quantize.compression.search.trial.compare", compared)
+    result = search(Net().eval(), batches, {"bytes": 8_000})
+    usual = result.rows[0]["latency_ms"]["median"] / 3
+    for row in result.rows:
+        assert row["latency_in_turns_ms"] == pytest.approx(usual / row["speedup"])
 
 
 @pytest.mark.slow
