@@ -108,8 +108,8 @@ class Layered:
         """Without pairs where channels go too: of a narrower layer no rank may be left."""
         chosen = list(zip(self.units, self.options(choice), strict=True))
         narrower: set[str] = set()
-        for unit, option in chosen:
-            narrower.update(unit.readers if option.amount else ())
+        for _, option in chosen:
+            narrower.update(option.reader_left)
         found = []
         for index, (unit, option) in zip(choice, chosen, strict=True):
             if option.ratio < 1 and narrower & set(unit.layers):
@@ -342,6 +342,5 @@ def from_values(values: Sequence[Mapping[str, Any]]) -> list[Unit]:
     found = []
     for value in values:
         options = tuple(Option(**option) for option in value["options"])
-        layers, readers = tuple(value["layers"]), tuple(value["readers"])
-        found.append(Unit(value["name"], layers, options, value["seconds"], readers))
+        found.append(Unit(value["name"], tuple(value["layers"]), options, value["seconds"]))
     return found

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
+import operator
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -25,6 +27,7 @@ from quantize.nn import low_rank as pairs
 FLOAT, INT8, BF16, INT4 = "float", "int8", "bf16", "int4"
 _CACHE_BYTES, _MOST_COPIES = 8 << 20, 4  # copies take turns: a model's weights are cold
 _FEWEST, _SECONDS = 5, 0.004  # timed calls of a contender, and about how long they take
+_MOST_TIMES = 2  # as large as a layer that another is held to
 _MOST_NUMBERS = 1 << 21  # in an input; more of them change the time in proportion
 
 Seconds = dict[str, float]
@@ -39,7 +42,18 @@ class Stopwatch:
 
     def __init__(self, kinds: Sequence[str]) -> None:
         self.kinds = tuple(kinds)
-        self.known: dict[tuple[Any, ...], Seconds] = {}
+        self.known: dict[tuple[Any, ...], Seconds] = {}  # by what is alike, and sizes
+
+    def settle(self) -> None:
+        """Let no layer take more for each product than a narrower one of at least half its size: a
+        busy moment makes one layer slower than all that it is weighed against.
+        """
+        for key in sorted(self.known, key=lambda key: -math.prod(key[1:])):
+            (like, *size), seconds = key, self.known[key]
+            for (other, *smaller), known in self.known.items():
+                times = math.prod(size) / math.prod(smaller)
+                if other == like and times <= _MOST_TIMES and all(map(operator.ge, size, smaller)):
+                    seconds |= {kind: min(s, times * known[kind]) for kind, s in seconds.items()}
 
     def whole(self, layer: Any, shape: Sequence[int], inputs: int, outputs: int) -> Seconds:
         """Of a layer like this one with so many input and output channels.
@@ -49,20 +63,20 @@ class Stopwatch:
             shape: of its input, with the channels that it has now.
         """
         channel = _channel(layer)
-        sizes = list(shape)
-        sizes[channel] = inputs
-        return self._timed(partial(_like, layer, inputs, outputs), sizes, _settings(layer), outputs)
+        sizes, places = list(shape), list(shape)
+        sizes[channel], places[channel] = inputs, 0
+        like = (_settings(layer), tuple(places))
+        return self._timed((like, inputs, outputs), partial(_like, layer, inputs, outputs), sizes)
 
     def pair(self, layer: Any, shape: Sequence[int], rank: int) -> Seconds:
         """Of a pair of this rank in the layer's place."""
-        outputs = len(pairs.matrix(layer))
-        return self._timed(partial(_pair, layer, rank), shape, _settings(layer), outputs, rank)
+        like = (_settings(layer), tuple(shape), len(pairs.matrix(layer)))
+        return self._timed((like, rank), partial(_pair, layer, rank), shape)
 
     def _timed(
-        self, make: Callable[[], nn.Module], shape: Sequence[int], *known_by: Any
+        self, key: tuple[Any, ...], make: Callable[[], nn.Module], shape: Sequence[int]
     ) -> Seconds:
-        """Of a layer that is made unless one like it, with inputs of this shape, was timed."""
-        key = (tuple(shape), *known_by)
+        """Of a layer that is made unless one like it, of the same sizes, was timed."""
         if key not in self.known:
             self.known[key] = self._race(make(), shape)
         return self.known[key]

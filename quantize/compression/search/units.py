@@ -84,14 +84,12 @@ class Unit:
         layers: those whose kind it decides.
         options: the first one is the layers as they are.
         seconds: that its layers take in a call as they are.
-        readers: layers of other units that read its channels, and are narrower with fewer of them.
     """
 
     name: str
     layers: tuple[str, ...]
     options: tuple[Option, ...]
     seconds: float
-    readers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -141,6 +139,12 @@ def survey(model: nn.Module, given: Given, kinds: Sequence[str], say: Say) -> li
     say(f"timing {len(facts)} layers")
     watch = Stopwatch(kinds)
     groups = _groups(model, given, say)
+    _units(groups, facts, watch)
+    watch.settle()
+    return _units(groups, facts, watch)
+
+
+def _units(groups: Sequence[Removable], facts: Mapping[str, Facts], watch: Stopwatch) -> list[Unit]:
     made: set[str] = set()
     for group in groups:
         made.update(group.outputs)
@@ -151,10 +155,10 @@ def survey(model: nn.Module, given: Given, kinds: Sequence[str], say: Say) -> li
         if group.name not in own:
             continue
         taken.update(own)
-        units.append(_unit(group.name, own, facts, kinds, watch, group))
+        units.append(_unit(group.name, own, facts, watch, group))
     for name in facts:
         if name not in taken:
-            units.append(_unit(name, [name], facts, kinds, watch, None))
+            units.append(_unit(name, [name], facts, watch, None))
     return units
 
 
@@ -232,7 +236,6 @@ def _unit(
     name: str,
     own: Sequence[str],
     facts: Mapping[str, Facts],
-    kinds: Sequence[str],
     watch: Stopwatch,
     group: Removable | None,
 ) -> Unit:
@@ -240,7 +243,7 @@ def _unit(
     full = {layer: _whole(facts[layer], watch, 0, 0) for layer in own}
     seconds = sum(times[FLOAT] for times in full.values())
     options = []
-    for kind in kinds:
+    for kind in watch.kinds:
         saved = seconds - sum(times[kind] for times in full.values())
         if kind == INT4 and not all(facts[layer].four_bits for layer in own):
             continue
@@ -251,8 +254,7 @@ def _unit(
         if group is not None:
             options += _narrower(start, group, facts, watch)
         options += _factorized(start, facts, watch)
-    readers = () if group is None else tuple(layer for layer in group.inputs if layer not in own)
-    return Unit(name, tuple(own), tuple(options), seconds, readers)
+    return Unit(name, tuple(own), tuple(options), seconds)
 
 
 def _whole(fact: Facts, watch: Stopwatch, fewer_in: int, fewer_out: int) -> dict[str, float]:

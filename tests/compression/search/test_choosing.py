@@ -104,9 +104,9 @@ def test_targets_that_are_reached_leave_room_for_speed(unit):
 def test_layers_whose_inputs_go_are_no_pairs():
     """Both would save most, but of a narrower layer a small ratio may leave no rank."""
     whole = Option(FLOAT)
-    narrow = Option(FLOAT, 0.5, size_s=0.003)
+    narrow = Option(FLOAT, 0.5, size_s=0.003, reader_left={"second": 0.5})
     pair = Option(FLOAT, ratio=0.1, size_s=0.003)
-    first = Unit("first", ("first",), (whole, narrow), 0.005, readers=("second",))
+    first = Unit("first", ("first",), (whole, narrow), 0.005)
     second = Unit("second", ("second",), (whole, pair), 0.005)
     original = TIMED | {"bytes": 200}
     layered = Layered([first, second], original, Budget.of({"max_loss": 1}), 1.0, False, True)
@@ -124,7 +124,7 @@ def test_what_goes_by_inputs_and_by_outputs_is_counted_once():
     last = Option(FLOAT, 0.5, size_s=0.0025, bytes={"second": 50.0})
     first = Option(FLOAT, bytes={"first": 100.0})
     second = Option(FLOAT, bytes={"second": 100.0})
-    first = Unit("first", ("first",), (first, narrow), 0.005, readers=("second",))
+    first = Unit("first", ("first",), (first, narrow), 0.005)
     second = Unit("second", ("second",), (second, last), 0.005)
     original = TIMED | {"bytes": 200}
     layered = Layered([first, second], original, Budget.of({"speedup": 2}), 1.0, False, True)

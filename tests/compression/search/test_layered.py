@@ -25,7 +25,7 @@ from quantize.compression.search.budget import Budget
 from quantize.compression.search.fits import Parts, Seen, fitted
 from quantize.compression.search.knapsack import STEPS, solve
 from quantize.compression.search.layered import Layered, from_values
-from quantize.compression.search.times import BF16, FLOAT, INT4, INT8, Stopwatch
+from quantize.compression.search.times import BF16, FLOAT, INT4, INT8
 from quantize.compression.search.units import Option, Unit, survey
 from quantize.nn.int4 import Int4Linear
 from quantize.nn.int8 import Int8Linear
@@ -319,27 +319,3 @@ def test_channels_last_is_an_order_that_a_file_keeps(tmp_path):
     with pytest.raises(ValueError, match="to put channels last in"):
         recipe(Net())
     assert (Prune(0.5) >> ChannelsLast() >> Int8()).name == "pruned+channels_last+int8"
-
-
-def test_layers_of_one_shape_are_timed_once(monkeypatch):
-    """Two layers that differ in their weights alone, and one of another width."""
-    made = []
-    monkeypatch.setattr(Stopwatch, "_race", lambda self, layer, shape: made.append(shape) or {})
-    watch = Stopwatch([FLOAT])
-    for layer in (nn.Linear(8, 4), nn.Linear(8, 4)):
-        watch.whole(layer, (3, 8), 8, 4)
-    watch.whole(nn.Linear(8, 4), (3, 8), 6, 4)
-    assert [tuple(shape) for shape in made] == [(3, 8), (3, 6)]
-
-
-@pytest.mark.slow
-def test_the_real_stopwatch_gives_seconds(monkeypatch):
-    """Of linear layers, pairs and convolutions in each kind: positive, more for more rows."""
-    monkeypatch.undo()
-    watch = Stopwatch(KINDS)
-    few = watch.whole(nn.Linear(64, 64), (1, 64), 64, 64)
-    many = watch.whole(nn.Linear(64, 64), (4096, 64), 64, 64)
-    assert set(few) == set(KINDS) and all(many[kind] > few[kind] > 0 for kind in KINDS)
-    assert all(t > 0 for t in watch.pair(nn.Linear(64, 64), (8, 64), 8).values())
-    convolution = nn.Conv2d(8, 16, 3, padding=1)
-    assert all(t > 0 for t in watch.whole(convolution, (2, 8, 16, 16), 8, 8).values())
