@@ -19,6 +19,7 @@ from quantize.nn.protocol import (
     is_traced,
     operands,
     own_class,
+    write_weight,
 )
 from quantize.nn.reading import WeightReading
 from quantize.surgery import is_transposed
@@ -41,4 +42,5 @@ __all__ = [
     "restore_attentions",
     "with_padded_encoders",
     "without_fast_paths",
+    "write_weight",
 ]

@@ -228,6 +228,17 @@ def dense_weight(layer: nn.Module) -> Tensor:
     return weight if weight.dtype == torch.float64 else weight.float()
 
 
+def write_weight(layer: nn.Module, matrix: Tensor, bias: Tensor | None) -> None:
+    """Put other numbers, [out, K], into the parameters that a linear or convolution holds; a 16-bit
+    layer's weight reads in another dtype than it has.
+    """
+    held: Any = layer._parameters
+    weight = held["weight"].data
+    weight.copy_(matrix.T if is_transposed(layer) else matrix.reshape(weight.shape))
+    if bias is not None:
+        held["bias"].data.copy_(bias)
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """`float32` for torch.float32, as in files."""
     return str(dtype).removeprefix("torch.")

@@ -20,6 +20,7 @@ from quantize.compression.low_rank import maths, residuals
 from quantize.compression.low_rank.spatial import spatial_factors
 from quantize.compression.low_rank.spectra import noise, usable
 from quantize.nn import low_rank as pairs
+from quantize.nn import write_weight
 from quantize.saying import Say
 
 MOST_STEPS = 64  # of the walk through the layers; above it, layers share one
@@ -102,21 +103,10 @@ def _fit_layer(
         bias = seen.target_mean(weight, own_bias.double()) - fitted @ seen.mean
     if pair is not None:
         return surgery.replace(result, {layer: pair(bias)})
-    _write(layer, fitted, bias)
+    for name, parameter in list(layer.named_parameters(recurse=False)):
+        layer._parameters[name] = copy.deepcopy(parameter)  # its own, not another layer's too
+    write_weight(layer, fitted, bias)
     return result
-
-
-def _write(layer: nn.Module, matrix: torch.Tensor, bias: torch.Tensor | None) -> None:
-    """Give a layer parameters of its own, with other numbers; a 16-bit layer's weight reads in
-    another dtype than it has.
-    """
-    stored: Any = layer._parameters
-    for name in ("weight", "bias"):
-        stored[name] = copy.deepcopy(stored[name])
-    weight = stored["weight"]
-    weight.copy_(matrix.T if pairs.is_transposed(layer) else matrix.reshape(weight.shape))
-    if bias is not None:
-        stored["bias"].copy_(bias)
 
 
 def factors(

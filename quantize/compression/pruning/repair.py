@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from quantize.calibration import Call, Pace, Regression, Survey, Walk, exact, rows
+from quantize.nn import write_weight
 
 MOST_INPUTS = 1 << 26  # bytes of a layer's inputs that are kept for the BatchNorm after it
 
@@ -67,16 +68,6 @@ def matrix_rows(module: nn.Module, channels: Tensor) -> Tensor:
     return channels[..., None] * size + torch.arange(size)
 
 
-def _write(module: nn.Module, matrix: Tensor, bias: Tensor | None) -> None:
-    # What the module holds: its attribute may read as the weight in another dtype.
-    held = dict(module.named_parameters(recurse=False))
-    weight = held["weight"]
-    new = matrix.T if hasattr(module, "nf") and not hasattr(module, "in_features") else matrix
-    weight.data.copy_(new.reshape(weight.shape))
-    if bias is not None:
-        held["bias"].data.copy_(bias)
-
-
 def refit(
     walk: Walk, original: nn.Module, pruned: nn.Module, step: Step
 ) -> tuple[_Spread, _Spread] | None:
@@ -119,7 +110,7 @@ def refit(
     weights = weight.split(sizes)
     biases = [None] * len(sizes) if bias is None else bias.split(sizes)
     for layer, its_weight, its_bias in zip(layers.values(), weights, biases, strict=True):
-        _write(layer, its_weight, its_bias)
+        write_weight(layer, its_weight, its_bias)
     if not known:
         return None
     for x in inputs:
