@@ -53,6 +53,12 @@ def keep_allocations() -> bool:
     return False
 
 
+def give_back() -> None:
+    """Return freed memory to the system, where malloc is glibc's and wasn't told to keep it."""
+    if _glibc_version() is not None and _preloaded_malloc() is None and not _kept_mmap_bytes:
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def allocator_state() -> str:
     """One line: which malloc this process uses and whether it keeps large blocks."""
     preloaded = _preloaded_malloc()

@@ -124,6 +124,29 @@ def test_kept_blocks_are_not_returned(tmp_path):
     assert int(after) > 200 and "keeps large blocks" in kept_state
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("fresh")
+def test_freed_blocks_are_given_back_unless_they_are_kept():
+    """In a process of its own: 128 MiB in small blocks, below one that stays."""
+    code = """if True:
+        import torch
+        from quantize.allocator import give_back, keep_allocations
+        resident = lambda: int(open("/proc/self/statm").read().split()[1]) * 4096 >> 20
+        def given_back():
+            blocks = [torch.ones(1 << 14) for _ in range(2049)]
+            del blocks[:-1]
+            before = resident()
+            give_back()
+            return before - resident()
+        print(given_back(), keep_allocations(), given_back(), sep="|")
+    """
+    if not keep_allocations():
+        pytest.skip(allocator_state())
+    gc.collect()
+    first, kept, then = python("-c", code).stdout.strip().split("|")
+    assert int(first) > 100 and kept == "True" and int(then) < 10
+
+
 def groups(folder: Path, files: dict[str, str]) -> Path:
     """A tree of control groups in `folder`."""
     for name, text in files.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import hashlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from quantize import checkpoint
+from quantize.allocator import give_back
 from quantize.compression.recipe import Given, Recipe
 from quantize.compression.search.budget import Budget
 from quantize.compression.search.judge import Score
@@ -29,6 +31,7 @@ ROUNDS, HOPELESS_ROUNDS = 3, 1  # of a point; of one that has lost too much to b
 FIRST_ROUNDS = 5  # of the original against itself: they tell the noise
 BUSY = 0.1  # share by which the original differs from itself where the machine is busy
 UNKNOWN_NOISE = 1e-3  # share of the metric that is noise where nobody knows it, as in reports
+HEAVY = 1 << 26  # bytes of a model: garbage of that size is worth the time of a collection
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What a second measurement of a file leaves as it is.
 _JUDGED = ("loss", "loss_noise", "metric", "metric_change", "recipe", "predicted")
@@ -219,6 +222,9 @@ class Trial:
         files = {ORIGINAL: self.path(ORIGINAL)}
         for name in names:
             files["again" if name == ORIGINAL else name] = self.path(name)
+        if self.path(ORIGINAL).stat().st_size > HEAVY:
+            gc.collect()
+        give_back()  # what making the files has left: each process needs room for its model
         measured = compare(
             files,
             self.example_inputs,

@@ -104,8 +104,8 @@ class Walk:
             self.trial.open(recipes, lambda: time.monotonic() > last)
         except OSError as error:  # a full disk
             self._stop(error)
-        made = len(self.trial.points.rows) - known
-        self.taken += [(time.monotonic() - started) / made] if made else []
+        made = len(self.trial.points.rows) - known - 1  # the original isn't
+        self.taken += [(time.monotonic() - started) / made] if made > 0 else []
 
     def _with_more_kinds(self) -> None:
         """Choose by layers among int4 and bfloat16 too, where they may be what is missing."""
