@@ -13,6 +13,8 @@ from torch import Tensor
 from quantize.calibration.patches import is_finite
 from quantize.calibration.solve import PLAIN_RIDGE, factorized, min_ridge
 
+MOST_ROWS = 2048  # that a least squares fit of few rows looks at
+
 
 @dataclass
 class Outer:
@@ -84,20 +86,23 @@ def compensate_rows(
     Returns:
         [M, K], float64.
     """
+    every = -(-len(gap) // MOST_ROWS)  # one of so many rows stands for all of them
+    rows, gap, first = moment.rows[::every] * every**0.5, gap[::every] * every**0.5, first[::every]
     power = moment.power
     scale = torch.where(power > torch.finfo(power.dtype).tiny, power, 1.0)
-    gram = moment.rows @ moment.rows.T / scale
+    single = (rows / scale**0.5).float()
+    gram = (single @ single.T).double()
     gap = gap / scale
     count = len(gap)
     # of the rows themselves, which are not over the root of their number
     ridge = halved_ridge(gram * count, gap * count**0.5, first, 1.0, centred=centred)
     ridge = ridge / 2 + moment.floor / scale  # what holds half of the rows holds all of them
-    if count > moment.rows.shape[1]:
-        cross = moment.rows.T @ gap  # [K, M]
-        factor = factorized(moment.rows.T @ moment.rows / scale, ridge)
+    if count > rows.shape[1]:
+        cross = rows.T @ gap  # [K, M]
+        factor = factorized(rows.T @ rows / scale, ridge)
         return weight + torch.cholesky_solve(cross, factor).T
     change = torch.cholesky_solve(gap, factorized(gram, ridge))  # [N, M]
-    return weight + change.T @ moment.rows
+    return weight + change.T @ rows
 
 
 def first_halves(parts: Iterable[Tensor]) -> Tensor:

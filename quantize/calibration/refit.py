@@ -8,15 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantize.calibration.dual import FewRows
+from quantize.calibration.dual import MOST_ROWS, FewRows
 from quantize.calibration.patches import added, is_finite, upper_gram
 from quantize.calibration.solve import PLAIN_RIDGE, factorized, least_squares, min_ridge
 from quantize.calibration.sums import Squares
 
 # inputs up to which their moments are taken: a factorization takes the cube of them
-WIDEST = 4096
-# rows that are kept of more inputs
-MOST_ROWS = 2048
+WIDEST = 4096  # of more, MOST_ROWS rows are kept
 # the candidates are compared by so many random mixtures of the outputs
 MIXTURES = 128
 
