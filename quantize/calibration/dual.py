@@ -90,8 +90,7 @@ def compensate_rows(
     rows, gap, first = moment.rows[::every] * every**0.5, gap[::every] * every**0.5, first[::every]
     power = moment.power
     scale = torch.where(power > torch.finfo(power.dtype).tiny, power, 1.0)
-    single = (rows / scale**0.5).float()
-    gram = (single @ single.T).double()
+    gram = rows @ rows.T / scale
     gap = gap / scale
     count = len(gap)
     # of the rows themselves, which are not over the root of their number
