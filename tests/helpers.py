@@ -166,6 +166,7 @@ def _t5(layers: int) -> tuple[nn.Module, dict[str, torch.Tensor]]:
         d_kv=16,
         d_ff=128,
         num_layers=layers,
+        num_decoder_layers=2,
         num_heads=4,
         decoder_start_token_id=0,
         use_cache=False,
@@ -203,15 +204,15 @@ def _whisper(layers: int) -> tuple[nn.Module, dict[str, torch.Tensor]]:
 
 
 def _mobilenet(layers: int) -> tuple[nn.Module, dict[str, torch.Tensor]]:
-    """Two blocks of each width, or of the first one alone, where the config always makes up to
-    four.
+    """Four blocks, where the config always makes sixteen: with a stride, with a residual, with a
+    stride and more channels, with more channels alone.
     """
     config = transformers.MobileNetV2Config(image_size=64, depth_multiplier=0.5, num_labels=10)
     model = transformers.MobileNetV2ForImageClassification(config)
-    body = model.mobilenet_v2
-    seconds = (3, 6, 10, 13) if layers > 1 else ()
-    kept = sorted((0, 1, 2, 5, 9, 12, 15, *seconds))
-    body.layer = nn.ModuleList(body.layer[i] for i in kept)
+    body, head = model.mobilenet_v2, model.classifier
+    body.layer = nn.ModuleList(body.layer[i] for i in (0, 1, 5, 9))
+    channels = body.layer[-1].reduce_1x1.convolution.out_channels
+    body.conv_1x1 = type(body.conv_1x1)(config, channels, head.in_features, kernel_size=1)
     return model, _pixels(3, 64)
 
 
@@ -274,8 +275,8 @@ _ZOO: dict[str, Callable[[int], tuple[nn.Module, dict[str, torch.Tensor]]]] = {
         transformers.ResNetForImageClassification(
             transformers.ResNetConfig(
                 embedding_size=32,
-                hidden_sizes=[32, 64, 64, 96],
-                depths=[1, 2, 1, 1],
+                hidden_sizes=[32, 96],
+                depths=[1, 2],
                 layer_type="bottleneck",
                 num_labels=10,
             )
@@ -286,7 +287,7 @@ _ZOO: dict[str, Callable[[int], tuple[nn.Module, dict[str, torch.Tensor]]]] = {
     "convnext": lambda layers: (
         transformers.ConvNextForImageClassification(
             transformers.ConvNextConfig(
-                hidden_sizes=[32, 32, 64, 64], depths=[1, 1, 2, 1], image_size=64, num_labels=10
+                num_stages=2, hidden_sizes=[32, 64], depths=[1, 2], image_size=64, num_labels=10
             )
         ),
         _pixels(3, 64),
@@ -301,9 +302,10 @@ def zoo(
 ) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     """A small randomly initialised model of `ZOO` in eval mode and keyword inputs for it; the same
     for the same seed. Transformers have two layers, of which a shallow one has the first, but for
-    T5, whose second has other inputs; MobileNet as many blocks of each width.
+    the decoder of T5, whose second layer has other inputs. Networks of convolutions have a block
+    of each kind.
     """
-    model, inputs = _built(name, seed, 1 if shallow and name != "t5" else 2)
+    model, inputs = _built(name, seed, 1 if shallow else 2)
     return copy.deepcopy(model), dict(inputs)
 
 

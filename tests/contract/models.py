@@ -45,7 +45,7 @@ def _clip() -> Made:
     text = {
         "vocab_size": 96,
         "hidden_size": 32,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": 1,
         "num_attention_heads": 4,
         "intermediate_size": 64,
         "max_position_embeddings": 16,
@@ -53,7 +53,7 @@ def _clip() -> Made:
     }
     sight = {
         "hidden_size": 32,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": 1,
         "num_attention_heads": 4,
         "intermediate_size": 64,
         "image_size": 16,
@@ -66,7 +66,7 @@ def _clip() -> Made:
 
 def _mamba() -> Made:
     config = transformers.MambaConfig(
-        vocab_size=96, hidden_size=32, state_size=4, num_hidden_layers=2, use_cache=False
+        vocab_size=96, hidden_size=32, state_size=4, num_hidden_layers=1, use_cache=False
     )
     return transformers.MambaForCausalLM(config), {"input_ids": _ids(6)}
 
@@ -79,13 +79,13 @@ _OTHERS: dict[str, Maker] = {"clip": _clip, "mamba": _mamba}
 
 
 def _decoder() -> Made:
-    config = DecoderConfig(vocab_size=96, width=32, layers=2, heads=4, kv_heads=2, max_length=64)
+    config = DecoderConfig(vocab_size=96, width=32, layers=1, heads=4, kv_heads=2, max_length=64)
     return DecoderLM(config), _ids()
 
 
 def _tied_decoder() -> Made:
     config = DecoderConfig(
-        vocab_size=96, width=32, layers=2, heads=4, qk_norm=True, tied_head=True, max_length=64
+        vocab_size=96, width=32, layers=1, heads=4, qk_norm=True, tied_head=True, max_length=64
     )
     return DecoderLM(config), _ids()
 
@@ -99,13 +99,13 @@ def _mlp() -> Made:
 
 
 def _transformer() -> Made:
-    model = nn.Transformer(32, 4, 2, 2, 64, batch_first=True)
+    model = nn.Transformer(32, 4, 1, 1, 64, batch_first=True)
     return model, (randn(2, 6, 32, seed=1), randn(2, 5, 32, seed=2))
 
 
 def _encoder() -> Made:
     layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
-    return nn.TransformerEncoder(layer, 2), randn(2, 6, 32, seed=1)
+    return nn.TransformerEncoder(layer, 1), randn(2, 6, 32, seed=1)
 
 
 _OWN: dict[str, Maker] = {

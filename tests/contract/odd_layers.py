@@ -185,9 +185,9 @@ class Experts(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.inp, self.router, self.out = nn.Linear(32, 32), nn.Linear(32, 4), nn.Linear(32, 8)
+        self.inp, self.router, self.out = nn.Linear(32, 32), nn.Linear(32, 3), nn.Linear(32, 8)
         self.experts = nn.ModuleList(
-            nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32)) for _ in range(4)
+            nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32)) for _ in range(3)
         )
 
     def forward(self, x: Tensor) -> Tensor:

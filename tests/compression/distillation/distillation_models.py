@@ -43,7 +43,7 @@ DEEP = {
     "llama": {"num_hidden_layers": 4},
     "t5": {"num_layers": 4, "num_decoder_layers": 4},
     "vit": {"num_hidden_layers": 4},
-    "resnet": {"depths": [1, 4, 1, 1]},
+    "resnet": {"depths": [1, 4]},
     "whisper": {"encoder_layers": 4, "decoder_layers": 4},
 }
 
