@@ -79,11 +79,12 @@ class Net(nn.Module):
 
 
 class Holder(nn.Module):
-    """Holds the given tensors as buffers a, b, c, ..."""
+    """Holds the given tensors as buffers a, b, c, ..., h, t8, t9, ..."""
 
     def __init__(self, *tensors: torch.Tensor):
         super().__init__()
-        for name, tensor in zip("abcdefgh", tensors, strict=False):
+        names = [*"abcdefgh", *(f"t{i}" for i in range(8, len(tensors)))]
+        for name, tensor in zip(names, tensors, strict=False):
             self.register_buffer(name, tensor)
 
 
