@@ -28,18 +28,18 @@ def test_zoo(name, dtype, tmp_path):
     """Outputs stay close, and the file loaded into a fresh model gives the same bits as the model
     in memory.
     """
-    model, inputs = zoo(name)
+    model, inputs = zoo(name, shallow=True)
     before = copy.deepcopy(model.state_dict())
     half = quantize.to_half(model, dtype)
     output = run(half, inputs)
-    # the worst: MobileNetV2, 52 layers
+    # the worst: MobileNetV2
     assert cosine(output, run(model, inputs)) > (0.999 if dtype == torch.float16 else 0.98)
     assert all(
         torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True)
     )
     for suffix in (".pth", ".safetensors"):
         quantize.save(half, tmp_path / f"half{suffix}")
-        fresh, _ = zoo(name, seed=1)
+        fresh, _ = zoo(name, seed=1, shallow=True)
         assert torch.equal(
             run(quantize.load(tmp_path / f"half{suffix}", model=fresh), inputs), output
         )

@@ -20,9 +20,9 @@ from quantize.nn.low_rank import LowRankConv2d, LowRankLinear
 @pytest.mark.parametrize("name", ["bert", "gpt2", "t5", "resnet", "convnext"])
 def test_structure_record_rebuilds_a_foreign_model(name):
     """A fresh model plus the record plus the tensors computes the same numbers."""
-    model, inputs = zoo(name)
+    model, inputs = zoo(name, shallow=True)
     small = factorize_low_rank(model, calibration=[inputs])
-    fresh = surgery.rebuild(zoo(name, seed=1)[0], surgery.structure(small))
+    fresh = surgery.rebuild(zoo(name, seed=1, shallow=True)[0], surgery.structure(small))
     fresh.load_state_dict(small.state_dict())
     assert_close(run(fresh, inputs), run(small, inputs))
     assert surgery.structure(fresh) == surgery.structure(small)
@@ -106,7 +106,7 @@ def test_auto_split_finds_separable_kernels():
 @pytest.mark.parametrize("name", ["llama", "gpt2", "vit", "t5"])
 def test_int8_works_inside_pairs(name):
     """Dynamic int8 turns both layers of each pair to int8 and changes little; sizes multiply."""
-    model, inputs = zoo(name)
+    model, inputs = zoo(name, shallow=True)
     small = factorize_low_rank(model, calibration=[inputs], only_faster=False)
     both = in_int8(small)
     assert all(
@@ -125,11 +125,13 @@ def test_save_and_load(name, tmp_path):
     """A file of either kind loaded into a fresh instance computes the same, for foreign models,
     int8 on top included.
     """
-    model, inputs = zoo(name)
+    model, inputs = zoo(name, shallow=True)
     small = factorize_low_rank(model, calibration=[inputs])
     for compressed, suffix in product((small, in_int8(small)), (".pth", ".safetensors")):
         quantize.save(compressed, tmp_path / f"model{suffix}")
-        loaded = quantize.load(tmp_path / f"model{suffix}", model=zoo(name, seed=1)[0])
+        loaded = quantize.load(
+            tmp_path / f"model{suffix}", model=zoo(name, seed=1, shallow=True)[0]
+        )
         assert_close(run(loaded, inputs), run(compressed, inputs))
 
 
