@@ -71,23 +71,17 @@ def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Leave what is imported by now to itself, and collect cycles less often: tracing makes many
-    objects, and a third of all time went into looking for cycles among them.
+    """Leave what is imported by now to itself, to the end, and collect cycles less often: tracing
+    makes many objects, and a third of all time went into looking for cycles among them.
     """
     from hypothesis.internal.entropy import deterministic_PRNG
     from nurseries import choose_kernels_at_once
 
     choose_kernels_at_once()
+    gc.freeze()
     with deterministic_PRNG():
         pass  # the first one looks for cycles among all that there is by then
-    gc.collect()
-    gc.freeze()
     gc.set_threshold(500_000, 20, 20)
-
-
-def pytest_sessionfinish() -> None:
-    """Let the interpreter end as always."""
-    gc.unfreeze()
 
 
 @pytest.fixture
