@@ -257,7 +257,7 @@ def test_verify_names_the_claim_that_does_not_hold(wrong, decoder, tmp_path, mon
     small = quantize.quantize_dynamic(quantize.open_model(decoder), prefer="size")
     quantize.save(small, tmp_path / "int8.pth")
     data = tmp_path / "a.txt"
-    data.write_text(TEXT)
+    data.write_text(TEXT[:400])
     batches = read_samples([data], small, decoder, batch=2, length=16)
     loss = Divergence(quantize.open_model(decoder), batches).score(small).loss
     measured = measured_by_bytes({"fp32": decoder, "int8": tmp_path / "int8.pth"})
