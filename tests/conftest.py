@@ -91,7 +91,7 @@ def no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """
 
     def last_wins(models: dict[str, Callable[..., Any]], inputs: Any, **_: Any) -> dict[str, float]:
-        return {name: float(-i) for i, name in enumerate(models)}
+        return {name: float(len(models) - i) for i, name in enumerate(models)}
 
     monkeypatch.setattr("quantize.run.fusion.planning.race", last_wins)
     as_fast = {"fused": 1.0, "model": 1.0}

@@ -302,8 +302,7 @@ def zoo(
 ) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     """A small randomly initialised model of `ZOO` in eval mode and keyword inputs for it; the same
     for the same seed. Transformers have two layers, of which a shallow one has the first, but for
-    the decoder of T5, whose second layer has other inputs. Networks of convolutions have a block
-    of each kind.
+    the decoder of T5, whose second one has other inputs; CNNs have a block of each kind.
     """
     model, inputs = _built(name, seed, 1 if shallow else 2)
     return copy.deepcopy(model), dict(inputs)

@@ -123,6 +123,15 @@ class Checker:
         self.others: dict[int, Call | None] = {}  # the model's answers at other sizes
         self.large = sum(t.numel() for t in seen.calls[0].outputs) > 1 << 22
 
+    def timed(self) -> list[Any]:
+        """What times are taken on: the example inputs and, of a batch, its first row."""
+        tensors, spec = self.seen.calls[0].inputs, self.seen.spec
+        counts = {t.shape[0] for t in tensors if t.dim()}
+        if len(counts) != 1 or counts <= {0, 1}:
+            return [self.example_inputs]
+        row = unflatten(spec, [t[:1] if t.dim() else t for t in tensors])
+        return [self.example_inputs, row]
+
     @property
     def later(self) -> float:
         """Allowed at later calls and at other sizes, where numbers round otherwise; a coarse dtype

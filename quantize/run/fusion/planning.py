@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from quantize import surgery
-from quantize.calibration import Pace
+from quantize.calibration import Pace, untouched
 from quantize.nn.int8_images import whole_in_graphs
 from quantize.run.fusion import integers, kernels, linears, passes, torchscript
 from quantize.run.fusion.edit import calls
@@ -32,6 +32,8 @@ EXPORTED, SIMPLE, KERNELS, MERGED, INTEGERS, FLOATS = (
     "int8 kernels",
     "int8 layers in float",
 )
+ITSELF = "the model itself"
+_LOSS = 1.1  # times its time, from which a way is called slower
 
 
 @dataclass
@@ -158,9 +160,13 @@ def _planned(
     distances: dict[str, float] = {}
     pace = Pace(max(len(ways) - 1, 1))
     rewritten = [name for name in ways if name != EXPORTED]
+    times: list[dict[str, float]] = []
     for name in [*rewritten, *(ways.keys() - rewritten)]:
         if name == EXPORTED and built:
-            break  # only when the passes changed the numbers too much
+            say("timing")
+            times = _times(built, checker)
+            if not _loses(times):
+                break  # only where the passes change the numbers too much, or make it slower
         try:
             say(pace.next(f"building: {name}"))
             candidate = build(ways[name])
@@ -172,16 +178,39 @@ def _planned(
             problems[name] = error
     if not built:
         raise list(problems.values())[-1]
-    best, *others = built
-    notes = []
-    if others:
-        say("timing")
-        times = race(built, checker.example_inputs)
-        best = min(times, key=times.__getitem__)
-        notes.append("timed: " + ", ".join(f"{n} {t:.3f} ms" for n, t in times.items()))
-    notes = [*ways[best].notes, *notes]
+    if EXPORTED in built and len(built) > 1:
+        times = _times(built, checker)
+    best = _best(times) if times else next(iter(built))
+    notes = list(ways[best].notes)
+    for found in times:
+        notes.append("timed: " + ", ".join(f"{n} {t:.3f} ms" for n, t in found.items()))
     notes += [f"left out: {name}: {lines_of(error)[0]}" for name, error in problems.items()]
     return Plan(built[best], best, ways[best], program.operators(), notes, distances[best])
+
+
+def _times(built: dict[str, nn.Module], checker: Checker) -> list[dict[str, float]]:
+    """Milliseconds per call of the model and of each way, on the example inputs and, where all take
+    one, on a batch of one: there a kernel that wins on many may lose.
+    """
+    found = []
+    for inputs in checker.timed():
+        try:
+            with untouched(checker.model):
+                found.append(race({ITSELF: checker.model, **built}, inputs))
+        except Exception:  # one refuses another size, in whatever way it likes
+            continue
+    return found
+
+
+def _best(times: list[dict[str, float]]) -> str:
+    """The way that takes the least part of the model's time."""
+    ways = [name for name in times[0] if name != ITSELF]
+    return min(ways, key=lambda name: sum(found[name] / found[ITSELF] for found in times))
+
+
+def _loses(times: list[dict[str, float]]) -> bool:
+    """Is the best way slower than the model somewhere?"""
+    return any(found[_best(times)] > _LOSS * found[ITSELF] for found in times)
 
 
 def fold(model: nn.Module, example_inputs: Any, *, progress: Say | None = None) -> nn.Module:
