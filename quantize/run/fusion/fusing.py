@@ -56,8 +56,8 @@ def fuse(
     """A fused version of an eval-mode model: called like it, equal call after call, with `.save`.
 
     What is fastest on the example inputs and on their first row alone is taken, the model's own
-    operators where rewritten ones lose. Sizes that the model leaves free (batch, length) stay free; another value of a size that it
-    fixes is refused when called. State in tensors (a buffer that the forward changes) is carried
+    operators where rewritten ones lose. Sizes that the model leaves free (batch, length) stay free;
+    another value of a size that it fixes is refused when called. State in tensors (a buffer that the forward changes) is carried
     from call to call and starts where the model's stands; the model itself, its state and the
     example inputs stay as they are. The result returns what the model returns. A model with layers
     in integers is timed beside its fused version, and a slower one warns with both times. Int8
