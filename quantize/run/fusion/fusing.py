@@ -57,14 +57,15 @@ def fuse(
 
     What is fastest on the example inputs and on their first row alone is taken, the model's own
     operators where rewritten ones lose. Sizes that the model leaves free (batch, length) stay free;
-    another value of a size that it fixes is refused when called. State in tensors (a buffer that the forward changes) is carried
-    from call to call and starts where the model's stands; the model itself, its state and the
-    example inputs stay as they are. The result returns what the model returns. A model with layers
-    in integers is timed beside its fused version, and a slower one warns with both times. Int8
-    convolutions become oneDNN's in a TorchScript file, where all of a batch shares one range, or
-    they and int8 linear layers compute in float, from weights that the file keeps in int8: what is
-    faster on the example inputs, and in float where a CPU has no exact int8 ones. There the file
-    differs from the model by at most 2.5 times what rounding to 8 bits does to the model itself.
+    another value of a size that it fixes is refused when called. State in tensors (a buffer that
+    the forward changes) is carried from call to call and starts where the model's stands; the model
+    itself, its state and the example inputs stay as they are. The result returns what the model
+    returns. A model with layers in integers is timed beside its fused version, and a slower one
+    warns with both times. Int8 convolutions become oneDNN's in a TorchScript file, where all of a
+    batch shares one range, or they and int8 linear layers compute in float, from weights that the
+    file keeps in int8: what is faster on the example inputs, and in float where a CPU has no exact
+    int8 ones. There the file differs from the model by at most 2.5 times what rounding to 8 bits
+    does to the model itself.
 
     Args:
         model: in eval mode, with all its submodules.
