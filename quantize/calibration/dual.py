@@ -14,6 +14,10 @@ from quantize.calibration.patches import is_finite
 from quantize.calibration.solve import PLAIN_RIDGE, factorized, min_ridge
 
 MOST_ROWS = 2048  # that a least squares fit of few rows looks at
+ENOUGH_ROWS = 512  # to guess in how many directions rows point
+# one of so many rows is kept where there are too many; an even number would divide the widths of
+# images, and keep their edges alone
+THIN = 3
 
 
 @dataclass
@@ -40,8 +44,11 @@ class Outer:
 
     @property
     def squares(self) -> Tensor:
-        """The sum of the squared elements."""
-        of_rows = (self.rows @ self.rows.T).square().sum()
+        """The sum of the squared elements; of many rows, guessed from a part of them."""
+        every = -(-len(self.rows) // ENOUGH_ROWS) | 1
+        gram = (self.rows[::every] @ self.rows[::every].T).square()
+        of_pairs = gram.sum() - gram.trace()
+        of_rows = every * gram.trace() + every**2 * of_pairs
         by_floor = 2 * self.rows.square().sum() + self.floor * self.rows.shape[1]
         return of_rows + self.floor * by_floor
 
@@ -86,7 +93,7 @@ def compensate_rows(
     Returns:
         [M, K], float64.
     """
-    every = -(-len(gap) // MOST_ROWS)  # one of so many rows stands for all of them
+    every = -(-len(gap) // MOST_ROWS) | 1  # one of so many rows, an odd number, stands for all
     rows, gap, first = moment.rows[::every] * every**0.5, gap[::every] * every**0.5, first[::every]
     power = moment.power
     scale = torch.where(power > torch.finfo(power.dtype).tiny, power, 1.0)
@@ -156,10 +163,10 @@ class FewRows:
         self.parts.append((x[:: self.every].clone(), y[:: self.every].clone()))
 
     def thin(self, most: int) -> None:
-        """Keep every second row until there are at most so many."""
+        """Keep every third row until there are at most so many."""
         while self.count > max(most, len(self.parts)):
-            self.parts = [(x[::2].clone(), y[::2].clone()) for x, y in self.parts]
-            self.every *= 2
+            self.parts = [(x[::THIN].clone(), y[::THIN].clone()) for x, y in self.parts]
+            self.every *= THIN
 
     def finite(self) -> bool:
         return all(is_finite(x) and is_finite(y) for x, y in self.parts)

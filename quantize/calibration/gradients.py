@@ -17,7 +17,7 @@ from quantize.calibration.dual import whole
 from quantize.calibration.inputs import main_output
 from quantize.calibration.patches import exact, snapshot
 from quantize.calibration.projected import Projected
-from quantize.calibration.sums import Squares
+from quantize.calibration.squares import Squares
 
 Moment = Callable[[], Any]
 

@@ -69,7 +69,9 @@ def symmetric(strips: list[Tensor], dtype: torch.dtype | None = None) -> Tensor:
 
 
 def gram_bytes(width: int) -> int:
-    """Of the strips of a product in float32."""
+    """Of the strips of a product in float32, or of the rows that wait where they stay rows."""
+    if width**2 > MOST_NUMBERS:
+        return 4 * MOST_NUMBERS
     whole = width // STRIP
     rest = width - whole * STRIP
     numbers = STRIP * (whole * width - STRIP * whole * (whole - 1) // 2) + rest**2
@@ -90,6 +92,7 @@ STRIP = 256  # columns of one product
 # are summed: so many for each column of their second moment, and never fewer than the second.
 PATCHES_PER_COLUMN = 2
 FEWEST_PATCHES = 1024
+MOST_NUMBERS = 1 << 25  # of the rows of one layer that are kept at a time
 _LARGE = 1e15  # squares of more, summed, leave the range of float32
 # private to torch: without it, copies are made at once
 _lazy_clone = getattr(torch, "_lazy_clone", torch.clone)
@@ -113,6 +116,7 @@ def sample(layer: nn.Conv1d | nn.Conv2d, x: Tensor) -> tuple[Tensor, int]:
         count *= (padded - reach - 1) // layer.stride[axis] + 1
     columns = layer.weight[0].numel()
     most = max(FEWEST_PATCHES, PATCHES_PER_COLUMN * columns)
+    most = max(1, min(most, MOST_NUMBERS // columns))
     every = math.ceil((count / most) ** (1 / spatial))
     return rows(layer, x, every=max(1, every)), count
 

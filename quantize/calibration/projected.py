@@ -14,7 +14,8 @@ from torch import Tensor
 from quantize.calibration.dual import Outer
 from quantize.calibration.patches import added, exact, is_finite
 from quantize.calibration.solve import SMALLEST_RIDGE, factorized
-from quantize.calibration.sums import InputStatistics, Squares
+from quantize.calibration.squares import Squares
+from quantize.calibration.sums import InputStatistics
 
 
 @dataclass

@@ -11,7 +11,7 @@ from torch import Tensor
 from quantize.calibration.dual import MOST_ROWS, FewRows
 from quantize.calibration.patches import added, is_finite, upper_gram
 from quantize.calibration.solve import PLAIN_RIDGE, factorized, least_squares, min_ridge
-from quantize.calibration.sums import Squares
+from quantize.calibration.squares import Squares
 
 # inputs up to which their moments are taken: a factorization takes the cube of them
 WIDEST = 4096  # of more, MOST_ROWS rows are kept

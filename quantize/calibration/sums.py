@@ -10,89 +10,12 @@ import torch
 from torch import Tensor
 
 from quantize.calibration.dual import Outer, first_halves
-from quantize.calibration.patches import added, exact, is_finite, symmetric, upper_gram
+from quantize.calibration.patches import added, exact, is_finite, upper_gram
+from quantize.calibration.squares import Squares, one_of
 
 # gives the second moment of rows minus a shift, from both
 Product = Callable[[Tensor, Tensor], list[Tensor]]
-OF_ITS_OWN = 0.5  # rows for each column
-MANY = 512  # rows whose product takes far longer than adding it up
 FEW = 2.0  # rows for each input up to which a fit may follow what no other rows have
-
-
-class Squares:
-    """The sum of x x^T over rows x [K], times a factor each.
-
-    Rows of batches of fewer than `OF_ITS_OWN` for each column wait until there are as many as
-    columns: while there are fewer, all that is asked of them is cheaper from the rows themselves.
-    After that only rows of small batches wait, since adding up a product takes as long as the
-    product of some rows.
-
-    Args:
-        patience: how many rows for each column wait, of any batches; None: as above.
-    """
-
-    def __init__(self, patience: float | None = None) -> None:
-        self.patience = patience
-        self.strips: list[Tensor] = []  # as `upper_gram` gives them
-        self.waiting: list[tuple[Tensor, float]] = []  # rows times a factor, and the factor
-        self.count = 0  # of the rows that wait
-
-    def are_many(self, x: Tensor) -> bool:
-        """Are rows [N, K] worth a product of their own?"""
-        enough = OF_ITS_OWN * x.shape[1]
-        if self.strips:
-            return len(x) >= min(enough, MANY)
-        return self.patience is None and len(x) >= enough
-
-    def add(self, x: Tensor, times: float = 1.0) -> None:
-        """Rows x [N, K]; they are kept, and nobody may write to them any more."""
-        if times == 1.0 and self.are_many(x):
-            self.add_product(upper_gram(x))
-            return
-        factor = times**0.5
-        self.waiting.append((x if times == 1.0 else x * factor, factor))
-        self.count += len(x)
-        patience = self.patience if self.patience and not self.strips else 1.0
-        if self.count >= patience * x.shape[1]:
-            self.flush()
-
-    def add_product(self, product: list[Tensor], times: float = 1.0) -> None:
-        """The product of rows with themselves, as `upper_gram` gives it."""
-        totals = self.strips or [0.0] * len(product)
-        pairs = zip(totals, product, strict=True)
-        self.strips = [added(total, part, times) for total, part in pairs]
-
-    def flush(self) -> None:
-        """No row waits any longer."""
-        if self.waiting:
-            rows = torch.cat([part for part, _ in self.waiting])
-            self.waiting, self.count = [], 0
-            self.add_product(upper_gram(rows))
-
-    def whole(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The sum, [K, K]."""
-        self.flush()
-        return symmetric(self.strips, dtype)
-
-    def diagonal(self) -> Tensor:
-        """Of the sum, [K]."""
-        total: Any = sum(part.square().sum(0) for part, _ in self.waiting)
-        if not self.strips:
-            return total
-        return torch.cat([strip.diagonal() for strip in self.strips]) + total
-
-    def mean(self, count: int) -> Tensor | Outer:
-        """The sum over `count`, [K, K]."""
-        rows = self.rows(torch.zeros(()))
-        return self.whole().div_(count) if rows is None else Outer(rows / count**0.5)
-
-    def rows(self, offset: Tensor) -> Tensor | None:
-        """All rows, each plus an offset [K], times the root of their factors; float64. None where
-        rows were summed up already.
-        """
-        if self.strips or not self.waiting:
-            return None
-        return torch.cat([part.double() + factor * offset for part, factor in self.waiting])
 
 
 @dataclass
@@ -200,8 +123,9 @@ class PairedStatistics(InputStatistics):
     other_shift: Any = None  # [Z]
     other_total: Any = 0.0  # [Z], sum of z - other_shift
     cross_total: Any = 0.0  # [Z, K], sum of (z - other_shift) (x - shift)^T of summed rows
-    # x - shift and z - other_shift, while the squares of all rows wait
-    waiting: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    # x - shift, z - other_shift and how many rows each stands for, while the squares of all wait
+    waiting: list[tuple[Tensor, Tensor, float]] = field(default_factory=list)
+    every: int = 1  # one of so many rows waits
 
     def update_pair(self, x: Tensor, z: Tensor, products: Products | None = None) -> None:
         """Add rows x [N, K] and z [N, Z].
@@ -218,33 +142,42 @@ class PairedStatistics(InputStatistics):
         z = z - self.other_shift
         self.other_total = added(self.other_total, z.sum(0))
         if not self.squares.strips:
-            self.waiting.append((x, z))
+            self._wait(z)
             return
         self._sum_waiting()
         shifts = (self.other_shift, self.shift)
         self.cross_total = added(self.cross_total, products.cross(z, x, *shifts))
 
+    def _wait(self, z: Tensor) -> None:
+        """Keep rows z beside the x that wait."""
+        others = [other for _, other, _ in self.waiting] + [z[:: self.every]]
+        step = self.squares.every // self.every
+        self.every = self.squares.every
+        pairs = zip(self.squares.waiting, others, strict=True)
+        self.waiting = [(x, one_of(other, step), each) for (x, each), other in pairs]
+
     def _sum_waiting(self) -> None:
-        for x, z in self.waiting:
-            self.cross_total = added(self.cross_total, _cross(z, x))
+        for x, z, each in self.waiting:
+            self.cross_total = added(self.cross_total, _cross(z, x), each)
         self.waiting = []
 
     def few_rows(self, *, centred: bool) -> tuple[Tensor, Tensor]:
-        """All rows x [N, K] and z [N, Z], less their means if `centred`, over the root of their
-        number; float64. Only where `moment` gives an `Outer`.
+        """All rows x [N, K] and z [N, Z], less their means if `centred`, times the root of the
+        share of all rows that each stands for; float64. Only where `moment` gives an `Outer`.
         """
-        x = torch.cat([x for x, _ in self.waiting]).double()
-        z = torch.cat([z for _, z in self.waiting]).double()
+        offset, other_offset = self.shift.double(), self.other_shift.double()
         if centred:
-            x, z = x - self.from_shift, z - self.other_from_shift
-        else:
-            x, z = x + self.shift, z + self.other_shift
-        return x / self.count**0.5, z / self.count**0.5
+            offset, other_offset = -self.from_shift, -self.other_from_shift
+        shares = [(each / self.count) ** 0.5 for _, _, each in self.waiting]
+        parts = list(zip(self.waiting, shares, strict=True))
+        x = torch.cat([(x.double() + offset) * share for (x, _, _), share in parts])
+        z = torch.cat([(z.double() + other_offset) * share for (_, z, _), share in parts])
+        return x, z
 
     @property
     def first_half(self) -> Tensor:
         """Which of the few rows are of the first half of the data, [N], bool."""
-        return first_halves(x for x, _ in self.waiting)
+        return first_halves(x for x, _, _ in self.waiting)
 
     @property
     def other_mean(self) -> Tensor:

@@ -83,7 +83,7 @@ def test_rows_of_very_many_inputs_are_thinned(monkeypatch):
     regression = Regression(bias=True)
     for part in x.double().split(50):
         regression.add(part, part @ weight.double().T + bias.double())
-    assert 50 <= regression.count <= 100
+    assert 100 // 3 <= regression.count <= 100
     found, constant = regression.fit(torch.zeros_like(weight))
     assert_close(found, weight.double(), dtype=torch.float32, factor=100)
     assert_close(constant, bias.double(), dtype=torch.float32, factor=1000)

@@ -11,8 +11,10 @@ from helpers import assert_close, randn
 from torch import nn
 
 from quantize import calibration
+from quantize.calibration import squares
 from quantize.calibration.patches import FEWEST_PATCHES, rows, sample, symmetric, upper_gram
-from quantize.calibration.sums import Squares
+from quantize.calibration.squares import Squares
+from quantize.calibration.sums import PairedStatistics
 
 
 def test_moments_are_means_over_all_rows(model, batches):
@@ -49,26 +51,52 @@ def test_rows_of_small_batches_wait_for_each_other():
     """Products are summed when there are as many rows as columns, and when the sum is asked for."""
     generator = torch.Generator().manual_seed(2)
     parts = [torch.randn(n, 8, generator=generator) for n in (3, 3, 9, 3)]
-    sums = Squares()
+    total = Squares()
     for part in parts:
-        sums.add(part, 4.0)
-    assert sums.count == 3 + 3 + 9 + 3 - 15
+        total.add(part, 4.0)
+    assert total.count == 3 + 3 + 9 + 3 - 15
     rows = 2 * torch.cat(parts)
-    assert_close(sums.whole(), rows.T @ rows)
-    assert_close(sums.diagonal(), rows.square().sum(0))
+    assert_close(total.whole(), rows.T @ rows)
+    assert_close(total.diagonal(), rows.square().sum(0))
 
 
 def test_batches_of_many_rows_are_summed_at_once():
     """Half as many rows as columns are worth a product, and fewer wait beside it."""
-    sums, waiting = Squares(), []
+    total, waiting = Squares(), []
     parts = [randn(n, 8, seed=n) for n in (3, 4, 2, 3)]
     for part in parts:
-        sums.add(part)
-        waiting.append(sums.count)
+        total.add(part)
+        waiting.append(total.count)
     assert waiting == [3, 3, 5, 0]
     rows = torch.cat(parts)
-    assert_close(sums.diagonal(), rows.square().sum(0))
-    assert_close(sums.whole(), rows.T @ rows)
+    assert_close(total.diagonal(), rows.square().sum(0))
+    assert_close(total.whole(), rows.T @ rows)
+
+
+def test_of_rows_too_wide_for_a_product_some_stand_for_all(monkeypatch):
+    """They stay rows, within a number, beside those that they are paired with; what all rows share
+    is found exactly, and what differs nearly.
+    """
+    monkeypatch.setattr(squares, "MOST_NUMBERS", 400)
+    seen, alone = PairedStatistics(), Squares()
+    towards = randn(3, 30, seed=1).double()
+    parts = [randn(n, 30, seed=n).double() for n in (20, 1, 45, 33, 7)]
+    for part in parts:
+        seen.update_pair(part, part @ towards.T)
+        alone.add(part)
+    assert alone.count * 30 <= 400 and not alone.strips
+    assert sum(each * len(part) for part, each in alone.waiting) == pytest.approx(106)
+    x, z = seen.few_rows(centred=False)
+    assert len(x) == alone.count
+    assert_close(z, x @ towards.T)
+    moment = seen.moment(centred=False)
+    assert_close(moment.rows, x)
+    whole = torch.cat(parts)
+    assert moment.power == pytest.approx(float(whole.square().mean()), rel=0.1)
+    one = Squares()
+    for _ in range(5):
+        one.add(torch.ones(9, 30))
+    assert_close(one.whole(), torch.full((30, 30), 45.0))
 
 
 def test_an_input_that_changed_in_place_is_not_shared():

@@ -23,9 +23,8 @@ SHARES = (0.8, 0.65, 0.5, 0.35, 0.2)  # of the layer's parameters, tried in this
 TOLERANCE = 1.03
 # seconds that a layer takes before it is worth timing; a call of torch from Python takes 5 to 10 us
 LONG_ENOUGH = 1e-4
-MOST_NUMBERS = (
-    2**20
-)  # in an input: more of them change the time, but not which of the two is faster
+MOST_NUMBERS = 2**20  # in an input: more change the time, but not which of the two is faster
+LONG = 0.02  # seconds of a call from which on fewer of them tell as much
 
 _KNOWN: dict[tuple, float | None] = {}
 
@@ -46,8 +45,10 @@ def quick_share(layer: nn.Module, input_shape: Sequence[int], *, always: bool) -
         with untouched(layer):  # the random state too
             x = _inputs(layer, input_shape)
             _KNOWN[key] = None
-            if always or _seconds([layer], x, least=5)[0] >= LONG_ENOUGH:
-                shares = (s for s in SHARES if _no_slower(_random_pair(layer, s), layer, x))
+            alone = _seconds([layer], x, 3)[0]
+            least = 9 if alone < LONG else 3
+            if always or alone >= LONG_ENOUGH:
+                shares = (s for s in SHARES if _no_slower(_random_pair(layer, s), layer, x, least))
                 _KNOWN[key] = next(shares, 0.0)
     return _KNOWN[key]
 
@@ -68,10 +69,10 @@ def _random_pair(layer: Any, share: float) -> nn.Module:
     return pairs.pair(layer, torch.randn(rank, k), torch.randn(m, rank), layer.bias)
 
 
-def _no_slower(candidate: nn.Module, layer: nn.Module, x: Tensor) -> bool:
-    pair, original = _seconds([candidate, layer], x)
+def _no_slower(candidate: nn.Module, layer: nn.Module, x: Tensor, least: int) -> bool:
+    pair, original = _seconds([candidate, layer], x, least)
     return pair <= TOLERANCE * original
 
 
-def _seconds(modules: Sequence[nn.Module], x: Tensor, *, least: int = 9) -> list[float]:
+def _seconds(modules: Sequence[nn.Module], x: Tensor, least: int) -> list[float]:
     return clock.race([partial(module, x) for module in modules], least=least, warm_up=2)

@@ -37,7 +37,7 @@ def test_layers_whose_pairs_are_slower_stay(monkeypatch, limit):
     monkeypatch.setattr(
         timing,
         "_no_slower",
-        lambda pair, layer, x: parameters(pair) <= 1.1 * limit * parameters(layer),
+        lambda pair, layer, *_: parameters(pair) <= 1.1 * limit * parameters(layer),
     )
     model = mlp(64, 96, 64)
     if limit == 0:
