@@ -2,13 +2,13 @@
 what its layers see.
 
 `inputs` has batches and outputs, `differences` how far those of two models are apart; `state` what
-a forward pass may change; `patches` the rows that a layer's weight multiplies; `squares` and `sums` sums over
-them, `statistics` those of a model's layers, `projected` those that one weight shows; `gradients`
-how much the output depends on each layer's; `look` passes that show all of that at once, `survey`
-as few of them as memory allows; `observe` single calls of layers, `replay` those of two models side
-by side, `frontier` what modules of one are called with while those before them change; `readers`
-who reads what a layer gives; `solve` least squares from moments, `dual` from few rows, `refit` from
-parts; `exporting` what torch.export needs around it.
+a forward pass may change; `patches` the rows that a layer's weight multiplies; `squares` their
+products, `sums` all sums over them, `statistics` those of a model's layers, `projected` those that
+one weight shows; `gradients` how much the output depends on each layer's; `look` passes that show
+all of that at once, `survey` as few of them as memory allows; `observe` single calls of layers,
+`replay` those of two models side by side, `frontier` what modules of one are called with while
+those before them change; `readers` who reads what a layer gives; `solve` least squares from
+moments, `dual` from few rows, `refit` from parts; `exporting` what torch.export needs around it.
 """
 
 from quantize.calibration.differences import distance, largest_difference, relative_error
