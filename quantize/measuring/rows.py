@@ -5,6 +5,7 @@ for what is larger, slower or worse than it.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,15 @@ import torch
 
 from quantize.measuring.result import Measurement
 
-# A metric is better when higher if one of these is a word of its name; loss, bits_per_byte, error,
-# ... are better lower.
+# Words of a metric's name that say what is better. One of _LOWER counts first: cosine_distance.
+_LOWER = set(
+    "loss error errors err bits bpb bpc perplexity ppl nll entropy distance divergence kl mse rmse "
+    "mae mape wer cer eer fid mcd difference drop gap regret".split()
+)
 _HIGHER = set(
-    "accuracy acc top1 top5 f1 score cosine similarity auc precision recall bleu rouge map "
-    "iou".split()
+    "accuracy acc acc1 acc5 top1 top5 f1 score cosine similarity auc auroc precision recall bleu "
+    "rouge meteor map miou iou dice psnr snr sdr ssim pesq stoi mos r2 correlation pearson "
+    "spearman mcc kappa ndcg mrr agreement match matches em correct reward".split()
 )
 _SLOWER_BELOW = 0.98  # one model against itself, interleaved, came out at 0.99 and 1.01
 # A change for the worse by more than this share of the baseline's value has this name; less is
@@ -37,12 +42,14 @@ Row = dict[str, Any]
 Report = dict[str, Any]
 
 
-def higher_is_better(metric: str) -> bool:
+def higher_is_better(metric: str) -> bool | None:
     """Whether a metric of this name is better when higher ("accuracy") or lower ("bits_per_byte",
-    "loss").
+    "loss"); None where no word of it says so ("metric").
     """
-    words = metric.lower().replace("-", "_").split("_")
-    return any(word in _HIGHER for word in words)
+    words = set(re.split("[^a-z0-9]+", metric.lower()))
+    if words & _LOWER:
+        return False
+    return True if words & _HIGHER else None
 
 
 def build_rows(
@@ -58,7 +65,7 @@ def build_rows(
 
     Returns:
         Dicts of name, file (without its folder), bytes, bytes_ratio, parameters, latency_ms
-        {median, p10, p90}, speedup, metric {name, value, higher_is_better, also},
+        {median, p10, p90}, speedup, metric {name, value, higher_is_better (None: unknown), also},
         metric_change (value minus the baseline's), load_s, peak_rss_mb, notes. What wasn't
         measured, or isn't finite, is None.
     """
@@ -94,7 +101,7 @@ def _row(m: Measurement, baseline: Measurement, note: str | None) -> Row:
         marks.append("slower")
     if value is not None and not math.isfinite(value):
         marks.append(f"worse: {name} is {value}")
-    elif before is not None and value is not None and change is not None:
+    elif higher is not None and before is not None and value is not None and change is not None:
         loss = -change if higher else change
         marks += grade(before, loss, metric_noise(before, value, m.metrics))
     return strict(

@@ -77,7 +77,7 @@ def legend(rows: Sequence[Row]) -> list[str]:
         f"Ratios, speed and change are against {base}; speed is the ratio of the latencies shown."
     ]
     metric = next((row["metric"] for row in rows if row["metric"]["name"]), None)
-    if metric:
+    if metric and metric["higher_is_better"] is not None:
         better = "higher" if metric["higher_is_better"] else "lower"
         grades = ", ".join(f"{name} above {100 * least:g}%" for least, name in GRADES.items())
         told = f" Of its value at {base}: {grades}; less is noise." if metric["value"] else ""

@@ -117,6 +117,9 @@ def test_what_failed_has_a_row_that_says_why():
         ("accuracy", True),
         ("next_byte_accuracy", True),
         ("f1", True),
+        ("Accuracy (%)", True),
+        ("recall@5", True),
+        ("cosine_distance", False),
         ("bits_per_byte", False),
         ("loss", False),
         ("error", False),
@@ -134,6 +137,15 @@ def test_direction_of_a_metric(metric, higher):
         [variant("a", metrics={metric: 0.5}), variant("b", metrics={metric: 0.5 - worse})]
     )
     assert rows[1]["notes"] == ""
+
+
+def test_a_metric_of_unknown_direction_is_not_graded():
+    """A bare number is named "metric": a change of it is shown and not graded."""
+    rows = build_rows(
+        [variant("a", metrics={"metric": 0.9}), variant("b", metrics={"metric": 0.5})]
+    )
+    assert rows[1]["metric"]["higher_is_better"] is None
+    assert rows[1]["metric_change"] == pytest.approx(-0.4) and rows[1]["notes"] == ""
 
 
 @pytest.mark.parametrize(

@@ -61,8 +61,10 @@ def compress(
             judges, and only the first one calibrates.
         evaluate: evaluate(model), of a model on the CPU, gives a number, a (name, number) pair or a
             dict whose first entry counts; or, in place of the number, an array with a value for
-            each example, whose mean counts and whose spread tells the noise. Without it the loss
-            is the KL divergence of logits to the original's, or 1 - cosine of other outputs.
+            each example, whose mean counts and whose spread tells the noise. Whether more is
+            better its name says ("accuracy", "loss"), or that of the function, or a copy of the
+            model with shuffled weights, for which it is worse. Without `evaluate` the loss is the
+            KL divergence of logits to the original's, or 1 - cosine of other outputs.
         budget: any of "speedup", "latency_ms", "bytes", "memory_mb" (to be reached) and "max_loss"
             (largest change of the metric for the worse: a number, "1%" of the original's value, or
             "2 noise", in standard errors of the metric). Without `evaluate`, percents are of the

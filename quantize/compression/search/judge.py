@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -43,6 +44,9 @@ class Evaluated:
     the metrics, and from a second call with the same model. Where there are values of single
     examples, a loss has the noise of their differences, example by example.
 
+    Whether more is better the metric's name says, or that of `evaluate` (`def accuracy(model)`), or
+    else what it gives for a copy of the model with shuffled weights, which is worse.
+
     Args:
         evaluate: called with a model; gives a number, or one for each example, a (name, number)
             pair or a dict of them.
@@ -70,13 +74,13 @@ class Evaluated:
         if not math.isfinite(self.value):
             raise ValueError(f"evaluate gives {self.name}={self.value} for the original model")
         self.scale = abs(self.value)  # what a loss in percent is a share of
-        self.higher = higher_is_better(self.name)
         self.noise = metric_noise(self.value, self.value, self.metrics)
         self.varies = 0.0  # from one call to the next
         if taken > SLOW * seconds:
             say(f"evaluate takes {taken:.3g} s a call: whether it varies isn't tried")
         else:
             self._repeat(original, say)
+        self.higher = self._direction(original, say)
 
     def score(self, model: Any) -> Score:
         """Raises ValueError where the metric isn't finite, and what `evaluate` raises."""
@@ -87,6 +91,26 @@ class Evaluated:
         change = metrics[self.name] - self.value
         loss = 0.0 - change if self.higher else change  # no -0.0
         return Score(metrics, loss, self._noise(per_example(result)))
+
+    def _direction(self, original: nn.Module, say: Say) -> bool:
+        """Whether a higher metric is better. A UserWarning where nothing says so."""
+        for name in (self.name, getattr(self.evaluate, "__name__", "")):
+            named = higher_is_better(name)
+            if named is not None:
+                return named
+        say(f"evaluate a copy with shuffled weights, to see which way {self.name} gets worse")
+        try:
+            shuffled = as_metrics(self.evaluate(_shuffled(original)))[self.name]
+        except Exception:  # of somebody's code, with a model that it isn't made for
+            shuffled = math.nan
+        if math.isnan(shuffled) or shuffled == self.value:
+            warnings.warn(
+                f"nothing says whether a higher {self.name!r} is better: lower is taken for "
+                f"better. Let evaluate return {{'accuracy': value}} or {{'loss': value}}",
+                stacklevel=4,
+            )
+            return False
+        return shuffled < self.value
 
     def _first(self, original: nn.Module) -> Any:
         try:
@@ -162,6 +186,17 @@ class Divergence:
             raise ValueError("its outputs are not finite")
         loss = each.mean().item()
         return Score({self.name: loss}, loss, standard_error(each))
+
+
+def _shuffled(model: nn.Module) -> nn.Module:
+    """A copy in which the numbers of each matrix or kernel have changed places."""
+    copy = surgery.clone(model)
+    generator = torch.Generator().manual_seed(0)
+    for weight in copy.parameters():
+        if weight.ndim > 1:
+            order = torch.randperm(weight.numel(), generator=generator).to(weight.device)
+            weight.data = weight.detach().flatten()[order].view_as(weight)
+    return copy
 
 
 def _answer(model: Any, batch: Any) -> tuple[Tensor, bool]:

@@ -63,10 +63,35 @@ def test_values_come_as_lists_arrays_and_tensors(kind):
         as_metrics({"accuracy": kind([])})
 
 
+def agreement(model: nn.Module) -> float:
+    """Share of answers that are the original's: a bare number, better when higher."""
+    inputs = torch.randn(64, 16, generator=torch.Generator().manual_seed(3))
+    same = model(inputs).argmax(-1) == Net()(inputs).argmax(-1)
+    return same.double().mean().item()
+
+
+@pytest.mark.parametrize("evaluate", [agreement, lambda model: agreement(model)])
+def test_a_bare_number_gets_worse_as_its_name_or_a_shuffled_copy_says(evaluate):
+    """Fewer right answers are a loss, though "metric" doesn't say so; more errors are one too."""
+    worse = Net()
+    nn.init.zeros_(worse[0].weight)
+    lost = 1 - agreement(worse)
+    assert lost > 0
+    assert Evaluated(evaluate, Net()).score(worse).loss == pytest.approx(lost)
+    errors = Evaluated(lambda model: 1 - evaluate(model), Net())
+    assert errors.score(worse).loss == pytest.approx(lost)
+
+
+def test_a_number_of_which_nothing_says_what_is_better_is_named():
+    """Neither its name, nor its function's, nor a copy with shuffled weights."""
+    with pytest.warns(UserWarning, match="whether a higher 'metric' is better"):
+        assert not Evaluated(lambda model: 0.5, Net()).higher
+
+
 @pytest.mark.slow
 def test_a_loss_in_noise_needs_a_noise_that_is_known(batches):
     """Of one number that never varies, and of a divergence, nobody knows it; of examples it is."""
-    for evaluate in (None, lambda model: 0.5):
+    for evaluate in (None, lambda model: {"error": 0.5}):
         with pytest.raises(ValueError, match="a value for each example"):
             search(Net().eval(), batches, {"max_loss": "2 noise"}, evaluate=evaluate)
     budget = {"max_loss": "2 noise", "bytes": 8_000}
@@ -79,7 +104,11 @@ def fails(model: nn.Module) -> float:
 
 def runs_out(answers: list[float]):
     """As a metric that reads an iterator which is at its end the second time."""
-    return lambda model: answers.pop(0)
+
+    def accuracy(model: nn.Module) -> float:
+        return answers.pop(0)
+
+    return accuracy
 
 
 @pytest.mark.parametrize(
@@ -135,7 +164,12 @@ def test_percents_of_a_divergence_are_of_the_entropy(batches):
 
 def test_calibration_that_does_not_fit_is_refused(batches):
     with pytest.raises(ValueError, match="doesn't run on the first batch of calibration"):
-        search(Net().eval(), [torch.randn(4, 5)], {"bytes": 8_000}, evaluate=lambda model: 0.5)
+        search(
+            Net().eval(),
+            [torch.randn(4, 5)],
+            {"bytes": 8_000},
+            evaluate=lambda model: {"error": 0.5},
+        )
     with pytest.raises(ValueError, match="outputs on calibration are not finite"):
         search(Net().eval(), [*batches, torch.full((4, 16), math.nan)], {"bytes": 8_000})
     with pytest.raises(ValueError, match="Net doesn't run on example_inputs: RuntimeError"):
