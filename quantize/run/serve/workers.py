@@ -7,7 +7,9 @@ port, and the old ones finish what they have accepted. On SIGTERM or Ctrl-C ever
 and the parent ends with the last.
 
 Loading happens in a thread that is gone before the first fork: a forked child has no threads but
-the one that forked, and the pools that OpenMP keeps belong to the thread that first computed.
+the one that forked, and the pools that OpenMP keeps belong to the thread that first computed. Gone
+from the system too: before Python 3.13 a joined thread may still be giving back MKL's buffers, and
+a child that is forked while it holds their lock waits for it for ever.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ POLL_S = 0.25
 MOST_WORKERS = 8  # that are started unasked
 LONG_S = 0.004  # a call beside which HTTP costs little
 LEAST_LIFE_S = 1.0  # a worker that dies sooner is replaced only after so long
+LEAVING_S = 1.0  # what a thread takes to end at most; one that is still there stays
 BACKLOG = 2048
 Load = Callable[[], list[Served]]
 
@@ -235,14 +238,26 @@ def in_a_thread(load: Load, meanwhile: Callable[[], None] | None = None) -> list
         except BaseException as error:
             errors.append(error)
 
+    before = _threads()
     thread = threading.Thread(target=work)
     thread.start()
     while meanwhile is not None and thread.is_alive():
         meanwhile()
     thread.join()
+    end = time.monotonic() + LEAVING_S
+    while _threads() - before and time.monotonic() < end:
+        time.sleep(0.001)
     if errors:
         raise errors[0]
     return result[0]
+
+
+def _threads() -> set[str]:
+    """Those of this process that the system knows; none where it doesn't tell."""
+    try:
+        return {thread.name for thread in Path("/proc/self/task").iterdir()}
+    except OSError:
+        return set()
 
 
 def fingerprint(paths: Sequence[Path]) -> tuple:
