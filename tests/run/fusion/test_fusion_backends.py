@@ -101,11 +101,12 @@ def pretend(patch: pytest.MonkeyPatch, backend: str) -> None:
 
 def compile_once(patch: pytest.MonkeyPatch) -> None:
     """Let Inductor compile one program as it stands: by default it first compiles two headers, 300
-    MB for the programs that come later.
+    MB for the programs that come later, and a program for each instruction set, to see if it can.
     """
-    options = importlib.import_module("torch._inductor.config").aot_inductor
-    patch.setattr(options, "precompile_headers", False)
-    patch.setattr(options, "compile_wrapper_opt_level", "O0")
+    options = importlib.import_module("torch._inductor.config")
+    patch.setattr(options.aot_inductor, "precompile_headers", False)
+    patch.setattr(options.aot_inductor, "compile_wrapper_opt_level", "O0")
+    patch.setattr(options.cpp, "vec_isa_ok", True)
 
 
 @pytest.mark.slow
