@@ -37,6 +37,7 @@ TRANSFORMS: dict[str, Callable[..., nn.Module]] = {
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.usefixtures("no_clock")
 @pytest.mark.filterwarnings("ignore:no layer of:UserWarning")
 def test_steps_are_told_with_the_time_left(name: str) -> None:
     """A line before each layer, with its number, how many there are, and the seconds left."""
