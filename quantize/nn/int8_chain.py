@@ -15,7 +15,7 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quantize.native import conv
@@ -202,6 +202,8 @@ def _program_of(step: Step, values: Sequence[Any], seen: Mapping[int, Tensor]) -
     if kept is not None:
         op = Op(POOL, SOURCE, flat=not kept)
         return Program([op], None, lambda x: x.mean((2, 3), keepdim=kept))
+    if call is F.max_pool2d and x.dim() == 4 and x.shape[1] > 1:  # torch is as fast for one channel
+        return _pooling(*arguments[1:], **named)
     layer = getattr(call, "__self__", None)
     if type(layer) is not Int8Conv or layer.floats or layer.padding_mode != "zeros":
         return None
@@ -209,6 +211,21 @@ def _program_of(step: Step, values: Sequence[Any], seen: Mapping[int, Tensor]) -
         return None
     made = Program([Op(layer, SOURCE, layer.ending)], None, layer.forward)
     return made if made.fits() else None
+
+
+def _pooling(
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Program | None:
+    """A call of F.max_pool2d with these arguments; None where no program gives what it gives."""
+    if ceil_mode or return_indices:
+        return None
+    pooling = nn.MaxPool2d(kernel_size, stride or None, padding, dilation)
+    return Program([Op(pooling, SOURCE)], None, pooling)
 
 
 def _longer(

@@ -171,6 +171,39 @@ def test_classifiers_are_one_program(pool: str, level: str, monkeypatch: pytest.
     assert torch.equal(model(x), model.last.bias.expand(len(x), 40))
 
 
+class Pooled(nn.Module):
+    """Max pooling before, between and behind convolutions."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(20, 40, 3, padding=1), nn.Conv2d(40, 24, 3)
+        self.options = options
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        x = self.first(F.max_pool2d(x, 2, 1, 1)).relu()
+        x = self.second(F.max_pool2d(x, (3, 2), stride=2, padding=(1, 0)))
+        return {"pooled": F.max_pool2d(x, 3, **self.options)}
+
+
+@pytest.mark.parametrize(
+    ("options", "programs"), [({}, [5]), ({"dilation": 2}, [5]), ({"ceil_mode": True}, [4])]
+)
+@torch.no_grad()
+def test_max_pooling_is_a_part_of_a_program(
+    options: dict[str, Any], programs: list[int], level: str
+):
+    """Where it is recorded, with the bits and the order of torch's; not where it rounds up."""
+    model = in_int8(Pooled(**options).eval(), calibration=[randn(2, 20, 24, 24)])
+    for x in (randn(2, 20, 24, 25), randn(1, 20, 24, 25).contiguous(memory_format=LAST[4])):
+        x[0, 0, 3, 4] = -torch.inf
+        expected = plainly(partial(type(model).own_forward, model, x))["pooled"]
+        for _ in range(4):
+            found = model(x)["pooled"]
+            assert torch.equal(found, expected)
+            assert found.stride() == expected.stride()
+    assert _programs_of(model) == [programs] * 2
+
+
 def test_gates_that_are_read_twice():
     """The product is no part of a program."""
     model = in_int8(nn.Sequential(GatedTwice()).eval())
