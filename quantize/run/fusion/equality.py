@@ -71,9 +71,9 @@ def rounding(model: nn.Module, inputs: Any, expected: list[Tensor]) -> float:
 
 def noise(model: nn.Module, seen: Answers) -> float:
     """How far a model's first answer is from that with the inputs of its int8 layers in float; 0
-    without int8 convolutions.
+    without int8 convolutions and linear layers.
     """
-    if not any(isinstance(module, Int8Conv) for module in model.modules()):
+    if not any(_computes_in_int8(module) for module in model.modules()):
         return 0.0
     first = seen.calls[0]
     return difference(one_call(in_floats(model), seen.spec, first.inputs).outputs, first.outputs)
@@ -88,6 +88,10 @@ def in_floats(model: nn.Module) -> nn.Module:
         elif type(module) is Int8Linear:
             module.__class__ = _FloatLinear
     return twin
+
+
+def _computes_in_int8(module: nn.Module) -> bool:
+    return isinstance(module, Int8Conv) or type(module) is Int8Linear
 
 
 class _FloatLinear(Int8Linear):

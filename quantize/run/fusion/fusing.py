@@ -61,11 +61,11 @@ def fuse(
     the forward changes) is carried from call to call and starts where the model's stands; the model
     itself, its state and the example inputs stay as they are. The result returns what the model
     returns. A model with layers in integers is timed beside its fused version, and a slower one
-    warns with both times. Int8 convolutions become oneDNN's in a TorchScript file, where all of a
-    batch shares one range, or they and int8 linear layers compute in float, from weights that the
-    file keeps in int8: what is faster on the example inputs, and in float where a CPU has no exact
-    int8 ones. There the file differs from the model by at most 2.5 times what rounding to 8 bits
-    does to the model itself.
+    warns with both times. In a TorchScript file, int8 linear layers become stock operations on
+    integers, int8 convolutions oneDNN's, where all of a batch shares one range; or all of them
+    compute in float, from weights that the file keeps in int8: what is faster on the example
+    inputs, and in float where a CPU has no exact int8 convolutions. There the file differs from the
+    model by at most 2.5 times what rounding to 8 bits does to the model itself.
 
     Args:
         model: in eval mode, with all its submodules.
@@ -172,7 +172,7 @@ def _tell_loss(made: Plan, model: nn.Module, example_inputs: Any) -> None:
     if times["fused"] > _LOSS * times["model"]:
         warnings.warn(
             f"{type(model).__name__} fused takes {times['fused']:.3g} ms here, the model itself "
-            f"{times['model']:.3g}: its integer layers are stock operations in a TorchScript file",
+            f"{times['model']:.3g}: a TorchScript file can't hold its int8 kernels",
             stacklevel=4,
         )
 

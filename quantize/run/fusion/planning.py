@@ -13,6 +13,7 @@ from torch import nn
 
 from quantize import surgery
 from quantize.calibration import Pace, untouched
+from quantize.nn.int8_conv import Int8Conv
 from quantize.nn.int8_images import whole_in_graphs
 from quantize.run.fusion import integers, kernels, linears, passes, torchscript
 from quantize.run.fusion.edit import calls
@@ -110,7 +111,7 @@ def plan(
     plans, reasons = list[Plan](), list[str]()
     for way in (FLOATS, INTEGERS):
         try:
-            plans.append(_of_convolutions(checker, way, say))
+            plans.append(_of_int8(checker, way, say))
         except (ValueError, RuntimeError) as error:
             reasons.append(f"left out: {way}: {lines_of(error)[0]}")
     if not plans:
@@ -120,15 +121,17 @@ def plan(
     return best
 
 
-def _of_convolutions(checker: Checker, way: str, say: Say) -> Plan:
-    """The plan of a model with int8 convolutions: in oneDNN's int8 kernels, or, with linear layers
-    too as their weights read, in float. Raises ValueError where there are no such kernels, or they
+def _of_int8(checker: Checker, way: str, say: Say) -> Plan:
+    """The plan of a model with int8 layers: these in float, as their weights read, or in int8,
+    convolutions in oneDNN's kernels. Raises ValueError where there are no such kernels, or they
     aren't equal.
     """
     if way == FLOATS:
         made = _planned(checker, in_floats(checker.model), torchscript.compile, say)
         made.way = FLOATS
         return made
+    if not any(isinstance(module, Int8Conv) for module in checker.model.modules()):
+        return _planned(checker, checker.model, torchscript.compile, say)
     if not integers.available():
         raise ValueError("this CPU has none that are exact")
     with whole_in_graphs():

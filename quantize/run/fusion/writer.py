@@ -220,6 +220,9 @@ class Writer:
 
     def call(self, node: fx.Node) -> str:
         target = node.target
+        if target is operator.pow and isinstance(node.meta.get("val"), (int, torch.SymInt)):
+            base, exponent = map(self.value, node.args)  # a float in TorchScript
+            return f"int({base} ** {exponent})"
         if target in _PYTHON:
             return _PYTHON[target].format(*(self.value(a) for a in node.args))
         if target is aten.sym_size.int:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_close, randn
+from helpers import assert_close, in_int8, randn
 from torch import nn
 
 from quantize.run.fusion import planning
@@ -42,3 +42,33 @@ def test_a_way_that_loses_on_one_row_is_not_taken(slow: bool, taken: str, monkey
     assert any(planning.EXPORTED in names for _, names in asked) == slow
     for batch in (x, x[:1]):
         assert_close(made.fused(batch), model(batch))
+
+
+@pytest.mark.parametrize("way", [planning.FLOATS, planning.KERNELS])
+@torch.no_grad()
+def test_int8_linear_layers_compute_in_float_where_that_is_faster(way: str, monkeypatch):
+    """Else they are stock products of integers, and the file answers as the model does."""
+    best = way, planning.KERNELS
+    monkeypatch.setattr(planning, "race", lambda built, _: {n: 1 + (n not in best) for n in built})
+    torch.manual_seed(0)
+    int8 = in_int8(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32)).eval())
+    x = randn(4, 64)
+    made = planning.plan(int8, x)
+    assert made.way == way
+    in_float = planning.in_floats(int8)
+    assert_close(made.fused(x), (in_float if way == planning.FLOATS else int8)(x))
+    assert not torch.equal(in_float(x), int8(x))
+
+
+class Squared(nn.Module):
+    """Its output is as long as a whole number's square, as a grid of patches."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.new_ones((x.shape[-1] // 2) ** 2) * x.sum()
+
+
+def test_a_power_of_a_size_is_a_whole_number():
+    """Which a power of two integers is in Python, and not in TorchScript."""
+    fused = planning.plan(Squared(), torch.ones(2, 6)).fused
+    for size in (6, 9):
+        assert_close(fused(torch.ones(2, size)), Squared()(torch.ones(2, size)))
