@@ -281,10 +281,47 @@ def test_random_images_tell_what_int8_does_to_image_networks():
     state = torch.get_rng_state()
     with pytest.warns(UserWarning, match=r"Cancels moved by \d+% on random images of 64 x 64"):
         small = in_int8(far)
-    assert "on_random_images" in quantize.summary(small).steps[0].settings
+    assert "on_random_inputs" in quantize.summary(small).steps[0].settings
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         in_int8(near)
         in_int8(nn.Sequential(nn.Flatten(0), nn.Unflatten(0, (1, 3, 9, 9)), *near.body))
     assert torch.equal(torch.get_rng_state(), state)
     assert not hasattr(far, "called") and not hasattr(near, "called")
+
+
+class CancelsBehind(nn.Module):
+    """Large weights of the last layer cancel out on what a first layer gives, which it is given
+    twice.
+    """
+
+    def __init__(self, first: nn.Module, large: float) -> None:
+        super().__init__()
+        self.first, self.last = first, nn.Linear(128, 16)
+        with torch.no_grad():
+            self.last.weight[:, :64] += large
+            self.last.weight[:, 64:] -= large
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.first(x)
+        hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+        return self.last(torch.cat([hidden, hidden], -1))
+
+
+@pytest.mark.parametrize(
+    ("first", "given"),
+    [
+        (lambda: nn.Embedding(50, 64), r"ids of shape \(2, 64\)"),
+        (lambda: nn.Linear(24, 64), r"inputs of shape \(16, 24\)"),
+        (lambda: nn.LSTM(24, 64, batch_first=True), r"inputs of shape \(2, 64, 24\)"),
+    ],
+)
+def test_random_inputs_tell_what_int8_does(first, given):
+    """Texts, rows and sequences of random numbers, as the first layer reads them."""
+    far, near = (seeded(lambda large=x: CancelsBehind(first(), large)).eval() for x in (9.0, 0.0))
+    with pytest.warns(UserWarning, match=rf"CancelsBehind moved by \d+% on random {given}"):
+        small = in_int8(far, embeddings=True)
+    assert "on_random_inputs" in quantize.summary(small).steps[0].settings
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        in_int8(near, embeddings=True)

@@ -9,9 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from quantize import calibration as calibrating
 from quantize import surgery
@@ -20,9 +18,6 @@ from quantize.compression.int8.layers import Choice, Plans, Report, convert
 from quantize.saying import Say
 
 _FAR = 0.05  # a relative error of the outputs above it comes with a warning
-_FAR_ON_NOISE = 0.1  # and on random images, which are not what the model was made for
-_SIDES = (64, 224, 32)  # of random images: the first that the model takes
-_GRAIN = 8  # pixels from one random number to the next
 Group = tuple[str, ...]  # layers that share a weight: all of them are int8, or none
 
 
@@ -114,43 +109,6 @@ def warn_if_far(model: nn.Module, distance: float) -> None:
             f"max_error={_FAR} would put layers back into float until it holds",
             stacklevel=3,
         )
-
-
-def warn_of_noise(small: nn.Module, model: nn.Module) -> dict[str, str]:
-    """What random images say of an int8 model made without calibration, where its first
-    two-dimensional convolution takes them: a UserWarning and a setting to note where its outputs
-    are far from the float model's. Says nothing of models that don't run on such images.
-
-    The errors of the layers, which weights and the statistics of BatchNorm give, say less: they add
-    up or fade on the way to the outputs.
-    """
-    convolutions = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d)]
-    for first, side in itertools.product(convolutions[:1], _SIDES):
-        original = surgery.clone(model)  # a forward may write to parameters
-        try:
-            distance = calibrating.distance(small, original, [_random_images(first, side)])
-        except Exception:  # a forward may raise anything about inputs that it isn't made for
-            continue
-        if distance <= _FAR_ON_NOISE:
-            return {}
-        kind = type(model).__name__
-        warnings.warn(
-            f"int8: the outputs of {kind} moved by {distance:.0%} on random images of {side} x "
-            f"{side}; calibration on your own shows how far they move there, and max_error puts "
-            f"layers back into float",
-            stacklevel=3,
-        )
-        return {"on_random_images": f"{distance:.0%}"}
-    return {}
-
-
-def _random_images(conv: nn.Conv2d, side: int) -> Tensor:
-    """Two smooth images that a convolution takes."""
-    generator = torch.Generator().manual_seed(0)
-    coarse = side // _GRAIN
-    numbers = torch.randn(2, conv.in_channels, coarse, coarse, generator=generator)
-    images = F.interpolate(numbers, size=(side, side), mode="bilinear")
-    return images.to(conv.weight)
 
 
 def _foreseen(costs: Sequence[float], max_error: float) -> int:

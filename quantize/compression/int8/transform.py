@@ -25,7 +25,8 @@ from quantize.compression.int8.layers import (
     overlapping,
     small,
 )
-from quantize.compression.int8.limit import Group, Trial, warn_if_far, warn_of_noise, within
+from quantize.compression.int8.limit import Group, Trial, warn_if_far, within
+from quantize.compression.int8.noise import warn_of_noise
 from quantize.compression.int8.outliers import find_plans
 from quantize.compression.int8.regions import Inputs, gaining_together, make_regions
 from quantize.compression.int8.rounding import find_rounded
@@ -59,11 +60,11 @@ def quantize_dynamic(
     or share their weight with a linear layer (a tied head).
     `quantize.summary(result)` says what was converted, what was not, and why, and what part of the
     bytes stays float. A UserWarning does too where that is more than 40 percent, and another one
-    says where the outputs moved by more than 5 percent on calibration, or, without it, those of an
-    image network by more than 10 percent on random images. A BatchNorm in eval mode and
-    a ReLU that alone read the output of a convolution are folded into it: calibration shows that,
-    or else `torch.fx` where it can follow the forward. So a linear layer does the work of the GELU,
-    ReLU or SiLU module that alone reads its output.
+    says where the outputs moved by more than 5 percent on calibration, or, without it, by more than
+    10 percent on random images, ids or features, if the model runs on such alone. A BatchNorm in
+    eval mode and a ReLU that alone read the output of a convolution are folded into it: calibration
+    shows that, or else `torch.fx` where it can follow the forward. So a linear layer does the work
+    of the GELU, ReLU or SiLU module that alone reads its output.
 
     By default the result is never slower than the model: each layer is timed here in float and in
     int8, and computes in float where int8 loses; the summary has both times. A convolution's weight
