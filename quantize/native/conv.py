@@ -255,6 +255,14 @@ def channels_last(x: Tensor) -> bool:
 LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
+def reads_last(x: Tensor) -> bool:
+    """Can x be read with its channels as the innermost dimension? So can a transposed [N, L, C],
+    whose order is no memory format of torch, so results don't have it.
+    """
+    turned = x.dim() == 3 and not x.is_contiguous()
+    return channels_last(x) or (turned and x.transpose(1, 2).is_contiguous())
+
+
 def step(kind: int, layer: Layer, shape: Sequence[int], out: Sequence[int]) -> Step:
     """A step of a program, but for where its tensors lie.
 
@@ -292,11 +300,16 @@ def convolve(x: Tensor, how: Convolution) -> Tensor:
     found = packed(how.weight, how.geometry)
     found.with_vectors(how.scale, how.bias)
     last = channels_last(x)
-    x = x if last else x.contiguous()
-    key = x.shape, last, how.ending
+    x_last = last or (reads_last(x) and not found.depthwise)
+    x = x if x_last else x.contiguous()
+    key = x.shape, x_last, how.ending
     one = found.steps.get(key)
     if one is None:
-        one = _single(found, x, last, how.ending)
+        kind = DEPTHWISE if found.depthwise else CONVOLUTION
+        out = found.geometry.sizes(x.shape[2:], found.kernel)
+        one = step(kind, found.layer, x.shape, out)
+        one.x, one.y, one.x_last, one.y_last = INPUT, OUTPUT, x_last, last
+        one.end(how.ending)
         if len(found.steps) >= _MOST_SHAPES:
             found.steps.clear()
         found.steps[key] = one
@@ -333,13 +346,3 @@ def average(x: Tensor) -> Tensor:
     if functions().run_program(ctypes.addressof(one), 1, ctypes.byref(call)):
         raise MemoryError(f"no memory for a mean of {list(x.shape)}")
     return y
-
-
-def _single(found: Packed, x: Tensor, last: bool, ending: Ending) -> Step:
-    """The step of a convolution alone."""
-    out = found.geometry.sizes(x.shape[2:], found.kernel)
-    kind = DEPTHWISE if found.depthwise else CONVOLUTION
-    one = step(kind, found.layer, x.shape, out)
-    one.x, one.y, one.x_last, one.y_last = INPUT, OUTPUT, last, last
-    one.end(ending)
-    return one

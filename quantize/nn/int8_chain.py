@@ -77,7 +77,7 @@ class Program:
 
     def _plan_of(self, x: Tensor) -> Plan | None:
         self._pack()
-        key = x.shape, conv.channels_last(x), torch.get_num_threads()
+        key = x.shape, conv.reads_last(x), torch.get_num_threads()
         if key not in self.plans:
             if len(self.plans) >= _MOST_SHAPES:
                 self.plans.clear()

@@ -76,7 +76,7 @@ class Plan:
         for. Raises MemoryError.
         """
         last = conv.channels_last(x)
-        x = x if last else x.contiguous()
+        x = x if conv.reads_last(x) else x.contiguous()
         image = len(self.shape) == x.dim()
         format = conv.LAST[x.dim()] if last and image else torch.contiguous_format
         shape = x.shape[0], *self.shape[1:]
@@ -99,11 +99,11 @@ def planned(ops: Sequence[Op], layers: Sequence[conv.Layer | None], x: Tensor) -
 
     Raises: Unfit: not for inputs of this shape.
     """
-    last, samples = conv.channels_last(x), x.shape[0]
-    one = Planner(ops, layers, x.shape, samples=1, last=last).plan()
+    samples = x.shape[0]
+    one = Planner(ops, layers, x, samples=1).plan()
     fitting = max(1, _NEAR_BYTES // max(one.arena, 1))
     most = max(n for n in range(1, samples + 1) if samples % n == 0 and n <= fitting)
-    return Planner(ops, layers, x.shape, samples=most, last=last).plan()
+    return Planner(ops, layers, x, samples=most).plan()
 
 
 class Planner:
@@ -112,9 +112,8 @@ class Planner:
     Args:
         ops: what runs.
         layers: of each convolution among them, as the kernel reads it; None for others.
-        shape: of the input.
+        x: an input like those that it is for.
         samples: of a turn.
-        last: are channels the last dimension of the input in memory?
 
     Raises: Unfit: not for inputs of this shape.
     """
@@ -123,13 +122,12 @@ class Planner:
         self,
         ops: Sequence[Op],
         layers: Sequence[conv.Layer | None],
-        shape: Sequence[int],
+        x: Tensor,
         *,
         samples: int,
-        last: bool,
     ) -> None:
-        self.ops, self.last = ops, last
-        self.shapes: dict[int, tuple[int, ...]] = {SOURCE: (samples, *shape[1:])}
+        self.ops, self.x_last, self.last = ops, conv.reads_last(x), conv.channels_last(x)
+        self.shapes: dict[int, tuple[int, ...]] = {SOURCE: (samples, *x.shape[1:])}
         for at, op in enumerate(ops):
             self.shapes[at] = self._shape(op)
             if op.other is not None and self.shapes[op.other] != self.shapes[at]:
@@ -208,7 +206,7 @@ class Planner:
         """All steps."""
         readers = [op for op in self.ops if SOURCE in op.reads]
         alone = len(readers) == 1 and readers[0].kind == conv.CONVOLUTION
-        if not self.last and not (alone and readers[0].x == SOURCE):
+        if not self.x_last and not (alone and readers[0].x == SOURCE):
             # only products read channels as planes, at a price that is paid once
             place = self.arena.take(self._bytes(SOURCE))
             self._turn(conv.TO_LAST, SOURCE, conv.INPUT, place)
@@ -254,7 +252,8 @@ class Planner:
 
     def _is_last(self, place: int, shape: Sequence[int]) -> bool:
         """Are the channels the last dimension? Images of one pixel have both orders."""
-        return self.last or place not in (conv.INPUT, conv.OUTPUT) or math.prod(shape[2:]) == 1
+        last = {conv.INPUT: self.x_last, conv.OUTPUT: self.last}.get(place, True)
+        return last or math.prod(shape[2:]) == 1
 
     def _set_ranges(self, at: int, step: conv.Step) -> None:
         """A convolution notes the ranges of its samples where a later one asks for them."""

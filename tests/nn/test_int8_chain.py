@@ -204,6 +204,35 @@ def test_max_pooling_is_a_part_of_a_program(
     assert _programs_of(model) == [programs] * 2
 
 
+class Sound(nn.Module):
+    """Convolutions of what a transposition gives, alone and one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alone, self.deep = nn.Conv1d(24, 20, 3, 2, 1), nn.Conv1d(24, 24, 3, groups=24)
+        self.first, self.second = nn.Conv1d(24, 40, 3), nn.Conv1d(40, 16, 5)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        x = x.transpose(1, 2)
+        return [self.alone(x).relu(), self.deep(x), self.second(self.first(x).relu())]
+
+
+@torch.no_grad()
+def test_transposed_sound(level: str):
+    """It is read in its order, for the bits of a contiguous copy, in torch's order."""
+    model, x = in_int8(Sound().eval(), calibration=[randn(2, 30, 24)]), randn(3, 31, 24)
+    whole = x.transpose(1, 2).contiguous()
+    with kernels.kernel("reference"):
+        expected = plainly(partial(model, whole.transpose(1, 2)))
+    first = [model.alone(whole).relu(), model.deep(whole), model.second(model.first(whole).relu())]
+    for _ in range(4):
+        for found, own, other in zip(model(x), first, expected, strict=True):
+            assert torch.equal(found, own)
+            assert found.stride() == own.stride()
+            assert torch.equal(found, other)
+    assert _programs_of(model) == [[1, 1, 2]]
+
+
 def test_gates_that_are_read_twice():
     """The product is no part of a program."""
     model = in_int8(nn.Sequential(GatedTwice()).eval())
