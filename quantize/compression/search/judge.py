@@ -211,7 +211,14 @@ def _answer(model: Any, batch: Any) -> tuple[Tensor, bool]:
     named = output is not main and getattr(output, "logits", None) is main
     bare = output is main and main.ndim in (2, 3) and main.shape[-1] > 1
     rows = main.reshape(-1, main.shape[-1]) if main.ndim > 1 else main[None]
-    return rows.float().clone(), named or bare
+    rows = rows.float().clone()
+    return rows, named or (bare and not _normalized(rows))
+
+
+def _normalized(rows: Tensor) -> bool:
+    """Probabilities, or embeddings of length 1? As logits they would all be nearly uniform."""
+    shares = (rows >= 0).all() and (rows <= 1).all()
+    return bool(shares or ((rows.norm(dim=-1) - 1).abs() < 1e-3).all())
 
 
 def _entropy(logits: Sequence[Tensor]) -> float:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from quantize import checkpoint, compress
 from quantize.compression.recipe import Recipe
-from quantize.compression.search.judge import Evaluated
+from quantize.compression.search.judge import Divergence, Evaluated
 from quantize.compression.search.trial import FIRST_ROUNDS, HOPELESS_ROUNDS
 from quantize.measuring.artifact import as_metrics, per_example
 
@@ -147,11 +147,24 @@ def test_a_metric_that_fails_for_compressed_models_is_a_failed_point(batches):
     assert "KeyError: 'int8'" in result.reason
 
 
+class Embedded(Net):
+    """Its answers have length 1."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.normalize(super().forward(x), dim=-1)
+
+
+@pytest.mark.parametrize("kind", [Embedded, lambda: nn.Sequential(Net(), nn.Sigmoid())])
+def test_embeddings_and_probabilities_are_no_logits(kind, batches):
+    """Their softmax is nearly uniform whatever they are, so they are compared by their cosine."""
+    judge = Divergence(kind(), batches)
+    assert judge.name == "cosine_distance" and judge.scale == 1
+    assert Divergence(Net(), batches).logits
+
+
 @pytest.mark.slow
 def test_percents_of_a_divergence_are_of_the_entropy(batches):
     """The original's cross-entropy against itself; so a loss of some percent can be kept."""
-    from quantize.compression.search.judge import Divergence
-
     model = Net().eval()
     with torch.no_grad():
         odds = torch.cat([model(batch) for batch in batches]).softmax(-1)
