@@ -12,6 +12,7 @@ import dis
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
@@ -139,12 +140,15 @@ def _is_open(module: str | None) -> bool:
     return module is not None and module.partition(".")[0] not in _CLOSED
 
 
-def _variables(code: CodeType) -> Iterator[str]:
+@lru_cache(maxsize=4096)  # disassembling takes long, and models share their code
+def _variables(code: CodeType) -> tuple[str, ...]:
     """Names of Python modules' variables in a piece of code and in those inside it."""
+    found = []
     for each in codes_of(code):
         for instruction in dis.get_instructions(each):
             if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-                yield instruction.argval
+                found.append(instruction.argval)
+    return tuple(found)
 
 
 def _names(code: CodeType) -> Iterator[str]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+import os
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from starlette.applications import Starlette
@@ -20,12 +23,13 @@ from quantize.run.serve.exchange import Gone
 from quantize.run.serve.guard import Guard, on_failure, on_gone, on_refused, on_status
 from quantize.run.serve.keeping import Keeper
 from quantize.run.serve.metrics import Metrics
-from quantize.run.serve.served import Served, serve_model
+from quantize.run.serve.served import Served, default_name, open_served, serve_model
 from quantize.run.serve.settings import Settings
 from quantize.run.serve.state import State, of
 
 PAGE = Path(__file__).with_name("page.html")
-Models = Mapping[str, nn.Module] | Sequence[Served]
+Given = nn.Module | Served | str | os.PathLike[str]
+Models = Mapping[str, Given] | Iterable[Given]
 
 
 def app(
@@ -38,8 +42,10 @@ def app(
     """An ASGI app that serves models; any ASGI server runs it, one process of it per app.
 
     Args:
-        models: name -> model, in eval mode on the CPU, with an `example_inputs()` of its own; or
-            what `open_served` and `serve_model` give, which know tokenizers and example inputs.
+        models: by name, or one after another: models in eval mode on the CPU, with an
+            `example_inputs()` of their own; paths, each served under its last part if it has no
+            name; what `open_served` and `serve_model` give, which know tokenizers and example
+            inputs, and their names.
         settings: the limits; None: the defaults.
         metrics: the numbers, where several processes share them; None: its own.
         keeper: hands connections to a parent process; None: there is none.
@@ -48,18 +54,19 @@ def app(
         The app.
 
     Raises:
+        CheckpointError: a path that can't be read.
+        TypeError: something else among the models, or a model without a name.
         ValueError: no model, two of one name, or one that can't be served.
     """
     settings = settings or Settings()
-    if isinstance(models, Mapping):
-        models = [serve_model(model, name) for name, model in models.items()]
-    names = [served.name for served in models]
+    served = _all_served(models)
+    names = [one.name for one in served]
     if not names or len(set(names)) != len(names):
         raise ValueError(f"models are {names}; allowed: at least one, each with a name of its own")
 
     @asynccontextmanager
     async def lifespan(starlette: Starlette) -> AsyncIterator[None]:
-        state = State(models, settings, metrics or Metrics(names), keeper or Keeper())
+        state = State(served, settings, metrics or Metrics(names), keeper or Keeper())
         starlette.state.serving = state
         before = torch.get_num_threads()
         torch.set_num_threads(1)  # in the event loop; see `batching`
@@ -72,6 +79,29 @@ def app(
     direct = {oip.infer_path(name): (oip.infer, {"name": name}) for name in names}
     direct["/v1/embeddings"] = embeddings.embeddings, {}
     return Guard(starlette, settings.token, direct)
+
+
+def _all_served(models: Any) -> list[Served]:
+    if isinstance(models, Mapping):
+        return [_served(given, name) for name, given in models.items()]
+    if isinstance(models, (str, os.PathLike, nn.Module)):
+        raise TypeError(f"models is a {type(models).__name__}; give a list, or a dict by name")
+    return [_served(given, None) for given in models]
+
+
+def _served(given: Given, name: str | None) -> Served:
+    """One model as it is served, under a name if there is one."""
+    if isinstance(given, Served):
+        return replace(given, name=name or given.name)
+    if isinstance(given, (str, os.PathLike)):
+        path = Path(given)
+        return open_served(path, name or default_name(path))
+    if isinstance(given, nn.Module) and name is not None:
+        return serve_model(given, name)
+    raise TypeError(
+        f"among the models is a {type(given).__name__} without a name; give paths, what "
+        f"open_served gives, or a dict from name to model"
+    )
 
 
 async def page(request: Request) -> Response:

@@ -107,7 +107,8 @@ def open_served(path: Path, name: str, example_inputs: Any = None) -> Served:
         CheckpointError: as `open_model`.
         ValueError: a model that can be asked by no protocol.
     """
-    LOG.info("%s: opening", name)
+    if path.exists():  # else there is one line, what is wrong
+        LOG.info("%s: opening", name)
     if path.suffix == ".pt" and path.is_file():
         model = _open_torchscript(path)
     else:

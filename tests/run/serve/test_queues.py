@@ -15,9 +15,10 @@ from helpers import decoder
 from hypothesis import given
 from hypothesis import strategies as st
 from served_models import WORDS, write_folder
+from starlette.testclient import TestClient
 from transformers import BertConfig, BertModel
 
-from quantize import quantize_dynamic
+from quantize import quantize_dynamic, save
 from quantize.host import default_threads
 from quantize.models import ConvNet, ConvNetConfig
 from quantize.run.decoding.passes import NativePasses
@@ -269,6 +270,19 @@ def test_models_that_cannot_be_served_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             app(models)
+    for models in ([net], net, "net.safetensors", [None]):
+        with pytest.raises(TypeError, match=r"give (paths|a list), "):
+            app(models)
+
+
+def test_paths_are_served_under_their_last_part(tmp_path):
+    """As models by name are, and paths by name."""
+    save(net(), tmp_path / "digits.safetensors")
+    path = tmp_path / "digits.safetensors"
+    for models, name in (([path], "digits"), ({"cnn": str(path)}, "cnn")):
+        starlette = app(models).app
+        with TestClient(starlette) as client:
+            assert client.get(f"/v2/models/{name}").json()["name"] == name
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
