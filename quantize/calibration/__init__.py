@@ -11,7 +11,12 @@ those before them change; `readers` who reads what a layer gives; `solve` least 
 moments, `dual` from few rows, `refit` from parts; `exporting` what torch.export needs around it.
 """
 
-from quantize.calibration.differences import distance, largest_difference, relative_error
+from quantize.calibration.differences import (
+    distance,
+    largest_difference,
+    relative_error,
+    warn_if_far,
+)
 from quantize.calibration.dual import Outer, compensate_rows, whole
 from quantize.calibration.exporting import exporting
 from quantize.calibration.frontier import Frontier
@@ -104,6 +109,7 @@ __all__ = [
     "snapshot",
     "trace_calls",
     "untouched",
+    "warn_if_far",
     "watching",
     "whole",
     "without_cache",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from quantize.calibration.patches import snapshot
 from quantize.seeding import seed_devices
 
 BLOCK = 1 << 20  # elements of outputs that are compared at once
+HALF = 0.5  # of the outputs: what is further away than this is hardly the same model
 
 
 @torch.no_grad()
@@ -39,6 +41,18 @@ def distance(model: nn.Module, original: nn.Module, batches: Iterable[Any]) -> f
                 seed_devices(0)
                 results[-1].extend(_floating(call(part, batch)))
     return relative_error(*results)
+
+
+def warn_if_far(
+    technique: str, model: nn.Module, away: float, advice: str, *, bound: float = HALF
+) -> None:
+    """A UserWarning, for who called the technique two calls further up, where the outputs of what
+    it made of `model` are further from the original's than `bound`.
+    """
+    if away > bound:
+        kind = type(model).__name__
+        line = f"{technique}: the outputs of {kind} moved by {away:.0%} on the first inputs"
+        warnings.warn(f"{line}; {advice}", stacklevel=4)
 
 
 def _floating(output: Any) -> list[torch.Tensor]:

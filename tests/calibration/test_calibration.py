@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from calibration_models import TwoInputs, gradient_moments
-from helpers import assert_close, zoo
+from helpers import assert_close, randn, zoo
 from torch import nn
 
+import quantize
 from quantize import calibration
 from quantize.compression.low_rank import residuals
 
@@ -159,3 +162,27 @@ def test_calls_find_q_k_v_in_a_foreign_model():
         ["gate_proj", "up_proj"],
         ["down_proj"],
     ]
+
+
+@pytest.mark.parametrize("technique", ["pruning", "low rank"])
+def test_outputs_that_moved_by_half_are_told(technique):
+    """Whoever takes most of a model away hears how far its outputs went, and of a little nothing
+    but the summary tells.
+    """
+    model = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 16)).eval()
+    batches = [randn(256, 16)]
+
+    def cut(much: bool) -> nn.Module:
+        if technique == "pruning":
+            amount = 0.95 if much else 0.05
+            return quantize.prune_ln_structured(
+                model, batches[0], amount=amount, calibration=batches, round_to=1
+            )
+        rank = 1 if much else 12
+        return quantize.factorize_low_rank(model, rank=rank, calibration=batches, only_faster=False)
+
+    with pytest.warns(UserWarning, match=rf"{technique}: the outputs of Sequential moved by \d+%"):
+        cut(much=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert 0 < quantize.summary(cut(much=False)).steps[0].distance < 0.5

@@ -23,6 +23,7 @@ _SIDES = (64, 224, 32, 28, 48, 24, 96, 128)  # of random images: the first that 
 _GRAIN = 8  # pixels from one random number to the next
 _TEXTS = (64, 8)  # ids of random texts
 _STEPS = (64, 1024)  # of random features and signals
+_LIBRARIES = ("torch", "transformers")
 _READERS = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.LSTM, nn.GRU, nn.Linear)
 
 
@@ -30,13 +31,16 @@ def warn_of_noise(small: nn.Module, model: nn.Module) -> dict[str, str]:
     """A UserWarning and a setting to note where the outputs of an int8 model are far from the float
     model's on random inputs, of the first kind that the layer which it names first may be given.
 
-    Says nothing of models that run on no such inputs.
+    Both run as copies: a run leaves kernels' forms of weights behind. Says nothing of models that
+    run on no such inputs, or that somebody's hooks watch.
     """
     readers = [layer for layer in model.modules() if isinstance(layer, _READERS)]
+    if not readers or any(map(_is_watched, model.modules())):
+        return {}
+    copies = surgery.clone(small), surgery.shell(model)
     for what, inputs in itertools.chain.from_iterable(map(_inputs, readers[:1])):
-        original = surgery.clone(model)  # a forward may write to parameters
         try:
-            distance = calibrating.distance(small, original, [inputs])
+            distance = calibrating.distance(*copies, [inputs])
         except Exception:  # a forward may raise anything about inputs that it isn't made for
             continue
         if distance <= _FAR:
@@ -49,6 +53,13 @@ def warn_of_noise(small: nn.Module, model: nn.Module) -> dict[str, str]:
         )
         return {"on_random_inputs": f"{distance:.0%} on {what}"}
     return {}
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Has a module forward hooks, other than those of libraries that belong to its forward?"""
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    libraries = [str(getattr(hook, "__module__", "")).partition(".")[0] for hook in hooks]
+    return any(library not in _LIBRARIES for library in libraries)
 
 
 def _inputs(layer: Any) -> Iterator[tuple[str, Tensor]]:

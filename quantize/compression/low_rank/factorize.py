@@ -46,7 +46,8 @@ def factorize_low_rank(
     Give at most one budget (none: ratio=0.5); each may be a dict from module name or glob to value,
     and then only the layers it names are touched, each within its own value. Always left, with the
     reason in `quantize.summary(result)`: weights that other modules read or share, grouped
-    convolutions, layers that no rank makes smaller. Warns where little of the model was touched.
+    convolutions, layers that no rank makes smaller. Warns where little of the model was touched,
+    and where the outputs moved by more than half on the first batch of calibration.
 
     Args:
         model: any module; it stays as it is.

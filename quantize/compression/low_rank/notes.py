@@ -37,6 +37,8 @@ def write_down(
             raise ValueError(
                 f"the factorized {type(model).__name__} can't be used: {error}"
             ) from error
+        advice = "train it on (quantize.recover), or keep more"
+        calibrate.warn_if_far("low rank", model, away, advice)
     before = {name for name, layer in model.named_modules() if isinstance(layer, pairs.Pair)}
     done = {}
     for name, pair in result.named_modules():

@@ -13,7 +13,14 @@ import torch
 from torch import nn
 
 from quantize import surgery
-from quantize.calibration import Beside, check_batches, distance, first_alone, without_cache
+from quantize.calibration import (
+    Beside,
+    check_batches,
+    distance,
+    first_alone,
+    warn_if_far,
+    without_cache,
+)
 from quantize.compression.pruning.choose import (
     check_amount,
     check_options,
@@ -55,7 +62,7 @@ def prune_ln_structured(
     with their queries, keys and values), and whoever reads them follows. Inputs and outputs of the
     model keep their shapes. Layers stay what they are, with fewer channels. What can't be followed
     or can't go (channels that a LayerNorm averages over) stays whole: `quantize.summary(model)`
-    names it with the reason.
+    names it with the reason. Warns where the outputs moved by more than half on the first inputs.
 
     Args:
         model: any module; it stays as it is.
@@ -150,6 +157,7 @@ def _write_down(
             away = distance(result, model, batches)
     except ValueError as error:
         raise ValueError(f"the pruned {type(model).__name__} can't be used: {error}") from error
+    warn_if_far("pruning", model, away, "train it on (quantize.recover), or remove less")
     surgery.note(result, "pruned", done=done, left=left, distance=away, **sizes)
 
 
