@@ -16,7 +16,7 @@ from string import Template
 from typing import Any
 
 from quantize.measuring.rows import MARKS, Report, Row, limits, not_beaten
-from quantize.measuring.table import described, header_and_cells, legend
+from quantize.measuring.table import chosen_name, described, header_and_cells, legend
 
 _WIDTH, _HEIGHT = 420, 300  # of a plot, in units of its own
 _LEFT, _RIGHT, _TOP, _BOTTOM = 84, 16, 14, 40
@@ -50,9 +50,8 @@ def page(report: Report) -> str:
 
 
 def _title(report: Report) -> str:
-    chosen = report["data"].get("chosen")
-    names = [row["name"] for row in report["rows"] if chosen and row["file"] == chosen]
-    return f"{names[0]} and what it was chosen from" if names else "What each file costs"
+    name = chosen_name(report)
+    return f"{name} and what it was chosen from" if name else "What each file costs"
 
 
 def _paragraph(text: Any) -> str:

@@ -90,9 +90,19 @@ def legend(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
+def chosen_name(report: Report) -> str | None:
+    """The name of the row whose file was chosen, if one was."""
+    chosen = report["data"].get("chosen")
+    rows = report["rows"]
+    return next((row["name"] for row in rows if chosen and row["file"] == chosen), None)
+
+
 def described(report: Report) -> list[str]:
     """The machine and the run, a line each."""
-    data = report["data"]
+    data = dict(report["data"])
+    name = chosen_name(report)
+    if name is not None:
+        data["chosen"] = f"{name} ({data['chosen']})"
     facts = {k: v for k, v in data.items() if v is not None and k not in _SHOWN_ELSEWHERE}
     lines = describe_machine(report["machine"])
     if facts:

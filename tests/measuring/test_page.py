@@ -62,6 +62,7 @@ def test_the_page_needs_nothing_but_itself(report):
     assert not re.search(r"https?:|@import|url\(|<link|<img|src=", text)
     assert "prefers-color-scheme: dark" in text and "width=device-width" in text
     assert len(reader.all("script")) == 1 and "$" not in text
+    assert "<title>int8 and what it was chosen from" in text and "int8 (int8.pth)" in text
 
 
 def test_every_point_tells_its_row(report):

@@ -31,7 +31,7 @@ class Result:
         layers: what each layer of the chosen one got and why: dicts of "name", "got", "why".
     """
 
-    model: nn.Module
+    model: nn.Module = field(repr=False)
     file: Path
     rows: list[Row] = field(repr=False)
     met: bool = False
