@@ -61,13 +61,12 @@ SIZED = """vocab_size hidden_size num_hidden_layers
 class Case:
     """A model, the batches of its calibration, and what of it is pruned.
 
-    batch: gives one. amount: as `prune_ln_structured` takes it. low_rank: has it layers for that?
+    batch: gives one. amount: as `prune_ln_structured` takes it.
     """
 
     make: Callable[[], nn.Module]
     batch: Callable[[torch.Generator], Any]
     amount: Any = 0.5
-    low_rank: bool = True
 
 
 def encoder(make: Callable[[int, int], nn.Module], width: int, layers: int) -> Case:
@@ -113,7 +112,7 @@ CASES = {
     "bert_768x12": encoder(bert, 768, 12),
     "resnet18": images(resnet18),
     "mobilenet_v2": images(partial(classifier, "MobileNetV2", image_size=SIZE)),
-    "six_conv1d": Case(PITCH, sounds, amount=0.3, low_rank=False),
+    "six_conv1d": Case(PITCH, sounds, amount=0.3),
 }
 LARGE = {
     "decoder_135m": decoder(*SIZES["135M"]),
@@ -233,8 +232,7 @@ def points(arguments: argparse.Namespace) -> Iterator[tuple[str, str, int]]:
         sizes += SWEEPS[sweep]
     for name, batches in dict.fromkeys(sizes):
         for technique in arguments.techniques:
-            if technique != "low_rank" or MODELS[name].low_rank:
-                yield name, technique, batches
+            yield name, technique, batches
 
 
 def main() -> None:

@@ -32,6 +32,7 @@ BUILDERS = (
     "Int8Embedding",
     "Int4Linear",
     "LowRankLinear",
+    "LowRankConv1d",
     "LowRankConv2d",
     "kept_blocks",
     "Int8MultiheadAttention",

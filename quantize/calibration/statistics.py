@@ -134,7 +134,7 @@ def _note_both(
 ) -> None:
     """Add what one call of a layer was given and gave."""
     x = args[0] if args else next(iter(kwargs.values()))
-    if isinstance(layer, nn.Conv2d):
+    if isinstance(layer, (nn.Conv1d, nn.Conv2d)):
         patches, count = sample(layer, x)
         seen.update_both(patches, patches @ seen.weight.to(patches.dtype).T, count)
     else:

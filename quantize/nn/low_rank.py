@@ -4,7 +4,7 @@ technique works inside.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -116,17 +116,20 @@ class LowRankLinear(_Pair):
         return _heir(module, cls(in_features, out_features, rank, bias, **like))
 
 
-@surgery.builder
-class LowRankConv2d(_Pair):
-    """A Conv2d of one group through `rank` channels: [B, C, H, W] -> [B, M, H', W'].
+class _LowRankConv(_Pair):
+    """A convolution of one group through `rank` channels: [B, C, ...] -> [B, M, ...].
 
-    split "channel": a convolution like the original but to `rank` channels, then 1x1 (Zhang et al.,
-    arXiv 1505.06798). split "spatial": kh x 1, then 1 x kw (Jaderberg et al., arXiv 1405.3866).
+    split "channel": a convolution like the original but to `rank` channels, then one of kernel 1
+    (Zhang et al., arXiv 1505.06798). split "spatial", in 2-D: kh x 1, then 1 x kw (Jaderberg et
+    al., arXiv 1405.3866).
     """
 
-    def __init__(self, like: nn.Conv2d, rank: int, split: str, bias: bool):
+    kind: type[nn.Module]
+    splits: tuple[str, ...] = ("channel",)
+
+    def __init__(self, like: Any, rank: int, split: str, bias: bool):
         super().__init__()
-        check.one_of("split", split, ("channel", "spatial"))
+        check.one_of("split", split, self.splits)
         self.in_channels, self.out_channels = like.in_channels, like.out_channels
         self.kernel_size, self.stride, self.padding = like.kernel_size, like.stride, like.padding
         self.dilation, self.groups = like.dilation, like.groups
@@ -139,19 +142,21 @@ class LowRankConv2d(_Pair):
         common = {"device": like.weight.device, "dtype": like.weight.dtype}
         mode = like.padding_mode
         self.first = _empty(
-            nn.Conv2d, like.in_channels, rank, **first, padding_mode=mode, bias=False, **common
+            self.kind, like.in_channels, rank, **first, padding_mode=mode, bias=False, **common
         )
         mode = mode if split == "spatial" else "zeros"
         self.second = _empty(
-            nn.Conv2d, rank, like.out_channels, **second, padding_mode=mode, bias=bias, **common
+            self.kind, rank, like.out_channels, **second, padding_mode=mode, bias=bias, **common
         )
 
     def weight_shape(self) -> tuple[int, ...]:
         return self.out_channels, self.in_channels, *self.kernel_size
 
     def dense_weight(self) -> Tensor:
-        """The kernel of the one convolution that does the same, [M, C, kh, kw]."""
+        """The kernel of the one convolution that does the same, [M, C, ...]."""
         second, first = dense_weight(self.second), dense_weight(self.first)
+        if self.split == "channel":
+            return (second.flatten(1) @ first.flatten(1)).reshape(self.weight_shape())
         return torch.einsum("mrab,rcde->mcadbe", second, first).reshape(self.weight_shape())
 
     @classmethod
@@ -164,18 +169,35 @@ class LowRankConv2d(_Pair):
         rank: int,
         bias: bool,
         split: str,
-    ) -> LowRankConv2d:
-        """An empty layer in the place of `module` (a Conv2d of that shape), on its device and of
-        its dtype.
+    ) -> Self:
+        """An empty layer in the place of `module` (a convolution of that shape), on its device and
+        of its dtype.
         """
         found = getattr(module, "in_channels", None), getattr(module, "out_channels", None)
-        if not isinstance(module, nn.Conv2d) or found != (in_channels, out_channels):
-            raise ValueError(f"expected a Conv2d {in_channels} -> {out_channels}, found {module}")
+        if not isinstance(module, cls.kind) or found != (in_channels, out_channels):
+            kind = cls.kind.__name__
+            raise ValueError(f"expected a {kind} {in_channels} -> {out_channels}, found {module}")
         return _heir(module, cls(module, rank, split, bias))
 
 
+@surgery.builder
+class LowRankConv1d(_LowRankConv):
+    """An `nn.Conv1d` as a pair of them: [B, C, L] -> [B, M, L']."""
+
+    kind = nn.Conv1d
+
+
+@surgery.builder
+class LowRankConv2d(_LowRankConv):
+    """An `nn.Conv2d` as a pair of them: [B, C, H, W] -> [B, M, H', W']."""
+
+    kind = nn.Conv2d
+    splits = ("channel", "spatial")
+
+
 _NEUTRAL = {"kernel_size": 1, "stride": 1, "padding": 0, "dilation": 1}
-Pair = LowRankLinear | LowRankConv2d
+Pair = LowRankLinear | LowRankConv1d | LowRankConv2d
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)  # that can be pairs
 
 
 def linear_shape(module: Any) -> tuple[int, int] | None:
@@ -214,10 +236,11 @@ def pair(
     None, recorded.
     """
     arguments: dict[str, Any] = {"rank": first.shape[0], "bias": bias is not None}
-    if isinstance(module, nn.Conv2d):
+    if isinstance(module, CONVOLUTIONS):
         sizes = {"in_channels": module.in_channels, "out_channels": module.out_channels}
         arguments |= {**sizes, "split": split}
-        new: Pair = LowRankConv2d.rebuild(module, **arguments)
+        kind = LowRankConv1d if isinstance(module, nn.Conv1d) else LowRankConv2d
+        new: Pair = kind.rebuild(module, **arguments)
     else:
         out_features, in_features = linear_shape(module) or (0, 0)
         arguments |= {"in_features": in_features, "out_features": out_features}

@@ -16,6 +16,12 @@ rows of C were 8 to 23 long instead of 3 to 5, and rounding errors of int8 or fp
 
 from quantize.compression.low_rank.factorize import factorize_low_rank
 from quantize.compression.low_rank.maths import whitened_svd
-from quantize.nn.low_rank import LowRankConv2d, LowRankLinear
+from quantize.nn.low_rank import LowRankConv1d, LowRankConv2d, LowRankLinear
 
-__all__ = ["LowRankConv2d", "LowRankLinear", "factorize_low_rank", "whitened_svd"]
+__all__ = [
+    "LowRankConv1d",
+    "LowRankConv2d",
+    "LowRankLinear",
+    "factorize_low_rank",
+    "whitened_svd",
+]

@@ -27,11 +27,11 @@ def find_layers(
     found: dict[str, nn.Module] = {}
     reasons: dict[str, str] = {}
     for name, module in model.named_modules():
-        if pairs.linear_shape(module) is None and not isinstance(module, nn.Conv2d):
+        if pairs.linear_shape(module) is None and not isinstance(module, pairs.CONVOLUTIONS):
             if _holds_matrices(name, module):
                 reasons[name] = (
                     f"{type(module).__name__} isn't factorized, only linears and convolutions "
-                    f"in 2-D are"
+                    f"in 1-D and 2-D are"
                 )
             continue
         sharing = holders.get(id(module._parameters.get("weight")), ())
@@ -45,8 +45,8 @@ def find_layers(
             found[name] = module
     if not found:
         raise ValueError(
-            f"{type(model).__name__} has no layer to factorize: looked for nn.Linear, nn.Conv2d "
-            f"of one group and Conv1D; "
+            f"{type(model).__name__} has no layer to factorize: looked for nn.Linear, nn.Conv1d "
+            f"and nn.Conv2d of one group, and Conv1D; "
             f"left out: {surgery.shortened(reasons) or 'none'}"
         )
     return found, reasons
@@ -83,7 +83,7 @@ def _obstacle(module: nn.Module, others: Sequence[str], inside: bool) -> str | N
     general = surgery.obstacle(module)
     if general is not None:
         return general
-    if isinstance(module, nn.Conv2d) and module.groups > 1:
+    if isinstance(module, pairs.CONVOLUTIONS) and module.groups > 1:
         return f"a convolution of {module.groups} groups"
     if others:
         return f"shares its weight with {others[0]!r}"

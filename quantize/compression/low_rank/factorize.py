@@ -70,7 +70,8 @@ def factorize_low_rank(
         progress: called with a line for people before each piece of work, with the layers' names.
 
     Returns:
-        The copy. What stands for a layer is a `LowRankLinear` or `LowRankConv2d`.
+        The copy. What stands for a layer is a `LowRankLinear`, `LowRankConv1d` or
+            `LowRankConv2d`.
 
     Raises:
         ValueError: for a budget out of range, two budgets, no layer to act on, a ratio that no
@@ -144,7 +145,7 @@ def _projected(layers: Mapping[str, nn.Module]) -> dict[str, torch.Tensor]:
     for name, layer in layers.items():
         weight = pairs.matrix(layer)
         outputs, inputs = weight.shape
-        plain = outputs < inputs or not isinstance(layer, nn.Conv2d)
+        plain = outputs < inputs or not isinstance(layer, pairs.CONVOLUTIONS)
         if outputs != inputs and plain and not layer._forward_hooks:  # those may change outputs
             weights[name] = weight
     return weights

@@ -126,6 +126,6 @@ def _target(layer: nn.Module, call: Call, other: Call) -> Tensor:
         if call.stream.shape == other.stream.shape:
             missing = calibrate.exact(other.stream) - calibrate.exact(call.stream)
             target = target + missing
-    if isinstance(layer, nn.Conv2d):
-        target = target.movedim(-3, -1)
+    if isinstance(layer, pairs.CONVOLUTIONS):
+        target = target.movedim(-1 - len(layer.kernel_size), -1)
     return target.reshape(-1, target.shape[-1])

@@ -55,8 +55,9 @@ def quick_share(layer: nn.Module, input_shape: Sequence[int], *, always: bool) -
 
 def _inputs(layer: Any, shape: Sequence[int]) -> Tensor:
     """Random inputs of this shape, or of fewer rows (images)."""
-    if isinstance(layer, nn.Conv2d):
-        first, rest = shape[0] if len(shape) == 4 else 1, tuple(shape[-3:])
+    if isinstance(layer, pairs.CONVOLUTIONS):
+        one = 1 + len(layer.kernel_size)  # axes of one image or sound
+        first, rest = shape[0] if len(shape) > one else 1, tuple(shape[-one:])
     else:
         first, rest = math.prod(shape[:-1]), (shape[-1],)
     rows = max(1, min(first, MOST_NUMBERS // max(1, math.prod(rest))))

@@ -7,9 +7,9 @@ import itertools
 import torch
 from torch import nn
 
-from quantize.nn.low_rank import LowRankConv2d, LowRankLinear
+from quantize.nn.low_rank import LowRankConv1d, LowRankConv2d, LowRankLinear
 
-PAIRS = (LowRankLinear, LowRankConv2d)
+PAIRS = (LowRankLinear, LowRankConv1d, LowRankConv2d)
 
 
 def mlp(*widths: int, bias: bool = True, seed: int = 0) -> nn.Sequential:

@@ -14,7 +14,7 @@ import quantize
 from quantize import surgery
 from quantize.compression.low_rank import factorize_low_rank
 from quantize.nn.int8 import Int8Linear
-from quantize.nn.low_rank import LowRankConv2d, LowRankLinear
+from quantize.nn.low_rank import LowRankConv1d, LowRankConv2d, LowRankLinear
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "t5", "resnet", "convnext"])
@@ -81,6 +81,33 @@ def test_a_conv_pair_computes_its_dense_weight(options, split):
     conv.weight.data, conv.bias.data = pair.dense_weight(), pair.bias.data
     x = torch.randn(2, 6, 14, 13)
     assert_close(pair(x), conv(x))
+    if split == "channel":
+        sound = nn.Conv1d(6, 10, 5, **options)
+        pair = LowRankConv1d(sound, 4, split, bias=True)
+        for p in pair.parameters():
+            nn.init.normal_(p)
+        sound.weight.data, sound.bias.data = pair.dense_weight(), pair.bias.data
+        assert_close(pair(x[..., 0]), sound(x[..., 0]))
+
+
+def test_convolutions_of_sound_become_pairs(tmp_path):
+    """Kernels of a low rank are found, behind each other and with more outputs than inputs; the
+    result is saved and loaded, and one more step fits it.
+    """
+    torch.manual_seed(0)
+    wide, narrow = nn.Conv1d(4, 48, 8, stride=2), nn.Conv1d(48, 16, 9, padding="same")
+    for layer, rank in ((wide, 3), (narrow, 4)):
+        kernel = torch.randn(layer.out_channels, rank) @ torch.randn(rank, layer.weight[0].numel())
+        layer.weight.data = kernel.view_as(layer.weight) / 8
+    model, batches = nn.Sequential(wide, nn.Tanh(), narrow), [torch.randn(4, 4, 100)] * 2
+    small = factorize_low_rank(model, rank={"0": 3, "2": 4}, calibration=batches)
+    assert [type(small[0]), type(small[2])] == [LowRankConv1d, LowRankConv1d]
+    assert_close(small(batches[0]), model(batches[0]), factor=100)
+    plain = factorize_low_rank(model, rank={"0": 3, "2": 4})
+    assert_close(plain(batches[0]), model(batches[0]), factor=100)
+    quantize.save(small, tmp_path / "pairs.safetensors")
+    loaded = quantize.load(tmp_path / "pairs.safetensors", model=model)
+    assert torch.equal(loaded(batches[0]), small(batches[0]))
 
 
 def test_auto_split_finds_separable_kernels():
