@@ -150,14 +150,20 @@ def grade(before: float, loss: float, noise: float) -> list[str]:
 
 def metric_noise(before: float, value: float, metrics: Mapping[str, float]) -> float:
     """What a metric may change by chance: the `standard_error` among the metrics where `evaluate`
-    gives one, else that of a share (accuracy) of so many examples; 0 where neither is known.
+    gives one, else that of a share (accuracy) of so many examples; 0 where neither is known. Of a
+    share of all or none, as if one more example were right and one more wrong (Laplace's rule).
     """
     given = metrics.get("standard_error")
-    if given is not None:
+    if given:
         return given
     count = next((metrics[name] for name in _COUNTS if metrics.get(name)), 0)
     mean = (before + value) / 2
-    return math.sqrt(mean * (1 - mean) / count) if count and 0 <= mean <= 1 else 0.0
+    all_alike = mean in (0.0, 1.0)
+    if not count or not 0 <= mean <= 1 or (given == 0 and not all_alike):
+        return 0.0
+    if all_alike:
+        mean = (count * mean + 1) / (count + 2)
+    return math.sqrt(mean * (1 - mean) / count)
 
 
 def strict(value: Any) -> Any:

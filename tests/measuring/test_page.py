@@ -119,3 +119,6 @@ def test_worse_is_graded_by_the_metrics_own_noise():
     assert [row["notes"] for row in rows] == ["", "slightly worse"]
     assert metric_noise(0.5, 0.5, {"accuracy": 0.5, "examples": 100}) == pytest.approx(0.05)
     assert metric_noise(1.7, 1.7, {"bits_per_byte": 1.7}) == 0
+    alike = {"accuracy": 1.0, "standard_error": 0.0, "examples": 98}
+    assert metric_noise(1.0, 1.0, alike) == pytest.approx((0.99 * 0.01 / 98) ** 0.5)
+    assert metric_noise(0.7, 0.7, alike) == 0
