@@ -29,16 +29,20 @@ _READERS = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.LSTM, nn.GRU, nn.Linear)
 
 def warn_of_noise(small: nn.Module, model: nn.Module) -> dict[str, str]:
     """A UserWarning and a setting to note where the outputs of an int8 model are far from the float
-    model's on random inputs, of the first kind that the layer which it names first may be given.
+    model's on random inputs: what the first of its layers of each kind reads, the first that it
+    runs on.
 
     Both run as copies: a run leaves kernels' forms of weights behind. Says nothing of models that
     run on no such inputs, or that somebody's hooks watch.
     """
-    readers = [layer for layer in model.modules() if isinstance(layer, _READERS)]
+    readers: dict[type, nn.Module] = {}
+    for layer in model.modules():
+        if isinstance(layer, _READERS):
+            readers.setdefault(type(layer), layer)
     if not readers or any(map(_is_watched, model.modules())):
         return {}
     copies = surgery.clone(small), surgery.shell(model)
-    for what, inputs in itertools.chain.from_iterable(map(_inputs, readers[:1])):
+    for what, inputs in itertools.chain.from_iterable(map(_inputs, readers.values())):
         try:
             distance = calibrating.distance(*copies, [inputs])
         except Exception:  # a forward may raise anything about inputs that it isn't made for
