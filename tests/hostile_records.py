@@ -36,6 +36,7 @@ BUILDERS = (
     "LowRankConv2d",
     "kept_blocks",
     "Int8MultiheadAttention",
+    "ProjectedCell",
     "folded",
     "os.system",
     "",

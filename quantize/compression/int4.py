@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from quantize import calibration as calibrating
 from quantize import surgery
-from quantize.nn import project_attentions, restore_attentions, without_fast_paths
+from quantize.nn import project, restore, without_fast_paths
 from quantize.nn.int4 import GROUP_SIZES, Int4Linear
 from quantize.saying import Say, silent
 
@@ -57,7 +57,7 @@ def quantize_weights(
     say = progress or silent
     model = surgery.clone(model)
     skipped = surgery.skip_filter(model, skip)
-    model, attentions, left = project_attentions(model, skipped)
+    model, projected, left = project(model, skipped)
     chosen, report = _choose(model, skipped, group_size)
     report |= left
     if not chosen:
@@ -84,7 +84,7 @@ def quantize_weights(
         surgery.take_place(old, replacements[old])
     model = surgery.replace(model, replacements)
     without_fast_paths(model)
-    model = restore_attentions(model, attentions, (Int4Linear,))
+    model = restore(model, projected, (Int4Linear,))
     distance = None if calibration is None else calibrating.distance(model, original, calibration)
     done = dict.fromkeys(chosen, "int4")
     if calibration is not None:

@@ -2,12 +2,9 @@
 which it is read.
 """
 
-from quantize.nn.attention import (
-    ProjectedAttention,
-    project_attentions,
-    restore_attentions,
-)
+from quantize.nn.attention import ProjectedAttention
 from quantize.nn.encoder import with_padded_encoders, without_fast_paths
+from quantize.nn.projected import project, restore
 from quantize.nn.protocol import (
     CompressedLayer,
     Operands,
@@ -38,8 +35,8 @@ __all__ = [
     "is_transposed",
     "operands",
     "own_class",
-    "project_attentions",
-    "restore_attentions",
+    "project",
+    "restore",
     "with_padded_encoders",
     "without_fast_paths",
     "write_weight",

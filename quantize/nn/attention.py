@@ -1,15 +1,12 @@
 """ProjectedAttention: what `nn.MultiheadAttention` computes, with its four projections as layers of
 their own.
 
-`nn.MultiheadAttention` multiplies by its weights without calling a layer, so a technique has
-nothing to replace in it. `project_attentions` puts this module in its place; the projections are
-then linear layers like all others. Torch's fused encoder layers read weights too: see `encoder`.
+`projected` puts it in place. Torch's fused encoder layers read weights too: see `encoder`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -42,7 +39,7 @@ class ProjectedAttention(nn.Module):
         self.batch_first, self.dropout = batch_first, dropout
 
     @classmethod
-    def from_attention(cls, source: nn.MultiheadAttention) -> ProjectedAttention:
+    def from_module(cls, source: nn.MultiheadAttention) -> ProjectedAttention:
         """The same function, with copies of the weights of `source`."""
         if source.in_proj_weight is not None:
             weights = source.in_proj_weight.chunk(3)
@@ -56,8 +53,8 @@ class ProjectedAttention(nn.Module):
         }
         new = cls.rebuild(source, **settings)
         for part, weight, bias in zip((new.q, new.k, new.v), weights, biases, strict=True):
-            _fill(part, weight, bias, source.out_proj.weight)
-        _fill(new.out, source.out_proj.weight, source.out_proj.bias, source.out_proj.weight)
+            fill(part, weight, bias)
+        fill(new.out, source.out_proj.weight, source.out_proj.bias)
         surgery.take_place(source, new)
         # the projections' own records follow it
         surgery.record(new, "ProjectedAttention", **settings)
@@ -204,65 +201,15 @@ def _as_added(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, float("-inf"))
 
 
-def _fill(part: nn.Module, weight: Tensor, bias: Tensor | None, like: Tensor) -> None:
-    part.weight = nn.Parameter(weight.detach().clone(), requires_grad=like.requires_grad)
+def fill(part: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
+    """Give an empty linear layer copies of a weight and a bias."""
+    part.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
     if bias is not None:
-        part.bias = nn.Parameter(bias.detach().clone(), requires_grad=like.requires_grad)
+        part.bias = nn.Parameter(bias.detach().clone(), requires_grad=weight.requires_grad)
 
 
-def project_attentions(
-    model: nn.Module, skipped: Callable[[str, nn.Module], bool]
-) -> tuple[nn.Module, dict[str, nn.MultiheadAttention], dict[str, str]]:
-    """Put a `ProjectedAttention` in the place of every `nn.MultiheadAttention` that can be one, in
-    place.
-
-    Returns the (possibly new) root, the modules that were replaced, and the reasons why others
-    stayed.
-    """
-    holders = surgery.holders(model)
-    replaced: dict[str, nn.MultiheadAttention] = {}
-    left: dict[str, str] = {}
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.MultiheadAttention):
-            continue
-        reason = _obstacle(name, module, holders, skipped)
-        if reason is None:
-            replaced[name] = module
-        else:
-            left[name] = reason
-    made: dict[nn.Module, nn.Module] = {}
-    for module in replaced.values():
-        made[module] = ProjectedAttention.from_attention(module)
-    return surgery.replace(model, made), replaced, left
-
-
-def restore_attentions(
-    model: nn.Module,
-    replaced: Mapping[str, nn.MultiheadAttention],
-    kinds: tuple[type[nn.Module], ...],
-) -> nn.Module:
-    """Put back the modules of which no projection became one of `kinds`."""
-    back = {}
-    for name, original in replaced.items():
-        projected = model.get_submodule(name)
-        if not any(isinstance(part, kinds) for part in projected.children()):
-            projected.__dict__.pop("_structure", None)
-            back[projected] = original
-    return surgery.replace(model, back)
-
-
-def _obstacle(
-    name: str,
-    module: nn.MultiheadAttention,
-    holders: Mapping[int, list[str]],
-    skipped: Callable[[str, nn.Module], bool],
-) -> str | None:
-    parts = module.named_modules()
-    if any(skipped(f"{name}.{part}".strip("."), child) for part, child in parts):
-        return "it or a part of it is named by skip"
-    if type(module).forward is not nn.MultiheadAttention.forward or "forward" in module.__dict__:
-        kind = type(module).__name__
-        return f"{kind} is a subclass of nn.MultiheadAttention with a forward of its own"
+def obstacle(module: nn.MultiheadAttention) -> str | None:
+    """Why a module, whose forward is torch's, can't become a ProjectedAttention."""
     if module.bias_k is not None or module.add_zero_attn:
         return "bias_k, bias_v and add_zero_attn are not handled"
     last = module.out_proj
@@ -272,9 +219,4 @@ def _obstacle(
     inputs = ("in_proj_weight", "q_proj_weight")
     if all(module._parameters.get(key) is None for key in inputs):
         return "its weights are computed by a hook or a parametrization: make them permanent first"
-    if any(len(holders[id(p)]) > 1 for p in module.parameters()):
-        return "it shares its weights with another module"
-    dtypes, own = {p.dtype for p in module.parameters()}, last.weight.dtype
-    if dtypes != {own} or not own.is_floating_point:
-        return "its weights are of several dtypes or no floating numbers"
     return None

@@ -22,7 +22,7 @@ INT8 = (Int8Linear, Int8Conv, Int8ConvTranspose, Int8Embedding, Int8LSTM, Int8GR
 LARGE_TABLE = 1 << 20  # numbers of an embedding that becomes int8 by itself,
 _LARGE_PART = 1 << 16  # and of one that holds a tenth of the model's
 _SMALL = 32  # weights of an output of a convolution
-_KINDS = "only linear layers, convolutions, LSTMs, GRUs, embeddings and experts"
+_KINDS = "only linear layers, convolutions, LSTMs, GRUs, cells, embeddings and experts"
 Report = dict[str, str]  # by layer: why it stays in float
 Skipped = Callable[[str, nn.Module], bool]
 

@@ -32,7 +32,7 @@ from quantize.compression.int8.regions import Inputs, gaining_together, make_reg
 from quantize.compression.int8.rounding import find_rounded
 from quantize.compression.int8.speed import affordable, slower, slower_as_a_whole
 from quantize.compression.int8.telling import Made, nothing, tell, unconverted
-from quantize.nn import project_attentions, restore_attentions
+from quantize.nn import project, restore
 from quantize.nn.int8 import Int8Linear
 from quantize.saying import Say, silent
 
@@ -55,9 +55,10 @@ def quantize_dynamic(
 
     Can be converted: `nn.Linear` (and subclasses that keep its forward), GPT-2 style `Conv1D`,
     convolutions of 1 to 3 dimensions (transposed ones compute in int8 where windows touch, and else
-    in float), `nn.LSTM`, `nn.GRU`, `nn.MultiheadAttention`, experts that a module holds in
-    parameters of three dimensions, and `nn.Embedding` and `nn.EmbeddingBag` tables that are large
-    or share their weight with a linear layer (a tied head).
+    in float), `nn.LSTM`, `nn.GRU`, the cells `nn.LSTMCell`, `nn.GRUCell` and `nn.RNNCell`,
+    `nn.MultiheadAttention`, experts that a module holds in parameters of three dimensions, and
+    `nn.Embedding` and `nn.EmbeddingBag` tables that are large or share their weight with a linear
+    layer (a tied head).
     `quantize.summary(result)` says what was converted, what was not, and why, and what part of the
     bytes stays float. A UserWarning does too where that is more than 40 percent, and another one
     says where the outputs moved by more than 5 percent on calibration, or, without it, by more than
@@ -118,7 +119,7 @@ def quantize_dynamic(
     say = progress or silent
     source = surgery.clone(model)
     skipped = surgery.skip_filter(source, skip)
-    source, attentions, left = project_attentions(source, skipped)
+    source, projected, left = project(source, skipped)
     choice = _chosen(source, skipped, embeddings, prefer)
     shapes = {} if calibration is None else _input_shapes(source, calibration)
     plans: dict[str, Stored] = {n: Stored(why) for n, why in overlapping(choice).items()}
@@ -143,7 +144,7 @@ def quantize_dynamic(
         made = _calibrated(trial, choice, shapes if prefer == "speed" else None, max_error, say)
     joined = fuse_activations(made.model, readers, folded)
     make_regions(made.model)
-    made.model = restore_attentions(made.model, attentions, (Int8Linear,))
+    made.model = restore(made.model, projected, (Int8Linear,))
     if trial is None:
         made.settings |= warn_of_noise(made.model, model)
     else:
