@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,12 +30,14 @@ class Trial:
         calibration: batches.
         expected: what the original gives for them.
         plans: by layer, for those that have outliers or compute in float.
+        shifts: by layer, what is added to its bias in int8, [out].
     """
 
     source: nn.Module
     calibration: Iterable[Any]
     expected: Sequence[Tensor]
     plans: Plans = field(default_factory=dict)
+    shifts: Mapping[str, Tensor] = field(default_factory=dict)
 
     def error(self, model: nn.Module) -> float:
         """Relative error of a model's outputs.
@@ -52,8 +54,10 @@ class Trial:
 
     def made(self, groups: Sequence[Group]) -> tuple[nn.Module, float]:
         """The model with these layers in int8, and its error."""
-        names = itertools.chain.from_iterable(groups)
-        model = convert(surgery.clone(self.source), list(names), self.plans)
+        names = list(itertools.chain.from_iterable(groups))
+        model = convert(surgery.clone(self.source), names, self.plans)
+        for name in set(names) & set(self.shifts):
+            model.get_submodule(name).bias += self.shifts[name]
         return model, self.error(model)
 
 

@@ -30,6 +30,7 @@ from quantize.compression.int8.noise import warn_of_noise
 from quantize.compression.int8.outliers import find_plans
 from quantize.compression.int8.regions import Inputs, gaining_together, make_regions
 from quantize.compression.int8.rounding import find_rounded
+from quantize.compression.int8.shifts import find_shifts
 from quantize.compression.int8.speed import affordable, slower, slower_as_a_whole
 from quantize.compression.int8.telling import Made, nothing, tell, unconverted
 from quantize.nn import project, restore
@@ -85,7 +86,8 @@ def quantize_dynamic(
         calibration: batches as `calibration.collect` takes. SmoothQuant is tried on them, then for
             each layer up to 4 outlier channels of its input in float, and a factor for each of the
             others, then rounding by GPTQ for LSTMs and GRUs; what brings the outputs at least a
-            tenth closer to the float model's is kept.
+            tenth closer to the float model's is kept. At last biases bring back what the means of
+            outputs miss, if that brings them closer.
             They also say at how many rows each layer is timed: the fewest, the middle and the most
             it gets.
         embeddings: convert all embedding tables, or (False) only those tied to a head; None: large
@@ -113,7 +115,8 @@ def quantize_dynamic(
             calibration or not above 0, and one that no layer keeps (naming the numbers).
 
     Source: SmoothQuant (Xiao et al., arXiv 2211.10438), LLM.int8() (Dettmers et al., arXiv
-        2208.07339), GPTQ (Frantar et al., arXiv 2210.17323).
+        2208.07339), GPTQ (Frantar et al., arXiv 2210.17323), bias correction (Nagel et al., arXiv
+        1906.04721).
     """
     _check(prefer, max_error, calibration)
     say = progress or silent
@@ -207,7 +210,8 @@ def _improved(
     trial: Trial, choice: Choice, shapes: Inputs | None, say: Say
 ) -> tuple[Trial, dict[str, Any]]:
     """The trial with smoothed norms, with outliers in float and with recurrent weights rounded for
-    their inputs, each if it brings the int8 model clearly closer; and the settings to note.
+    their inputs, each if it brings the int8 model clearly closer, and with shifted biases if they
+    bring it closer; and the settings to note.
 
     shapes: of the inputs at which a layer with outliers must not be slower than in float; None: it
     may be.
@@ -235,6 +239,11 @@ def _improved(
     apart, closer = _closer(trial, rounded, groups, distance)
     if closer < distance:
         settings["rounded"] = list(rounded)
+    say("bringing back the means of outputs")
+    shifts = find_shifts(apart.source, choice, apart.plans, trial.calibration)
+    shifted = dataclasses.replace(apart, shifts=shifts)
+    if shifts and shifted.made(groups)[1] < closer:
+        apart, settings["shifted"] = shifted, list(shifts)
     return apart, settings
 
 
