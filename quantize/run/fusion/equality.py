@@ -17,6 +17,7 @@ from quantize import clock, surgery
 from quantize.calibration import call, largest_difference, relative_error, untouched
 from quantize.nn.int8 import Int8Linear
 from quantize.nn.int8_conv import Int8Conv
+from quantize.nn.int8_outliers import Int8OutlierLinear
 from quantize.nn.int8_stock import IN_GRAPH
 from quantize.run.fusion.graph import Program, lines_of
 from quantize.run.fusion.nested import Spec, duplicate, flatten, unflatten
@@ -85,13 +86,28 @@ def in_floats(model: nn.Module) -> nn.Module:
     for module in twin.modules():
         if isinstance(module, Int8Conv):
             module.floats = True
-        elif type(module) is Int8Linear:
-            module.__class__ = _FloatLinear
+        elif type(module) in _IN_FLOAT:
+            module.__class__ = _IN_FLOAT[type(module)]
     return twin
 
 
+def integer_products(model: nn.Module, seen: Answers) -> int:
+    """How many products of bytes a model's linear layers take in its first call."""
+    counts: list[int] = []
+
+    def count(layer: Any, _: tuple[Any, ...], output: Tensor) -> None:
+        counts.append(output.numel() * layer.in_features)
+
+    twin = in_floats(model)
+    for layer in twin.modules():
+        if isinstance(layer, _FloatLinear):
+            layer.register_forward_hook(count)
+    one_call(twin, seen.spec, seen.calls[0].inputs)
+    return sum(counts)
+
+
 def _computes_in_int8(module: nn.Module) -> bool:
-    return isinstance(module, Int8Conv) or type(module) is Int8Linear
+    return isinstance(module, Int8Conv) or type(module) in _IN_FLOAT
 
 
 class _FloatLinear(Int8Linear):
@@ -102,6 +118,13 @@ class _FloatLinear(Int8Linear):
         y = F.linear(input.float(), self.dense_weight(), bias)
         y = y if self.activation is None else IN_GRAPH[self.activation](y)
         return y.to(input.dtype)
+
+
+class _FloatOutlierLinear(_FloatLinear, Int8OutlierLinear):
+    """One that computes in float."""
+
+
+_IN_FLOAT = {Int8Linear: _FloatLinear, Int8OutlierLinear: _FloatOutlierLinear}
 
 
 class Checker:
