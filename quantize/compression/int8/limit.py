@@ -57,7 +57,8 @@ class Trial:
         names = list(itertools.chain.from_iterable(groups))
         model = convert(surgery.clone(self.source), names, self.plans)
         for name in set(names) & set(self.shifts):
-            model.get_submodule(name).bias += self.shifts[name]
+            layer: Any = model.get_submodule(name)
+            layer.bias += self.shifts[name]
         return model, self.error(model)
 
 
