@@ -93,7 +93,8 @@ def no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     def last_wins(models: dict[str, Callable[..., Any]], inputs: Any, **_: Any) -> dict[str, float]:
         return {name: float(len(models) - i) for i, name in enumerate(models)}
 
-    monkeypatch.setattr("quantize.run.fusion.planning.race", last_wins)
+    for module in ("planning", "fusing"):
+        monkeypatch.setattr(f"quantize.run.fusion.{module}.race", last_wins)
     as_fast = {"fused": 1.0, "model": 1.0}
     monkeypatch.setattr("quantize.run.fusion.fusing._times", lambda *_: as_fast)
     monkeypatch.setattr("quantize.run.fusion.kernels.SMALL", 0)

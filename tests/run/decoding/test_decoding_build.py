@@ -278,9 +278,9 @@ def test_without_a_compiler(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("fresh")
-def test_processes_at_once_and_a_file_cut_under_a_running_one(tmp_path):
-    """Two processes that compile at once agree; a library that is emptied while mapped doesn't
-    reach who has mapped it.
+def test_processes_at_once_and_a_file_cut_under_a_running_one(content, tmp_path):
+    """Two processes that compile at once, with a compiler that has compiled before, agree; a
+    library that is emptied while mapped doesn't reach who has mapped it.
     """
     code = (
         "import pathlib, sys, torch, quantize\n"
@@ -291,11 +291,20 @@ def test_processes_at_once_and_a_file_cut_under_a_running_one(tmp_path):
         "for path in pathlib.Path(sys.argv[1]).rglob('*.so'): path.write_bytes(b'')\n"
         "print(quantize.generate(fast, torch.tensor([[1, 2]]), max_new_tokens=4).tolist())\n"
     )
-    quick = tmp_path / "compiler"
-    quick.write_text(f'#!/bin/sh\nexec {shlex.join(build.compiler())} "$@" -O0\n')
+    library, quick = tmp_path / "library", tmp_path / "compiler"
+    library.write_bytes(content)
+    script = f"""#!/bin/sh
+case "$*" in *" -o "*) ;; *) exec {shlex.join(build.compiler())} "$@" ;; esac
+while [ "$1" != -o ]; do shift; done
+echo compiled >> {tmp_path}/log
+sleep 0.5
+cp {library} "$2"
+"""
+    quick.write_text(script)
     quick.chmod(0o755)
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "CXX": str(quick)}
     running = [Python("-c", code, tmp_path, environment=environment) for _ in range(2)]
     first, second = (process.ended() for process in running)
     assert first.returncode == second.returncode == 0, (first, second)
     assert first.stdout == second.stdout != ""
+    assert (tmp_path / "log").exists()

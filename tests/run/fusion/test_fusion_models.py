@@ -109,18 +109,20 @@ def _swin() -> nn.Module:
 
 
 def _mobilevit() -> nn.Module:
-    """Two transformer layers in the first stage that has some, and one in the others, where the
-    config always makes up to four.
+    """Two transformer layers in the first stage that has some, and one in the second, where the
+    config always makes up to four, and a third stage.
     """
     config = transformers.MobileViTConfig(
         image_size=64,
         hidden_sizes=[24, 32, 40],
-        neck_hidden_sizes=[8, 16, 24, 32, 40, 48, 160],
+        neck_hidden_sizes=[8, 16, 24, 32, 40, 40, 160],
         num_attention_heads=2,
         num_labels=10,
     )
     model = transformers.MobileViTForImageClassification(config)
-    for stage, layers in zip(model.mobilevit.encoder.layer[2:], (2, 1, 1), strict=True):
+    encoder = model.mobilevit.encoder
+    encoder.layer = encoder.layer[:4]
+    for stage, layers in zip(encoder.layer[2:], (2, 1), strict=True):
         stage.transformer.layer = stage.transformer.layer[:layers]
     return model
 

@@ -73,6 +73,7 @@ class Squared(nn.Module):
         return x.new_ones((x.shape[-1] // 2) ** 2) * x.sum()
 
 
+@pytest.mark.usefixtures("no_clock")
 def test_a_power_of_a_size_is_a_whole_number():
     """Which a power of two integers is in Python, and not in TorchScript."""
     fused = planning.plan(Squared(), torch.ones(2, 6)).fused
