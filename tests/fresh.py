@@ -1,6 +1,6 @@
 """Processes forked from one that has imported torch and nothing of this package, and has computed
 nothing: one that has run a backward pass can't be forked for another. So they start as a Python
-does, without the seconds that torch takes.
+does, without the seconds that torch takes, and its compiler, which torch imports for an optimizer.
 
 What they call stands in modules that import little, as each of them imports those.
 """
@@ -22,7 +22,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]  # of the repository
 FRESH = multiprocessing.get_context("forkserver")
-FRESH.set_forkserver_preload(["torch"])
+FRESH.set_forkserver_preload(["torch", "torch._dynamo"])
 
 
 def started(work: Callable[..., object], *arguments: Any) -> BaseProcess:

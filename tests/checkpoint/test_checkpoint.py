@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import subprocess
+import sys
 
 import pytest
 import safetensors.torch
 import torch
 from checkpoint_models import IDS, Holder, Net, Tiny, TinyConfig, assert_same, both, net
-from fresh import python
+from fresh import ROOT
 from helpers import in_int8
 from torch import nn
 
@@ -295,7 +297,6 @@ def test_parametrized_and_normed_modules(tmp_path, suffix):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("fresh")
 def test_loading_and_running_imports_no_compiler(tmp_path):
     """Loading a built-in model in int8 in a fresh process, and calling it until its calls are
     replayed, doesn't pull in torch._dynamo or sympy, which take seconds and memory.
@@ -308,7 +309,8 @@ def test_loading_and_running_imports_no_compiler(tmp_path):
         "for _ in range(4): model(torch.ones(2, 32, dtype=torch.long))\n"
         "sys.exit(' '.join({'torch._dynamo', 'sympy'} & set(sys.modules)) or 0)\n"
     )
-    result = python("-c", code, tmp_path / "m.pth")
+    command = [sys.executable, "-c", code, tmp_path / "m.pth"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stderr
 
 

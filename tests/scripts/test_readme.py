@@ -14,7 +14,10 @@ from torch import nn
 
 import quantize
 
-pytestmark = pytest.mark.usefixtures("one_nursery")
+pytestmark = [
+    pytest.mark.usefixtures("one_nursery"),
+    pytest.mark.xdist_group("readme"),  # one folder, so one nursery
+]
 SIZES = {
     "vocab_size": 64,
     "hidden_size": 64,
@@ -51,16 +54,24 @@ class MyNet(nn.Sequential):
         )
 
 
-@pytest.fixture
-def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
-    """What the reader has: a class, two folders of published models, a metric."""
-    monkeypatch.chdir(tmp_path)
-    time_briefly(monkeypatch)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the reader works, with two folders of published models."""
+    folder = tmp_path_factory.mktemp("reader")
     torch.manual_seed(0)
     bert = transformers.BertForSequenceClassification(transformers.BertConfig(**SIZES))
-    bert.save_pretrained("my_bert")
+    bert.save_pretrained(folder / "my_bert")
     llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES))
-    llama.save_pretrained("SmolLM2-135M")
+    llama.save_pretrained(folder / "SmolLM2-135M")
+    return folder
+
+
+@pytest.fixture
+def names(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
+    """What the reader has: a class, inputs of a published model, a metric."""
+    monkeypatch.chdir(folder)
+    time_briefly(monkeypatch)
+    torch.manual_seed(0)
     inputs = {"input_ids": torch.arange(32).view(2, 16)}
     return {"MyNet": MyNet, "inputs": inputs, "accuracy": lambda model: {"accuracy": 0.5}}
 
