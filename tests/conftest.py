@@ -41,6 +41,50 @@ SLOWER_MODELS = {
     "vit",
     "whisper",
 }
+# Of the cases of these tests that aren't slow by themselves, a quick run (-m "not slow") has one in
+# so many; they take half of its time and ask one question of many layers, models or settings.
+ONE_CASE_IN = {
+    7: {
+        "test_a_change_between_two_calls_is_seen",
+        "test_a_draft_changes_no_token",
+        "test_a_folder_gives_the_model_back",
+        "test_activation_joins_the_convolution",
+        "test_padding_by_name_becomes_numbers",
+        "test_pair",
+        "test_promises",
+        "test_pruned_equals_masked",
+        "test_same_logits_and_tokens",
+    },
+    5: {
+        "test_a_recipe_is_its_functions_in_a_row",
+        "test_batch_norm_disappears",
+        "test_changes_of_what_is_reached_count",
+        "test_classifiers_are_one_program",
+        "test_layers_that_do_more",
+        "test_mistakes_on_the_command_line",
+        "test_models_that_read_weights",
+        "test_native_equals_a_pass_without_a_cache",
+        "test_padding_moves_into_the_convolution",
+        "test_the_bits_of_the_steps",
+    },
+    3: {
+        "test_a_change_under_way_is_seen",
+        "test_a_compressed_model_refuses_to_become_a_folder",
+        "test_default_dtype_of_the_caller_does_not_matter",
+        "test_each_row_is_what_it_is_alone",
+        "test_every_refusal_is_a_checkpoint_error",
+        "test_grad_mode_of_the_caller_does_not_matter",
+        "test_layers_whose_weight_is_computed_are_left",
+        "test_only_dead_values_are_overwritten",
+        "test_other_forwards_run_as_they_are",
+        "test_plot_is_an_image_for_any_number_of_rows",
+        "test_random_model",
+        "test_state_in_tensors_is_carried_from_call_to_call",
+        "test_summary_is_the_same_in_a_copy_and_in_a_file",
+        "test_transform_elsewhere",
+        "test_what_native_code_does_not_know_runs_by_itself",
+    },
+}
 SERVERS = {"running", "command"}  # fixtures that take seconds: all their tests run in one worker
 
 
@@ -61,13 +105,22 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
-    """Mark as slow what is parametrized by one of the slower models, and start servers once."""
+    """Mark as slow what is parametrized by one of the slower models, and most cases of the tests
+    that have many; start servers once.
+    """
     for item in items:
         for server in SERVERS.intersection(item.fixturenames):
             item.add_marker(pytest.mark.xdist_group(server))
         parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
         if any(isinstance(value, str) and value in SLOWER_MODELS for value in parameters):
             item.add_marker(pytest.mark.slow)
+    for share, names in ONE_CASE_IN.items():
+        for name in names:
+            cases = [item for item in items if item.originalname == name]
+            quick = [case for case in cases if case.get_closest_marker("slow") is None]
+            for i, case in enumerate(quick):
+                if i % share:
+                    case.add_marker(pytest.mark.slow)
 
 
 def pytest_collection_finish() -> None:

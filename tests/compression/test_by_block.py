@@ -88,6 +88,7 @@ def test_blocks_are_fitted_from_what_the_compressed_ones_give(tmp_path):
     assert torch.equal(model.leave(states[0]), result(batches()[0]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "step, share", [(Prune({"*up": 0.5}), 1.0), (LowRank(0.7, only_faster=False), 0.95)]
 )

@@ -73,7 +73,8 @@ OFTEN = (
 
 
 def share(transform: str, model: str) -> str:
-    """What a run takes a cell for: "always", "slow" (not with -m "not slow"), or "" (only whole).
+    """What a run takes a cell for: "always" (one in seven with -m "not slow": see conftest.py),
+    "slow" (none of them), or "" (only whole).
 
     Odd models meet one of the cheap transforms in every run. Slow runs add another one, one of the
     slower ones, and one of the cheap ones for others' architectures.

@@ -194,6 +194,7 @@ def test_four_bits_are_for_units_whose_layers_all_can_have_them(batches, tmp_pat
     assert predicted == pytest.approx((tmp_path / "small.pth").stat().st_size, rel=0.1)
 
 
+@pytest.mark.slow
 def test_bytes_of_layers_that_read_each_other_are_predicted():
     """Convolutions in a row, each with half of its inputs and of its outputs."""
     torch.manual_seed(0)
@@ -227,6 +228,7 @@ def whole(unit: Unit, kind: str) -> Option:
     return next(o for o in unit.options if (o.kind, o.amount, o.ratio) == (kind, 0.0, 1.0))
 
 
+@pytest.mark.slow
 def test_choices_by_layer_are_files_that_load(batches, tmp_path, monkeypatch):
     """A search whose clock is made up of the tensors' bytes: several points name layers, each is
     the model its row says, and nothing is returned that is slower or loses more than asked.

@@ -255,6 +255,7 @@ def test_a_point_that_has_lost_too_much_gets_one_turn(batches, turns):
     assert hurried and hurried < lost
 
 
+@pytest.mark.slow
 def test_budgets_that_contradict_each_other_name_what_the_targets_cost(batches):
     """Nothing that is small enough loses nothing: which point is, and what it loses."""
     result = search(Net().eval(), batches, {"bytes": 8_000, "max_loss": 0.0})

@@ -65,6 +65,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 def test_without_a_cache(model, expected):
     """Every token from the whole text before it; two texts whole, since they take long, and all
     whole as one pass.

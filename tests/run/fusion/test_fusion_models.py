@@ -279,16 +279,8 @@ def compressed(kind: str) -> tuple[nn.Module, Any]:
     return (in_int8(pruned) if kind == "pruned+int8" else pruned), inputs
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "int8",
-        *(
-            pytest.param(k, marks=pytest.mark.slow)
-            for k in ("half", "low_rank", "pruned", "pruned+int8")
-        ),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["int8", "half", "low_rank", "pruned", "pruned+int8"])
 def test_compressed_models_fuse_and_stay_compressed(kind: str, tmp_path: Path) -> None:
     """Each form gives its own answers from the fused file, int8 layers multiply in int8, and the
     file stays small.

@@ -98,6 +98,7 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
         running.process.wait()
 
 
+@pytest.mark.slow
 def test_curl_and_the_token(command: Command):
     """As the README has it; without the token nothing but health and the page."""
     curl = shutil.which("curl")
@@ -130,6 +131,7 @@ def test_logs_have_ids_and_no_prompts(command: Command):
     assert "secret" not in log and "no spaces" not in log
 
 
+@pytest.mark.slow
 def test_vanished_clients_and_half_bodies(command: Command):
     """They take nothing with them; the next one is answered."""
     host, port = command.url.removeprefix("http://").split(":")
