@@ -90,9 +90,8 @@ def test_in_a_batch(model, expected):
     assert all(torch.equal(a, b[: len(a)]) for a, b in zip(together, texts, strict=True))
 
 
-@pytest.mark.parametrize(
-    "draft", ["lookup", pytest.param("itself rounded", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("draft", ["lookup", "itself rounded"])
 def test_with_a_draft(model, expected, draft):
     """Right and wrong guesses, several in a pass."""
     if draft == "itself rounded":
@@ -104,6 +103,7 @@ def test_with_a_draft(model, expected, draft):
         assert torch.equal(generate(model, prompt, **options), text)
 
 
+@pytest.mark.slow
 def test_on_one_thread(model, expected, one_thread):
     """The order of sums isn't that of threads."""
     for prompt, text in zip(PROMPTS, expected, strict=True):

@@ -79,6 +79,7 @@ WAYS = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.slow
 @WAYS
 @pytest.mark.parametrize("dims", [1, 2])
 def test_an_int8_convolution_is_one_kernel(
@@ -120,6 +121,7 @@ def test_without_exact_kernels_convolutions_are_in_float(monkeypatch: pytest.Mon
     assert f"left out: {planning.INTEGERS}: this CPU has none that are exact" in made.notes
 
 
+@pytest.mark.slow
 def test_int8_heads_are_in_float_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Beside convolutions in float, which do the padding before them: stock products of bytes take
     longer still.
@@ -285,6 +287,7 @@ def test_notes_of_the_model_and_of_fusing_go_with_the_result() -> None:
         assert steps[-1].distance <= 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("fused_ms", "warns"), [(3.0, True), (2.0, False)])
 def test_a_slower_fused_model_says_both_times(
     fused_ms: float, warns: bool, monkeypatch: pytest.MonkeyPatch

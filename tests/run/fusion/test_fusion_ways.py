@@ -44,6 +44,7 @@ def test_a_way_that_loses_on_one_row_is_not_taken(slow: bool, taken: str, monkey
         assert_close(made.fused(batch), model(batch))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", [planning.FLOATS, planning.KERNELS])
 @torch.no_grad()
 def test_int8_linear_layers_compute_in_float_where_that_is_faster(way: str, monkeypatch):
