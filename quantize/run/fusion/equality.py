@@ -91,21 +91,6 @@ def in_floats(model: nn.Module) -> nn.Module:
     return twin
 
 
-def integer_products(model: nn.Module, seen: Answers) -> int:
-    """How many products of bytes a model's linear layers take in its first call."""
-    counts: list[int] = []
-
-    def count(layer: Any, _: tuple[Any, ...], output: Tensor) -> None:
-        counts.append(output.numel() * layer.in_features)
-
-    twin = in_floats(model)
-    for layer in twin.modules():
-        if isinstance(layer, _FloatLinear):
-            layer.register_forward_hook(count)
-    one_call(twin, seen.spec, seen.calls[0].inputs)
-    return sum(counts)
-
-
 def _computes_in_int8(module: nn.Module) -> bool:
     return isinstance(module, Int8Conv) or type(module) in _IN_FLOAT
 
@@ -192,6 +177,23 @@ class Checker:
         finally:
             rewind()
 
+    def first(self, fused: Callable[..., Any], rewind: Callable[[], None]) -> float:
+        """Norm of the difference over norm on the example inputs alone; ValueError beyond the
+        tolerance there.
+        """
+        expected = self.seen.calls[0]
+        actual = one_call(fused, self.seen.spec, expected.inputs)
+        rewind()
+        self._refuse_far(difference(actual.outputs, expected.outputs))
+        return _away(actual, expected)
+
+    def _refuse_far(self, first: float) -> None:
+        if first > self.allowed:
+            raise ValueError(
+                f"the fused model differs from eager by {first:.2g} of the largest value; "
+                f"allowed is {self.allowed:.0e}"
+            )
+
     def _calls(self, fused: Callable[..., Any]) -> float:
         # Not copied before the last call: no call may change what an earlier one returned.
         found = []
@@ -218,11 +220,7 @@ class Checker:
                 "numbers: its forward reads something that isn't in the model (a global "
                 "variable, the clock)"
             )
-        if first > self.allowed:
-            raise ValueError(
-                f"the fused model differs from eager by {first:.2g} of the largest value; "
-                f"allowed is {self.allowed:.0e}"
-            )
+        self._refuse_far(first)
         for i, (actual, expected) in enumerate(pairs):
             self._inputs_alike(actual, expected)
             off = difference(actual.outputs, expected.outputs)
@@ -233,10 +231,7 @@ class Checker:
                     f"at call {i + 1}, on other values, the fused model differs from eager by "
                     f"{off:.2g}{state}"
                 )
-        parts = [
-            [t for t in c.outputs if t.is_floating_point()] for c in (found[0], self.seen.calls[0])
-        ]
-        self.distance = relative_error(*parts)
+        self.distance = _away(found[0], self.seen.calls[0])
         return first
 
     def _rounding(self) -> float:
@@ -293,6 +288,12 @@ class Checker:
             if broken and fits and self._other(fused, case) > self.later:
                 program.conditions += broken
             program.rewind()
+
+
+def _away(actual: Call, expected: Call) -> float:
+    """Norm of the difference of their outputs over norm."""
+    parts = [[t for t in one.outputs if t.is_floating_point()] for one in (actual, expected)]
+    return relative_error(*parts)
 
 
 def last_line(error: BaseException) -> str:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from quantize.run.fusion import integers, planning
 from quantize.run.fusion.equality import difference, outputs
 from quantize.run.fusion.sizes import other_sizes
 
@@ -23,6 +25,18 @@ def randomized(model: nn.Module, seed: int = 0) -> nn.Module:
                 if name.endswith("running_var"):
                     tensor.abs_().add_(0.5)
     return model.eval()
+
+
+def fastest(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let this way of a plan win, and else kernels."""
+    best = way, planning.KERNELS
+    monkeypatch.setattr(planning, "race", lambda built, _: {n: 1 + (n not in best) for n in built})
+
+
+def in_integers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let int8 linear layers multiply in integers, as on a CPU where that is fast."""
+    monkeypatch.setattr(integers, "available", lambda: True)
+    fastest(planning.KERNELS, monkeypatch)
 
 
 class Image(nn.Module):

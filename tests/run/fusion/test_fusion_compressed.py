@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fusion_models import Image, randomized
+from fusion_models import Image, fastest, in_integers, randomized
 from helpers import assert_close, in_int8, randn
 from torch import nn
 
@@ -67,12 +67,6 @@ def in_8_bits(x: torch.Tensor) -> torch.Tensor:
     return ((x.double() / step + zero + 0.5).floor() - zero) * step
 
 
-def fastest(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let this way of a plan win, and else kernels."""
-    best = way, planning.KERNELS
-    monkeypatch.setattr(planning, "race", lambda built, _: {n: 1 + (n not in best) for n in built})
-
-
 # The second is made where a CPU's kernels for it are exact; see below for the others.
 WAYS = pytest.mark.parametrize(
     "way", [planning.FLOATS, planning.INTEGERS][: 1 + integers.available()]
@@ -118,7 +112,7 @@ def test_without_exact_kernels_convolutions_are_in_float(monkeypatch: pytest.Mon
     model = randomized(nn.Sequential(nn.Conv2d(16, 16, 3), nn.ReLU()))
     made = planning.plan(in_int8(model), randn(2, 16, 6, 6))
     assert made.way == planning.FLOATS
-    assert f"left out: {planning.INTEGERS}: this CPU has none that are exact" in made.notes
+    assert f"left out: {planning.INTEGERS}: this CPU has none that are exact and fast" in made.notes
 
 
 @pytest.mark.slow
@@ -214,10 +208,11 @@ def test_padding_by_nothing_is_a_copy() -> None:
         assert torch.equal(actual, expected)
 
 
-def test_int8_stays_int8() -> None:
-    """A quantized model's fused file multiplies in int8, by what the profiler sees, and gives the
-    same answers.
+def test_int8_stays_int8(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where that is fast a quantized model's fused file multiplies in int8, by what the profiler
+    sees, and gives the same answers.
     """
+    in_integers(monkeypatch)
     model = randomized(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32)))
     x = randn(4, 64)
     int8 = in_int8(model)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from fusion_models import same_at_other_sizes
+from fusion_models import in_integers, same_at_other_sizes
 from helpers import in_int8, zoo
 from torch import nn
 from torch.nn import functional as F
@@ -281,10 +281,13 @@ def compressed(kind: str) -> tuple[nn.Module, Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["int8", "half", "low_rank", "pruned", "pruned+int8"])
-def test_compressed_models_fuse_and_stay_compressed(kind: str, tmp_path: Path) -> None:
-    """Each form gives its own answers from the fused file, int8 layers multiply in int8, and the
-    file stays small.
+def test_compressed_models_fuse_and_stay_compressed(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each form gives its own answers from the fused file, int8 layers multiply in int8 where that
+    is fast, and the file stays small.
     """
+    in_integers(monkeypatch)
     model, inputs = compressed(kind)
     original = sum(p.numel() * p.element_size() for p in zoo("bert", shallow=True)[0].parameters())
     fuse(model, inputs).save(tmp_path / "fused.pt")
