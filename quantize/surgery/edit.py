@@ -102,7 +102,8 @@ def uncompiled(model: nn.Module) -> nn.Module:
 
 def deepcopy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     """`copy.deepcopy`, also of models that keep results of a computation (activations, normalized
-    weights), as values.
+    weights), as values. Modules that make themselves anew when they are copied (einops' layers)
+    stay in their mode.
 
     Raises TypeError naming the module that holds something that can't be copied.
     """
@@ -113,6 +114,10 @@ def deepcopy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     except (TypeError, RuntimeError) as error:
         raise TypeError(f"{_uncopiable(model)} can't be copied: {error}") from error
     copy_closures(copied, memo)
+    for module in model.modules():
+        twin = memo.get(id(module))
+        if isinstance(twin, nn.Module) and twin.training != module.training:
+            twin.training = module.training
     return copied
 
 

@@ -49,6 +49,26 @@ def test_clone_keeps_flags_and_hooks(net):
     assert calls == [1]
 
 
+class Anew(nn.Module):
+    """Makes itself anew from what it was made of when it is copied, as einops' layers do."""
+
+    def __init__(self, axes: int = 1) -> None:
+        super().__init__()
+        self.axes = axes
+
+    def __getstate__(self) -> dict[str, int]:
+        return {"axes": self.axes}
+
+    def __setstate__(self, state: dict[str, int]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+
+def test_clone_keeps_the_mode_of_modules_that_make_themselves_anew():
+    twin = surgery.clone(nn.Sequential(nn.Linear(2, 2), Anew(3)).eval())
+    assert not any(module.training for module in twin.modules())
+    assert twin[1].axes == 3
+
+
 def test_clone_refuses_what_it_cannot_edit(net):
     """TorchScript and things that are no module are a TypeError that says so."""
     with pytest.raises(TypeError, match=r"must be an .*Module, got dict"):
