@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
@@ -169,6 +170,28 @@ def test_a_model_that_int8_slows_down_as_a_whole(monkeypatch: pytest.MonkeyPatch
     races(monkeypatch, [0.1, 0.05], [0.1, 0.11], [0.1, 0.09])
     small = quantize_dynamic(model, calibration=batches)
     assert quantize.summary(small).done
+
+
+@dataclass
+class Rows:
+    """An input of a model that takes one object."""
+
+    values: torch.Tensor
+
+
+class OfRows(nn.Sequential):
+    """A model of such inputs."""
+
+    def forward(self, rows: Rows) -> torch.Tensor:
+        return super().forward(rows.values)
+
+
+def test_numbers_in_dataclasses_count(monkeypatch: pytest.MonkeyPatch):
+    """The smallest and the largest batch are known for inputs of the model's own classes too."""
+    model = OfRows(linear(4, 4))
+    batches = [(Rows(randn(count, 4)),) for count in (3, 2, 9)]
+    races(monkeypatch, [0.1, 0.05], [0.1, 0.11], [0.1, 0.11])
+    assert "for a batch of 36 numbers" in (speed.slower_as_a_whole(model, model, batches) or "")
 
 
 def test_the_output_stays_within_an_error():

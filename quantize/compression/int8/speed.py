@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from quantize import calibration as calibrating
 from quantize import clock, surgery
@@ -138,7 +137,7 @@ def is_slower(module: nn.Module, other: nn.Module, shapes: Shapes) -> bool:
 
 
 def _numbers(batch: Any) -> int:
-    return sum(x.numel() for x in tree_leaves(batch) if isinstance(x, Tensor))
+    return sum(x.numel() for x in calibrating.output_tensors(batch))
 
 
 def timed_shapes(fact: surgery.Facts, shapes: Shapes) -> list[Shape]:
