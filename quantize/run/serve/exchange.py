@@ -148,6 +148,7 @@ class Events(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
         await send(start)
+        await asyncio.sleep(0)  # it has gone out
         writer = asyncio.ensure_future(self._write(send))
         watch = asyncio.ensure_future(_disconnected(receive))
         try:

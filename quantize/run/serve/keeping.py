@@ -1,4 +1,4 @@
-"""What clients of a worker are told if it dies while it writes for them.
+"""The connections of a worker, and what their clients are told if it dies while it writes for them.
 
 For each text that a worker has begun to answer it hands a copy of the connection to its parent, and
 takes it back when the text is done. Where the worker dies, the parent ends those answers: a stream
@@ -8,10 +8,11 @@ the connection close.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
@@ -19,23 +20,76 @@ from uvicorn.protocols.http.auto import AutoHTTPProtocol
 from quantize.run.serve.errors import Refused, error_body
 from quantize.run.serve.exchange import framed, to_json
 
+LARGE = 2**16  # bytes
 STREAM, WHOLE, DONE = b"s", b"w", b"-"
 DIED = Refused("the worker that wrote this has died", status=502)
 _transports: dict[Any, Any] = {}  # of the connections of this worker, by the address of the client
 
 
+class Gathered:
+    """A transport that writes what belongs together at once.
+
+    uvicorn writes the head of an answer and its body one after the other; each write takes about as
+    long as to read the JSON of a small request, and wakes the client.
+
+    Args:
+        transport: of the event loop; what isn't about writing is left to it.
+    """
+
+    def __init__(self, transport: Any) -> None:
+        self._transport, self._held = transport, b""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        """Send, in the next pass of the event loop at the latest."""
+        if len(data) > LARGE:  # to put it behind others would copy it
+            self.flush()
+            self._transport.write(data)
+            return
+        if not self._held:
+            asyncio.get_running_loop().call_soon(self.flush)
+        self._held += data
+
+    def flush(self) -> None:
+        """Send now."""
+        data, self._held = self._held, b""
+        if data:
+            self._transport.write(data)
+
+    def close(self) -> None:
+        """Close, once everything is sent."""
+        self.flush()
+        self._transport.close()
+
+
 class Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]  # of two kinds
-    """uvicorn's protocol, that can be found by its client."""
+    """uvicorn's protocol, that can be found by its client.
+
+    Args:
+        lost: called when the connection is closed.
+        options: uvicorn's.
+    """
 
     client: Any  # its address; set by uvicorn
 
+    def __init__(self, lost: Callable[[], None], **options: Any) -> None:
+        super().__init__(**options)
+        self._lost = lost
+
     def connection_made(self, transport: Any) -> None:
-        super().connection_made(transport)
+        super().connection_made(Gathered(transport))
         _transports[self.client] = transport
 
     def connection_lost(self, exc: Exception | None) -> None:
         _transports.pop(self.client, None)
+        self._lost()
         super().connection_lost(exc)
+
+    def on_response_complete(self) -> None:
+        self.transport.flush()
+        super().on_response_complete()
 
 
 class Keeper:

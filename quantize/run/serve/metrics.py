@@ -56,10 +56,12 @@ class Metrics:
             for name, (_, bounds) in HISTOGRAMS.items():
                 self._places[name, model] = size
                 size += len(bounds) + 2  # a count for each bound and above, and the sum
-        self._computed, size = size, size + 1  # when it did last, on the clock of all processes
+        self._computed = size  # when it did last, on the clock of all processes
+        self._connections, size = size + 1, size + 2
         shared = mmap.mmap(-1, max(1, workers * size * 8))
         self._numbers = np.frombuffer(shared, dtype=np.float64).reshape(workers, size)
         self._numbers[:, self._computed] = -math.inf
+        self._numbers[:, self._connections] = math.inf
 
     def add(self, name: str, model: str, value: float = 1) -> None:
         """Count."""
@@ -82,11 +84,20 @@ class Metrics:
         self.forget(row)
 
     def forget(self, row: int) -> None:
-        """A worker has ended: its gauges are nothing, and it computes no more."""
+        """A worker has ended: its gauges are nothing, it computes no more, and accepts nothing."""
         for (name, _), place in self._places.items():
             if name in GAUGES:
                 self._numbers[row, place] = 0
         self._numbers[row, self._computed] = -math.inf
+        self._numbers[row, self._connections] = math.inf
+
+    def connected(self, count: float) -> None:
+        """This worker's connections; infinite: it takes no more."""
+        self._numbers[self.row, self._connections] = count
+
+    def fewest_connections(self) -> float:
+        """Those of the worker that has the fewest."""
+        return float(self._numbers[:, self._connections].min())
 
     def computes(self, now: bool) -> None:
         """Whether this worker computes from now on."""

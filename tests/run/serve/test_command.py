@@ -152,6 +152,27 @@ def test_vanished_clients_and_half_bodies(command: Command):
 
 
 @pytest.mark.slow
+def test_workers_share_connections(command: Command):
+    """Clients that come at once, and stay, are shared among the workers."""
+
+    def sockets(worker: int) -> int:
+        files = Path(f"/proc/{worker}/fd").iterdir()
+        return sum(str(file.readlink()).startswith("socket") for file in files)
+
+    before = {worker: sockets(worker) for worker in command.workers()}
+    host, port = command.url.removeprefix("http://").split(":")
+    clients = [socket.create_connection((host, int(port))) for _ in range(24)]
+    for client in clients:
+        client.sendall(b"GET /v2/health/live HTTP/1.1\r\nHost: test\r\n\r\n")
+    for client in clients:
+        assert client.recv(1000).startswith(b"HTTP/1.1 200")
+    more = [sockets(worker) - count for worker, count in before.items()]
+    for client in clients:
+        client.close()
+    assert sum(more) == 24 and min(more) >= 6
+
+
+@pytest.mark.slow
 def test_a_killed_worker_is_replaced(command: Command):
     """Its clients get an error, streams and others; those of the other worker go on; soon there are
     two again.

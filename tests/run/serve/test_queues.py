@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import math
 import sys
 import threading
 from dataclasses import replace
@@ -25,7 +26,7 @@ from quantize.run.decoding.passes import NativePasses
 from quantize.run.generate.reader import CHUNK
 from quantize.run.serve import Settings, app, open_served, serve_model
 from quantize.run.serve.batching import Batcher, Compute, Job, choose
-from quantize.run.serve.keeping import Keeper
+from quantize.run.serve.keeping import LARGE, Gathered, Keeper
 from quantize.run.serve.metrics import Metrics
 from quantize.run.serve.prefixes import LEAST, Prefixes
 from quantize.run.serve.sequence import Sequence
@@ -200,6 +201,45 @@ def test_numbers_of_all_workers_are_added():
     assert 'quantize_batch_rows_bucket{model="m",le="2"} 0.0' in lines
     assert 'quantize_batch_rows_bucket{model="m",le="4"} 2.0' in lines
     assert 'quantize_batch_rows_sum{model="m"} 8.0' in lines
+
+
+def test_the_worker_with_the_fewest_connections_is_known():
+    """One that hasn't begun, takes no more, or has ended, isn't counted."""
+    metrics = Metrics(["m"], workers=3)
+    assert metrics.fewest_connections() == math.inf
+    for row, count in ((0, 5), (2, 3)):
+        metrics.row = row
+        metrics.connected(count)
+    assert metrics.fewest_connections() == 3
+    metrics.forget(2)
+    assert metrics.fewest_connections() == 5
+
+
+def test_an_answer_is_written_at_once():
+    """Head and body together; what is large isn't put behind others; nothing is lost by closing."""
+    sent: list[bytes] = []
+
+    class Transport:
+        def write(self, data: bytes) -> None:
+            sent.append(data)
+
+        def close(self) -> None:
+            sent.append(b"closed")
+
+    async def work() -> None:
+        gathered = Gathered(Transport())
+        gathered.write(b"head ")
+        gathered.write(b"body")
+        assert not sent
+        await asyncio.sleep(0)
+        gathered.write(b"head ")
+        gathered.write(bytes(LARGE + 1))
+        gathered.write(b"last")
+        gathered.close()
+        await asyncio.sleep(0)
+
+    asyncio.run(work())
+    assert sent == [b"head body", b"head ", bytes(LARGE + 1), b"last", b"closed"]
 
 
 def test_a_batch_gets_the_cores_that_no_other_worker_computes_on():
