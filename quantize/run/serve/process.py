@@ -31,6 +31,7 @@ KEEP_ALIVE_S = 75
 # loop busy, it gets it back only after so long, by default 5 ms.
 SWITCH_S = 0.0002
 CRASHED = 70
+ORPHAN_S = 30  # for what was accepted, once the parent has died
 SLACK = 16  # a worker may have a part of so many more connections than another
 YIELD_S = 0.001  # how long a connection is left to another worker
 
@@ -86,7 +87,11 @@ class Server(uvicorn.Server):
         await super().shutdown([self._channel.listener])
 
     async def on_tick(self, counter: int) -> bool:
-        return os.getppid() != self._parent or await super().on_tick(counter)
+        if os.getppid() == self._parent:
+            return await super().on_tick(counter)
+        LOG.error("the parent has died: this worker ends too, in %d s at most", ORPHAN_S)
+        signal.alarm(ORPHAN_S)  # the system ends it, even in a call that never returns
+        return True
 
     def _counted(self, change: int) -> None:
         self._count += change

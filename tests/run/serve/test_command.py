@@ -27,23 +27,27 @@ from quantize.commands import serve
 
 TOKEN = {"Authorization": "Bearer secret"}
 LONG = {"model": "lm", "prompt": "go", "max_tokens": 400, "temperature": 0}
-# The command, with steps of 5 ms, so that no machine ends a long text before a test looks at it.
+# The command, with steps of 5 ms, so that no machine ends a long text before a test looks at it; a
+# prompt of one token is never read to its end.
 SLOWLY = """
 import sys
 import time
 
 from quantize.cli import main
+from quantize.run.serve import process
 from quantize.run.serve.scheduler import Writer
 
 step = Writer.step
 
 
 def slow_step(self, texts):
-    time.sleep(0.005)
+    hangs = any(text.prompt_length == 1 for text in texts)
+    time.sleep(1000 if hangs else 0.005)
     return step(self, texts)
 
 
 Writer.step = slow_step
+process.ORPHAN_S = 1
 sys.exit(main())
 """
 
@@ -63,6 +67,7 @@ class Command:
         address = re.search(r"http://\S+", line)
         assert address, log.read_text()
         self.url = address[0]
+        self.address = "127.0.0.1", int(self.url.rpartition(":")[2])
         self.client = httpx.Client(base_url=self.url, headers=TOKEN, timeout=60)
 
     def workers(self) -> set[int]:
@@ -134,7 +139,6 @@ def test_logs_have_ids_and_no_prompts(command: Command):
 @pytest.mark.slow
 def test_vanished_clients_and_half_bodies(command: Command):
     """They take nothing with them; the next one is answered."""
-    host, port = command.url.removeprefix("http://").split(":")
     head = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer secret\r\n"
     huge = head + b"Content-Length: 1073741824\r\n\r\n"
     for request in (
@@ -143,7 +147,7 @@ def test_vanished_clients_and_half_bodies(command: Command):
         b"\x16\x03\x01 garbage \r\n\r\n",
         huge + b"{",
     ):
-        with socket.create_connection((host, int(port))) as client:
+        with socket.create_connection(command.address) as client:
             client.sendall(request)
             if request.startswith(huge):
                 assert client.recv(100).startswith(b"HTTP/1.1 413")
@@ -160,8 +164,7 @@ def test_workers_share_connections(command: Command):
         return sum(str(file.readlink()).startswith("socket") for file in files)
 
     before = {worker: sockets(worker) for worker in command.workers()}
-    host, port = command.url.removeprefix("http://").split(":")
-    clients = [socket.create_connection((host, int(port))) for _ in range(24)]
+    clients = [socket.create_connection(command.address) for _ in range(24)]
     for client in clients:
         client.sendall(b"GET /v2/health/live HTTP/1.1\r\nHost: test\r\n\r\n")
     for client in clients:
@@ -252,6 +255,30 @@ def test_sigterm_lets_accepted_requests_finish(command: Command):
     for asker in askers:
         asker.join()
     assert results == [(200, 400)] * 6
+
+
+@pytest.mark.slow
+def test_workers_end_with_their_parent(tmp_path: Path):
+    """Where it was killed, one whose call never returns as well."""
+
+    def runs(worker: int) -> bool:
+        try:
+            return " Z " not in Path(f"/proc/{worker}/stat").read_text()
+        except FileNotFoundError:
+            return False
+
+    path = tmp_path / "lm.safetensors"
+    quantize.save(decoder(vocab_size=256, max_length=600), path)
+    command = Command(str(path), "--workers", "2", log=tmp_path / "log")
+    workers = command.workers()
+    with socket.create_connection(command.address) as client:
+        body = json.dumps(LONG | {"prompt": "g"})
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: test\r\nContent-Length: {len(body)}"
+        client.sendall(f"{head}\r\nAuthorization: Bearer secret\r\n\r\n{body}".encode())
+        until(lambda: active(command))
+        command.process.kill()
+        command.process.wait()
+        until(lambda: not any(map(runs, workers)))
 
 
 def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
