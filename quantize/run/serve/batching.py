@@ -3,17 +3,19 @@ another in `scheduler` instead.
 
 A batch is taken as soon as the model is free, so a lone request never waits for company: what
 arrived while the last batch ran is the next one. The oldest request always goes first; beside it go
-those of the next oldest whose lengths are nearest, so that little is padded, up to a budget of
-tokens, padding included: what the settings allow, and what takes BATCH_S at the pace of the batches
-before, or, where much more waits, a PART of it. Larger batches would answer hardly more per second,
-and everyone later.
+the next oldest that are about as long, so that little is padded, up to a budget of tokens, padding
+included: what the settings allow, and what takes BATCH_S at the pace of the batches before, or,
+where much more waits, a PART of it. Larger batches would answer hardly more per second, and
+everyone later.
 
 One model call of a process runs at a time: PyTorch has its own threads below it, and two callers
-at once would only take each other's cores. Calls run in one thread, `compute`, but a batch that is
-soon done runs in the event loop itself, where it is ready earlier: to hand it over and back takes
-as long as a small model. It computes alone there: libgomp keeps a team for each thread that ever
-had others below it, and once its threads are more than the cores it puts all of them to sleep at
-every barrier (GOMP_SPINCOUNT no longer counts), which made a model of 8 ms take 16.
+at once would only take each other's cores. Calls run in one thread, `compute`. Batches of a model
+whose calls are short run in the event loop itself, which they hold up for SOON_S at most: there the
+model and HTTP don't contend for Python's lock, nothing is handed over, and no team of threads waits
+for the one whose core another process took. It computes alone there: libgomp keeps a team for each
+thread that ever had others below it, and once its threads are more than the cores it puts all of
+them to sleep at every barrier (GOMP_SPINCOUNT no longer counts), which made a model of 8 ms take
+16.
 """
 
 from __future__ import annotations
@@ -25,7 +27,6 @@ from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import accumulate
 from typing import Any, TypeVar
 
 import torch
@@ -39,8 +40,8 @@ LOG = logging.getLogger("quantize.serve")
 MOST_ROWS = 256
 BATCH_S = 0.1
 PART = 0.25  # of all that waits: a batch has as much at least, however long it takes
-SOON_S = 0.002  # the event loop may be held up for so long
-WINDOW = 4  # budgets of the oldest tokens, from which a batch is chosen: nobody is left far behind
+SOON_S = 0.02  # the event loop may be held up for so long
+SPREAD, NEAR = 1.15, 2  # the longest of a batch has at most SPREAD x shortest + NEAR tokens
 SHARE = 0.2  # of the last batch in the pace
 
 
@@ -63,26 +64,23 @@ class Job:
 
 
 def choose(waiting: Sequence[Job], most_tokens: int) -> list[Job]:
-    """The oldest job and those that fit beside it, shortest first.
+    """The oldest job and the next oldest that fit beside it, shortest first.
 
     Args:
         waiting: oldest first, at least one.
         most_tokens: rows x longest length of the batch.
     """
-    oldest = waiting[0]
-    alike = [job for job in waiting if job.key == oldest.key]
-    counts = accumulate(job.rows * job.length for job in alike)
-    most_seen = WINDOW * most_tokens
-    seen = [job for job, count in zip(alike, counts, strict=True) if count <= most_seen]
-    others = [job for job in seen if job is not oldest]
-    others.sort(key=lambda job: abs(job.length - oldest.length))
-    chosen, rows, longest = [oldest], oldest.rows, oldest.length
-    for job in others:
+    chosen = [waiting[0]]
+    rows, shortest, longest = waiting[0].rows, waiting[0].length, waiting[0].length
+    for job in waiting[1:]:
+        low, high = min(shortest, job.length), max(longest, job.length)
+        if job.key != waiting[0].key or high > SPREAD * low + NEAR:
+            continue
         rows += job.rows
-        longest = max(longest, job.length)
-        if rows * longest > most_tokens or rows > MOST_ROWS:
+        if rows * high > most_tokens or rows > MOST_ROWS:
             break
         chosen.append(job)
+        shortest, longest = low, high
     return sorted(chosen, key=lambda job: job.length)
 
 
@@ -95,6 +93,7 @@ class Batcher:
         settings: budget and bound of the queue.
         seen: told the rows of each batch, and how many jobs wait.
         threads: how many of torch the next batch may have; None: as many as `compute` says.
+        short: whether the next batch may run in the event loop.
     """
 
     def __init__(
@@ -104,9 +103,10 @@ class Batcher:
         settings: Settings,
         seen: Callable[[int, int], None] = lambda rows, waiting: None,
         threads: Callable[[], int] | None = None,
+        short: Callable[[], bool] = lambda: True,
     ) -> None:
         self.run, self.compute, self.settings, self.seen = run, compute, settings, seen
-        self._threads = threads or (lambda: compute.threads)
+        self._threads, self._short = threads or (lambda: compute.threads), short
         self.waiting: list[Job] = []
         self._pace = math.inf  # tokens per second
         self._runner: asyncio.Task | None = None
@@ -142,11 +142,12 @@ class Batcher:
             self.waiting = [job for job in self.waiting if not job.done.done()]
             if not self.waiting:
                 break
-            jobs = choose(self.waiting, self._budget())
+            short = self._short() and not self.compute.busy
+            jobs = choose(self.waiting, self._budget(SOON_S if short else BATCH_S))
             taken = set(map(id, jobs))
             self.waiting = [job for job in self.waiting if id(job) not in taken]
             self.seen(sum(job.rows for job in jobs), len(self.waiting))
-            if self._seconds(jobs) <= SOON_S and not self.compute.busy:
+            if short and self._seconds(jobs) <= SOON_S:
                 results = self._results(jobs)
             else:
                 call = partial(self._results, jobs)
@@ -156,10 +157,10 @@ class Batcher:
             await asyncio.sleep(0)  # these are answered, and others come in
         self.seen(0, 0)
 
-    def _budget(self) -> int:
+    def _budget(self, seconds: float) -> int:
         """Tokens of the next batch."""
         waiting = sum(job.rows * job.length for job in self.waiting)
-        wanted = max(1.0, self._pace * BATCH_S, PART * waiting)
+        wanted = max(1.0, self._pace * seconds, PART * waiting)
         return int(min(self.settings.max_batch_tokens, wanted))
 
     def _seconds(self, jobs: Sequence[Job]) -> float:

@@ -73,13 +73,15 @@ class Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]  # of two 
     """
 
     client: Any  # its address; set by uvicorn
+    transport: Any  # by uvicorn too
 
     def __init__(self, lost: Callable[[], None], **options: Any) -> None:
         super().__init__(**options)
         self._lost = lost
 
     def connection_made(self, transport: Any) -> None:
-        super().connection_made(Gathered(transport))
+        gathered: Any = Gathered(transport)
+        super().connection_made(gathered)
         _transports[self.client] = transport
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -89,7 +91,7 @@ class Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]  # of two 
 
     def on_response_complete(self) -> None:
         self.transport.flush()
-        super().on_response_complete()
+        super().on_response_complete()  # type: ignore[misc]
 
 
 class Keeper:

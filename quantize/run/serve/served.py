@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ LOG = logging.getLogger("quantize.serve")
 BYTES = 256
 USUAL_TOKENS = 32  # of a text that an encoder reads
 TIMED_S = 0.02
+LONG_S = 0.004  # a call beside which HTTP costs little
+GAIN = 1.5
 
 
 class Decoder:
@@ -85,7 +88,8 @@ class Served:
     """What is served under one name; the parts that this model can't be asked by are None.
 
     `call_s` are the seconds of a call for one request of usual size, on the threads of the one who
-    opened it; 0 for a decoder, which isn't asked by calls.
+    opened it, `alone_s` those on one thread; 0 and infinite for a decoder, which isn't asked by
+    calls.
     """
 
     name: str
@@ -93,6 +97,11 @@ class Served:
     decoder: Decoder | None = None
     encoder: Encoder | None = None
     call_s: float = 0.0
+    alone_s: float = math.inf
+
+    def gains(self) -> bool:
+        """Whether a call for one request is much shorter on all threads than on one."""
+        return self.alone_s > GAIN * self.call_s
 
 
 def open_served(path: Path, name: str, example_inputs: Any = None) -> Served:
@@ -149,19 +158,31 @@ def serve_model(
             f"{name}: a {type(model).__name__} without example inputs, and without the "
             f"tokenizer.json of a decoder or encoder: give --inputs"
         )
-    call_s = 0.0 if decoder else _call_s(tensors, encoder)
-    return Served(name, tensors, decoder, encoder, call_s)
+    if decoder is not None:
+        return Served(name, tensors, decoder)
+    call_s, alone_s = _call_s(tensors, encoder)
+    return Served(name, tensors, None, encoder, call_s, alone_s)
 
 
-def _call_s(tensors: TensorModel | None, encoder: Encoder | None) -> float:
-    """Seconds of a call for one request."""
+def _call_s(tensors: TensorModel | None, encoder: Encoder | None) -> tuple[float, float]:
+    """Seconds of a call for one request: on the caller's threads, and on one."""
+    call, threads = _one_request(tensors, encoder), torch.get_num_threads()
+    several = min(burst(call, TIMED_S))
+    torch.set_num_threads(1)
+    alone = min(burst(call, TIMED_S))
+    torch.set_num_threads(threads)
+    return several, alone
+
+
+def _one_request(tensors: TensorModel | None, encoder: Encoder | None) -> Callable[[], object]:
+    """The call for one request of usual size."""
     if encoder is not None:
         ids, _ = encoder.encode("a")
         text = encoder.checked((ids * USUAL_TOKENS)[: min(USUAL_TOKENS, encoder.most_tokens)])
-        return min(burst(lambda: encoder.answers([text]), TIMED_S))
+        return lambda: encoder.answers([text])
     assert tensors is not None
     rows = {name: value[:1] for name, value in tensors.example.items()}
-    return min(burst(lambda: tensors(rows), TIMED_S))
+    return lambda: tensors(rows)
 
 
 def _open_torchscript(path: Path) -> nn.Module:

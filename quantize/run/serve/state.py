@@ -19,7 +19,7 @@ from quantize.run.serve.keeping import Keeper
 from quantize.run.serve.metrics import Metrics
 from quantize.run.serve.prefixes import Prefixes
 from quantize.run.serve.scheduler import Scheduler
-from quantize.run.serve.served import Served
+from quantize.run.serve.served import LONG_S, Served
 from quantize.run.serve.settings import Settings
 
 
@@ -53,7 +53,14 @@ class Running:
 
     def _batcher(self, run: Callable[[list[Job]], Sequence[Any]]) -> Batcher:
         state = self._state
-        return Batcher(run, state.compute, state.settings, self._seen, state.batch_threads)
+        threads, short = state.batch_threads, self._is_short
+        return Batcher(run, state.compute, state.settings, self._seen, threads, short)
+
+    def _is_short(self) -> bool:
+        """Whether calls are short on one thread, and others would help little or aren't free."""
+        if self.served.alone_s > LONG_S:
+            return False
+        return not self.served.gains() or self._state.batch_threads() == 1
 
     def _seen(self, rows: int, waiting: int) -> None:
         self._metrics.computes(rows > 0)

@@ -34,13 +34,12 @@ from quantize.native import int8
 from quantize.run.serve.keeping import Kept
 from quantize.run.serve.metrics import Metrics
 from quantize.run.serve.process import Parent, run_worker
-from quantize.run.serve.served import Served
+from quantize.run.serve.served import LONG_S, Served
 from quantize.run.serve.settings import Settings
 
 LOG = logging.getLogger("quantize.serve")
 POLL_S = 0.25
 MOST_WORKERS = 8  # that are started unasked
-LONG_S = 0.004  # a call beside which HTTP costs little
 LEAST_LIFE_S = 1.0  # a worker that dies sooner is replaced only after so long
 LEAVING_S = 1.0  # what a thread takes to end at most; one that is still there stays
 BACKLOG = 2048

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
-import math
 import sys
 import threading
 from dataclasses import replace
@@ -26,7 +25,7 @@ from quantize.run.decoding.passes import NativePasses
 from quantize.run.generate.reader import CHUNK
 from quantize.run.serve import Settings, app, open_served, serve_model
 from quantize.run.serve.batching import Batcher, Compute, Job, choose
-from quantize.run.serve.keeping import LARGE, Gathered, Keeper
+from quantize.run.serve.keeping import Keeper
 from quantize.run.serve.metrics import Metrics
 from quantize.run.serve.prefixes import LEAST, Prefixes
 from quantize.run.serve.sequence import Sequence
@@ -47,16 +46,22 @@ def jobs(*sizes: tuple[int, int, str]) -> list[Job]:
 
 
 def test_the_oldest_goes_first_with_its_nearest():
-    """Shortest first within the batch; padding counts; other shapes wait."""
-    waiting = jobs((1, 30, "a"), (1, 90, "a"), (1, 28, "a"), (1, 30, "b"), (1, 10, "a"))
-    chosen = choose(waiting, 70)
-    assert chosen == [waiting[2], waiting[0]]
+    """Shortest first within the batch; padding counts; other shapes and lengths wait."""
+    waiting = jobs((1, 30, "a"), (1, 90, "a"), (1, 28, "a"), (1, 30, "b"), (1, 27, "a"))
+    assert choose(waiting, 70) == [waiting[2], waiting[0]]
     assert choose(waiting, 1) == [waiting[0]]
-    assert choose(waiting, 10**6) == [waiting[i] for i in (4, 2, 0, 1)]
+    assert choose(waiting, 10**6) == [waiting[i] for i in (4, 2, 0)]
+    short = jobs((1, 2, "a"), (1, 4, "a"), (1, 5, "a"), (1, 3, "a"))
+    assert choose(short, 10**6) == [short[i] for i in (0, 3, 1)]
 
 
-def test_a_batch_takes_no_longer_than_it_should(monkeypatch: pytest.MonkeyPatch):
-    """Of many that wait, as many go as took so long before; what is far too large goes alone."""
+@pytest.mark.parametrize(("short", "batches"), [(False, [10, 10, 5]), (True, [6, 4, 3])])
+def test_a_batch_takes_no_longer_than_it_should(
+    short: bool, batches: list[int], monkeypatch: pytest.MonkeyPatch
+):
+    """Of many that wait, as many go as took so long before, or a quarter; fewer hold up the event
+    loop; what is far too large goes alone.
+    """
     sizes = []
 
     def run(batch: list[Job]) -> list[int]:
@@ -64,19 +69,21 @@ def test_a_batch_takes_no_longer_than_it_should(monkeypatch: pytest.MonkeyPatch)
         return [0] * len(batch)
 
     async def work() -> None:
-        batcher = Batcher(run, Compute(), Settings())
-        batcher._note_pace([Job(None, 1, 10)], 0.01)  # 1000 a second: 100 in BATCH_S
+        batcher = Batcher(run, Compute(), Settings(), short=lambda: short)
+        batcher._note_pace([Job(None, 1, 10)], 0.01)  # 1000 a second: 100 in BATCH_S, 20 in SOON_S
         monkeypatch.setattr(batcher, "_note_pace", lambda jobs, seconds: None)
         await batcher.submit([Job(None, 1, 10) for _ in range(25)])
         await batcher.submit([Job(None, 4, 200)])
         batcher.compute.shutdown()
 
     asyncio.run(work())
-    assert sizes == [10, 10, 5, 1]
+    assert sizes[:3] == batches and sum(sizes) == 26 and sizes[-1] == 1
 
 
 def test_what_is_soon_done_runs_in_the_event_loop():
-    """Unless a call is under way already; what takes longer, or nobody knows, has its thread."""
+    """Unless a call is under way already; what takes longer, or nobody knows, has its thread, and
+    so has a model whose calls aren't short.
+    """
     threads: list[str] = []
 
     def run(batch: list[Job]) -> list[int]:
@@ -99,18 +106,21 @@ def test_what_is_soon_done_runs_in_the_event_loop():
             await asyncio.sleep(0)
         released.set()
         await asyncio.gather(under_way, submitted)
+        longer = Batcher(run, compute, Settings(), short=lambda: False)
+        longer._pace = 1000.0
+        await longer.submit([Job(None, 1, 1)])
         compute.shutdown()
 
     asyncio.run(work())
     own = threading.current_thread().name
-    assert [name == own for name in threads] == [False, False, True, False]
+    assert [name == own for name in threads] == [False, False, True, False, False]
 
 
 def test_a_batch_is_chosen_from_the_oldest():
-    """However near the lengths of those are that came long after them."""
-    waiting = jobs((1, 10, "a"), *[(1, 40, "a")] * 8, *[(1, 10, "a")] * 8)
-    assert choose(waiting, 80) == [waiting[0], waiting[1]]
-    assert choose(waiting, 90) == [waiting[i] for i in (0, 9, 10, 11)]
+    """However near the lengths of those are that came after them."""
+    waiting = jobs((1, 40, "a"), *[(1, 42, "a")] * 2, *[(1, 40, "a")] * 2, (1, 44, "a"))
+    assert choose(waiting, 130) == [waiting[i] for i in (0, 1, 2)]
+    assert choose(waiting, 170) == [waiting[i] for i in (0, 3, 1, 2)]
 
 
 @given(st.text("abc", max_size=30), st.lists(st.text("abc", min_size=1, max_size=4), max_size=3))
@@ -203,45 +213,6 @@ def test_numbers_of_all_workers_are_added():
     assert 'quantize_batch_rows_sum{model="m"} 8.0' in lines
 
 
-def test_the_worker_with_the_fewest_connections_is_known():
-    """One that hasn't begun, takes no more, or has ended, isn't counted."""
-    metrics = Metrics(["m"], workers=3)
-    assert metrics.fewest_connections() == math.inf
-    for row, count in ((0, 5), (2, 3)):
-        metrics.row = row
-        metrics.connected(count)
-    assert metrics.fewest_connections() == 3
-    metrics.forget(2)
-    assert metrics.fewest_connections() == 5
-
-
-def test_an_answer_is_written_at_once():
-    """Head and body together; what is large isn't put behind others; nothing is lost by closing."""
-    sent: list[bytes] = []
-
-    class Transport:
-        def write(self, data: bytes) -> None:
-            sent.append(data)
-
-        def close(self) -> None:
-            sent.append(b"closed")
-
-    async def work() -> None:
-        gathered = Gathered(Transport())
-        gathered.write(b"head ")
-        gathered.write(b"body")
-        assert not sent
-        await asyncio.sleep(0)
-        gathered.write(b"head ")
-        gathered.write(bytes(LARGE + 1))
-        gathered.write(b"last")
-        gathered.close()
-        await asyncio.sleep(0)
-
-    asyncio.run(work())
-    assert sent == [b"head body", b"head ", bytes(LARGE + 1), b"last", b"closed"]
-
-
 def test_a_batch_gets_the_cores_that_no_other_worker_computes_on():
     """All of them alone, half beside one; a worker that has ended takes none; texts get a part."""
     metrics, models = Metrics(["net"], workers=3), [serve_model(net(), "net")]
@@ -256,6 +227,28 @@ def test_a_batch_gets_the_cores_that_no_other_worker_computes_on():
     assert state.batch_threads() == 4
     fixed = State(models, Settings(workers=2, threads=3), metrics, Keeper())
     assert fixed.batch_threads() == fixed.text_threads == 3
+
+
+@pytest.mark.parametrize(
+    ("call_s", "alone_s", "busy", "short"),
+    [
+        (0.001, 0.001, 1, True),
+        (0.001, 0.003, 1, False),  # more threads answer sooner
+        (0.001, 0.003, 2, True),  # another worker has their cores
+        (0.02, 0.02, 2, False),
+    ],
+)
+def test_calls_are_short_where_other_threads_would_not_help(
+    call_s: float, alone_s: float, busy: int, short: bool
+):
+    """Such calls run in the event loop."""
+    metrics = Metrics(["net"], workers=2)
+    served = replace(serve_model(net(), "net"), call_s=call_s, alone_s=alone_s)
+    state = State([served], Settings(workers=2), metrics, Keeper())
+    state.cores = 2
+    for metrics.row in range(busy):
+        metrics.computes(True)
+    assert state.models["net"]._is_short() is short
 
 
 def test_workers_that_nobody_asked_for():

@@ -1,0 +1,48 @@
+"""How many connections workers have, and how an answer goes out, without a server."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+
+from quantize.run.serve.keeping import LARGE, Gathered
+from quantize.run.serve.metrics import Metrics
+
+
+def test_the_worker_with_the_fewest_connections_is_known():
+    """One that hasn't begun, takes no more, or has ended, isn't counted."""
+    metrics = Metrics(["m"], workers=3)
+    assert metrics.fewest_connections() == math.inf
+    for row, count in ((0, 5), (2, 3)):
+        metrics.row = row
+        metrics.connected(count)
+    assert metrics.fewest_connections() == 3
+    metrics.forget(2)
+    assert metrics.fewest_connections() == 5
+
+
+def test_an_answer_is_written_at_once():
+    """Head and body together; what is large isn't put behind others; nothing is lost by closing."""
+    sent: list[bytes] = []
+
+    class Transport:
+        def write(self, data: bytes) -> None:
+            sent.append(data)
+
+        def close(self) -> None:
+            sent.append(b"closed")
+
+    async def work() -> None:
+        gathered = Gathered(Transport())
+        gathered.write(b"head ")
+        gathered.write(b"body")
+        assert not sent
+        await asyncio.sleep(0)
+        gathered.write(b"head ")
+        gathered.write(bytes(LARGE + 1))
+        gathered.write(b"last")
+        gathered.close()
+        await asyncio.sleep(0)
+
+    asyncio.run(work())
+    assert sent == [b"head body", b"head ", bytes(LARGE + 1), b"last", b"closed"]
