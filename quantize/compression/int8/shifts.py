@@ -35,7 +35,7 @@ class _Misses:
             return
         width = missed.shape[-1]
         samples = missed.reshape(len(missed) if missed.dim() > 1 else 1, -1, width)
-        means = samples.double().mean(1)
+        means = samples.float().mean(1).double()
         self.total += means.sum(0)
         self.squares += means.square().sum(0)
         self.count += len(means)

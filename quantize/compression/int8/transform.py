@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -187,12 +187,13 @@ def _calibrated(
     say: Say,
 ) -> Made:
     """The int8 model as close as calibration can bring it; see `_improved` for `shapes`."""
-    trial, settings = _improved(trial, choice, shapes, say)
-    new, distance = trial.made(choice.groups())
-    if max_error is not None:
-        settings["max_error"] = max_error
-        if distance > max_error:
-            new, distance, choice = within(trial, choice, max_error, say)
+    best, settings = _improved(trial, choice, shapes, say)
+    if max_error is None:
+        return Made(best.model, choice, best.distance, settings)
+    settings["max_error"] = max_error
+    if best.distance <= max_error:
+        return Made(best.model, choice, best.distance, settings)
+    new, distance, choice = within(best.trial, choice, max_error, say)
     return Made(new, choice, distance, settings)
 
 
@@ -206,9 +207,29 @@ def _check(prefer: str, max_error: float | None, calibration: Iterable[Any] | No
     check.number("max_error", max_error, "(0, inf)")
 
 
+@dataclass(frozen=True)
+class _Tried:
+    """A trial with all layers in int8: what it made, and the error of that."""
+
+    trial: Trial
+    model: nn.Module
+    distance: float
+
+    def closer(self, trial: Trial, groups: Sequence[Group], *, share: float = _CLEARLY) -> _Tried:
+        """The other trial where its error is below this share of the error here, or else this."""
+        other = _Tried(trial, *trial.made(groups))
+        return other if other.distance < share * self.distance else self
+
+    def with_plans(self, plans: Mapping[str, Plan | Rounded], groups: Sequence[Group]) -> _Tried:
+        """What these plans too give, where they bring it clearly closer."""
+        if not plans:
+            return self
+        return self.closer(replace(self.trial, plans={**self.trial.plans, **plans}), groups)
+
+
 def _improved(
     trial: Trial, choice: Choice, shapes: Inputs | None, say: Say
-) -> tuple[Trial, dict[str, Any]]:
+) -> tuple[_Tried, dict[str, Any]]:
     """The trial with smoothed norms, with outliers in float and with recurrent weights rounded for
     their inputs, each if it brings the int8 model clearly closer, and with shifted biases if they
     bring it closer; and the settings to note.
@@ -216,46 +237,37 @@ def _improved(
     shapes: of the inputs at which a layer with outliers must not be slower than in float; None: it
     may be.
     """
-    groups = choice.groups()
+    groups, calibration = choice.groups(), trial.calibration
     say("trying SmoothQuant")
-    distance = trial.made(groups)[1]
+    best = _Tried(trial, *trial.made(groups))
     settings: dict[str, Any] = {}
     smoothed = surgery.clone(trial.source)
     layers = {n: m for n, m in _smoothable(smoothed) if n in choice.chosen}
-    norms = smooth.smooth(smoothed, layers, trial.calibration)
+    norms = smooth.smooth(smoothed, layers, calibration)
     if norms:
-        folded = dataclasses.replace(trial, source=smoothed)
-        closer = folded.made(groups)[1]
-        if closer < _CLEARLY * distance:
-            trial, distance, settings = folded, closer, {"smoothed": norms}
-            choice = dataclasses.replace(choice, chosen=_facts_of(smoothed, choice))
+        best = best.closer(replace(trial, source=smoothed), groups)
+        if best.trial is not trial:
+            settings["smoothed"] = norms
+            choice = replace(choice, chosen=_facts_of(smoothed, choice))
     say("trying outlier channels in float")
-    plans = find_plans(trial.source, choice, trial.calibration)
+    source = best.trial.source
+    plans = find_plans(source, choice, calibration)
     if shapes is not None:
         plans = affordable(plans, choice, shapes, say)
-    trial, distance = _closer(trial, plans, groups, distance)
+    best = before = best.with_plans(plans, groups)
     say("rounding recurrent weights for their inputs")
-    rounded = find_rounded(trial.source, choice, trial.calibration)
-    apart, closer = _closer(trial, rounded, groups, distance)
-    if closer < distance:
+    rounded = find_rounded(source, choice, calibration)
+    best = best.with_plans(rounded, groups)
+    if best is not before:
         settings["rounded"] = list(rounded)
     say("bringing back the means of outputs")
-    shifts = find_shifts(apart.source, choice, apart.plans, trial.calibration)
-    shifted = dataclasses.replace(apart, shifts=shifts)
-    if shifts and shifted.made(groups)[1] < closer:
-        apart, settings["shifted"] = shifted, list(shifts)
-    return apart, settings
-
-
-def _closer(
-    trial: Trial, plans: Mapping[str, Plan | Rounded], groups: Sequence[Group], distance: float
-) -> tuple[Trial, float]:
-    """The trial with these plans too if they bring the int8 model clearly closer; its error."""
-    if not plans:
-        return trial, distance
-    more = dataclasses.replace(trial, plans={**trial.plans, **plans})
-    closer = more.made(groups)[1]
-    return (more, closer) if closer < _CLEARLY * distance else (trial, distance)
+    before = best
+    shifts = find_shifts(source, choice, best.trial.plans, calibration)
+    if shifts:
+        best = best.closer(replace(best.trial, shifts=shifts), groups, share=1.0)
+    if best is not before:
+        settings["shifted"] = list(shifts)
+    return best, settings
 
 
 def _facts_of(model: nn.Module, choice: Choice) -> dict[str, surgery.Facts]:
