@@ -131,7 +131,7 @@ class _State:
 
 
 def _renormalizes(module: nn.Module) -> bool:
-    return vars(module).get("max_norm") is not None  # a module's own getattr is slow to find nothing
+    return vars(module).get("max_norm") is not None  # nn.Module's getattr is slow
 
 
 class _Saved:

@@ -76,8 +76,12 @@ def test_one_sample_shifts_nothing():
 @torch.no_grad()
 def test_layers_in_float_keep_their_bias():
     """A layer that `max_error` puts back into float, and those that have none."""
-    layers = nn.Linear(24, 48), nn.ReLU(), nn.Linear(48, 48, bias=False), nn.Linear(48, 6)
-    model = seeded(lambda: nn.Sequential(*layers))
+
+    def build() -> nn.Module:
+        layers = nn.Linear(24, 48), nn.ReLU(), nn.Linear(48, 48, bias=False), nn.Linear(48, 6)
+        return nn.Sequential(*layers)
+
+    model = seeded(build)
     batches = [loud(8, (24,), seed) for seed in range(4)]
     whole = in_int8(model, calibration=batches)
     assert steps_of(whole)["shifted"] == ["0", "3"]
