@@ -124,6 +124,7 @@ def test_a_search_leaves_out_as_much_as_a_target_needs(most, count, by_bytes, tm
     assert not result.met and max(dropped) == count
 
 
+@pytest.mark.slow
 def test_a_folder_of_transformers_keeps_what_was_left_out(tmp_path):
     """Their own format would read random blocks back: it is refused, and ours opens again."""
     sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}

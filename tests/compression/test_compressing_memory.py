@@ -115,6 +115,7 @@ def test_the_search_for_streams_holds_no_copies():
     assert peak < 2.7 * depth * 4 * rows * hidden
 
 
+@pytest.mark.slow
 def test_moments_of_gradients_are_held_by_halves():
     """What a survey leaves is no more than the moments on and above their diagonals."""
     depth, hidden = 2, 2048

@@ -78,6 +78,7 @@ def test_int8_encoders_leave_out_padding(tmp_path, kind: type[nn.Module]):
                 assert torch.equal(other(x, AT_END), actual)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_clock")
 def test_fused_encoders_leave_out_padding():
     """`fuse` compares with the model in eval mode."""

@@ -251,6 +251,7 @@ def lines() -> nn.Module:
     return nn.Sequential(*first, *second, nn.Conv2d(48, 48, 1), *third)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_lines_of_large_images(level: str, monkeypatch: pytest.MonkeyPatch):
     """Depthwise layers run line by line with their neighbours, with the bits of one after the

@@ -190,6 +190,7 @@ def test_size():
     assert sizes[1] <= 0.3 * sizes[0]
 
 
+@pytest.mark.slow
 def test_compiled(tagger: nn.Module):
     """torch.compile keeps the layer as one operator in its graph, with the same bits."""
     model, x = in_int8(tagger), randn(2, 5, 24)

@@ -108,6 +108,7 @@ def test_composes_with_int8(tmp_path):
     assert_close(again(x), small(x))
 
 
+@pytest.mark.slow
 def test_layers_with_unlike_heads_decode():
     """Where layers keep different numbers of heads, cached tokens are still the uncached ones."""
     model, inputs = small("decoder")

@@ -166,6 +166,7 @@ def test_a_survey_has_what_can_be_done_to_each_part(batches):
     assert from_values(json.loads(json.dumps(as_values(units)))) == units
 
 
+@pytest.mark.slow
 def test_four_bits_are_for_units_whose_layers_all_can_have_them(batches, tmp_path):
     """16 inputs are too few for a group; a choice with both kinds is the model that it says, and
     its file is as large as was predicted.
@@ -290,6 +291,7 @@ def test_losses_within_noise_keep_nothing_from_being_tried():
     assert factors.loss_of(rounded) < 0.1
 
 
+@pytest.mark.slow
 def test_bfloat16_goes_around_int8():
     """`Int8 >> Half`: integers stay, what they left is stored in 16 bits, and a file keeps both."""
     model = Net().eval()

@@ -80,6 +80,7 @@ def test_without_a_cache(model, expected):
         assert torch.equal(logits.argmax(-1)[:, -NEW - 1 : -1], text[:, -NEW:])
 
 
+@pytest.mark.slow
 def test_in_a_batch(model, expected):
     """Ten rows of different length at once, with a cache and, some tokens, without."""
     rows = [prompt[0].tolist() for prompt in PROMPTS]

@@ -50,6 +50,7 @@ def test_hooks_are_fused_too() -> None:
     assert_close(fuse(model, x)(x), model(x))
 
 
+@pytest.mark.slow
 def test_tied_weights_are_stored_once(tmp_path: Path) -> None:
     """A head tied to the embedding doesn't double the file."""
     config = quantize.DecoderConfig(vocab_size=512, width=64, layers=1, heads=2, tied_head=True)
@@ -269,6 +270,7 @@ def test_weights_packed_for_a_folded_model_follow_changes() -> None:
     assert_close(folded(x), before * 2)
 
 
+@pytest.mark.slow
 def test_notes_of_the_model_and_of_fusing_go_with_the_result() -> None:
     """The summary of a fused or folded model has the steps before it, and how far the fused one is
     from the model.
