@@ -34,6 +34,7 @@ CRASHED = 70
 ORPHAN_S = 30  # for what was accepted, once the parent has died
 SLACK = 16  # a worker may have a part of so many more connections than another
 YIELD_S = 0.001  # how long a connection is left to another worker
+FULL_S = 1.0  # how long none is taken by one that has no more descriptors
 
 
 @dataclass(frozen=True)
@@ -113,21 +114,26 @@ class Server(uvicorn.Server):
         if self._count <= least + least // SLACK:
             self._take()
         else:
-            self._ignore()
-            self._pause = asyncio.get_running_loop().call_later(YIELD_S, self._remained)
+            self._wait(YIELD_S)
+
+    def _wait(self, seconds: float) -> None:
+        """Leave those that come to other workers for so long."""
+        self._ignore()
+        self._pause = asyncio.get_running_loop().call_later(seconds, self._remained)
 
     def _remained(self) -> None:
-        self._take()
         self._listen()
+        self._take()
 
     def _take(self) -> None:
-        """Accept a connection, unless another worker has."""
+        """Accept a connection, unless another worker has, or the client is gone."""
         try:
             connection, _ = self._channel.listener.accept()
-        except BlockingIOError:
+        except (BlockingIOError, ConnectionAbortedError):
             return
         except OSError as error:
-            LOG.error("no connection is accepted: %s", error.strerror)
+            LOG.error("no connection is accepted for %g s: %s", FULL_S, error.strerror)
+            self._wait(FULL_S)
             return
         connection.setblocking(False)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import math
+import os
+import socket
+from types import SimpleNamespace
 
+import pytest
+import uvicorn
+
+from quantize.run.serve import process
 from quantize.run.serve.keeping import LARGE, Gathered
 from quantize.run.serve.metrics import Metrics
 
@@ -46,3 +54,42 @@ def test_an_answer_is_written_at_once():
 
     asyncio.run(work())
     assert sent == [b"head body", b"head ", bytes(LARGE + 1), b"last", b"closed"]
+
+
+class Full:
+    """A listener in a process without free descriptors, to which a client has come."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self.own, self.peer = socket.socketpair()
+        self.peer.send(b"a client")
+
+    def fileno(self) -> int:
+        return self.own.fileno()
+
+    def accept(self) -> None:
+        self.asked += 1
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+
+@pytest.mark.parametrize("others", [0, 5])
+def test_a_worker_without_descriptors_waits(others: int, caplog, monkeypatch):
+    """It doesn't ask for the client again and again, whether it is its turn or not."""
+    monkeypatch.setattr(process, "YIELD_S", 0.0)
+    metrics, listener = Metrics(["m"], workers=1), Full()
+    parent = process.Parent(listener, 0, SimpleNamespace())
+    server = process.Server(uvicorn.Config("unused"), parent, metrics)
+    server._count = others
+    metrics.connected(0)
+
+    async def work() -> None:
+        server._listen()
+        await asyncio.sleep(0.05)
+        server._ignore()
+
+    asyncio.run(work())
+    listener.own.close()
+    listener.peer.close()
+    assert listener.asked == 1
+    (line,) = caplog.messages
+    assert "Too many open files" in line
