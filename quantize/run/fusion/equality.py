@@ -91,6 +91,21 @@ def in_floats(model: nn.Module) -> nn.Module:
     return twin
 
 
+def integer_products(model: nn.Module, seen: Answers) -> int:
+    """How many products of bytes a model's linear layers take in its first call."""
+    counts: list[int] = []
+
+    def count(layer: Any, _: tuple[Any, ...], output: Tensor) -> None:
+        counts.append(output.numel() * layer.in_features)
+
+    twin = in_floats(model)
+    for layer in twin.modules():
+        if isinstance(layer, _FloatLinear):
+            layer.register_forward_hook(count)
+    one_call(twin, seen.spec, seen.calls[0].inputs)
+    return sum(counts)
+
+
 def _computes_in_int8(module: nn.Module) -> bool:
     return isinstance(module, Int8Conv) or type(module) in _IN_FLOAT
 

@@ -64,9 +64,9 @@ def fuse(
     warns with both times. In a TorchScript file, int8 linear layers become stock operations on
     integers, int8 convolutions oneDNN's, where all of a batch shares one range; or all of them
     compute in float, from weights that the file keeps in int8: what is faster on the example
-    inputs, and in float where a CPU has no VNNI. There the file is equal to the model with its
-    inputs of layers in float, which differs by what rounding to 8 bits does to the model itself;
-    in integers it may differ by 2.5 times as much.
+    inputs, and in float where there is much to compute and a CPU has no VNNI. There the file is
+    equal to the model with its inputs of layers in float, which differs by what rounding to 8 bits
+    does to the model itself; in integers it may differ by 2.5 times as much.
 
     Args:
         model: in eval mode, with all its submodules.

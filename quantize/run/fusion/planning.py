@@ -17,7 +17,7 @@ from quantize.nn.int8_conv import Int8Conv
 from quantize.nn.int8_images import whole_in_graphs
 from quantize.run.fusion import integers, kernels, linears, passes, torchscript
 from quantize.run.fusion.edit import calls
-from quantize.run.fusion.equality import Checker, in_floats, race
+from quantize.run.fusion.equality import Checker, in_floats, integer_products, race
 from quantize.run.fusion.export import capture
 from quantize.run.fusion.folded import Folded
 from quantize.run.fusion.graph import CaptureError, Program, check_inputs, lines_of
@@ -34,6 +34,7 @@ EXPORTED, SIMPLE, KERNELS, MERGED, INTEGERS, FLOATS = (
     "int8 layers in float",
 )
 ITSELF = "the model itself"
+_MOST_SLOW = 1 << 24  # products of bytes in a call where oneDNN has no fast kernels for them
 _LOSS = 1.1  # times its time, from which a way is called slower
 
 
@@ -110,9 +111,8 @@ def plan(
         return _planned(checker, model, build, say)
     plans, reasons = list[Plan](), list[str]()
     for way in (FLOATS, INTEGERS):
-        # without VNNI stock products of bytes take 2 to 30 times as long as those of floats
-        if plans and not integers.available():
-            reasons.append(f"left out: {way}: this CPU has none that are exact and fast")
+        if plans and _is_slow_in_integers(checker):
+            reasons.append(f"left out: {way}: this CPU takes far longer for them than in float")
             break
         try:
             plans.append(_of_int8(checker, way, say))
@@ -123,6 +123,13 @@ def plan(
     best = _fastest(plans, example_inputs)
     best.notes += reasons
     return best
+
+
+def _is_slow_in_integers(checker: Checker) -> bool:
+    """Would integers lose beyond doubt? A call may take minutes then: without VNNI stock products
+    of bytes take 2 to 30 times as long as those of floats.
+    """
+    return not integers.available() and integer_products(checker.model, checker.seen) > _MOST_SLOW
 
 
 def _of_int8(checker: Checker, way: str, say: Say) -> Plan:

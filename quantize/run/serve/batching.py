@@ -41,6 +41,7 @@ MOST_ROWS = 256
 BATCH_S = 0.1
 PART = 0.25  # of all that waits: a batch has as much at least, however long it takes
 SOON_S = 0.02  # the event loop may be held up for so long
+PASSES = 8  # of the event loop, in which what has come reaches the batcher
 SPREAD, NEAR = 1.15, 2  # the longest of a batch has at most SPREAD x shortest + NEAR tokens
 SHARE = 0.2  # of the last batch in the pace
 
@@ -154,7 +155,8 @@ class Batcher:
                 results = await self.compute.run(call, self._threads())
             for job, result in zip(jobs, results, strict=True):
                 self._finish(job, result)
-            await asyncio.sleep(0)  # these are answered, and others come in
+            for _ in range(PASSES):
+                await asyncio.sleep(0)  # these are answered, and others come in
         self.seen(0, 0)
 
     def _budget(self, seconds: float) -> int:

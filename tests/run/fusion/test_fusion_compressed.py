@@ -113,7 +113,7 @@ def test_without_exact_kernels_convolutions_are_in_float(monkeypatch: pytest.Mon
     model = randomized(nn.Sequential(nn.Conv2d(16, 16, 3), nn.ReLU()))
     made = planning.plan(in_int8(model), randn(2, 16, 6, 6))
     assert made.way == planning.FLOATS
-    assert f"left out: {planning.INTEGERS}: this CPU has none that are exact and fast" in made.notes
+    assert f"left out: {planning.INTEGERS}: this CPU has none that are exact" in made.notes
 
 
 @pytest.mark.slow

@@ -48,8 +48,8 @@ def test_a_way_that_loses_on_one_row_is_not_taken(slow: bool, taken: str, monkey
 @pytest.mark.parametrize("way", [planning.FLOATS, planning.KERNELS])
 @torch.no_grad()
 def test_int8_linear_layers_compute_in_float_where_that_is_faster(way: str, monkeypatch):
-    """Else they are stock products of integers, and the file answers as the model does. These
-    aren't tried where a CPU is slow in them: a call may take minutes.
+    """Else they are stock products of integers, and the file answers as the model does. Many of
+    these aren't tried where a CPU is slow in them: a call may take minutes.
     """
     best = way, planning.KERNELS
     monkeypatch.setattr(planning, "race", lambda built, _: {n: 1 + (n not in best) for n in built})
@@ -63,6 +63,8 @@ def test_int8_linear_layers_compute_in_float_where_that_is_faster(way: str, monk
     assert_close(made.fused(x), (in_float if way == planning.FLOATS else int8)(x))
     assert not torch.equal(in_float(x), int8(x))
     monkeypatch.setattr(integers, "available", lambda: False)
+    assert planning.plan(int8, x).way == way
+    monkeypatch.setattr(planning, "_MOST_SLOW", 4 * 64 * (64 + 32) - 1)
     assert planning.plan(int8, x).way == planning.FLOATS
 
 
@@ -87,6 +89,7 @@ def test_layers_in_float_are_compared_in_float(monkeypatch):
     another size, and is exact there.
     """
     monkeypatch.setattr(integers, "available", lambda: False)
+    monkeypatch.setattr(planning, "_MOST_SLOW", 0)
     torch.manual_seed(0)
     int8 = in_int8(Cancelling().eval())
     made = planning.plan(int8, randn(4, 6, 32))
