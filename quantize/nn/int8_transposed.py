@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import handle_torch_function
 
 from quantize import surgery
 from quantize.native.conv import Convolution, Geometry
@@ -21,6 +22,7 @@ from quantize.nn import dtype_named, int8_images
 from quantize.nn import int8_kernels as kernels
 from quantize.nn.int8_conv import Int8Convolution, check_sizes
 from quantize.nn.protocol import copied, empty, empty_bias
+from quantize.nn.tape import is_replacing
 
 
 def windows_touch(layer: Any) -> bool:
@@ -125,10 +127,27 @@ class Int8ConvTranspose(Int8Convolution):
         return {"packed": packed, "scale": (rows,), "bias": (biases,)}
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        batch = self.batched(input)
+        held = input, self.packed, self.scale, self.bias
+        if torch._C._len_torch_function_stack() and is_replacing():
+            return handle_torch_function(self.convolved, (input,), *held, output_size)  # type: ignore[no-any-return]
+        return self.convolved(*held, output_size)
+
+    def convolved(
+        self,
+        x: Tensor,
+        packed: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        output_size: list[int] | None,
+    ) -> Tensor:
+        """What the forward gives for x and the tensors of this layer."""
+        batch = self.batched(x)
         more = self._output_padding(batch, output_size)
-        y = self._in_float(batch, more) if self.floats else self._in_int8(batch)
-        return y if y.dim() == input.dim() else y.squeeze(0)
+        if self.floats:
+            y = self._in_float(batch, packed, scale, bias, more)
+        else:
+            y = self._in_int8(batch, packed, scale, bias)
+        return y if y.dim() == x.dim() else y.squeeze(0)
 
     def _output_padding(self, x: Tensor, output_size: list[int] | None) -> tuple[int, ...]:
         """What is added behind each dimension so that the output has this size."""
@@ -147,19 +166,26 @@ class Int8ConvTranspose(Int8Convolution):
             raise ValueError(f"output_size must be {least} for {list(x.shape)}, or little more")
         return more
 
-    def _in_float(self, x: Tensor, output_padding: tuple[int, ...]) -> Tensor:
+    def _in_float(
+        self,
+        x: Tensor,
+        packed: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        output_padding: tuple[int, ...],
+    ) -> Tensor:
         function = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
-        weight = int8_images.dense(self.packed, self.scale, self._unrolled)
-        bias = None if self.bias is None else self.bias.float()
+        weight = int8_images.dense(packed, scale, self._unrolled)
+        bias = None if bias is None else bias.float()
         moves = self.stride, self.padding, output_padding, self.groups, self.dilation
         y = function[len(self.stride) - 1](x.float(), weight, bias, *moves)
         return y.to(x.dtype)
 
-    def _in_int8(self, x: Tensor) -> Tensor:
+    def _in_int8(self, x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
         dims = len(self.stride)
         ones, zeros = (1,) * dims, (0,) * dims
         geometry = Geometry(ones, ones, zeros, zeros)
-        y = int8_images.convolve(x, Convolution(self.packed, self.scale, self.bias, geometry))
+        y = int8_images.convolve(x, Convolution(packed, scale, bias, geometry))
         blocks = y.reshape(y.shape[0], self.out_channels, *self.stride, *y.shape[2:])
         order: list[int] = []
         for axis in range(dims):

@@ -27,11 +27,13 @@ from quantize.nn.int8 import Int8Linear
 from quantize.nn.int8_chain import joined
 from quantize.nn.int8_conv import Int8Conv
 from quantize.nn.int8_embedding import Int8Embedding
+from quantize.nn.int8_transposed import Int8ConvTranspose
 from quantize.nn.stretches import stretched
 from quantize.nn.tape import CONSTANTS, TENSORS, Recorder, Replacing, Step, Tape, Unfit
 from quantize.nn.watched import State, state_of
 
-KINDS = (Int8Linear, Int8Conv, Int8Embedding)  # layers in integers that can be recorded
+# Layers in integers that can be recorded.
+KINDS = (Int8Linear, Int8Conv, Int8ConvTranspose, Int8Embedding)
 _MOST_FORMS = 64  # of inputs that are remembered
 _MOST_FAILURES = 8  # until a module is left alone
 

@@ -50,6 +50,7 @@ def _gated(block: Any, x: Tensor) -> Tensor:
 
 
 def _cut_off(block: Any, x: Tensor) -> Tensor:
+    torch._assert(x.ndim == 3, "as models of timm say it")
     return block.down(F.relu(block.up(x))) + x
 
 
@@ -134,6 +135,7 @@ def _added(x: Tensor, rows: Tensor) -> Tensor:
 
 UNFIT: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "asks for a number": lambda block, x: x if x.sum() > 0 else -x,
+    "asserts a number": lambda block, x: torch._assert(x.abs().sum() > 0, "zeros") or x,
     "reads a number": lambda block, x: x * x.max().item(),
     "leaves torch": lambda block, x: torch.from_numpy(x.detach().numpy()) * 2,
     "a tensor of its own": lambda block, x: x * next(HIDDEN),
@@ -245,6 +247,28 @@ def test_many_forms():
     for length in range(1, _MOST_FORMS + 4):
         block(randn(1, length, 32))
     assert is_replayed(block, randn(1, 3, 32))
+
+
+def _upsampled(block: Any, x: Tensor) -> Tensor:
+    image = x.transpose(1, 2)
+    return block.wide(image, output_size=[2 * image.shape[-1]]) + block.touching(image)
+
+
+@torch.no_grad()
+def test_transposed_convolutions_are_recorded():
+    """Those that compute in int8 and those that compute in float, for an asked size too."""
+
+    def change(block: Any) -> None:
+        block.touching = nn.ConvTranspose1d(32, 16, 2, 2).eval()
+        block.wide = nn.ConvTranspose1d(32, 16, 3, 2, 1).eval()
+        block.more = _upsampled
+
+    block = int8(change)
+    assert block.wide.floats and not block.touching.floats
+    for x in (randn(2, 5, 32), randn(1, 7, 32)):
+        assert is_replayed(block, x)
+        with kernels.kernel("reference"):
+            assert torch.equal(block(x), own(block, x))
 
 
 class Graph(nn.Module):
