@@ -12,7 +12,7 @@ outputs. Left out: folding into a linear before the layer.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from quantize import calibration as calibrating
 
 STRENGTH = 0.5  # how much of the imbalance moves into the weights; the paper's middle value
+_SAME = 1e-3  # relative error of outputs that a fold doesn't change
 
 
 def smooth(model: nn.Module, layers: Mapping[str, nn.Linear], batches: Iterable[Any]) -> list[str]:
@@ -29,35 +30,60 @@ def smooth(model: nn.Module, layers: Mapping[str, nn.Linear], batches: Iterable[
     """
     example = next(iter(batches))
     groups = _groups(model, set(layers.values()), example)
+    if not groups:
+        return []
     names = {layer: name for name, layer in layers.items()}
     statistics = calibrating.collect(
         model, batches, {names[g[0]]: g[0] for g in groups.values()}, outer=False
     )
     expected = outputs(model, [example])
-    changed = []
+    folds = []
     for name, group in groups.items():
-        norm: Any = model.get_submodule(name)
         largest: Any = statistics[names[group[0]]].largest
-        weights = torch.stack(
-            [layer.weight.detach().abs().amax(0).float() for layer in group]
-        ).amax(0)
-        factor = largest.clamp_min(1e-5) ** STRENGTH / weights.clamp_min(1e-5) ** (1 - STRENGTH)
-        tensors = [p for p in (norm.weight, getattr(norm, "bias", None)) if p is not None]
-        before = [(p, p.detach().clone()) for p in (*tensors, *(layer.weight for layer in group))]
-        with torch.no_grad():
-            for p in tensors:
-                p.div_(factor)
-            for layer in group:
-                layer.weight.mul_(factor)
-        if calibrating.relative_error(outputs(model, [example]), expected) < 1e-3:
-            changed.append(name)
-        # somebody else reads the norm's output too (a residual connection), or it isn't a plain
-        # factor
-        else:
-            with torch.no_grad():
-                for p, old in before:
-                    p.copy_(old)
-    return changed
+        folds.append(_Fold(name, model.get_submodule(name), group, largest))
+    return _kept(folds, lambda: calibrating.relative_error(outputs(model, [example]), expected))
+
+
+class _Fold:
+    """A factor that goes from a norm into the layers that read it."""
+
+    def __init__(self, name: str, norm: Any, layers: list[nn.Linear], largest: Tensor) -> None:
+        weights = [layer.weight.detach().abs().amax(0).float() for layer in layers]
+        size = torch.stack(weights).amax(0)
+        self.name = name
+        self.factor = largest.clamp_min(1e-5) ** STRENGTH / size.clamp_min(1e-5) ** (1 - STRENGTH)
+        self.divided = [p for p in (norm.weight, getattr(norm, "bias", None)) if p is not None]
+        self.multiplied = [layer.weight for layer in layers]
+        self.before = [(p, p.detach().clone()) for p in (*self.divided, *self.multiplied)]
+
+    @torch.no_grad()
+    def do(self) -> None:
+        for p in self.divided:
+            p.div_(self.factor)
+        for p in self.multiplied:
+            p.mul_(self.factor)
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        for p, old in self.before:
+            p.copy_(old)
+
+
+def _kept(folds: list[_Fold], error: Callable[[], float]) -> list[str]:
+    """Do those folds that change no output, and return their names. One changes outputs where
+    somebody else reads the norm too (a residual connection), or where it is no plain factor. All
+    are tried at once, and halves where one of them does.
+    """
+    for fold in folds:
+        fold.do()
+    if not folds or error() < _SAME:
+        return [fold.name for fold in folds]
+    for fold in folds:
+        fold.undo()
+    if len(folds) == 1:
+        return []
+    half = len(folds) // 2
+    return _kept(folds[:half], error) + _kept(folds[half:], error)
 
 
 def outputs(model: nn.Module, batches: Iterable[Any]) -> list[Tensor]:
@@ -67,9 +93,14 @@ def outputs(model: nn.Module, batches: Iterable[Any]) -> list[Tensor]:
     found: list[Tensor] = []
     with calibrating.watching((), model), torch.no_grad():
         for batch in batches:
-            tensors = calibrating.output_tensors(calibrating.call(model, batch))
-            found += [t.clone() for t in tensors if t.is_floating_point()]
+            found += floating(calibrating.call(model, batch))
     return found
+
+
+def floating(result: Any) -> list[Tensor]:
+    """Copies of the floating point tensors in what a model returns."""
+    tensors = calibrating.output_tensors(result)
+    return [tensor.clone() for tensor in tensors if tensor.is_floating_point()]
 
 
 def _groups(model: nn.Module, layers: set[nn.Module], example: Any) -> dict[str, list[nn.Linear]]:
