@@ -49,10 +49,14 @@ def reached(model: nn.Module, batches: Iterable[Any], layers: Mapping[str, nn.Mo
 
 @torch.no_grad()
 def input_shapes(
-    model: nn.Module, batches: Iterable[Any], layers: Mapping[str, nn.Module]
+    model: nn.Module,
+    batches: Iterable[Any],
+    layers: Mapping[str, nn.Module],
+    note_result: Callable[[Any], object] = id,
 ) -> dict[str, set[tuple[int, ...]]]:
     """The shapes of the inputs, those without rows and packed sequences left out, of the `layers`
-    (name to module) that some batch runs, in eval mode.
+    (name to module) that some batch runs, in eval mode. note_result: is called with what the model
+    returns for each batch.
 
     Raises ValueError for a batch that the model doesn't run on, and naming a layer whose inputs are
     not finite.
@@ -71,7 +75,7 @@ def input_shapes(
 
     with watching([on_input(layer, see(name)) for name, layer in layers.items()], model):
         for number, batch in enumerate(check_batches(batches)):
-            run_batch(model, batch, number)
+            note_result(run_batch(model, batch, number))
     return found
 
 

@@ -19,6 +19,7 @@ from quantize.nn.int8_outliers import Int8OutlierLinear
 
 _NORMS = nn.modules.batchnorm._BatchNorm
 _CEILINGS = {nn.ReLU: None, nn.ReLU6: 6.0}  # of what convolutions do the work of
+Joining = tuple[Mapping[str, str], Mapping[str, str]]  # readers, and convolutions by folded norm
 _ACTIVE = (Int8Linear, Int8OutlierLinear, Int8Conv)  # those with an activation of their own
 
 

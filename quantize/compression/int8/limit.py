@@ -14,11 +14,23 @@ from torch import Tensor, nn
 from quantize import calibration as calibrating
 from quantize import surgery
 from quantize.compression import smooth
+from quantize.compression.int8.joining import Joining, fuse_activations
 from quantize.compression.int8.layers import Choice, Plans, Report, convert
 from quantize.saying import Say
 
 _FAR = 0.05  # a relative error of the outputs above it comes with a warning
 Group = tuple[str, ...]  # layers that share a weight: all of them are int8, or none
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a trial made: a model, the layers that do the work of activations in it by the names of
+    these, and the relative error of its outputs.
+    """
+
+    model: nn.Module
+    joined: dict[str, str]
+    error: float
 
 
 @dataclass(frozen=True)
@@ -30,13 +42,15 @@ class Trial:
         calibration: batches.
         expected: what the original gives for them.
         plans: by layer, for those that have outliers or compute in float.
+        joining: as for `fuse_activations`.
         shifts: by layer, what is added to its bias in int8, [out].
     """
 
     source: nn.Module
     calibration: Iterable[Any]
     expected: Sequence[Tensor]
-    plans: Plans = field(default_factory=dict)
+    plans: Plans
+    joining: Joining
     shifts: Mapping[str, Tensor] = field(default_factory=dict)
 
     def error(self, model: nn.Module) -> float:
@@ -52,21 +66,20 @@ class Trial:
             kind = type(self.source).__name__
             raise ValueError(f"the int8 {kind} can't be compared: {error}") from error
 
-    def made(self, groups: Sequence[Group]) -> tuple[nn.Module, float]:
-        """The model with these layers in int8, and its error."""
+    def made(self, groups: Sequence[Group]) -> Result:
+        """The model with these layers in int8."""
         names = list(itertools.chain.from_iterable(groups))
         model = convert(surgery.clone(self.source), names, self.plans)
         for name in set(names) & set(self.shifts):
             layer: Any = model.get_submodule(name)
             layer.bias += self.shifts[name]
-        return model, self.error(model)
+        joined = fuse_activations(model, *self.joining)
+        return Result(model, joined, self.error(model))
 
 
-def within(
-    trial: Trial, choice: Choice, max_error: float, say: Say
-) -> tuple[nn.Module, float, Choice]:
-    """The model with as many layers in int8 as the error allows, those that cost least; its error;
-    and the choice of layers.
+def within(trial: Trial, choice: Choice, max_error: float, say: Say) -> tuple[Result, Choice]:
+    """The model with as many layers in int8 as the error allows, those that cost least, and the
+    choice of layers.
 
     Errors of layers add up in squares, about, so the number of layers is foreseen and then tried.
 
@@ -77,24 +90,24 @@ def within(
     pace = calibrating.Pace(len(groups))
     for group in groups:
         say(pace.next(f"int8 in {', '.join(group)} alone"))
-        costs[group] = trial.made([group])[1]
+        costs[group] = trial.made([group]).error
     groups.sort(key=costs.__getitem__)
     count = _foreseen([costs[group] for group in groups], max_error)
-    model, error = trial.made(groups[:count])
-    while error > max_error and count > 1:
+    result = trial.made(groups[:count])
+    while result.error > max_error and count > 1:
         count -= 1
-        model, error = trial.made(groups[:count])
-    if error > max_error:
+        result = trial.made(groups[:count])
+    if result.error > max_error:
         raise ValueError(
             f"max_error={max_error:g} can't be kept: the layer that costs least, "
-            f"{groups[0][0]!r}, alone changes the output by {error:.3g}"
+            f"{groups[0][0]!r}, alone changes the output by {result.error:.3g}"
         )
     while count < len(groups):
-        more, larger = trial.made(groups[: count + 1])
-        if larger > max_error:
+        more = trial.made(groups[: count + 1])
+        if more.error > max_error:
             break
-        model, error, count = more, larger, count + 1
-    return model, error, choice.without(_reasons(groups[count:], costs, max_error))
+        result, count = more, count + 1
+    return result, choice.without(_reasons(groups[count:], costs, max_error))
 
 
 def tell_distance(small: nn.Module, model: nn.Module, batch: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from quantize import surgery
-from quantize.compression.int8.joining import fuse_activations
+from quantize.compression.int8.joining import Joining, fuse_activations
 from quantize.compression.int8.layers import Choice, Plans, convert
 from quantize.compression.int8.speed import is_slower, timed_shapes
 from quantize.nn import CompressedLayer, PackedLayer
@@ -52,7 +52,7 @@ def gaining_together(
     choice: Choice,
     plans: Plans,
     stored: Collection[str],
-    joining: tuple[Mapping[str, str], Mapping[str, str]],
+    joining: Joining,
     inputs: Inputs,
 ) -> list[str]:
     """Those of the convolutions that are slower in int8 by themselves, but not as a part of the

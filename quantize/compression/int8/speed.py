@@ -23,6 +23,7 @@ STEPS, SEQUENCES = 32, (1, 16)  # and of a recurrent layer's
 PIXELS = (14**2, 56**2)  # and of a convolution's
 _SURELY = 0.8  # of the float model's time: one call is enough to tell
 _ALIKE = 1.03  # of it: nobody can tell
+_RECORDING = 8  # calls, at most, in which nested modules are recorded (`quantize.nn.replay`)
 _MOST_PRODUCTS = 1 << 28  # of a convolution that is timed; images are smaller where it has more
 _UNKNOWN = (
     "its forward doesn't say which axis of its experts is their input: prefer='size' stores them "
@@ -45,7 +46,7 @@ def slower(
         shapes: by layer, the shapes of its inputs on calibration; the layer is timed on the
             smallest, the middle and the largest. Without any, a linear layer is timed at ROWS, a
             recurrent one on STEPS steps of as many sequences as SEQUENCES says, a convolution on
-            one sample of about PIXELS.
+            one sample of about PIXELS. Without calibration, those of samples, for convolutions.
         say: called with a line for people before each layer.
         decided: layers that aren't timed.
     """
@@ -98,21 +99,23 @@ def affordable(
     return found
 
 
-def slower_as_a_whole(plain: nn.Module, small: nn.Module, calibration: Iterable[Any]) -> str | None:
+def slower_as_a_whole(plain: nn.Module, small: nn.Module, batches: Iterable[Any]) -> str | None:
     """The two times of a call, if the int8 model takes longer than the float one for the smallest
     or the largest batch.
 
     Args:
         plain, small: the float model and the int8 one; they run in eval mode.
-        calibration: batches.
+        batches: one at least.
     """
-    batches = min(calibration, key=_numbers), max(calibration, key=_numbers)
+    smallest, largest = min(batches, key=_numbers), max(batches, key=_numbers)
+    timed = {_numbers(batch): batch for batch in (smallest, largest)}
     with calibrating.watching((), plain, small):
-        for batch in batches:
+        for batch in timed.values():
             calls = [partial(calibrating.call, model, batch) for model in (plain, small)]
             float_s, int8_s = clock.race(calls, least=1)
             if int8_s > _SURELY * float_s:  # a second look, as long as it takes to be sure
-                float_s, int8_s = clock.race(calls, least=9, seconds=0.3)
+                warm_up = min(_RECORDING, max(1, round(0.5 / float_s)))
+                float_s, int8_s = clock.race(calls, least=3, seconds=0.3, warm_up=warm_up)
             if int8_s > _ALIKE * float_s:
                 times = f"{1e3 * int8_s:.3g} ms against {1e3 * float_s:.3g}"
                 return f"{times} for a batch of {_numbers(batch)} numbers"

@@ -25,11 +25,13 @@ class Made:
         model: with int8 layers.
         choice: which ones.
         distance: its relative error on calibration, if there is any.
+        joined: names of activations, with the layer that does the work of each.
         settings: to be noted.
     """
 
     model: nn.Module
     choice: Choice
+    joined: dict[str, str]
     distance: float | None = None
     settings: dict[str, Any] = field(default_factory=dict)
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from quantize import calibration as calibrating
 from quantize import check, surgery
@@ -25,11 +25,12 @@ from quantize.compression.int8.layers import (
     overlapping,
     small,
 )
-from quantize.compression.int8.limit import Group, Trial, warn_if_far, within
+from quantize.compression.int8.limit import Group, Result, Trial, warn_if_far, within
 from quantize.compression.int8.noise import warn_of_noise
 from quantize.compression.int8.outliers import find_plans
 from quantize.compression.int8.regions import Inputs, gaining_together, make_regions
 from quantize.compression.int8.rounding import find_rounded
+from quantize.compression.int8.samples import Sample, find_samples, shapes_of
 from quantize.compression.int8.shifts import find_shifts
 from quantize.compression.int8.speed import affordable, slower, slower_as_a_whole
 from quantize.compression.int8.telling import Made, nothing, tell, unconverted
@@ -63,7 +64,8 @@ def quantize_dynamic(
     `quantize.summary(result)` says what was converted, what was not, and why, and what part of the
     bytes stays float. A UserWarning does too where that is more than 40 percent, and another one
     says where the outputs moved by more than 5 percent on calibration, or, without it, by more than
-    10 percent on random images, ids or features, if the model runs on such alone. A BatchNorm in
+    10 percent on random images, ids or features, if the model runs on such alone; the summary says
+    how far they moved there, or that nothing was compared. A BatchNorm in
     eval mode and a ReLU that alone read the output of a convolution are folded into it: calibration
     shows that, or else `torch.fx` where it can follow the forward. So a linear layer does the work
     of the GELU, ReLU or SiLU module that alone reads its output.
@@ -71,10 +73,11 @@ def quantize_dynamic(
     By default the result is never slower than the model: each layer is timed here in float and in
     int8, and computes in float where int8 loses; the summary has both times. A convolution's weight
     is stored in int8 then, too. Convolutions that run as one native program are timed as one. So
-    the result depends on the machine. With calibration the whole model is timed too, on the
-    smallest batch and on the largest. Where int8 loses in every layer or as a whole, the result is
-    a float copy, with a UserWarning and a summary that say so; it is no error, since one that
-    depends on a stopwatch would come and go.
+    the result depends on the machine. The whole model is timed too, on the smallest batch of
+    calibration and on the largest, or, without it, on random inputs, if the model runs on such
+    alone. Where int8 loses in every layer or as a whole, the result is a float copy, with a
+    UserWarning and a summary that say so; it is no error, since one that depends on a stopwatch
+    would come and go.
 
     Calls of single layers are what is timed. A decoder that goes on to `for_decoding` should be
     converted with prefer="size": there a step of one row is one native call for the whole model,
@@ -94,10 +97,11 @@ def quantize_dynamic(
             ones too, those of 1048576 numbers (4 MB in float32), and those of 65536 that hold a
             tenth of the model's.
         prefer: "speed": layers compute in float that a stopwatch finds slower in int8 at any of
-            these numbers of rows (without calibration 1, 16 and 256, images of 14 and of 56 pixels
-            a side, and 32 steps of 1 and of 16 sequences). "size": all become int8, but for
-            convolutions with a few weights per output (depthwise ones), and the result doesn't
-            depend on the machine.
+            these numbers of rows (without calibration 1, 16 and 256, 32 steps of 1 and of 16
+            sequences, and for convolutions what they get in a random image of 112 and of 224 pixels
+            a side; 14 and 56 pixels a side where the model runs on no such image). "size": all
+            become int8, but for convolutions with a few weights per output (depthwise ones), and
+            the result doesn't depend on the machine.
         max_error: largest relative error of the result on calibration: the square root of the
             summed squares of the differences over that of the summed squares of the model's
             outputs, over all floating point tensors that it returns for all batches. Layers go
@@ -124,7 +128,13 @@ def quantize_dynamic(
     skipped = surgery.skip_filter(source, skip)
     source, projected, left = project(source, skipped)
     choice = _chosen(source, skipped, embeddings, prefer)
-    shapes = {} if calibration is None else _input_shapes(source, calibration)
+    samples: list[Sample] = []
+    expected: list[Tensor] = []
+    if calibration is None:
+        samples = find_samples(source, most=2 if prefer == "speed" else 1)
+        shapes: Inputs = shapes_of(samples)
+    else:
+        shapes = _input_shapes(source, calibration, expected)
     plans: dict[str, Stored] = {n: Stored(why) for n, why in overlapping(choice).items()}
     stored: dict[str, Stored] = {}
     if prefer == "speed":
@@ -133,32 +143,33 @@ def quantize_dynamic(
     if not choice.chosen:
         why = f"no layer of {type(model).__name__} is faster in int8 here"
         return unconverted(model, choice.left | left, why)
-    expected = None if calibration is None else smooth.outputs(source, calibration)
     readers = following(source, choice, calibration)
     folded = {norm: conv for conv, norm in surgery.fold_norms(source, readers).items()}
+    joining = readers, folded
     if stored:
         say("timing the modules that can run as one native program")
-        gaining = gaining_together(source, choice, plans, stored, (readers, folded), shapes)
+        gaining = gaining_together(source, choice, plans, stored, joining, shapes)
         plans = {name: plan for name, plan in plans.items() if name not in gaining}
-    if calibration is None or expected is None:
-        trial, made = None, Made(convert(source, choice.chosen, plans), choice)
+    if calibration is None:
+        new = convert(source, choice.chosen, plans)
+        made = Made(new, choice, fuse_activations(new, *joining))
     else:
-        trial = Trial(source, calibration, expected, plans)
+        trial = Trial(source, calibration, expected, plans, joining)
         made = _calibrated(trial, choice, shapes if prefer == "speed" else None, max_error, say)
-    joined = fuse_activations(made.model, readers, folded)
     make_regions(made.model)
     made.model = restore(made.model, projected, (Int8Linear,))
-    if trial is None:
-        made.settings |= warn_of_noise(made.model, model)
-    else:
-        made.distance = trial.error(made.model) if joined else made.distance
-        why = _slower_whole(model, made, trial) if prefer == "speed" else None
-        if why is not None:
-            stays = dict.fromkeys(made.choice.chosen, why)
-            return unconverted(model, stays | made.choice.left | left, why)
-        if max_error is None and made.distance is not None:
-            warn_if_far(model, made.distance)
-    tell(made, plans, left, folded | joined)
+    why = None
+    if prefer == "speed" and (samples or calibration is not None):
+        batches = [sample.first for sample in samples] if calibration is None else calibration
+        why = _slower_whole(model, made, batches)
+    if why is not None:
+        stays = dict.fromkeys(made.choice.chosen, why)
+        return unconverted(model, stays | made.choice.left | left, why)
+    if made.distance is None:
+        made.settings |= warn_of_noise(made.model, model, samples)
+    elif max_error is None:
+        warn_if_far(model, made.distance)
+    tell(made, plans, left, folded | made.joined)
     return made.model
 
 
@@ -172,9 +183,11 @@ def _chosen(model: nn.Module, skipped: Skipped, embeddings: bool | None, prefer:
     return choice
 
 
-def _slower_whole(model: nn.Module, made: Made, trial: Trial) -> str | None:
-    """Why the model stays in float, where int8 loses as a whole."""
-    times = slower_as_a_whole(model, made.model, trial.calibration)
+def _slower_whole(model: nn.Module, made: Made, batches: Iterable[Any]) -> str | None:
+    """Why the model stays in float, where int8 loses as a whole. A copy in int8 runs: a run leaves
+    kernels' forms of weights behind.
+    """
+    times = slower_as_a_whole(model, surgery.clone(made.model), batches)
     kind = type(model).__name__
     return None if times is None else f"{kind} as a whole is slower in int8 here, {times}"
 
@@ -188,13 +201,12 @@ def _calibrated(
 ) -> Made:
     """The int8 model as close as calibration can bring it; see `_improved` for `shapes`."""
     best, settings = _improved(trial, choice, shapes, say)
-    if max_error is None:
-        return Made(best.model, choice, best.distance, settings)
-    settings["max_error"] = max_error
-    if best.distance <= max_error:
-        return Made(best.model, choice, best.distance, settings)
-    new, distance, choice = within(best.trial, choice, max_error, say)
-    return Made(new, choice, distance, settings)
+    result = best.result
+    if max_error is not None:
+        settings["max_error"] = max_error
+        if result.error > max_error:
+            result, choice = within(best.trial, choice, max_error, say)
+    return Made(result.model, choice, result.joined, result.error, settings)
 
 
 def _check(prefer: str, max_error: float | None, calibration: Iterable[Any] | None) -> None:
@@ -209,16 +221,15 @@ def _check(prefer: str, max_error: float | None, calibration: Iterable[Any] | No
 
 @dataclass(frozen=True)
 class _Tried:
-    """A trial with all layers in int8: what it made, and the error of that."""
+    """A trial, and what it made with all layers in int8."""
 
     trial: Trial
-    model: nn.Module
-    distance: float
+    result: Result
 
     def closer(self, trial: Trial, groups: Sequence[Group], *, share: float = _CLEARLY) -> _Tried:
         """The other trial where its error is below this share of the error here, or else this."""
-        other = _Tried(trial, *trial.made(groups))
-        return other if other.distance < share * self.distance else self
+        other = _Tried(trial, trial.made(groups))
+        return other if other.result.error < share * self.result.error else self
 
     def with_plans(self, plans: Mapping[str, Plan | Rounded], groups: Sequence[Group]) -> _Tried:
         """What these plans too give, where they bring it clearly closer."""
@@ -239,7 +250,7 @@ def _improved(
     """
     groups, calibration = choice.groups(), trial.calibration
     say("trying SmoothQuant")
-    best = _Tried(trial, *trial.made(groups))
+    best = _Tried(trial, trial.made(groups))
     settings: dict[str, Any] = {}
     smoothed = surgery.clone(trial.source)
     layers = {n: m for n, m in _smoothable(smoothed) if n in choice.chosen}
@@ -275,10 +286,15 @@ def _facts_of(model: nn.Module, choice: Choice) -> dict[str, surgery.Facts]:
     return {name: facts[name] for name in choice.chosen}
 
 
-def _input_shapes(model: nn.Module, calibration: Iterable[Any]) -> Inputs:
+def _input_shapes(model: nn.Module, calibration: Iterable[Any], outputs: list[Tensor]) -> Inputs:
+    """Of the layers that compute. Adds what the model gives to `outputs`."""
     facts = surgery.facts(model).items()
     layers = {name: fact.module for name, fact in facts if computes(fact)}
-    return calibrating.input_shapes(model, calibration, layers)
+
+    def note(result: Any) -> None:
+        outputs.extend(smooth.floating(result))
+
+    return calibrating.input_shapes(model, calibration, layers, note)
 
 
 def _faster(choice: Choice, reasons: Report) -> tuple[Choice, dict[str, Stored]]:
