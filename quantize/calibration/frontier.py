@@ -111,7 +111,8 @@ class Frontier:
         running: list[Pass],
     ) -> None:
         """One pass as far as the module, or further where it isn't reached."""
-        running[:] = [Pass(self.kept[number], self.store, [name], later, self.impure)]
+        kept, draws = self.kept[number], self.look.draws
+        running[:] = [Pass(kept, self.store, [name], later, self.impure, draws=draws)]
         with watching((), model), contextlib.suppress(_Arrived), running[0]:
             call(model, batch)
 

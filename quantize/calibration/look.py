@@ -67,6 +67,11 @@ class Look:
                 self._run(model, batch, number, layers, inputs, gradients)
         self.first.latest.clear()
 
+    @property
+    def draws(self) -> bool:
+        """May a pass draw random numbers? They count as the state of the whole."""
+        return "" in self.stateful
+
     def content(self, batch: Any) -> list[bytes]:
         """What tells a batch from others; nothing where batches are kept in memory."""
         return [] if self.fixed else [digest(tensor) for tensor in output_tensors(batch)]

@@ -155,6 +155,7 @@ class Pass(TorchFunctionMode):
         shown: layers for whose sake it runs; what nobody needs up to the first of them is dropped.
         changing: layers that may still change; what ends after the first of them began isn't final.
         impure: modules that are never kept.
+        draws: may modules draw random numbers?
     """
 
     def __init__(
@@ -164,9 +165,12 @@ class Pass(TorchFunctionMode):
         shown: Collection[str],
         changing: Collection[str],
         impure: Collection[str],
+        *,
+        draws: bool,
     ) -> None:
         super().__init__()
         self.store = store
+        self.draws = draws
         self.shown = shown
         self.changing = changing
         self.impure = impure
@@ -193,7 +197,7 @@ class Pass(TorchFunctionMode):
             return self._lend(ran)
         inputs = None
         if self.final and name not in self.impure:
-            inputs = _Inputs(args, kwargs)
+            inputs = _Inputs(args, kwargs, draws=self.draws)
         self.frames.append((ran, Counter()))
         try:
             output = forward(*args, **kwargs)
@@ -238,9 +242,9 @@ class Pass(TorchFunctionMode):
 class _Inputs:
     """What a module was called with, and whether its call may be replaced by its output."""
 
-    def __init__(self, args: tuple, kwargs: dict) -> None:
+    def __init__(self, args: tuple, kwargs: dict, *, draws: bool) -> None:
         self.given = (args, kwargs)
-        self.random = torch.get_rng_state()
+        self.random = torch.get_rng_state() if draws else None
         self.leaves = list(leaves(self.given))
         with torch._C.DisableTorchFunction():
             self.versions = [_version(value) for value in self.leaves]
@@ -254,7 +258,7 @@ class _Inputs:
                 return False
             if None in self.versions or self.versions != [_version(value) for value in found]:
                 return False
-            return torch.equal(self.random, torch.get_rng_state())
+            return self.random is None or torch.equal(self.random, torch.get_rng_state())
 
     def apart(self, output: Any) -> bool:
         """Is the output made of plain tensors that share no memory with the inputs?"""

@@ -134,8 +134,11 @@ class Walk:
         root = self.kept[which].setdefault(number, Ran())
         while True:
             changing = self.changing if which else ()  # the original doesn't change
-            self.running[:] = [Pass(root, self.store, watch.names, changing, self.impure)]
-            self.running[0].final = self.replay
+            begun = Pass(
+                root, self.store, watch.names, changing, self.impure, draws=self.look.draws
+            )
+            self.running[:] = [begun]
+            begun.final = self.replay
             try:
                 calls = watch.run(batch, run)
             except Missing:

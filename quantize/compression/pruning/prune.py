@@ -21,6 +21,7 @@ from quantize.calibration import (
     warn_if_far,
     without_cache,
 )
+from quantize.collector import looking_at_new_objects
 from quantize.compression.pruning.choose import (
     check_amount,
     check_options,
@@ -100,37 +101,40 @@ def prune_ln_structured(
     if calibration is not None:
         check_batches(calibration)
     say = progress or (lambda line: None)
-    work = surgery.shell(model).eval()
-    refuse_unfit(work)
-    say(f"tracing {type(work).__name__}")
-    trace = follow(graph_of(model, work, example_inputs), work)
-    groups, stuck = find_groups(trace.labels)
-    left = dict(trace.computed)
-    wanted = choose(work, groups, stuck, amounts, skip, left)
-    wanted = savable(work, wanted, left)
-    refuse_infinite(work, wanted)
-    survey = None
-    if calibration is not None:
-        survey = survey_readers(work, find_readers(work, wanted), calibration, say)
-        wanted = reached_groups(work, wanted, survey.reached, left)
-    remove(work, wanted, n, round_to, survey, left)
-    wanted = [g for g in wanted if len(g.removed)]
-    if amounts and not wanted and any(a > 0 for a in amounts.values()):
-        raise ValueError(f"nothing was removed from {type(work).__name__}: {reasons(left)}")
-    explicit = "*" not in amounts
-    small, wanted = verified(trace, work, wanted, example_inputs, left, explicit=explicit, say=say)
-    kept = kept_indices(trace, wanted)
-    if survey is not None:
-        survey.forget(survey.layers)
-    if survey is not None and wanted:
-        repair_layers(work, small, repair_steps(trace, work, kept), survey, say)
-        survey.warn_if_few_rows("pruning")
-    follow_config(small, _sizes(trace, wanted, kept), lambda: Answers(small, example_inputs))
-    result = mask(surgery.clone(work), small, kept) if masked else small
-    surgery.round_stored(result)
-    shown = first_alone(calibration) if isinstance(calibration, Beside) else [example_inputs]
-    _write_down(result, small, work, trace, wanted, left, shown)
-    return result
+    with looking_at_new_objects():
+        work = surgery.shell(model).eval()
+        refuse_unfit(work)
+        say(f"tracing {type(work).__name__}")
+        trace = follow(graph_of(model, work, example_inputs), work)
+        groups, stuck = find_groups(trace.labels)
+        left = dict(trace.computed)
+        wanted = choose(work, groups, stuck, amounts, skip, left)
+        wanted = savable(work, wanted, left)
+        refuse_infinite(work, wanted)
+        survey = None
+        if calibration is not None:
+            survey = survey_readers(work, find_readers(work, wanted), calibration, say)
+            wanted = reached_groups(work, wanted, survey.reached, left)
+        remove(work, wanted, n, round_to, survey, left)
+        wanted = [g for g in wanted if len(g.removed)]
+        if amounts and not wanted and any(a > 0 for a in amounts.values()):
+            raise ValueError(f"nothing was removed from {type(work).__name__}: {reasons(left)}")
+        explicit = "*" not in amounts
+        small, wanted = verified(
+            trace, work, wanted, example_inputs, left, explicit=explicit, say=say
+        )
+        kept = kept_indices(trace, wanted)
+        if survey is not None:
+            survey.forget(survey.layers)
+        if survey is not None and wanted:
+            repair_layers(work, small, repair_steps(trace, work, kept), survey, say)
+            survey.warn_if_few_rows("pruning")
+        follow_config(small, _sizes(trace, wanted, kept), lambda: Answers(small, example_inputs))
+        result = mask(surgery.clone(work), small, kept) if masked else small
+        surgery.round_stored(result)
+        shown = first_alone(calibration) if isinstance(calibration, Beside) else [example_inputs]
+        _write_down(result, small, work, trace, wanted, left, shown)
+        return result
 
 
 # What was done.

@@ -143,8 +143,9 @@ def _outputs(layer: nn.Module, output: Tensor, kept: Tensor | None) -> Tensor:
     """A layer's output as rows [N, out], of the kept channels."""
     spatial = len(layer.kernel_size) if isinstance(layer, (nn.Conv1d, nn.Conv2d)) else 0
     channel = output.ndim - 1 - spatial
-    y = exact(output.movedim(channel, -1).reshape(-1, output.shape[channel]))
-    return y if kept is None else y[:, kept]
+    if kept is not None:
+        output = output.index_select(channel, kept)
+    return exact(output.movedim(channel, -1).reshape(-1, output.shape[channel]))
 
 
 def reestimate(
@@ -197,9 +198,11 @@ class _Spread:
         count = x.numel() // x.shape[1]
         if count == 0:
             return
+        values = exact(x)
         others = [dim for dim in range(x.ndim) if dim != 1]
-        variance, mean = torch.var_mean(exact(x), others, correction=0)
-        mean = mean.double()
+        mean = values.mean(others, keepdim=True)
+        variance = (values - mean).square_().mean(others)  # `torch.var` takes twice as long
+        mean = mean.flatten().double()
         self.count += count
         self.total = self.total + count * mean
         self.squares = self.squares + count * mean.square()
