@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 
 import pytest
@@ -47,6 +48,20 @@ def test_clone_keeps_flags_and_hooks(net):
         assert not model.body[0].weight.requires_grad and model.body[0].bias.requires_grad
     twin(torch.zeros(2, dtype=torch.long))
     assert calls == [1]
+
+
+def test_what_is_empty_in_a_clone_is_its_own(net):
+    """An empty dictionary or set is a new one, once where modules share it, also inside another
+    copy; what is added to it later is seen in no other model.
+    """
+    net.log, net.body.log, net.seen = (log := {}), log, set()
+    memo = {}
+    for twin in (surgery.clone(net), surgery.deepcopy(net, memo)):
+        assert twin.log is twin.body.log and twin.log == {} and twin.seen == set()
+        twin.log["calls"] = 1
+        twin.body[0].register_forward_hook(lambda *_: None)
+        assert not net.log and not net.body[0]._forward_hooks and not twin.head._forward_hooks
+    assert copy.deepcopy([net, log], memo) == [twin, twin.log]
 
 
 class Anew(nn.Module):
