@@ -16,6 +16,7 @@ from torch.fx.experimental import proxy_tensor
 from torch.fx.passes import shape_prop
 from torch.nn.modules import transformer
 
+from quantize.calibration.shapes import by_shapes
 from quantize.surgery import without_logs
 
 # What tracing notes of each result, without the one of three layouts that its strides have: those
@@ -27,11 +28,13 @@ _WITHOUT_LAYOUT = partial(shape_prop._extract_tensor_metadata, include_contiguit
 def exporting() -> Iterator[None]:
     """Inside, `torch.export` doesn't print the graph so far where it can't go on, and takes no time
     for what nobody reads, the stack of calls at each operation and layouts, nor to look for cycles
-    among millions of objects that it goes on using. The layers of `nn.Transformer` take a mask as
-    it is: they ask its values whether it is causal, which decides nothing but the kernel.
+    among millions of objects that it goes on using; shapes of layers take little (`by_shapes`). The
+    layers of `nn.Transformer` take a mask as it is: they ask its values whether it is causal, which
+    decides nothing but the kernel.
     """
     with (
         _without_collections(),
+        by_shapes(),
         without_logs(),
         warnings.catch_warnings(),
         contextlib.redirect_stdout(io.StringIO()),
