@@ -7,6 +7,7 @@ files, losses and models are real.
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -184,14 +185,35 @@ def test_what_cannot_be_met_is_said(batches, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("at", "damaged"), [(2, False), (2, True), (4, False)])
-def test_an_interrupted_search_goes_on(at, damaged, batches, tmp_path, monkeypatch):
+def test_an_interrupted_search_goes_on(batches, tmp_path, monkeypatch):
     """Stopped in the middle of a point, before and after the first rows: rows and files are kept,
     the rest is made, and the choice is that of a search that was never stopped. A damaged file is
     made again.
     """
-    whole = search(Net().eval(), batches, {"speedup": 3.2}, out=tmp_path / "whole")
-    calls = []
+    budget, made = {"speedup": 3.2}, []
+    whole = search(Net().eval(), batches, budget, out=tmp_path / "whole")
+    call = Recipe.__call__
+    monkeypatch.setattr(Recipe, "__call__", lambda self, *a: made.append(self) or call(self, *a))
+    for at, damaged in [(2, False), (2, True), (4, False)]:
+        cut = tmp_path / f"cut at {at}, {damaged}"
+        last = stopped_at(at, batches, budget, cut)
+        if damaged:
+            content = last.read_bytes()
+            last.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        made.clear()
+        resumed = search(Net().eval(), batches, budget, out=cut)
+        assert resumed.file.name == whole.file.name
+        told = ("name", "bytes", "loss", "fits", "recipe")
+        for before, after in zip(whole.rows, resumed.rows, strict=True):
+            assert [before[key] for key in told] == [after[key] for key in told]
+        assert len(made) == len(whole.rows) - 1 - at + damaged
+        with pytest.raises(ValueError, match="other calibration"):
+            search(Net().eval(), batches[:2], budget, out=cut)
+
+
+def stopped_at(at: int, batches, budget, out: Path) -> Path:
+    """Ctrl-C in a search as it loads this file; which one that is."""
+    calls, load = [], quantize.load
 
     def stopping(path, *args):
         calls.append(path)
@@ -199,25 +221,11 @@ def test_an_interrupted_search_goes_on(at, damaged, batches, tmp_path, monkeypat
             raise KeyboardInterrupt
         return load(path, *args)
 
-    load = quantize.load
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr("quantize.compression.search.trial.checkpoint.load", stopping)
         with pytest.raises(KeyboardInterrupt):
-            search(Net().eval(), batches, {"speedup": 3.2}, out=tmp_path / "cut")
-    if damaged:
-        content = calls[-1].read_bytes()
-        calls[-1].write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    made = []
-    call = Recipe.__call__
-    monkeypatch.setattr(Recipe, "__call__", lambda self, *a: made.append(self) or call(self, *a))
-    resumed = search(Net().eval(), batches, {"speedup": 3.2}, out=tmp_path / "cut")
-    assert resumed.file.name == whole.file.name
-    told = ("name", "bytes", "loss", "fits", "recipe")
-    for before, after in zip(whole.rows, resumed.rows, strict=True):
-        assert [before[key] for key in told] == [after[key] for key in told]
-    assert len(made) == len(whole.rows) - 1 - at + damaged
-    with pytest.raises(ValueError, match="other calibration"):
-        search(Net().eval(), batches[:2], {"speedup": 3.2}, out=tmp_path / "cut")
+            search(Net().eval(), batches, budget, out=out)
+    return calls[-1]
 
 
 @pytest.mark.slow
