@@ -5,6 +5,7 @@ result.
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 import tempfile
 import warnings
@@ -81,12 +82,7 @@ def _examine(transform: Transform, name: str) -> Cell:
 
 def _run(cell: Cell, transform: Transform, name: str, model: nn.Module, result: nn.Module) -> None:
     """The promises about a result."""
-    inputs = build(name)[1]
-    sequence = [inputs, *batches(inputs)[::-1]]
-    original = build(name)[0]
-    if transform.evaluates:
-        original.eval()
-    expected = promise.answers(original, sequence)
+    sequence, expected = _calls(name), _expected(name, transform.evaluates)
     if not transform.script:
         cell.add("shares memory", promise.apart(result, model))
         if transform.technique != "fold":
@@ -128,6 +124,19 @@ def _run(cell: Cell, transform: Transform, name: str, model: nn.Module, result: 
         _dense(cell, dense, actual, sequence)
 
 
+def _calls(name: str) -> list[Any]:
+    """Inputs of calls one after the other."""
+    inputs = build(name)[1]
+    return [inputs, *batches(inputs)[::-1]]
+
+
+@functools.cache
+def _expected(name: str, evaluates: bool) -> list[Any]:
+    """What the original answers to `_calls`."""
+    original = build(name)[0]
+    return promise.answers(original.eval() if evaluates else original, _calls(name))
+
+
 def _no_farther(
     name: str, actual: list[Any], expected: list[Any], sequence: list[Any]
 ) -> Iterator[str]:
@@ -167,7 +176,7 @@ def _copies(cell: Cell, transform: Transform, name: str, result: nn.Module) -> d
             made = {"own file": _try(cell, "own file", again)}
         else:
             made = {"deepcopy": _try(cell, "deepcopy", lambda: copy.deepcopy(result))}
-            if transform.saved and _pickles(build(name)[0]):
+            if transform.saved and _pickles(name):
                 made["pickle"] = _try(cell, "pickle", lambda: promise.through_pickle(result))
             if transform.saved and not any(module.training for module in result.modules()):
                 path = Path(folder) / f"model{_suffix(transform, name)}"
@@ -181,10 +190,11 @@ def _suffix(transform: Transform, name: str) -> str:
     return promise.SUFFIXES[zlib.crc32(f"{transform.technique} {name}".encode()) % 2]
 
 
-def _pickles(model: nn.Module) -> bool:
+@functools.cache
+def _pickles(name: str) -> bool:
     """Can the original be pickled? torch refuses parametrized modules."""
     try:
-        pickle.dumps(model)
+        pickle.dumps(build(name)[0])
     except Exception:
         return False
     return True
