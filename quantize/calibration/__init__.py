@@ -12,6 +12,7 @@ moments, `dual` from few rows, `refit` from parts; `exporting` what torch.export
 """
 
 from quantize.calibration.differences import (
+    FarAway,
     distance,
     largest_difference,
     relative_error,
@@ -63,6 +64,7 @@ __all__ = [
     "Beside",
     "Call",
     "Calls",
+    "FarAway",
     "Frontier",
     "InputStatistics",
     "Outer",

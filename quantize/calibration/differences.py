@@ -19,6 +19,10 @@ BLOCK = 1 << 20  # elements of outputs that are compared at once
 HALF = 0.5  # of the outputs: what is further away than this is hardly the same model
 
 
+class FarAway(UserWarning):
+    """The outputs of what was made are far from the original's."""
+
+
 @torch.no_grad()
 def distance(model: nn.Module, original: nn.Module, batches: Iterable[Any]) -> float:
     """How far the outputs of `model` are from the original's: norm of the difference over norm, all
@@ -46,13 +50,13 @@ def distance(model: nn.Module, original: nn.Module, batches: Iterable[Any]) -> f
 def warn_if_far(
     technique: str, model: nn.Module, away: float, advice: str, *, bound: float = HALF
 ) -> None:
-    """A UserWarning, for who called the technique two calls further up, where the outputs of what
+    """Warn who called the technique two calls further up with `FarAway`, where the outputs of what
     it made of `model` are further from the original's than `bound`.
     """
     if away > bound:
         kind = type(model).__name__
         line = f"{technique}: the outputs of {kind} moved by {away:.0%} on the first inputs"
-        warnings.warn(f"{line}; {advice}", stacklevel=4)
+        warnings.warn(f"{line}; {advice}", FarAway, stacklevel=4)
 
 
 def _floating(output: Any) -> list[torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -67,6 +68,27 @@ def test_int8_in_a_recipe_says_how_far_it_moved():
         small = Recipe([Int8()])(model, things())
     away = calibration.distance(small, model, batches()[:1])
     assert quantize.summary(small).steps[-1].distance == away > 0.05
+
+
+@pytest.mark.parametrize(
+    ("recipe", "told"),
+    [
+        (Recipe([Prune(0.9)]), ["pruning"]),
+        (Prune(0.9) >> Recover(1), ["recovering"]),
+        (Prune(0.9) >> Int8(), ["pruning"]),
+        (Prune(0.1) >> Recover(1), []),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_a_recipe_warns_of_its_result_and_not_of_its_middle(recipe, told):
+    """How far a pruned model is from the original is no news where a training follows."""
+    asked = network(), replace(things(), calibration=None)
+    for made in (lambda: recipe(*asked), lambda: list(make([recipe], *asked))):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            made()
+        far = [str(each.message) for each in caught if each.category is calibration.FarAway]
+        assert [line.split(":")[0] for line in far] == told
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)

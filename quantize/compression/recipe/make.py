@@ -49,7 +49,8 @@ def _made(recipes: tuple[Recipe, ...], original: nn.Module, given: Given) -> Ite
         made = Made(recipe, original)
         for prefix in recipe.prefixes:
             if prefix not in known:
-                known[prefix] = _step(prefix, made, original, given)
+                is_mended = recipe.mends(prefix) and prefix not in recipes
+                known[prefix] = _step(prefix, made, original, given, is_mended)
             made = known[prefix]
         needed: set[Recipe] = set()
         for later in recipes[index + 1 :]:
@@ -58,13 +59,14 @@ def _made(recipes: tuple[Recipe, ...], original: nn.Module, given: Given) -> Ite
         yield _told(recipe, made)
 
 
-def _step(recipe: Recipe, before: Made, original: nn.Module, given: Given) -> Made:
+def _step(recipe: Recipe, before: Made, original: nn.Module, given: Given, is_mended: bool) -> Made:
     """The last step of `recipe`, on what the steps before it made; their error, if they failed."""
     if before.model is None:
         return before
     given.say(f"making {recipe.name}")
     try:
-        return Made(recipe, recipe.steps[-1](before.model, given.at(recipe, original)))
+        made = recipe.finished(before.model, original, given, is_mended=is_mended)
+        return Made(recipe, made)
     except Exception as error:
         return Made(recipe, error=error)
 

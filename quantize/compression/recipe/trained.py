@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from quantize import surgery
-from quantize.calibration import check_batches
+from quantize.calibration import check_batches, warn_if_far
 from quantize.compression.distillation import distill, make_student, recover
 from quantize.compression.recipe import checks
 from quantize.compression.recipe.value import Given, Step
@@ -47,7 +47,11 @@ class Recover(Step):
         batches = _joined(_batches(self, given), self.joined)
         hidden = list(self.hidden) or None
         options = {"steps": self.steps, "temperature": self.temperature, "hidden": hidden}
-        return _taught(recover, model, given, batches, options)
+        taught = _taught(recover, model, given, batches, options)
+        away = surgery.notes(taught)[-1]["distance"]
+        if away is not None:
+            warn_if_far("recovering", model, away, "train it longer, or remove less before")
+        return taught
 
 
 @dataclass(frozen=True)

@@ -23,14 +23,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import nn
 
+from quantize.calibration import FarAway
 from quantize.saying import Say
 
 MOST_STEPS = 32
@@ -211,8 +213,25 @@ class Recipe:
         given = given or Given()
         result = model
         for prefix in self.prefixes:
-            result = prefix.steps[-1](result, given.at(prefix, model))
+            result = prefix.finished(result, model, given, is_mended=self.mends(prefix))
         return result
+
+    def mends(self, prefix: Recipe) -> bool:
+        """Whether one of the steps that follow those of `prefix` trains."""
+        return any(step.trains for step in self.steps[len(prefix.steps) :])
+
+    def finished(
+        self, before: nn.Module, original: nn.Module, given: Given, *, is_mended: bool
+    ) -> nn.Module:
+        """What the last step makes of what those before it made of `original`.
+
+        Args:
+            is_mended: whether a training follows: then how far the outputs are is no news yet.
+        """
+        with warnings.catch_warnings() if is_mended else nullcontext():
+            if is_mended:
+                warnings.simplefilter("ignore", FarAway)
+            return self.steps[-1](before, given.at(self, original))
 
     def as_values(self) -> list[dict[str, Any]]:
         """The recipe as JSON values, for the metadata of a file: a dict per step with all fields.
