@@ -24,7 +24,7 @@ from torch import nn
 from quantize import checkpoint, script
 from quantize.checkpoint import CheckpointError
 from quantize.commands import source
-from quantize.compression.search.judge import Divergence
+from quantize.compression.search.divergence import Divergence
 from quantize.jobs.samples import read_samples
 from quantize.measuring.artifact import as_metrics
 from quantize.measuring.comparison import compare

@@ -19,7 +19,7 @@ import train
 from quantize import cli, models
 from quantize.commands import doctor
 from quantize.compression.recipe import Int8, Recipe
-from quantize.compression.search.judge import Divergence
+from quantize.compression.search.divergence import Divergence
 from quantize.jobs.samples import read_samples
 from quantize.measuring.report import build_report, write_report
 from quantize.measuring.result import Latency, Measurement

@@ -18,8 +18,9 @@ from quantize.compression.pruning import traced_once
 from quantize.compression.recipe import Given
 from quantize.compression.search.budget import Budget
 from quantize.compression.search.choosing import choose
-from quantize.compression.search.judge import Divergence, Evaluated
-from quantize.compression.search.points import ORIGINAL, Points, digest
+from quantize.compression.search.divergence import Divergence, fitted, held_out
+from quantize.compression.search.judge import Evaluated
+from quantize.compression.search.points import ORIGINAL, Points, check_folder, digest
 from quantize.compression.search.result import Result, report
 from quantize.compression.search.trial import Trial
 from quantize.compression.search.walk import Walk
@@ -28,7 +29,7 @@ from quantize.measuring import plot
 from quantize.measuring.nursery import Nursery, modules_of
 from quantize.saying import Say, silent
 
-FORMAT = 4  # of what a folder holds beside the files
+FORMAT = 5  # of what a folder holds beside the files
 _SAME = 5  # standard errors within which a metric is the same again
 
 
@@ -64,11 +65,13 @@ def compress(
             each example, whose mean counts and whose spread tells the noise. Whether more is
             better its name says ("accuracy", "loss"), or that of the function, or a copy of the
             model with shuffled weights, for which it is worse. Without `evaluate` the loss is the
-            KL divergence of logits to the original's, or 1 - cosine of other outputs.
+            KL divergence of logits to the original's, the unexplained share of the variance of
+            single numbers, or 1 - cosine of other outputs; of several outputs, of the one that has
+            lost the largest share.
         budget: any of "speedup", "latency_ms", "bytes", "memory_mb" (to be reached) and "max_loss"
             (largest change of the metric for the worse: a number, "1%" of the original's value, or
             "2 noise", in standard errors of the metric). Without `evaluate`, percents are of the
-            entropy of the original's answers (logits) or of 1 (other outputs).
+            entropy of the original's answers (logits) or of 1 (others).
         minutes: for all of it; what is under way when they are over is finished.
         out: folder for the files, the rows and the report. A search that was interrupted goes on
             from what is there. None: a temporary folder.
@@ -80,7 +83,7 @@ def compress(
 
     Raises:
         ValueError: a budget, minutes, inputs, calibration or metric that can't be used, or a folder
-            that holds the search of another model, metric or machine.
+            that holds something else, or the search of another model, metric or machine.
         TypeError: arguments of the wrong type, a model that no file can hold.
         MeasurementError: the process that measures the original dies.
         OSError: the original can't be written.
@@ -89,6 +92,8 @@ def compress(
     if not (isinstance(minutes, (int, float)) and 0 < minutes < 10_000):
         raise ValueError(f"minutes is {minutes!r}; allowed: a number > 0")
     batches = list(check_batches(calibration))
+    if out is not None:
+        check_folder(Path(out))
     lines = _line if progress else silent
     say = progress if callable(progress) else lines
     deadline = time.monotonic() + 60 * minutes
@@ -100,13 +105,8 @@ def compress(
         _check_inputs(work, example_inputs)
         judge = _judge(work, batches, evaluate, 60 * minutes, say)
         _check_noise(wanted, judge)
-        half = len(batches) if evaluate is not None else _calibrating(batches)
-        given = Given(
-            example_inputs=example_inputs,
-            calibration=batches[:half],
-            batches=batches[:half],
-            seed=seed,
-        )
+        seen = batches if evaluate is not None else fitted(batches)
+        given = Given(example_inputs=example_inputs, calibration=seen, batches=seen, seed=seed)
         folder = Path(tempfile.mkdtemp(prefix="quantize-") if out is None else out)
         folder.mkdir(parents=True, exist_ok=True)
         identity = {"class": type(model).__name__, "state": digest(dict(work.state_dict()))}
@@ -123,11 +123,6 @@ def compress(
     report(result, folder, minutes, seed, say)
     say(result.reason)
     return result
-
-
-def _calibrating(batches: Sequence[Any]) -> int:
-    """How many of the batches calibrate where the others judge; one does both."""
-    return (len(batches) + 1) // 2
 
 
 def _check_inputs(model: nn.Module, example_inputs: Any) -> None:
@@ -155,7 +150,7 @@ def _judge(
         for number, batch in enumerate(batches):
             run_batch(model, batch, number)
     if evaluate is None:
-        return Divergence(model, batches[_calibrating(batches) :] or batches)
+        return Divergence(model, held_out(batches))
     return Evaluated(evaluate, model, seconds, say)
 
 

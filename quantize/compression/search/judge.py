@@ -1,20 +1,18 @@
-"""What a model has lost: the user's metric, or how far its outputs are from the original's."""
+"""What a model has lost, by the user's metric."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quantize import clock, surgery
-from quantize.calibration import call, main_output, watching, without_cache
 from quantize.measuring.artifact import as_metrics, per_example, standard_error
 from quantize.measuring.rows import higher_is_better, metric_noise
 from quantize.saying import Say, silent
@@ -107,7 +105,7 @@ class Evaluated:
             warnings.warn(
                 f"nothing says whether a higher {self.name!r} is better: lower is taken for "
                 f"better. Let evaluate return {{'accuracy': value}} or {{'loss': value}}",
-                stacklevel=4,
+                stacklevel=5,  # of who called `compress`
             )
             return False
         return shuffled < self.value
@@ -142,52 +140,6 @@ class Evaluated:
         return max(standard_error(each - self.each), self.varies)
 
 
-class Divergence:
-    """Judges by the outputs on held-out batches: KL divergence of logits, else 1 - cosine.
-
-    `scale` is what a loss in percent is a share of: the entropy of the original's answers, which is
-    its cross-entropy against itself and rises by the divergence; of a cosine, 1.
-
-    Args:
-        original: its outputs are kept.
-        batches: as `calibration.call` takes them.
-
-    Raises:
-        ValueError: the original gives something that isn't finite.
-    """
-
-    higher = False
-
-    def __init__(self, original: nn.Module, batches: Sequence[Any]) -> None:
-        self.batches = batches
-        self.expected = [_answer(original, batch) for batch in batches]
-        if not all(torch.isfinite(rows).all() for rows, _ in self.expected):
-            raise ValueError("the original's outputs on calibration are not finite")
-        self.logits = all(is_logits for _, is_logits in self.expected)
-        self.name = "kl_divergence" if self.logits else "cosine_distance"
-        self.value = 0.0
-        self.noise = 0.0
-        self.scale = _entropy([rows for rows, _ in self.expected]) if self.logits else 1.0
-        self.metrics = {self.name: 0.0}
-
-    def score(self, model: Any) -> Score:
-        """Raises ValueError for outputs of another shape or that are not finite."""
-        divergences = []
-        for batch, (expected, _) in zip(self.batches, self.expected, strict=True):
-            actual, _ = _answer(model, batch)
-            if actual.shape != expected.shape:
-                raise ValueError(f"its output is {list(actual.shape)}, not {list(expected.shape)}")
-            if self.logits:
-                divergences.append(_kl(actual, expected))
-            else:
-                divergences.append(1 - F.cosine_similarity(actual, expected, dim=-1).mean())
-        each = torch.stack(divergences).double()
-        if not torch.isfinite(each).all():
-            raise ValueError("its outputs are not finite")
-        loss = each.mean().item()
-        return Score({self.name: loss}, loss, standard_error(each))
-
-
 def _shuffled(model: nn.Module) -> nn.Module:
     """A copy in which the numbers of each matrix or kernel have changed places."""
     copy = surgery.clone(model)
@@ -197,36 +149,3 @@ def _shuffled(model: nn.Module) -> nn.Module:
             order = torch.randperm(weight.numel(), generator=generator).to(weight.device)
             weight.data = weight.detach().flatten()[order].view_as(weight)
     return copy
-
-
-def _answer(model: Any, batch: Any) -> tuple[Tensor, bool]:
-    """The main output as rows [N, C] in fp32, and whether it is logits."""
-    with torch.no_grad():
-        if surgery.is_eager(model):
-            with watching((), model), without_cache(model):
-                output = call(model, batch)
-        else:
-            output = call(model, batch)
-    main = main_output(output)
-    named = output is not main and getattr(output, "logits", None) is main
-    bare = output is main and main.ndim in (2, 3) and main.shape[-1] > 1
-    rows = main.reshape(-1, main.shape[-1]) if main.ndim > 1 else main[None]
-    rows = rows.float().clone()
-    return rows, named or (bare and not _normalized(rows))
-
-
-def _normalized(rows: Tensor) -> bool:
-    """Probabilities, or embeddings of length 1? As logits they would all be nearly uniform."""
-    shares = (rows >= 0).all() and (rows <= 1).all()
-    return bool(shares or ((rows.norm(dim=-1) - 1).abs() < 1e-3).all())
-
-
-def _entropy(logits: Sequence[Tensor]) -> float:
-    """Of the answers in batches of rows [N, C], in nats, on average."""
-    logs = torch.cat(list(logits)).log_softmax(-1)
-    return -(logs.exp() * logs).sum(-1).mean().item()
-
-
-def _kl(actual: Tensor, expected: Tensor) -> Tensor:
-    target = expected.log_softmax(-1)
-    return F.kl_div(actual.log_softmax(-1), target, log_target=True, reduction="batchmean")

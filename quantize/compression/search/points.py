@@ -31,6 +31,7 @@ class Points:
 
     Raises:
         ValueError: the folder holds a search of something else.
+        OSError: it can't be written.
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
@@ -40,8 +41,10 @@ class Points:
         text = json.dumps(self.identity, sort_keys=True)
         self.key = hashlib.sha256(text.encode()).hexdigest()
         path = folder / STATE
-        if path.exists():
-            held = json.loads(path.read_text())
+        if not path.exists():
+            self._write()  # from now on the folder is that of this search
+        else:
+            held = _read(path)
             if held["identity"] != self.identity:
                 differing = [k for k, v in self.identity.items() if held["identity"].get(k) != v]
                 raise ValueError(
@@ -77,6 +80,27 @@ class Points:
         """Is the row's file still what was measured? A point that failed has none."""
         path = self.folder / f"{row['name']}{SUFFIX}"
         return row["file"] is None or (path.is_file() and path.stat().st_size == row["bytes"])
+
+
+def check_folder(folder: Path) -> None:
+    """Raises ValueError for a folder in which is something else than a search."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"out={folder} exists and is not a folder")
+    if (folder / STATE).exists():
+        _read(folder / STATE)
+    elif folder.is_dir() and any(not file.name.startswith(".") for file in folder.iterdir()):
+        raise ValueError(f"out={folder} isn't empty, and no search wrote it: give another out=")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What a search has written down."""
+    try:
+        held = json.loads(path.read_text())
+    except ValueError:
+        held = None
+    if not isinstance(held, dict) or not held.keys() >= {"identity", "rows", "known"}:
+        raise ValueError(f"{path} isn't what a search wrote: give another out=")
+    return held
 
 
 def digest(values: Any) -> str:

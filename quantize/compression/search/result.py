@@ -71,8 +71,7 @@ def doubts_of(row: Row, rows: list[Row]) -> str:
 def report(result: Result, folder: Path, minutes: float, seed: int, say: Say) -> None:
     data = {"minutes": minutes, "seed": seed, "chosen": result.file.name, "reason": result.reason}
     data["layers"] = result.layers
-    shown = [row for row in result.rows if row["metric"]]
     try:
-        write_report({"machine": machine(), "data": data, "rows": shown}, folder)
+        write_report({"machine": machine(), "data": data, "rows": result.rows}, folder)
     except OSError as error:  # a full disk: the result is there
         say(f"no report: {error}")

@@ -23,7 +23,7 @@ from quantize.measuring.artifact import MeasurementError
 from quantize.measuring.comparison import compare
 from quantize.measuring.nursery import Nursery
 from quantize.measuring.result import Measurement
-from quantize.measuring.rows import build_rows, grade
+from quantize.measuring.rows import build_rows, failed_row, grade
 from quantize.saying import Say
 
 BURST_S = 0.1  # length of a turn
@@ -194,10 +194,10 @@ class Trial:
         """Of a point with this score, measured beside the original, which comes first."""
         name = file_name(recipe)
         if isinstance(score, str):
-            return self._failed(name, score)
+            return failed_row(name, score, self.points.rows[0])
         one = next(one for one in measured if one.name == name)
         if one.failed is not None:
-            return self._failed(name, one.failed)
+            return failed_row(name, one.failed, self.points.rows[0])
         row = build_rows([measured[0], one])[1]
         row["metric"] = self._metric(score.metrics)
         row["metric_change"] = row["metric"]["value"] - self.judge.value
@@ -237,15 +237,6 @@ class Trial:
         if measured[0].latency_ms is not None:
             self.points.known.setdefault("original_ms", []).append(measured[0].latency_ms.median)
         return measured
-
-    def _failed(self, name: str, reason: str) -> Row:
-        empty = dict.fromkeys(self.points.rows[0])
-        return empty | {
-            "name": name,
-            "loss": None,
-            "loss_noise": None,
-            "notes": f"failed: {reason}",
-        }
 
     def _keep(self, row: Row, recipe: Recipe | None, predicted: Row | None = None) -> Row:
         row["recipe"] = None if recipe is None else recipe.as_values()

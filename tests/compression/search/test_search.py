@@ -21,7 +21,8 @@ from quantize import compress
 from quantize.compression.recipe import Int8, LowRank, Prune, Recipe
 from quantize.compression.search import strategy
 from quantize.compression.search.budget import Budget
-from quantize.compression.search.judge import Divergence, Evaluated
+from quantize.compression.search.divergence import Divergence
+from quantize.compression.search.judge import Evaluated
 from quantize.compression.search.times import Stopwatch, made
 
 INPUTS = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))

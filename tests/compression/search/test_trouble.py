@@ -9,83 +9,19 @@ import itertools
 import math
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
+from compression.search.test_judges import values_of
 from compression.search.test_search import Net, assert_preferred, batches, by_bytes, search
 from helpers import measured_by_bytes
-from torch import Tensor, nn
+from torch import nn
 
 from quantize import checkpoint, compress
 from quantize.compression.recipe import Recipe
-from quantize.compression.search.judge import Divergence, Evaluated
+from quantize.compression.search.judge import Evaluated
 from quantize.compression.search.trial import FIRST_ROUNDS, HOPELESS_ROUNDS
-from quantize.measuring.artifact import as_metrics, per_example
 
 __all__ = ["batches", "by_bytes"]  # fixtures for the tests here
-
-
-def values_of(model: nn.Module) -> Tensor:
-    """A value for each of 500 examples, about 1, and 0.1 more for models without a first layer of
-    64 outputs.
-    """
-    generator = torch.Generator().manual_seed(0)
-    shift = 0.0 if getattr(model[0], "out_features", 0) == 64 else 0.1
-    return 1 + torch.randn(500, generator=generator) + shift
-
-
-def test_values_of_examples_tell_the_noise():
-    """The mean counts. Its noise, and that of a difference example by example, are what resampling
-    the examples gives.
-    """
-    first = values_of(Net())
-    second = first + 0.1 + 0.05 * torch.randn(500, generator=torch.Generator().manual_seed(1))
-    answers = iter([first, first, second])
-    judge = Evaluated(lambda model: {"error": next(answers)}, Net())
-    score = judge.score(Net())
-    assert judge.value == pytest.approx(first.double().mean().item())
-    assert score.loss == pytest.approx((second - first).double().mean().item(), rel=1e-5)
-    drawn = np.random.default_rng(0).integers(0, 500, (4000, 500))
-    for noise, values in ((judge.noise, first), (score.noise, second - first)):
-        assert noise == pytest.approx(values.numpy()[drawn].mean(1).std(), rel=0.05)
-    assert score.noise < judge.noise / 10
-
-
-@pytest.mark.parametrize("kind", [list, np.array, torch.tensor])
-def test_values_come_as_lists_arrays_and_tensors(kind):
-    """Booleans too; the other metrics of a dict stay numbers."""
-    metrics = as_metrics({"accuracy": kind([True, False, True, True]), "loss": 0.5})
-    assert metrics["accuracy"] == 0.75 and metrics["loss"] == 0.5 and metrics["examples"] == 4
-    assert metrics["standard_error"] == pytest.approx((0.75 * 0.25 / 4) ** 0.5)
-    each = per_example(("accuracy", kind([1.0, 0.0])))
-    assert each is not None and each.tolist() == [1, 0] and per_example(0.5) is None
-    with pytest.raises(TypeError, match="one for each example"):
-        as_metrics({"accuracy": kind([])})
-
-
-def agreement(model: nn.Module) -> float:
-    """Share of answers that are the original's: a bare number, better when higher."""
-    inputs = torch.randn(64, 16, generator=torch.Generator().manual_seed(3))
-    same = model(inputs).argmax(-1) == Net()(inputs).argmax(-1)
-    return same.double().mean().item()
-
-
-@pytest.mark.parametrize("evaluate", [agreement, lambda model: agreement(model)])
-def test_a_bare_number_gets_worse_as_its_name_or_a_shuffled_copy_says(evaluate):
-    """Fewer right answers are a loss, though "metric" doesn't say so; more errors are one too."""
-    worse = Net()
-    nn.init.zeros_(worse[0].weight)
-    lost = 1 - agreement(worse)
-    assert lost > 0
-    assert Evaluated(evaluate, Net()).score(worse).loss == pytest.approx(lost)
-    errors = Evaluated(lambda model: 1 - evaluate(model), Net())
-    assert errors.score(worse).loss == pytest.approx(lost)
-
-
-def test_a_number_of_which_nothing_says_what_is_better_is_named():
-    """Neither its name, nor its function's, nor a copy with shuffled weights."""
-    with pytest.warns(UserWarning, match="whether a higher 'metric' is better"):
-        assert not Evaluated(lambda model: 0.5, Net()).higher
 
 
 @pytest.mark.slow
@@ -145,34 +81,6 @@ def test_a_metric_that_fails_for_compressed_models_is_a_failed_point(batches):
     result = search(Net().eval(), batches, {"bytes": 5_000}, evaluate=picky)
     assert not result.met and "points failed" in result.reason
     assert "KeyError: 'int8'" in result.reason
-
-
-class Embedded(Net):
-    """Its answers have length 1."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.normalize(super().forward(x), dim=-1)
-
-
-@pytest.mark.parametrize("kind", [Embedded, lambda: nn.Sequential(Net(), nn.Sigmoid())])
-def test_embeddings_and_probabilities_are_no_logits(kind, batches):
-    """Their softmax is nearly uniform whatever they are, so they are compared by their cosine."""
-    judge = Divergence(kind(), batches)
-    assert judge.name == "cosine_distance" and judge.scale == 1
-    assert Divergence(Net(), batches).logits
-
-
-@pytest.mark.slow
-def test_percents_of_a_divergence_are_of_the_entropy(batches):
-    """The original's cross-entropy against itself; so a loss of some percent can be kept."""
-    model = Net().eval()
-    with torch.no_grad():
-        odds = torch.cat([model(batch) for batch in batches]).softmax(-1)
-    expected = torch.distributions.Categorical(odds).entropy().mean().item()
-    assert Divergence(model, batches).scale == pytest.approx(expected, rel=1e-4)
-    assert Divergence(nn.Flatten(0), [torch.ones(2, 3)]).scale == 1
-    result = search(model, batches, {"max_loss": "1%", "bytes": 8_000})
-    assert result.met and result.file.stem != "original"
 
 
 def test_calibration_that_does_not_fit_is_refused(batches):
@@ -300,6 +208,24 @@ def test_a_folder_answers_another_budget_from_its_points(batches, tmp_path, monk
     chosen = next(row for row in again.rows if row["name"] == again.file.stem)
     assert_preferred(chosen, [row for row in again.rows if row["fits"] and row["speedup"] > 2.1])
     assert again.met
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("report.json", "{}"), ("search.json", '{"mine": 1}'), ("search.json", "{"), ("", "")],
+)
+def test_a_folder_of_something_else_stays_as_it_is(name, content, batches, tmp_path):
+    """Before any work, whatever is in it."""
+    path = tmp_path / "out" / name if name else tmp_path / "out"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(content)
+
+    def evaluate(model: nn.Module) -> float:
+        raise AssertionError("the folder is looked at first")
+
+    with pytest.raises(ValueError, match=r"give another out=|is not a folder"):
+        search(Net(), batches, {"speedup": 2.0}, evaluate=evaluate, out=tmp_path / "out")
+    assert path.read_text() == content and len(list(tmp_path.rglob("*"))) == 1 + bool(name)
 
 
 def test_a_folder_of_another_metric_is_refused(batches, tmp_path):
