@@ -6,11 +6,12 @@
         --evaluate mypackage.test:accuracy --max-loss 0.01 --out small/
 
 Every row of the table is measured from a file, loaded again in a fresh process, in turns with the
-original. Without --evaluate, a loss is the KL divergence of logits (or 1 - cosine of other outputs)
-from the original's, on the half of the data that nothing is fitted to, and 1% is of the entropy of
-its answers (or of 1). `quantize.open_model` opens the folder. OUT.search holds every point: the
-same command goes on from there, and one with another budget starts with them. The exit code is 1
-where the budget can't be met: then the folder holds the best that was found.
+original. Without --evaluate, a loss is the KL divergence of logits (of single numbers the variance
+that is left unexplained, of other outputs 1 - cosine) from the original's, on the half of the data
+that nothing is fitted to, and 1% is of the entropy of its answers (or of 1). `quantize.open_model`
+opens the folder. OUT.search holds every point: the same command goes on from there, and one with
+another budget starts with them. The exit code is 1 where the budget can't be met: then the folder
+holds the best that was found.
 """
 
 from __future__ import annotations
@@ -26,11 +27,10 @@ from quantize.checkpoint import IN_FOLDER, atomic_write
 from quantize.commands import source
 from quantize.compression.search import Result, compress
 from quantize.compression.search.budget import TARGETS
-from quantize.jobs.samples import read_samples
 from quantize.measuring.report import read_report, write_report
 from quantize.measuring.rows import Report
 from quantize.measuring.table import print_report
-from quantize.models.opening import ABOUT, save_folder
+from quantize.models.opening import ABOUT, save_folder, weights_of
 
 NOT_MET = 1  # exit code: the folder holds the best that was found
 _PREFIXES = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
@@ -59,8 +59,6 @@ def _flags() -> script.Parser:
     parser.flag("--bytes", "of the file, at most: 20000000, 20M, 19Mi", type=_bytes)
     parser.flag("--memory-mb", "MiB of a process that runs it, at most", type=float)
     parser.flag("--minutes", "that the search may take", type=script.minutes, default=5.0)
-    parser.flag("--image-size", "height and width; none: the model's own", type=script.count)
-    parser.flag("--batches", "to calibrate on and to judge by", type=script.count, default=32)
     parser.flag("--seed", "seed of trainings", type=script.seed, default=0)
     return parser
 
@@ -90,16 +88,8 @@ def _compress(arguments: argparse.Namespace) -> None:
     _check_out(out)
     evaluate = script.imported(arguments.evaluate)
     model = source.opened(arguments)
-    batches = read_samples(
-        arguments.data,
-        model,
-        arguments.source,
-        batch=arguments.batch,
-        length=arguments.length,
-        image_size=arguments.image_size,
-        most=arguments.batches,
-    )
-    search = out.with_name(f"{out.name}.search")
+    batches = source.samples(arguments, model)
+    search = source.search_of(out)
     result = compress(
         model,
         batches[0],
@@ -110,6 +100,7 @@ def _compress(arguments: argparse.Namespace) -> None:
         out=search,
         seed=arguments.seed,
     )
+    source.write_asked(arguments, search)
     report = read_report(search)
     print_report(report)
     _write(result, out, report)
@@ -132,12 +123,15 @@ def _write(result: Result, out: Path, report: Report) -> None:
     measured where `save_folder` writes one of that kind.
     """
     save_folder(result.model, out)
-    if (out / IN_FOLDER).is_file():
-        with result.file.open("rb") as measured, atomic_write(out / IN_FOLDER) as file:
+    weights = weights_of(out)
+    if weights.name == IN_FOLDER:
+        with result.file.open("rb") as measured, atomic_write(weights) as file:
             shutil.copyfileobj(measured, file)
-        for row in report["rows"]:
-            row["file"] = IN_FOLDER if row["file"] == result.file.name else None
-        report["data"]["chosen"] = IN_FOLDER
+    for row in report["rows"]:
+        is_here = row["file"] == result.file.name
+        row["file"] = weights.name if is_here else None
+        row["bytes"] = weights.stat().st_size if is_here else row["bytes"]
+    report["data"]["chosen"] = weights.name
     write_report(report, out)
 
 

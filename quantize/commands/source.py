@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,12 @@ from typing import Any
 from torch import nn
 
 from quantize import script
+from quantize.checkpoint import atomic_write
+from quantize.jobs.samples import read_samples
 from quantize.models.opening import open_model
+
+ASKED = "asked.json"  # in the folder of a search
+SHAPES = ("batch", "batches", "length", "image_size")  # flags that say what is read of the data
 
 
 def add_flags(parser: script.Parser) -> None:
@@ -28,8 +34,10 @@ def add_flags(parser: script.Parser) -> None:
     parser.flag("--model", model_help)
     evaluate_help = "module:function, called with a model; gives the metric, or a dict of them"
     parser.flag("--evaluate", evaluate_help)
-    parser.flag("--batch", "examples in a call", type=script.count, default=8)
+    parser.flag("--batch", "examples in a call; none: 8", type=script.count)
+    parser.flag("--batches", "how many; none: 32, or what the data has", type=script.count)
     parser.flag("--length", "tokens of an example; none: 128 or the limit", type=script.count)
+    parser.flag("--image-size", "height and width; none: the model's own", type=script.count)
     parser.flag("--threads", "torch threads; none: the cores that are usable", type=script.threads)
 
 
@@ -46,6 +54,46 @@ def opened(arguments: argparse.Namespace) -> nn.Module:
     if fresh is not None:
         raise ValueError(f"argument --model: {path} makes its model itself")
     return _of_script(path)
+
+
+def samples(arguments: argparse.Namespace, model: nn.Module) -> list[Any]:
+    """Batches of `--data`, as the model of `source` reads them; raises as `read_samples`."""
+    asked = {name: getattr(arguments, name) for name in SHAPES}
+    asked = {name: value for name, value in asked.items() if value is not None}
+    return read_samples(arguments.data, model, arguments.source, **asked)
+
+
+def search_of(out: Path) -> Path:
+    """The folder beside `out` that holds every point of the search that wrote it."""
+    return out.with_name(f"{out.name}.search")
+
+
+def write_asked(arguments: argparse.Namespace, search: Path) -> None:
+    """Keep what a search was given in its folder, which stays on this machine, for `read_asked`."""
+    asked: dict[str, Any] = {name: getattr(arguments, name) for name in SHAPES}
+    asked["baseline"] = str(arguments.source.resolve())
+    asked["data"] = [str(path.resolve()) for path in arguments.data]
+    with atomic_write(search / ASKED) as file:
+        file.write(json.dumps(asked, indent=1).encode())
+
+
+def read_asked(arguments: argparse.Namespace) -> None:
+    """Set `baseline`, and `data` with its SHAPES, to what the search that wrote `source` was given,
+    where they aren't given here and are still there.
+    """
+    folder = arguments.source.resolve()
+    path = search_of(folder if folder.is_dir() else folder.parent) / ASKED
+    if not path.is_file():
+        return
+    asked = json.loads(path.read_text())
+    baseline, data = Path(asked["baseline"]), [Path(name) for name in asked["data"]]
+    if arguments.baseline is None and baseline.suffix != ".py" and baseline.exists():
+        arguments.baseline = baseline
+    if arguments.data is None and all(each.exists() for each in data):
+        arguments.data = data
+        for name in SHAPES:
+            if getattr(arguments, name) is None:
+                setattr(arguments, name, asked[name])
 
 
 def instance(spec: str | None) -> nn.Module | None:

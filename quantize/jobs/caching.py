@@ -87,11 +87,12 @@ def show_text(model: nn.Module, text: Text, prompt: str, **options: Any) -> None
     ids = torch.tensor([text.encode(prompt)], dtype=torch.int64)
     printer = text.printer()
     stream = generate_stream(model, ids, **options)
-    print(prompt, end="", flush=True)
 
     def show() -> None:
+        before = prompt  # with the first token: of a model that writes none only its error is told
         for token in stream:
-            print(printer(int(token)), end="", flush=True)
+            print(before + printer(int(token)), end="", flush=True)
+            before = ""
 
     _, seconds = clock.timed(show)
     read = ids.shape[1]

@@ -33,9 +33,9 @@ def read_samples(
     source: Path,
     *,
     batch: int = 8,
+    batches: int = 32,
     length: int | None = None,
     image_size: int | None = None,
-    most: int = 32,
 ) -> list[Any]:
     """Batches as `quantize.compress` takes them.
 
@@ -46,10 +46,9 @@ def read_samples(
         model: what reads them.
         source: where it came from: a folder may have its tokenizer and its preprocessor.
         batch: examples in each; what is left over is dropped.
+        batches: how many of them at most.
         length: tokens in each example of text; None: 128, or what the model takes at most.
         image_size: height and width; None: what the folder or the config says.
-        most: batches.
-
     Returns:
         At least one batch: a tensor, or a dict of keyword arguments.
 
@@ -63,13 +62,13 @@ def read_samples(
         examples: Any = _arrays(files)
     elif all(file.suffix.lower() in IMAGES for file in files):
         size = image_size or _image_size(model, source)
-        pixels = _images(files[: batch * most], source, size, _mode(model))
+        pixels = _images(files[: batch * batches], source, size, _mode(model))
         examples = _named(model, "pixel_values", pixels)
     else:
         count = length or min(128, _longest(model))
-        windows = _windows(files, tokenizer_of(model, source), count, batch * most)
+        windows = _windows(files, tokenizer_of(model, source), count, batch * batches)
         examples = _named(model, "input_ids", windows)
-    return _batches(examples, batch, most, files[0])
+    return _batches(examples, batch, batches, files[0])
 
 
 def tokenizer_of(model: nn.Module, source: Path) -> Text:
@@ -249,13 +248,13 @@ def _named(model: Any, name: str, tensor: Tensor) -> Any:
     return {name: tensor} if name in known else tensor
 
 
-def _batches(examples: Any, batch: int, most: int, file: Path) -> list[Any]:
+def _batches(examples: Any, batch: int, batches: int, file: Path) -> list[Any]:
     named = examples if isinstance(examples, dict) else {"": examples}
     count = min(len(tensor) for tensor in named.values())
     if count < batch:
         raise DataError(f"data: {file}: {count} examples are fewer than a batch of {batch}")
     found = []
-    for start in range(0, min(count, batch * most) - batch + 1, batch):
+    for start in range(0, min(count, batch * batches) - batch + 1, batch):
         part = {name: tensor[start : start + batch].clone() for name, tensor in named.items()}
         found.append(part if isinstance(examples, dict) else part[""])
     return found

@@ -21,11 +21,14 @@ from typing import Any, BinaryIO
 import numpy as np
 import safetensors.torch
 import torch
+from torch import nn
 
+from quantize.checkpoint import IN_FOLDER
 from quantize.host import default_threads
 from quantize.measuring.comparison import measure
 from quantize.measuring.rows import strict
 from quantize.measuring.streams import reserved_stdout
+from quantize.models.opening import fresh_for, open_model
 from quantize.script import Parser, exit_code, imported
 
 _PROG = "quantize measure"
@@ -56,7 +59,7 @@ def _flags() -> Parser:
     model_help = "module:callable that makes a fresh instance of a foreign architecture"
     baseline_help = "artifact to compare with: timed in turns, each in its own process"
     evaluate_help = "module:function, called with the loaded model; returns the metric"
-    parser.add_argument("file", type=Path, help="artifact to measure")
+    parser.add_argument("file", type=Path, help="artifact to measure, or a folder of one")
     parser.flag("--baseline", baseline_help, type=Path)
     parser.flag("--inputs", inputs_help, type=Path)
     parser.flag("--evaluate", evaluate_help)
@@ -70,12 +73,15 @@ def _flags() -> Parser:
 
 
 def _line(arguments: argparse.Namespace) -> bytes:
+    source, model = arguments.file, imported(arguments.model)
+    if model is None:
+        source, model = _of_folder(arguments.file)
     result = measure(
-        arguments.file,
+        source,
         read_inputs(arguments.inputs) if arguments.inputs else None,
         baseline=arguments.baseline,
         evaluate=imported(arguments.evaluate),
-        model=imported(arguments.model),
+        model=model,
         threads=arguments.threads,
         rounds=arguments.rounds,
         burst_seconds=arguments.burst_seconds,
@@ -83,6 +89,16 @@ def _line(arguments: argparse.Namespace) -> bytes:
     )
     values = strict({**dataclasses.asdict(result), "machine": result.machine()})
     return json.dumps(values, allow_nan=False).encode() + b"\n"
+
+
+def _of_folder(path: Path) -> tuple[Path | nn.Module, nn.Module | None]:
+    """What is measured of a folder, and what its file is loaded into: the config beside it says
+    what that is. A folder of transformers, which has no file of ours, is measured as it was opened.
+    """
+    file = path / IN_FOLDER if path.is_dir() else path
+    if file.name == IN_FOLDER and file.is_file():
+        return file, fresh_for(file)
+    return (open_model(path), None) if path.is_dir() else (path, None)
 
 
 def read_arrays(path: Path) -> dict[str, torch.Tensor]:

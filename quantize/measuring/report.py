@@ -22,7 +22,7 @@ from quantize.measuring.artifact import check_there
 from quantize.measuring.page import page
 from quantize.measuring.plot import pareto_plot
 from quantize.measuring.result import Measurement
-from quantize.measuring.rows import Report, build_rows, failed_row, strict
+from quantize.measuring.rows import FIELDS, Report, build_rows, failed_row, strict
 from quantize.measuring.table import markdown
 
 REPORT_FILES = ("report.json", "report.md", "pareto.png", "report.html")
@@ -90,6 +90,15 @@ def read_report(path: str | Path) -> Report:
         report = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: {error}") from error
-    if not isinstance(report, dict) or not report.keys() >= {"machine", "data", "rows"}:
+    if not _is_report(report):
         raise CheckpointError(f"{path}: is no report of this package")
     return report
+
+
+def _is_report(values: Any) -> bool:
+    if not isinstance(values, dict) or not values.keys() >= {"machine", "data", "rows"}:
+        return False
+    rows = values["rows"]
+    if not rows or not isinstance(rows, list) or not isinstance(values["data"], dict):
+        return False
+    return all(isinstance(row, dict) and row.keys() >= set(FIELDS) for row in rows)

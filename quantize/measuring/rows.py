@@ -31,6 +31,10 @@ GRADES = {0.1: "much worse", 0.01: "worse", 0.001: "slightly worse"}
 # Metrics that say how many examples a share was taken of.
 _COUNTS = ("examples", "images", "samples", "count", "n")
 
+FIELDS = (
+    *("name", "file", "bytes", "bytes_ratio", "parameters", "latency_ms", "speedup", "metric"),
+    *("metric_change", "load_s", "peak_rss_mb", "notes"),
+)  # of a row
 _PERCENTILES = ("median", "p10", "p90")
 MARKS = ("failed", "larger", "slower", *GRADES.values())
 

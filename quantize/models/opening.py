@@ -77,6 +77,8 @@ def open_model(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         return _open_folder(path, model)
     if not path.exists():
         raise CheckpointError(f"{path}: no such file or folder")
+    if path.name == checkpoint.IN_FOLDER and model is None:
+        return _open_folder(path.parent, None)
     if _is_ours(path):
         return checkpoint.load(path, model)
     tensors, class_name = read_state_dict(path)
@@ -101,10 +103,8 @@ def _is_ours(path: Path) -> bool:
 
 def _open_folder(folder: Path, model: nn.Module | None) -> nn.Module:
     if (folder / checkpoint.IN_FOLDER).is_file():
-        name = checkpoint.read_record(folder / checkpoint.IN_FOLDER)["architecture"]
-        if model is None and name["config"] is None:
-            model = _from_config(folder, name["name"])
-        opened = checkpoint.load(folder / checkpoint.IN_FOLDER, model)
+        file = folder / checkpoint.IN_FOLDER
+        opened = checkpoint.load(file, fresh_for(file) if model is None else model)
     elif not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder}: holds neither {checkpoint.IN_FOLDER} nor config.json")
     else:
@@ -154,6 +154,18 @@ def _refuse_gaps(info: dict[str, Any]) -> None:
         raise CheckpointError(
             f"{name!r} has shape {list(found)}, where config.json asks for {list(wanted)}"
         )
+
+
+def fresh_for(file: Path) -> nn.Module | None:
+    """What `checkpoint.load` fills with a file of ours that lies in a folder: an instance of the
+    config beside it; None for a built-in model.
+
+    Raises CheckpointError where the config doesn't say, or needs transformers.
+    """
+    architecture = checkpoint.read_record(file)["architecture"]
+    if architecture["config"] is not None:
+        return None
+    return _from_config(file.parent, architecture["name"])
 
 
 def _from_config(folder: Path, class_name: str) -> nn.Module:
@@ -225,6 +237,12 @@ def save_folder(model: nn.Module, path: str | Path) -> None:
         _put_in_place(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def weights_of(folder: Path) -> Path:
+    """The file of the weights in a folder that `save_folder` wrote, or of the first of them."""
+    found = [folder / checkpoint.IN_FOLDER, *sorted(folder.glob("model*.safetensors"))]
+    return next((file for file in found if file.is_file()), found[0])
 
 
 def _write_folder(model: Any, folder: Path) -> None:

@@ -6,9 +6,13 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from fresh import python
+from helpers import assert_close
 from measuring_models import INPUTS
 
+import quantize
+from quantize.measuring import command
 from quantize.measuring.artifact import fingerprint
 
 
@@ -43,7 +47,7 @@ def test_command_line_names_a_missing_file(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["FOLDER"], "is not a file"),
+        (["FOLDER"], "holds neither quantize.safetensors nor config.json"),
         (["GARBAGE"], "garbage.pth"),
         (["FILE", "--threads", "0"], "threads is 0; allowed"),
         (["FILE", "--rounds", "many"], "--rounds"),
@@ -66,3 +70,26 @@ def test_mistakes_on_the_command_line(files, tmp_path, capsys, arguments, messag
     code = main([places.get(a, a) for a in arguments])
     out, err = capsys.readouterr()
     assert code == 2 and out == "" and err.count("\n") == 1 and message in err
+
+
+def test_a_folder_is_measured_by_its_file(tmp_path):
+    """The folder, or the file in it, of a model that the config beside it builds; one of
+    transformers as it was opened.
+    """
+    import transformers
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 64}
+    config = transformers.BertConfig(vocab_size=64, num_attention_heads=2, **sizes)
+    bert = transformers.BertModel(config).eval()
+    bert.save_pretrained(tmp_path / "bert")
+    small = quantize.quantize_dynamic(bert, prefer="size", embeddings=True)
+    quantize.save_folder(small, tmp_path / "small")
+    ids = torch.arange(8)[None]
+    opened = command._of_folder(tmp_path / "bert")
+    assert type(opened[0]) is type(bert) and opened[1] is None
+    file = tmp_path / "small" / "quantize.safetensors"
+    for path in (file, file.parent):
+        source, fresh = command._of_folder(path)
+        assert source == file
+        assert_close(quantize.load(source, fresh)(ids)[0], small(ids)[0])
+    assert command._of_folder(tmp_path / "net.pth") == (tmp_path / "net.pth", None)

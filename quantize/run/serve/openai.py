@@ -95,7 +95,8 @@ async def _write(
     count = state.Count(serving, running)
     with count.mistakes():
         if running.served.decoder is None:
-            raise Refused(f"{running.name} writes no text: it is no decoder with a tokenizer")
+            needed = "a decoder of the Llama family, or of bytes, with its tokenizer"
+            raise Refused(f"{running.name} writes no text: that takes {needed}")
         prompts, settings, kind = read(fields, running.served.decoder, serving.settings.max_texts)
         fields.end()
         _check_prompts(prompts, settings, serving.settings.max_texts)
