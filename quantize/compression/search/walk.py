@@ -276,11 +276,14 @@ class Walk:
         self.deadline = -math.inf
 
     def _tail(self) -> Recipe | None:
-        """What rounds the weights of smaller models: the best of those within the loss."""
+        """What rounds the weights of smaller models: the best of those within the loss; nothing,
+        where speed is wanted and rounding alone makes the model slower.
+        """
         made = [row for row in self.plain if row["within"]]
         if self.small_wanted:
             made.sort(key=lambda row: row["bytes"])
         else:
+            made = [row for row in made if not choosing.is_slower(row, self.noise)]
             made.sort(key=lambda row: -row["speedup"])
         return strategy.without_layout(Recipe.from_json(made[0]["recipe"])) if made else None
 

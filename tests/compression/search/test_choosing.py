@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from quantize.compression.recipe import Int8, Recipe
 from quantize.compression.search.budget import Budget
 from quantize.compression.search.choosing import best
 from quantize.compression.search.layered import Layered
 from quantize.compression.search.result import facts_of
 from quantize.compression.search.times import FLOAT, INT4, INT8
 from quantize.compression.search.units import Option, Unit
+from quantize.compression.search.walk import Walk
 
 NOISE = 0.02  # of a speed-up
 TIMED = {"latency_ms": {"median": 10.0}, "latency_in_turns_ms": 10.0, "peak_rss_mb": 100.0}
@@ -132,3 +135,15 @@ def test_what_goes_by_inputs_and_by_outputs_is_counted_once():
     saved = {choice: one.size_s["float width"] for choice, one in parts.items()}
     assert saved == pytest.approx({(1, 0): 0.005, (1, 1): 0.0025 + 0.00375})
     assert (parts[1, 0].bytes, parts[1, 1].bytes) == (50 + 50, 50 + 25)
+
+
+@pytest.mark.parametrize(
+    ("speed", "small_wanted", "name"),
+    [(1.5, False, "int8"), (0.6, False, None), (0.6, True, "int8")],
+)
+def test_smaller_models_are_not_rounded_where_that_is_slower(speed, small_wanted, name):
+    """int8 that slows a model down is put behind other steps for its bytes only."""
+    plain = {"recipe": Recipe((Int8(),)).to_json(), "within": True, "speedup": speed, "bytes": 10}
+    walk = SimpleNamespace(plain=[plain], small_wanted=small_wanted, noise=0.02)
+    tail = Walk._tail(walk)
+    assert name == (None if tail is None else tail.name)
