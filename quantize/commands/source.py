@@ -13,6 +13,7 @@ from torch import nn
 
 from quantize import script
 from quantize.checkpoint import atomic_write
+from quantize.compression.search.points import ORIGINAL, SUFFIX
 from quantize.jobs.samples import read_samples
 from quantize.models.opening import open_model
 
@@ -87,7 +88,9 @@ def read_asked(arguments: argparse.Namespace) -> None:
         return
     asked = json.loads(path.read_text())
     baseline, data = Path(asked["baseline"]), [Path(name) for name in asked["data"]]
-    if arguments.baseline is None and baseline.suffix != ".py" and baseline.exists():
+    if baseline.suffix == ".py":  # no code runs that isn't named here: what it made is there
+        baseline = path.parent / f"{ORIGINAL}{SUFFIX}"
+    if arguments.baseline is None and baseline.exists():
         arguments.baseline = baseline
     if arguments.data is None and all(each.exists() for each in data):
         arguments.data = data

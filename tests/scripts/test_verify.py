@@ -103,6 +103,24 @@ def test_verify_knows_what_a_search_beside_was_given(small, decoder, data, tmp_p
     assert told.count(" holds: ") == 4 and float(loss) > 0
 
 
+def test_the_original_of_a_python_file_is_that_of_the_search(data, tmp_path):
+    """No code runs that the command line doesn't name; what is given there stays."""
+    search, original = tmp_path / "small.search", tmp_path / "small.search" / "original.safetensors"
+    search.mkdir()
+    (tmp_path / "small").mkdir()
+    for path in (original, tmp_path / "net.py"):
+        path.touch()
+    nothing = dict.fromkeys(source.SHAPES)
+    given = Namespace(source=tmp_path / "net.py", data=[data], **nothing | {"batch": 2})
+    source.write_asked(given, search)
+    asked = Namespace(source=tmp_path / "small", baseline=None, data=None, **nothing)
+    source.read_asked(asked)
+    assert (asked.baseline, asked.data, asked.batch) == (original, [data], 2)
+    asked = Namespace(source=tmp_path / "small", baseline=data, data=[original], **nothing)
+    source.read_asked(asked)
+    assert (asked.baseline, asked.data, asked.batch) == (data, [original], None)
+
+
 @pytest.mark.usefixtures("no_chart")
 def test_a_busy_machine_breaks_no_claim(small, decoder, data, tmp_path, faster, capsys):
     """A ratio that falls short while others compute says nothing of the file."""
