@@ -5,9 +5,9 @@ Some channels of a norm's output are many times larger than the rest, and a row'
 them. Dividing the norm's weight by f and multiplying the columns of the linears behind it by f
 changes nothing in floating point, costs nothing when the model runs, and evens the channels out.
 
-Nothing is assumed of the model: which linears read which norm is seen in a run (the same tensor
-goes out of one and into the others), and a fold stays only if the float model still gives its
-outputs. Left out: folding into a linear before the layer.
+Nothing is assumed of the model: which linears alone read which norm is seen in a run (the same
+tensor goes out of one and into the others), and a fold stays only if the float model still gives
+its outputs. Left out: folding into a linear before the layer.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from quantize import calibration as calibrating
 
@@ -71,8 +73,8 @@ class _Fold:
 
 def _kept(folds: list[_Fold], error: Callable[[], float]) -> list[str]:
     """Do those folds that change no output, and return their names. One changes outputs where
-    somebody else reads the norm too (a residual connection), or where it is no plain factor. All
-    are tried at once, and halves where one of them does.
+    somebody else reads the norm too, unseen, or where it is no plain factor. All are tried at once,
+    and halves where one of them does.
     """
     for fold in folds:
         fold.do()
@@ -103,42 +105,79 @@ def floating(result: Any) -> list[Tensor]:
     return [tensor.clone() for tensor in tensors if tensor.is_floating_point()]
 
 
-def _groups(model: nn.Module, layers: set[nn.Module], example: Any) -> dict[str, list[nn.Linear]]:
-    """By the norm's name: the layers that take a norm's output as it is, for norms with a weight as
-    wide as the layer.
-    """
-    # the tensor is held, so that its identity can't be used again
-    produced: dict[int, tuple[str, Tensor]] = {}
-    groups: dict[str, list[nn.Linear]] = {}
-    owners: dict[nn.Module, str] = {}
+class _Reads(TorchFunctionMode):
+    """Sees which layers are given the outputs of norms, and which outputs something else computes
+    with (a residual connection).
 
-    def after(name: str):
-        def hook(module, args, output):
+    Attributes: groups: layers by the name of the norm that they read. shared: names of norms.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        # the tensor is held, so that its identity can't be used again
+        self.produced: dict[int, tuple[str, Tensor]] = {}
+        self.groups: dict[str, list[Any]] = {}
+        self.shared: set[str] = set()
+        self.owners: dict[nn.Module, str] = {}
+        self.reading = False  # is one of the layers at work?
+
+    def produce(self, name: str) -> Callable[..., None]:
+        """A hook of a norm."""
+
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
             if isinstance(output, Tensor):
-                produced[id(output)] = (name, output)
+                self.produced[id(output)] = (name, output)
 
         return hook
 
-    def before(layer, args):
-        name = produced.get(id(args[0]), (None,))[0] if args else None
-        if (
-            name is not None
-            and owners.setdefault(layer, name) == name
-            and layer not in groups.setdefault(name, [])
-        ):
-            groups[name].append(layer)
+    def begin(self, layer: nn.Module, args: Any) -> None:
+        """A hook before a layer."""
+        self.reading = True
+        name = self.produced.get(id(args[0]), (None,))[0] if args else None
+        if name is None:
+            return
+        group = self.groups.setdefault(name, [])
+        if self.owners.setdefault(layer, name) == name and layer not in group:
+            group.append(layer)
 
-    hooks = [layer.register_forward_pre_hook(before) for layer in layers]
+    def end(self, layer: nn.Module, args: Any, output: Any) -> None:
+        """A hook after it."""
+        self.reading = False
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        computed = not self.reading and any(isinstance(one, Tensor) for one in tree_leaves(result))
+        for value in tree_leaves((args, kwargs)) if computed else ():
+            if id(value) in self.produced:
+                self.shared.add(self.produced[id(value)][0])
+        return result
+
+
+def _groups(model: nn.Module, layers: set[nn.Module], example: Any) -> dict[str, list[nn.Linear]]:
+    """By the norm's name: the layers that take a norm's output as it is, for norms with a weight as
+    wide as the layer whose output nothing else computes with.
+    """
+    reads = _Reads()
+    hooks: list[Any] = []
+    for layer in layers:
+        hooks.append(layer.register_forward_pre_hook(reads.begin))
+        hooks.append(layer.register_forward_hook(reads.end, always_call=True))
     for name, module in model.named_modules():
         weight = module._parameters.get("weight")
         if "norm" in type(module).__name__.lower() and weight is not None and weight.ndim == 1:
-            hooks.append(module.register_forward_hook(after(name)))
+            hooks.append(module.register_forward_hook(reads.produce(name)))
     try:
-        outputs(model, [example])
+        with reads:
+            outputs(model, [example])
     finally:
         for hook in hooks:
             hook.remove()
-    widths = {n: len(model.get_parameter(f"{n}.weight")) for n in groups}
+    alone = {name: group for name, group in reads.groups.items() if name not in reads.shared}
+    widths = {name: len(model.get_parameter(f"{name}.weight")) for name in alone}
     return {
-        n: g for n, g in groups.items() if g and all(layer.in_features == widths[n] for layer in g)
+        name: group
+        for name, group in alone.items()
+        if group and all(layer.in_features == widths[name] for layer in group)
     }
