@@ -36,7 +36,7 @@ from quantize.surgery.edit import (
 )
 from quantize.surgery.experts import expert_weights, has_inputs_first
 from quantize.surgery.following import traced_followers, without_logs
-from quantize.surgery.norms import absorb, fold_norms, is_plain
+from quantize.surgery.norms import absorb, fold_norms, is_plain, split_norms
 from quantize.surgery.record import (
     Note,
     Summary,
@@ -99,6 +99,7 @@ __all__ = [
     "shell",
     "shortened",
     "skip_filter",
+    "split_norms",
     "stays_float",
     "structure",
     "take_place",

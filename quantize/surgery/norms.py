@@ -24,6 +24,7 @@ _PAIRS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv2d: nn.BatchNorm2d,
     nn.Conv3d: nn.BatchNorm3d,
 }
+_NUMBERS = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -49,6 +50,55 @@ def fold_norms(model: nn.Module, followers: Mapping[str, str]) -> dict[str, str]
             folded[conv_name] = norm_name
     absorb(model, folded.values())
     return folded
+
+
+def split_norms(model: nn.Module) -> tuple[nn.Module, dict[str, nn.Module]]:
+    """Put a BatchNorm and an activation in the places of norms that apply one themselves, as timm's
+    BatchNormAct2d does, in place. Whether a norm does that, and nothing else, its numbers tell.
+
+    Returns the (possibly new) root, and the norms that were replaced.
+    """
+    asked = asked_classes(model)
+    made: dict[nn.Module, nn.Module] = {}
+    replaced: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if module in asked or not is_plain(module, [type(module)]):
+            continue
+        base = next((kind for kind in _PAIRS.values() if isinstance(module, kind)), None)
+        if base is not None and type(module).forward is not base.forward and _splits(module, base):
+            replaced[name], made[module] = module, split_norm(module)
+            record(made[module], "split_norm")
+    return replace(model, made), replaced
+
+
+@builder
+def split_norm(module: nn.Module) -> nn.Module:
+    """A BatchNorm with the module's own numbers, and the activation inside of it."""
+    norm: Any = module
+    base = next(kind for kind in _PAIRS.values() if isinstance(norm, kind))
+    plain = base(norm.num_features, norm.eps, norm.momentum, device="meta")
+    plain.affine, plain.track_running_stats = norm.affine, norm.track_running_stats
+    plain._parameters, plain._buffers = norm._parameters, norm._buffers
+    inside = [part for part in norm.children() if type(part) is not nn.Identity]
+    return nn.Sequential(plain, *inside).train(norm.training)
+
+
+def _splits(norm: Any, base: type[nn.Module]) -> bool:
+    """Does a norm in eval mode give what `split_norm` gives?"""
+    own = vars(norm)["_parameters"].keys() | vars(norm)["_buffers"].keys()
+    inside = [*norm.children()]
+    if norm.training or norm.running_mean is None or "_half" in vars(norm):
+        return False
+    if own - _NUMBERS or any([*part.parameters()] for part in inside):
+        return False
+    sizes = [3] * (1 + [*_PAIRS.values()].index(base))
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, norm.num_features, *sizes, generator=generator).to(norm.running_mean)
+    with torch.no_grad():
+        try:
+            return torch.equal(norm(x.clone()), split_norm(norm)(x.clone()))
+        except Exception:  # a forward that wants something else
+            return False
 
 
 def absorb(model: nn.Module, names: Iterable[str]) -> None:

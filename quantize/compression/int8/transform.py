@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from quantize import calibration as calibrating
 from quantize import check, surgery
 from quantize.compression import smooth
-from quantize.compression.int8.joining import following, fuse_activations
+from quantize.compression.int8.joining import Joining, following, fuse_activations
 from quantize.compression.int8.layers import (
     Choice,
     Plan,
@@ -65,10 +65,11 @@ def quantize_dynamic(
     bytes stays float. A UserWarning does too where that is more than 40 percent, and another one
     says where the outputs moved by more than 5 percent on calibration, or, without it, by more than
     10 percent on random images, ids or features, if the model runs on such alone; the summary says
-    how far they moved there, or that nothing was compared. A BatchNorm in
-    eval mode and a ReLU that alone read the output of a convolution are folded into it: calibration
-    shows that, or else `torch.fx` where it can follow the forward. So a linear layer does the work
-    of the GELU, ReLU or SiLU module that alone reads its output.
+    how far they moved there, or that nothing was compared. A BatchNorm in eval mode and a ReLU that
+    alone read the output of a convolution are folded into it: calibration shows that, or else
+    `torch.fx` where it can follow the forward. So are norms that apply an activation themselves, as
+    timm's do. So a linear layer does the work of the GELU, ReLU or SiLU module that alone reads its
+    output.
 
     By default the result is never slower than the model: each layer is timed here in float and in
     int8, and computes in float where int8 loses; the summary has both times. A convolution's weight
@@ -143,9 +144,7 @@ def quantize_dynamic(
     if not choice.chosen:
         why = f"no layer of {type(model).__name__} is faster in int8 here"
         return unconverted(model, choice.left | left, why)
-    readers = following(source, choice, calibration)
-    folded = {norm: conv for conv, norm in surgery.fold_norms(source, readers).items()}
-    joining = readers, folded
+    source, joining = _folded(source, choice, calibration)
     if stored:
         say("timing the modules that can run as one native program")
         gaining = gaining_together(source, choice, plans, stored, joining, shapes)
@@ -169,7 +168,7 @@ def quantize_dynamic(
         made.settings |= warn_of_noise(made.model, model, samples)
     elif max_error is None:
         warn_if_far(model, made.distance)
-    tell(made, plans, left, folded | made.joined)
+    tell(made, plans, left, {**joining[1], **made.joined})
     return made.model
 
 
@@ -181,6 +180,21 @@ def _chosen(model: nn.Module, skipped: Skipped, embeddings: bool | None, prefer:
     if not choice.chosen:
         raise ValueError(nothing(model, choice.left))
     return choice
+
+
+def _folded(
+    model: nn.Module, choice: Choice, calibration: Iterable[Any] | None
+) -> tuple[nn.Module, Joining]:
+    """Fold norms into the convolutions that they alone read, in place; the (possibly new) root, and
+    what is joined then.
+    """
+    model, split = surgery.split_norms(model)
+    readers = following(model, choice, calibration)
+    folded = {norm: conv for conv, norm in surgery.fold_norms(model, readers).items()}
+    model = restore(model, split, (nn.Identity,))
+    names = {name for name, _ in model.named_modules()}
+    kept = {name: reader for name, reader in readers.items() if {name, reader} <= names}
+    return model, (kept, folded)
 
 
 def _slower_whole(model: nn.Module, made: Made, batches: Iterable[Any]) -> str | None:
