@@ -40,7 +40,7 @@ def build(record: dict[str, Any]) -> nn.Module:
         name = name[:80]
         raise CheckpointError(
             f"holds a {name}, which quantize can't build by itself: pass model={name}(...), a "
-            f"fresh instance"
+            f"fresh instance, or --model to a command"
         )
     cls: Any = ARCHITECTURES[name]
     config = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}

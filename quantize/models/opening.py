@@ -84,10 +84,13 @@ def open_model(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     tensors, class_name = read_state_dict(path)
     if model is None:
         held = f"a pickled {class_name}" if class_name else "a state dict"
-        fresh = f"{class_name or 'Net'}()"
-        raise CheckpointError(f"{path}: holds {held}: pass model=, a fresh instance ({fresh})")
+        raise CheckpointError(f"{path}: holds {held}: {_needed(class_name or 'Net')}")
     with blaming(path):
         return filled(surgery.clone(model), tensors)
+
+
+def _needed(class_name: str) -> str:
+    return f"pass model=, a fresh instance ({class_name}()), or --model to a command"
 
 
 def _is_ours(path: Path) -> bool:
@@ -175,7 +178,7 @@ def _from_config(folder: Path, class_name: str) -> nn.Module:
     if cls is None or not (folder / "config.json").is_file():
         raise CheckpointError(
             f"{folder}: holds a {class_name}, which is neither built in nor one of the installed "
-            f"transformers: pass model=, a fresh instance ({class_name}())"
+            f"transformers: {_needed(class_name)}"
         )
     with blaming(folder), _quiet(transformers):
         return cls(cls.config_class.from_pretrained(folder, local_files_only=True))
