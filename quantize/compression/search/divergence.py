@@ -113,7 +113,7 @@ class _Output:
 
 def _answers(model: Any, batch: Any) -> list[tuple[Tensor, bool]]:
     """The floating outputs, the main one first, as rows [N, C] in fp32, and whether they are
-    logits.
+    logits. Beside the main one scalars don't count: losses, where labels are among the inputs.
     """
     with torch.no_grad():
         if surgery.is_eager(model):
@@ -122,7 +122,7 @@ def _answers(model: Any, batch: Any) -> list[tuple[Tensor, bool]]:
         else:
             output = call(model, batch)
     main = main_output(output)
-    others = [part for part in output_tensors(output) if part.is_floating_point()]
+    others = [part for part in output_tensors(output) if part.is_floating_point() and part.ndim]
     rows = [_rows(main), *(_rows(part) for part in others if part is not main)]
     is_logits = is_categories(output) and not (output is main and _normalized(rows[0]))
     return [(rows[0], is_logits), *((other, False) for other in rows[1:])]

@@ -119,13 +119,19 @@ class TwoHeads(nn.Module):
         self.zeroed = zeroed
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
+        loss = x.mean() + self.zeroed
         beside = x[:, 3:5] * (0 if self.zeroed else 1)
-        return {"beside": beside, "empty": torch.full((2,), math.nan), "logits": x[:, :3]}
+        return {
+            "loss": loss,
+            "beside": beside,
+            "empty": torch.full((2,), math.nan),
+            "logits": x[:, :3],
+        }
 
 
 def test_an_output_beside_the_logits_is_not_forgotten(batches):
     """The output that has lost the largest share counts, as that share of the entropy; one that
-    never was finite does not.
+    never was finite does not, nor does a scalar.
     """
     judge = Divergence(TwoHeads(False), batches)
     assert judge.name == "kl_divergence" and judge.score(TwoHeads(False)).loss == 0
