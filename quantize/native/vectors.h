@@ -15,6 +15,11 @@
 
 constexpr int64_t LANES = 16;
 
+#if defined(__AVX2__)
+// Ends a step of a sum: where registers are scarce, compilers would move steps and spill.
+inline void end_step(__m256i& total) { asm volatile("" : "+x"(total)); }
+#endif
+
 #if defined(__AVX512F__)
 
 typedef float Floats __attribute__((vector_size(64)));
@@ -163,8 +168,6 @@ inline void store_vector(const V& x, void* to) {
 }
 
 #if defined(__AVX2__)
-// Ends a step of a sum: where registers are scarce, compilers would move steps and spill.
-inline void end_step(__m256i& total) { asm volatile("" : "+x"(total)); }
 inline Floats everywhere(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
 inline __m256i half_of(const Bytes& x, int half) { return (__m256i)x.part[half]; }
 inline Ints joined(__m256i low, __m256i high) { return {(Ints::Part)low, (Ints::Part)high}; }
