@@ -34,7 +34,7 @@ def exporting() -> Iterator[None]:
     """
     with (
         _without_collections(),
-        by_shapes(),
+        by_shapes,
         without_logs(),
         warnings.catch_warnings(),
         contextlib.redirect_stdout(io.StringIO()),

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Sequence
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
-from torch._C import DispatchKey
+from torch._C import DispatchKey, _TorchDispatchModeKey
 from torch._decomp import decomposition_table
 from torch._ops import OpOverload
 from torch._prims_common import is_contiguous_or_false
@@ -28,23 +28,46 @@ _COMPOSITE = DispatchKey.CompositeImplicitAutograd
 _aten = torch.ops.aten
 
 
-@contextlib.contextmanager
-def by_shapes() -> Iterator[None]:
-    """Inside, exports take less time. What runs on numbers is as outside; a torch without the
-    private names that this needs finds shapes in its own way.
+class _ByShapes:
+    """Inside, exports take less time. What runs on numbers, and what others trace, is as outside; a
+    torch without the private names that this needs finds shapes in its own way.
+
+    Patches of torch are made for the first thread that is inside, and taken back after the last.
     """
-    with contextlib.ExitStack() as patches:
-        for operation, shaped in _LAYERS.items():
-            if not all(hasattr(operation, name) for name in _PRIVATE):
-                continue
-            kernel = {_COMPOSITE: functools.partial(_layer, operation, shaped)}
-            patches.callback(operation._dispatch_cache.clear)
-            patches.enter_context(mock.patch.dict(operation.py_kernels, kernel))
-            operation._dispatch_cache.clear()
-        known = _ACTIVATIONS & decomposition_table.keys()
-        quick = {one: _activation(one, decomposition_table[one]) for one in known}
-        patches.enter_context(mock.patch.dict(decomposition_table, quick))
-        yield
+
+    def __init__(self) -> None:
+        self.lock, self.inside, self.undo = threading.Lock(), 0, contextlib.ExitStack()
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if self.inside == 0:
+                _patch(self.undo)
+            self.inside += 1
+
+    def __exit__(self, *_: Any) -> None:
+        with self.lock:
+            self.inside -= 1
+            if self.inside == 0:
+                self.undo.close()
+
+
+by_shapes = _ByShapes()
+
+
+def _patch(undo: contextlib.ExitStack) -> None:
+    for operation, shaped in _LAYERS.items():
+        if not all(hasattr(operation, name) for name in _PRIVATE):
+            continue
+        if _COMPOSITE in operation.py_kernels:
+            continue
+        undo.callback(operation._dispatch_cache.clear)
+        undo.callback(operation.py_kernels.pop, _COMPOSITE)
+        operation.py_kernels[_COMPOSITE] = functools.partial(_layer, operation, shaped)
+        operation._dispatch_cache.clear()
+    for operation in _ACTIVATIONS & decomposition_table.keys():
+        original = decomposition_table[operation]
+        undo.callback(decomposition_table.__setitem__, operation, original)
+        decomposition_table[operation] = _activation(operation, original)
 
 
 def _layer(
@@ -120,7 +143,11 @@ def _alike(x: Tensor) -> Tensor | None:
 
 
 def _are_known(x: Tensor, *others: Tensor | None) -> bool:
-    """Do all stand for tensors of one floating type, whose numbers nobody knows?"""
+    """Do all stand for tensors of one floating type, whose numbers nobody knows? Not where what is
+    computed of them is recorded.
+    """
+    if torch._C._get_dispatch_mode(_TorchDispatchModeKey.PROXY) is not None:
+        return False
     for one in (x, *others):
         if one is None:
             continue

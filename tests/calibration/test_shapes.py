@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
 import torch
 from helpers import randn, seeded
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
@@ -127,7 +130,7 @@ def test_the_graph_is_the_same(names: list[str], free: bool):
     models, inputs = map(list, zip(*(MODELS[name] for name in names), strict=True))
     model = Together(models).eval()
     plain = exported(model, inputs, free=free)
-    with by_shapes():
+    with by_shapes:
         quick = exported(model, inputs, free=free)
     nodes = [[about(node) for node in made.graph.nodes] for made in (plain, quick)]
     assert nodes[0] == nodes[1]
@@ -148,8 +151,46 @@ def test_the_graph_is_the_same(names: list[str], free: bool):
 )
 def test_sizes_that_do_not_fit_are_refused(model: nn.Module, x: Tensor, free: bool):
     """Also where a size was free until then."""
-    with pytest.raises(Exception, match="is taken"), by_shapes():
+    with pytest.raises(Exception, match="is taken"), by_shapes:
         exported(model.eval(), x, free=free)
+
+
+TRACED = (
+    lambda x: F.gelu(x),
+    lambda x: F.hardtanh(x),
+    lambda x: F.linear(x, x),
+    lambda x: F.layer_norm(x, [5]),
+)
+
+
+def traced(x: Tensor) -> list[bool]:
+    """Do functions that are traced operation by operation, as compilers do it, give their own
+    answers?
+    """
+    operations = torch.ops.aten.gelu.default, torch.ops.aten.hardtanh.default
+    table = {one: torch._decomp.decomposition_table[one] for one in operations}
+    graphs = [make_fx(f, table, tracing_mode="fake")(torch.ones_like(x)) for f in TRACED]
+    return [torch.allclose(g(x), f(x), atol=1e-6) for g, f in zip(graphs, TRACED, strict=True)]
+
+
+def test_what_others_trace_is_recorded():
+    """Inside, by this thread and by others, operations are recorded, and no new tensors."""
+    x = ROWS[0]
+    with by_shapes, ThreadPoolExecutor() as pool:
+        assert traced(x) + pool.submit(traced, x).result() == [True] * 8
+
+
+def test_threads_are_inside_together():
+    """The first one that ends leaves the other what it has; the last one leaves nothing."""
+    linear, first, second = torch.ops.aten.linear.default, ExitStack(), ExitStack()
+    before = len(linear.py_kernels)
+    first.enter_context(by_shapes)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(second.enter_context, by_shapes).result()
+        first.close()
+        assert len(linear.py_kernels) == before + 1
+        pool.submit(second.close).result()
+    assert len(linear.py_kernels) == before
 
 
 def test_nothing_stays():
@@ -158,7 +199,7 @@ def test_nothing_stays():
     operations = torch.ops.aten.linear.default, torch.ops.aten.layer_norm.default
     before = [dict(operation.py_kernels) for operation in operations]
     table = dict(torch._decomp.decomposition_table)
-    with pytest.raises(KeyError), by_shapes():
+    with pytest.raises(KeyError), by_shapes:
         exported(model, x, free=True)
         raise KeyError
     assert [dict(operation.py_kernels) for operation in operations] == before
