@@ -16,7 +16,7 @@ from torch.nn.utils import fuse_conv_bn_weights
 
 from quantize.surgery.asked import asked_classes
 from quantize.surgery.candidates import take_place
-from quantize.surgery.edit import replace
+from quantize.surgery.edit import deepcopy, replace
 from quantize.surgery.record import builder, record
 
 _PAIRS: dict[type[nn.Module], type[nn.Module]] = {
@@ -94,9 +94,10 @@ def _splits(norm: Any, base: type[nn.Module]) -> bool:
     sizes = [3] * (1 + [*_PAIRS.values()].index(base))
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, norm.num_features, *sizes, generator=generator).to(norm.running_mean)
-    with torch.no_grad():
+    copy: Any = deepcopy(norm)  # its forward may keep something
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
         try:
-            return torch.equal(norm(x.clone()), split_norm(norm)(x.clone()))
+            return torch.equal(copy(x.clone()), split_norm(copy)(x.clone()))
         except Exception:  # a forward that wants something else
             return False
 
