@@ -138,7 +138,7 @@ def test_a_conversation(client, running):
     ("changes", "status", "message"),
     [
         ({"model": "nothing"}, 404, "no model 'nothing'"),
-        ({"model": "net"}, 400, "no decoder"),
+        ({"model": "net"}, 400, "net writes no text: that takes a decoder"),
         ({"prompt": ""}, 400, "prompt is empty"),
         ({"prompt": 3}, 400, "prompt is 3"),
         ({"prompt": [[]]}, 400, "prompt is []"),
