@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gc
 import hashlib
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -121,9 +122,10 @@ class Trial:
             raise full
 
     def point(self, recipe: Recipe, predicted: Row | None = None) -> Row:
-        """The row of one recipe, with what was predicted of it; one that fails has no file and
-        says why. Raises OSError where the disk is full.
+        """The row of one recipe, with what was predicted of it and the seconds that it took; one
+        that fails has no file and says why. Raises OSError where the disk is full.
         """
+        started = time.monotonic()
         score = self._scored(recipe)
         measured: list[Measurement] = []
         try:
@@ -133,7 +135,9 @@ class Trial:
                 measured = self._compare([file_name(recipe)], rounds)
         except MeasurementError as error:
             score = _reason(error)
-        return self._keep(self._row(recipe, score, measured), recipe, predicted)
+        row = self._row(recipe, score, measured)
+        row["seconds"] = time.monotonic() - started
+        return self._keep(row, recipe, predicted)
 
     def path(self, name: str) -> Path:
         return self.points.folder / f"{name}{SUFFIX}"

@@ -305,13 +305,12 @@ class Walk:
             recipe = strategy.without_layout(Recipe.from_json(row["recipe"]))
             if recipe is None:
                 continue
-            started = time.monotonic()
             first = self._try(strategy.recovered(recipe, FIRST_STEPS))
             if first is None or first["file"] is None:
                 return
-            took = time.monotonic() - started
             left = self.deadline - time.monotonic()
-            steps = min(MOST_STEPS, int(FIRST_STEPS * 0.7 * left / max(took, 0.1)))
+            share = left / max(first["seconds"], 0.1)  # an earlier search may have made it
+            steps = min(MOST_STEPS, int(FIRST_STEPS * 0.7 * share))
             if steps > 2 * FIRST_STEPS:
                 self._try(strategy.recovered(recipe, steps))
 

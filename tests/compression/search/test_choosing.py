@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from quantize.compression.recipe import Int8, Recipe
+from quantize.compression.recipe import Int8, Prune, Recipe
 from quantize.compression.search.budget import Budget
 from quantize.compression.search.choosing import best
 from quantize.compression.search.layered import Layered
 from quantize.compression.search.result import facts_of
 from quantize.compression.search.times import FLOAT, INT4, INT8
 from quantize.compression.search.units import Option, Unit
-from quantize.compression.search.walk import Walk
+from quantize.compression.search.walk import FIRST_STEPS, Walk
 
 NOISE = 0.02  # of a speed-up
 TIMED = {"latency_ms": {"median": 10.0}, "latency_in_turns_ms": 10.0, "peak_rss_mb": 100.0}
@@ -147,3 +148,18 @@ def test_smaller_models_are_not_rounded_where_that_is_slower(speed, small_wanted
     walk = SimpleNamespace(plain=[plain], small_wanted=small_wanted, noise=0.02)
     tail = Walk._tail(walk)
     assert name == (None if tail is None else tail.name)
+
+
+@pytest.mark.parametrize(("seconds", "steps"), [(1.0, 140), (2.0, 70), (5.0, None)])
+def test_a_training_takes_no_longer_than_is_left(seconds, steps, monkeypatch):
+    """By what its first steps took, which an earlier search may have made in no time."""
+    recipe = Prune(0.5) >> Int8()
+    row = {"recipe": recipe.as_values(), "file": "first.safetensors", "seconds": seconds}
+    tried = []
+    walk = object.__new__(Walk)
+    walk.deadline = time.monotonic() + 10.0
+    monkeypatch.setattr(walk, "_losing", lambda: [row])
+    monkeypatch.setattr(walk, "_try", lambda one: tried.append(one.steps[1].steps) or row)
+    walk._recover()
+    more = [] if steps is None else [pytest.approx(steps, abs=1)]
+    assert tried == [FIRST_STEPS, *more]
