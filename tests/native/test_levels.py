@@ -12,6 +12,7 @@ from quantize.native import isa, toolchain
 SOURCES = sorted((ROOT / "quantize").rglob("*.cpp"), key=lambda source: source.stem)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(toolchain.compiler() is None, reason="needs a C++ compiler")
 @pytest.mark.parametrize("level", [n for n in toolchain.levels() if n not in isa.levels()])
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
