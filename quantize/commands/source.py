@@ -81,22 +81,28 @@ def write_asked(arguments: argparse.Namespace, search: Path) -> None:
 def read_asked(arguments: argparse.Namespace) -> None:
     """Set `baseline`, and `data` with its SHAPES, to what the search that wrote `source` was given,
     where they aren't given here and are still there.
+
+    Raises ValueError for a file that no search wrote.
     """
     folder = arguments.source.resolve()
     path = search_of(folder if folder.is_dir() else folder.parent) / ASKED
     if not path.is_file():
         return
-    asked = json.loads(path.read_text())
-    baseline, data = Path(asked["baseline"]), [Path(name) for name in asked["data"]]
+    try:
+        asked = json.loads(path.read_text())
+        baseline, data = Path(asked["baseline"]), [Path(name) for name in asked["data"]]
+        shapes = {name: asked[name] for name in SHAPES}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} isn't what `quantize compress` wrote: remove it") from error
     if baseline.suffix == ".py":  # no code runs that isn't named here: what it made is there
         baseline = path.parent / f"{ORIGINAL}{SUFFIX}"
     if arguments.baseline is None and baseline.exists():
         arguments.baseline = baseline
     if arguments.data is None and all(each.exists() for each in data):
         arguments.data = data
-        for name in SHAPES:
+        for name, value in shapes.items():
             if getattr(arguments, name) is None:
-                setattr(arguments, name, asked[name])
+                setattr(arguments, name, value)
 
 
 def instance(spec: str | None) -> nn.Module | None:

@@ -49,6 +49,7 @@ def read_samples(
         batches: how many of them at most.
         length: tokens in each example of text; None: 128, or what the model takes at most.
         image_size: height and width; None: what the folder or the config says.
+
     Returns:
         At least one batch: a tensor, or a dict of keyword arguments.
 

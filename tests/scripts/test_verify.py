@@ -119,6 +119,10 @@ def test_the_original_of_a_python_file_is_that_of_the_search(data, tmp_path):
     asked = Namespace(source=tmp_path / "small", baseline=data, data=[original], **nothing)
     source.read_asked(asked)
     assert (asked.baseline, asked.data, asked.batch) == (data, [original], None)
+    for damaged in ("{", "[]", "{}"):
+        (search / source.ASKED).write_text(damaged)
+        with pytest.raises(ValueError, match="isn't what `quantize compress` wrote"):
+            source.read_asked(asked)
 
 
 @pytest.mark.usefixtures("no_chart")
