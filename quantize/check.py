@@ -4,6 +4,7 @@ its value, and what is allowed.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -25,15 +26,38 @@ def within(value: float, interval: str) -> bool:
     return above and (value <= high if interval[-1] == "]" else value < high)
 
 
+def is_number(value: object) -> bool:
+    """Is it an integer or a float?"""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def number(name: str, value: Any, interval: str) -> None:
-    """A finite number in an interval."""
-    plain = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not plain or not within(value, interval):
-        bounds = {"(0, inf)": "> 0", "[0, inf)": ">= 0"}.get(interval, f"in {interval}")
-        raise ValueError(f"{name} is {value!r}; allowed: a finite number {bounds}")
+    """A number in an interval."""
+    if not is_number(value) or not within(value, interval):
+        raise ValueError(f"{name} is {value!r}; allowed: {interval}")
 
 
-def one_of(name: str, value: Any, choices: tuple[Any, ...]) -> None:
-    """One of these."""
-    if value not in choices:
+def as_float(name: str, value: Any, interval: str) -> float:
+    """A number in an interval, as a float. Raises TypeError for what is no number."""
+    if not is_number(value):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    number(name, value, interval)
+    return float(value)
+
+
+def shares(name: str, value: Any, interval: str) -> float | dict[str, float]:
+    """A number in an interval, or a dict of them by the name of a layer; raises as `as_float`."""
+    if not isinstance(value, Mapping):
+        return as_float(name, value, interval)
+    if not value:
+        raise ValueError(f"{name} is an empty dict: name at least one layer")
+    for layer in value:
+        if not isinstance(layer, str):
+            raise TypeError(f"{name} takes names of layers, got {layer!r}")
+    return {k: as_float(f"{name}[{k!r}]", v, interval) for k, v in value.items()}
+
+
+def one_of(name: str, value: Any, choices: Sequence[Any]) -> None:
+    """One of these; 1 isn't True."""
+    if not any(type(value) is type(each) and value == each for each in choices):
         raise ValueError(f"{name} is {value!r}; allowed: {', '.join(map(repr, choices))}")

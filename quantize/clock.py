@@ -18,6 +18,8 @@ from typing import TypeVar
 
 import torch
 
+from quantize import check
+
 T = TypeVar("T")
 
 # Between two bursts of different engines: the threads of an engine go on spinning for a while after
@@ -76,8 +78,7 @@ def race(
     Raises:
         ValueError: `least` is below 1.
     """
-    if least < 1:
-        raise ValueError(f"least must be at least 1, got {least}")
+    check.count("least", least)
     for _ in range(warm_up):
         for call in calls:
             timed(call)

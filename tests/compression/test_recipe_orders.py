@@ -104,7 +104,7 @@ def test_joining_is_associative():
         (lambda: LowRank(0.0), ValueError, r"LowRank.ratio is 0.0; allowed: \(0, 1\]"),
         (lambda: LowRank(only_faster="yes"), ValueError, "LowRank.only_faster"),
         (lambda: Recover(0), ValueError, "Recover.steps is 0"),
-        (lambda: Recover(True), TypeError, "Recover.steps must be an integer"),
+        (lambda: Recover(True), ValueError, "Recover.steps is True"),
         (lambda: Recover(1, joined=0), ValueError, "Recover.joined is 0"),
         (lambda: Recover(1, temperature=-1), ValueError, "Recover.temperature"),
         (lambda: Student(1), ValueError, "depth"),

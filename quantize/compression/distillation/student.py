@@ -101,16 +101,12 @@ def make_student(
 
 
 def _check(depth: Any, width: Any) -> None:
-    for name, value in (("depth", depth), ("width", width)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise TypeError(f"{name} must be a number or None, got {value!r}")
-    if depth is not None and not (depth >= 1 if isinstance(depth, int) else 0 < depth < 1):
-        raise ValueError(
-            f"depth is {depth!r}; allowed: an integer >= 1 (blocks that stay) or a fraction in "
-            f"(0, 1)"
-        )
+    if isinstance(depth, float):
+        check.number("depth", depth, "(0, 1)")
+    elif depth is not None:
+        check.as_float("depth", depth, "[1, inf)")
     if width is not None:
-        check.number("width", width, "(0, 1]")
+        check.as_float("width", width, "(0, 1]")
 
 
 @torch.no_grad()

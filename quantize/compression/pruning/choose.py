@@ -9,13 +9,13 @@ from __future__ import annotations
 import fnmatch
 import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
-from quantize import surgery
+from quantize import check, surgery
 from quantize.calibration import Survey
 from quantize.compression.pruning import budget, scores
 from quantize.compression.pruning.cut import Owners, layers_of, owners
@@ -28,31 +28,15 @@ from quantize.nn import holds_integers
 
 
 def check_amount(amount: Any) -> dict[str, float]:
-    given = dict(amount) if isinstance(amount, Mapping) else {"*": amount}
-    if not given:
-        raise ValueError("amount is an empty dict: name at least one layer")
-    for name, value in given.items():
-        where = "amount" if not isinstance(amount, Mapping) else f"amount[{name!r}]"
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{where} must be a number in [0, 1), got {value!r}")
-        if not 0 <= value < 1:
-            raise ValueError(
-                f"{where} is {value}; allowed: [0, 1), the fraction of channels removed"
-            )
-        if not isinstance(name, str):
-            raise TypeError(f"amount takes layer names, got {name!r}")
-    return given
+    """The fraction of channels removed, by name or glob; "*" are all others."""
+    given = check.shares("amount", amount, "[0, 1)")
+    return given if isinstance(given, dict) else {"*": given}
 
 
 def check_options(n: Any, round_to: Any) -> None:
-    if isinstance(n, bool) or not isinstance(n, (int, float)):
-        raise TypeError(f"n must be a number > 0, got {n!r}")
-    if not n > 0:
-        raise ValueError(f"n is {n}; allowed: > 0, math.inf included")
-    if round_to is not None and (
-        isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1
-    ):
-        raise ValueError(f"round_to is {round_to!r}; allowed: an integer >= 1, or None")
+    check.as_float("n", n, "(0, inf]")
+    if round_to is not None:
+        check.count("round_to", round_to)
 
 
 def refuse_unfit(model: nn.Module) -> None:
