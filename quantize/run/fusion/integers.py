@@ -217,25 +217,24 @@ def _kernel(
 
 def add_in_place(program: Program) -> None:
     """Let a convolution add its results to another image where this is read for the last time."""
-    order = {n: i for i, n in enumerate(program.graph.nodes)}
     count = 0
     for node in calls(program, {aten.add.Tensor, aten.add_.Tensor}):
         first, second = argument(node, 0), argument(node, 1)
         for conv, other in ((first, second), (second, first)):
-            if not node.kwargs and _can_add(conv, other, node, order):
+            if not node.kwargs and _can_add(conv, other, node):
                 _add(program, node, conv, other)
                 count += 1
                 break
     program.note(count, "residual adds fused into them")
 
 
-def _can_add(conv: Any, other: Any, node: fx.Node, order: dict[fx.Node, int]) -> bool:
+def _can_add(conv: Any, other: Any, node: fx.Node) -> bool:
     if not is_call(conv, _onednn.qconv_pointwise.tensor) or not isinstance(other, fx.Node):
         return False
     plain = argument(conv, 14) == "none" and len(conv.users) == 1 and len(shape(conv)) == 4
     fresh = other.target in _FRESH
     earlier = [user for user in other.users if user is not node]
-    free = all(order.get(u, 0) < order[node] and not may_be_view(u) for u in earlier)
+    free = all(u < node and not may_be_view(u) for u in earlier)
     return plain and fresh and free and shape(conv) == shape(other)
 
 

@@ -9,13 +9,12 @@ squeeze-and-excitation goes over the feature map once (8 x 144 x 56 x 56 on 2 th
 from __future__ import annotations
 
 import operator
-from collections import defaultdict
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, fx
 
-from quantize.run.fusion.edit import argument, may_be_view, mutates, shape
+from quantize.run.fusion.edit import argument, may_be_view, shape
 from quantize.run.fusion.graph import Program, aten
 
 _CONVOLUTION = torch.ops.mkldnn._convolution_pointwise
@@ -48,23 +47,20 @@ _FRESH = {  # their results have memory of their own, dense and without overlaps
 
 def reuse_memory(program: Program) -> None:
     """Operators write into an operand's memory where this is its last use."""
-    if any(mutates(n) for n in program.graph.nodes):
-        return
-    order = {n: i for i, n in enumerate(program.graph.nodes)}
     roots: dict[fx.Node, set[fx.Node]] = {}
-    last: dict[fx.Node, int] = defaultdict(int)
+    last: dict[fx.Node, fx.Node] = {}  # that may read a node's memory
     fresh = {n for n in program.graph.nodes if n.target in _FRESH}
     for node in program.graph.nodes:
         inherited = set().union(*(roots[n] for n in node.all_input_nodes))
         for root in inherited:
-            last[root] = order[node]
+            last[root] = node
         roots[node] = {node, *inherited} if may_be_view(node) else {node}
 
     def is_free(node: fx.Node, place: int) -> bool:
         """Does nothing else read this operand's memory, from here on?"""
         x = argument(node, place)
         others = [a for i, a in enumerate(node.args) if i != place and isinstance(a, fx.Node)]
-        ends = x in fresh and last[x] == order[node] and _fits(x, node)
+        ends = x in fresh and last[x] is node and _fits(x, node)
         return ends and not any(x in roots[other] for other in others)
 
     count = 0
@@ -98,10 +94,10 @@ def separate_outputs(program: Program, exported: Program) -> None:
     The caller may write into what it got: no later answer, no input and no other output may change
     with it.
     """
-    *_, output = program.graph.nodes
-    *_, original = exported.graph.nodes
+    output = program.graph.output_node()
     roots = [_roots(n, may_be_view) for n in argument(output, 0)]
-    meant = [_roots(n, _is_view) for n in argument(original, 0)]
+    original = argument(exported.graph.output_node(), 0)
+    meant = [_roots(n, _is_view) for n in original]
     taken: list[set[fx.Node]] = []
     values = list(argument(output, 0))
     for i, node in enumerate(values):

@@ -83,15 +83,12 @@ def functionalize(program: Program) -> None:
     """`x.add_(y)` becomes `x + y` where nobody else looks at x: other passes then needn't think
     about memory.
     """
-    order = {n: i for i, n in enumerate(program.graph.nodes)}
     for node in [n for n in program.graph.nodes if n.op == "call_function" and mutates(n)]:
         changed = argument(node, 0)
         if not isinstance(changed, fx.Node) or changed.op != "call_function":
             continue
         fresh = not may_be_view(changed) and not is_random(changed) and not is_random(node)
-        alone = all(
-            u is node or (order[u] < order[node] and not may_be_view(u)) for u in changed.users
-        )
+        alone = all(u is node or (u < node and not may_be_view(u)) for u in changed.users)
         target = _out_of_place(node)
         if fresh and alone and target is not None and _keeps_dtype(node):
             node.target = target
@@ -222,8 +219,6 @@ def fold_constants(program: Program) -> None:
 
 def merge_equal(program: Program) -> None:
     """The same operator on the same inputs runs once."""
-    if any(mutates(n) for n in program.graph.nodes):
-        return
     seen: dict[object, fx.Node] = {}
     count = 0
     for node in list(program.graph.nodes):

@@ -67,7 +67,7 @@ def _copy_returned_state(program: Program) -> None:
     """What is returned must keep its value at the next call; what was assigned last must not show
     in what was returned.
     """
-    *_, output = program.graph.nodes
+    output = program.graph.output_node()
     place = next((n for n in program.graph.nodes if n.meta.get("assigned")), output)
     for node in dict.fromkeys(n for n in output.all_input_nodes if root_of(n).op == "get_attr"):
         if root_of(node).target not in program.state:
