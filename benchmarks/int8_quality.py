@@ -24,7 +24,7 @@ from torch import nn
 from quantize import load, quantize_dynamic, quantize_weights
 from quantize.nn import int8_kernels, int8_stock
 from quantize.nn.int8_rows import Rows
-from quantize.training import data, evaluate
+from quantize.training import data, evaluate_text
 
 WINDOW = 256
 
@@ -82,7 +82,9 @@ def main() -> None:
             with one_scale() if "tensor" in name else nullcontext():
                 small = make(model)
                 cosine = nn.functional.cosine_similarity(small(windows).float(), expected, dim=-1)
-                score = evaluate(small, text, max_bytes=arguments.max_bytes)["bits_per_byte"]
+                score = evaluate_text(small, text.validation, max_bytes=arguments.max_bytes)[
+                    "bits_per_byte"
+                ]
             found.append({"variant": name, "bits_per_byte": score, "cosine": cosine.mean().item()})
             found[-1]["change"] = score - found[0]["bits_per_byte"]
             print(found[-1], flush=True)

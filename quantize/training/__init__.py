@@ -1,7 +1,7 @@
 """Train any module, judge it on held-out data, go on after an interruption."""
 
 from quantize.training.config import TrainConfig
-from quantize.training.evaluation import evaluate, evaluate_images, evaluate_text
+from quantize.training.evaluation import evaluate_images, evaluate_text
 from quantize.training.loop import Batches, Judge, Loss, autocast, fit
 from quantize.training.losses import classification_loss, next_token_loss
 from quantize.training.optimizers import BatchedMuon, split_parameters
@@ -21,7 +21,6 @@ __all__ = [
     "autocast",
     "classification_loss",
     "distributed",
-    "evaluate",
     "evaluate_images",
     "evaluate_text",
     "fit",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,15 +10,6 @@ from torch import Tensor, nn
 
 from quantize.calibration import in_eval_mode
 from quantize.surgery import device_of
-
-
-def evaluate(model: nn.Module, data: Any, **settings: Any) -> dict[str, float]:
-    """`evaluate_text` or `evaluate_images` on what `data` (of `load_text` or `load_images`) held
-    out.
-    """
-    if data.task == "text":
-        return evaluate_text(model, data.validation, **settings)
-    return evaluate_images(model, data.validation_images, data.validation_labels, **settings)
 
 
 @torch.inference_mode()

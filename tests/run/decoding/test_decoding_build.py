@@ -284,7 +284,7 @@ def test_processes_at_once_and_a_file_cut_under_a_running_one(content, tmp_path)
     """
     code = (
         "import pathlib, sys, torch, quantize\n"
-        "from quantize.decoding import for_decoding\n"
+        "from quantize import for_decoding\n"
         "net = quantize.DecoderLM(quantize.DecoderConfig(vocab_size=61, width=32, layers=1, "
         "heads=4)).eval()\n"
         "fast = for_decoding(net, backend='native')\n"
