@@ -6,7 +6,7 @@ import argparse
 import importlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -70,6 +70,12 @@ def main(
 
     first_rank = os.environ.get("RANK", "0") == "0"
     return exit_code(parser.prog, run, stopped, quiet=not first_rank)
+
+
+def given(arguments: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
+    """Those of the flags of these names that have a value."""
+    values = {name: getattr(arguments, name) for name in names}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def count(text: str) -> int:

@@ -42,7 +42,7 @@ from quantize.calibration.inputs import (
 )
 from quantize.calibration.observe import Call, Watch, find_streams
 from quantize.calibration.passes import Store
-from quantize.calibration.patches import exact, is_finite, rows, snapshot
+from quantize.calibration.patches import CONVOLUTIONS, exact, is_finite, rows, snapshot
 from quantize.calibration.projected import Projected
 from quantize.calibration.readers import followers
 from quantize.calibration.refit import Regression
@@ -61,6 +61,7 @@ from quantize.calibration.sums import InputStatistics, PairedStatistics, Product
 from quantize.calibration.survey import Survey
 
 __all__ = [
+    "CONVOLUTIONS",
     "Beside",
     "Call",
     "Calls",

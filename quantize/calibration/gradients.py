@@ -15,7 +15,7 @@ from torch import nn
 from quantize.calibration.differences import BLOCK
 from quantize.calibration.dual import whole
 from quantize.calibration.inputs import main_output
-from quantize.calibration.patches import exact, snapshot
+from quantize.calibration.patches import CONVOLUTIONS, exact, snapshot
 from quantize.calibration.projected import Projected
 from quantize.calibration.squares import Squares
 
@@ -131,7 +131,7 @@ class OutputGradients:
 
     def _add(self, name: str, gradient: torch.Tensor) -> None:
         layer = self.layers[name]
-        if isinstance(layer, (nn.Conv1d, nn.Conv2d)):
+        if isinstance(layer, CONVOLUTIONS):
             channel = -1 - len(layer.kernel_size)
             gradient = gradient.movedim(channel, -1)  # [B, M, H, W] to [B, H, W, M]
         rows = snapshot(exact(gradient).reshape(-1, gradient.shape[-1]))

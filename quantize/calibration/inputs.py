@@ -102,6 +102,11 @@ def _check_arguments(model: Any, args: tuple, kwargs: dict[str, Any], error: Typ
         ) from error
 
 
+def first_given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """What a layer is called with first: its input."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
 _FAILURES = (TypeError, RuntimeError, IndexError, KeyError, AttributeError, AssertionError)
 
 

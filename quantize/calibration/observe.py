@@ -18,7 +18,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from quantize.calibration.gradients import without_weight_gradients
-from quantize.calibration.inputs import call, watching
+from quantize.calibration.inputs import call, first_given, watching
 from quantize.calibration.passes import Gone, saved_in_files
 from quantize.calibration.patches import snapshot, storage_of
 
@@ -141,7 +141,7 @@ class Watch(TorchFunctionMode):
         def skip(*args: Any, **kwargs: Any) -> torch.Tensor:
             if self.waiting or len(self.calls) + 1 != self.expected:
                 return forward(*args, **kwargs)
-            x = args[0] if args else next(iter(kwargs.values()))
+            x = first_given(args, kwargs)
             return _Summand.of(x.new_empty(*x.shape[:-1], layer.out_features))
 
         layer.__dict__["forward"] = skip
@@ -161,7 +161,7 @@ class Watch(TorchFunctionMode):
 
     def _input(self, args: tuple, kwargs: dict) -> torch.Tensor:
         """A copy of what a layer is given: one for layers that are given one tensor in turn."""
-        given = args[0] if args else next(iter(kwargs.values()))
+        given = first_given(args, kwargs)
         if self.strict:
             return Gone.of(given)
         version = None if given.is_inference() else given._version

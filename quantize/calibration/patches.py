@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)  # whose patches `rows` gives
+
 
 def rows(layer: nn.Module, x: Tensor, *, every: int = 1) -> Tensor:
     """The vectors that `layer`'s weight multiplies, as [N, K].
@@ -17,7 +19,7 @@ def rows(layer: nn.Module, x: Tensor, *, every: int = 1) -> Tensor:
         kernel height * kernel width; with `every`, only those at every so many outputs along
         each spatial axis.
     """
-    if isinstance(layer, (nn.Conv1d, nn.Conv2d)):
+    if isinstance(layer, CONVOLUTIONS):
         x = x if x.ndim == 2 + len(layer.kernel_size) else x[None]  # an image alone
         if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
             x = F.pad(

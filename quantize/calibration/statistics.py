@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from quantize.calibration.inputs import call, check_batches, run_batch, watching
-from quantize.calibration.patches import channel_rows, is_finite, rows, sample
+from quantize.calibration.inputs import call, check_batches, first_given, run_batch, watching
+from quantize.calibration.patches import CONVOLUTIONS, channel_rows, is_finite, rows, sample
 from quantize.calibration.projected import ProjectedStatistics
 from quantize.calibration.sums import InputStatistics, Products
 
@@ -24,7 +24,7 @@ from quantize.calibration.sums import InputStatistics, Products
 def on_input(layer: nn.Module, see: Callable[[Tensor], None]) -> Any:
     """Call `see` with the (first) input of `layer` whenever it runs; returns the hook's handle."""
     return layer.register_forward_pre_hook(
-        lambda _, args, kwargs: see(args[0] if args else next(iter(kwargs.values()))),
+        lambda _, args, kwargs: see(first_given(args, kwargs)),
         with_kwargs=True,
     )
 
@@ -125,7 +125,7 @@ class InputSums:
                 seen.update(channel_rows(layer, x), outer=self.outer)
             elif not self.outer:
                 seen.update(rows(layer, x), outer=False)
-            elif isinstance(layer, (nn.Conv1d, nn.Conv2d)):
+            elif isinstance(layer, CONVOLUTIONS):
                 seen.update(*sample(layer, x))
             else:
                 self.products.see(x)
@@ -137,8 +137,8 @@ def _note_both(
     seen: ProjectedStatistics, layer: nn.Module, args: tuple, kwargs: dict, output: Tensor
 ) -> None:
     """Add what one call of a layer was given and gave."""
-    x = args[0] if args else next(iter(kwargs.values()))
-    if isinstance(layer, (nn.Conv1d, nn.Conv2d)):
+    x = first_given(args, kwargs)
+    if isinstance(layer, CONVOLUTIONS):
         patches, count = sample(layer, x)
         seen.update_both(patches, patches @ seen.weight.to(patches.dtype).T, count)
     else:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from quantize.calibration.patches import gram_bytes
 from quantize.calibration.projected import is_finite_moment
 from quantize.calibration.statistics import InputSums, check_reached
 from quantize.calibration.sums import InputStatistics
+from quantize.saying import Say, silent
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ class Survey:
         by_channel: Collection[str] = (),
         projected: Mapping[str, torch.Tensor] | None = None,
         memory: int = MEMORY,
-        say: Callable[[str], None] = lambda line: None,
+        say: Say = silent,
     ) -> None:
         self.model = model
         self.batches = check_batches(batches)

@@ -21,6 +21,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from quantize import surgery
 from quantize.checkpoint.opening import CheckpointError, blaming, open_regular, require
 from quantize.checkpoint.pth import STORAGES
 
@@ -222,13 +223,11 @@ def filled(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     Raises:
         CheckpointError: for names and shapes that differ from the model's.
     """
-    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    given = {name: tuple(value.shape) for name, value in tensors.items()}
-    names = wanted.keys() | given.keys()
-    wrong = sorted(name for name in names if wanted.get(name) != given.get(name))
+    wanted = model.state_dict()
+    wrong = surgery.unlike(tensors, wanted)
     if wrong:
         name = wrong[0]
-        shapes = f"{_words(given.get(name))} in the file, {_words(wanted.get(name))} in the model"
+        shapes = f"{_words(tensors.get(name))} in the file, {_words(wanted.get(name))} in the model"
         raise CheckpointError(
             f"{len(wrong)} tensors differ from those of {type(model).__name__}: "
             f"{name!r} is {shapes}"
@@ -237,5 +236,5 @@ def filled(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     return model.eval()
 
 
-def _words(shape: tuple[int, ...] | None) -> str:
-    return "missing" if shape is None else str(list(shape))
+def _words(tensor: Tensor | None) -> str:
+    return "missing" if tensor is None else str(list(tensor.shape))

@@ -79,8 +79,7 @@ def _bytes(text: str) -> float:
 
 
 def _compress(arguments: argparse.Namespace) -> None:
-    budget = {name: getattr(arguments, name) for name in (*TARGETS, "max_loss")}
-    budget = {name: value for name, value in budget.items() if value is not None}
+    budget = script.given(arguments, (*TARGETS, "max_loss"))
     if not budget:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in (*TARGETS, "max_loss"))
         raise ValueError(f"no budget is given: any of {flags}")

@@ -46,8 +46,7 @@ def _flags() -> script.Parser:
 def _generate(arguments: argparse.Namespace) -> None:
     model = open_model(arguments.file)
     text = tokenizer_of(model, arguments.file)
-    options = {name: getattr(arguments, name) for name in ("top_k", "top_p")}
-    options = {name: value for name, value in options.items() if value is not None}
+    options = script.given(arguments, ("top_k", "top_p"))
     if arguments.cache is not None:
         options["cache"] = CACHES[arguments.cache]
     if arguments.draft is not None:

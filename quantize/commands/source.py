@@ -59,8 +59,7 @@ def opened(arguments: argparse.Namespace) -> nn.Module:
 
 def samples(arguments: argparse.Namespace, model: nn.Module) -> list[Any]:
     """Batches of `--data`, as the model of `source` reads them; raises as `read_samples`."""
-    asked = {name: getattr(arguments, name) for name in SHAPES}
-    asked = {name: value for name, value in asked.items() if value is not None}
+    asked = script.given(arguments, SHAPES)
     return read_samples(arguments.data, model, arguments.source, **asked)
 
 

@@ -107,7 +107,7 @@ def _choose(
     for name, module in model.named_modules():
         fact = facts.get(name)
         if fact is None or not fact.linear:
-            if any(p is not None and p.ndim > 1 for p in module._parameters.values()):
+            if surgery.holds_matrix(module):
                 report[name] = f"a {type(module).__name__}: only linear layers become 4-bit"
             continue
         reason = "named by skip" if skipped(name, module) else _obstacle(name, fact, group_size)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantize import checkpoint, training
+from quantize import checkpoint, surgery, training
 from quantize.checkpoint import CheckpointError
 from quantize.compression.recipe import Given, Recipe, make
 from quantize.jobs.presets import PRESETS, Preset, recipes
@@ -74,7 +74,7 @@ class Job:
 
     def describe(self) -> str:
         """What is about to be trained, in one line."""
-        parameters = sum(parameter.numel() for parameter in self.build().parameters())
+        parameters = surgery.parameter_count(self.build())
         steps = self.preset.training.steps
         return f"training {parameters:,} parameters for {steps} steps on {self.data.name}"
 

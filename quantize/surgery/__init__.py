@@ -12,6 +12,7 @@ from quantize.surgery.candidates import (
     check_initialised,
     facts,
     holders,
+    holds_matrix,
     is_transposed,
     obstacle,
     round_stored,
@@ -52,7 +53,7 @@ from quantize.surgery.record import (
     structure,
 )
 from quantize.surgery.resizing import resize, resized
-from quantize.surgery.sizes import contradiction, mismatch
+from quantize.surgery.sizes import contradiction, mismatch, parameter_count, unlike
 
 __all__ = [
     "Facts",
@@ -79,6 +80,7 @@ __all__ = [
     "fold_norms",
     "has_inputs_first",
     "holders",
+    "holds_matrix",
     "is_eager",
     "is_plain",
     "is_transposed",
@@ -88,6 +90,7 @@ __all__ = [
     "note_distance",
     "notes",
     "obstacle",
+    "parameter_count",
     "rebuild",
     "recompute_weights",
     "record",
@@ -105,6 +108,7 @@ __all__ = [
     "take_place",
     "traced_followers",
     "uncompiled",
+    "unlike",
     "without_logs",
     "written_layers",
 ]

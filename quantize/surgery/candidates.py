@@ -111,6 +111,11 @@ def holders(model: nn.Module) -> dict[int, list[str]]:
     return names
 
 
+def holds_matrix(module: nn.Module) -> bool:
+    """Has it a parameter of two dimensions or more, had a technique a layer for its kind?"""
+    return any(p is not None and p.ndim > 1 for p in module._parameters.values())
+
+
 def obstacle(module: nn.Module) -> str | None:
     """Why no technique can put another layer in the place of this one; None if one can."""
     kind = type(module)

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from quantize.surgery.sizes import unlike
+
 _HARMLESS = {"half"}  # `state_dict()` has the same names and shapes
 
 
@@ -59,14 +61,10 @@ def unlike_its_config(model: nn.Module) -> str | None:
             built = type(model)(model.config)
     except Exception as error:  # whatever a foreign constructor raises
         return f"its config builds no model to compare it with ({type(error).__name__}: {error})"
-    wanted = {name: tuple(tensor.shape) for name, tensor in built.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    different = [
-        name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)
-    ]
+    different = unlike(model.state_dict(), built.state_dict())
     if not different:
         return None
-    return f"{len(different)} tensors have other names or shapes, {min(different)!r} among them"
+    return f"{len(different)} tensors have other names or shapes, {different[0]!r} among them"
 
 
 def _edits(model: nn.Module) -> set[str]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 Shape = tuple[int, ...]
 
@@ -52,6 +52,18 @@ def mismatch(
         if dtype is not None and tensor.dtype != dtype:
             return f"its {name} is {tensor.dtype}, where {dtype} belongs"
     return None
+
+
+def parameter_count(module: nn.Module) -> int:
+    """Numbers in its parameters, shared ones once."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def unlike(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[str]:
+    """Names of tensors that only one of the two has, or in other shapes; sorted."""
+    shapes = [{name: tensor.shape for name, tensor in each.items()} for each in (found, wanted)]
+    names = shapes[0] | shapes[1]
+    return sorted(name for name in names if shapes[0].get(name) != shapes[1].get(name))
 
 
 def widths(module: nn.Module) -> dict[str, int]:

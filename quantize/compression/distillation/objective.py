@@ -28,10 +28,7 @@ from quantize.calibration import (
 from quantize.compression.distillation import match
 from quantize.compression.distillation.batches import Batch
 from quantize.compression.distillation.losses import row_weights, soft_kl
-from quantize.compression.distillation.state import (
-    Carried,
-    norms_in_eval_mode,
-)
+from quantize.compression.distillation.state import Carried, running_norms
 from quantize.seeding import seed_devices
 from quantize.surgery import device_of
 from quantize.training import TrainingError
@@ -208,7 +205,8 @@ class Objective:
         first = next(iter(output_tensors(inputs)), None)
         rows = 0 if first is None or first.ndim == 0 else len(first)
         try:
-            with norms_in_eval_mode(self.student, rows):
+            # one row has no statistics of its own: the running ones normalize it
+            with in_eval_mode(*(running_norms(self.student) if rows == 1 else ())):
                 return call(self.student, inputs)
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"

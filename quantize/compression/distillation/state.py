@@ -112,19 +112,6 @@ class Carried:
         torch.set_rng_state(generator)
 
 
-@contextmanager
-def norms_in_eval_mode(model: nn.Module, rows: int) -> Iterator[None]:
-    """A batch of one row is normalized by the running statistics: it has none of its own."""
-    norms = [module for module in running_norms(model) if module.training and rows == 1]
-    for module in norms:
-        module.eval()
-    try:
-        yield
-    finally:
-        for module in norms:
-            module.train()
-
-
 def running_norms(model: nn.Module) -> list[nn.Module]:
     """The modules with running statistics."""
     return [

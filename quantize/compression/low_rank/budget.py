@@ -167,13 +167,13 @@ def allowed_ranks(
     allowed = {}
     for name, layer in layers.items():
         m, k = pairs.matrix(layer).shape
-        smaller = maths.candidate_ranks(m, k, 1)
+        smaller = maths.candidate_ranks(m, k)
         timed = None
         if name in shapes:
             timed = timing.quick_share(layer, shapes[name], always=always)
         share = untimed if timed is None else timed
         fast = [r for r in smaller if r * (m + k) <= share * m * k]
-        allowed[name] = fast or (smaller if timed is None else [])
+        allowed[name] = fast or ([*smaller] if timed is None else [])
     return allowed
 
 

@@ -67,7 +67,7 @@ def _holds_matrices(name: str, module: nn.Module) -> bool:
     """Has a module weights that a pair might stand for, had this technique one for its kind?"""
     if ".parametrizations." in f".{name}.":
         return False
-    return any(p is not None and p.ndim > 1 for p in module._parameters.values())
+    return surgery.holds_matrix(module)
 
 
 def _obstacle(module: nn.Module, others: Sequence[str], inside: bool) -> str | None:
@@ -88,7 +88,7 @@ def _obstacle(module: nn.Module, others: Sequence[str], inside: bool) -> str | N
     if others:
         return f"shares its weight with {others[0]!r}"
     outputs, inputs = pairs.matrix(module).shape
-    if not maths.candidate_ranks(outputs, inputs, 1):
+    if not maths.candidate_ranks(outputs, inputs):
         return "no rank makes it smaller"
     return None
 

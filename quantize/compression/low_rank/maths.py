@@ -230,11 +230,9 @@ def _balance(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
 # Ranks.
 
 
-def candidate_ranks(m: int, k: int, unit: int) -> list[int]:
-    """Multiples of `unit` at which two factors of an [m, k] matrix hold fewer numbers than the
-    matrix.
-    """
-    return [r for r in range(unit, min(m, k) + 1, unit) if r * (m + k) < m * k]
+def candidate_ranks(m: int, k: int) -> range:
+    """At which two factors of an [m, k] matrix hold fewer numbers than the matrix."""
+    return range(1, (m * k - 1) // (m + k) + 1)
 
 
 class Choice(NamedTuple):

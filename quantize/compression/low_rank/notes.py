@@ -45,8 +45,8 @@ def write_down(
         if isinstance(pair, pairs.Pair) and name not in before:
             done[name] = _rank_of(pair)
     skipped.update(dict.fromkeys(before, "is a low-rank pair already"))
-    sizes = [_size(m) for m in (model, result)]
-    touched = sum(_size(model.get_submodule(name)) for name in done)
+    sizes = [surgery.parameter_count(m) for m in (model, result)]
+    touched = sum(surgery.parameter_count(model.get_submodule(name)) for name in done)
     share = touched / max(1, sizes[0])
     if warn and done and share < LITTLE:
         others = ", ".join(f"{kind} ({held:.0%})" for kind, held in _largest(model, done))
@@ -61,10 +61,6 @@ def write_down(
         "share_touched": round(share, 4),
     }
     surgery.note(result, "low_rank", done=done, left=skipped, distance=away, **settings)
-
-
-def _size(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _largest(model: nn.Module, done: Iterable[str]) -> list[tuple[str, float]]:
@@ -82,7 +78,7 @@ def _largest(model: nn.Module, done: Iterable[str]) -> list[tuple[str, float]]:
                 seen.add(id(parameter))
                 kind = type(module).__name__
                 held[kind] = held.get(kind, 0) + parameter.numel()
-    total = _size(model)
+    total = surgery.parameter_count(model)
     largest = sorted(held.items(), key=lambda entry: -entry[1])[:3]
     return [(kind, size / total) for kind, size in largest]
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from quantize import surgery
 from quantize.calibration import untouched
 from quantize.compression.pruning.proof import Answers
 
@@ -94,5 +95,4 @@ def _unlike(model: nn.Module) -> set[str] | None:
             built = type(model)(copy.deepcopy(model.config))
     except Exception:  # whatever a foreign constructor raises: this config builds nothing
         return None
-    shapes = [{name: tuple(p.shape) for name, p in m.named_parameters()} for m in (model, built)]
-    return {name for name in shapes[0] | shapes[1] if shapes[0].get(name) != shapes[1].get(name)}
+    return set(surgery.unlike(dict(model.named_parameters()), dict(built.named_parameters())))

@@ -27,6 +27,7 @@ from quantize.compression.pruning.readers import (
     reached_groups,
     survey_readers,
 )
+from quantize.saying import Say, silent
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def removable(
     model: nn.Module,
     example_inputs: Any,
     calibration: Iterable[Any],
-    say: Callable[[str], None] = lambda line: None,
+    say: Say = silent,
 ) -> list[Removable]:
     """The groups of a model and what their channels cost.
 

@@ -7,7 +7,7 @@ the other one call's at a time, and they are compared in blocks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from typing import Any
 
 import torch
@@ -38,6 +38,7 @@ from quantize.compression.pruning.cut import (
 from quantize.compression.pruning.groups import Group
 from quantize.compression.pruning.labels import Key
 from quantize.compression.pruning.trace import Trace
+from quantize.saying import Say
 from quantize.seeding import seed_devices
 
 TOLERANCE = 1e-3  # relative to the largest output, in float32
@@ -52,7 +53,7 @@ def verified(
     left: dict[str, str],
     *,
     explicit: bool,
-    say: Callable[[str], None],
+    say: Say,
 ) -> tuple[nn.Module, list[Group]]:
     """A pruned copy and its groups; those that can't be cut are noted in `left` (or raise, if asked
     for by name).
@@ -167,14 +168,11 @@ def _answers(model: nn.Module, inputs: Any) -> Generator[list[Tensor], None, Non
             yield [snapshot(main_output(call(model, inputs)))]
 
 
-def same_outputs(a: Any, b: Any, tolerance: float) -> bool:
-    """Do two nested outputs hold the same tensors, relative to the largest value of each? Without
-    tensors: no.
-    """
-    left, right = output_tensors(a), output_tensors(b)
-    if not left or len(left) != len(right):
+def same_outputs(a: list[Tensor], b: list[Tensor], tolerance: float) -> bool:
+    """Are tensors the same, relative to the largest value of each? None at all: no."""
+    if not a or len(a) != len(b):
         return False
-    return all(_same(x, y, tolerance) for x, y in zip(left, right, strict=True))
+    return all(_same(x, y, tolerance) for x, y in zip(a, b, strict=True))
 
 
 def _same(x: Tensor, y: Tensor, tolerance: float) -> bool:

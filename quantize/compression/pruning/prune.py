@@ -6,7 +6,7 @@ score (scores.py), cut (cut.py) with proof (proof.py), repair (repair.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -43,6 +43,7 @@ from quantize.compression.pruning.proof import Answers, verified
 from quantize.compression.pruning.readers import find_readers, reached_groups, survey_readers
 from quantize.compression.pruning.repair import repair_layers
 from quantize.compression.pruning.trace import Trace
+from quantize.saying import Say, silent
 
 
 def prune_ln_structured(
@@ -55,7 +56,7 @@ def prune_ln_structured(
     skip: surgery.Skip = (),
     masked: bool = False,
     round_to: int | None = None,
-    progress: Callable[[str], None] | None = None,
+    progress: Say | None = None,
 ) -> nn.Module:
     """Smaller dense copy of a model: channels, neurons and attention heads removed, in eval mode.
 
@@ -100,7 +101,7 @@ def prune_ln_structured(
     check_options(n, round_to)
     if calibration is not None:
         check_batches(calibration)
-    say = progress or (lambda line: None)
+    say = progress or silent
     with looking_at_new_objects():
         work = surgery.shell(model).eval()
         refuse_unfit(work)
@@ -153,7 +154,8 @@ def _write_down(
     the original's.
     """
     kept = kept_indices(trace, groups)
-    sizes = {"parameters_before": _parameters(model), "parameters_after": _parameters(small)}
+    count = surgery.parameter_count
+    sizes = {"parameters_before": count(model), "parameters_after": count(small)}
     done = _done(trace, model, kept)
     left = _left(trace, model, done, left)
     try:
@@ -163,10 +165,6 @@ def _write_down(
         raise ValueError(f"the pruned {type(model).__name__} can't be used: {error}") from error
     warn_if_far("pruning", model, away, "train it on (quantize.recover), or remove less")
     surgery.note(result, "pruned", done=done, left=left, distance=away, **sizes)
-
-
-def _parameters(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
 
 
 def _sizes(
@@ -218,4 +216,4 @@ def _has_channels(name: str, module: nn.Module) -> bool:
         return False
     if isinstance(module, (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd)):
         return True
-    return any(p is not None and p.ndim > 1 for p in module._parameters.values())
+    return surgery.holds_matrix(module)

@@ -7,12 +7,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from quantize.calibration import Survey
+from quantize.calibration import CONVOLUTIONS, Survey
 from quantize.compression.pruning.cut import Owners, layers_of, owners
 from quantize.compression.pruning.groups import Group
 from quantize.compression.pruning.labels import Key
 from quantize.compression.pruning.repair import as_matrix, is_repairable, matrix_rows
 from quantize.compression.pruning.scores import Reader
+from quantize.saying import Say
 
 MEMORY = 1 << 29  # bytes of second moments held at once while scoring
 # Columns up to which a convolution's taps are told apart: a factorization takes the cube of them.
@@ -35,7 +36,7 @@ def survey_readers(
     model: nn.Module,
     readers: Mapping[str, nn.Module],
     calibration: Iterable[Any],
-    say: Callable[[str], None],
+    say: Say,
 ) -> Survey:
     """What scoring needs to see of the layers that read channels, and the look at all layers that
     may be repaired later.
@@ -103,7 +104,7 @@ def _columns(module: Any, channels: Tensor) -> tuple[Tensor, Tensor]:
 
 def _by_channel(module: nn.Module) -> bool:
     """Has it too many columns to be looked at one by one?"""
-    return isinstance(module, (nn.Conv1d, nn.Conv2d)) and module.weight[0].numel() > WIDEST
+    return isinstance(module, CONVOLUTIONS) and module.weight[0].numel() > WIDEST
 
 
 def _width(module: Any) -> int:

@@ -10,15 +10,16 @@ layer's input width.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from quantize.calibration import Call, Pace, Regression, Survey, Walk, exact, rows
+from quantize.calibration import CONVOLUTIONS, Call, Pace, Regression, Survey, Walk, exact, rows
 from quantize.nn import write_weight
+from quantize.saying import Say
 
 MOST_INPUTS = 1 << 26  # bytes of a layer's inputs that are kept for the BatchNorm after it
 
@@ -46,7 +47,7 @@ def as_matrix(module: nn.Module) -> Tensor | None:
     weight = module._parameters.get("weight")
     if weight is None:
         return None
-    if isinstance(module, (nn.Conv1d, nn.Conv2d)):
+    if isinstance(module, CONVOLUTIONS):
         return weight.detach().flatten(1) if module.groups == 1 else None
     if weight.ndim == 2 and hasattr(module, "in_features"):
         return weight.detach()
@@ -63,7 +64,7 @@ def is_repairable(module: nn.Module) -> bool:
 def matrix_rows(module: nn.Module, channels: Tensor) -> Tensor:
     """Columns of `as_matrix` that belong to input channels [...], as [..., columns per channel]."""
     size = 1
-    if isinstance(module, (nn.Conv1d, nn.Conv2d)):
+    if isinstance(module, CONVOLUTIONS):
         size = module.weight[0, 0].numel()
     return channels[..., None] * size + torch.arange(size)
 
@@ -141,7 +142,7 @@ def _stream_error(layer: nn.Module, wanted: Tensor | None, found: Tensor | None)
 
 def _outputs(layer: nn.Module, output: Tensor, kept: Tensor | None) -> Tensor:
     """A layer's output as rows [N, out], of the kept channels."""
-    spatial = len(layer.kernel_size) if isinstance(layer, (nn.Conv1d, nn.Conv2d)) else 0
+    spatial = len(layer.kernel_size) if isinstance(layer, CONVOLUTIONS) else 0
     channel = output.ndim - 1 - spatial
     if kept is not None:
         output = output.index_select(channel, kept)
@@ -224,7 +225,7 @@ def repair_layers(
     pruned: nn.Module,
     steps: Sequence[Step],
     survey: Survey,
-    say: Callable[[str], None],
+    say: Say,
 ) -> None:
     """Refit or re-estimate, in place, the layers named in `steps`, in that order.
 

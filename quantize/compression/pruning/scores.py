@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from quantize.calibration import InputStatistics, Outer
+from quantize.compression.pruning.cut import stored
 from quantize.compression.pruning.groups import Group
 
 # of the moments of gradients, times their mean diagonal: sums in float32
@@ -21,18 +22,11 @@ def magnitude(model: nn.Module, group: Group, n: float) -> Tensor:
     """
     parts = []
     for name, dim in group.outputs:
-        weight = _weight(model, name).detach().movedim(dim, 0).double()
+        place, _, local = name.rpartition(".")
+        weight = stored(model.get_submodule(place), local).detach().movedim(dim, 0).double()
         places = group.places[name, dim].to(weight.device)
         parts.append(weight[places].flatten(1))
     return torch.linalg.vector_norm(torch.cat(parts, 1), n, dim=1).cpu()
-
-
-def _weight(model: nn.Module, name: str) -> Tensor:
-    """A parameter as it is stored, or a buffer that is used as a weight (a fixed filter)."""
-    place, _, key = name.rpartition(".")
-    module = model.get_submodule(place)
-    parameter = module._parameters.get(key)  # a 16-bit layer's weight reads in another dtype
-    return getattr(module, key) if parameter is None else parameter
 
 
 @dataclass
