@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from quantize import calibration as calibrating
-from quantize import surgery
+from quantize import check, surgery
 from quantize.nn import project, restore, without_fast_paths
 from quantize.nn.int4 import GROUP_SIZES, Int4Linear
 from quantize.saying import Say, silent
@@ -52,8 +52,7 @@ def quantize_weights(
     """
     if bits != 4:
         raise ValueError(f"bits must be 4 (for 8 use quantize_dynamic), got {bits!r}")
-    if group_size not in GROUP_SIZES:
-        raise ValueError(f"group_size must be one of {GROUP_SIZES}, got {group_size!r}")
+    check.one_of("group_size", group_size, GROUP_SIZES)
     say = progress or silent
     model = surgery.clone(model)
     skipped = surgery.skip_filter(model, skip)

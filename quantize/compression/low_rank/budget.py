@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from quantize import check
 from quantize.compression.low_rank import maths, timing
 from quantize.nn import low_rank as pairs
 
@@ -46,17 +47,11 @@ def read_budget(ratio: Any, rank: Any) -> tuple[str, Any]:
     """The one budget that was given, by kind (default: ratio 0.5), with its values in range."""
     if ratio is not None and rank is not None:
         raise ValueError(f"give one budget, not ratio={ratio!r} and rank={rank!r}")
-    kind, value = "ratio", 0.5 if ratio is None else ratio
-    wanted, what, allowed, most = (int, float), "a number", "(0, 1]", 1.0
-    if rank is not None:
-        kind, value = "rank", rank
-        wanted, what, allowed, most = (int,), "an int", "[1, width of the layer]", math.inf
-    for v in value.values() if isinstance(value, Mapping) else (value,):
-        if isinstance(v, bool) or not isinstance(v, wanted):
-            raise TypeError(f"{kind} must be {what} or a dict of them, got {v!r}")
-        if not 0 < v <= most:
-            raise ValueError(f"{kind}={v!r} is outside {allowed}")
-    return kind, value
+    if rank is None:
+        return "ratio", check.shares("ratio", 0.5 if ratio is None else ratio, "(0, 1]")
+    for value in rank.values() if isinstance(rank, Mapping) else (rank,):
+        check.count("rank", value)
+    return "rank", rank
 
 
 def per_layer(

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from quantize import check
 from quantize.models import DecoderLM
 from quantize.run.decoding import recognition, torchscript
 from quantize.run.decoding.passes import NativePasses, is_watched
@@ -66,8 +67,7 @@ def for_decoding(
     """
     if not isinstance(model, DecoderLM):
         raise TypeError(f"for_decoding takes a DecoderLM, got {type(model).__name__}")
-    if backend not in (None, *BACKENDS):
-        raise ValueError(f"backend is {backend!r}; allowed: None, {', '.join(BACKENDS)}")
+    check.one_of("backend", backend, (None, *BACKENDS))
     say = progress or silent
     say(f"checking {len(model.blocks)} blocks")
     for reason in contradictions(model):

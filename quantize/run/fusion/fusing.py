@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from quantize import check
 from quantize.calibration import Pace, untouched
 from quantize.nn import PackedLayer
 from quantize.run.fusion import backends, torchscript
@@ -92,8 +93,7 @@ def fuse(
             or absent.
         TypeError: inputs or outputs that aren't made of tensors.
     """
-    if backend not in (*BACKENDS, "auto"):
-        raise ValueError(f"backend is {backend!r}; allowed: auto, {', '.join(BACKENDS)}")
+    check.one_of("backend", backend, ("auto", *BACKENDS))
     check_inputs(model, example_inputs)
     say = progress or silent
     if backend == "auto":

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from quantize import check
 from quantize.training.data.images import ImageData
 from quantize.training.data.reading import DataError
 
@@ -34,8 +35,8 @@ class TextBatches:
         rank: int = 0,
         world: int = 1,
     ):
-        if batch < 1 or length < 1:
-            raise ValueError(f"batch={batch}, length={length}: both must be >= 1")
+        check.count("batch", batch)
+        check.count("length", length)
         if len(text) <= 2 * length:
             raise DataError(
                 f"data: {len(text)} bytes to train on are too few for windows of {length} bytes"
@@ -69,8 +70,7 @@ class ImageBatches:
     def __init__(
         self, data: ImageData, *, batch: int, seed: int = 0, rank: int = 0, world: int = 1
     ):
-        if batch < 1:
-            raise ValueError(f"batch={batch} must be >= 1")
+        check.count("batch", batch)
         self.images, self.labels = data.train_images, data.train_labels
         self._rows = _Rows(len(self.labels), batch, seed, rank, world)
 

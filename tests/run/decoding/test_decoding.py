@@ -322,6 +322,6 @@ def test_other_models_are_refused():
     with pytest.raises(TypeError, match="takes a DecoderLM, got MLP"):
         for_decoding(MLP(MLPConfig()))
     with pytest.raises(
-        ValueError, match="backend is 'openvino'; allowed: None, native, torchscript"
+        ValueError, match="backend is 'openvino'; allowed: None, 'native', 'torchscript'"
     ):
         for_decoding(decoder(), backend="openvino")

@@ -101,7 +101,7 @@ def test_bad_input_is_named(model: Any, inputs: Any, error: Any, message: str) -
 def test_unknown_and_absent_back_ends_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """A misspelt back end, and one whose package isn't there."""
     model, x = randomized(Image()), randn(1, 3, 8, 8)
-    with pytest.raises(ValueError, match="'tensorrt'; allowed: auto, torchscript"):
+    with pytest.raises(ValueError, match="'tensorrt'; allowed: 'auto', 'torchscript'"):
         fuse(model, x, backend="tensorrt")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="needs openvino"):
