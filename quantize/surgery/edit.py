@@ -37,7 +37,7 @@ def clone(model: nn.Module, *, sharing: Iterable[Tensor] = ()) -> nn.Module:
     Raises:
         TypeError: for a TorchScript module, or one inside: they can't be edited.
     """
-    _check_editable(model)
+    check_editable(model)
     copied = deepcopy(uncompiled(model), {id(tensor): tensor for tensor in sharing})
     guard_folders(copied)
     return copied
@@ -61,7 +61,7 @@ def shell(model: nn.Module) -> nn.Module:
     hooks, while nobody writes to them. Parameters that have no shape yet are copied, and those made
     in inference mode, which take no gradients.
     """
-    _check_editable(model)
+    check_editable(model)
     own = [p for p in model.parameters() if nn.parameter.is_lazy(p) or p.is_inference()]
     copied = {id(parameter) for parameter in own}
     return clone(model, sharing=[p for p in model.parameters() if id(p) not in copied])
@@ -72,23 +72,16 @@ def is_eager(model: object) -> TypeGuard[nn.Module]:
     return isinstance(model, nn.Module) and not isinstance(model, torch.jit.ScriptModule)
 
 
-def _check_editable(model: nn.Module) -> None:
+def check_editable(model: nn.Module) -> None:
+    """Raise TypeError for what is no module, and for a TorchScript module, which it names."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise TypeError(
-            "model is a TorchScript module, which can't be edited: compress the original, then fuse"
-        )
-    refuse_scripted(model)
-
-
-def refuse_scripted(model: nn.Module) -> None:
-    """Raise TypeError naming a TorchScript module inside `model`."""
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
+            which = f"module {name!r}" if name else "model"
             raise TypeError(
-                f"module {name!r} is a TorchScript module, which can't be edited: put what it was "
-                f"scripted from in its place"
+                f"{which} is a TorchScript module, which can't be edited: take what it was "
+                f"made from in its place"
             )
 
 

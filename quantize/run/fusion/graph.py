@@ -108,13 +108,7 @@ def check_inputs(model: nn.Module, example_inputs: Any) -> None:
     """Raise ValueError or TypeError for a model in training mode, a model off the CPU, or inputs
     that don't fit it.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    if any(k.__name__ == "ScriptModule" for k in type(model).__mro__):
-        raise TypeError(
-            "model is already a TorchScript module: fuse the nn.Module it was made from"
-        )
-    surgery.refuse_scripted(model)
+    surgery.check_editable(model)
     if reason := getattr(type(model), "not_fused", None):
         raise TypeError(reason)
     for name, module in model.named_modules():
