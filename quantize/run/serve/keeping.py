@@ -15,10 +15,9 @@ import socket
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from uvicorn.protocols.http.auto import AutoHTTPProtocol
-
+from quantize.run.serve.arriving import Arriving, last_answer
 from quantize.run.serve.errors import Refused, error_body
-from quantize.run.serve.exchange import framed, to_json
+from quantize.run.serve.exchange import framed
 
 LARGE = 2**16  # bytes
 STREAM, WHOLE, DONE = b"s", b"w", b"-"
@@ -58,13 +57,18 @@ class Gathered:
         if data:
             self._transport.write(data)
 
+    def write_eof(self) -> None:
+        """Send nothing more."""
+        self.flush()
+        self._transport.write_eof()
+
     def close(self) -> None:
         """Close, once everything is sent."""
         self.flush()
         self._transport.close()
 
 
-class Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]  # of two kinds
+class Connection(Arriving):
     """uvicorn's protocol, that can be found by its client.
 
     Args:
@@ -72,8 +76,7 @@ class Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]  # of two 
         options: uvicorn's.
     """
 
-    client: Any  # its address; set by uvicorn
-    transport: Any  # by uvicorn too
+    transport: Any
 
     def __init__(self, lost: Callable[[], None], **options: Any) -> None:
         super().__init__(**options)
@@ -91,7 +94,7 @@ class Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]  # of two 
 
     def on_response_complete(self) -> None:
         self.transport.flush()
-        super().on_response_complete()  # type: ignore[misc]
+        super().on_response_complete()
 
 
 class Keeper:
@@ -172,6 +175,4 @@ def last_words(form: bytes) -> bytes:
     if form == STREAM:
         event = framed(error_body(DIED))
         return b"%x\r\n%s\r\n0\r\n\r\n" % (len(event), event)
-    body = to_json(error_body(DIED))
-    head = "HTTP/1.1 502 Bad Gateway\r\ncontent-type: application/json\r\nconnection: close\r\n"
-    return f"{head}content-length: {len(body)}\r\n\r\n".encode() + body
+    return last_answer(DIED)

@@ -34,6 +34,7 @@ CRASHED = 70
 ORPHAN_S = 30  # for what was accepted, once the parent has died
 SLACK = 16  # a worker may have a part of so many more connections than another
 YIELD_S = 0.001  # how long a connection is left to another worker
+PACES_S = 1.0  # so often clients that let us wait are looked for
 FULL_S = 1.0  # how long none is taken by one that has no more descriptors
 
 
@@ -80,6 +81,7 @@ class Server(uvicorn.Server):
             self._channel.listener.setblocking(False)
             self._counted(0)
             self._listen()
+            self._check_paces()
             os.write(self._channel.ready, b"+")
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -93,6 +95,12 @@ class Server(uvicorn.Server):
         LOG.error("the parent has died: this worker ends too, in %d s at most", ORPHAN_S)
         signal.alarm(ORPHAN_S)  # the system ends it, even in a call that never returns
         return True
+
+    def _check_paces(self) -> None:
+        """Of all connections, until the process ends: a client mustn't hold up that either."""
+        for connection in list(self.server_state.connections):
+            connection.check_pace()  # type: ignore[union-attr]
+        asyncio.get_running_loop().call_later(PACES_S, self._check_paces)
 
     def _counted(self, change: int) -> None:
         self._count += change
@@ -172,6 +180,7 @@ def run_worker(
             signal.signal(number, signal.SIG_IGN)
         config = uvicorn.Config(
             app(models, settings, metrics=metrics, keeper=Keeper(parent.channel)),
+            ws="none",
             proxy_headers=False,  # connections are found by the address of their client
             access_log=False,
             log_config=None,
