@@ -51,7 +51,7 @@ def from_json(name: str, data: object, shape: Sequence[int], datatype: str) -> T
         given = np.asarray(data)
         if given.dtype.kind not in _kinds(dtype):
             raise ValueError
-        numbers = given.astype(wide)
+        numbers = given.astype(wide, casting="safe")  # none that it can't hold
     except (ValueError, OverflowError, TypeError):
         raise Refused(f"input {name!r}: data isn't a list of {datatype} numbers") from None
     if numbers.size != math.prod(shape):

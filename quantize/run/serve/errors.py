@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from reprlib import Repr
 from typing import Any
 
 RETRY_AFTER_S = 1
@@ -41,6 +42,10 @@ def error_body(refused: Refused) -> dict[str, Any]:
 
 
 def short(value: object) -> str:
-    """A value of a request, in about 80 characters at most."""
-    text = repr(value)
+    """A value of a request in about 80 characters at most, soon, however large it is."""
+    text = _SHORT.repr(value)
     return text if len(text) <= 80 else f"{text[:80]}..."
+
+
+_SHORT = Repr()
+_SHORT.maxlist, _SHORT.maxstring, _SHORT.maxother = 40, 100, 100

@@ -52,14 +52,18 @@ def _too_large(size: int, most: int) -> Refused:
 
 
 def parse_json(body: bytes | memoryview) -> dict[str, Any]:
-    """The object in a body. Raises Refused for what isn't one, for NaN, and for a key twice."""
-
+    """The object in a body. Raises Refused for what isn't one, for NaN, for a key twice, and for
+    half of a surrogate pair, which no answer could repeat.
+    """
+    data = bytes(body)
     try:
-        content = _DECODER.decode(bytes(body).decode())
+        content = _DECODER.decode(data.decode())
+        if b"\\u" in data:
+            to_json(content)
     except RecursionError:
         raise Refused("the body isn't JSON: it is nested too deeply") from None
     except ValueError as error:
-        reason = "not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
+        reason = "not UTF-8" if isinstance(error, UnicodeError) else str(error)
         raise Refused(f"the body isn't JSON: {reason}") from None
     if not isinstance(content, dict):
         raise Refused("the body must be a JSON object")

@@ -4,11 +4,12 @@ that leaves out what was asked for looks like one that doesn't.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from quantize.run.serve.errors import Refused, short
+
+MOST_ID = 2**63
 
 
 class Fields:
@@ -34,12 +35,11 @@ class Fields:
         return value
 
     def number(self, name: str, default: Any, low: float, high: float) -> Any:
-        """A finite number from `low` to `high`."""
+        """A number from `low` to `high`."""
         value = self.take(name)
         if value is None:
             return default
-        plain = type(value) in (int, float) and math.isfinite(value)
-        if not plain or not low <= value <= high:
+        if type(value) not in (int, float) or not low <= value <= high:
             raise wrong(name, value, f"a number from {low} to {high}")
         return value
 
@@ -83,8 +83,10 @@ def wrong(name: str, value: object, allowed: str) -> Refused:
 
 
 def is_ids(value: object) -> bool:
-    """Whether a value is a list of token ids."""
-    return isinstance(value, list) and bool(value) and all(type(each) is int for each in value)
+    """Whether a value is a list of integers that a tensor of token ids holds."""
+    if not isinstance(value, list) or not value:
+        return False
+    return all(type(each) is int and -MOST_ID <= each < MOST_ID for each in value)
 
 
 def texts(name: str, value: object, most: int) -> list[str | list[int]]:

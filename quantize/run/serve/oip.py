@@ -106,7 +106,7 @@ def read_inputs(content: Mapping[str, Any], binary: memoryview) -> dict[str, Ten
         if name in inputs:
             raise Refused(f"input {name[:80]!r} stands there twice")
         datatype, shape = entry.get("datatype"), check_shape(name, entry.get("shape"))
-        if datatype not in DTYPES:
+        if not isinstance(datatype, str) or datatype not in DTYPES:
             known = ", ".join(DTYPES)
             raise Refused(f"input {name!r}: datatype is {short(datatype)}; allowed: {known}")
         size = parameters(entry).get(BINARY_SIZE)

@@ -113,6 +113,7 @@ def running_batcher(running, name: str) -> Any:
         ({"name": "pictures"}, "no input 'pictures'; allowed: images"),
         ({"datatype": "FP64"}, "datatype is FP64; allowed: FP32"),
         ({"datatype": "BYTES"}, "datatype is 'BYTES'; allowed"),
+        ({"datatype": ["FP32"]}, "datatype is ['FP32']; allowed"),
         ({"shape": [1, 28, 28]}, "shape is [1, 28, 28]; allowed: [-1, 1, 28, 28]"),
         ({"shape": [1, 1, 28, 29]}, "784 numbers for shape [1, 1, 28, 29]"),
         ({"shape": [0, 1, 28, 28]}, "allowed: 1 to 8 sizes"),
@@ -122,6 +123,7 @@ def running_batcher(running, name: str) -> Any:
         ({"data": [1e39] * 784}, "NaN or infinity"),
         ({"data": [[1], [2, 3]]}, "isn't a list of FP32 numbers"),
         ({"data": None}, "isn't a list of FP32 numbers"),
+        ({"data": [2**63] * 784, "datatype": "INT64"}, "isn't a list of INT64 numbers"),
         ({"parameters": {"binary_data_size": 9}}, "binary_data_size is 9; 0 bytes are left"),
         ({"parameters": 3}, "parameters must be an object"),
     ],
@@ -138,6 +140,7 @@ def test_wrong_inputs_are_named(running, changes: dict, message: str):
     [
         (b"", "isn't JSON"),
         (b"\xff\xfe", "not UTF-8"),
+        (b'{"id": "\\ud800"}', "not UTF-8"),
         (b"[" * 100_000, "isn't JSON"),
         (b"[1]", "must be a JSON object"),
         (b'{"inputs": NaN}', "NaN is no JSON number"),
