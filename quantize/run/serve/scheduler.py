@@ -23,7 +23,7 @@ from quantize.run.decoding.passes import NativePasses
 from quantize.run.decoding.recognition import obstacle
 from quantize.run.decoding.together import read_together
 from quantize.run.generate.reader import CHUNK
-from quantize.run.serve.batching import Compute, failed
+from quantize.run.serve.batching import PASSES, Compute, failed
 from quantize.run.serve.errors import Refused, busy
 from quantize.run.serve.sequence import Sequence, Token
 from quantize.run.serve.settings import Settings
@@ -173,6 +173,8 @@ class Scheduler:
             except Exception as error:  # a pass failed as a whole
                 events = [(text, failed(error)) for text in active]
             self._deliver(events)
+            for _ in range(PASSES):
+                await asyncio.sleep(0)  # tokens go out before the next pass takes all cores
         self.seen(0, 0)
 
     def _admit(self) -> bool:
