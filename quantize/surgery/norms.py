@@ -25,6 +25,7 @@ _PAIRS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv3d: nn.BatchNorm3d,
 }
 _NUMBERS = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
+_ROUNDING = 1e-9  # of float64: less than another eps changes
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -53,8 +54,9 @@ def fold_norms(model: nn.Module, followers: Mapping[str, str]) -> dict[str, str]
 
 
 def split_norms(model: nn.Module) -> tuple[nn.Module, dict[str, nn.Module]]:
-    """Put a BatchNorm and an activation in the places of norms that apply one themselves, as timm's
-    BatchNormAct2d does, in place. Whether a norm does that, and nothing else, its numbers tell.
+    """Put a BatchNorm, and an activation, in the places of norms that do the work of these in a
+    forward of their own, as timm's BatchNormAct2d and torchvision's FrozenBatchNorm2d do, in place.
+    Whether a norm does that, and nothing else, its numbers tell.
 
     Returns the (possibly new) root, and the norms that were replaced.
     """
@@ -64,7 +66,7 @@ def split_norms(model: nn.Module) -> tuple[nn.Module, dict[str, nn.Module]]:
     for name, module in model.named_modules():
         if module in asked or not is_plain(module, [type(module)]):
             continue
-        base = next((kind for kind in _PAIRS.values() if isinstance(module, kind)), None)
+        base = _norm_base(module)
         if base is not None and type(module).forward is not base.forward and _splits(module, base):
             replaced[name], made[module] = module, split_norm(module)
             record(made[module], "split_norm")
@@ -75,17 +77,27 @@ def split_norms(model: nn.Module) -> tuple[nn.Module, dict[str, nn.Module]]:
 def split_norm(module: nn.Module) -> nn.Module:
     """A BatchNorm with the module's own numbers, and the activation inside of it."""
     norm: Any = module
-    base = next(kind for kind in _PAIRS.values() if isinstance(norm, kind))
-    plain = base(norm.num_features, norm.eps, norm.momentum, device="meta")
-    plain.affine, plain.track_running_stats = norm.affine, norm.track_running_stats
+    base: Any = _norm_base(norm)
+    eps, momentum = getattr(norm, "eps", 1e-5), getattr(norm, "momentum", 0.1)
+    plain = base(len(norm.running_mean), eps, momentum, device="meta")
+    plain.affine = norm.weight is not None
     plain._parameters, plain._buffers = norm._parameters, norm._buffers
     inside = [part for part in norm.children() if type(part) is not nn.Identity]
     return nn.Sequential(plain, *inside).train(norm.training)
 
 
+def _norm_base(norm: nn.Module) -> type[nn.Module] | None:
+    """The norm of torch that it is, or whose numbers it holds: then that of images."""
+    own = norm._parameters.keys() | norm._buffers.keys()
+    holds = {"weight", "bias", "running_mean", "running_var"} <= own <= _NUMBERS
+    if isinstance(norm, nn.modules.batchnorm._NormBase) or not holds:
+        return next((kind for kind in _PAIRS.values() if isinstance(norm, kind)), None)
+    return nn.BatchNorm2d
+
+
 def _splits(norm: Any, base: type[nn.Module]) -> bool:
     """Does a norm in eval mode give what `split_norm` gives?"""
-    own = vars(norm)["_parameters"].keys() | vars(norm)["_buffers"].keys()
+    own = norm._parameters.keys() | norm._buffers.keys()
     inside = [*norm.children()]
     if norm.training or norm.running_mean is None or "_half" in vars(norm):
         return False
@@ -93,11 +105,12 @@ def _splits(norm: Any, base: type[nn.Module]) -> bool:
         return False
     sizes = [3] * (1 + [*_PAIRS.values()].index(base))
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, norm.num_features, *sizes, generator=generator).to(norm.running_mean)
-    copy: Any = deepcopy(norm)  # its forward may keep something
+    x = torch.randn(2, len(norm.running_mean), *sizes, generator=generator, dtype=torch.float64)
+    x = x.to(norm.running_mean.device)
+    copy: Any = deepcopy(norm).double()  # its forward may keep something
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         try:
-            return torch.equal(copy(x.clone()), split_norm(copy)(x.clone()))
+            return torch.allclose(copy(x.clone()), split_norm(copy)(x.clone()), rtol=_ROUNDING)
         except Exception:  # a forward that wants something else
             return False
 

@@ -1,4 +1,4 @@
-"""Norms that apply an activation themselves: folded as a BatchNorm and an activation are."""
+"""Norms with a forward of their own: folded and pruned as a BatchNorm and an activation are."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import in_int8, randn, seeded
+from helpers import assert_close, in_int8, randn, seeded
 from torch import nn
 from torch.nn import functional as F
 
 import quantize
 from quantize.nn.int8_conv import Int8Conv
+from quantize.run.fusion import fold
+from quantize.run.fusion.edit import calls
+from quantize.run.fusion.export import capture
+from quantize.run.fusion.passes import simplify
 
 
 class NormAct(nn.BatchNorm2d):
@@ -67,3 +71,56 @@ def test_norms_that_do_more_stay():
     assert type(small[1]) is NormAct and small[1].calls == plain[1].calls == 0
     assert "1.0" not in quantize.summary(small).done
     assert (small(x) - plain(x)).norm() <= 0.02 * plain(x).norm()
+
+
+class Frozen(nn.Module):
+    """As torchvision writes it, with an eps that no attribute tells."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, torch.rand(channels) + 0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight, bias, mean, var = (buffer.reshape(1, -1, 1, 1) for buffer in self.buffers())
+        scale = weight * (var + 1e-5).rsqrt()
+        return x * scale + (bias - mean * scale)
+
+
+def frozen_network() -> nn.Module:
+    convolutions = nn.Conv2d(8, 40, 3, bias=False), nn.Conv2d(40, 24, 3, padding=1)
+    ends = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 4)
+    return nn.Sequential(
+        convolutions[0], Frozen(40), nn.ReLU(), convolutions[1], Frozen(24), nn.ReLU(), *ends
+    )
+
+
+@torch.no_grad()
+def test_frozen_norms_are_folded(tmp_path):
+    """By int8, through a file, and by a fused graph."""
+    plain, x = seeded(frozen_network).eval(), randn(2, 8, 12, 12)
+    small: Any = in_int8(plain)
+    done = quantize.summary(small).done
+    assert {n for n, what in done.items() if what == "folded into 0"} == {"1.0", "2"}
+    assert (small(x) - plain(x)).norm() <= 0.02 * plain(x).norm()
+    quantize.save(small, tmp_path / "model.pth")
+    again = quantize.load(tmp_path / "model.pth", model=frozen_network().eval())
+    assert torch.equal(again(x), small(x))
+    program = capture(plain, x)
+    simplify(program)
+    assert not calls(program, {torch.ops.aten.mul.Tensor, torch.ops.aten.add.Tensor})
+    assert_close(fold(plain, x)(x), plain(x))
+
+
+@torch.no_grad()
+def test_channels_of_frozen_norms_are_pruned():
+    """As those of a BatchNorm with the same numbers."""
+    plain, twin = seeded(frozen_network).eval(), seeded(frozen_network).eval()
+    for place in ("1", "4"):
+        norm = nn.BatchNorm2d(len(twin.get_submodule(place).weight))
+        norm.load_state_dict(twin.get_submodule(place).state_dict(), strict=False)
+        setattr(twin, place, norm.eval())
+    x = randn(2, 8, 12, 12)
+    small, other = (quantize.prune_ln_structured(m, x, amount=0.4) for m in (plain, twin))
+    assert type(small[1]) is Frozen and len(small[1].weight) == small[0].out_channels < 40
+    assert_close(small(x), other(x))

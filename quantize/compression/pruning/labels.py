@@ -171,6 +171,8 @@ class Labels:
             own = value.labels
             labels.append(None if own is None else own.view(before + own.shape))
         named: set[int] = set()
+        if not any(x is not None for x in labels):
+            self._label_vectors(values, sizes, labels, named)
         while self._make_room(values, sizes, labels, named, why):
             pass
         present = [x for x in labels if x is not None]
@@ -181,6 +183,21 @@ class Labels:
             self.tie(result, other, why)
             result = torch.maximum(*torch.broadcast_tensors(result, other))
         return self.settle(shape, result, why)
+
+    def _label_vectors(
+        self, values: Sequence[Value], sizes: list, labels: list, named: set[int]
+    ) -> None:
+        """Label parameters that have one number per channel and meet nothing but such: what a norm
+        multiplies by (torchvision's FrozenBatchNorm2d) has its channels.
+        """
+        long = [{d for d, size in enumerate(own) if size > 1} for own in sizes]
+        vectors = [i for i, dims in enumerate(long) if dims]
+        first = long[vectors[0]] if vectors else set()
+        alike = len(first) == 1 and all(long[i] == first for i in vectors)
+        if len(vectors) > 1 and alike and all(values[i].source for i in vectors):
+            for i in vectors:
+                named.add(i)
+                labels[i] = self._label_parameter(values[i], len(sizes[i]), first)
 
     def _make_room(
         self, values: Sequence[Value], sizes: list, labels: list, named: set[int], why: str

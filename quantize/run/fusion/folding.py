@@ -25,15 +25,17 @@ from quantize.run.fusion.edit import (
     shape,
 )
 from quantize.run.fusion.graph import Program, aten
-from quantize.run.fusion.padding import numbers
+from quantize.run.fusion.padding import numbers as as_numbers
+
+_AFFINE = (aten.batch_norm.default, aten.mul.Tensor, aten.add.Tensor)
 
 
 def fold_batch_norm(program: Program) -> None:
-    """BatchNorm into the convolution, transposed convolution or linear layer before it, or else
-    after it.
+    """BatchNorm, and factors and summands of one number per channel, which frozen norms are, into
+    the convolution, transposed convolution or linear layer before it, or else after it.
     """
     before = after = 0
-    for node in calls(program, {aten.batch_norm.default}):
+    for node in calls(program, _AFFINE):
         scale_shift = _affine(program, node)
         if scale_shift is None:
             continue
@@ -48,7 +50,7 @@ def fold_batch_norm(program: Program) -> None:
             continue
         replace(node, x)
     where = f"({before} into the layer before, {after} after)"
-    program.note(before + after, f"BatchNorm layers folded {where}")
+    program.note(before + after, f"BatchNorm layers and channel scales folded {where}")
 
 
 def _on_dimension_1(layer: Any, value: fx.Node) -> bool:
@@ -59,7 +61,27 @@ def _on_dimension_1(layer: Any, value: fx.Node) -> bool:
     return dims is not None and len(shape(value)) == dims + 2
 
 
-def _affine(program: Program, node: fx.Node) -> tuple[Tensor, Tensor] | None:
+def _affine(program: Program, node: fx.Node) -> tuple[Tensor, Tensor | None] | None:
+    """An operation as y = scale x + shift per channel, in float64; None if it is none."""
+    if node.target is aten.batch_norm.default:
+        return _own_statistics(program, node)
+    vector = constant(program, argument(node, 1))
+    x = argument(node, 0)
+    if vector is None or node.kwargs or not isinstance(x, fx.Node) or shape(node) != shape(x):
+        return None
+    dims = len(shape(x))
+    if dims < 3 or x.meta["val"].dtype != vector.dtype:
+        return None
+    channels = (1,) * (dims - vector.dim()) + tuple(vector.shape)
+    if [str(size) for size in channels] != ["1", shape(x)[1], *["1"] * (dims - 2)]:
+        return None
+    numbers = vector.flatten().double()
+    if node.target is aten.mul.Tensor:
+        return numbers, None
+    return torch.ones_like(numbers), numbers
+
+
+def _own_statistics(program: Program, node: fx.Node) -> tuple[Tensor, Tensor] | None:
     """BatchNorm with its own statistics as y = scale x + shift, in float64; None if it uses the
     batch's.
     """
@@ -112,7 +134,7 @@ def _scale_input(
     if node.op != "call_function" or argument(node, 0) is not x:
         return False
     if node.target in CONVS:
-        padding = numbers(argument(node, 4, 0), CONVS[overload(node)])
+        padding = as_numbers(argument(node, 4, 0), CONVS[overload(node)])
         if shift is not None and (padding is None or any(padding)):
             return False  # the zeros around the image would have to become something else
     elif node.target not in LINEARS:

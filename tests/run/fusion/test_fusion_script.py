@@ -72,4 +72,4 @@ def test_script_fuses_and_reports(
     assert_close(
         torchscript.load(str(tmp_path / "model_fused.pt"))(x), first_tensor(call(model, x))
     )
-    assert "BatchNorm layers folded" in capsys.readouterr().out
+    assert "BatchNorm layers and channel scales folded" in capsys.readouterr().out
