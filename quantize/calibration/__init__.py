@@ -41,7 +41,6 @@ from quantize.calibration.inputs import (
     without_cache,
 )
 from quantize.calibration.observe import Call, Watch, find_streams
-from quantize.calibration.passes import Store
 from quantize.calibration.patches import CONVOLUTIONS, exact, is_finite, rows, snapshot
 from quantize.calibration.projected import Projected
 from quantize.calibration.readers import followers
@@ -57,6 +56,7 @@ from quantize.calibration.statistics import (
     reached,
     trace_calls,
 )
+from quantize.calibration.stored import Store
 from quantize.calibration.sums import InputStatistics, PairedStatistics, Products
 from quantize.calibration.survey import Survey
 

@@ -21,12 +21,12 @@ from quantize.calibration.passes import (
     Missing,
     Pass,
     Ran,
-    Store,
     impure_modules,
     leaves,
     routed_through,
 )
 from quantize.calibration.replay import MEMORY
+from quantize.calibration.stored import Store
 
 
 class _Arrived(BaseException):

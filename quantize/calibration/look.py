@@ -22,9 +22,9 @@ from quantize.calibration.inputs import (
     watching,
     without_cache,
 )
-from quantize.calibration.passes import saved_in_files
 from quantize.calibration.state import changed
 from quantize.calibration.statistics import Calls, InputSums, on_input
+from quantize.calibration.stored import saved_in_files
 
 SAVED = 1 << 28  # bytes of what a gradient needs of a pass that stay in memory
 

@@ -19,8 +19,9 @@ from torch.overrides import TorchFunctionMode
 
 from quantize.calibration.gradients import without_weight_gradients
 from quantize.calibration.inputs import call, first_given, watching
-from quantize.calibration.passes import Gone, saved_in_files
+from quantize.calibration.passes import Gone
 from quantize.calibration.patches import snapshot, storage_of
+from quantize.calibration.stored import saved_in_files
 
 ADDITIONS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
 

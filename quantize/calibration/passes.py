@@ -1,21 +1,18 @@
 """A forward pass that takes the outputs of modules that ran before, where these can't have changed.
 
 A module's output is kept only where that can't be noticed: it draws no random numbers, changes
-neither its inputs nor any module's state, returns tensors of its own, and hooks of others don't run
-inside. Past a number of bytes outputs go to files without names, which end with their tensors.
+neither its inputs nor any module's state, returns tensors of its own or inputs as they are, and
+hooks of others don't run inside. Past a number of bytes outputs go to files (`stored`).
 """
 
 from __future__ import annotations
 
 import functools
-import mmap
-import tempfile
 import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,8 +21,8 @@ from torch.overrides import TorchFunctionMode
 
 from quantize.calibration.inputs import on_tensors
 from quantize.calibration.patches import snapshot, storage_of
+from quantize.calibration.stored import Store
 
-WORTH_A_FILE = 1 << 16  # bytes of what a graph saves
 PLAIN = (type(None), bool, int, float, complex, str, torch.dtype, torch.device, slice)
 # what may be asked of a tensor whose values are gone
 _Tensor: Any = Tensor  # at run time its attributes are descriptors
@@ -80,70 +77,20 @@ class Gone(Tensor):
         raise Missing
 
 
-class Store:
-    """Copies of tensors, in memory up to a limit, then in files that have no name any more.
+class Given(Gone):
+    """Stands for an input, by its place among these, in what a module gives."""
 
-    Args:
-        memory: bytes that stay in memory.
-        folder: of the files; None: the system's for temporary ones.
-    """
+    place: int
 
-    def __init__(self, memory: int, folder: Path | None = None) -> None:
-        self.memory = memory
-        self.folder = folder
-        self.used = 0
-
-    def copy(self, tensor: Tensor) -> Tensor:
-        size = tensor.numel() * tensor.element_size()
-        if self.used + size > self.memory and tensor.device.type == "cpu" and size:
-            return _in_a_file(tensor, self.folder)
-        kept = snapshot(tensor)
-        self.used += size
-        weakref.finalize(kept, self._free, size)
-        return kept
-
-    def _free(self, size: int) -> None:
-        self.used -= size
+    @classmethod
+    def at(cls, place: int) -> Tensor:
+        found: Any = cls.of(torch.empty(()))
+        found.place = place
+        return found
 
 
-def _in_a_file(tensor: Tensor, folder: Path | None) -> Tensor:
-    with tempfile.NamedTemporaryFile(prefix="quantize-", dir=folder) as file:
-        file.truncate(tensor.nbytes)
-        mapped = mmap.mmap(file.fileno(), tensor.nbytes)  # holds the file until it goes itself
-    values = torch.frombuffer(mapped, dtype=tensor.dtype).view(tensor.shape)
-    values.copy_(tensor)
-    if hasattr(mmap, "MADV_DONTNEED"):  # the pages stay in the file, no longer in this process
-        mapped.madvise(mmap.MADV_DONTNEED)
-    return values
-
-
-@contextmanager
-def saved_in_files(model: nn.Module, memory: int) -> Iterator[None]:
-    """Inside, of what the graph of one pass saves for its way back, `memory` bytes stay in memory;
-    the rest goes to files.
-    """
-    store = Store(0)
-    weights = {storage_of(parameter) for parameter in model.parameters()}
-    kept = 0
-
-    def pack(tensor: Tensor) -> tuple[Tensor, int]:
-        nonlocal kept
-        plain = tensor.detach()
-        movable = type(plain) is Tensor and plain.layout == torch.strided
-        if movable and plain.nbytes >= WORTH_A_FILE and storage_of(plain) not in weights:
-            kept += plain.nbytes
-            if kept > memory:
-                plain = store.copy(plain)
-        return plain, plain._version
-
-    def unpack(saved: tuple[Tensor, int]) -> Tensor:
-        tensor, version = saved
-        if tensor._version != version:  # as torch does for what it saves itself
-            raise RuntimeError("a tensor that a gradient needs was modified in place")
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        yield
+def _dropped(tensor: Tensor) -> Tensor:
+    return tensor if isinstance(tensor, Given) else Gone.of(tensor)
 
 
 class Pass(TorchFunctionMode):
@@ -194,7 +141,7 @@ class Pass(TorchFunctionMode):
         ran = parent.inside.setdefault((name, counts[name]), Ran())
         counts[name] += 1
         if ran.kept:
-            return self._lend(ran)
+            return self._lend(ran, list(leaves((args, kwargs))))
         inputs = None
         if self.final and name not in self.impure:
             inputs = _Inputs(args, kwargs, draws=self.draws)
@@ -205,11 +152,17 @@ class Pass(TorchFunctionMode):
             self.frames.pop()
         if self.final and inputs is not None and inputs.unchanged() and inputs.apart(output):
             with torch._C.DisableTorchFunction():
-                ran.keep(on_tensors(output, self.store.copy))
+                ran.keep(on_tensors(output, functools.partial(self._copy, inputs.places)))
         return output
 
-    def _lend(self, ran: Ran) -> Any:
+    def _copy(self, places: dict[int, int], tensor: Tensor) -> Tensor:
+        place = places.get(id(tensor))
+        return self.store.copy(tensor) if place is None else Given.at(place)
+
+    def _lend(self, ran: Ran, inputs: list[Any]) -> Any:
         def lend(tensor: Tensor) -> Tensor:
+            if isinstance(tensor, Given):
+                return inputs[tensor.place]  # type: ignore[no-any-return]
             if isinstance(tensor, Gone):
                 return tensor
             copy = snapshot(tensor)  # the model may go on to write into it
@@ -236,7 +189,7 @@ class Pass(TorchFunctionMode):
         held = {ran for ran, tensor in self.lent.values() if tensor() is not None}
         for ran in {ran for ran, _ in self.lent.values()} - held - self.read:
             with torch._C.DisableTorchFunction():
-                ran.output = on_tensors(ran.output, Gone.of)
+                ran.output = on_tensors(ran.output, _dropped)
 
 
 class _Inputs:
@@ -246,6 +199,7 @@ class _Inputs:
         self.given = (args, kwargs)
         self.random = torch.get_rng_state() if draws else None
         self.leaves = list(leaves(self.given))
+        self.places = {id(value): at for at, value in enumerate(self.leaves)}
         with torch._C.DisableTorchFunction():
             self.versions = [_version(value) for value in self.leaves]
 
@@ -261,12 +215,12 @@ class _Inputs:
             return self.random is None or torch.equal(self.random, torch.get_rng_state())
 
     def apart(self, output: Any) -> bool:
-        """Is the output made of plain tensors that share no memory with the inputs?"""
+        """Is the output made of inputs and of plain tensors that share no memory with them?"""
         with torch._C.DisableTorchFunction():
             inputs = [value for value in self.leaves if isinstance(value, Tensor)]
             taken = {storage_of(tensor) for tensor in inputs if tensor.layout == torch.strided}
             for value in leaves(output):
-                if isinstance(value, PLAIN):
+                if isinstance(value, PLAIN) or id(value) in self.places:
                     continue
                 if type(value) not in (Tensor, nn.Parameter) or value.is_nested:
                     return False

@@ -33,7 +33,8 @@ from quantize.calibration.inputs import (
 )
 from quantize.calibration.look import Look, digest
 from quantize.calibration.observe import Call, Watch
-from quantize.calibration.passes import Missing, Pass, Ran, Store, impure_modules, routed_through
+from quantize.calibration.passes import Missing, Pass, Ran, impure_modules, routed_through
+from quantize.calibration.stored import Store
 
 MEMORY = 1 << 29  # bytes of kept outputs that stay in memory
 

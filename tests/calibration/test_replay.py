@@ -139,10 +139,32 @@ class Deep(nn.Sequential):
         super().__init__(*(nn.Sequential(linear(), nn.ReLU()) for _ in range(depth)))
 
 
-def runs(depth: int) -> list[int]:
+class HandsOn(nn.Module):
+    """Gives what it makes of the first of two tensors, and the other one as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = linear()
+
+    def forward(self, x: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [self.layer(x[0]), x[1]]
+
+
+class Pairs(Deep):
+    """Blocks that are given two tensors."""
+
+    def __init__(self, depth: int) -> None:
+        super(Deep, self).__init__(*(HandsOn() for _ in range(depth)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first, second = super().forward([x, x.sin()])
+        return first + second
+
+
+def runs(depth: int, kind: type[nn.Module] = Deep) -> list[int]:
     """How often each layer of a deep model runs in a walk, over one batch, both models together."""
     torch.manual_seed(0)
-    model, count = Deep(depth).eval(), Counter()
+    model, count = kind(depth).eval(), Counter()
     forward = nn.Linear.forward
 
     def counted(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
@@ -159,9 +181,10 @@ def runs(depth: int) -> list[int]:
     return [count[id(layer)] for layer in model.modules() if isinstance(layer, nn.Linear)]
 
 
-def test_each_layer_runs_a_few_times_whatever_the_depth():
+@pytest.mark.parametrize("kind", [Deep, Pairs])
+def test_each_layer_runs_a_few_times_whatever_the_depth(kind):
     """Once to look, and once in each model."""
-    assert max(runs(12)) == 3 and sum(runs(12)) == 2 * sum(runs(6)) + 1
+    assert max(runs(12, kind)) == 3 and sum(runs(12, kind)) == 2 * sum(runs(6, kind)) + 1
 
 
 @pytest.mark.parametrize(("reads", "more"), [(False, 0), (True, 1)])
