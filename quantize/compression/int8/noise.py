@@ -19,7 +19,8 @@ _FAR = 0.1  # a relative error of the outputs above it comes with a warning
 
 def warn_of_noise(small: nn.Module, model: nn.Module, samples: list[Sample]) -> dict[str, str]:
     """How far the outputs of an int8 model are from the float model's on the first sample that it
-    runs on too, as a setting to note; and a UserWarning where that is far.
+    runs on too, as a setting to note; and a UserWarning where that is far, or where it runs on
+    none.
 
     Both run as copies: a run leaves kernels' forms of weights behind.
     """
@@ -37,4 +38,9 @@ def warn_of_noise(small: nn.Module, model: nn.Module, samples: list[Sample]) -> 
                 stacklevel=3,
             )
         return {"on_random_inputs": f"moved by {distance:.1%} on {sample.what}"}
+    warnings.warn(
+        f"int8: how far the outputs of {type(model).__name__} moved isn't known, since it runs on "
+        f"no random inputs; calibration shows it",
+        stacklevel=3,
+    )
     return {"on_random_inputs": "not compared, since it runs on none"}

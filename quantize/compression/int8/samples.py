@@ -23,7 +23,7 @@ from quantize import surgery
 _SIDES = ((112, 224), (64, 32), (28,), (48, 24), (96, 128))
 _GRAIN = 8  # pixels from one random number to the next
 _TEXTS = (64, 8)  # ids of random texts
-_STEPS = (64, 1024)  # of random features and signals
+_STEPS = (64, 512, 1024)  # of random features and signals; voice detectors take 512 alone
 _LIBRARIES = ("torch", "transformers")
 _READERS = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.LSTM, nn.GRU, nn.Linear)
 Made = tuple[str, Tensor]  # in words and in numbers
