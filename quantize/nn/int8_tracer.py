@@ -80,6 +80,7 @@ class Tracer(fx.Tracer):
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
         self.sizes = sizes
+        self.known: dict[fx.Node, Sizes] = {}  # of what nodes give
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, LEAVES)
@@ -89,6 +90,11 @@ class Tracer(fx.Tracer):
 
     def sizes_of(self, node: fx.Node) -> Sizes:
         """Of what a node gives."""
+        if node not in self.known:
+            self.known[node] = self._sizes_of(node)
+        return self.known[node]
+
+    def _sizes_of(self, node: fx.Node) -> Sizes:
         if node.op == "placeholder":
             return self.sizes
         found = self.root.get_submodule(str(node.target)) if node.op == "call_module" else None
