@@ -142,8 +142,11 @@ def trace(module: nn.Module, shape: Sequence[int] | None = None) -> list[Op] | N
     first = next((m for m in module.modules() if isinstance(m, Int8Conv)), None)
     if first is None:
         return None
-    # the copy's forward may keep what it is traced with; tensors are not copied
-    memo = {id(t): t for t in (*module.parameters(), *module.buffers())}
+    # the copy's forward may keep what it is traced with; what isn't run there is not copied
+    still = (m for m in module.modules() if isinstance(m, LEAVES))
+    memo: dict[int, Any] = {
+        id(one): one for one in (*module.parameters(), *module.buffers(), *still)
+    }
     try:
         copied = surgery.deepcopy(module, memo)
         unknown = None, first.in_channels, *[None] * len(first.kernel_size)

@@ -20,6 +20,7 @@ from quantize import clock
 
 _CACHE_BYTES = 32 << 20
 _MOST_COPIES = 32
+_NEAREST_BYTES, _FEW_COPIES = 1 << 18, 4  # inputs of so many bytes drive weights out themselves
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,8 @@ class _Cycle:
     def __init__(self, layer: nn.Module, x: Tensor) -> None:
         tensors = itertools.chain(layer.parameters(), layer.buffers(), [x])
         size = max(1, sum(tensor.nbytes for tensor in tensors))
-        self.copies = min(_MOST_COPIES, max(1, _CACHE_BYTES // size))
+        most = _MOST_COPIES if x.nbytes < _NEAREST_BYTES else _FEW_COPIES
+        self.copies = min(most, max(1, _CACHE_BYTES // size))
         self.layers = itertools.cycle([_copy(layer) for _ in range(self.copies)])
         self.inputs = itertools.cycle([x, x.clone()])
 
