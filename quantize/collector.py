@@ -10,6 +10,10 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+# Counting what is frozen means a walk over all of it: a process that has frozen something walks
+# once, and is taken to have it frozen from then on.
+_is_frozen_by_others = False
+
 
 @contextmanager
 def looking_at_new_objects() -> Iterator[None]:
@@ -18,7 +22,9 @@ def looking_at_new_objects() -> Iterator[None]:
     What a process has frozen itself (`gc.freeze`, before it forks) stays frozen. Works as a
     decorator too.
     """
-    if gc.get_freeze_count():
+    global _is_frozen_by_others
+    _is_frozen_by_others = _is_frozen_by_others or gc.get_freeze_count() > 0
+    if _is_frozen_by_others:
         yield
         return
     gc.freeze()

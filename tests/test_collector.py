@@ -8,12 +8,14 @@ from collections.abc import Iterator
 
 import pytest
 
+from quantize import collector
 from quantize.collector import looking_at_new_objects
 
 
 @pytest.fixture(autouse=True)
-def nothing_frozen() -> Iterator[None]:
+def nothing_frozen(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The process of the tests has frozen what it imported."""
+    monkeypatch.setattr(collector, "_is_frozen_by_others", False)
     gc.unfreeze()
     yield
     gc.freeze()
@@ -47,3 +49,13 @@ def test_what_a_process_has_frozen_itself_stays_frozen() -> None:
     with looking_at_new_objects():
         pass
     assert gc.get_freeze_count() > 0
+
+
+def test_what_is_frozen_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counting walks over all of it."""
+    gc.freeze()
+    with looking_at_new_objects():
+        pass
+    monkeypatch.setattr(gc, "get_freeze_count", lambda: pytest.fail("counted again"))
+    with looking_at_new_objects():
+        pass
