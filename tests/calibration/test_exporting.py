@@ -32,7 +32,9 @@ def test_masks_of_a_transformer():
     """It is followed, and the causal mask counts: no output depends on targets that come later."""
     model, inputs = Translator().eval(), (randn(2, 6, 32), randn(2, 5, 32, seed=1))
     with torch.no_grad(), calibration.exporting():
-        program = torch.export.export(model, inputs, strict=False).module()
+        exported = torch.export.export(model, inputs, strict=False)
+    program = exported.module()
+    with torch.no_grad():
         expected = model(*inputs)
         assert torch.allclose(program(*inputs), expected, atol=1e-5)
         later = inputs[1].clone()
@@ -64,7 +66,9 @@ def test_a_refusal_prints_nothing(technique, capfd):
 
 
 def test_what_is_not_noted_changes_no_graph():
-    """With free sizes, the code and every size and stride are those of a plain export."""
+    """With free sizes, the code and every size and stride are those of a plain export; graphs of
+    both can be called.
+    """
     layers = nn.Conv2d(3, 4, 3, stride=2), nn.ReLU(), nn.Flatten(2)
     auto = torch.export.Dim.AUTO
     options = {"dynamic_shapes": ((auto, None, auto, auto),), "strict": False}
@@ -76,6 +80,9 @@ def test_what_is_not_noted_changes_no_graph():
         assert str(one.format_node()) == str(other.format_node())
         assert str(one.meta.get("val")) == str(other.meta.get("val"))
     assert plain.range_constraints == inside.range_constraints
+    assert plain.module().code == inside.module().code
+    state = tuple(model.state_dict().values())
+    assert torch.equal(inside.graph_module(*state, *inputs)[0], model(*inputs))
 
 
 @pytest.mark.parametrize("enabled", [True, False])
