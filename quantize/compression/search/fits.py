@@ -20,9 +20,10 @@ _KINDS: tuple[str, ...] = (INT8, BF16, INT4)  # that change something
 _WIDTH, _RANK = "width", "rank"
 _REMOVED: tuple[str, ...] = (_WIDTH, _RANK)
 _SIZES = tuple(map(" ".join, itertools.product((FLOAT, *_KINDS), _REMOVED)))
-_PRIOR = 0.05  # weight of the first guess against a measured point
+_PRIOR_TIME, _PRIOR_LOSS = 0.1, 0.05  # weight of the first guess against a measured point
 _LEAST = 0.05  # of the first guess: a factor is no smaller
 _HIDDEN = 0.05  # of the noise: what is guessed of a loss that is no larger than it
+_SHRINKING = 0.7  # of what lies between layers: is taken to be of their sizes
 _UNSURE = 0.5  # weight of such a guess beside losses that are known
 
 ByName = Mapping[str, float]
@@ -150,9 +151,9 @@ def fitted(points: Sequence[Seen], seconds: float, layers_s: float, rest: float)
     saved = np.array([point.saved_s for point in points]) / seconds
     by_time = np.array([point.parts.times for point in points]) / seconds
     largest = _largest(by_time, saved)
-    largest[len(_KINDS) :] = _left(by_time, saved, layers_s / seconds)
-    largest[len(_KINDS) : len(_KINDS + _REMOVED)] = min(1.0, seconds / layers_s)  # in float
-    times = _factors(by_time, saved, largest, np.median)
+    largest[len(_KINDS) :] = _between(_left(by_time, saved, layers_s / seconds))
+    largest[len(_KINDS) : len(_KINDS + _REMOVED)] = _between(seconds / layers_s)  # in float
+    times = _factors(by_time, saved, largest, _PRIOR_TIME, np.median)
 
     units = np.array([max(point.least_loss, point.noise) for point in points])
     lost = np.array([point.least_loss for point in points]) / units
@@ -160,7 +161,7 @@ def fitted(points: Sequence[Seen], seconds: float, layers_s: float, rest: float)
     largest = _largest(by_loss, np.ones(len(points)))
     sure = np.array([point.loss > point.noise for point in points])
     weights = np.where(sure | ~sure.any(), 1.0, _UNSURE)
-    losses = _factors(by_loss * weights[:, None], lost * weights, largest, np.min)
+    losses = _factors(by_loss * weights[:, None], lost * weights, largest, _PRIOR_LOSS, np.min)
     return Factors(times, losses, points[-1].bytes - points[-1].parts.bytes)
 
 
@@ -173,9 +174,16 @@ def _largest(parts: np.ndarray, totals: np.ndarray) -> np.ndarray:
     return ratios.min(0, initial=np.inf)
 
 
+def _between(left: float) -> float:
+    """What sizes are taken to save of what layers take one by one, when a call takes `left` times
+    as long as they do together: some of what lies between layers gets less too.
+    """
+    return min(left, 1 + _SHRINKING * max(left - 1, 0.0))
+
+
 def _left(by_time: np.ndarray, saved: np.ndarray, layers: float) -> float:
-    """What points take over what is left of their layers one by one, in the median: what sizes are
-    taken to save until points tell. Shares of the original's seconds.
+    """What points take over what is left of their layers one by one, in the median. Shares of the
+    original's seconds.
     """
     left = layers - by_time.sum(1)
     ratios = [(1 - gone) / rest for gone, rest in zip(saved, left, strict=True) if rest > 0]
@@ -186,6 +194,7 @@ def _factors(
     parts: np.ndarray,
     totals: np.ndarray,
     largest: np.ndarray,
+    prior: float,
     typical: Callable[[np.ndarray], float],
 ) -> list[float]:
     """Least squares of parts [points, N] to totals [points], each factor drawn towards the largest
@@ -196,8 +205,8 @@ def _factors(
     if not positive.size:
         return [1.0] * len(largest)
     guesses = np.maximum(largest[known], _LEAST * typical(positive))
-    left = np.vstack([parts[:, known] * guesses, _PRIOR * np.eye(len(guesses))])
-    right = np.concatenate([totals, np.full(len(guesses), _PRIOR)])
+    left = np.vstack([parts[:, known] * guesses, prior * np.eye(len(guesses))])
+    right = np.concatenate([totals, np.full(len(guesses), prior)])
     found = np.linalg.lstsq(left, right, rcond=None)[0]
     fitting = guesses * np.maximum(found, _LEAST)
     factors = np.full(len(largest), typical(fitting))

@@ -53,8 +53,8 @@ class Layered:
     ) -> None:
         self.units, self.budget, self.allowed = list(units), budget, allowed
         self.embeddings, self.knows_noise = embeddings, knows_noise
-        self.original_s = original["latency_ms"]["median"] / 1e3
-        self.base_s = self.original_s / (base or {"speedup": 1.0})["speedup"]
+        self.original, self.original_s = original, seconds_of(original, original)
+        self.base_s = seconds_of(base or original, original)
         self.latency_ms = original["latency_in_turns_ms"]
         self.original_bytes = original["bytes"]
         self.other_mb = _other_mb(original)  # of a process, beside what its file holds
@@ -70,7 +70,7 @@ class Layered:
         """Take a measured row of a choice with these parts into the predictions."""
         if row["file"] is None or not row["latency_ms"]:
             return
-        saved = self.base_s - self.original_s / row["speedup"]
+        saved = self.base_s - seconds_of(row, self.original)
         noise = row["loss_noise"] if self.knows_noise else 0.0
         self.points.append(Seen(parts, saved, row["loss"], noise, row["bytes"]))
         self.other_mb = _other_mb(row)
@@ -302,6 +302,11 @@ class Layered:
                 return None
             self.margin += _MORE
         return None
+
+
+def seconds_of(row: Row, original: Row) -> float:
+    """Of a call, by the ratio to the original that it took turns with."""
+    return original["latency_ms"]["median"] / 1e3 / row["speedup"]
 
 
 def _other_mb(row: Row) -> float | None:

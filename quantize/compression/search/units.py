@@ -74,6 +74,13 @@ class Option:
         """Of its layers, less what others save: what a sum over units counts."""
         return sum(self.bytes.values()) - self.reader_bytes
 
+    def slower(self, times: float) -> Option:
+        """The option where everything takes so many times as long."""
+        reader_s = {name: times * seconds for name, seconds in self.reader_s.items()}
+        return replace(
+            self, kind_s=times * self.kind_s, size_s=times * self.size_s, reader_s=reader_s
+        )
+
 
 @dataclass(frozen=True)
 class Unit:
@@ -90,6 +97,11 @@ class Unit:
     layers: tuple[str, ...]
     options: tuple[Option, ...]
     seconds: float
+
+    def slower(self, times: float) -> Unit:
+        """The unit where everything takes so many times as long."""
+        options = tuple(option.slower(times) for option in self.options)
+        return replace(self, options=options, seconds=times * self.seconds)
 
 
 @dataclass(frozen=True)
@@ -123,14 +135,20 @@ class Facts:
         return k, m
 
 
-def survey(model: nn.Module, given: Given, kinds: Sequence[str], say: Say) -> list[Unit]:
+def survey(
+    model: nn.Module, given: Given, kinds: Sequence[str], say: Say, call_s: float
+) -> list[Unit]:
     """The units of a model with their options.
+
+    Layers are timed alone, and told to take as much of `call_s` as they take of a call of the
+    model: a machine is up to twice as slow from one minute to the next.
 
     Args:
         model: the original, in eval mode.
         given: with example_inputs and calibration.
         kinds: "float", and any of "int8", "bf16" and "int4".
         say: called with a line for people.
+        call_s: seconds that a call of the model took when it was measured.
 
     Raises:
         ValueError: no layer that anything can be done to.
@@ -141,7 +159,10 @@ def survey(model: nn.Module, given: Given, kinds: Sequence[str], say: Say) -> li
     groups = _groups(model, given, say)
     _units(groups, facts, watch)
     watch.settle()
-    return _units(groups, facts, watch)
+    units = _units(groups, facts, watch)
+    share = watch.share(model, given.example_inputs, [fact.layer for fact in facts.values()])
+    slower = share * call_s / sum(unit.seconds for unit in units)
+    return [unit.slower(slower) for unit in units]
 
 
 def _units(groups: Sequence[Removable], facts: Mapping[str, Facts], watch: Stopwatch) -> list[Unit]:

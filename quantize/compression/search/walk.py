@@ -21,7 +21,14 @@ from quantize.compression.recipe import Drop, Int8, Recipe
 from quantize.compression.search import choosing, strategy
 from quantize.compression.search.depth import Losses
 from quantize.compression.search.fits import Parts
-from quantize.compression.search.layered import ROUNDS, Choice, Layered, as_values, from_values
+from quantize.compression.search.layered import (
+    ROUNDS,
+    Choice,
+    Layered,
+    as_values,
+    from_values,
+    seconds_of,
+)
 from quantize.compression.search.points import Row
 from quantize.compression.search.times import BF16, FLOAT, INT4, INT8
 from quantize.compression.search.trial import Trial, file_name
@@ -156,21 +163,23 @@ class Walk:
         known = trial.points.known.get(key, {"kinds": [], "units": []})
         kinds = [FLOAT, INT8, *more]
         ready = strategy.channels_last(before) if self.has_layout else before
+        original = trial.original()
+        base = None if ready is None else trial.find(ready)
+        call_s = seconds_of(base or original, original)
         is_new = not set(known["kinds"]) >= set(kinds)
         if self._is_over(1 + is_new):  # the parts are worth nothing without a point
             return None
         if is_new:
             try:
                 model = trial.model if ready is None else ready(trial.model)
-                units = survey(model, trial.given, kinds, trial.say)
+                units = survey(model, trial.given, kinds, trial.say, call_s)
             except Exception as error:  # of somebody's model
                 trial.say(f"no choice by layers: {' '.join(str(error).split())[:200]}")
                 return None
             known = {"kinds": kinds, "units": as_values(units)}
             self._kept(partial(trial.points.keep_known, key, known))
         units = from_values(known["units"])
-        base = None if ready is None else trial.find(ready)
-        told = (trial.original(), trial.budget, trial.allowed, self.tables)
+        told = (original, trial.budget, trial.allowed, self.tables)
         layered = Layered(units, *told, knows_noise=trial.least_noise == 0, base=base)
         if self.budget.speedup is not None or self.budget.latency_ms is not None:
             layered.margin += self.noise

@@ -18,7 +18,12 @@ from quantize.compression.search.units import Option, Unit
 from quantize.compression.search.walk import FIRST_STEPS, Walk
 
 NOISE = 0.02  # of a speed-up
-TIMED = {"latency_ms": {"median": 10.0}, "latency_in_turns_ms": 10.0, "peak_rss_mb": 100.0}
+TIMED = {
+    "speedup": 1.0,
+    "latency_ms": {"median": 10.0},
+    "latency_in_turns_ms": 10.0,
+    "peak_rss_mb": 100.0,
+}
 
 
 def row(name: str, speedup: float, loss: float, noise: float = 0.001, size: int = 100) -> dict:

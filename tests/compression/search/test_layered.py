@@ -32,7 +32,12 @@ from quantize.nn.int8 import Int8Linear
 
 __all__ = ["by_bytes"]  # a fixture for every test here
 KINDS = (FLOAT, INT8, BF16)
-TIMED = {"latency_ms": {"median": 1.0}, "latency_in_turns_ms": 1.0, "peak_rss_mb": 100.0}
+TIMED = {
+    "speedup": 1.0,
+    "latency_ms": {"median": 1.0},
+    "latency_in_turns_ms": 1.0,
+    "peak_rss_mb": 100.0,
+}
 
 
 @pytest.fixture
@@ -97,7 +102,7 @@ def test_factors_are_found_from_points_that_follow_them():
     """
     generator = np.random.default_rng(0)
     points = []
-    for _ in range(16):
+    for _ in range(64):
         kind_s = {INT8: generator.uniform(), BF16: generator.uniform(), INT4: 0.0}
         rounding = {INT8: generator.uniform(), BF16: generator.uniform(), INT4: 0.0}
         size_s = nothing_saved() | {
@@ -148,7 +153,8 @@ def test_removal_costs_are_what_pruning_then_loses(batches):
 
 def test_a_survey_has_what_can_be_done_to_each_part(batches):
     """Every kind at every width and rank; less is lost the less is removed; JSON keeps it all."""
-    units = survey(Net().eval(), things(batches), KINDS, lambda line: None)
+    units = survey(Net().eval(), things(batches), KINDS, lambda line: None, 3.0)
+    assert sum(unit.seconds for unit in units) == pytest.approx(3.0)  # nothing lies between them
     layers = sorted(itertools.chain.from_iterable(unit.layers for unit in units))
     assert layers == ["0", "2", "4"]
     for unit in units:
@@ -173,7 +179,7 @@ def test_four_bits_are_for_units_whose_layers_all_can_have_them(batches, tmp_pat
     """
     torch.manual_seed(0)
     wide = nn.Sequential(nn.Linear(16, 512), nn.ReLU(), nn.Linear(512, 512), nn.Linear(512, 4))
-    units = survey(wide.eval(), things(batches), [FLOAT, INT8, INT4], lambda line: None)
+    units = survey(wide.eval(), things(batches), [FLOAT, INT8, INT4], lambda line: None, 1.0)
     assert [unit.layers for unit in units] == [("0",), ("2", "3")]
     kinds = [{option.kind for option in unit.options} for unit in units]
     assert kinds == [{FLOAT, INT8}, {FLOAT, INT8, INT4}]
@@ -204,7 +210,7 @@ def test_bytes_of_layers_that_read_each_other_are_predicted():
     model = nn.Sequential(*itertools.chain.from_iterable((one, nn.ReLU()) for one in layers)).eval()
     images = [torch.randn(4, 8, 12, 12) for _ in range(4)]
     given = Given(example_inputs=images[0], calibration=images)
-    units = survey(model, given, [FLOAT, INT8], lambda line: None)
+    units = survey(model, given, [FLOAT, INT8], lambda line: None, 1.0)
     row = TIMED | {"bytes": tensor_bytes_of(model)}
     layered = Layered(units, row, Budget.of({"bytes": 1}), 1.0, False, True)
     choice = tuple(halved(unit) for unit in units)

@@ -52,16 +52,22 @@ def by_bytes(monkeypatch, no_chart):
     monkeypatch.setattr("quantize.compression.search.trial.compare", measured_by_bytes)
     monkeypatch.setattr("quantize.compression.search.finding.Nursery.launch", lambda _: None)
     monkeypatch.setattr(Stopwatch, "_race", timed_by_bytes)
+    monkeypatch.setattr(Stopwatch, "share", share_by_bytes)
     monkeypatch.setattr("quantize.compression.search.walk.MOST_SHARES", 3)
     monkeypatch.setattr("quantize.compression.search.walk.MOST_STEPS", 40)
 
 
 def timed_by_bytes(watch, layer, _shape):
     layers = {kind: made(layer, kind) for kind in watch.kinds}
-    return {
-        kind: 1e-9 * sum(tensor.nbytes for tensor in one.state_dict().values())
-        for kind, one in layers.items()
-    }
+    return {kind: seconds_by_bytes(one) for kind, one in layers.items()}
+
+
+def share_by_bytes(_watch, model, _example_inputs, layers):
+    return sum(map(seconds_by_bytes, layers)) / seconds_by_bytes(model)
+
+
+def seconds_by_bytes(model):
+    return 1e-9 * sum(tensor.nbytes for tensor in model.state_dict().values())
 
 
 def search(model, batches, budget, **options):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from torch import nn
 
 from quantize.compression.search.times import BF16, FLOAT, INT8, Stopwatch
@@ -37,6 +38,29 @@ def test_a_busy_moment_is_not_taken_for_a_slow_layer(monkeypatch):
     settled = times | {(8, 8): 4.0, (8, 4): 1.8}
     assert few == {size: {FLOAT: seconds, INT8: 1.0} for size, seconds in settled.items()}
     assert many[8, 8][FLOAT] == 8.0
+
+
+def test_what_lies_between_layers_is_no_part_of_their_share(monkeypatch):
+    """A call of 2 + 1 + 3 made-up seconds, of which two layers that are asked for take 5; no hook
+    is left.
+    """
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+
+    class Slow(nn.Module):
+        def __init__(self, seconds):
+            super().__init__()
+            self.seconds = seconds
+
+        def forward(self, x):
+            now[0] += self.seconds
+            return x
+
+    model = nn.Sequential(Slow(2.0), Slow(1.0), Slow(3.0))
+    watch = Stopwatch([FLOAT])
+    assert watch.share(model, torch.ones(1), [model[0], model[2]]) == pytest.approx(5 / 6)
+    assert watch.share(model, torch.ones(1), [model[1]]) == pytest.approx(1 / 6)
+    assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in model)
 
 
 @pytest.mark.slow
