@@ -21,6 +21,7 @@ from quantize.models.published import read_json
 from quantize.run.generate.text import Text
 from quantize.run.serve.batching import Job
 from quantize.run.serve.errors import Refused
+from quantize.run.serve.fields import check_length
 from quantize.run.serve.tensors import named_outputs
 
 POOLING = Path("1_Pooling") / "config.json"
@@ -54,6 +55,7 @@ class Encoder:
 
     def encode(self, text: str, other: str | None = None) -> Any:
         """Ids and types of a text, or of a pair. Raises Refused for one that is too long."""
+        check_length(text + (other or ""), self.most_tokens)
         encoding = self.tokenizer.encode(text, other)
         return self.checked(encoding.ids, encoding.type_ids)
 

@@ -10,6 +10,7 @@ from typing import Any
 from quantize.run.serve.errors import Refused, short
 
 MOST_ID = 2**63
+_MOST_CHARACTERS = 64  # of a text, for each token that its model reads: words have fewer
 
 
 class Fields:
@@ -102,3 +103,10 @@ def texts(name: str, value: object, most: int) -> list[str | list[int]]:
         if not isinstance(each, str) and not is_ids(each):
             raise wrong(name, each, "a text, or a list of token ids")
     return given
+
+
+def check_length(text: str, most_tokens: int) -> None:
+    """Refuse a text that is far too long before a tokenizer, which nothing interrupts, reads it."""
+    most = _MOST_CHARACTERS * most_tokens
+    if len(text) > most:
+        raise Refused(f"a text has {len(text)} characters; allowed: {most}")

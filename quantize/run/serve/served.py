@@ -29,6 +29,7 @@ from quantize.run.generate.reader import vocabulary_size
 from quantize.run.generate.text import Text
 from quantize.run.serve.chat import ChatTemplate
 from quantize.run.serve.encoder import Encoder, is_encoder
+from quantize.run.serve.fields import check_length
 from quantize.run.serve.scheduler import Writer
 from quantize.run.serve.tensors import TensorModel
 
@@ -62,12 +63,14 @@ class Decoder:
         return longest_text(self.model) or 2**31 - 1
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a prompt."""
+        """The ids of a prompt. Raises Refused for one that is far too long."""
+        check_length(text, self.most_tokens)
         return self.text.encode(text)
 
     def encode_chat(self, messages: Any) -> list[int]:
         """The ids of a conversation; the template has written the special tokens out."""
         rendered = self.template(messages)
+        check_length(rendered, self.most_tokens)
         tokenizer = self.text.tokenizer
         if tokenizer is None:
             return list(rendered.encode())

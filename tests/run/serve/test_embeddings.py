@@ -71,6 +71,8 @@ def test_documents_by_a_classifier(running):
         ("/v1/embeddings", {"model": "bert", "input": []}, "input is []"),
         ("/v1/embeddings", {"model": "bert", "input": [""]}, "a text has 0 tokens"),
         ("/v1/embeddings", {"model": "bert", "input": "cat " * 600}, "a text has 600 tokens"),
+        ("/v1/embeddings", {"model": "bert", "input": "a" * 50_000}, "a text has 50000 characters"),
+        ("/v1/completions", {"model": "lm", "prompt": "a" * 500_000}, "a text has 500000 char"),
         ("/v1/embeddings", {"model": "bert", "input": [99]}, "a token id outside 0 to 12"),
         ("/v1/embeddings", {"model": "bert", "input": [2**63]}, "a list of token ids"),
         ("/v1/embeddings", {"model": "bert", "input": "a", "dimensions": 5}, "dimensions is 5"),
