@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from quantize import check
 
@@ -91,6 +93,38 @@ def race(
             left -= sum(turn)
         fewest = min(map(len, times))
     return [statistics.median(taken) for taken in times]
+
+
+def share(call: Callable[[], object], parts: Iterable[nn.Module], *, least: int = 5) -> float:
+    """Which share of a call its parts take, in the median of some calls.
+
+    Args:
+        call: of a model.
+        parts: modules of it, none inside another.
+        least: how many calls are timed.
+    """
+    taken: list[float] = []  # of each part of a call
+    begun: list[float] = []
+
+    def begin(_part: nn.Module, _inputs: object) -> None:
+        begun.append(time.perf_counter())
+
+    def end(_part: nn.Module, _inputs: object, _output: object) -> None:
+        taken.append(time.perf_counter() - begun.pop())
+
+    def once() -> float:
+        taken.clear()
+        (seconds,) = burst(call, 0.0)
+        return sum(taken[len(taken) // 2 :]) / seconds  # the first call isn't counted
+
+    hooks: list[RemovableHandle] = []
+    for part in parts:
+        hooks += [part.register_forward_pre_hook(begin), part.register_forward_hook(end)]
+    try:
+        return statistics.median(once() for _ in range(least))
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _turn(call: Callable[[], object], burst_s: float) -> list[float]:

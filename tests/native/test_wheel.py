@@ -18,12 +18,13 @@ SOURCES = ("quantize", "setup.py", "pyproject.toml", "README.md", "LICENSE")
 BUILD = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
 # Answers of every library, and where the process found it.
 ANSWERS = """
-import hashlib, torch, quantize
+import hashlib, warnings, torch, quantize
 from torch import nn
 from quantize.commands import doctor
 from quantize.nn import int8_kernels
 from quantize.run.decoding.native import Step
 
+warnings.simplefilter("ignore")
 torch.manual_seed(0)
 image = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(576, 10)).eval()
 decoder = quantize.DecoderLM(quantize.DecoderConfig(vocab_size=61, width=32, layers=2, heads=4))

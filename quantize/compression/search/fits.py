@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from quantize.compression.search.options import Option
 from quantize.compression.search.times import BF16, FLOAT, INT4, INT8
-from quantize.compression.search.units import Option
 
 _KINDS: tuple[str, ...] = (INT8, BF16, INT4)  # that change something
 _WIDTH, _RANK = "width", "rank"
@@ -31,9 +31,8 @@ ByName = Mapping[str, float]
 
 @dataclass(frozen=True)
 class Parts:
-    """Sums over the options of all units, see `units.Option`: one for each kind; of removal one for
-    fewer channels ("width") and one for pairs ("rank"); of sizes one for either in each kind
-    ("int8 width").
+    """Sums over the options of all units: one for each kind; of removal one for fewer channels
+    ("width") and one for pairs ("rank"); of sizes one for either in each kind ("int8 width").
     """
 
     kind_s: ByName

@@ -12,11 +12,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from quantize.compression.recipe import Half, Int4, Int8, LowRank, Prune, Recipe, Step
+from quantize.compression.search import strategy
 from quantize.compression.search.budget import Budget
 from quantize.compression.search.fits import Factors, Parts, Seen, fitted
 from quantize.compression.search.knapsack import Frontier, solve
+from quantize.compression.search.options import Option, Unit
 from quantize.compression.search.times import BF16, FLOAT, INT4, INT8
-from quantize.compression.search.units import Option, Unit
 
 ROUNDS = 8
 _MARGIN, _MORE = 0.02, 0.04  # of a target: asked for beyond it, and more after each miss
@@ -74,6 +75,13 @@ class Layered:
         noise = row["loss_noise"] if self.knows_noise else 0.0
         self.points.append(Seen(parts, saved, row["loss"], noise, row["bytes"]))
         self.other_mb = _other_mb(row)
+
+    def parts_of(self, row: Row) -> Parts | None:
+        """The sums that a measured row was predicted from; None for recipes that have none."""
+        if row["predicted"]:
+            return Parts(**row["predicted"]["parts"])
+        found = strategy.uniform(row["recipe"])
+        return None if found is None else self.uniform(*found)
 
     def uniform(self, kind: str, amount: float) -> Parts:
         """Of every unit of this kind, less that share of its channels; whole where it has no such
@@ -335,17 +343,3 @@ def _why(factors: Factors, unit: Unit, option: Option) -> str:
     more = 1e3 * factors.saved_s(nearest) - saved
     extra = factors.loss(nearest) - factors.loss(option)
     return f"{told}; {_words(nearest)} would save {more:.2g} ms more for {extra:.2g}"
-
-
-def as_values(units: Sequence[Unit]) -> list[dict[str, Any]]:
-    """As JSON, for a search that goes on."""
-    return [dataclasses.asdict(unit) for unit in units]
-
-
-def from_values(values: Sequence[Mapping[str, Any]]) -> list[Unit]:
-    """What `as_values` gave."""
-    found = []
-    for value in values:
-        options = tuple(Option(**option) for option in value["options"])
-        found.append(Unit(value["name"], tuple(value["layers"]), options, value["seconds"]))
-    return found

@@ -11,8 +11,6 @@ import copy
 import itertools
 import math
 import operator
-import statistics
-import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -62,29 +60,8 @@ class Stopwatch:
         """Which share of a call of the model its layers take, in the median of some calls: alone
         they are up to twice as fast, as their inputs are in the caches.
         """
-        taken: list[float] = []  # of each layer of a call
-        begun: list[float] = []
-
-        def begin(_layer: nn.Module, _inputs: Any) -> None:
-            begun.append(time.perf_counter())
-
-        def end(_layer: nn.Module, _inputs: Any, _output: Any) -> None:
-            taken.append(time.perf_counter() - begun.pop())
-
-        def share() -> float:
-            taken.clear()
-            seconds = clock.burst(run, 0.0)[0]
-            return sum(taken[len(taken) // 2 :]) / seconds  # the first call isn't counted
-
-        run = partial(calibrating.call, model, example_inputs, copy=False)
-        hooks = []
-        for layer in layers:
-            hooks += [layer.register_forward_pre_hook(begin), layer.register_forward_hook(end)]
-        try:
-            return statistics.median(share() for _ in range(_FEWEST))
-        finally:
-            for hook in hooks:
-                hook.remove()
+        call = partial(calibrating.call, model, example_inputs, copy=False)
+        return clock.share(call, layers, least=_FEWEST)
 
     def whole(self, layer: Any, shape: Sequence[int], inputs: int, outputs: int) -> Seconds:
         """Of a layer like this one with so many input and output channels.

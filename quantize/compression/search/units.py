@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from quantize.compression.low_rank.candidates import find_layers
 from quantize.compression.low_rank.spectra import usable
 from quantize.compression.pruning.costs import Removable, removable
 from quantize.compression.recipe import Given
+from quantize.compression.search.options import Option, Unit
 from quantize.compression.search.strategy import FIRST_SHARE
 from quantize.compression.search.times import FLOAT, INT4, INT8, Stopwatch, made
 from quantize.nn import dense_weight
@@ -37,71 +38,6 @@ MEMORY = 1 << 29  # bytes of second moments held at once
 _RANGE = 4.0  # of a row's numbers, in root mean squares: what int8 inputs are rounded by
 _LEVELS = 255
 _LINE = 120  # characters of a line for people
-
-
-@dataclass(frozen=True)
-class Option:
-    """One way to have a unit.
-
-    Args:
-        kind: how its layers are stored.
-        amount: fraction of its channels that go.
-        ratio: fraction of its layers' parameters that pairs of low rank keep.
-        kind_s: seconds that the kind saves of a call at full size.
-        size_s: seconds that fewer channels or ranks save beyond that.
-        rounding: what the kind loses.
-        removal: what the channels or ranks that go lose.
-        bytes: of each of its layers.
-        reader_s: of `size_s`, what each layer of another unit saves that reads these channels.
-        reader_left: the share of its inputs that each of these layers keeps.
-        reader_bytes: what these layers save at least, whatever their kind.
-    """
-
-    kind: str = FLOAT
-    amount: float = 0.0
-    ratio: float = 1.0
-    kind_s: float = 0.0
-    size_s: float = 0.0
-    rounding: float = 0.0
-    removal: float = 0.0
-    bytes: Mapping[str, float] = field(default_factory=dict)
-    reader_s: Mapping[str, float] = field(default_factory=dict)
-    reader_left: Mapping[str, float] = field(default_factory=dict)
-    reader_bytes: float = 0.0
-
-    @property
-    def own_bytes(self) -> float:
-        """Of its layers, less what others save: what a sum over units counts."""
-        return sum(self.bytes.values()) - self.reader_bytes
-
-    def slower(self, times: float) -> Option:
-        """The option where everything takes so many times as long."""
-        reader_s = {name: times * seconds for name, seconds in self.reader_s.items()}
-        return replace(
-            self, kind_s=times * self.kind_s, size_s=times * self.size_s, reader_s=reader_s
-        )
-
-
-@dataclass(frozen=True)
-class Unit:
-    """A part of a model that is decided about.
-
-    Args:
-        name: that names its channels in `amount`, or its layer.
-        layers: those whose kind it decides.
-        options: the first one is the layers as they are.
-        seconds: that its layers take in a call as they are.
-    """
-
-    name: str
-    layers: tuple[str, ...]
-    options: tuple[Option, ...]
-    seconds: float
-
-    def slower(self, times: float) -> Unit:
-        """The unit where everything takes so many times as long."""
-        options = tuple(option.slower(times) for option in self.options)
-        return replace(self, options=options, seconds=times * self.seconds)
 
 
 @dataclass(frozen=True)

@@ -20,15 +20,8 @@ from torch import nn
 from quantize.compression.recipe import Drop, Int8, Recipe
 from quantize.compression.search import choosing, strategy
 from quantize.compression.search.depth import Losses
-from quantize.compression.search.fits import Parts
-from quantize.compression.search.layered import (
-    ROUNDS,
-    Choice,
-    Layered,
-    as_values,
-    from_values,
-    seconds_of,
-)
+from quantize.compression.search.layered import ROUNDS, Choice, Layered, seconds_of
+from quantize.compression.search.options import as_values, from_values
 from quantize.compression.search.points import Row
 from quantize.compression.search.times import BF16, FLOAT, INT4, INT8
 from quantize.compression.search.trial import Trial, file_name
@@ -194,7 +187,7 @@ class Walk:
         rows = self.trial.rows()
         rows.sort(key=lambda row: strategy.has_tables(row["recipe"]) == self.tables)
         for row in rows:  # the last one tells the bytes that no unit has
-            parts = _parts(row, layered)
+            parts = layered.parts_of(row)
             if parts is not None and strategy.dropped(row["recipe"]) == gone:
                 layered.learn(row, parts)
                 learned.add(row["name"])
@@ -346,11 +339,3 @@ class Walk:
         enough = self._enough()
         rows = [row for row in self.trial.rows() if row["fits"] and enough is not None]
         return max((row["speedup"] for row in rows if row["loss"] <= enough), default=0.0)
-
-
-def _parts(row: Row, layered: Layered) -> Parts | None:
-    """The sums that a measured row was predicted from; None for recipes that have none."""
-    if row["predicted"]:
-        return Parts(**row["predicted"]["parts"])
-    found = strategy.uniform(row["recipe"])
-    return None if found is None else layered.uniform(*found)

@@ -12,9 +12,9 @@ from quantize.compression.recipe import Int8, Prune, Recipe
 from quantize.compression.search.budget import Budget
 from quantize.compression.search.choosing import best
 from quantize.compression.search.layered import Layered
+from quantize.compression.search.options import Option, Unit
 from quantize.compression.search.result import facts_of
 from quantize.compression.search.times import FLOAT, INT4, INT8
-from quantize.compression.search.units import Option, Unit
 from quantize.compression.search.walk import FIRST_STEPS, Walk
 
 NOISE = 0.02  # of a speed-up

@@ -24,9 +24,10 @@ from quantize.compression.recipe import ChannelsLast, Given, Half, Int8, Prune, 
 from quantize.compression.search.budget import Budget
 from quantize.compression.search.fits import Parts, Seen, fitted
 from quantize.compression.search.knapsack import STEPS, solve
-from quantize.compression.search.layered import Layered, from_values
+from quantize.compression.search.layered import Layered
+from quantize.compression.search.options import Option, Unit, as_values, from_values
 from quantize.compression.search.times import BF16, FLOAT, INT4, INT8
-from quantize.compression.search.units import Option, Unit, survey
+from quantize.compression.search.units import survey
 from quantize.nn.int4 import Int4Linear
 from quantize.nn.int8 import Int8Linear
 
@@ -167,8 +168,6 @@ def test_a_survey_has_what_can_be_done_to_each_part(batches):
         whole_ones = [option for option in unit.options[::-1] if not option.amount]
         small = {option.kind: option.own_bytes for option in whole_ones}
         assert small[INT8] < small[BF16] < small[FLOAT]
-    from quantize.compression.search.layered import as_values
-
     assert from_values(json.loads(json.dumps(as_values(units)))) == units
 
 
