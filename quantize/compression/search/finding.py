@@ -29,7 +29,7 @@ from quantize.measuring import plot
 from quantize.measuring.nursery import Nursery, modules_of
 from quantize.saying import Say, silent
 
-FORMAT = 6  # of what a folder holds beside the files
+FORMAT = 7  # of what a folder holds beside the files
 _SAME = 5  # standard errors within which a metric is the same again
 
 

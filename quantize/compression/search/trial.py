@@ -35,7 +35,7 @@ UNKNOWN_NOISE = 1e-3  # share of the metric that is noise where nobody knows it,
 HEAVY = 1 << 26  # bytes of a model: garbage of that size is worth the time of a collection
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What a second measurement of a file leaves as it is.
-_JUDGED = ("loss", "loss_noise", "metric", "metric_change", "recipe", "predicted")
+_KEPT = ("loss", "loss_noise", "metric", "metric_change", "recipe", "predicted", "seconds")
 
 
 class Trial:
@@ -96,17 +96,20 @@ class Trial:
         if self.points.find(ORIGINAL) is not None:
             return
         checkpoint.save(self.model, self.path(ORIGINAL))
-        made: dict[Recipe, Score | str] = {}
+        made: dict[Recipe, tuple[Score | str, float]] = {}
         full = None
         for recipe in recipes:
             if is_over() or full is not None:
                 break
+            started = time.monotonic()
             try:
-                made[recipe] = self._scored(recipe)
+                made[recipe] = self._scored(recipe), time.monotonic() - started
             except OSError as error:
                 full = error
         self.say("measuring the original against itself")
-        files = [file_name(recipe) for recipe, score in made.items() if isinstance(score, Score)]
+        files = [
+            file_name(recipe) for recipe, (score, _) in made.items() if isinstance(score, Score)
+        ]
         measured = self._compare([ORIGINAL, *files], FIRST_ROUNDS)
         base, again, *_ = measured
         row = build_rows([base, again])[0]
@@ -116,8 +119,9 @@ class Trial:
         if noise > BUSY:
             self.say(f"a busy machine: the original against itself differs by {noise:.0%}")
         self._keep(row, None)
-        for recipe, score in made.items():
-            self._keep(self._row(recipe, score, measured), recipe)
+        for recipe, (score, seconds) in made.items():
+            row = self._row(recipe, score, measured) | {"seconds": seconds}
+            self._keep(row, recipe)
         if full is not None:
             raise full
 
@@ -154,7 +158,7 @@ class Trial:
             if again["file"] is None:
                 self.say(f"{row['name']} {again['notes']}")
                 continue
-            new = again | {key: row[key] for key in _JUDGED}
+            new = again | {key: row[key] for key in _KEPT}
             self._mark(new)
             fresh.append(new | self._verdict(new))
         return fresh

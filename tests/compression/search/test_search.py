@@ -162,6 +162,7 @@ def test_a_target_is_reached_with_the_least_loss(batches, tmp_path):
     assert chosen["speedup"] >= 3.2 and chosen["bytes"] == result.file.stat().st_size
     more = search(model, batches, {"speedup": 1.4}, out=tmp_path)
     other = next(row for row in more.rows if row["name"] == more.file.stem)
+    assert all(row["seconds"] > 0 for row in more.rows[1:])  # measured once more or not
     assert_preferred(other, [row for row in more.rows if row["fits"] and row["speedup"] > 1.5])
     again = quantize.load(result.file, model=Net())
     assert torch.equal(again(INPUTS), result.model(INPUTS)) and not result.model.training
