@@ -150,9 +150,11 @@ def fitted(points: Sequence[Seen], seconds: float, layers_s: float, rest: float)
     saved = np.array([point.saved_s for point in points]) / seconds
     by_time = np.array([point.parts.times for point in points]) / seconds
     largest = _largest(by_time, saved)
-    largest[len(_KINDS) :] = _between(_left(by_time, saved, layers_s / seconds))
-    largest[len(_KINDS) : len(_KINDS + _REMOVED)] = _between(seconds / layers_s)  # in float
-    times = _factors(by_time, saved, largest, _PRIOR_TIME, np.median)
+    left = np.full(len(_SIZES), _left(by_time, saved, layers_s / seconds))
+    left[: len(_REMOVED)] = seconds / layers_s  # in float
+    largest[len(_KINDS) :] = _between(left)
+    times = np.array(_factors(by_time, saved, largest, _PRIOR_TIME, np.median))
+    times[len(_KINDS) :] = np.minimum(times[len(_KINDS) :], left)  # no layers take no less than 0
 
     units = np.array([max(point.least_loss, point.noise) for point in points])
     lost = np.array([point.least_loss for point in points]) / units
@@ -161,7 +163,7 @@ def fitted(points: Sequence[Seen], seconds: float, layers_s: float, rest: float)
     sure = np.array([point.loss > point.noise for point in points])
     weights = np.where(sure | ~sure.any(), 1.0, _UNSURE)
     losses = _factors(by_loss * weights[:, None], lost * weights, largest, _PRIOR_LOSS, np.min)
-    return Factors(times, losses, points[-1].bytes - points[-1].parts.bytes)
+    return Factors(times.tolist(), losses, points[-1].bytes - points[-1].parts.bytes)
 
 
 def _largest(parts: np.ndarray, totals: np.ndarray) -> np.ndarray:
@@ -173,11 +175,11 @@ def _largest(parts: np.ndarray, totals: np.ndarray) -> np.ndarray:
     return ratios.min(0, initial=np.inf)
 
 
-def _between(left: float) -> float:
+def _between(left: np.ndarray) -> np.ndarray:
     """What sizes are taken to save of what layers take one by one, when a call takes `left` times
     as long as they do together: some of what lies between layers gets less too.
     """
-    return min(left, 1 + _SHRINKING * max(left - 1, 0.0))
+    return np.minimum(left, 1 + _SHRINKING * np.maximum(left - 1, 0.0))
 
 
 def _left(by_time: np.ndarray, saved: np.ndarray, layers: float) -> float:

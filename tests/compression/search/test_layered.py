@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -118,7 +119,7 @@ def test_factors_are_found_from_points_that_follow_them():
         points.append(
             Seen(Parts(kind_s, size_s, rounding, removal, 100.0), saved, loss, 0.0, 150.0)
         )
-    factors = fitted(points, seconds=2.2, layers_s=6.0, rest=0.0)
+    factors = fitted(points, seconds=6.6, layers_s=6.0, rest=0.0)
     assert factors.times[:2] == pytest.approx([0.9, 0.3], rel=0.1)
     assert factors.times[5] == pytest.approx(0.7, rel=0.1)
     assert factors.times[6] == pytest.approx(0.2, rel=0.1)
@@ -279,6 +280,10 @@ def test_sizes_save_no_more_than_kinds_have_left():
     parts = Parts(kinds, nothing_saved(), rounding, removed(0.0), 100.0)
     factors = fitted([Seen(parts, 1.0, 1.0, 0.0, 100.0)], 1.2, 1.0, 0.0)
     assert factors.times[0] == pytest.approx(2.0) and factors.times[5] == pytest.approx(0.4)
+    lucky = replace(parts, size_s=nothing_saved() | {"int8 width": 0.1})  # saved more than it has
+    points = [Seen(parts, 1.0, 1.0, 0.0, 100.0), Seen(lucky, 1.15, 1.0, 0.0, 100.0)]
+    gone = replace(parts, size_s=nothing_saved() | {"int8 width": 0.5})
+    assert fitted(points, 1.2, 1.0, 0.0).saved_by(gone) <= 1.2
 
 
 def test_losses_within_noise_keep_nothing_from_being_tried():
