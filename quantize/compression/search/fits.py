@@ -152,9 +152,9 @@ def fitted(points: Sequence[Seen], seconds: float, layers_s: float, rest: float)
     largest = _largest(by_time, saved)
     left = np.full(len(_SIZES), _left(by_time, saved, layers_s / seconds))
     left[: len(_REMOVED)] = seconds / layers_s  # in float
-    largest[len(_KINDS) :] = _between(left)
+    largest[len(_KINDS) :] = _first_guess(left)
     times = np.array(_factors(by_time, saved, largest, _PRIOR_TIME, np.median))
-    times[len(_KINDS) :] = np.minimum(times[len(_KINDS) :], left)  # no layers take no less than 0
+    times[len(_KINDS) :] = np.minimum(times[len(_KINDS) :], left)  # nothing takes less than 0
 
     units = np.array([max(point.least_loss, point.noise) for point in points])
     lost = np.array([point.least_loss for point in points]) / units
@@ -175,9 +175,9 @@ def _largest(parts: np.ndarray, totals: np.ndarray) -> np.ndarray:
     return ratios.min(0, initial=np.inf)
 
 
-def _between(left: np.ndarray) -> np.ndarray:
-    """What sizes are taken to save of what layers take one by one, when a call takes `left` times
-    as long as they do together: some of what lies between layers gets less too.
+def _first_guess(left: np.ndarray) -> np.ndarray:
+    """What sizes are taken to save, a multiple of what layers save one by one, where a call takes
+    `left` times as long as they do together: some of what lies between layers gets less too.
     """
     return np.minimum(left, 1 + _SHRINKING * np.maximum(left - 1, 0.0))
 
