@@ -281,8 +281,12 @@ def test_workers_end_with_their_parent(tmp_path: Path):
         until(lambda: not any(map(runs, workers)))
 
 
-def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_mistakes_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
     """A missing file, names that don't fit, a port that is none or taken."""
+    # a handler would stay, with this test's standard error, which is closed by then
+    monkeypatch.setattr("logging.basicConfig", lambda **_: None)
     model = tmp_path / "m.pth"
     quantize.save(decoder(), model)
     with socket.socket() as taken:
