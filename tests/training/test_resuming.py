@@ -90,15 +90,22 @@ def _momentum(optimizer: dict) -> dict:
     }
 
 
+@pytest.fixture(scope="module")
+def state(tmp_path_factory) -> Path:
+    """What a whole run leaves."""
+    path = tmp_path_factory.mktemp("run") / "state"
+    fit(network(), batches, classification_loss, RECIPE, checkpoint_path=path)
+    return path
+
+
 @pytest.mark.parametrize("name", WRONG_STATES)
-def test_states_of_wrong_content_are_refused_in_one_line(tmp_path, monkeypatch, name):
+def test_states_of_wrong_content_are_refused_in_one_line(tmp_path, monkeypatch, state, name):
     """With a checksum that fits: one TrainingError with the path, nothing run, nothing of the model
     changed.
     """
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "state"
-    fit(network(), batches, classification_loss, RECIPE, checkpoint_path=path)
-    path.write_bytes(resealed(WRONG_STATES[name](read_state(path))))
+    path.write_bytes(resealed(WRONG_STATES[name](read_state(state))))
     model = network()
     before = digest(model)
     with pytest.raises(TrainingError, match="state") as error:
