@@ -5,13 +5,13 @@
     uv run --group bench python benchmarks/zoo.py --models resnet50 --peers onnxruntime openvino
 
 A row of benchmarks/results/zoo.csv is one model at one batch size and number of threads, eager
-float32 beside eager int8 in one process, in turns: the median milliseconds of a call, the ratio,
-the relative error of the output, the bytes of both files, and how many layers became int8 or
-stayed. Recurrent layers alone have PyTorch's legacy int8 beside them. Calibration is a batch of
-each size. Weights are random; speed doesn't depend on them. With --peers each of these engines runs
-in a process of its own, in turns with the int8 model: its median milliseconds stand in a column of
-its name. With --trained, models are trained on digits in the place of all this, and what int8 and
-one TorchScript file of it cost them goes to zoo_digits.csv.
+float32 beside eager int8 in one process, in turns, after the first calls: the median milliseconds
+of a call, the ratio, the relative error of the output, the bytes of both files, and how many layers
+became int8 or stayed. Recurrent layers alone have PyTorch's legacy int8 beside them. Calibration is
+a batch of each size. Weights are random; speed doesn't depend on them. With --peers each of these
+engines runs in a process of its own, in turns with the int8 model: its median milliseconds stand in
+a column of its name. With --trained, models are trained on digits in the place of all this, and
+what int8 and one TorchScript file of it cost them goes to zoo_digits.csv.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ import quantize
 from quantize import calibration, clock
 from quantize.measuring import Build
 
+FIRST_CALLS = 8  # in which int8 models record what their modules do
 Maker = tuple[Callable[[], nn.Module], Callable[[int], torch.Tensor]]
 
 
@@ -122,7 +123,7 @@ def compared(name: str, batches: list[int], model: nn.Module, small: nn.Module) 
             with torch.no_grad():
                 row["legacy_error"] = calibration.relative_error([contenders[-1](x)], [model(x)])
         calls = [partial(one, x) for one in contenders]
-        times = clock.race(calls, least=5, seconds=0.6)
+        times = clock.race(calls, least=5, seconds=0.6, warm_up=FIRST_CALLS)
         names = ("ms", "int8_ms", "legacy_ms")
         row |= {key: 1e3 * seconds for key, seconds in zip(names, times, strict=False)}
         found.append(row | {"speedup": times[0] / times[1]})

@@ -27,7 +27,7 @@ MOST_INPUTS = 1 << 16  # products of 255 and 127 fit 32 bits that often
 _KIND, _THREADS = 40, 48  # where they stand in an argument, as in int8.cpp
 _ONE = 1 << _THREADS  # thread
 _PRODUCTS_A_THREAD = 1 << 19
-_MOST_SHAPES = 64  # of inputs that are remembered for a weight
+_MOST_SHAPES = 512  # of inputs that are remembered for a weight
 
 _PRODUCTS_OF_FEW_ROWS = 64  # in a cycle: they wait for the weights
 _FEW_ROWS = 8
@@ -53,7 +53,8 @@ class Packed(packs.Copy):
     """A weight in the kernel's layout, and what it was last called with.
 
     Attributes: packed, sums: as in int8.cpp. bound: with scale, bias and outliers. shapes: of the
-        inputs that `again` may compute with them.
+        inputs that `again` may compute with them. usual: about how many rows these had, as bits,
+        and their dtypes.
     """
 
     def __init__(self, weight: Tensor, how: None, owner: weakref.ref[Tensor]) -> None:
@@ -62,6 +63,23 @@ class Packed(packs.Copy):
         self.packed, self.sums = packed_rows(weight)
         self.bound: Bound | None = None
         self.shapes: dict[tuple[torch.Size, torch.dtype], Shape] = {}
+        self.usual: set[tuple[int, torch.dtype]] = set()
+
+    def note(self, x: Tensor) -> Shape:
+        """Let `again` compute inputs of this shape, and others of about as many rows."""
+        if len(self.shapes) >= _MOST_SHAPES:
+            self.shapes.clear()
+        found = self.shapes[x.shape, x.dtype] = self.shape(x)
+        self.usual.add((self._bits(x), x.dtype))
+        return found
+
+    def like(self, x: Tensor) -> Shape | None:
+        """The shape of x, if `again` may compute it since it computed about as many rows."""
+        fits = x.shape[-1:] == (self.inputs,) and (self._bits(x), x.dtype) in self.usual
+        return self.note(x) if fits else None
+
+    def _bits(self, x: Tensor) -> int:
+        return (x.numel() // self.inputs).bit_length()
 
     def shape(self, x: Tensor) -> Shape:
         """What a call with x `[..., inputs]` needs."""
@@ -245,7 +263,7 @@ def again(
     found = KNOWN.get(id(weight))
     if found is None:
         return None
-    shape = found.shapes.get((x.shape, x.dtype))
+    shape = found.shapes.get((x.shape, x.dtype)) or found.like(x)
     bound = found.bound
     if (
         shape is None
@@ -290,9 +308,7 @@ def prefer(
     if outliers is not None and not state_of(outliers):
         return  # its changes can't be seen
     found.bound = Bound(found, scale, bias, outliers, activation)
-    if len(found.shapes) >= _MOST_SHAPES:
-        found.shapes.clear()
-    found.shapes[x.shape, x.dtype] = found.shape(x)
+    found.note(x)
 
 
 def _is_plain(vector: Tensor) -> bool:

@@ -1,10 +1,13 @@
 """Modules of which the calls of torch alone are made, where an earlier call was recorded.
 
 The Python of a model costs as much as its int8 layers where inputs are small. A module that is made
-a region (`int8_region`) is recorded (`tape`) when inputs of a form come for the second time, and
-for the third. Where both recordings are the same, and give what the forward gave, the tape is used
-as long as nothing of the modules has changed (`watched`): neither an attribute, nor a tensor, nor a
-hook. Left out: training, autocast, inputs that aren't tensors, numbers or strings.
+a region (`int8_region`) is recorded (`tape`) when inputs of a form come for the second time; until
+the first tape is there, for the third time too, since both recordings have to be the same. A tape
+that gives what the forward gave is used as long as nothing of the modules has changed (`watched`):
+neither an attribute, nor a tensor, nor a hook. Where a forward can't be recorded, the modules
+inside of it are, in the same call. Inputs of ever other forms, as texts of all lengths, don't cost
+more than they may gain: beyond the first forms, recordings take a SHARE of the time at most. Left
+out: training, autocast, inputs that aren't tensors, numbers or strings.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode, _pop_mode_temporarily
 from torch.utils import _pytree as pytree
 
+from quantize.clock import timed
 from quantize.native import int8 as native_int8
 from quantize.native.packs import versions_of
 from quantize.nn import PackedLayer
@@ -34,7 +38,9 @@ from quantize.nn.watched import State, state_of
 
 # Layers in integers that can be recorded.
 KINDS = (Int8Linear, Int8Conv, Int8ConvTranspose, Int8Embedding)
-_MOST_FORMS = 64  # of inputs that are remembered
+_MOST_FORMS = 128  # of inputs that are remembered
+_FIRST_FORMS = 8  # that are recorded whatever it takes
+_SHARE = 0.25  # of the time of calls without a tape, that others' recordings may take
 _MOST_FAILURES = 8  # until a module is left alone
 
 
@@ -43,6 +49,8 @@ class Region:
 
     Attributes: is_known: are all layers inside of kinds that can be recorded? fits: and did it fail
         seldom? seen: forms of inputs, each with the mark of a first recording. tapes: by these.
+        is_proven: has it a tape, for whose form two recordings were the same? plain_s, recorded_s:
+        time of calls without a tape, and of recordings.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -52,45 +60,56 @@ class Region:
         self.seen: dict[Hashable, int | None] = {}
         self.tapes: dict[Hashable, Tape | None] = {}
         self.failures = 0
+        self.is_proven = False
+        self.plain_s = self.recorded_s = 0.0
 
     def tape(self, key: Hashable) -> Tape | None:
         """What was recorded for inputs of this form, if it still holds."""
         found = self.tapes.get(key)
         if found is None or self.state is None or self.state.holds():
             return found
-        self.state = None
+        self.state, self.is_proven = None, False
         self.tapes.clear()
         self.seen.clear()
         self._fail()
         return None
 
-    def is_due(self, key: Hashable) -> bool:
-        """Are inputs of this form to be recorded now?"""
+    def is_due(self, key: Hashable, is_usual: bool = False) -> bool:
+        """Are inputs of this form to be recorded now? is_usual: they came before."""
         if key in self.tapes or not self.fits:
             return False
-        if key in self.seen:
-            return True
+        is_new = key not in self.seen
+        self.see(key)
+        if is_new and not is_usual:
+            return False
+        return len(self.tapes) < _FIRST_FORMS or self.recorded_s < _SHARE * self.plain_s
+
+    def see(self, key: Hashable | None) -> None:
+        """Inputs of this form come."""
+        if key is None or key in self.seen:
+            return
         if len(self.seen) >= _MOST_FORMS:
-            self.seen.clear()
-            self.tapes.clear()
+            oldest = next(iter(self.seen))
+            self.seen.pop(oldest, None)
+            self.tapes.pop(oldest, None)
         self.seen[key] = None
-        return False
 
     def record(
         self, key: Hashable, module: nn.Module, call: partial[Any], inputs: list[Tensor]
     ) -> Any:
-        """The result of a call. Notes the calls of torch in it, and makes a tape of them where it
-        is the second time.
+        """The result of a call. Notes the calls of torch in it, and makes a tape of them where
+        enough is known of such calls.
         """
-        state = state_of(module)
-        if state is None or not state.is_plain or not state.holds():
-            self.fits = self.fits and state is not None
-            self.tapes[key] = None
-            return plainly(call)
-        if self.state is None or not self.state.holds():
+        state = self.state
+        if state is None or not state.holds():
+            state = state_of(module)
+            if state is None or not state.is_plain or not state.holds():
+                self.fits = self.fits and state is not None
+                self.tapes[key] = None
+                return plainly(call)
             self.tapes.clear()
             self.seen = {**dict.fromkeys(self.seen), key: None}
-            self.state = state
+            self.state, self.is_proven = state, False
         before, given = [tensor.clone() for tensor in inputs], _form_of(call)
         versions = versions_of(state.tensors)
         recorder = Recorder(inputs, state.tensors, {} if torch.is_grad_enabled() else REPLACED)
@@ -108,14 +127,14 @@ class Region:
         try:
             mark = recorder.end(result)
             first, self.seen[key] = self.seen.get(key), mark
-            if first is None:
+            if first is None and not self.is_proven:
                 return True
             tape = recorder.tape(None if torch.is_grad_enabled() else _shorter)
-            if first != mark or not _gives(tape, inputs, result):
+            if first not in (None, mark) or not _gives(tape, inputs, result):
                 return False
         except (Unfit, RuntimeError):  # another run of its calls may fail where inputs changed
             return False
-        self.tapes[key] = tape
+        self.tapes[key], self.is_proven = tape, True
         return True
 
     def _fail(self) -> None:
@@ -139,9 +158,10 @@ def _gives(tape: Tape, inputs: Sequence[Tensor], expected: Any) -> bool:
     does leaves no trace in the random numbers.
     """
     with torch.random.fork_rng(devices=[]):
-        leaves, form = pytree.tree_flatten(tape.run(inputs))
-        if tape.is_sized_by_numbers(inputs):
-            return False
+        found, varies = tape.run_watched(inputs)
+    if varies:
+        return False
+    leaves, form = pytree.tree_flatten(found)
     known, known_form = pytree.tree_flatten(expected)
     return form == known_form and all(map(_are_alike, leaves, known))
 
@@ -160,13 +180,14 @@ def _are_equal(a: Tensor, b: Tensor) -> bool:
 _regions: weakref.WeakKeyDictionary[nn.Module, Region] = weakref.WeakKeyDictionary()
 
 
-def plainly(call: Callable[[], Any]) -> Any:
+def plainly(call: Callable[[], Any], is_whole: bool = False) -> Any:
     """The result of a module's own forward, with functions of torch as `floats` computes them where
-    no gradient may be asked for.
+    no gradient may be asked for. is_whole: modules inside of it aren't recorded.
     """
-    if torch.is_grad_enabled():
+    own = {} if torch.is_grad_enabled() else REPLACED
+    if not own and not is_whole:
         return call()
-    with Replacing(REPLACED):
+    with Replacing(own, is_whole):
         return call()
 
 
@@ -178,30 +199,56 @@ def replayed(module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: 
     if region is None:
         region = _regions[module] = Region(module)
     mode = _get_current_function_mode()
-    if not region.is_known or isinstance(mode, Recorder):
+    if not region.is_known:
         return forward(module, *args, **kwargs)
-    if isinstance(mode, Replacing):  # of a module around this one that isn't recorded
+    if not isinstance(mode, Replacing):
+        return _replayed(region, module, forward, args, kwargs)
+    is_recorder = isinstance(mode, Recorder)
+    if not mode.is_whole:
         with _pop_mode_temporarily():
-            return _replayed(region, module, forward, args, kwargs)
-    return _replayed(region, module, forward, args, kwargs)
+            return _replayed(region, module, forward, args, kwargs, is_recorder)
+    if is_recorder:  # which may find that it can't be recorded as a whole
+        with _pop_mode_temporarily():
+            region.see(_key(args, kwargs, []))
+    return forward(module, *args, **kwargs)
 
 
 def _replayed(
-    region: Region, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any
+    region: Region,
+    module: nn.Module,
+    forward: Callable[..., Any],
+    args: Any,
+    kwargs: Any,
+    is_usual: bool = False,
 ) -> Any:
+    """is_usual: inputs of this form came before."""
     inputs: list[Tensor] = []
     call = partial(forward, module, *args, **kwargs)
-    key = _form((args, kwargs), inputs) if region.fits else None
-    if key is None or not _are_fit(inputs):
+    key = _key(args, kwargs, inputs) if region.fits else None
+    if key is None:
         return plainly(call)
-    grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-    key = key, grad, inference, torch.get_default_dtype()
     tape = region.tape(key)
     if tape is not None:
         return tape.run(inputs)
-    if not region.is_due(key):
-        return plainly(call)
-    return region.record(key, module, call, inputs)
+    if region.is_due(key, is_usual):
+        result, seconds = timed(partial(region.record, key, module, call, inputs))
+        region.recorded_s += seconds
+        return result
+    waits = region.fits and key not in region.tapes
+    result, seconds = timed(partial(plainly, call, waits))
+    region.plain_s += seconds
+    return result
+
+
+def _key(args: Any, kwargs: Any, inputs: list[Tensor]) -> Hashable | None:
+    """What tells calls of one form from others, None for those that can't be recorded. Adds the
+    tensors among the arguments to `inputs`.
+    """
+    form = _form((args, kwargs), inputs)
+    if form is None or not _are_fit(inputs):
+        return None
+    grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    return form, grad, inference, torch.get_default_dtype()
 
 
 def _form(value: Any, inputs: list[Tensor]) -> Hashable | None:

@@ -9,9 +9,9 @@ uses tensors of unknown origin.
 
 from __future__ import annotations
 
-import functools
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -83,20 +83,25 @@ class Tape:
 
     def run(self, inputs: Sequence[Tensor]) -> Any:
         """The result for tensors of the same forms as those that it was recorded with."""
+        return self._run(self.steps, inputs)
+
+    def run_watched(self, inputs: Sequence[Tensor]) -> tuple[Any, bool]:
+        """The result, and whether numbers decide how large a tensor is: then sizes may differ from
+        those recorded.
+        """
+        sizes = _Sizes()
+        steps = [s._replace(call=partial(sizes.see, s.call)) for s in self.steps]
+        return self._run(steps, inputs), sizes.vary
+
+    def _run(self, steps: Sequence[Step], inputs: Sequence[Tensor]) -> Any:
         values = self.values.copy()
         values[: len(inputs)] = inputs
-        for call, reads, to, last in self.steps:
+        for call, reads, to, last in steps:
             values[to] = call(*[values[place] for place in reads])
             for place in last:
                 values[place] = None
         leaves = [values[place] for place in self.outputs]
         return leaves[0] if self.is_single else pytree.tree_unflatten(leaves, self.form)
-
-    def is_sized_by_numbers(self, inputs: Sequence[Tensor]) -> bool:
-        """Do numbers decide how large a tensor is? Then sizes may differ from those recorded."""
-        with _Sizes() as sizes:
-            self.run(inputs)
-        return sizes.vary
 
 
 class _Sizes(TorchDispatchMode):
@@ -115,6 +120,16 @@ class _Sizes(TorchDispatchMode):
         if torch.Tag.dynamic_output_shape in func.tags and not _takes_indices(func, args):
             self.vary = True
         return func(*args, **(kwargs or {}))
+
+    def see(self, call: Callable[..., Any], *values: Any) -> Any:
+        """The result of a call. Functions of this package never let numbers decide, and compute by
+        slower kernels where torch has a mode.
+        """
+        func = call.func if isinstance(call, Named) else call
+        if str(getattr(func, "__module__", "")).startswith("quantize."):
+            return call(*values)
+        with self:
+            return call(*values)
 
 
 def _takes_indices(func: Any, args: Sequence[Any]) -> bool:
@@ -140,12 +155,13 @@ def _with_last_reads(
 class Replacing(TorchFunctionMode):
     """Makes other calls in the place of some of those inside of it.
 
-    own: what is called, by the function of torch.
+    own: what is called, by the function of torch. is_whole: is what runs inside to be recorded as a
+    whole, now or later?
     """
 
-    def __init__(self, own: Mapping[Any, Callable[..., Any]]) -> None:
+    def __init__(self, own: Mapping[Any, Callable[..., Any]], is_whole: bool = False) -> None:
         super().__init__()
-        self.own = own
+        self.own, self.is_whole = own, is_whole
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -168,7 +184,7 @@ class Recorder(Replacing):
         owned: Iterable[Tensor],
         own: Mapping[Any, Callable[..., Any]],
     ) -> None:
-        super().__init__(own)
+        super().__init__(own, is_whole=True)
         self.inputs, self.problem = inputs, ""
         self.steps: list[Step] = []
         self.values: list[Any] = []
@@ -180,7 +196,7 @@ class Recorder(Replacing):
             self._keep(tensor, self._new(None))
         unique = {id(tensor): tensor for tensor in owned}
         if unique.keys() & self.places.keys():
-            self.problem = "a tensor of the module as an input"
+            self.problem, self.is_whole = "a tensor of the module as an input", False
         for tensor in unique.values():
             self._keep(tensor, self._new(tensor))
         self.memory = {*map(_memory, unique.values())}
@@ -196,7 +212,7 @@ class Recorder(Replacing):
             try:
                 self._add(func, args, kwargs or {}, result)
             except Unfit as problem:
-                self.problem = str(problem)
+                self.problem, self.is_whole = str(problem), False
         return result
 
     def end(self, result: Any) -> int:
@@ -270,7 +286,7 @@ class Recorder(Replacing):
         reads = tuple(self._place(part) for part in value)
         to = self._new(None)
         make = getattr(type(value), "_make", type(value))  # as named tuples are made
-        self.steps.append(Step(functools.partial(_gathered, make), reads, to))
+        self.steps.append(Step(partial(_gathered, make), reads, to))
         return to
 
 

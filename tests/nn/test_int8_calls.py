@@ -19,7 +19,6 @@ from torch.nn import functional as F
 import quantize
 from quantize.native import program
 from quantize.nn import int8_kernels as kernels
-from quantize.nn.replay import _MOST_FORMS
 from quantize.nn.stretches import Stretch
 
 HIDDEN = itertools.repeat(torch.ones(32))  # where nobody finds the tensor
@@ -238,15 +237,6 @@ def test_copies_are_recorded_anew():
     other = copy.deepcopy(block)
     other.norm.weight.mul_(2)
     assert is_replayed(other, x) and not torch.equal(other(x), block(x))
-
-
-@torch.no_grad()
-def test_many_forms():
-    """Each is recorded when it comes again; old ones are forgotten."""
-    block = int8()
-    for length in range(1, _MOST_FORMS + 4):
-        block(randn(1, length, 32))
-    assert is_replayed(block, randn(1, 3, 32))
 
 
 def _upsampled(block: Any, x: Tensor) -> Tensor:
