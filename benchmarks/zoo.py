@@ -2,6 +2,7 @@
 
     uv run python benchmarks/zoo.py                      # all, about ten minutes
     uv run python benchmarks/zoo.py --models lstm_256 resnet18
+    uv run python benchmarks/zoo.py --lengths 600 --models bert_4x256 t5_encoder llama_4x256
     uv run --group bench python benchmarks/zoo.py --models resnet50 --peers onnxruntime openvino
 
 A row of benchmarks/results/zoo.csv is one model at one batch size and number of threads, eager
@@ -11,12 +12,16 @@ became int8 or stayed. Recurrent layers alone have PyTorch's legacy int8 beside 
 a batch of each size. Weights are random; speed doesn't depend on them. With --peers each of these
 engines runs in a process of its own, in turns with the int8 model: its median milliseconds stand in
 a column of its name. With --trained, models are trained on digits in the place of all this, and
-what int8 and one TorchScript file of it cost them goes to zoo_digits.csv.
+what int8 and one TorchScript file of it cost them goes to zoo_digits.csv. With --lengths, models
+read one text after the other, each of 8 to 128 tokens, and the mean of each fourth of these calls,
+the first ones and their recordings among them, goes to zoo_lengths.csv.
 """
 
 from __future__ import annotations
 
 import argparse
+import random
+import statistics
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -130,6 +135,27 @@ def compared(name: str, batches: list[int], model: nn.Module, small: nn.Module) 
     return found
 
 
+def over_lengths(name: str, lengths: list[int]) -> list[rows.Row]:
+    """The rows of a model that reads texts of ever other lengths, one at a time: a row for each
+    fourth of the calls, from the first one on.
+    """
+    model, small = made(name, [1, 8])
+    ids = MODELS[name][1](1)
+    times: list[tuple[float, float]] = []
+    with torch.no_grad():
+        for length in lengths:
+            x = ids[:, :length].contiguous()
+            int8_s = clock.timed(partial(small, x))[1]
+            times.append((clock.timed(partial(model, x))[1], int8_s))
+    found = []
+    part = len(times) // 4
+    for first in range(0, 4 * part, part):
+        means = [1e3 * statistics.mean(each) for each in zip(*times[first:][:part], strict=True)]
+        row = {"model": name, "calls": f"{first + 1} to {first + part}"}
+        found.append(row | {"ms": means[0], "int8_ms": means[1], "speedup": means[0] / means[1]})
+    return found
+
+
 def fused_int8(case: peers.Case) -> peers.Source:
     """One TorchScript file of the int8 model."""
 
@@ -199,8 +225,16 @@ def main() -> None:
     parser.flag("--batches", "batch sizes", [1, 8])
     parser.add_argument("--peers", help="other engines too", nargs="*", choices=PEERS, default=[])
     parser.add_argument("--trained", help="on digits instead", nargs="*", choices=TRAINED)
+    parser.flag("--lengths", "calls with texts of random lengths instead", 0)
     arguments = parser.parse_engines()
     warnings.simplefilter("ignore")
+    if arguments.lengths:
+        lengths = random.Random(0).choices(range(8, 129), k=arguments.lengths)
+        out = arguments.out.with_name("zoo_lengths.csv")
+        for name in arguments.models:
+            found = [row | rows.host() for row in over_lengths(name, lengths)]
+            rows.write(out, found, key=("model", "calls", "threads"))
+        return
     for name in arguments.trained or ():
         out = arguments.out.with_name("zoo_digits.csv")
         rows.write(out, trained(name), key=("model", "variant"))
