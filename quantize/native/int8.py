@@ -76,7 +76,9 @@ class Packed(packs.Copy):
     def like(self, x: Tensor) -> Shape | None:
         """The shape of x, if `again` may compute it since it computed about as many rows."""
         fits = x.shape[-1:] == (self.inputs,) and (self._bits(x), x.dtype) in self.usual
-        return self.note(x) if fits else None
+        if not fits or torch._C._are_functorch_transforms_active():  # they wrap new tensors
+            return None
+        return self.note(x)
 
     def _bits(self, x: Tensor) -> int:
         return (x.numel() // self.inputs).bit_length()
@@ -263,11 +265,9 @@ def again(
     found = KNOWN.get(id(weight))
     if found is None:
         return None
-    shape = found.shapes.get((x.shape, x.dtype)) or found.like(x)
     bound = found.bound
     if (
-        shape is None
-        or bound is None
+        bound is None
         or found.owner() is not weight
         or found.version != weight._version
         or found.pointer != weight.data_ptr()
@@ -282,6 +282,9 @@ def again(
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
     ):
+        return None
+    shape = found.shapes.get((x.shape, x.dtype)) or found.like(x)
+    if shape is None:
         return None
     y = torch.empty_like(shape.result)
     threads = shape.threads

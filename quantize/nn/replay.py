@@ -39,7 +39,7 @@ from quantize.nn.watched import State, state_of
 # Layers in integers that can be recorded.
 KINDS = (Int8Linear, Int8Conv, Int8ConvTranspose, Int8Embedding)
 _MOST_FORMS = 128  # of inputs that are remembered
-_FIRST_FORMS = 8  # that are recorded whatever it takes
+_FIRST = 9  # recordings that are made whatever they take: of eight forms, the first one twice
 _SHARE = 0.25  # of the time of calls without a tape, that others' recordings may take
 _MOST_FAILURES = 8  # until a module is left alone
 
@@ -49,8 +49,8 @@ class Region:
 
     Attributes: is_known: are all layers inside of kinds that can be recorded? fits: and did it fail
         seldom? seen: forms of inputs, each with the mark of a first recording. tapes: by these.
-        is_proven: has it a tape, for whose form two recordings were the same? plain_s, recorded_s:
-        time of calls without a tape, and of recordings.
+        is_proven: has it a tape, for whose form two recordings were the same? recordings: how many
+        were made since it changed. plain_s, recorded_s: time of calls without a tape, and of these.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -59,7 +59,7 @@ class Region:
         self.state: State | None = None
         self.seen: dict[Hashable, int | None] = {}
         self.tapes: dict[Hashable, Tape | None] = {}
-        self.failures = 0
+        self.failures = self.recordings = 0
         self.is_proven = False
         self.plain_s = self.recorded_s = 0.0
 
@@ -68,7 +68,7 @@ class Region:
         found = self.tapes.get(key)
         if found is None or self.state is None or self.state.holds():
             return found
-        self.state, self.is_proven = None, False
+        self.state, self.is_proven, self.recordings = None, False, 0
         self.tapes.clear()
         self.seen.clear()
         self._fail()
@@ -82,7 +82,7 @@ class Region:
         self.see(key)
         if is_new and not is_usual:
             return False
-        return len(self.tapes) < _FIRST_FORMS or self.recorded_s < _SHARE * self.plain_s
+        return self.recordings < _FIRST or self.recorded_s < _SHARE * self.plain_s
 
     def see(self, key: Hashable | None) -> None:
         """Inputs of this form come."""
@@ -110,6 +110,7 @@ class Region:
             self.tapes.clear()
             self.seen = {**dict.fromkeys(self.seen), key: None}
             self.state, self.is_proven = state, False
+        self.recordings += 1
         before, given = [tensor.clone() for tensor in inputs], _form_of(call)
         versions = versions_of(state.tensors)
         recorder = Recorder(inputs, state.tensors, {} if torch.is_grad_enabled() else REPLACED)

@@ -7,6 +7,7 @@ import torch
 from helpers import randn
 from recorded_blocks import int8, is_replayed, own, tapes
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import quantize
 from quantize.nn import int8_kernels as kernels
@@ -55,9 +56,32 @@ def test_recordings_take_a_share_of_the_time(monkeypatch: pytest.MonkeyPatch):
         x = randn(1, length, 32)
         for _ in range(4):
             assert torch.equal(block(x), own(block, x))
-    assert len(tapes(block)) == replay._FIRST_FORMS
+    assert len(tapes(block)) == replay._FIRST - 1
     monkeypatch.setattr(replay, "_SHARE", 1e9)
     assert is_replayed(block, randn(1, 19, 32))
+
+
+@torch.no_grad()
+def test_forms_that_come_twice_alone_are_not_recorded_for_ever(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(replay, "_SHARE", 0.0)
+    block = int8()
+    for length in range(1, 20):
+        x = randn(1, length, 32)
+        block(x), block(x)
+    assert replay._regions[block].recordings == replay._FIRST
+
+
+def test_what_runs_under_a_mode_is_not_remembered():
+    """Fake tensors, and those that transforms of functions wrap, would stand in later results."""
+    (layer,) = quantize.quantize_dynamic(nn.Sequential(nn.Linear(32, 16)), prefer="size")
+    x = randn(8, 32)
+    expected = layer(x).detach()
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        layer(mode.from_tensor(x[:6]))
+    torch.func.grad(lambda w: (layer(x[:7].detach()) * w).sum())(torch.ones(16))
+    torch.func.vmap(layer)(x.view(4, 2, 32))
+    for rows in range(5, 9):
+        assert torch.equal(layer(x[:rows]).detach(), expected[:rows])
 
 
 @pytest.mark.parametrize("rows", [1, 6, 40])
