@@ -76,9 +76,7 @@ class Packed(packs.Copy):
     def like(self, x: Tensor) -> Shape | None:
         """The shape of x, if `again` may compute it since it computed about as many rows."""
         fits = x.shape[-1:] == (self.inputs,) and (self._bits(x), x.dtype) in self.usual
-        if not fits or torch._C._are_functorch_transforms_active():  # they wrap new tensors
-            return None
-        return self.note(x)
+        return self.note(x) if fits else None
 
     def _bits(self, x: Tensor) -> int:
         return (x.numel() // self.inputs).bit_length()
@@ -186,13 +184,14 @@ def _plain_keys() -> frozenset[int]:
 
 
 def takes(x: Tensor) -> bool:
-    """May the kernel read x? Not where a mode watches operations, nor for tensors that are no plain
-    ones on the CPU, or that may carry derivatives forward.
+    """May the kernel read x? Not where a mode watches operations or a transform of functions wraps
+    results, nor for tensors that are no plain ones on the CPU, or may carry derivatives forward.
     """
     return (
         torch._C._dispatch_keys(x).raw_repr() in _plain_keys()
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._len_torch_function_stack()
+        and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
     )
 
@@ -281,6 +280,7 @@ def again(
         or torch._C._dispatch_keys(x).raw_repr() not in _plain_keys()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
+        or torch._C._are_functorch_transforms_active()
     ):
         return None
     shape = found.shapes.get((x.shape, x.dtype)) or found.like(x)
@@ -304,7 +304,7 @@ def prefer(
 ) -> None:
     """Let `again` compute inputs of this shape with these tensors."""
     found = KNOWN.get(id(weight))
-    if found is None or x.dtype not in KINDS or not found.is_of(weight):
+    if found is None or x.dtype not in KINDS or not takes(x) or not found.is_of(weight):
         return
     if not all(_is_plain(v) for v in (scale, bias) if v is not None):
         return
