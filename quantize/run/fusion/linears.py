@@ -1,11 +1,9 @@
-"""Linear layers in one form, free of the views and permutations around them, and merged."""
+"""Linear layers in one form, free of the views and permutations around them."""
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
-import torch
 from torch import fx
 
 from quantize.run.fusion.edit import (
@@ -14,9 +12,7 @@ from quantize.run.fusion.edit import (
     argument,
     calls,
     constant,
-    drop_dead,
     is_call,
-    loosen_views,
     own_constant,
     replace,
     shape,
@@ -101,54 +97,3 @@ def _sink(program: Program, node: fx.Node, permuted: Any, other: Any) -> None:
         total = program.call(aten.add.Tensor, back, y, val=y.meta["val"])
         result = program.call(aten.permute.default, total, order)
     replace(node, result)
-
-
-def merge_linears(program: Program) -> int:
-    """Linear layers on the same input (query, key and value; gate and up) become one, whose output
-    is split. How many did.
-    """
-    count = 0
-    for x, nodes in _on_shared_inputs(program).items():
-        weights: list[Any] = [constant(program, argument(n, 1)) for n in nodes]
-        dtypes = {weight.dtype for weight in weights}
-        if len(nodes) > 1 and len(dtypes) == 1 and weights[0].is_floating_point():
-            _merge(program, x, nodes, weights)
-            count += len(nodes)
-    if count:
-        loosen_views(program)
-    program.note(count, "linear layers on shared inputs merged")
-    drop_dead(program)
-    return count
-
-
-def _on_shared_inputs(program: Program) -> dict[fx.Node, list[fx.Node]]:
-    """Linear layers with a weight of their own and a known bias, by their input."""
-    groups: dict[fx.Node, list[fx.Node]] = {}
-    for node in calls(program, LINEARS):
-        bias = argument(node, 2)
-        known = bias is None or constant(program, bias) is not None
-        if known and own_constant(program, argument(node, 1)) is not None:
-            groups.setdefault(argument(node, 0), []).append(node)
-    return groups
-
-
-def _merge(program: Program, x: fx.Node, nodes: list[fx.Node], weights: list[Any]) -> None:
-    """One linear layer with the rows of all `weights`, and its output split among `nodes`."""
-    first, sizes = nodes[0], [weight.shape[0] for weight in weights]
-    name = f"{argument(first, 1).target}_merged"
-    biases: list[Any] = [constant(program, argument(node, 2)) for node in nodes]
-    bias = None
-    if any(b is not None for b in biases):
-        for i, weight in enumerate(weights):
-            biases[i] = weight.new_zeros(sizes[i]) if biases[i] is None else biases[i]
-        bias = add_constant(program, first, f"{name}_bias", torch.cat(biases))
-    weight = add_constant(program, first, name, torch.cat(weights))
-    operands = (x, weight) if bias is None else (x, weight, bias)
-    value = first.meta["val"]
-    with program.before(first):
-        whole = value.new_empty((*value.shape[:-1], sum(sizes)))
-        merged = program.call(aten.linear.default, *operands, val=whole)
-        parts = program.call(aten.split_with_sizes.default, merged, sizes, -1)
-        items = [program.call(operator.getitem, parts, i) for i in range(len(nodes))]
-    for node, item in zip(nodes, items, strict=True):
-        replace(node, item)

@@ -15,7 +15,7 @@ from quantize import surgery
 from quantize.calibration import Pace, untouched
 from quantize.nn.int8_conv import Int8Conv
 from quantize.nn.int8_images import whole_in_graphs
-from quantize.run.fusion import integers, kernels, linears, passes, torchscript
+from quantize.run.fusion import integers, kernels, passes, torchscript
 from quantize.run.fusion.edit import calls
 from quantize.run.fusion.equality import Checker, in_floats, integer_products, race
 from quantize.run.fusion.export import capture
@@ -25,11 +25,10 @@ from quantize.run.fusion.memory import reuse_memory, separate_outputs
 from quantize.run.fusion.state import answers, refuse_values
 from quantize.saying import Say, silent
 
-EXPORTED, SIMPLE, KERNELS, MERGED, INTEGERS, FLOATS = (
+EXPORTED, SIMPLE, KERNELS, INTEGERS, FLOATS = (
     "as exported",
     "simplified",
     "kernels",
-    "kernels, merged linears",
     "int8 kernels",
     "int8 layers in float",
 )
@@ -80,11 +79,6 @@ def ways_of(program: Program) -> dict[str, Program]:
         ways[KERNELS] = simple.copy()
         kernels.use_kernels(ways[KERNELS])
         reuse_memory(ways[KERNELS])
-        merged = simple.copy()
-        if linears.merge_linears(merged):
-            kernels.use_kernels(merged)
-            reuse_memory(merged)
-            ways[MERGED] = merged
     for way in ways.values():
         separate_outputs(way, program)
     return ways

@@ -28,7 +28,7 @@ def test_a_way_that_loses_on_one_row_is_not_taken(slow: bool, taken: str, monkey
     def race(models: dict[str, Any], inputs: Any, **_: Any) -> dict[str, float]:
         asked.append((len(inputs), set(models)))
         times = dict.fromkeys(models, 1.0) | {planning.KERNELS: 0.8}
-        rewritten = (planning.SIMPLE, planning.KERNELS, planning.MERGED)
+        rewritten = (planning.SIMPLE, planning.KERNELS)
         if slow and len(inputs) == 1:
             times |= {name: 2.0 for name in models if name in rewritten}
         return times
