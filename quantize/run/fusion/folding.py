@@ -147,53 +147,6 @@ def _scale_input(
     return True
 
 
-def fold_scales(program: Program) -> None:
-    """Scales of RMSNorm, LayerNorm and layer scale: a constant vector multiplied onto a linear
-    layer's input or output.
-    """
-    count = 0
-    for node in calls(program, {aten.mul.Tensor}):
-        for scale, x in (node.args, node.args[::-1]):
-            vector = constant(program, scale)
-            if vector is None or not isinstance(x, fx.Node) or vector.dim() != 1:
-                continue
-            if "val" not in x.meta or shape(node) != shape(x):
-                continue
-            if not x.meta["val"].dtype == vector.dtype == node.meta["val"].dtype:
-                continue
-            alone, wide = x.target in LINEARS and len(x.users) == 1, vector.double()
-            done = alone and _scale_output(program, x, wide, None)
-            if done or _all_scale_input(program, node, wide, None):
-                replace(node, x)
-                count += 1
-                break
-    for node in calls(program, {aten.layer_norm.default}):
-        vector, shift = constant(program, argument(node, 2)), constant(program, argument(node, 3))
-        if vector is None or vector.dim() != 1 or (argument(node, 3) is not None and shift is None):
-            continue
-        moved = None if shift is None else shift.double()
-        if _all_scale_input(program, node, vector.double(), moved):
-            set_arguments(node, {2: None, 3: None})
-            count += 1
-    program.note(count, "norm and layer scales folded into linear layers")
-
-
-def _all_scale_input(program: Program, x: fx.Node, scale: Tensor, shift: Tensor | None) -> bool:
-    """`_scale_input` for all users of x, or for none."""
-    users = list(x.users)
-    possible = users and all(
-        u.target in LINEARS and argument(u, 0) is x
-        and _own_weight(program, u) is not None
-        and list(u.all_input_nodes).count(x) == 1
-        for u in users
-    )  # fmt: skip
-    if not possible:
-        return False
-    for user in users:
-        _scale_input(program, x, user, scale, shift)
-    return True
-
-
 # The arithmetic.
 
 

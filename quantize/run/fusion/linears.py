@@ -1,10 +1,8 @@
-"""Linear layers in one form, free of the views and permutations around them."""
+"""Linear layers in one form, free of the views around them."""
 
 from __future__ import annotations
 
 from typing import Any
-
-from torch import fx
 
 from quantize.run.fusion.edit import (
     LINEARS,
@@ -12,7 +10,6 @@ from quantize.run.fusion.edit import (
     argument,
     calls,
     constant,
-    is_call,
     own_constant,
     replace,
     shape,
@@ -57,43 +54,3 @@ def through_views(program: Program) -> None:
                 new = program.call(node.target, x, *node.args[1:], **node.kwargs)
             replace(back, new)
             program.graph.erase_node(node)
-
-
-def sink_permutes(program: Program) -> None:
-    """`permute(y) + r` becomes `permute(y + permute back(r))`, so that the sum can join the linear
-    layer that made y.
-    """
-    for node in calls(program, {aten.add.Tensor}):
-        for permuted, other in (node.args, node.args[::-1]):
-            if not node.kwargs and _can_sink(permuted, other):
-                _sink(program, node, permuted, other)
-                break
-    for node in calls(program, {aten.permute.default}):
-        inner = argument(node, 0)
-        if not is_call(inner, aten.permute.default):
-            continue
-        order = [argument(inner, 1)[dim] for dim in argument(node, 1)]
-        if order == list(range(len(order))):
-            node.replace_all_uses_with(argument(inner, 0))
-
-
-def _can_sink(permuted: Any, other: object) -> bool:
-    """Is `permuted` a linear layer's output, permuted for this sum alone, and `other` as large?"""
-    if not is_call(permuted, aten.permute.default) or len(permuted.users) != 1:
-        return False
-    y = argument(permuted, 0)
-    if not isinstance(y, fx.Node) or y.target not in LINEARS or len(y.users) != 1:
-        return False
-    if not isinstance(other, fx.Node) or other.op == "get_attr":
-        return False
-    return shape(other) == shape(permuted)
-
-
-def _sink(program: Program, node: fx.Node, permuted: Any, other: Any) -> None:
-    y, order = argument(permuted, 0), list(argument(permuted, 1))
-    inverse = [order.index(dim) for dim in range(len(order))]
-    with program.before(node):
-        back = program.call(aten.permute.default, other, inverse, val=y.meta["val"])
-        total = program.call(aten.add.Tensor, back, y, val=y.meta["val"])
-        result = program.call(aten.permute.default, total, order)
-    replace(node, result)

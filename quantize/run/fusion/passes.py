@@ -35,9 +35,9 @@ from quantize.run.fusion.edit import (
     overload,
     replace,
 )
-from quantize.run.fusion.folding import fold_batch_norm, fold_scales
+from quantize.run.fusion.folding import fold_batch_norm
 from quantize.run.fusion.graph import Program, aten
-from quantize.run.fusion.linears import linear_form, sink_permutes, through_views
+from quantize.run.fusion.linears import linear_form, through_views
 from quantize.run.fusion.padding import fold_padding, number_padding
 
 _DROPOUTS = operators("dropout dropout_ feature_dropout alpha_dropout")
@@ -71,8 +71,6 @@ def simplify(program: Program, *, at_load: bool = False) -> bool:
         fold_batch_norm,
         rms_norms,
         one_pixel_convolutions,
-        fold_scales,
-        sink_permutes,
     ):
         run(program)
         drop_dead(program)
