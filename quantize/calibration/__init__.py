@@ -54,6 +54,7 @@ from quantize.calibration.statistics import (
     collect,
     input_shapes,
     reached,
+    run_all,
     trace_calls,
 )
 from quantize.calibration.stored import Store
@@ -108,6 +109,7 @@ __all__ = [
     "reached",
     "relative_error",
     "rows",
+    "run_all",
     "run_batch",
     "snapshot",
     "trace_calls",

@@ -4,8 +4,8 @@ gradients (Fisher).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import nn
 
 from quantize.calibration.differences import BLOCK
 from quantize.calibration.dual import whole
-from quantize.calibration.inputs import main_output
+from quantize.calibration.inputs import main_output, replaced
 from quantize.calibration.patches import CONVOLUTIONS, exact, snapshot
 from quantize.calibration.projected import Projected
 from quantize.calibration.squares import Squares
@@ -189,15 +189,8 @@ class _Tap(torch.autograd.Function):
         return gradients[0], torch.zeros(()), None
 
 
-@contextmanager
-def without_weight_gradients(model: nn.Module) -> Iterator[None]:
+def without_weight_gradients(model: nn.Module) -> AbstractContextManager[None]:
     """Inside, no parameter takes a gradient: inputs of layers aren't kept for theirs."""
-    fixed = [p for p in model.parameters() if p.is_inference()]
-    trained = [] if fixed else [p for p in model.parameters() if p.is_leaf and p.requires_grad]
-    try:
-        for parameter in trained:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
+    fixed = any(parameter.is_inference() for parameter in model.parameters())
+    trained = [p for p in model.parameters() if p.is_leaf and p.requires_grad and not fixed]
+    return replaced(trained, "requires_grad", False)

@@ -11,7 +11,7 @@ import dataclasses
 import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -190,50 +190,37 @@ def watching(hooks: Sequence[Any], *models: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def as_written(*models: nn.Module) -> Iterator[None]:
+def replaced(objects: Iterable[Any], attribute: str, value: Any) -> Iterator[None]:
+    """Inside, an attribute of these objects has another value."""
+    before = [(one, getattr(one, attribute)) for one in objects]
+    try:
+        for one, _ in before:
+            setattr(one, attribute, value)
+        yield
+    finally:
+        for one, kept in before:
+            setattr(one, attribute, kept)
+
+
+def as_written(*models: nn.Module) -> AbstractContextManager[None]:
     """Inside, modules that were compiled in place (`module.compile()`) run their own Python."""
-    compiled: list[tuple[nn.Module, Any]] = []
-    for module in itertools.chain.from_iterable(model.modules() for model in models):
-        if module._compiled_call_impl is not None:
-            compiled.append((module, module._compiled_call_impl))
-    try:
-        for module, _ in compiled:
-            module._compiled_call_impl = None
-        yield
-    finally:
-        for module, call_compiled in compiled:
-            module._compiled_call_impl = call_compiled
+    modules = itertools.chain.from_iterable(model.modules() for model in models)
+    compiled = [module for module in modules if module._compiled_call_impl is not None]
+    return replaced(compiled, "_compiled_call_impl", None)
 
 
-@contextmanager
-def in_eval_mode(*models: nn.Module) -> Iterator[None]:
+def in_eval_mode(*models: nn.Module) -> AbstractContextManager[None]:
     """Inside, every module is in eval mode; afterwards each is in the mode in which it was."""
-    training: list[nn.Module] = []
-    for model in models:
-        training.extend(module for module in model.modules() if module.training)
-    try:
-        for module in training:
-            module.training = False
-        yield
-    finally:
-        for module in training:
-            module.training = True
+    modules = itertools.chain.from_iterable(model.modules() for model in models)
+    return replaced([module for module in modules if module.training], "training", False)
 
 
-@contextmanager
-def without_cache(*models: nn.Module) -> Iterator[None]:
+def without_cache(*models: nn.Module) -> AbstractContextManager[None]:
     """Inside, models of transformers return no keys and values: these serve generation, and no
     tracer follows them.
     """
-    caching = list(itertools.chain.from_iterable(map(_caching, models)))
-    kept = [config.use_cache for config in caching]
-    for config in caching:
-        config.use_cache = False
-    try:
-        yield
-    finally:
-        for config, value in zip(caching, kept, strict=True):
-            config.use_cache = value
+    caching = itertools.chain.from_iterable(map(_caching, models))
+    return replaced(caching, "use_cache", False)
 
 
 def keeps_cache(model: nn.Module) -> bool:

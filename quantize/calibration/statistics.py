@@ -6,7 +6,7 @@ Sums of rows are in `sums`; memory is bounded by the width of a layer and not by
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -146,13 +146,19 @@ def _note_both(
 
 
 @torch.no_grad()
+def run_all(model: nn.Module, batches: Iterable[Any], hooks: Sequence[Any]) -> None:
+    """Run a model in eval mode on batches while these hooks, which are removed then, see it."""
+    with watching(hooks, model):
+        for batch in batches:
+            call(model, batch)
+
+
 def collect(
     model: nn.Module,
     batches: Iterable[Any],
     layers: Mapping[str, nn.Module],
     *,
     outer: bool = True,
-    by_channel: Collection[str] = (),
 ) -> dict[str, InputStatistics]:
     """Input statistics of each layer of `model` in `layers` (name to module) over all batches, in
     eval mode; see `InputSums`.
@@ -161,10 +167,8 @@ def collect(
     finite (naming the layer).
     """
     check_batches(batches)
-    sums = InputSums(layers, outer=outer, by_channel=by_channel)
-    with watching(sums.hooks(), model):
-        for batch in batches:
-            call(model, batch)
+    sums = InputSums(layers, outer=outer)
+    run_all(model, batches, sums.hooks())
     check_reached(sums.statistics)
     return sums.statistics
 
@@ -196,13 +200,11 @@ class Calls:
         self.shapes[name] = tuple(x.shape)
 
 
-@torch.no_grad()
 def trace_calls(model: nn.Module, batch: Any, layers: Mapping[str, nn.Module]) -> Calls:
     """Run `model` on one batch and note when each of `layers` runs; layers that don't run are in no
     group.
     """
     calls = Calls()
     hooks = [on_input(layer, partial(calls.note, name)) for name, layer in layers.items()]
-    with watching(hooks, model):
-        call(model, batch)
+    run_all(model, [batch], hooks)
     return calls

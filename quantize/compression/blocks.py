@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from quantize import surgery
-from quantize.calibration import call, watching
+from quantize.calibration import run_all
 from quantize.nn.passing import Passed
 
 FEWEST = 2  # blocks of a model that can do without one
@@ -40,8 +40,7 @@ def find_blocks(model: nn.Module, example_inputs: Any) -> list[str]:
 
     members = _members(model)
     hooks = [m.register_forward_hook(note(n), with_kwargs=True) for n, m in members.items()]
-    with watching(hooks, model):
-        call(model, example_inputs)
+    run_all(model, [example_inputs], hooks)
     found = [name for name, calls in fits.items() if calls == [True]]
     outer = [name for name in members if name in found and not _is_inside(name, found)]
     return outer if len(outer) >= FEWEST else []

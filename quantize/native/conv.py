@@ -318,10 +318,7 @@ def convolve(x: Tensor, how: Convolution) -> Tensor:
     shape = x.shape[0], found.layer.outputs, *sizes
     y = torch.empty(shape, dtype=torch.float32, device="cpu", memory_format=format)
     threads = int8.threads(y.numel() * found.products)
-    call = Turns(1, threads, 0, 0, x.data_ptr(), y.data_ptr(), None)
-    if functions().run_program(ctypes.addressof(one), 1, ctypes.byref(call)):
-        raise MemoryError(f"no memory for a convolution of {list(x.shape)}")
-    return y
+    return _run(one, threads, x, y)
 
 
 def average(x: Tensor) -> Tensor:
@@ -342,7 +339,12 @@ def average(x: Tensor) -> Tensor:
     layer = STILL.layer((1, 1), x.shape[1], x.shape[1])
     one = step(MEAN, layer, x.shape, (1, 1))
     one.x, one.y, one.x_last, one.y_last = INPUT, OUTPUT, True, True
-    call = Turns(1, 1, 0, 0, x.data_ptr(), y.data_ptr(), None)
+    return _run(one, 1, x, y)
+
+
+def _run(one: Step, threads: int, x: Tensor, y: Tensor) -> Tensor:
+    """A step alone, from x to y."""
+    call = Turns(1, threads, 0, 0, x.data_ptr(), y.data_ptr(), None)
     if functions().run_program(ctypes.addressof(one), 1, ctypes.byref(call)):
-        raise MemoryError(f"no memory for a mean of {list(x.shape)}")
+        raise MemoryError(f"no memory for a step on {list(x.shape)}")
     return y

@@ -118,10 +118,7 @@ def layer_norm_work(
     eps: float = 1e-5,
 ) -> Work | None:
     """As F.layer_norm."""
-    width = math.prod(normalized_shape)
-    if tuple(normalized_shape) != input.shape[input.dim() - len(normalized_shape) :]:
-        return None
-    return program.norm(input, width, weight, bias, eps, centered=True)
+    return _norm_work(input, normalized_shape, weight, bias, eps, centered=True)
 
 
 def rms_norm_work(
@@ -131,11 +128,15 @@ def rms_norm_work(
     eps: float | None = None,
 ) -> Work | None:
     """As F.rms_norm."""
-    width = math.prod(normalized_shape)
-    if tuple(normalized_shape) != input.shape[input.dim() - len(normalized_shape) :]:
-        return None
     eps = torch.finfo(torch.float32).eps if eps is None else eps
-    return program.norm(input, width, weight, None, eps, centered=False)
+    return _norm_work(input, normalized_shape, weight, None, eps, centered=False)
+
+
+def _norm_work(input: Tensor, sizes: Sequence[int], *how: Any, centered: bool) -> Work | None:
+    """A norm over the last dimensions, if these are their sizes."""
+    if tuple(sizes) != input.shape[input.dim() - len(sizes) :]:
+        return None
+    return program.norm(input, math.prod(sizes), *how, centered=centered)
 
 
 def attention_work(

@@ -18,8 +18,8 @@ from quantize.calibration import (
     call,
     main_output,
     output_tensors,
+    run_all,
     untouched,
-    watching,
     without_cache,
 )
 from quantize.compression.pruning import prune_ln_structured
@@ -207,8 +207,7 @@ def _stages(model: nn.Module, blocks: nn.Module, inputs: Any) -> list[list[int]]
 
     children = list(blocks.children())
     hooks = [block.register_forward_hook(see(number)) for number, block in enumerate(children)]
-    with torch.no_grad(), watching(hooks, model):
-        call(model, inputs)
+    run_all(model, [inputs], hooks)
     stages: list[list[int]] = []
     for number in range(len(children)):
         new = not stages or shapes.get(number) != shapes.get(number - 1)

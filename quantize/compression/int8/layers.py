@@ -108,7 +108,7 @@ def choose(model: nn.Module, skipped: Skipped, embeddings: bool | None) -> Choic
                 chosen[name] = fact
             else:
                 left[name] = reason
-        elif _is_left(module):
+        elif surgery.holds_matrix(module):
             kind = type(module).__name__
             left[name] = f"a {kind}: {_KINDS} become int8"
     return Choice(chosen, left)
@@ -148,10 +148,6 @@ def overlapping(choice: Choice) -> Report:
 def is_depthwise(conv: Any) -> bool:
     """Does each output of a convolution look at a channel of its own?"""
     return 1 < conv.groups == conv.in_channels == conv.out_channels
-
-
-def _is_left(module: nn.Module) -> bool:
-    return any(p is not None and p.ndim > 1 for p in module._parameters.values())
 
 
 def _obstacle(

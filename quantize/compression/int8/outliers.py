@@ -118,7 +118,5 @@ def _inputs(
         layer.register_forward_pre_hook(see(name), with_kwargs=True)
         for name, layer in layers.items()
     ]
-    with calibrating.watching(hooks, model), torch.no_grad():
-        for batch in calibration:
-            calibrating.call(model, batch)
+    calibrating.run_all(model, calibration, hooks)
     return found

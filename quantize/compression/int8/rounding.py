@@ -30,9 +30,7 @@ def find_rounded(
         small[name].observer = _adding(sums[name])
         hook = _running(small[name])
         hooks.append(fact.module.register_forward_pre_hook(hook, with_kwargs=True))
-    with calibrating.watching(hooks, model), torch.no_grad():
-        for batch in calibration if layers else ():
-            calibrating.call(model, batch)
+    calibrating.run_all(model, calibration if layers else (), hooks)
     return {n: _rounded(layers[n].module, small[n], found) for n, found in sums.items() if found}
 
 

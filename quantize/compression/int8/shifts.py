@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from quantize import calibration as calibrating
@@ -62,7 +61,5 @@ def find_shifts(
         channels = -1 if fact.linear else -1 - len(module.kernel_size)
         seen[name] = _Misses(converted(fact, plans.get(name)), channels)
         hooks.append(module.register_forward_hook(seen[name].see, with_kwargs=True))
-    with calibrating.watching(hooks, model), torch.no_grad():
-        for batch in calibration if seen else ():
-            calibrating.call(model, batch)
+    calibrating.run_all(model, calibration if seen else (), hooks)
     return {name: misses.shift() for name, misses in seen.items() if misses.count > 1}
