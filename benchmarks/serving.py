@@ -6,7 +6,8 @@
 Questions:
 
 - overhead: one client, one request at a time, against the library's own call on the same inputs, in
-  turns. `overhead_ms` is the difference of medians.
+  turns. `overhead_ms` is the difference of medians. `paused_ms` is that call after pauses as long
+  as this difference, in which caches and threads cool down as they do between requests.
 - crowd: 64 clients that each wait for their answer, against the library with its best batch
   (`share`); then requests at 80% of that rate, whenever earlier ones are answered (`p99_over_p50`).
   `server_cpu_ms` is the CPU that the server's processes took for a request, model included,
@@ -32,6 +33,7 @@ import os
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -64,7 +66,7 @@ NEW = 64  # tokens of a stream
 
 def overhead(service: Service, server: Server, total: int, name: str) -> Row:
     """One client against the library's own call, in turns."""
-    ours, theirs = [], []
+    ours, theirs, paused = [], [], []
     load(server, service.requests, total=10)
     numbers = iter(range(10**9))
     for turn in range(4):
@@ -72,10 +74,15 @@ def overhead(service: Service, server: Server, total: int, name: str) -> Row:
         answers = load(server, service.requests[start:], total=total)
         ours += milliseconds(answers, name)
         theirs += [1000 * s for s in clock.burst(lambda: service.call(next(numbers)), 0.5)]
+        pause_ms = max(0.0, statistics.median(ours) - statistics.median(theirs))
+        for _ in range(total):
+            time.sleep(pause_ms / 1000)
+            paused.append(1000 * clock.timed(lambda: service.call(next(numbers)))[1])
     medians = statistics.median(ours), statistics.median(theirs)
     return {
         "median_ms": medians[0],
         "library_ms": medians[1],
+        "paused_ms": statistics.median(paused),
         "overhead_ms": medians[0] - medians[1],
         "p99_ms": _percentile(ours, 99),
     }

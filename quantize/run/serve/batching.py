@@ -12,10 +12,10 @@ One model call of a process runs at a time: PyTorch has its own threads below it
 at once would only take each other's cores. Calls run in one thread, `compute`. Batches of a model
 whose calls are short run in the event loop itself, which they hold up for SOON_S at most: there the
 model and HTTP don't contend for Python's lock, nothing is handed over, and no team of threads waits
-for the one whose core another process took. It computes alone there: libgomp keeps a team for each
-thread that ever had others below it, and once its threads are more than the cores it puts all of
-them to sleep at every barrier (GOMP_SPINCOUNT no longer counts), which made a model of 8 ms take
-16.
+for the one whose core another process took. libgomp keeps a team for each thread that ever had
+others below it, and once its threads are more than the cores it puts all of them to sleep at every
+barrier (GOMP_SPINCOUNT no longer counts), which made a model of 8 ms take 16. So the event loop has
+a team only where all models are short, and until `compute` has had one.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ LOG = logging.getLogger("quantize.serve")
 MOST_ROWS = 256
 BATCH_S = 0.1
 PART = 0.25  # of all that waits: a batch has as much at least, however long it takes
+LONG_S = 0.004  # a call beside which HTTP costs little; shorter ones are short
 SOON_S = 0.02  # the event loop may be held up for so long
 PASSES = 8  # of the event loop, in which what has come reaches the batcher
 SPREAD, NEAR = 1.15, 2  # the longest of a batch has at most SPREAD x shortest + NEAR tokens
@@ -148,10 +149,10 @@ class Batcher:
             taken = set(map(id, jobs))
             self.waiting = [job for job in self.waiting if id(job) not in taken]
             self.seen(sum(job.rows for job in jobs), len(self.waiting))
+            call = partial(self._results, jobs)
             if short and self._seconds(jobs) <= SOON_S:
-                results = self._results(jobs)
+                results = self.compute.run_here(call, self._threads())
             else:
-                call = partial(self._results, jobs)
                 results = await self.compute.run(call, self._threads())
             for job, result in zip(jobs, results, strict=True):
                 self._finish(job, result)
@@ -160,14 +161,18 @@ class Batcher:
         self.seen(0, 0)
 
     def _budget(self, seconds: float) -> int:
-        """Tokens of the next batch."""
+        """Tokens of the next batch. The first is the oldest job alone: it tells the pace."""
+        if not math.isfinite(self._pace):
+            return 1
         waiting = sum(job.rows * job.length for job in self.waiting)
         wanted = max(1.0, self._pace * seconds, PART * waiting)
         return int(min(self.settings.max_batch_tokens, wanted))
 
     def _seconds(self, jobs: Sequence[Job]) -> float:
-        """What a batch will take, at the pace of those before."""
-        return _tokens(jobs) / self._pace if math.isfinite(self._pace) else math.inf
+        """What a batch will take: at the pace of those before, or of the slowest short calls."""
+        if math.isfinite(self._pace):
+            return _tokens(jobs) / self._pace
+        return LONG_S * sum(job.rows for job in jobs)
 
     def _note_pace(self, jobs: Sequence[Job], seconds: float) -> None:
         pace = _tokens(jobs) / max(seconds, 1e-6)
@@ -205,10 +210,12 @@ class Compute:
 
     Args:
         threads: of torch, for calls that don't say how many they may have.
+        all_short: whether calls are expected to run in the event loop.
     """
 
-    def __init__(self, threads: int = 1) -> None:
+    def __init__(self, threads: int = 1, *, all_short: bool = False) -> None:
         self.threads = threads
+        self.team_here = all_short  # whether calls in the event loop may have several threads
         self._executor = ThreadPoolExecutor(1, "compute")
         self._calls = 0
 
@@ -219,12 +226,18 @@ class Compute:
 
     async def run(self, call: Callable[[], T], threads: int | None = None) -> T:
         """What a call gives, on so many threads of torch."""
-        work = partial(_on_threads, threads or self.threads, call)
+        threads = threads or self.threads
+        self.team_here &= threads == 1
+        work = partial(_on_threads, threads, call)
         self._calls += 1
         try:
             return await asyncio.get_running_loop().run_in_executor(self._executor, work)
         finally:
             self._calls -= 1
+
+    def run_here(self, call: Callable[[], T], threads: int) -> T:
+        """What a call gives that runs in the event loop, on so many threads if it may have them."""
+        return _on_threads(threads if self.team_here else 1, call)
 
     def shutdown(self) -> None:
         """Wait for the call under way; no other follows."""

@@ -28,6 +28,7 @@ DTYPES = {
     "FP64": torch.float64,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+HALVES = (torch.float16, torch.bfloat16)
 MOST_AXES = 8
 
 
@@ -99,19 +100,20 @@ def from_bytes(name: str, data: memoryview, shape: Sequence[int], datatype: str)
 
 def to_bytes(tensor: Tensor) -> bytes:
     """Little-endian bytes of a tensor."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    whole = flat.view(torch.int16) if tensor.dtype is torch.bfloat16 else flat
-    return bytes(_little_endian(whole.numpy().tobytes(), tensor.dtype))
+    whole = tensor.view(torch.int16) if tensor.dtype is torch.bfloat16 else tensor
+    return bytes(_little_endian(whole.numpy(force=True).tobytes(), tensor.dtype))
 
 
-def to_json(name: str, tensor: Tensor) -> list[Any]:
-    """A tensor's numbers as a flat list. Raises Refused where JSON has no such number."""
-    if tensor.is_floating_point() and not _is_finite(tensor.detach().cpu()):
+def to_json(name: str, tensor: Tensor) -> np.ndarray:
+    """A tensor's numbers, flat. Raises Refused where JSON has no such number."""
+    flat = tensor.detach().cpu().flatten()
+    numbers = (flat.float() if flat.dtype in HALVES else flat).numpy()
+    if not np.isfinite(numbers).all():
         raise Refused(
             f"output {name!r} holds NaN or infinity, which JSON can't: ask for binary data",
             status=500,
         )
-    return tensor.detach().cpu().flatten().tolist()
+    return numbers
 
 
 def _finite(name: str, tensor: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 from typing import Any
 
+import numpy as np
 import torch
 from starlette.requests import Request
 from starlette.responses import Response
@@ -65,6 +66,7 @@ async def rerank(request: Request) -> Response:
             encoded = [encoder.encode(text) for text in (query, *documents)]
             vectors = torch.stack(await _run(request, running, encoder, encoded))
             scores = (vectors[1:] @ vectors[0]).tolist()
+        _check_finite(scores, "score")
         read = sum(len(ids) for ids, _ in encoded)
         count.tokens(read, 0)
         ranked = sorted(range(len(scores)), key=lambda i: -scores[i])[:top]
@@ -106,11 +108,19 @@ def _documents(given: Any, most: int) -> list[str]:
     return documents
 
 
-def _written(vector: Tensor, form: str) -> str | list[float]:
+def _written(vector: Tensor, form: str) -> str | np.ndarray:
     """A vector as numbers, or as the base64 of little-endian fp32."""
+    numbers = vector.numpy()
+    _check_finite(numbers, "vector")
     if form == "float":
-        return vector.tolist()
-    return base64.b64encode(vector.numpy().astype("<f4").tobytes()).decode()
+        return numbers
+    return base64.b64encode(numbers.astype("<f4").tobytes()).decode()
+
+
+def _check_finite(numbers: Any, what: str) -> None:
+    """Raises Refused for NaN and infinity, which are no answers and can't stand in JSON."""
+    if not np.isfinite(numbers).all():
+        raise Refused(f"the model gave a {what} that isn't finite", status=500)
 
 
 ROUTES = [

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Awaitable
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
+import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -59,7 +60,7 @@ def parse_json(body: bytes | memoryview) -> dict[str, Any]:
     try:
         content = _DECODER.decode(data.decode())
         if b"\\u" in data:
-            to_json(content)
+            json.dumps(content, ensure_ascii=False).encode()
     except RecursionError:
         raise Refused("the body isn't JSON: it is nested too deeply") from None
     except ValueError as error:
@@ -82,12 +83,11 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 _DECODER = json.JSONDecoder(parse_constant=_no_constant, object_pairs_hook=_unique)
-_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
 def to_json(content: object) -> bytes:
-    """JSON as short as it gets."""
-    return _ENCODER.encode(content).encode()
+    """JSON as short as it gets; arrays of numpy are lists, NaN and infinity are null."""
+    return orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
 def answer(content: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:

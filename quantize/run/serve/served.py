@@ -27,6 +27,7 @@ from quantize.run.generate import generate
 from quantize.run.generate.checks import longest_text, stop_tokens_of
 from quantize.run.generate.reader import vocabulary_size
 from quantize.run.generate.text import Text
+from quantize.run.serve.batching import LONG_S
 from quantize.run.serve.chat import ChatTemplate
 from quantize.run.serve.encoder import Encoder, is_encoder
 from quantize.run.serve.fields import check_length
@@ -37,7 +38,6 @@ LOG = logging.getLogger("quantize.serve")
 BYTES = 256
 USUAL_TOKENS = 32  # of a text that an encoder reads
 TIMED_S = 0.02
-LONG_S = 0.004  # a call beside which HTTP costs little
 GAIN = 1.5
 
 
@@ -101,6 +101,11 @@ class Served:
     encoder: Encoder | None = None
     call_s: float = 0.0
     alone_s: float = math.inf
+
+    @property
+    def is_short(self) -> bool:
+        """Whether a call for one request may hold up an event loop."""
+        return self.alone_s <= LONG_S
 
     def gains(self) -> bool:
         """Whether a call for one request is much shorter on all threads than on one."""

@@ -19,7 +19,7 @@ from quantize.run.serve.keeping import Keeper
 from quantize.run.serve.metrics import Metrics
 from quantize.run.serve.prefixes import Prefixes
 from quantize.run.serve.scheduler import Scheduler
-from quantize.run.serve.served import LONG_S, Served
+from quantize.run.serve.served import Served
 from quantize.run.serve.settings import Settings
 
 
@@ -58,9 +58,11 @@ class Running:
 
     def _is_short(self) -> bool:
         """Whether calls are short on one thread, and others would help little or aren't free."""
-        if self.served.alone_s > LONG_S:
+        if not self.served.is_short:
             return False
-        return not self.served.gains() or self._state.batch_threads() == 1
+        if self._state.compute.team_here or self._state.batch_threads() == 1:
+            return True
+        return not self.served.gains()
 
     def _seen(self, rows: int, waiting: int) -> None:
         self._metrics.computes(rows > 0)
@@ -86,7 +88,8 @@ class State:
         self.settings, self.metrics, self.keeper = settings, metrics, keeper
         self.cores = default_threads()
         self.text_threads = settings.threads or max(1, self.cores // settings.workers)
-        self.compute = Compute(self.text_threads)
+        all_short = all(served.is_short for served in models)
+        self.compute = Compute(self.text_threads, all_short=all_short)
         self.models = {served.name: Running(served, self) for served in models}
         self.draining = False
 

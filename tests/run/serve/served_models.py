@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 
 import quantize
+from quantize.models import ConvNet, ConvNetConfig
 from quantize.run.serve import Served, Settings, app
 from quantize.run.serve.workers import listen
 
@@ -28,6 +29,11 @@ def write_tokenizer(folder: Path) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {"chat_template": TEMPLATE, "eos_token": {"content": "<|end|>"}}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def net() -> ConvNet:
+    """A small CNN."""
+    return ConvNet(ConvNetConfig()).eval()
 
 
 def write_folder(folder: Path, model: nn.Module) -> Path:

@@ -9,6 +9,9 @@ import torch
 from helpers import assert_close
 from served_models import WORDS
 
+from quantize.run.serve.embeddings import _written
+from quantize.run.serve.errors import Refused
+
 TEXTS = ["the cat sat", "a dog", "the dog ran on the mat"]
 
 
@@ -34,6 +37,13 @@ def test_vectors_of_texts(running, client, form: str):
     ids = ids_of(TEXTS[0])[0].tolist()
     one = client.embeddings.create(model="bert", input=ids, **given).data[0].embedding
     assert_close(torch.tensor(one), by_hand(running, TEXTS[0]))
+
+
+@pytest.mark.parametrize("form", ["float", "base64"])
+def test_a_vector_that_is_not_finite_is_no_answer(form: str):
+    """In JSON it would read null."""
+    with pytest.raises(Refused, match="a vector that isn't finite"):
+        _written(torch.tensor([1.0, torch.nan]), form)
 
 
 def test_documents_by_cosine(running):

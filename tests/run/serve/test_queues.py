@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import math
 import sys
 import threading
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,26 +14,23 @@ import torch
 from helpers import decoder
 from hypothesis import given
 from hypothesis import strategies as st
-from served_models import WORDS, write_folder
+from served_models import WORDS, net, write_folder
 from starlette.testclient import TestClient
 from transformers import BertConfig, BertModel
 
 from quantize import quantize_dynamic, save
-from quantize.host import default_threads
 from quantize.models import ConvNet, ConvNetConfig
 from quantize.run.decoding.passes import NativePasses
 from quantize.run.generate.reader import CHUNK
-from quantize.run.serve import Settings, app, open_served, serve_model
+from quantize.run.serve import Settings, app, open_served
 from quantize.run.serve.batching import Batcher, Compute, Job, choose
-from quantize.run.serve.keeping import Keeper
 from quantize.run.serve.metrics import Metrics
 from quantize.run.serve.prefixes import LEAST, Prefixes
 from quantize.run.serve.sequence import Sequence
 from quantize.run.serve.served import Served
-from quantize.run.serve.state import State
 from quantize.run.serve.stopping import StopStrings
 from quantize.run.serve.tensors import TensorModel
-from quantize.run.serve.workers import MOST_WORKERS, fitting, in_a_thread
+from quantize.run.serve.workers import in_a_thread
 
 
 def jobs(*sizes: tuple[int, int, str]) -> list[Job]:
@@ -81,8 +78,8 @@ def test_a_batch_takes_no_longer_than_it_should(
 
 
 def test_what_is_soon_done_runs_in_the_event_loop():
-    """Unless a call is under way already; what takes longer, or nobody knows, has its thread, and
-    so has a model whose calls aren't short.
+    """Unless a call is under way already; what takes longer has its thread, and so have many rows
+    whose pace nobody knows, and a model whose calls aren't short.
     """
     threads: list[str] = []
 
@@ -93,7 +90,9 @@ def test_what_is_soon_done_runs_in_the_event_loop():
     async def work() -> None:
         compute = Compute()
         batcher = Batcher(run, compute, Settings())
-        await batcher.submit([Job(None, 1, 1)])
+        await batcher.submit([Job(None, 6, 1)])
+        batcher._pace = math.inf
+        await batcher.submit([Job(None, 5, 1)])
         batcher._pace = 1000.0
         await batcher.submit([Job(None, 1, 100)])
         batcher._pace = 1000.0
@@ -113,7 +112,7 @@ def test_what_is_soon_done_runs_in_the_event_loop():
 
     asyncio.run(work())
     own = threading.current_thread().name
-    assert [name == own for name in threads] == [False, False, True, False, False]
+    assert [name == own for name in threads] == [False, True, False, True, False, False]
 
 
 def test_a_batch_is_chosen_from_the_oldest():
@@ -213,53 +212,6 @@ def test_numbers_of_all_workers_are_added():
     assert 'quantize_batch_rows_sum{model="m"} 8.0' in lines
 
 
-def test_a_batch_gets_the_cores_that_no_other_worker_computes_on():
-    """All of them alone, half beside one; a worker that has ended takes none; texts get a part."""
-    metrics, models = Metrics(["net"], workers=3), [serve_model(net(), "net")]
-    state = State(models, Settings(workers=2), metrics, Keeper())
-    state.cores = 4
-    assert metrics.busy() == 0 and state.batch_threads() == 4
-    for row, threads in ((0, 4), (2, 2)):
-        metrics.row = row
-        metrics.computes(True)
-        assert state.batch_threads() == threads
-    metrics.forget(2)
-    assert state.batch_threads() == 4
-    fixed = State(models, Settings(workers=2, threads=3), metrics, Keeper())
-    assert fixed.batch_threads() == fixed.text_threads == 3
-
-
-@pytest.mark.parametrize(
-    ("call_s", "alone_s", "busy", "short"),
-    [
-        (0.001, 0.001, 1, True),
-        (0.001, 0.003, 1, False),  # more threads answer sooner
-        (0.001, 0.003, 2, True),  # another worker has their cores
-        (0.02, 0.02, 2, False),
-    ],
-)
-def test_calls_are_short_where_other_threads_would_not_help(
-    call_s: float, alone_s: float, busy: int, short: bool
-):
-    """Such calls run in the event loop."""
-    metrics = Metrics(["net"], workers=2)
-    served = replace(serve_model(net(), "net"), call_s=call_s, alone_s=alone_s)
-    state = State([served], Settings(workers=2), metrics, Keeper())
-    state.cores = 2
-    for metrics.row in range(busy):
-        metrics.computes(True)
-    assert state.models["net"]._is_short() is short
-
-
-def test_workers_that_nobody_asked_for():
-    """One for each core; one in all where texts are written, or a call takes long."""
-    text, small = serve_model(decoder(vocab_size=256), "lm"), serve_model(net(), "net")
-    assert small.call_s > 0.0
-    quick, slow = replace(small, call_s=0.001), replace(small, call_s=0.02)
-    assert fitting([quick]) == min(MOST_WORKERS, default_threads())
-    assert fitting([quick, slow]) == fitting([quick, text]) == 1
-
-
 def test_a_short_reader_is_timed_too(tmp_path: Path):
     """A model of fewer positions than a usual text has tokens is opened and timed."""
     small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -287,10 +239,6 @@ def test_other_threads_than_the_calls_compute_alone():
     before = torch.get_num_threads()
     asyncio.run(work())
     assert seen == [1, 2, 3, 1] and torch.get_num_threads() == before
-
-
-def net() -> ConvNet:
-    return ConvNet(ConvNetConfig()).eval()
 
 
 def test_models_that_cannot_be_served_are_refused():
