@@ -131,6 +131,36 @@ struct Sums {
   }
 };
 constexpr int MOST_ROWS = 4, MOST_PANELS = 1;
+#elif defined(__SSE2__)
+struct Quad {
+  __m128i even, odd;
+  explicit Quad(int32_t q) {
+    const __m128i bytes = _mm_set1_epi32(q);
+    even = _mm_and_si128(bytes, _mm_set1_epi16(255));
+    odd = _mm_srli_epi16(bytes, 8);
+  }
+};
+struct Weights {
+  const __m128i* bytes;
+  explicit Weights(const int8_t* w) : bytes((const __m128i*)w) {}
+};
+struct Sums {
+  __m128i total[4] = {};
+  void add(const Quad& q, const Weights& w) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+      const __m128i bytes = _mm_loadu_si128(w.bytes + i);
+      const __m128i even = _mm_srai_epi16(_mm_slli_epi16(bytes, 8), 8);
+      const __m128i products = _mm_madd_epi16(q.even, even);
+      const __m128i more = _mm_madd_epi16(q.odd, _mm_srai_epi16(bytes, 8));
+      total[i] = _mm_add_epi32(total[i], _mm_add_epi32(products, more));
+    }
+  }
+  void store(int32_t* to) const {
+    for (int i = 0; i < 4; i++) _mm_storeu_si128((__m128i*)to + i, total[i]);
+  }
+};
+constexpr int MOST_ROWS = 4, MOST_PANELS = 1;
 #else
 struct Quad {
   int32_t byte[4];

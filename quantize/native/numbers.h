@@ -14,6 +14,12 @@ inline To bits(From from) {
   return to;
 }
 
+#if defined(__SSE2__)
+struct Quarters {  // of a vector: what the least of these machines has
+  __m128i part[4];
+};
+#endif
+
 struct Half {
   uint16_t bits;
 };
@@ -86,7 +92,10 @@ inline __m256 least(__m256 a, __m256 b) { return _mm256_min_ps(a, b); }
 inline __m256 most(__m256 a, __m256 b) { return _mm256_max_ps(a, b); }
 #endif
 
-// a b + c, rounded once.
+// a b + c, rounded once. Not inlined where each number of the sixteen is a call of its own.
+#if defined(__SSE2__) && !defined(__FMA__)
+[[gnu::noinline]]
+#endif
 inline Floats multiply_add(Floats a, Floats b, Floats c) {
 #if defined(__AVX512F__)
   return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
@@ -114,12 +123,31 @@ inline Floats exponential(Floats x) {  // as of one number, bit for bit
   return (p * r * r + r + 1) * (Floats)power;
 }
 
+#if defined(__SSE2__) && !defined(__AVX2__)
+// Words without a sign.
+inline Ints widened(__m128i low, __m128i high) {
+  const __m128i none = _mm_setzero_si128();
+  return bits<Ints>(Quarters{{_mm_unpacklo_epi16(low, none), _mm_unpackhi_epi16(low, none),
+                              _mm_unpacklo_epi16(high, none), _mm_unpackhi_epi16(high, none)}});
+}
+
+// The lower half of each in two vectors.
+inline void narrow(Ints numbers, __m128i* words) {
+  const Quarters all = bits<Quarters>((numbers << 16) >> 16);  // with a sign, as packing takes them
+  words[0] = _mm_packs_epi32(all.part[0], all.part[1]);
+  words[1] = _mm_packs_epi32(all.part[2], all.part[3]);
+}
+#endif
+
 inline Ints load_bytes(const uint8_t* p) {
 #if defined(__AVX512F__)
   return (Ints)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
 #elif defined(__AVX2__)
   return {(Ints::Part)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)),
           (Ints::Part)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(p + 8)))};
+#elif defined(__SSE2__)
+  const __m128i bytes = _mm_loadu_si128((const __m128i*)p), none = _mm_setzero_si128();
+  return widened(_mm_unpacklo_epi8(bytes, none), _mm_unpackhi_epi8(bytes, none));
 #else
   Ints found;
   for (int i = 0; i < LANES; i++) found[i] = p[i];
@@ -133,6 +161,9 @@ inline Ints load_words(const uint16_t* p) {
 #elif defined(__AVX2__)
   return {(Ints::Part)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)),
           (Ints::Part)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)(p + 8)))};
+#elif defined(__SSE2__)
+  const __m128i* words = (const __m128i*)p;
+  return widened(_mm_loadu_si128(words), _mm_loadu_si128(words + 1));
 #else
   Ints found;
   for (int i = 0; i < LANES; i++) found[i] = p[i];
@@ -248,6 +279,10 @@ inline void store_words(Ints numbers, void* to) {
   const Ints low = numbers & 0xffff;
   const __m256i words = _mm256_packus_epi32((__m256i)low.part[0], (__m256i)low.part[1]);
   _mm256_storeu_si256((__m256i*)to, _mm256_permute4x64_epi64(words, 0xd8));
+#elif defined(__SSE2__)
+  __m128i words[2];
+  narrow(numbers, words);
+  memcpy(to, words, sizeof words);
 #else
   for (int i = 0; i < LANES; i++) ((uint16_t*)to)[i] = uint16_t(numbers[i]);
 #endif
@@ -262,6 +297,10 @@ inline void store_lowest(Ints numbers, void* to) {
   const __m256i all = _mm256_permute4x64_epi64(words, 0xd8);
   const __m128i first = _mm256_castsi256_si128(all), last = _mm256_extracti128_si256(all, 1);
   _mm_storeu_si128((__m128i*)to, _mm_packus_epi16(first, last));
+#elif defined(__SSE2__)
+  __m128i words[2];
+  narrow(numbers & 0xff, words);
+  _mm_storeu_si128((__m128i*)to, _mm_packus_epi16(words[0], words[1]));
 #else
   for (int i = 0; i < LANES; i++) ((uint8_t*)to)[i] = uint8_t(numbers[i]);
 #endif

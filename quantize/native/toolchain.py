@@ -41,7 +41,7 @@ IS_ARM = platform.machine() in ("aarch64", "arm64")
 
 HERE = Path(__file__).parent
 DIGEST_BYTES = hashlib.sha256().digest_size
-# it takes 10 s, for a level without wide vectors 50 s; a compiler that hangs is stopped, and others
+# it takes up to 20 s; a compiler that hangs is stopped, and others
 # wait no longer for its result
 COMPILER_S = 120.0
 _INCLUDE = re.compile(r'^#include "([^"]+)"', re.MULTILINE)

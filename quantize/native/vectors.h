@@ -9,6 +9,8 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__SSE2__)
+#include <emmintrin.h>
 #elif defined(__aarch64__)
 #include "neon.h"
 #endif
@@ -177,8 +179,17 @@ inline Floats everywhere(float x) { return Floats{} + x; }
 
 template <class T>
 inline T in_turns(const typename T::Part& a, const typename T::Part& b) {
+#if defined(__SSE2__) && !defined(__AVX2__)
+  __m128i x[2], y[2];
+  memcpy(x, &a, sizeof x);
+  memcpy(y, &b, sizeof y);
+  const __m128i all[] = {_mm_unpacklo_epi32(x[0], y[0]), _mm_unpackhi_epi32(x[0], y[0]),
+                         _mm_unpacklo_epi32(x[1], y[1]), _mm_unpackhi_epi32(x[1], y[1])};
+  return load_vector<T>(all);
+#else
   const Places first = {0, 8, 1, 9, 2, 10, 3, 11}, last = {4, 12, 5, 13, 6, 14, 7, 15};
   return {__builtin_shuffle(a, b, first), __builtin_shuffle(a, b, last)};
+#endif
 }
 template <class T>
 inline T lower(const T& a, const T& b) {

@@ -26,6 +26,8 @@ struct CodeSums {
 #if defined(__AVX2__) && !defined(__AVX512VNNI__)
   // Of two inputs in each 16 bits, in which 8 of 2 * 15 * 127 fit; of 8 outputs and of the others.
   __m256i first = _mm256_setzero_si256(), last = _mm256_setzero_si256();
+#elif defined(__SSE2__) && !defined(__AVX512VNNI__)
+  Quarters total = {};
 #else
   Ints total = {};
 #endif
@@ -52,6 +54,17 @@ struct CodeSums {
     const int8x16_t x = vreinterpretq_s8_s32(vdupq_n_s32(quad));
     for (int i = 0; i < 4; i++) sums.part[i] = dot(sums.part[i], all.part[i], x);
     total = bits<Ints>(sums);
+#elif defined(__SSE2__)
+    const Quarters all = bits<Quarters>(codes);
+    const __m128i x = _mm_set1_epi32(quad), odd = _mm_srai_epi16(x, 8);
+    const __m128i even = _mm_srai_epi16(_mm_slli_epi16(x, 8), 8);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+      const __m128i part = all.part[i];
+      const __m128i products = _mm_madd_epi16(_mm_and_si128(part, _mm_set1_epi16(255)), even);
+      const __m128i more = _mm_madd_epi16(_mm_srli_epi16(part, 8), odd);
+      total.part[i] = _mm_add_epi32(total.part[i], _mm_add_epi32(products, more));
+    }
 #else
     for (int output = 0; output < 16; output++)
       for (int i = 0; i < 4; i++) total[output] += codes[4 * output + i] * four[i];
@@ -67,6 +80,8 @@ struct CodeSums {
 #if defined(__AVX2__) && !defined(__AVX512VNNI__)
     const __m256i ones = _mm256_set1_epi16(1);
     return to_floats(joined(_mm256_madd_epi16(first, ones), _mm256_madd_epi16(last, ones)));
+#elif defined(__SSE2__) && !defined(__AVX512VNNI__)
+    return to_floats(bits<Ints>(total));
 #else
     return to_floats(total);
 #endif
