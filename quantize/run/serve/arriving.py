@@ -47,13 +47,21 @@ class Arriving(HttpToolsProtocol):
         if self._beside > HEAD_BYTES and not self.transport.is_closing():
             self._refuse(Refused(f"a head of more than {HEAD_BYTES} bytes", status=431))
 
+    def on_headers_complete(self) -> None:
+        if not (self.parser.should_upgrade() and self._announces_body()):
+            super().on_headers_complete()
+            return
+        # What follows isn't parsed as HTTP any more: the body would seem to be empty.
+        self._refuse(Refused("Upgrade: HTTP/1.1 alone is spoken; send a body without it"))
+
     def on_body(self, body: bytes) -> None:
         self._beside = max(0, self._beside - FRAMING * len(body))
         super().on_body(body)
 
     def on_message_complete(self) -> None:
         self._since, self._beside = None, 0
-        super().on_message_complete()
+        if not self._refused:
+            super().on_message_complete()
 
     def on_response_complete(self) -> None:
         if self._since is not None:  # nothing was read while that answer was made
@@ -72,6 +80,10 @@ class Arriving(HttpToolsProtocol):
             return
         message = f"fewer than {LEAST_BYTES} bytes of the request came in {PATIENCE_S:g} s"
         self._refuse(Refused(message, status=408))
+
+    def _announces_body(self) -> bool:
+        names = {name for name, value in self.headers if value != b"0"}
+        return not names.isdisjoint((b"content-length", b"transfer-encoding"))
 
     def _is_answering(self) -> bool:
         """Whether a request that came whole isn't answered yet."""

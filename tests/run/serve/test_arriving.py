@@ -73,6 +73,22 @@ def test_a_head_without_end_is_refused(start: bytes, more: bytes):
     assert ask(client).startswith(b"HTTP/1.1 431 ")
 
 
+@pytest.mark.parametrize(
+    ("length", "answer"), [(5, b"HTTP/1.1 400 "), (0, b"HTTP/1.1 200 ")], ids=["body", "no body"]
+)
+def test_another_protocol_is_refused_only_for_a_body(length: int, answer: bytes):
+    """Behind such a head no body is read: it would be answered as if there were none."""
+
+    async def client(reader: Any, writer: Any, connection: Arriving) -> bytes:
+        asked = (
+            b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABk\r\n"
+        )
+        writer.write(HEAD + asked + b"Content-Length: %d\r\n\r\n" % length + bytes(length))
+        return await reader.readuntil(b"\r\n\r\n")
+
+    assert ask(client).startswith(answer)
+
+
 def test_small_chunks_and_pipelined_requests_are_answered():
     """A body of more than a head may have, in chunks of a byte; two requests at once."""
     size = 2 * HEAD_BYTES
