@@ -30,6 +30,8 @@ class Arriving(HttpToolsProtocol):
         options: uvicorn's.
     """
 
+    parser: Any  # of httptools, until the connection is lost
+
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self._since: float | None = self.loop.time()  # waits for a request, or for more of it
