@@ -41,7 +41,14 @@ from quantize.run.serve.datatypes import to_bytes
 HERE = Path(__file__).parent
 SHAPE = "135M"
 STARTS_S = 60
-OF_LIBRARY = ("library_ms", "overhead_ms", "library_per_second", "library_batch", "share")
+OF_LIBRARY = (
+    "library_ms",
+    "paused_ms",
+    "overhead_ms",
+    "library_per_second",
+    "library_batch",
+    "share",
+)
 
 
 class Group(Server):
