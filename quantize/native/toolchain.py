@@ -41,8 +41,7 @@ IS_ARM = platform.machine() in ("aarch64", "arm64")
 
 HERE = Path(__file__).parent
 DIGEST_BYTES = hashlib.sha256().digest_size
-# it takes up to 20 s; a compiler that hangs is stopped, and others
-# wait no longer for its result
+# it takes up to 25 s; a compiler that hangs is stopped, and others wait no longer for its result
 COMPILER_S = 120.0
 _INCLUDE = re.compile(r'^#include "([^"]+)"', re.MULTILINE)
 

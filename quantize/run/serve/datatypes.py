@@ -100,7 +100,8 @@ def from_bytes(name: str, data: memoryview, shape: Sequence[int], datatype: str)
 
 def to_bytes(tensor: Tensor) -> bytes:
     """Little-endian bytes of a tensor."""
-    whole = tensor.view(torch.int16) if tensor.dtype is torch.bfloat16 else tensor
+    given = tensor.detach()
+    whole = given.view(torch.int16) if given.dtype is torch.bfloat16 else given
     return bytes(_little_endian(whole.numpy(force=True).tobytes(), tensor.dtype))
 
 
