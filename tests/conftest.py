@@ -142,9 +142,9 @@ def pytest_collection_finish() -> None:
     makes many objects, and a third of all time went into looking for cycles among them.
     """
     from hypothesis.internal.entropy import deterministic_PRNG
-    from nurseries import choose_kernels_at_once
+    from nurseries import choose_without_a_clock
 
-    choose_kernels_at_once()
+    choose_without_a_clock()
     gc.freeze()
     with deterministic_PRNG():
         pass  # the first one looks for cycles among all that there is by then

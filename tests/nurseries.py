@@ -4,6 +4,7 @@ times many.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 
 from quantize import clock
+from quantize.compression.low_rank import timing
 from quantize.jobs.presets import PRESETS
 from quantize.measuring.nursery import Nursery
 from quantize.measuring.turns import take_turns
@@ -51,12 +53,14 @@ class Nurseries(ExitStack):
         return all(process is None or process.returncode is not None for process in processes)
 
 
-def choose_kernels_at_once() -> None:
+def choose_without_a_clock() -> None:
     """Let the kernels of int8 layers, which all give the same bits, race once for each shape: there
-    are thousands of shapes in these tests.
+    are thousands of shapes in these tests. No layer takes long enough for its low-rank pair to be
+    timed: ranks are the same on every machine, however busy it is.
     """
     once = partial(clock.race, least=1)
     int8_kernels.clock = SimpleNamespace(race=lambda calls, **_: once(calls))
+    timing.LONG_ENOUGH = math.inf
 
 
 def train_briefly(patch: pytest.MonkeyPatch) -> None:
