@@ -16,6 +16,7 @@ from torch import nn
 
 from quantize.run.fusion import fold, fuse, torchscript
 from quantize.run.fusion.equality import difference, outputs
+from quantize.run.fusion.sizes import other_sizes
 
 pytestmark = [
     pytest.mark.usefixtures("no_clock"),
@@ -160,3 +161,23 @@ def test_fixed_sizes_are_refused_by_name_and_free_ones_are_free() -> None:
     assert torch.equal(fused(torch.zeros(5, 3)), torch.full((5, 3), 3.0))
     with pytest.raises(torch.jit.Error, match="dimension 1 must be 3"):
         fused(torch.zeros(1, 4))
+
+
+class Bags(nn.Module):
+    """Sums of a table's rows, as recommenders have them: where each begins is an input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.EmbeddingBag(64, 32, mode="sum"), nn.Linear(32, 4)
+
+    def forward(self, ids: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        return self.head(self.table(ids, offsets)).relu()
+
+
+def test_offsets_ascend_in_inputs_of_other_sizes() -> None:
+    """What torch gives where they don't is no answer to compare with."""
+    inputs = torch.arange(40) % 64, torch.tensor([0, 3, 3, 29])
+    assert all(bool((offsets.diff() >= 0).all()) for _, offsets in other_sizes(inputs))
+    model = Bags().eval()
+    fused = fuse(model, inputs)
+    same_at_other_sizes(fused, model, inputs, refusal="must be")
