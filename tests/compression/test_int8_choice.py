@@ -138,6 +138,42 @@ def test_a_model_that_int8_slows_down_as_a_whole(monkeypatch: pytest.MonkeyPatch
     assert quantize.summary(small).done
 
 
+def test_convolutions_and_tables_are_stored_where_int8_slows_down_the_whole(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Convolutions compute in float, linear layers are as they were; a warning and the summary say
+    so. It is timed again; where it still loses, the result is a float copy.
+    """
+    timings(monkeypatch)
+
+    class Tagger(nn.Sequential):
+        """Reads ids."""
+
+    layers = nn.Embedding(512, 256), Turned(), nn.Conv1d(256, 512, 3), nn.Flatten()
+    model = Tagger(*layers, linear(512 * 6, 64)).eval()
+    batches = [torch.arange(8).view(1, 8) + 9 * i for i in range(3)]
+    lost, won = [0.1, 0.11], [0.1, 0.1]
+    races(monkeypatch, lost, lost, won, won)
+    with pytest.warns(UserWarning, match="Tagger as a whole is slower in int8 .* stored in int8"):
+        small = quantize_dynamic(model, calibration=batches, max_error=0.1)
+    (step,) = quantize.summary(small).steps
+    assert step.done.keys() == {"0", "2"} and "110 ms against 100" in step.left["4"]
+    assert step.done["2"].startswith("stored in int8, computes in float: Tagger as a whole")
+    assert 0 < step.distance < 0.02
+    assert torch.equal(small[4].weight, model[4].weight) and small[0].packed.dtype is torch.int8
+    races(monkeypatch, lost, lost, lost, lost)
+    with pytest.warns(UserWarning, match="float copy"):
+        same = quantize_dynamic(model, calibration=batches)
+    assert torch.equal(same(batches[0]), model(batches[0]))
+
+
+class Turned(nn.Module):
+    """From channels last to channels first."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.transpose(1, 2)
+
+
 @dataclass
 class Rows:
     """An input of a model that takes one object."""

@@ -39,13 +39,14 @@ def test_sizes_come_from_a_run_on_random_images(monkeypatch: pytest.MonkeyPatch)
     """
     shapes = timings(monkeypatch)
     monkeypatch.setattr(regions, "is_slower", lambda *_: True)
-    options = races(monkeypatch, [0.1, 0.05], [0.1, 0.09], [0.1, 0.11])
+    lost = [0.1, 0.11]
+    options = races(monkeypatch, [0.1, 0.05], [0.1, 0.09], lost, lost, lost)
     model = Squeezes().eval()
     with pytest.warns(UserWarning, match="Squeezes as a whole is slower in int8 .* 150528 numbers"):
         quantize_dynamic(model)
     sides = {(3, 112), (3, 224), (16, 1), (4, 1), (16, 56), (16, 112)}
     assert {shape[1:3] for shape in shapes} == sides and {shape[0] for shape in shapes} == {1}
-    assert len(options) == 3 and not hasattr(model, "called")
+    assert len(options) == 5 and not hasattr(model, "called")
     shapes.clear()
     unknown = nn.Sequential(nn.Flatten(0), nn.Unflatten(0, (1, 3, 9, 9)), nn.Conv2d(3, 16, 3))
     quantize_dynamic(unknown.eval())

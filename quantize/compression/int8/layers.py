@@ -123,6 +123,11 @@ def computes(fact: surgery.Facts) -> bool:
     return fact.linear or fact.recurrent or fact.convolution or fact.transposed_convolution
 
 
+def can_be_stored(fact: surgery.Facts) -> bool:
+    """Is it a layer that can store int8 and compute in float?"""
+    return fact.convolution or fact.transposed_convolution
+
+
 def small(choice: Choice) -> Report:
     """The chosen convolutions that are slower in int8 on every machine and hold next to nothing."""
     found: Report = {}

@@ -69,6 +69,15 @@ def unconverted(model: nn.Module, left: Report, why: str) -> nn.Module:
     return new
 
 
+def warn_of_stored(why: str) -> None:
+    """A UserWarning that the result is smaller, but no faster."""
+    warnings.warn(
+        f"{why}, so tables and convolutions are stored in int8, convolutions compute in float, and "
+        "all else is as it was; prefer='size' converts all",
+        stacklevel=3,
+    )
+
+
 def _became(name: str, layer: nn.Module, plans: Plans) -> str:
     """What became of a layer, in words."""
     plan = plans.get(name)

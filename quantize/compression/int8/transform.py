@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from quantize import calibration as calibrating
 from quantize import check, surgery
 from quantize.compression import smooth
-from quantize.compression.int8.joining import Joining, following, fuse_activations
+from quantize.compression.int8.joining import Joining, following
 from quantize.compression.int8.layers import (
     Choice,
     Plan,
@@ -19,23 +19,23 @@ from quantize.compression.int8.layers import (
     Rounded,
     Skipped,
     Stored,
+    can_be_stored,
     choose,
     computes,
-    convert,
     overlapping,
     small,
 )
 from quantize.compression.int8.limit import Group, Result, Trial, warn_if_far, within
 from quantize.compression.int8.noise import warn_of_noise
 from quantize.compression.int8.outliers import find_plans
-from quantize.compression.int8.regions import Inputs, gaining_together, make_regions
+from quantize.compression.int8.regions import Inputs, gaining_together
 from quantize.compression.int8.rounding import find_rounded
 from quantize.compression.int8.samples import Sample, find_samples, shapes_of
 from quantize.compression.int8.shifts import find_shifts
-from quantize.compression.int8.speed import affordable, slower, slower_as_a_whole
-from quantize.compression.int8.telling import Made, nothing, tell, unconverted
+from quantize.compression.int8.speed import affordable, slower
+from quantize.compression.int8.telling import Made, nothing, tell, unconverted, warn_of_stored
+from quantize.compression.int8.whole import finished, plainly, slowness, stored_alone, within_error
 from quantize.nn import project, restore
-from quantize.nn.int8 import Int8Linear
 from quantize.saying import Say, silent
 
 PREFERENCES = ("speed", "size")
@@ -76,9 +76,10 @@ def quantize_dynamic(
     is stored in int8 then, too. Convolutions that run as one native program are timed as one. So
     the result depends on the machine. The whole model is timed too, on the smallest batch of
     calibration and on the largest, or, without it, on random inputs, if the model runs on such
-    alone. Where int8 loses in every layer or as a whole, the result is a float copy, with a
-    UserWarning and a summary that say so; it is no error, since one that depends on a stopwatch
-    would come and go.
+    alone. Where int8 loses as a whole, tables and convolutions alone are stored in int8, and
+    convolutions compute in float; where that loses too, or there are none, or where int8 loses in
+    every layer, the result is a float copy. A UserWarning and the summary say so; it is no error,
+    since one that depends on a stopwatch would come and go.
 
     Calls of single layers are what is timed. A decoder that goes on to `for_decoding` should be
     converted with prefer="size": there a step of one row is one native call for the whole model,
@@ -149,21 +150,20 @@ def quantize_dynamic(
         say("timing the modules that can run as one native program")
         gaining = gaining_together(source, choice, plans, stored, joining, shapes)
         plans = {name: plan for name, plan in plans.items() if name not in gaining}
+    trial = Trial(source, () if calibration is None else calibration, expected, plans, joining)
+    timed = _timed_on(prefer, calibration, samples)
     if calibration is None:
-        new = convert(source, choice.chosen, plans)
-        made = Made(new, choice, fuse_activations(new, *joining))
+        made = plainly(trial, choice, keep=timed is not None)
     else:
-        trial = Trial(source, calibration, expected, plans, joining)
         made = _calibrated(trial, choice, shapes if prefer == "speed" else None, max_error, say)
-    make_regions(made.model)
-    made.model = restore(made.model, projected, (Int8Linear,))
-    why = None
-    if prefer == "speed" and (samples or calibration is not None):
-        batches = [sample.first for sample in samples] if calibration is None else calibration
-        why = _slower_whole(model, made, batches)
+    why = slowness(model, finished(made, projected), timed)
     if why is not None:
-        stays = dict.fromkeys(made.choice.chosen, why)
-        return unconverted(model, stays | made.choice.left | left, why)
+        plans, choice = stored_alone(plans, choice, why)
+        made = within_error(replace(trial, plans=plans), choice, max_error)
+        if made is None or slowness(model, finished(made, projected), timed):
+            stays = dict.fromkeys(choice.chosen, why)
+            return unconverted(model, stays | choice.left | left, why)
+        warn_of_stored(why)
     if made.distance is None:
         made.settings |= warn_of_noise(made.model, model, samples)
     elif max_error is None:
@@ -197,13 +197,13 @@ def _folded(
     return model, (kept, folded)
 
 
-def _slower_whole(model: nn.Module, made: Made, batches: Iterable[Any]) -> str | None:
-    """Why the model stays in float, where int8 loses as a whole. A copy in int8 runs: a run leaves
-    kernels' forms of weights behind.
-    """
-    times = slower_as_a_whole(model, surgery.clone(made.model), batches)
-    kind = type(model).__name__
-    return None if times is None else f"{kind} as a whole is slower in int8 here, {times}"
+def _timed_on(
+    prefer: str, calibration: Iterable[Any] | None, samples: Sequence[Sample]
+) -> Iterable[Any] | None:
+    """Batches on which the whole model is timed, if it is."""
+    if prefer == "size":
+        return None
+    return calibration if calibration is not None else [one.first for one in samples] or None
 
 
 def _calibrated(
@@ -318,7 +318,7 @@ def _faster(choice: Choice, reasons: Report) -> tuple[Choice, dict[str, Stored]]
     stored, left = dict[str, Stored](), dict[str, str]()
     for name, why in reasons.items():
         fact = choice.chosen[name]
-        if fact.convolution or fact.transposed_convolution:
+        if can_be_stored(fact):
             stored[name] = Stored(why)
         else:
             left[name] = why
