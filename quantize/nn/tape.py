@@ -205,8 +205,11 @@ class Recorder(Replacing):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         func = self.own.get(func, func)
+        # as it is: a forward under `torch.no_grad` may be decorated with it
+        is_set = func is torch._C._set_grad_enabled and args == (torch.is_grad_enabled(),)
         result = func(*args, **(kwargs or {}))
-        if func is torch._assert and not isinstance(args[0], Tensor):  # a question was asked before
+        # of a number, torch._assert is asked after a question
+        if is_set or (func is torch._assert and not isinstance(args[0], Tensor)):
             return result
         if func not in _QUESTIONS and not self.problem:
             try:

@@ -91,6 +91,25 @@ def test_layers_that_do_more(level: str, monkeypatch: pytest.MonkeyPatch, change
             assert torch.equal(block(x), own(block, x))
 
 
+def _turned(block: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():  # as rotary positions of transformers
+        turns = x.cos()
+    return x * turns
+
+
+def test_a_part_without_gradients():
+    """Is recorded where none are asked for; elsewhere the forward runs, and they end there."""
+    block, x = int8(lambda block: setattr(block, "more", _turned)), randn(2, 5, 32)
+    with torch.no_grad():
+        assert is_replayed(block, x)
+    assert not is_replayed(block, x)
+    given = x.clone().requires_grad_()
+    assert not is_replayed(block, given)
+    (actual,) = torch.autograd.grad(block(given).sum(), given)
+    (expected,) = torch.autograd.grad(own(block, given).sum(), given)
+    assert torch.equal(actual, expected)
+
+
 def _counts(block: Any, x: Tensor) -> Tensor:
     block.count.add_(1)
     return x + block.count
