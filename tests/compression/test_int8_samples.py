@@ -14,6 +14,7 @@ from torch import nn
 import quantize
 from quantize import quantize_dynamic
 from quantize.compression.int8 import regions
+from quantize.compression.int8.samples import find_samples
 
 
 class Squeezes(nn.Module):
@@ -128,3 +129,43 @@ def test_random_inputs_tell_what_int8_does(first, given):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         in_int8(near, embeddings=True)
+
+
+class Rearranges(nn.Module):
+    """Brings images into another form before the first layer reads them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fold, self.conv = nn.PixelUnshuffle(4), nn.Conv2d(48, 16, 3)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.conv(self.fold(pixels))
+
+
+class Compares(nn.Module):
+    """Reads two images; the first of them may be moved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 16, 3)
+
+    def forward(self, one: torch.Tensor, other: torch.Tensor, by: float = 0.0) -> torch.Tensor:
+        return self.conv(one + by) - self.conv(other)
+
+
+@pytest.mark.parametrize(
+    ("make", "whats", "shapes"),
+    [
+        (Rearranges, "images of 112 x 112", {(1, 3, 112, 112)}),
+        (Compares, "images of 112 x 112", {(1, 3, 112, 112)}),
+        (lambda: nn.Conv3d(3, 8, 3), "clips of 16 x 112 x 112", {(1, 3, 16, 112, 112)}),
+    ],
+    ids=["space to depth", "two images", "clips"],
+)
+def test_images_that_the_first_layer_reads_in_another_form(make, whats, shapes):
+    """All are found: by the channels of images, one for each argument, and clips."""
+    (sample,) = find_samples(make().eval(), most=1)
+    assert sample.what == whats and {tuple(x.shape) for x in sample.first} == shapes
+    first, *others = sample.inputs
+    assert all(not torch.equal(first, other) for other in others)
+    assert len(others) == (make is Compares)
