@@ -37,7 +37,7 @@ from quantize.surgery.edit import (
 )
 from quantize.surgery.experts import expert_weights, has_inputs_first
 from quantize.surgery.following import traced_followers, without_logs
-from quantize.surgery.norms import absorb, fold_norms, is_plain, split_norms
+from quantize.surgery.norms import absorb, fold_norms, is_plain, own_norms, split_norms
 from quantize.surgery.record import (
     Note,
     Summary,
@@ -91,6 +91,7 @@ __all__ = [
     "note_distance",
     "notes",
     "obstacle",
+    "own_norms",
     "parameter_count",
     "rebuild",
     "recompute_weights",

@@ -4,9 +4,9 @@ adds what it alone asks.
 The policies, for all techniques: hooks follow the layer that takes another's place, and so does its
 training flag (`take_place`). A weight that several modules hold is shared by their replacements, or
 the layer stays and is named. A weight that a parametrization or a hook of torch's computes
-(weight_norm, spectral_norm, pruning masks) is read once. A forward of its own, a weight that is no
-floating tensor, and a model that asks of what class the layer is make it stay. A weight that is not
-finite is an error.
+(weight_norm, spectral_norm, pruning masks) is read once. A forward that computes something else
+than torch's, a weight that is no floating tensor, and a model that asks of what class the layer is
+make it stay. A weight that is not finite is an error.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch.nn.utils import parametrize
 from quantize.surgery.asked import bound_layers
 from quantize.surgery.computed import computing_hooks, recompute_weights
 from quantize.surgery.experts import expert_weights
+from quantize.surgery.forwards import computes_as
 
 _OPAQUE = "NonDynamicallyQuantizableLinear"
 _HOOKS = (
@@ -129,7 +130,7 @@ def obstacle(module: nn.Module) -> str | None:
     base = next((plain for plain in _PLAIN if isinstance(module, plain)), None)
     # a layer of this package that computes what its base does
     stands_in = getattr(kind, "stands_in", False)
-    if base is not None and kind.forward is not base.forward and not stands_in:
+    if base is not None and not stands_in and not computes_as(module, base):
         return f"{kind.__name__} is a subclass of nn.{base.__name__} with a forward of its own"
     if isinstance(module, _TABLES) and module.max_norm is not None:
         return "max_norm changes its weight while it runs"

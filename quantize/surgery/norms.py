@@ -17,6 +17,7 @@ from torch.nn.utils import fuse_conv_bn_weights
 from quantize.surgery.asked import asked_classes
 from quantize.surgery.candidates import take_place
 from quantize.surgery.edit import deepcopy, replace
+from quantize.surgery.forwards import computes_as
 from quantize.surgery.record import builder, record
 
 _PAIRS: dict[type[nn.Module], type[nn.Module]] = {
@@ -24,6 +25,7 @@ _PAIRS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv2d: nn.BatchNorm2d,
     nn.Conv3d: nn.BatchNorm3d,
 }
+_NORMS = dict(enumerate(_PAIRS.values(), start=1))  # by the dimensions behind the channels
 _NUMBERS = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
 _ROUNDING = 1e-9  # of float64: less than another eps changes
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -53,49 +55,73 @@ def fold_norms(model: nn.Module, followers: Mapping[str, str]) -> dict[str, str]
     return folded
 
 
-def split_norms(model: nn.Module) -> tuple[nn.Module, dict[str, nn.Module]]:
-    """Put a BatchNorm, and an activation, in the places of norms that do the work of these in a
-    forward of their own, as timm's BatchNormAct2d and torchvision's FrozenBatchNorm2d do, in place.
-    Whether a norm does that, and nothing else, its numbers tell.
-
-    Returns the (possibly new) root, and the norms that were replaced.
+def own_norms(model: nn.Module) -> dict[str, nn.Module]:
+    """By name, norms that do in a forward of their own what a BatchNorm and an activation do, as
+    timm's BatchNormAct2d and torchvision's FrozenBatchNorm2d; not all of those found do that alone.
     """
     asked = asked_classes(model)
-    made: dict[nn.Module, nn.Module] = {}
-    replaced: dict[str, nn.Module] = {}
+    found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         if module in asked or not is_plain(module, [type(module)]):
             continue
-        base = _norm_base(module)
-        if base is not None and type(module).forward is not base.forward and _splits(module, base):
-            replaced[name], made[module] = module, split_norm(module)
-            record(made[module], "split_norm")
+        dims = _dims(module, ())
+        if dims is not None and type(module).forward is not _NORMS[dims].forward:
+            found[name] = module
+    return found
+
+
+def split_norms(
+    model: nn.Module, inputs: Mapping[str, Collection[tuple[int, ...]]]
+) -> tuple[nn.Module, dict[str, nn.Module]]:
+    """Put a BatchNorm, and an activation, in the places of `own_norms`, in place. Whether a norm
+    does what these do, and nothing else, its numbers tell.
+
+    Args:
+        model: changed in place.
+        inputs: by norm, the shapes that it is known to read; images where there are none.
+
+    Returns the (possibly new) root, and the norms that were replaced.
+    """
+    made: dict[nn.Module, nn.Module] = {}
+    replaced: dict[str, nn.Module] = {}
+    for name, module in own_norms(model).items():
+        dims = _dims(module, inputs.get(name, ()))
+        if dims is not None and _splits(module, dims):
+            replaced[name], made[module] = module, split_norm(module, dims)
+            record(made[module], "split_norm", dims=dims)
     return replace(model, made), replaced
 
 
 @builder
-def split_norm(module: nn.Module) -> nn.Module:
-    """A BatchNorm with the module's own numbers, and the activation inside of it."""
+def split_norm(module: nn.Module, dims: int | None = None) -> nn.Module:
+    """A BatchNorm with the module's own numbers, and the activation inside of it. dims: of the
+    space behind the channels.
+    """
     norm: Any = module
-    base: Any = _norm_base(norm)
+    kind: Any = _NORMS[dims or _dims(norm, ()) or 2]
     eps, momentum = getattr(norm, "eps", 1e-5), getattr(norm, "momentum", 0.1)
-    plain = base(len(norm.running_mean), eps, momentum, device="meta")
+    plain = kind(len(norm.running_mean), eps, momentum, device="meta")
     plain.affine = norm.weight is not None
     plain._parameters, plain._buffers = norm._parameters, norm._buffers
     inside = [part for part in norm.children() if type(part) is not nn.Identity]
     return nn.Sequential(plain, *inside).train(norm.training)
 
 
-def _norm_base(norm: nn.Module) -> type[nn.Module] | None:
-    """The norm of torch that it is, or whose numbers it holds: then that of images."""
+def _dims(norm: nn.Module, inputs: Collection[tuple[int, ...]]) -> int | None:
+    """Of the space behind the channels of what a norm reads, in which one of torch is like it; None
+    where none is. inputs: shapes that it reads.
+    """
     own = norm._parameters.keys() | norm._buffers.keys()
     holds = {"weight", "bias", "running_mean", "running_var"} <= own <= _NUMBERS
-    if isinstance(norm, nn.modules.batchnorm._NormBase) or not holds:
-        return next((kind for kind in _PAIRS.values() if isinstance(norm, kind)), None)
-    return nn.BatchNorm2d
+    is_norm = isinstance(norm, nn.modules.batchnorm._NormBase)
+    like = [dims for dims, kind in _NORMS.items() if isinstance(norm, kind)]
+    if holds and not is_norm:
+        like = [*_NORMS]
+    read = {len(shape) - 2 for shape in inputs} or {2 if 2 in like else next(iter(like), 0)}
+    return read.pop() if len(read) == 1 and read <= {*like} else None
 
 
-def _splits(norm: Any, base: type[nn.Module]) -> bool:
+def _splits(norm: Any, dims: int) -> bool:
     """Does a norm in eval mode give what `split_norm` gives?"""
     own = norm._parameters.keys() | norm._buffers.keys()
     inside = [*norm.children()]
@@ -103,14 +129,16 @@ def _splits(norm: Any, base: type[nn.Module]) -> bool:
         return False
     if own - _NUMBERS or any([*part.parameters()] for part in inside):
         return False
-    sizes = [3] * (1 + [*_PAIRS.values()].index(base))
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, len(norm.running_mean), *sizes, generator=generator, dtype=torch.float64)
+    sizes = 2, len(norm.running_mean), *[3] * dims
+    x = torch.randn(sizes, generator=generator, dtype=torch.float64)
     x = x.to(norm.running_mean.device)
     copy: Any = deepcopy(norm).double()  # its forward may keep something
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         try:
-            return torch.allclose(copy(x.clone()), split_norm(copy)(x.clone()), rtol=_ROUNDING)
+            return torch.allclose(
+                copy(x.clone()), split_norm(copy, dims)(x.clone()), rtol=_ROUNDING
+            )
         except Exception:  # a forward that wants something else
             return False
 
@@ -171,12 +199,9 @@ def is_plain(module: nn.Module, kinds: Collection[type[nn.Module]]) -> bool:
 
 def _base(conv: Any) -> type[nn.Module] | None:
     """The convolution of torch that it is, or that it takes its forward from."""
-    kind = type(conv)
-    for base in _PAIRS:
-        own: Any = base
-        if isinstance(conv, base) and kind.forward is own.forward:
-            return base if kind._conv_forward is own._conv_forward else None
-    return None
+    return next(
+        (base for base in _PAIRS if isinstance(conv, base) and computes_as(conv, base)), None
+    )
 
 
 def _folds(conv: Any, norm: Any) -> bool:

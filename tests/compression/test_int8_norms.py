@@ -112,6 +112,34 @@ def test_frozen_norms_are_folded(tmp_path):
     assert_close(fold(plain, x)(x), plain(x))
 
 
+class FrozenAnywhere(Frozen):
+    """For inputs of all dimensions."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight, bias, mean, var = self.buffers()
+        return F.batch_norm(x, mean, var, weight, bias)
+
+
+@pytest.mark.parametrize(
+    ("layers", "shape", "folds"),
+    [
+        ((nn.Conv1d(8, 24, 5), FrozenAnywhere(24), nn.ReLU()), (2, 8, 12), True),
+        ((nn.Conv3d(8, 24, 3), FrozenAnywhere(24), nn.ReLU()), (2, 8, 4, 4, 4), True),
+        ((nn.Linear(8, 24), FrozenAnywhere(24), nn.ReLU()), (2, 8), False),
+        ((nn.Conv2d(8, 24, 3), Frozen(24), nn.ReLU()), (8, 12, 12), False),
+    ],
+    ids=["sequences", "volumes", "rows", "one image"],
+)
+@torch.no_grad()
+def test_frozen_norms_of_other_inputs(layers: tuple[nn.Module, ...], shape, folds: bool):
+    """Calibration tells what they read; those that are no BatchNorm there stay what they are."""
+    plain, x = nn.Sequential(*layers).eval(), randn(*shape)
+    small: Any = in_int8(plain, calibration=[x])
+    assert (type(small[1]) is type(layers[1])) is not folds
+    assert small(x).shape == plain(x).shape
+    assert (small(x) - plain(x)).norm() <= 0.02 * plain(x).norm()
+
+
 @torch.no_grad()
 def test_channels_of_frozen_norms_are_pruned():
     """As those of a BatchNorm with the same numbers."""

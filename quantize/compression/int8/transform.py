@@ -145,7 +145,7 @@ def quantize_dynamic(
     if not choice.chosen:
         why = f"no layer of {type(model).__name__} is faster in int8 here"
         return unconverted(model, choice.left | left, why)
-    source, joining = _folded(source, choice, calibration)
+    source, joining = _folded(source, choice, calibration, shapes)
     if stored:
         say("timing the modules that can run as one native program")
         gaining = gaining_together(source, choice, plans, stored, joining, shapes)
@@ -183,12 +183,12 @@ def _chosen(model: nn.Module, skipped: Skipped, embeddings: bool | None, prefer:
 
 
 def _folded(
-    model: nn.Module, choice: Choice, calibration: Iterable[Any] | None
+    model: nn.Module, choice: Choice, calibration: Iterable[Any] | None, shapes: Inputs
 ) -> tuple[nn.Module, Joining]:
     """Fold norms into the convolutions that they alone read, in place; the (possibly new) root, and
     what is joined then.
     """
-    model, split = surgery.split_norms(model)
+    model, split = surgery.split_norms(model, shapes)
     readers = following(model, choice, calibration)
     folded = {norm: conv for conv, norm in surgery.fold_norms(model, readers).items()}
     model = restore(model, split, (nn.Identity,))
@@ -301,9 +301,12 @@ def _facts_of(model: nn.Module, choice: Choice) -> dict[str, surgery.Facts]:
 
 
 def _input_shapes(model: nn.Module, calibration: Iterable[Any], outputs: list[Tensor]) -> Inputs:
-    """Of the layers that compute. Adds what the model gives to `outputs`."""
+    """Of the layers that compute, and of norms that may be split. Adds what the model gives to
+    `outputs`.
+    """
     facts = surgery.facts(model).items()
     layers = {name: fact.module for name, fact in facts if computes(fact)}
+    layers |= surgery.own_norms(model)
 
     def note(result: Any) -> None:
         outputs.extend(smooth.floating(result))
