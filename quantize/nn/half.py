@@ -82,6 +82,8 @@ class _Casting(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         parameters: Any = self._parameters
         weight, bias = parameters["weight"], parameters["bias"]
+        if weight.dtype is input.dtype is self._reads is torch.float32:
+            return self._multiply(input, weight, bias)
         trains = torch.is_grad_enabled() and weight.requires_grad
         if _is_narrow(weight) and trains and not is_traced():
             self._settle()  # gradients and optimizers are those of float32
