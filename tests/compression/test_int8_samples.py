@@ -85,11 +85,13 @@ def test_random_images_tell_what_int8_does_to_image_networks():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         small = in_int8(near)
-    with pytest.warns(UserWarning, match=r"Sequential moved isn't known, .* no random inputs"):
+    with pytest.warns(
+        UserWarning, match=r"Sequential moved isn't known, .* wasn't timed, .* no random"
+    ):
         other = in_int8(nn.Sequential(nn.Flatten(0), nn.Unflatten(0, (1, 3, 9, 9)), *near.body))
     said = [quantize.summary(one).steps[0].settings["on_random_inputs"] for one in (small, other)]
     assert re.fullmatch(r"moved by \d\.\d% on images of 112 x 112", said[0])
-    assert said[1] == "not compared, since it runs on none"
+    assert said[1] == "not compared or timed, since it runs on none"
     assert torch.equal(torch.get_rng_state(), state)
     assert not hasattr(far, "called") and not hasattr(near, "called")
 

@@ -39,8 +39,8 @@ def warn_of_noise(small: nn.Module, model: nn.Module, samples: list[Sample]) -> 
             )
         return {"on_random_inputs": f"moved by {distance:.1%} on {sample.what}"}
     warnings.warn(
-        f"int8: how far the outputs of {type(model).__name__} moved isn't known, since it runs on "
-        f"no random inputs; calibration shows it",
+        f"int8: how far the outputs of {type(model).__name__} moved isn't known, and as a whole it "
+        f"wasn't timed, since it runs on no random inputs; give calibration",
         stacklevel=3,
     )
-    return {"on_random_inputs": "not compared, since it runs on none"}
+    return {"on_random_inputs": "not compared or timed, since it runs on none"}

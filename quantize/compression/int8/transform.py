@@ -65,11 +65,11 @@ def quantize_dynamic(
     bytes stays float. A UserWarning does too where that is more than 40 percent, and another one
     says where the outputs moved by more than 5 percent on calibration, or, without it, by more than
     10 percent on random images, ids or features, or where the model runs on none of these alone, so
-    that nothing was compared; the summary says how far they moved there. A BatchNorm in eval mode
-    and a ReLU that alone read the output of a convolution are folded into it: calibration shows
-    that, or else `torch.fx` where it can follow the forward. So are norms that apply an activation
-    themselves, as timm's do, and frozen ones. So a linear layer does the work of the GELU, ReLU or
-    SiLU module that alone reads its output.
+    that nothing was compared or timed; the summary says how far they moved there. A BatchNorm in
+    eval mode and a ReLU that alone read the output of a convolution are folded into it: calibration
+    shows that, or else `torch.fx` where it can follow the forward. So are norms that apply an
+    activation themselves, as timm's do, and frozen ones. So a linear layer does the work of the
+    GELU, ReLU or SiLU module that alone reads its output.
 
     By default the result is never slower than the model: each layer is timed here in float and in
     int8, and computes in float where int8 loses; the summary has both times. A convolution's weight
