@@ -18,23 +18,18 @@ import sys
 from collections import Counter
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: the models are tiny
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
+import pytest
 import torch
 from contract.oracles import TECHNIQUES, examine
+from nurseries import rewrite_most
 
 from quantize import clock
-from quantize.run.fusion import planning
 
 FAILURES = ("crash", "hang", "silent difference")
-
-
-def last_wins(models: dict[str, Any], inputs: Any, **_: Any) -> dict[str, float]:
-    """In the place of `race`: the most rewritten candidate is taken, without timing."""
-    return {name: float(-i) for i, name in enumerate(models)}
 
 
 def count(arguments: argparse.Namespace) -> tuple[Counter, Counter]:
@@ -64,8 +59,9 @@ def main() -> int:
     names = list(TECHNIQUES)
     parser.add_argument("--only", nargs="+", choices=names, default=names, help="(default: all)")
     arguments = parser.parse_args()
-    planning.race = last_wins
-    (outcomes, refusals), seconds = clock.timed(lambda: count(arguments))
+    with pytest.MonkeyPatch.context() as patch:
+        rewrite_most(patch)
+        (outcomes, refusals), seconds = clock.timed(lambda: count(arguments))
     print(f"{arguments.models} models in {seconds:.0f} s, torch {torch.__version__}")
     for name in arguments.only:
         kinds = ("ok", "refused", *FAILURES)

@@ -6,7 +6,7 @@ import gc
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -156,15 +156,9 @@ def no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests take the most rewritten way, not the fastest one on a busy machine, and kernels for
     layers of any size.
     """
+    from nurseries import rewrite_most
 
-    def last_wins(models: dict[str, Callable[..., Any]], inputs: Any, **_: Any) -> dict[str, float]:
-        return {name: float(len(models) - i) for i, name in enumerate(models)}
-
-    for module in ("planning", "fusing"):
-        monkeypatch.setattr(f"quantize.run.fusion.{module}.race", last_wins)
-    as_fast = {"fused": 1.0, "model": 1.0}
-    monkeypatch.setattr("quantize.run.fusion.fusing._times", lambda *_: as_fast)
-    monkeypatch.setattr("quantize.run.fusion.kernels.SMALL", 0)
+    rewrite_most(monkeypatch)
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -61,6 +61,19 @@ def choose_without_a_clock() -> None:
     once = partial(clock.race, least=1)
     int8_kernels.clock = SimpleNamespace(race=lambda calls, **_: once(calls))
     timing.LONG_ENOUGH = math.inf
+
+
+def rewrite_most(patch: pytest.MonkeyPatch) -> None:
+    """Let fusion take the most rewritten of its ways, and kernels for layers of any size."""
+
+    def last_wins(models: dict[str, Callable[..., Any]], inputs: Any, **_: Any) -> dict[str, float]:
+        return {name: float(len(models) - i) for i, name in enumerate(models)}
+
+    for module in ("planning", "fusing"):
+        patch.setattr(f"quantize.run.fusion.{module}.race", last_wins)
+    as_fast = {"fused": 1.0, "model": 1.0}
+    patch.setattr("quantize.run.fusion.fusing._times", lambda *_: as_fast)
+    patch.setattr("quantize.run.fusion.kernels.SMALL", 0)
 
 
 def train_briefly(patch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import rows
+from benchmarks import random_graphs, rows
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
@@ -77,3 +77,12 @@ def test_peers_run_side_by_side(tmp_path, monkeypatch):
     assert "calling it with example_inputs failed" in found["broken"]["problem"]
     assert found["eager"]["speedup"] == 1 and found["frozen"]["one"] == 1.0
     assert found["frozen"]["problem"] is None and found["frozen"]["latency_ms"] > 0
+
+
+@pytest.mark.slow
+def test_random_models_are_counted(monkeypatch, capsys):
+    """An ordinary model, fused and pruned: nothing fails."""
+    arguments = ["random_graphs.py", "--models", "1", "--first", "8", "--only", "fused", "pruned"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    assert random_graphs.main() == 0
+    assert "fused      ok 1, refused 0, crash 0" in capsys.readouterr().out
