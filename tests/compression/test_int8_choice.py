@@ -9,14 +9,11 @@ import pytest
 import torch
 from helpers import in_int8, linear, mlp, randn
 from int8_models import races, timings
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 import quantize
 from quantize import quantize_dynamic
 from quantize.compression.int8 import speed
-from quantize.nn.int8 import Int8Linear
-from quantize.nn.int8_conv import Int8Conv
 
 
 def test_skip_and_summary():
@@ -64,58 +61,6 @@ def test_outputs_of_other_shapes_are_refused_by_name():
     """Where int8 changes how long an output is, calibration can't say how far it moved."""
     with pytest.raises(ValueError, match="the int8 Lasting can't be compared: its outputs have"):
         in_int8(Lasting(), calibration=[randn(50, 24)])
-
-
-class Scaled(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) * 2
-
-
-class Renamed(nn.Linear):
-    pass
-
-
-class Written(nn.Linear):
-    """As timm writes it."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if torch.jit.is_scripting():
-            return F.linear(x, self.weight.to(dtype=x.dtype), bias=self.bias)
-        return F.linear(x, self.weight, bias=self.bias)
-
-
-class Asks(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) * (2 if x.sum() > 0 else 1)
-
-
-class Unbiased(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
-
-
-class Standardized(nn.Conv1d):
-    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return super()._conv_forward(x, weight - weight.mean((1, 2), True), bias)
-
-
-class Passed(nn.Conv1d):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x)
-
-
-def test_subclasses_with_their_own_forward_are_left_alone():
-    """Only layers that compute what torch's do are replaced, however they are written."""
-    convolutions = Standardized(12, 12, 3, padding=1), Passed(12, 12, 3, padding=1)
-    linears = (kind(4, 4) for kind in (Scaled, Asks, Unbiased, Renamed, Written))
-    plain = nn.Sequential(*convolutions, *linears).eval()
-    small, x = in_int8(plain), randn(3, 12, 4)
-    kinds = [Standardized, Int8Conv, Scaled, Asks, Unbiased, Int8Linear, Int8Linear]
-    assert [*map(type, small)] == kinds
-    left = quantize.summary(small).left
-    assert left.keys() == {"0", "2", "3", "4"} and "forward of its own" in left["0"]
-    with torch.no_grad():
-        assert (small(x) - plain(x)).norm() <= 0.05 * plain(x).norm()
 
 
 def test_slower_layers_stay_in_float(monkeypatch: pytest.MonkeyPatch):
