@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import quantize
-from quantize.compression.int8 import speed, transform
+from quantize.compression.int8 import speed, whole
 from quantize.nn import int8_kernels as kernels
 from quantize.nn.int8_conv import Int8Conv
 from quantize.nn.int8_program import trace
@@ -233,7 +233,7 @@ def test_layers_that_are_slower_only_by_themselves(gains: bool, monkeypatch: pyt
 
     monkeypatch.setattr(speed, "time_layers", timed)
     monkeypatch.setattr(speed.clock, "race", race)
-    monkeypatch.setattr(transform, "slower_as_a_whole", lambda *_: None)
+    monkeypatch.setattr(whole, "slower_as_a_whole", lambda *_: None)
     small = quantize.quantize_dynamic(nn.Sequential(Mobile(), nn.Flatten()).eval())
     program = program_of(small[0], torch.Size([1, 32, 8, 8]))
     assert small[0].deep.floats != gains and (program is not None) == gains

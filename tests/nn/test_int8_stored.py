@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import quantize
-from quantize.compression.int8 import speed, transform
+from quantize.compression.int8 import speed, whole
 from quantize.nn import int8_kernels as kernels
 from quantize.nn.int8_conv import Int8Conv
 from quantize.nn.int8_transposed import Int8ConvTranspose
@@ -47,7 +47,7 @@ def test_convolutions_that_int8_makes_slower_are_stored_in_it(tmp_path, monkeypa
         return Timing(tuple(x.shape), 1e-6, 2e-6)
 
     monkeypatch.setattr(speed, "time_layers", slow)
-    monkeypatch.setattr(transform, "slower_as_a_whole", lambda *_: None)
+    monkeypatch.setattr(whole, "slower_as_a_whole", lambda *_: None)
     plain, x = seeded(make), randn(2, 33, 9, 9)
     small = quantize.quantize_dynamic(plain)
     done = quantize.summary(small).done
