@@ -13,7 +13,7 @@ from typing import Any
 from torch import fx, nn
 from torch.fx.node import map_arg
 
-_FORWARDS = ("forward", "_conv_forward")
+_FORWARDS = ("forward", "_conv_forward", "__call__")
 _NAMES = ("input", "weight", "bias")  # of the first arguments of layers' functions
 
 
@@ -25,7 +25,8 @@ def computes_as(module: nn.Module, base: type[nn.Module]) -> bool:
     own = [getattr(kind, name, None) for name in _FORWARDS]
     if own == [getattr(base, name, None) for name in _FORWARDS]:
         return True
-    if _attributes(module) - _attributes(_example(base)):
+    called = kind.__call__ is not base.__call__
+    if called or _attributes(module) - _attributes(_example(base)):
         return False
     for training in (True, False):
         written = [_written(module, one, training) for one in (kind, base)]

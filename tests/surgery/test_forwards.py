@@ -40,6 +40,11 @@ class Unbiased(nn.Linear):
         return F.linear(x, self.weight)
 
 
+class Called(nn.Linear):
+    def __call__(self, x: Tensor) -> Tensor:
+        return super().__call__(x) * 2
+
+
 class Adapted(nn.Linear):
     """An adapter, merged by now, that can be taken out of the weight again."""
 
@@ -95,14 +100,14 @@ def test_subclasses_with_their_own_forward_are_left_alone():
     written; the others are as they were.
     """
     convolutions = Standardized(12, 12, 3, padding=1), Passed(12, 12, 3, padding=1)
-    own = Scaled, Asks, Unbiased, Adapted, Counted, Keeps, Renews, Noisy
+    own = Scaled, Asks, Unbiased, Called, Adapted, Counted, Keeps, Renews, Noisy
     linears = (kind(4, 4) for kind in (*own, Renamed, Written))
     plain = nn.Sequential(*convolutions, *linears).eval()
     small, x = in_int8(plain), randn(3, 12, 4)
     assert [*map(type, small)] == [Standardized, Int8Conv, *own, Int8Linear, Int8Linear]
-    assert plain[6].calls == 0 and not hasattr(plain[7], "seen")
+    assert plain[7].calls == 0 and not hasattr(plain[8], "seen")
     left = quantize.summary(small).left
-    assert left.keys() == {"0", *map(str, range(2, 10))}
+    assert left.keys() == {"0", *map(str, range(2, 11))}
     assert all("forward of its own" in why for why in left.values())
     with torch.no_grad():
         assert (small(x) - plain(x)).norm() <= 0.05 * plain(x).norm()
